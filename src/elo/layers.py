@@ -1,0 +1,83 @@
+"""Layer selections as users write them: `first:1,last:1`, `0,1,-1`, `0-3,28-31`."""
+
+import re
+from collections.abc import Sequence
+
+from elo.errors import EloError
+
+DEFAULT_LAYERS = "first:1,last:1"
+
+_END = re.compile(r"(first|last):(\d+)")
+_RANGE = re.compile(r"(\d+)-(\d+)")
+_INDEX = re.compile(r"-?\d+")
+
+
+def parse_layers(selection: str | int | Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Resolve a layer selection against a model of `num_layers` decoder layers.
+
+    Args:
+        selection: terms joined by commas. A term is `first:K`, `last:K`, an index (negative counts from the end) or an
+            inclusive range `A-B`. A sequence of indices is taken as it is.
+        num_layers: the model's number of decoder layers.
+
+    Returns:
+        Increasing 0-based layer indices without repeats; at least one, and fewer than `num_layers`.
+
+    Raises:
+        EloError: a term cannot be read, names a layer that does not exist, or repeats one; or every layer is selected.
+    """
+    if isinstance(selection, int):
+        selection = [selection]
+    terms = selection.split(",") if isinstance(selection, str) else [str(index) for index in selection]
+    chosen: dict[int, str] = {}
+    for term in (term.strip() for term in terms):
+        for index in _term_indices(term, num_layers):
+            if index in chosen:
+                raise EloError(
+                    f"layers: {_shown(selection)} selects layer {index} twice (by {chosen[index]!r} and by {term!r}); "
+                    "name each layer once"
+                )
+            chosen[index] = term
+    if not chosen:
+        raise EloError(f"layers: {_shown(selection)} selects no layer; write for example {DEFAULT_LAYERS!r}")
+    if len(chosen) == num_layers:
+        raise EloError(
+            f"layers: {_shown(selection)} selects all {num_layers} layers, so nothing would be detached from the model; "
+            "select fewer, or train the whole model with method: full"
+        )
+    return tuple(sorted(chosen))
+
+
+def _term_indices(term: str, num_layers: int) -> range:
+    def existing(index: int) -> int:
+        resolved = index + num_layers if index < 0 else index
+        if not 0 <= resolved < num_layers:
+            raise EloError(
+                f"layers: {term!r} names layer {index}, but the model has {num_layers} decoder layers "
+                f"(0 to {num_layers - 1}, or -{num_layers} to -1)"
+            )
+        return resolved
+
+    if match := _END.fullmatch(term):
+        count = int(match[2])
+        if not 1 <= count <= num_layers:
+            raise EloError(
+                f"layers: {term!r} asks for {count} layers, but the model has {num_layers}; "
+                f"give a number from 1 to {num_layers - 1}"
+            )
+        return range(count) if match[1] == "first" else range(num_layers - count, num_layers)
+    if match := _RANGE.fullmatch(term):
+        first, last = existing(int(match[1])), existing(int(match[2]))
+        if first > last:
+            raise EloError(f"layers: the range {term!r} runs backwards; write {last}-{first}")
+        return range(first, last + 1)
+    if _INDEX.fullmatch(term):
+        index = existing(int(term))
+        return range(index, index + 1)
+    raise EloError(
+        f"layers: cannot read {term!r}; a term is first:K, last:K, an index such as 0 or -1, or a range such as 0-3"
+    )
+
+
+def _shown(selection: str | Sequence[int]) -> str:
+    return repr(selection) if isinstance(selection, str) else repr(list(selection))

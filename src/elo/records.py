@@ -1,0 +1,120 @@
+"""Files that appear whole or not at all: written under a temporary name, fsynced, then renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from elo.errors import EloError, UnfinishedError
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's or a directory's data to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(root: Path) -> None:
+    """Flush every file and directory under `root`, itself included."""
+    for folder, _, files in os.walk(root):
+        for name in files:
+            fsync_path(Path(folder) / name)
+        fsync_path(Path(folder))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` with `text` (UTF-8) in one step."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_path(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` with `value` as indented JSON in one step; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UnfinishedError: the file is missing or is not JSON in UTF-8.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UnfinishedError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UnfinishedError(f"{path}: not JSON ({error}); the file is damaged, remove it and run again") from None
+
+
+@contextmanager
+def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `target` to fill; on success it is fsynced and renamed to `target`.
+
+    Nothing is left behind on failure. With `overwrite` an existing `target` is replaced once the new one is whole.
+
+    Raises:
+        EloError: `target` exists and is not empty (without `overwrite`), or cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    if not overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise EloError(f"{target}: already exists; choose another output, remove it, or pass --overwrite")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep_temporaries(target)
+        temporary = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
+        temporary.mkdir()
+    except OSError as error:
+        raise EloError(f"{target}: cannot be written ({error.strerror}); choose another output folder") from None
+    try:
+        yield temporary
+        fsync_tree(temporary)
+        if target.exists():
+            remove(target)
+        temporary.rename(target)
+        fsync_path(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep_temporaries(target: Path) -> None:
+    """Remove what a killed process left of earlier tries at writing `target`."""
+    for leftover in target.parent.glob(f"{TEMPORARY_PREFIX}{target.name}-*"):
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole directory if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form (sorted keys)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -42,7 +42,7 @@ def parse_layers(selection: str | int | Sequence[int], num_layers: int) -> tuple
         raise EloError(f"layers: {_shown(selection)} selects no layer; write for example {DEFAULT_LAYERS!r}")
     if len(chosen) == num_layers:
         raise EloError(
-            f"layers: {_shown(selection)} selects all {num_layers} layers, so nothing would be detached from the model; "
+            f"layers: {_shown(selection)} selects all {num_layers} layers, so nothing would be detached; "
             "select fewer, or train the whole model with method: full"
         )
     return tuple(sorted(chosen))

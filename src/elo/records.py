@@ -74,7 +74,7 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     Raises:
         EloError: `target` exists and is not empty (without `overwrite`), or cannot be written.
     """
-    target = Path(os.path.abspath(target))
+    target = target.absolute()
     if not overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise EloError(f"{target}: already exists; choose another output, remove it, or pass --overwrite")
     try:

@@ -1,0 +1,104 @@
+"""Progress of long work: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Progress:
+    """Counts up to `total` of some `unit`; silent when `label` is None.
+
+    Args:
+        total: amount at which the work is done; None if unknown.
+        label: what is being done.
+        unit: what is counted, for example `tokens`.
+        done: amount that was done before (on resume); it does not count towards the rate.
+    """
+
+    def __init__(self, total: float | None, label: str | None, unit: str, done: float = 0.0) -> None:
+        self.total, self.label, self.unit, self.done = total, label, unit, done
+        self._start_done, self._started = done, time.monotonic()
+        self._spoke_at = self._started
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> Self:
+        if self.label is not None and sys.stderr.isatty():
+            self._bar = Bar(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.fields[said]}", markup=False),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, said="")
+            self._bar.start()
+        return self
+
+    def advance(self, amount: float, note: str = "") -> None:
+        """Count `amount` more; `note` is shown behind the rate."""
+        self.update(self.done + amount, note)
+
+    def update(self, done: float, note: str = "") -> None:
+        """Set the count to `done`."""
+        self.done = done
+        if self.label is None:
+            return
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, said=self._said(now, note))
+        elif now - self._spoke_at > SECONDS_BETWEEN_LINES:
+            self._spoke_at = now
+            self.say(f"{self.label}: {self._said(now, note)}{self._time_left(now)}")
+
+    def say(self, line: str) -> None:
+        """Print a line of its own above the bar."""
+        if self.label is not None:
+            print(line, file=sys.stderr, flush=True)
+
+    def _rate(self, now: float) -> float:
+        return (self.done - self._start_done) / max(now - self._started, 1e-9)
+
+    def _said(self, now: float, note: str) -> str:
+        of = "" if self.total is None else f" of {short(self.total)}"
+        rate = f", {short(self._rate(now))}/s" if self.done > self._start_done else ""
+        return f"{short(self.done)}{of} {self.unit}{rate}" + (f", {note}" if note else "")
+
+    def _time_left(self, now: float) -> str:
+        rate = self._rate(now)
+        if self.total is None or rate <= 0:
+            return ""
+        return f", {duration((self.total - self.done) / rate)} left"
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def short(value: float) -> str:
+    """A count in three digits or so: 950, 12.3 K, 4.56 M."""
+    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " K")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 42 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

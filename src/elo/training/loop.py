@@ -1,0 +1,289 @@
+"""One phase of training, from a model and its rows to a result."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from elo.errors import EloError
+from elo.model.architecture import layers_of
+from elo.progress import Progress
+from elo.training.attention import VARLEN, choose_attention
+from elo.training.checkpoints import latest_checkpoint
+from elo.training.losses import install_head_loss
+from elo.training.memory import peak_memory_bytes, reset_peak_memory
+from elo.training.settings import TrainingSettings
+from elo.training.trainer import EloTrainer, Evaluate, PackedCollator
+
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a phase did.
+
+    Attributes:
+        seconds: time in training, across restarts, without evaluation and checkpoints.
+        tokens: tokens trained on (packed rows hold nothing else).
+        losses: {"tokens", "seconds", "loss"} by logging interval; loss in nats per token.
+        evaluations: {"tokens", "seconds", "bpb": {language: bits per byte}}.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    attention: str
+    losses: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+
+
+class StoppedBySignalError(Exception):
+    """Training wrote a checkpoint and stopped because a signal asked for it."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; a checkpoint is written")
+        self.number = number
+
+
+def steps_of(tokens: int, sequence_length: int, settings: TrainingSettings) -> int:
+    """Whole updates in a budget of `tokens`, at least one."""
+    return max(1, tokens // (rows_per_step(sequence_length, settings) * sequence_length))
+
+
+def rows_per_step(sequence_length: int, settings: TrainingSettings) -> int:
+    """Packed rows in one update, a whole number of micro-steps on every process.
+
+    Raises:
+        EloError: `tokens_per_step` is not a multiple of the tokens in one micro-step.
+    """
+    micro = sequence_length * settings.per_device_train_batch_size * _world_size()
+    if settings.tokens_per_step % micro:
+        nearest = max(1, round(settings.tokens_per_step / micro)) * micro
+        raise EloError(
+            f"tokens_per_step: {settings.tokens_per_step} is not a multiple of sequence_length x "
+            f"per_device_train_batch_size x processes = {sequence_length} x {settings.per_device_train_batch_size} x "
+            f"{_world_size()} = {micro}; write for example tokens_per_step: {nearest}"
+        )
+    return settings.tokens_per_step // sequence_length
+
+
+def bf16_pays(device_type: str) -> bool:
+    """Whether this machine multiplies bf16 matrices in hardware."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    cpu = torch.cpu
+    return device_type == "cpu" and bool(cpu._is_amx_tile_supported() or cpu._is_avx512_bf16_supported())
+
+
+def wants_bf16(settings: TrainingSettings) -> bool:
+    """Whether a phase with these settings runs under bf16 autocast here."""
+    if settings.bf16 != "auto":
+        return bool(settings.bf16)
+    return bf16_pays("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train(
+    model: PreTrainedModel,
+    rows: Dataset,
+    *,
+    sequence_length: int,
+    settings: TrainingSettings,
+    output_dir: Path,
+    seed: int,
+    evaluate: Evaluate | None = None,
+    label: str | None = None,
+) -> TrainingResult:
+    """Train what requires gradients in `model`, in place, once over `rows` in their order.
+
+    Args:
+        model: fp32 where it trains; frozen parameters may be of any floating type.
+        rows: map-style, of packed rows (elo.data.packing); a multiple of `rows_per_step` long.
+        sequence_length: tokens a row.
+        output_dir: checkpoints go here; the newest whole one found here is gone on from.
+        evaluate: bits per byte of a model by language.
+        label: shown with the progress; None is silent.
+
+    Raises:
+        TrainingDivergedError: the loss is not finite or has jumped and stayed up.
+        StoppedBySignalError: SIGTERM or SIGINT came; a checkpoint was written first.
+    """
+    transformers_logging.set_verbosity_error()
+    per_step = rows_per_step(sequence_length, settings)
+    steps = len(rows) // per_step  # type: ignore[arg-type]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    found = latest_checkpoint(output_dir, lambda line: print(line, flush=True))
+    checkpoint, state = found if found else (None, {"seconds": 0.0})
+
+    on_gpu = torch.cuda.is_available()
+    reset_peak_memory()
+    if on_gpu:
+        model.to("cuda")  # type: ignore[arg-type]
+    attention = choose_attention(model, settings.attn_implementation)
+    restore_forward = install_head_loss(model, settings.head_loss)
+    if settings.torch_compile:
+        for layer in layers_of(model):
+            layer.compile(dynamic=False)
+    tokens_per_step = per_step * sequence_length
+    with Progress(steps * tokens_per_step, label, "tokens", done=_step(checkpoint) * tokens_per_step) as progress:
+        stop = _StopOnSignal()
+        trainer = EloTrainer(
+            model=model,
+            args=_arguments(settings, per_step, steps, output_dir, seed, evaluating=evaluate is not None),
+            train_dataset=rows,
+            data_collator=PackedCollator(varlen=attention == VARLEN),
+            callbacks=[_Report(progress, tokens_per_step), stop],
+            tokens_per_step=tokens_per_step,
+            evaluate_bits_per_byte=evaluate,
+            loss_spike=settings.loss_spike,
+            keep_checkpoints=settings.save_total_limit,
+            seconds=state["seconds"],
+        )
+        with stop.listening():
+            trainer.resume_clock()
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.pause_clock()
+    restore_forward()
+    if stop.number is not None and trainer.state.global_step < steps:
+        raise StoppedBySignalError(stop.number, trainer.state.global_step)
+    history = trainer.state.log_history
+    return TrainingResult(
+        steps=steps,
+        tokens=steps * tokens_per_step,
+        seconds=trainer.seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        attention=attention,
+        losses=[_point(entry) | {"loss": entry["loss"]} for entry in history if "loss" in entry],
+        evaluations=[
+            _point(entry)
+            | {"bpb": {k.removeprefix("eval_bpb_"): v for k, v in entry.items() if k.startswith("eval_bpb_")}}
+            for entry in history
+            if any(key.startswith("eval_bpb_") for key in entry)
+        ],
+    )
+
+
+def _arguments(
+    settings: TrainingSettings, per_step: int, steps: int, output_dir: Path, seed: int, *, evaluating: bool
+) -> TrainingArguments:
+    warmup = settings.warmup_steps
+    evaluations = settings.evaluations if evaluating else 0
+    optimizer = _OPTIMIZERS[settings.optim]
+    if settings.optim == "adamw_8bit":
+        _require_bitsandbytes()
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        max_steps=steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=round(warmup * steps) if warmup < 1 else int(warmup),
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        max_grad_norm=settings.max_grad_norm,
+        optim=optimizer,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=per_step // (settings.per_device_train_batch_size * _world_size()),
+        gradient_checkpointing=settings.activation_checkpointing,
+        bf16=wants_bf16(settings),
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=None,  # rotated by EloTrainer, after the newest is sealed
+        eval_strategy="steps" if evaluations else "no",
+        eval_steps=max(1, -(-steps // evaluations)) if evaluations else None,
+        seed=seed,
+        data_seed=seed,
+        report_to=settings.report_to,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=settings.dataloader_num_workers,
+        **settings.training_arguments,
+    )
+
+
+class _Report(TrainerCallback):
+    """Shows tokens, rate, time left, the last loss and the last bits per byte."""
+
+    def __init__(self, progress: Progress, tokens_per_step: int) -> None:
+        self.progress, self.tokens_per_step = progress, tokens_per_step
+        self.note = ""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(state.global_step * self.tokens_per_step, self.note)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self.note = f"loss {logs['loss']:.3f}"
+        measured = {key.removeprefix("eval_bpb_"): value for key, value in logs.items() if key.startswith("eval_bpb_")}
+        if measured:
+            shown = ", ".join(f"{language} {value:.4f}" for language, value in measured.items())
+            self.progress.say(f"{self.progress.label}: {logs['tokens']:,} tokens, bits per byte: {shown}")
+
+
+class _StopOnSignal(TrainerCallback):
+    """On SIGTERM or SIGINT: finish the step, write a checkpoint, stop. A second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        previous: dict[signal.Signals, Any] = {}
+
+        def note(number: int, _: Any) -> None:
+            if self.number is not None:
+                raise KeyboardInterrupt
+            self.number = number
+
+        try:
+            for each in (signal.SIGTERM, signal.SIGINT):
+                previous[each] = signal.signal(each, note)
+        except ValueError:
+            pass  # not the main thread: signals are somebody else's
+        try:
+            yield
+        finally:
+            for each, handler in previous.items():
+                signal.signal(each, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.number is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def _point(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"tokens": int(entry["tokens"]), "seconds": entry["seconds"]}
+
+
+def _step(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _require_bitsandbytes() -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise EloError(
+            "optim: adamw_8bit needs bitsandbytes, which is not installed; "
+            "pip install 'elo-cpt[adamw8bit]', or write optim: adamw"
+        ) from None

@@ -1,0 +1,256 @@
+"""The LM head's cross-entropy, without ever holding all logits where that pays.
+
+Once the middle layers are gone, the head and its loss are about half of the work of ELO pretraining, and the logits most
+of the activation memory. Shapes: N tokens, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+IGNORE_INDEX = -100
+HeadLoss = Literal["auto", "chunked", "plain", "linear_cross_entropy", "model"]
+
+# benchmarks/head_loss.py: below this many logits a chunk loop costs more than it saves.
+_SMALL_LOGITS = 4_000_000
+# Tokens a chunk; a chunk's logits (256 x 8192 x 4 bytes = 8 MiB) stay in a CPU's last-level cache. A GPU wants larger ones.
+_CHUNK_CPU = 256
+_CHUNK_CUDA = 2048
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its logits after the head: `softcap * tanh(scale * logits / softcap)`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "LogitTransform":
+        """Read it from a model's config: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`."""
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return cls(float(scale), getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, logits_NV: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy in nats with both gradients computed during forward, a chunk of tokens at a time.
+
+    Each chunk's logits are made once, turned into their own gradient in place and dropped: the matmul FLOPs are the
+    floor (head forward, input gradient, and the weight gradient only for a head that trains).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        transform: LogitTransform,
+        chunk: int,
+    ) -> Tensor:
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        for start in range(0, hidden_ND.shape[0], chunk):
+            piece = slice(start, start + chunk)
+            hidden_CD, labels_C = hidden_ND[piece], labels_N[piece]
+            kept_C = labels_C != IGNORE_INDEX
+            index_C1 = labels_C.clamp(min=0).unsqueeze(1)
+            logits_CV = F.linear(hidden_CD, weight_VD, bias_V).float()
+            if transform.scale != 1.0:
+                logits_CV *= transform.scale
+            capped_CV = None
+            if transform.softcap is not None:
+                capped_CV = torch.tanh(logits_CV / transform.softcap)
+                logits_CV = transform.softcap * capped_CV
+            normaliser_C1 = torch.logsumexp(logits_CV, dim=-1, keepdim=True)
+            nats_C = (normaliser_C1 - logits_CV.gather(1, index_C1)).squeeze(1)
+            total += torch.where(kept_C, nats_C, 0.0).sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            # d(nats)/d(logits) = softmax - one-hot, then back through the softcap (1 - tanh^2) and the scale.
+            grad_CV = logits_CV.sub_(normaliser_C1).exp_()
+            grad_CV.scatter_add_(1, index_C1, grad_CV.new_full(index_C1.shape, -1.0))
+            grad_CV *= kept_C.unsqueeze(1)
+            if capped_CV is not None:
+                grad_CV *= 1 - capped_CV.square_()
+            if transform.scale != 1.0:
+                grad_CV *= transform.scale
+            if grad_bias_V is not None:
+                grad_bias_V += grad_CV.sum(0)
+            grad_CV = grad_CV.to(weight_VD.dtype)
+            if grad_hidden_ND is not None:
+                torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[piece])
+            if grad_weight_VD is not None:
+                grad_weight_VD += grad_CV.t() @ hidden_CD
+        ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = outputs
+        grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if grad_hidden_ND is None else grad_hidden_ND * grad_output,
+            None if grad_weight_VD is None else (grad_weight_VD * grad_output).to(weight_dtype),
+            None if grad_bias_V is None else (grad_bias_V * grad_output).to(bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def head_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    transform: LogitTransform | None = None,
+    implementation: HeadLoss = "auto",
+    chunk: int | None = None,
+) -> Tensor:
+    """Summed cross-entropy in nats of next-token prediction.
+
+    Args:
+        hidden_ND: the decoder's last hidden states, after the final norm.
+        weight_VD: the LM head's weight; its gradient is computed only when it requires one.
+        labels_N: the token that follows each position; -100 where there is none to predict.
+        bias_V: the LM head's bias, if it has one.
+        transform: what the model does to its logits.
+        implementation: `plain` (all logits at once), `chunked` (ours), `linear_cross_entropy` (PyTorch's; no softcap and
+            no scale) or `auto` (by size, from benchmarks/head_loss.py).
+        chunk: tokens a chunk of `chunked`.
+
+    Returns:
+        float32 scalar: the sum over labelled tokens.
+    """
+    transform = transform or LogitTransform()
+    if torch.is_autocast_enabled(hidden_ND.device.type):
+        dtype = torch.get_autocast_dtype(hidden_ND.device.type)
+        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+    elif hidden_ND.dtype != weight_VD.dtype:
+        hidden_ND = hidden_ND.to(weight_VD.dtype)
+    if implementation == "auto":
+        implementation = "plain" if hidden_ND.shape[0] * weight_VD.shape[0] <= _SMALL_LOGITS else "chunked"
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        if implementation == "chunked":
+            chunk = chunk or (_CHUNK_CUDA if hidden_ND.is_cuda else _CHUNK_CPU)
+            total: Tensor = _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, transform, chunk)
+            return total
+        if implementation == "linear_cross_entropy":
+            if transform != LogitTransform():
+                raise ValueError("linear_cross_entropy cannot scale or soft-cap logits; use 'chunked'")
+            return F.linear_cross_entropy(
+                hidden_ND,
+                weight_VD,
+                labels_N,
+                linear_bias=bias_V,
+                reduction="sum",
+                options=torch.nn.LinearCrossEntropyOptions(),
+            ).float()
+        logits_NV = transform(F.linear(hidden_ND, weight_VD, bias_V).float())
+        return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def install_head_loss(model: PreTrainedModel, implementation: HeadLoss = "auto") -> Callable[[], None]:
+    """Let `model(input_ids=..., shift_labels=...)` return the summed loss without all logits.
+
+    The loss has to be computed inside `forward`, where DDP, FSDP, autocast and compilation already are. Whether our own
+    path (decoder, then head weight, then transform) computes what the model computes is asked of the model itself, on
+    random input with enlarged hidden states (so that a softcap shows); a model that does something else with its
+    logits keeps its own path, as `implementation="model"` does.
+
+    Returns:
+        A function that takes the change back.
+    """
+    original = model.forward
+    head = model.get_output_embeddings()
+    decoder = model.base_model
+    transform = LogitTransform.of(model.config.get_text_config())
+
+    def forward(shift_labels: Tensor | None = None, **inputs: Any) -> Any:
+        if shift_labels is None:
+            return original(**inputs)
+        hidden_BTD = decoder(**inputs, use_cache=False)[0]
+        return CausalLMOutput(loss=_eager_head_loss(hidden_BTD, head, shift_labels, transform, implementation))
+
+    def forward_model(shift_labels: Tensor | None = None, **inputs: Any) -> Any:
+        if shift_labels is None:
+            return original(**inputs)
+        logits_BTV = original(**inputs, use_cache=False).logits.float()
+        nats = F.cross_entropy(logits_BTV.flatten(0, 1), shift_labels.flatten(), reduction="sum")
+        return CausalLMOutput(loss=nats)
+
+    own_path = implementation != "model" and _head_is_separable(model, original, decoder, head, transform)
+    model.forward = forward if own_path else forward_model  # type: ignore[method-assign]
+
+    def restore() -> None:
+        model.forward = original  # type: ignore[method-assign]
+
+    return restore
+
+
+@torch.compiler.disable
+def _eager_head_loss(
+    hidden_BTD: Tensor, head: nn.Module, labels_BT: Tensor, transform: LogitTransform, implementation: HeadLoss
+) -> Tensor:
+    weight, bias = head.weight, getattr(head, "bias", None)
+    assert isinstance(weight, Tensor)
+    return head_cross_entropy(
+        hidden_BTD.flatten(0, 1),
+        weight,
+        labels_BT.flatten(),
+        bias_V=bias,
+        transform=transform,
+        implementation=implementation,
+    )
+
+
+@torch.no_grad()
+def _head_is_separable(
+    model: PreTrainedModel,
+    original: Callable[..., Any],
+    decoder: nn.Module,
+    head: nn.Module | None,
+    transform: LogitTransform,
+    enlarge: float = 50.0,
+) -> bool:
+    """Whether `transform(head(decoder(ids)))` is what the model returns as logits, also for large hidden states."""
+    weight = getattr(head, "weight", None)
+    if head is None or decoder is model or not isinstance(weight, Tensor) or weight.is_meta:
+        return False
+    training = model.training
+    model.eval()
+    ids = torch.arange(8, device=weight.device).unsqueeze(0) % weight.shape[0]
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * enlarge, *inputs[1:]))
+    try:
+        theirs = original(input_ids=ids, use_cache=False).logits.float()
+        hidden = decoder(input_ids=ids, use_cache=False)[0] * enlarge
+        ours = transform(F.linear(hidden.to(weight.dtype), weight, getattr(head, "bias", None)).float())
+        return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.std()))
+    except (TypeError, RuntimeError):
+        return False
+    finally:
+        hook.remove()
+        model.train(training)

@@ -1,0 +1,55 @@
+"""Settings of one training phase: a section of the configuration, and the plain argument of `elo.training.loop.train`.
+
+Names are transformers' where transformers has one.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrainingSettings(BaseModel):
+    """How one phase trains."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Schedule over the phase's own steps."""
+    warmup_steps: float = Field(0.03, ge=0)
+    """Below 1: share of the phase's steps; otherwise a number of steps."""
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are clipped to this norm; 0 does not clip."""
+    optim: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """`adamw_8bit` needs bitsandbytes (pip install 'elo-cpt[adamw8bit]')."""
+    tokens_per_step: int = Field(65536, gt=0)
+    """Tokens an optimizer update over all processes; gradients are accumulated to reach it."""
+    per_device_train_batch_size: int = Field(1, gt=0)
+    """Rows of sequence_length tokens in one forward-backward on one device."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third more time, far less memory."""
+    torch_compile: bool = False
+    """Compile each decoder layer; needs a C++ compiler on CPU, and some seconds to a minute at the start."""
+    bf16: bool | Literal["auto"] = "auto"
+    """bf16 autocast over fp32 weights; auto: where the hardware multiplies bf16 matrices."""
+    attn_implementation: str = "auto"
+    """auto: the fastest that keeps packed documents apart on this device."""
+    head_loss: Literal["auto", "chunked", "plain", "linear_cross_entropy", "model"] = "auto"
+    """How the LM head's cross-entropy is computed; see elo.training.losses."""
+    logging_steps: int = Field(10, gt=0)
+    save_steps: int = Field(500, gt=0)
+    """Updates between checkpoints: what a kill can cost."""
+    save_total_limit: int = Field(2, gt=0)
+    evaluations: int = Field(4, ge=0)
+    """Times that bits per byte are measured within the phase, evenly spaced, the last at its end."""
+    loss_spike: float = Field(2.0, gt=0)
+    """Stop when the logged loss stays this many nats above its recent median."""
+    dataloader_num_workers: int = Field(0, ge=0)
+    report_to: str | list[str] = "none"
+    """wandb, tensorboard, ... as transformers knows them."""
+    training_arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further transformers.TrainingArguments (fsdp, deepspeed, ddp_backend, ...), passed on as they are."""

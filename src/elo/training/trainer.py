@@ -1,0 +1,190 @@
+"""`transformers.Trainer` for packed rows: exact order, exact resume, bits per byte, time and tokens counted.
+
+Everything a user knows from Trainer (accelerate, FSDP, DeepSpeed, callbacks, report_to) stays as it is.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedModel, Trainer
+
+from elo.errors import TrainingDivergedError
+from elo.training.attention import document_starts
+from elo.training.checkpoints import rotate_checkpoints, seal_checkpoint
+from elo.training.losses import IGNORE_INDEX
+
+Evaluate = Callable[[PreTrainedModel], dict[str, float]]
+"""Bits per byte of a model, by language."""
+
+
+class PackedCollator:
+    """Stack packed rows; with `varlen` lay them end to end as one row and say where each document starts."""
+
+    def __init__(self, *, varlen: bool = False) -> None:
+        self.varlen = varlen
+
+    def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
+        if not self.varlen:
+            return batch
+        boundaries, longest = document_starts(batch["position_ids"])
+        flat = {key: value.reshape(1, -1) for key, value in batch.items()}
+        return flat | {
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+
+class EloTrainer(Trainer):
+    """Trains whatever of `model` requires gradients on rows in their given order.
+
+    The model's forward must return the summed loss (elo.training.losses.install_head_loss).
+
+    Args:
+        tokens_per_step: global tokens an update, for the records.
+        evaluate_bits_per_byte: called at each evaluation.
+        loss_spike: nats above the recent median at which training stops.
+        keep_checkpoints: how many sealed checkpoints stay.
+        seconds: training time spent before this process (on resume).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        tokens_per_step: int,
+        evaluate_bits_per_byte: Evaluate | None,
+        loss_spike: float,
+        keep_checkpoints: int,
+        seconds: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokens_per_step = tokens_per_step
+        self.evaluate_bits_per_byte = evaluate_bits_per_byte
+        self.loss_spike = loss_spike
+        self.keep_checkpoints = keep_checkpoints
+        self.loss_is_scaled_for_ga = True
+        self._seconds = seconds
+        self._running_since: float | None = None
+
+    # Time: training alone, without evaluation and checkpoints.
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, in seconds, across restarts."""
+        running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
+        return self._seconds + running
+
+    def resume_clock(self) -> None:
+        self._running_since = time.perf_counter()
+
+    def pause_clock(self) -> None:
+        if torch.cuda.is_available() and self._running_since is not None:
+            torch.cuda.synchronize()
+        self._seconds, self._running_since = self.seconds, None
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        pausing = control.should_evaluate or control.should_save
+        if pausing:
+            self.pause_clock()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if pausing:
+            self.resume_clock()
+
+    # Data: rows in order, so that a count of consumed rows is all that resuming needs.
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
+        count = sum((batch["shift_labels"] != IGNORE_INDEX).sum() for batch in batch_samples)
+        if not isinstance(count, Tensor):
+            return None
+        count = count.to(device)
+        return self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean nats per predicted token of the whole update, this micro-step's part of it."""
+        assert num_items_in_batch is not None
+        outputs = model(**inputs)
+        # Gradients are averaged over processes, while the count is that of all of them.
+        loss = outputs.loss * (self.accelerator.num_processes / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # Trainer's estimate walks every parameter at every micro-step; elo plan has the exact count
+
+    # Records.
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        tokens = self.state.global_step * self.tokens_per_step
+        super().log({**logs, "tokens": tokens, "seconds": round(self.seconds, 3)}, start_time)
+        if "loss" in logs:
+            self._check_loss(logs)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Log and return bits per byte by language, as `eval_bpb_<language>`."""
+        if self.evaluate_bits_per_byte is None:
+            return {}
+        training = self.model.training
+        self.model.eval()
+        # Evaluation batches have other shapes: compiling for them would cost more than it gives.
+        with torch.compiler.set_stance("force_eager"), torch.no_grad():
+            measured = self.evaluate_bits_per_byte(self.accelerator.unwrap_model(self.model))
+        self.model.train(training)
+        metrics = {f"eval_bpb_{language}": value for language, value in measured.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Safety.
+
+    def _check_loss(self, logs: dict[str, float]) -> None:
+        loss, gradient = logs["loss"], logs.get("grad_norm", 0.0)
+        if not (math.isfinite(loss) and math.isfinite(gradient)):
+            self._diverged(f"the loss is {loss} and the gradient norm {gradient}")
+        history = [entry["loss"] for entry in self.state.log_history if "loss" in entry]
+        recent, before = history[-3:], history[-23:-3]
+        if len(before) >= 5 and min(recent) > statistics.median(before) + self.loss_spike:
+            shown = ", ".join(f"{value:.3f}" for value in recent)
+            self._diverged(
+                f"the last three logged losses ({shown}) stay more than {self.loss_spike} nats above the "
+                f"recent median {statistics.median(before):.3f} (loss_spike)"
+            )
+
+    def _diverged(self, what: str) -> None:
+        sealed = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        kept = f"the last good checkpoint is {sealed[-1]}" if sealed else "no checkpoint had been written yet"
+        raise TrainingDivergedError(
+            f"training diverged at step {self.state.global_step} "
+            f"({self.state.global_step * self.tokens_per_step:,} tokens): {what}; {kept}. "
+            "Lower learning_rate or raise warmup_steps, and look at the data near this place"
+        )
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if not bool(torch.isfinite(self._tr_loss).all()):
+            self._diverged(f"the loss is {self._tr_loss.item()}")
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            seal_checkpoint(folder / f"checkpoint-{self.state.global_step}", {"seconds": self.seconds})
+            rotate_checkpoints(folder, self.keep_checkpoints)
+        self.accelerator.wait_for_everyone()

@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="end (decayed) after this wall time at the latest")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--intermediate-size", type=int, help="default: 8/3 of the hidden size, in 32s")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--tie", action="store_true", help="tie the LM head to the embedding")
@@ -134,7 +135,7 @@ def main() -> None:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
-        intermediate_size=args.hidden_size * 8 // 3 // 32 * 32,
+        intermediate_size=args.intermediate_size or args.hidden_size * 8 // 3 // 32 * 32,
         num_hidden_layers=args.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,

@@ -1,0 +1,231 @@
+"""Rows of several languages mixed by tokens: every prefix of the sequence keeps the shares, any row at random access.
+
+The mix is made when rows are read, from token shards that know nothing of it, so that another replay ratio, weight or
+seed tokenises nothing again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from elo.data.packing import PackedStream, PaddedStream, shuffled
+from elo.data.shards import PreparedData, TokenCorpus
+from elo.errors import EloError
+
+Stream = PackedStream | PaddedStream
+RESOLUTION = 1 << 40
+"""Shares and phases are whole multiples of 1/RESOLUTION, so that counting rows is exact integer arithmetic."""
+
+
+@dataclass(frozen=True)
+class MixtureSource:
+    """A stream with its language and its share of the mixture's tokens, in [0, 1]."""
+
+    language: str
+    share: float
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Sends rows to `first` or `rest`: of the first n rows, floor(n * share + phase) go to `first` (phase < 1).
+
+    So `first` is never a row or more away from its share, whatever n.
+    """
+
+    share: int
+    phase: int
+    first: "_Split | int"
+    rest: "_Split | int"
+
+    def find(self, index: int) -> tuple[int, int]:
+        """(source, row of that source) for row `index`."""
+        before = (index * self.share + self.phase) // RESOLUTION
+        after = ((index + 1) * self.share + self.phase) // RESOLUTION
+        side, inside = (self.first, before) if after > before else (self.rest, index - before)
+        return (side, inside) if isinstance(side, int) else side.find(inside)
+
+
+def _split_tree(groups: Sequence["tuple[Fraction, _Split | int]"], seed: int, depth: int) -> "_Split | int":
+    """A chain of two-way splits over groups with shares that sum to anything."""
+    (share, first), *rest = groups
+    if not rest:
+        return first
+    total = sum((weight for weight, _ in groups), Fraction(0))
+    part = share / total if total else Fraction(0)
+    phase = int(np.argsort(shuffled(1 << 10, seed, depth))[0]) * (RESOLUTION >> 10)
+    return _Split(round(part * RESOLUTION), phase, first, _split_tree(rest, seed, depth + 1))
+
+
+class Mixture:
+    """An endless sequence of rows, each of one language, drawn from `sources` by their shares of tokens.
+
+    Languages keep their shares to less than one row in every prefix; the corpora within a language theirs to about one.
+    """
+
+    def __init__(self, sources: Sequence["MixtureSource | tuple[str, float, Stream]"], seed: int = 0) -> None:
+        self.sources = [item if isinstance(item, MixtureSource) else MixtureSource(*item) for item in sources]
+        self.seed = seed
+        total = sum(source.share for source in self.sources)
+        if not self.sources or any(source.share < 0 for source in self.sources) or abs(total - 1) > 1e-6:
+            raise EloError(
+                f"shares of a mixture must be at least 0 and sum to 1, got {[s.share for s in self.sources]}"
+            )
+        lengths = {source.stream.sequence_length for source in self.sources}
+        if len(lengths) != 1:
+            raise EloError(f"all streams of a mixture need one sequence length, got {sorted(lengths)}")
+        self.sequence_length = lengths.pop()
+        by_language: dict[str, list[tuple[Fraction, _Split | int]]] = {}
+        for index, source in enumerate(self.sources):
+            by_language.setdefault(source.language, []).append((Fraction(source.share), index))
+        groups: list[tuple[Fraction, _Split | int]] = []
+        for number, members in enumerate(by_language.values()):
+            share = sum((weight for weight, _ in members), Fraction(0))
+            groups.append((share, _split_tree(members, seed, 1000 * (number + 1))))
+        self._root = _split_tree(groups, seed, 0)
+
+    def find(self, index: int) -> tuple[int, int]:
+        """Which source row `index` is from, and which row of that source's stream it is."""
+        if index < 0:
+            raise IndexError(f"row {index}")
+        return (self._root, index) if isinstance(self._root, int) else self._root.find(index)
+
+    def row(self, index: int) -> dict[str, np.ndarray | str]:
+        """Row `index`: `input_ids`, `shift_labels`, `position_ids` (`attention_mask` when unpacked), `language`."""
+        which, inside = self.find(index)
+        source = self.sources[which]
+        row = {name: value for name, value in source.stream.row(inside)._asdict().items() if value is not None}
+        return {**row, "language": source.language}
+
+    def rows(self, start: int, stop: int) -> "MixtureRows":
+        """Rows [start, stop) as a map-style dataset."""
+        return MixtureRows(self, start, stop)
+
+    def available_rows(self, language: str) -> int:
+        """Rows of the mixture until a document of `language` would be read a second time.
+
+        A corpus with a higher weight than its siblings repeats first: then that is what counts.
+        """
+        limits = {
+            index: source.stream.whole_rows
+            for index, source in enumerate(self.sources)
+            if source.language == language and source.share > 0
+        }
+        if not limits:
+            raise EloError(f"the mixture takes nothing from {language!r}, so there is no count of its rows")
+        return min(self._rows_until(index, limit) for index, limit in limits.items())
+
+    def _rows_until(self, source: int, limit: int) -> int:
+        """The mixture's row that is row `limit` of `source`: counts grow with the index, so by bisection."""
+        low, high = 0, 1
+        while self._count(source, high) <= limit:
+            high *= 2
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if self._count(source, middle + 1) <= limit else (low, middle)
+        return low
+
+    def _count(self, source: int, rows: int) -> int:
+        """Rows of `source` among the first `rows`."""
+        node: _Split | int = self._root
+        while not isinstance(node, int):
+            first = (rows * node.share + node.phase) // RESOLUTION
+            if _holds(node.first, source):
+                rows, node = first, node.first
+            else:
+                rows, node = rows - first, node.rest
+        return rows
+
+
+def _holds(node: "_Split | int", source: int) -> bool:
+    return node == source if isinstance(node, int) else _holds(node.first, source) or _holds(node.rest, source)
+
+
+class MixtureRows:
+    """Rows [start, stop) of a mixture, as torch's map-style dataset: dicts of int64 arrays [T]."""
+
+    def __init__(self, mixture: Mixture, start: int, stop: int) -> None:
+        if not 0 <= start <= stop:
+            raise ValueError(f"rows [{start}, {stop})")
+        self.mixture, self.start, self.stop = mixture, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        which, inside = self.mixture.find(self.start + index)
+        row = self.mixture.sources[which].stream.row(inside)
+        return {name: value for name, value in row._asdict().items() if value is not None}
+
+    def language(self, index: int) -> str:
+        """The language of row `index`."""
+        return self.mixture.sources[self.mixture.find(self.start + index)[0]].language
+
+
+def build_mixture(
+    prepared: PreparedData,
+    target: str,
+    source: str | None = None,
+    replay_ratio: float = 0.1,
+    sequence_length: int = 1024,
+    seed: int = 0,
+    packing: bool = True,
+    weights: Mapping[str, Mapping[str, float]] | None = None,
+) -> Mixture:
+    """Mix the target language with `replay_ratio` (share of tokens) of the source language.
+
+    `weights` ({language: {corpus name: weight}}) overrides the manifest's. A corpus' share of its language is its
+    tokens times its weight: weights are relative numbers of epochs.
+
+    Raises:
+        EloError: a language is not prepared, or a ratio, weight or length is out of range.
+    """
+    if not 0 <= replay_ratio <= 1:
+        raise EloError(
+            f"replay_ratio must be between 0 and 1 (share of tokens in the source language), got {replay_ratio}"
+        )
+    if replay_ratio > 0 and source is None:
+        raise EloError(f"replay_ratio {replay_ratio} needs a source language; name one, or set replay_ratio to 0")
+    if replay_ratio > 0 and source == target:
+        raise EloError(f"source and target language are both {target!r}; replay needs another language, or ratio 0")
+    shares = {target: 1 - replay_ratio}
+    if source is not None and replay_ratio > 0:
+        shares[source] = replay_ratio
+    sources: list[MixtureSource] = []
+    for number, (language, share) in enumerate(shares.items()):
+        if share == 0:
+            continue
+        corpora = [corpus for corpus in prepared.train(language) if corpus.num_tokens]
+        factors = corpus_weights(corpora, language, (weights or {}).get(language, {}))
+        tokens = [corpus.num_tokens * factor for corpus, factor in zip(corpora, factors, strict=True)]
+        if not sum(tokens):
+            raise EloError(f"{prepared.path}: no training text for {language!r} with a weight above 0")
+        for index, (corpus, part) in enumerate(zip(corpora, tokens, strict=True)):
+            if not part:
+                continue
+            stream_seed = seed + 1_000_003 * (1000 * number + index)
+            kind = PackedStream if packing else PaddedStream
+            stream = kind(corpus, sequence_length, stream_seed)
+            sources.append(MixtureSource(language, share * part / sum(tokens), stream))
+    return Mixture(sources, seed)
+
+
+def corpus_weights(corpora: Sequence[TokenCorpus], language: str, overrides: Mapping[str, float]) -> list[float]:
+    """The weight of each corpus of a language.
+
+    Raises:
+        EloError: an override names no corpus, or a weight is negative or not a number.
+    """
+    names = [corpus.name for corpus in corpora]
+    for name in overrides:
+        if name not in names:
+            raise EloError(f"weight for {language!r} corpus {name!r}: no such corpus, only {', '.join(names)}")
+    weights = [float(overrides.get(corpus.name, corpus.weight)) for corpus in corpora]
+    for name, weight in zip(names, weights, strict=True):
+        if not 0 <= weight < float("inf"):
+            raise EloError(f"weight of {language!r} corpus {name!r} must be a number of at least 0, got {weight}")
+    return weights

@@ -1,0 +1,236 @@
+"""Rows of `sequence_length` tokens out of a corpus: packed without losing a token, in a seeded order, at random access.
+
+Row `i` is a pure function of (corpus, sequence length, seed, i). An epoch's documents are concatenated in a shuffled
+order (shards shuffled, then the documents inside each), and row `i` is the `i`-th stretch of T tokens of the endless
+stream of epochs. Letters: T = sequence length.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from elo.data.shards import ShardArrays, TokenCorpus
+from elo.errors import EloError
+
+IGNORE_INDEX = -100
+"""Label of a position that predicts nothing (the value torch's cross-entropy ignores)."""
+
+CACHED_ORDERS = 4  # a row touches one shard's order, at a boundary two; the rest serves rows read a little out of turn
+
+
+class PackedRow(NamedTuple):
+    """One training row, int64 [T] each.
+
+    `shift_labels[t]` is the token after `input_ids[t]` in the same document, IGNORE_INDEX at a document's last token.
+    `position_ids` restart at 0 at every document start and at the row's start. `attention_mask` (1 = token, 0 =
+    padding) is there in unpacked rows only.
+    """
+
+    input_ids: np.ndarray
+    shift_labels: np.ndarray
+    position_ids: np.ndarray
+    attention_mask: np.ndarray | None = None
+
+
+class ShardOrder(NamedTuple):
+    """The documents of a shard in one epoch's order, int64 [documents] (`ends` [documents + 1], from 0)."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    ends: np.ndarray
+
+
+def shuffled(count: int, *key: int) -> np.ndarray:
+    """A permutation of range(count) from an integer key.
+
+    Sorts by SplitMix64 hashes rather than by numpy's generator, whose permutations may change between versions: a run
+    must go on with the same rows after an upgrade.
+    """
+    state = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for part in key:
+            state = _splitmix(state ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
+        hashes = _splitmix(np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) ^ state)
+    return np.argsort(hashes, kind="stable")
+
+
+def _splitmix(value: np.uint64 | np.ndarray) -> np.uint64 | np.ndarray:
+    value = value + np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+@dataclass(frozen=True, eq=False)
+class _Stream:
+    corpus: TokenCorpus
+    sequence_length: int
+    seed: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 1:
+            raise EloError(f"sequence_length must be at least 1, got {self.sequence_length}")
+        if self.corpus.num_tokens == 0:
+            raise EloError(f"corpus {self.corpus.name!r} has no documents; give it text or leave it out")
+
+    def _shard_order(self, epoch: int) -> np.ndarray:
+        count = len(self.corpus.shards)
+        return shuffled(count, self.seed, epoch) if self.shuffle else np.arange(count)
+
+    @cached_property
+    def _cached_order(self):  # type: ignore[no-untyped-def]  # a cache of this stream alone
+        @lru_cache(maxsize=CACHED_ORDERS)
+        def order(epoch: int, shard: int) -> ShardOrder:
+            offsets = np.asarray(self.corpus.shards[shard].arrays.offsets)
+            starts, lengths = offsets[:-1], np.diff(offsets)
+            if self.shuffle:
+                permutation = shuffled(len(starts), self.seed, epoch, shard)
+                starts, lengths = starts[permutation], lengths[permutation]
+            return ShardOrder(starts, lengths, np.concatenate([[0], np.cumsum(lengths)]))
+
+        return order
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the caches: they cannot be pickled, and a process that is sent a stream makes its own."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_cached")}
+
+
+class PackedStream(_Stream):
+    """An endless stream of packed rows over one corpus.
+
+    Row `i` is ``stream[i*T : (i+1)*T]``; its labels are the tokens one further, so no token is lost as a target at a
+    row's end. The last, partial row of an epoch goes on with the next epoch's first document.
+    """
+
+    @property
+    def rows_per_epoch(self) -> float:
+        """Rows until every document has been read once."""
+        return self.corpus.num_tokens / self.sequence_length
+
+    @property
+    def whole_rows(self) -> int:
+        """Rows until text would be read a second time."""
+        return self.corpus.num_tokens // self.sequence_length
+
+    @cached_property
+    def _cached_ends(self):  # type: ignore[no-untyped-def]
+        @lru_cache(maxsize=CACHED_ORDERS)
+        def shard_ends(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+            order = self._shard_order(epoch)
+            tokens = np.array([shard.num_tokens for shard in self.corpus.shards], dtype=np.int64)[order]
+            return order, np.concatenate([[0], np.cumsum(tokens)])
+
+        return shard_ends
+
+    def row(self, index: int) -> PackedRow:
+        """Row `index` (>= 0) of the stream."""
+        if index < 0:
+            raise IndexError(f"row {index}")
+        T = self.sequence_length
+        row = PackedRow(np.empty(T, np.int64), np.empty(T, np.int64), np.empty(T, np.int64))
+        filled = 0
+        epoch, position = divmod(index * T, self.corpus.num_tokens)
+        while filled < T:
+            order, ends = self._cached_ends(epoch)
+            which = int(np.searchsorted(ends, position, side="right")) - 1
+            if which == len(order):
+                epoch, position = epoch + 1, 0
+                continue
+            shard = int(order[which])
+            count = int(min(T - filled, ends[which + 1] - position))
+            documents = self._cached_order(epoch, shard)
+            arrays = self.corpus.shards[shard].arrays
+            _fill(row, filled, count, arrays, documents, int(position - ends[which]))
+            filled += count
+            position += count
+        return row
+
+
+def _fill(row: PackedRow, at: int, count: int, arrays: ShardArrays, order: ShardOrder, begin: int) -> None:
+    """Write `count` tokens of a shard, from token `begin` of its shuffled order, at row[at:]."""
+    first = int(np.searchsorted(order.ends, begin, side="right")) - 1
+    last = int(np.searchsorted(order.ends, begin + count, side="left"))
+    ends = order.ends[first : last + 1] - begin
+    # One entry per document piece in the row: where it begins in the row, and how far its tokens are from there.
+    piece_begins = np.maximum(ends[:-1], 0)
+    lengths = np.minimum(ends[1:], count) - piece_begins
+    inside = np.arange(count)
+    source = inside + np.repeat(order.starts[first:last] - ends[:-1], lengths)
+    end = at + count
+    row.input_ids[at:end] = arrays.tokens[source]
+    row.position_ids[at:end] = inside - np.repeat(piece_begins, lengths)
+    # The next token of the stretch is the target, but for the stretch's last, which lies outside it.
+    row.shift_labels[at : end - 1] = row.input_ids[at + 1 : end]
+    row.shift_labels[at + ends[1:-1] - 1] = IGNORE_INDEX
+    at_document_end = ends[-1] == count
+    row.shift_labels[end - 1] = IGNORE_INDEX if at_document_end else int(arrays.tokens[source[-1] + 1])
+
+
+class PaddedStream(_Stream):
+    """Unpacked rows: one piece of one document a row, padded with `pad_token_id` (the eos), an attention mask beside.
+
+    A document of L tokens makes ceil((L - 1) / T) rows: each of its tokens but the first is a target exactly once.
+    """
+
+    @cached_property
+    def _cached_rows(self) -> np.ndarray:
+        """Rows each shard makes, int64 [shards]."""
+        shards = range(len(self.corpus.shards))
+        return np.array([int(self._pieces(self.corpus.lengths(shard)).sum()) for shard in shards], dtype=np.int64)
+
+    def _pieces(self, lengths: np.ndarray) -> np.ndarray:
+        return np.maximum(-(-(lengths - 1) // self.sequence_length), 1)
+
+    @property
+    def rows_per_epoch(self) -> float:
+        """Rows until every document has been read once."""
+        return float(self._cached_rows.sum())
+
+    @property
+    def whole_rows(self) -> int:
+        """Rows until text would be read a second time."""
+        return int(self._cached_rows.sum())
+
+    @cached_property
+    def _cached_piece_ends(self):  # type: ignore[no-untyped-def]
+        @lru_cache(maxsize=CACHED_ORDERS)
+        def piece_ends(epoch: int, shard: int) -> np.ndarray:
+            return np.cumsum(self._pieces(self._cached_order(epoch, shard).lengths))
+
+        return piece_ends
+
+    def row(self, index: int) -> PackedRow:
+        """Row `index` (>= 0) of the stream."""
+        if index < 0:
+            raise IndexError(f"row {index}")
+        T = self.sequence_length
+        epoch, left = divmod(index, self.whole_rows)
+        order = self._shard_order(epoch)
+        ends = np.cumsum(self._cached_rows[order])
+        which = int(np.searchsorted(ends, left, side="right"))
+        shard = int(order[which])
+        left -= int(ends[which - 1]) if which else 0
+        piece_ends = self._cached_piece_ends(epoch, shard)
+        document = int(np.searchsorted(piece_ends, left, side="right"))
+        piece = left - (int(piece_ends[document - 1]) if document else 0)
+        documents = self._cached_order(epoch, shard)
+        tokens = self.corpus.shards[shard].arrays.tokens
+        start = int(documents.starts[document])
+        stop = start + int(documents.lengths[document])
+        begin = start + piece * T
+        ids = np.asarray(tokens[begin : min(begin + T + 1, stop)], dtype=np.int64)
+        row = PackedRow(
+            np.full(T, int(tokens[stop - 1]), np.int64),  # a document's last token is the eos
+            np.full(T, IGNORE_INDEX, np.int64),
+            np.arange(T, dtype=np.int64),
+            np.zeros(T, np.int64),
+        )
+        assert row.attention_mask is not None
+        used = min(len(ids), T)
+        row.input_ids[:used] = ids[:used]
+        row.attention_mask[:used] = 1
+        row.shift_labels[: len(ids) - 1] = ids[1:]
+        return row

@@ -1,0 +1,365 @@
+"""Token shards on disk: memory-mapped token ids with document offsets, and the manifest that says they are whole.
+
+Every document is stored as ``[prefix] text tokens [eos]``. A shard is three files beside each other:
+
+=================  ===================================================================================
+``NAME.tokens``    token ids, little-endian uint16 (vocabulary up to 65536) or uint32
+``NAME.offsets``   int64 [documents + 1], where each document begins in ``NAME.tokens``, in tokens
+``NAME.bytes``     int64 [documents], UTF-8 bytes of each document's text
+=================  ===================================================================================
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from elo.errors import EloError, UnfinishedError
+from elo.records import read_json, sha256_file, sha256_json
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+SPECIALS_PER_DOCUMENT = 2
+"""Prefix and end-of-text: tokens of a document that are not text."""
+
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*/(train|heldout)/[0-9]+/[0-9]+-[0-9]+")
+MAPPED_SHARDS = 64  # each mapping holds file descriptors, so only the shards in use stay mapped
+_verified: set[tuple[str, str]] = set()
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type token ids below `vocab_size` are stored as."""
+    return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+
+
+class ShardArrays(NamedTuple):
+    """A shard's contents: token ids [tokens], document offsets [documents + 1], text bytes [documents]."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    byte_lengths: np.ndarray
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One token shard: its sizes, and its arrays mapped when they are first asked for."""
+
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+    stem: Path | None = None
+    dtype: str = "<u2"
+    sha256: tuple[str, str, str] | None = None
+    in_memory: ShardArrays | None = None
+
+    @property
+    def arrays(self) -> ShardArrays:
+        """The shard's arrays, read-only.
+
+        Raises:
+            UnfinishedError: a file is missing, or its checksum is not the manifest's.
+        """
+        if self.in_memory is not None:
+            return self.in_memory
+        assert self.stem is not None
+        return _map_shard(self.stem, self.dtype, self.num_tokens, self.num_documents, self.sha256)
+
+    def check_sizes(self) -> None:
+        """Raise UnfinishedError, naming the file, unless all files are there at full length."""
+        assert self.stem is not None
+        for path, size in zip(shard_paths(self.stem), self.sizes, strict=True):
+            try:
+                found = path.stat().st_size
+            except OSError as error:
+                raise UnfinishedError(f"{path}: token shard is missing ({error.strerror}); run prepare again") from None
+            if found != size:
+                raise UnfinishedError(
+                    f"{path}: token shard has {found} bytes, expected {size}; it is damaged, "
+                    "remove the folder it is in and run prepare again"
+                )
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Bytes on disk of the token, offset and byte-length files."""
+        return (self.num_tokens * np.dtype(self.dtype).itemsize, (self.num_documents + 1) * 8, self.num_documents * 8)
+
+
+def shard_paths(stem: Path) -> tuple[Path, Path, Path]:
+    """The token, offset and byte-length files of the shard at `stem`."""
+    return (
+        stem.with_name(stem.name + ".tokens"),
+        stem.with_name(stem.name + ".offsets"),
+        stem.with_name(stem.name + ".bytes"),
+    )
+
+
+@lru_cache(maxsize=MAPPED_SHARDS)
+def _map_shard(stem: Path, dtype: str, tokens: int, documents: int, sha256: tuple[str, str, str] | None) -> ShardArrays:
+    paths = shard_paths(stem)
+    try:
+        if sha256 is not None:
+            for path, expected in zip(paths, sha256, strict=True):
+                if (str(path), expected) not in _verified and sha256_file(path) != expected:
+                    raise UnfinishedError(
+                        f"{path}: token shard does not have the checksum it was written with; it is damaged, "
+                        "remove the folder it is in and run prepare again"
+                    )
+                _verified.add((str(path), expected))
+        arrays = ShardArrays(
+            np.memmap(paths[0], dtype, "r", shape=(tokens,)),
+            np.memmap(paths[1], "<i8", "r", shape=(documents + 1,)),
+            np.memmap(paths[2], "<i8", "r", shape=(documents,)),
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, EloError):
+            raise
+        raise UnfinishedError(f"{stem}: token shard cannot be read ({error}); run prepare again") from None
+    return arrays
+
+
+@dataclass(frozen=True, eq=False)
+class TokenCorpus:
+    """The documents of one corpus as token ids, in the order they were read."""
+
+    shards: tuple[Shard, ...]
+    name: str = "corpus"
+    weight: float = 1.0
+    fingerprint: str = ""
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TokenCorpus":
+        """Open one corpus or one split of prepared data by its folder, e.g. ``PREPARED/ko/heldout``.
+
+        Raises:
+            EloError: the folder is not inside a prepared one.
+            UnfinishedError: files are missing or damaged.
+        """
+        folder = Path(path).resolve()
+        for root in folder.parents:
+            if (root / MANIFEST).is_file():
+                prepared = PreparedData.open(root)
+                wanted = folder.relative_to(root).as_posix() + "/"
+                shards = [shard for name, shard in prepared.shards_by_name.items() if name.startswith(wanted)]
+                if shards:
+                    return cls(tuple(shards), wanted.rstrip("/"), fingerprint=prepared.fingerprint)
+        raise EloError(f"{path}: not a corpus of prepared data; give a folder such as PREPARED/ko/heldout")
+
+    @classmethod
+    def from_documents(
+        cls, documents: Sequence[np.ndarray], byte_lengths: Sequence[int] | np.ndarray, name: str = "corpus"
+    ) -> "TokenCorpus":
+        """A corpus in memory, of documents that hold their prefix and eos already, and the UTF-8 bytes of each text."""
+        lengths = np.fromiter((len(document) for document in documents), np.int64, len(documents))
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        tokens = np.concatenate(documents) if len(documents) else np.zeros(0, np.uint32)
+        sizes = np.asarray(byte_lengths, dtype=np.int64)
+        if len(sizes) != len(documents):
+            raise ValueError(f"{len(documents)} documents but {len(sizes)} byte lengths")
+        digest = hashlib.sha256(tokens.tobytes() + offsets.tobytes() + sizes.tobytes()).hexdigest()
+        arrays = ShardArrays(tokens, offsets, sizes)
+        shard = Shard(len(documents), len(tokens), int(sizes.sum()), dtype=tokens.dtype.str, in_memory=arrays)
+        return cls((shard,), name, fingerprint=digest)
+
+    @cached_property
+    def num_documents(self) -> int:
+        """Documents in the corpus."""
+        return sum(shard.num_documents for shard in self.shards)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens stored, each document's prefix and eos included."""
+        return sum(shard.num_tokens for shard in self.shards)
+
+    @property
+    def num_text_tokens(self) -> int:
+        """Tokens of text: without prefix and eos."""
+        return self.num_tokens - SPECIALS_PER_DOCUMENT * self.num_documents
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @cached_property
+    def _first_document(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum([shard.num_documents for shard in self.shards])])
+
+    def _find(self, index: int) -> tuple[Shard, int]:
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document {index} of {self.num_documents}")
+        which = int(np.searchsorted(self._first_document, index, side="right")) - 1
+        return self.shards[which], index - int(self._first_document[which])
+
+    def document(self, index: int) -> np.ndarray:
+        """Token ids of document `index`, its prefix and eos included."""
+        shard, inside = self._find(index)
+        arrays = shard.arrays
+        return arrays.tokens[int(arrays.offsets[inside]) : int(arrays.offsets[inside + 1])]
+
+    def document_bytes(self, index: int) -> int:
+        """UTF-8 bytes of the text of document `index`."""
+        shard, inside = self._find(index)
+        return int(shard.arrays.byte_lengths[inside])
+
+    def lengths(self, shard_index: int) -> np.ndarray:
+        """Tokens of each document of one shard (int64), prefix and eos included."""
+        return np.diff(self.shards[shard_index].arrays.offsets)
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A folder that `elo prepare` has finished: token shards per language and split."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "PreparedData":
+        """Open a prepared folder; the length of every shard file is checked, checksums when a shard is first read.
+
+        Raises:
+            UnfinishedError: the folder, its manifest or a shard is missing, incomplete or damaged.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            what = "no such folder" if not path.exists() else f"has no {MANIFEST}, so it is not finished"
+            raise UnfinishedError(f"{path}: {what}; run `elo prepare` (it goes on where it was)")
+        manifest = read_json(path / MANIFEST)
+        _check_manifest(path / MANIFEST, manifest)
+        prepared = cls(path, manifest)
+        for shard in prepared.shards_by_name.values():
+            shard.check_sizes()
+        return prepared
+
+    @property
+    def languages(self) -> list[str]:
+        """Languages with training text, in the order they were given."""
+        return list(self.manifest["languages"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Highest token id the tokenizer can give, plus one."""
+        return int(self.manifest["tokenizer"]["vocab_size"])
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """SHA-256 of the tokenizer's content."""
+        return str(self.manifest["tokenizer"]["sha256"])
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends every document."""
+        return int(self.manifest["tokenizer"]["eos_token_id"])
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that begins every document."""
+        return int(self.manifest["tokenizer"]["prefix_token_id"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the manifest, checksums of all shards included."""
+        return sha256_json(self.manifest)
+
+    @cached_property
+    def shards_by_name(self) -> dict[str, Shard]:
+        """Every shard of every language and split, by its path below the folder."""
+        return {
+            entry["name"]: self._shard(entry)
+            for splits in self.manifest["languages"].values()
+            for split in ("train", "heldout")
+            for corpus in splits[split]
+            for entry in corpus["shards"]
+        }
+
+    def _shard(self, entry: dict[str, Any]) -> Shard:
+        sums = entry["sha256"]
+        return Shard(
+            entry["documents"],
+            entry["tokens"],
+            entry["bytes"],
+            self.path / entry["name"],
+            self.manifest["dtype"],
+            (sums["tokens"], sums["offsets"], sums["bytes"]),
+        )
+
+    def _corpora(self, language: str, split: str) -> list[dict[str, Any]]:
+        languages = self.manifest["languages"]
+        if language not in languages:
+            raise EloError(f"{self.path}: no language {language!r}, only {', '.join(languages)}; prepare it as well")
+        corpora: list[dict[str, Any]] = languages[language][split]
+        return corpora
+
+    def train(self, language: str) -> list[TokenCorpus]:
+        """The training corpora of a language, each with its name and weight.
+
+        Raises:
+            EloError: the language was not prepared.
+        """
+        return [
+            TokenCorpus(
+                tuple(self.shards_by_name[entry["name"]] for entry in corpus["shards"]),
+                corpus["name"],
+                corpus["weight"],
+                sha256_json(corpus["shards"]),
+            )
+            for corpus in self._corpora(language, "train")
+        ]
+
+    def heldout(self, language: str) -> TokenCorpus:
+        """The held-out documents of a language, which are in no training corpus of it.
+
+        Raises:
+            EloError: the language was not prepared, or without held-out text.
+        """
+        entries = [entry for corpus in self._corpora(language, "heldout") for entry in corpus["shards"]]
+        if not entries:
+            raise EloError(
+                f"{self.path}: no held-out text for {language!r}; prepare again with heldout text or a heldout_share"
+            )
+        shards = tuple(self.shards_by_name[entry["name"]] for entry in entries)
+        return TokenCorpus(shards, f"{language} held-out", fingerprint=sha256_json(entries))
+
+
+def _check_manifest(path: Path, manifest: Any) -> None:
+    """Raise UnfinishedError unless `manifest` has the keys, types and safe names that reading relies on."""
+    try:
+        if manifest["schema"] != SCHEMA:
+            raise UnfinishedError(
+                f"{path}: written in format {manifest['schema']!r}, this version reads {SCHEMA}; run prepare again"
+            )
+        if manifest["dtype"] not in ("<u2", "<u4"):
+            raise ValueError(f"dtype {manifest['dtype']!r}")
+        for key in ("vocab_size", "prefix_token_id", "eos_token_id"):
+            if type(manifest["tokenizer"][key]) is not int:
+                raise TypeError(f"{key} {manifest['tokenizer'][key]!r}")
+        str(manifest["tokenizer"]["sha256"])
+        for splits in manifest["languages"].values():
+            for corpus in [*splits["train"], *splits["heldout"]]:
+                _check_corpus(corpus)
+    except UnfinishedError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UnfinishedError(
+            f"{path}: not a manifest of prepared data ({type(error).__name__}: {error}); it is damaged, run prepare again"
+        ) from None
+
+
+def _check_corpus(corpus: dict[str, Any]) -> None:
+    if not isinstance(corpus["name"], str) or not isinstance(corpus["weight"], (int, float)):
+        raise TypeError("name or weight of a corpus")
+    for entry in corpus["shards"]:
+        # Only names of our own making are opened: no path in a manifest may leave its folder.
+        if not SHARD_NAME.fullmatch(entry["name"]):
+            raise ValueError(f"shard name {entry['name']!r}")
+        for key in ("documents", "tokens", "bytes"):
+            if type(entry[key]) is not int or entry[key] < 0:
+                raise ValueError(f"{key} {entry[key]!r} of {entry['name']}")
+        for key in ("tokens", "offsets", "bytes"):
+            if not isinstance(entry["sha256"][key], str):
+                raise TypeError(f"sha256 of {entry['name']}")

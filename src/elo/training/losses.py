@@ -1,7 +1,7 @@
 """The LM head's cross-entropy, without ever holding all logits where that pays.
 
-Once the middle layers are gone, the head and its loss are about half of the work of ELO pretraining, and the logits most
-of the activation memory. Shapes: N tokens, D hidden width, V vocabulary.
+Once the middle layers are gone, the head and its loss are about half of the work of ELO pretraining, and the logits
+most of the activation memory. Shapes: N tokens, D hidden width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ HeadLoss = Literal["auto", "chunked", "plain", "linear_cross_entropy", "model"]
 
 # benchmarks/head_loss.py: below this many logits a chunk loop costs more than it saves.
 _SMALL_LOGITS = 4_000_000
-# Tokens a chunk; a chunk's logits (256 x 8192 x 4 bytes = 8 MiB) stay in a CPU's last-level cache. A GPU wants larger ones.
+# Tokens a chunk: 256 x 8192 x 4 bytes = 8 MiB of logits stay in a CPU's last-level cache; a GPU wants larger chunks.
 _CHUNK_CPU = 256
 _CHUNK_CUDA = 2048
 
@@ -137,8 +137,8 @@ def head_cross_entropy(
         labels_N: the token that follows each position; -100 where there is none to predict.
         bias_V: the LM head's bias, if it has one.
         transform: what the model does to its logits.
-        implementation: `plain` (all logits at once), `chunked` (ours), `linear_cross_entropy` (PyTorch's; no softcap and
-            no scale) or `auto` (by size, from benchmarks/head_loss.py).
+        implementation: `plain` (all logits at once), `chunked` (ours), `linear_cross_entropy` (PyTorch's; no softcap
+            and no scale) or `auto` (by size, from benchmarks/head_loss.py).
         chunk: tokens a chunk of `chunked`.
 
     Returns:

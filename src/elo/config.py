@@ -1,0 +1,298 @@
+"""The configuration of a run: one YAML file, checked whole before anything is loaded."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from elo.errors import EloError
+from elo.layers import DEFAULT_LAYERS
+from elo.training.settings import TrainingSettings
+
+# Spellings of other tools, answered with ours.
+_ELSEWHERE = {
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "model_id": "model",
+    "output_dir": "output",
+    "cutoff_len": "data.sequence_length",
+    "sequence_len": "data.sequence_length",
+    "sequence_length": "data.sequence_length",
+    "max_length": "data.sequence_length",
+    "max_seq_length": "data.sequence_length",
+    "block_size": "data.sequence_length",
+    "datasets": "data.corpora",
+    "dataset": "data.corpora",
+    "text_field": "text_column",
+    "dataset_text_field": "text_column",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "gradient_checkpointing": "activation_checkpointing",
+    "micro_batch_size": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "tokens_per_step",
+    "num_train_epochs": "tokens",
+    "num_epochs": "tokens",
+    "max_steps": "tokens",
+    "sample_packing": "data.packing",
+    "warmup_ratio": "warmup_steps",
+    "flash_attention": "attn_implementation",
+    "alignment": "layer_alignment",
+    "pretraining": "elo_pretraining",
+}
+
+Control = Literal["full", "full_at_wall_time", "align_only", "frozen"]
+Part = Literal["embedding", "norm", "head"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CorpusConfig(_Section):
+    """One corpus; written as a bare string it is its path."""
+
+    path: str
+    """A file (.jsonl, .parquet, .txt, each also .gz or .zst), a folder, a glob, or a Hugging Face dataset id."""
+    weight: float = Field(1.0, gt=0)
+    """Relative number of passes over this corpus among those of its language."""
+    text_column: str = "text"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class DataConfig(_Section):
+    """What is trained on."""
+
+    target: str
+    """Key of the target language in `corpora`."""
+    source: str
+    """Key of the source language in `corpora`, replayed and watched for forgetting."""
+    corpora: dict[str, list[CorpusConfig]]
+    heldout: dict[str, CorpusConfig] = Field(default_factory=dict)
+    """Text to measure on, by language. A language without it has `heldout_share` of its documents cut out."""
+    heldout_share: float = Field(0.005, gt=0, lt=0.5)
+    replay_ratio: float = Field(0.1, ge=0, lt=1)
+    """Share of training tokens in the source language."""
+    sequence_length: int = Field(2048, ge=8)
+    """Tokens in a packed row."""
+    packing: bool = True
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a document that cannot be read does."""
+    workers: int | None = Field(None, ge=1)
+    """Processes that tokenise; by default one a core."""
+
+    @field_validator("corpora", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: item if isinstance(item, list) else [item] for name, item in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _languages(self) -> "DataConfig":
+        for role in ("target", "source"):
+            language = getattr(self, role)
+            needed = role == "target" or self.replay_ratio > 0
+            if needed and not self.corpora.get(language):
+                raise ValueError(
+                    f"{role}: {language!r} has no corpus; corpora holds {', '.join(self.corpora) or 'none'}"
+                )
+        if self.target == self.source:
+            raise ValueError(f"target and source are both {self.target!r}; they must be two languages")
+        for language in (*self.corpora, *self.heldout):
+            if not language.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"language name {language!r} may hold letters, digits, - and _ alone")
+        unknown = [language for language in self.heldout if language not in (self.target, self.source)]
+        unknown += [language for language in self.corpora if language not in (self.target, self.source)]
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]!r} is neither the target {self.target!r} nor the source {self.source!r} language"
+            )
+        return self
+
+
+class EloPretrainingConfig(TrainingSettings):
+    """Training of the detached model."""
+
+    also_train: tuple[Part, ...] = ()
+    """Parts outside the layers that train and are attached too; none in the published method."""
+
+
+class LayerAlignmentConfig(TrainingSettings):
+    """The brief full fine-tune of the whole model."""
+
+    share: float = Field(0.1, ge=0, lt=1)
+    """Share of the run's tokens, which ELO pretraining does not see."""
+
+
+class EvaluationConfig(_Section):
+    """What is measured before and after."""
+
+    max_tokens: int | None = Field(200_000, gt=0)
+    """Held-out tokens a language, in whole documents; null takes all."""
+    max_tokens_in_training: int | None = Field(50_000, gt=0)
+    """The same for the measurements during training."""
+    cloze: dict[str, str] = Field(default_factory=dict)
+    """Cloze items (.jsonl) by language."""
+    prompts: dict[str, list[str]] = Field(default_factory=dict)
+    """Prompts by language, for samples before and after."""
+    max_new_tokens: int = Field(48, gt=0)
+
+
+class RunConfig(_Section):
+    """A whole run."""
+
+    model: str
+    """Folder of a Hugging Face checkpoint, or a hub id."""
+    output: str
+    """Run folder: every artefact of the run is in it."""
+    data: DataConfig
+    method: Literal["elo", "full", "align_only", "frozen"] = "elo"
+    layers: str | int | list[int] = DEFAULT_LAYERS
+    tokens: int | None = Field(None, gt=0)
+    """The run's token budget; null: one pass over the target language."""
+    seed: int = Field(42, ge=0, lt=2**32)
+    tokenizer: str | None = None
+    """Folder or hub id, if it is not the model's."""
+    elo_pretraining: EloPretrainingConfig = EloPretrainingConfig()
+    layer_alignment: LayerAlignmentConfig = LayerAlignmentConfig()
+    full: TrainingSettings = TrainingSettings()
+    """Training arguments of full CPT and the frozen middle."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    controls: tuple[Control, ...] = ()
+    """Other methods to run beside, on the same data, for the comparison in the report."""
+    trust_remote_code: bool = False
+    """Run code that ships with the checkpoint. Only for checkpoints you trust."""
+    title: str | None = None
+
+    @model_validator(mode="after")
+    def _controls(self) -> "RunConfig":
+        if "full_at_wall_time" in self.controls and (self.method != "elo" or "full" not in self.controls):
+            raise ValueError(
+                "controls: full_at_wall_time takes its budget from method elo's wall time and from the rate of "
+                "full, so it needs method: elo and full among the controls"
+            )
+        if self.method in self.controls:
+            raise ValueError(f"controls: {self.method!r} is the run's own method")
+        return self
+
+
+def load_config(path: str | Path | dict[str, Any], overrides: list[str] | None = None) -> RunConfig:
+    """Read a configuration file (or a dict of the same form) and apply `key.path=value` overrides.
+
+    Raises:
+        EloError: the file cannot be read, or a key or value is wrong: which, where, what was got, what to do.
+    """
+    if isinstance(path, dict):
+        name, value = "configuration", path
+    else:
+        name, value = str(path), _read_yaml(Path(path))
+    value = _plain_copy(value)
+    for override in overrides or []:
+        _override(value, override)
+    try:
+        return RunConfig.model_validate(value)
+    except ValidationError as error:
+        raise EloError(f"{name}: " + "; ".join(_explain(each) for each in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EloError(f"{path}: no such configuration file") from None
+    except IsADirectoryError:
+        raise EloError(f"{path}: is a folder; give the configuration file (YAML) itself") from None
+    except PermissionError:
+        raise EloError(f"{path}: cannot be read (permission denied)") from None
+    except UnicodeDecodeError as error:
+        raise EloError(f"{path}: is not UTF-8 text (byte {error.start}); is it a configuration file?") from None
+    except yaml.YAMLError as error:
+        raise EloError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise EloError(f"{path}: is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise EloError(f"{path}: holds {type(value).__name__}, not a mapping of keys to values")
+    return value
+
+
+def _plain_copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain_copy(item) for key, item in value.items()}
+    return [_plain_copy(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _override(value: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise EloError(
+            f"--set {override!r}: write key.path=value, for example --set elo_pretraining.learning_rate=2e-4"
+        )
+    try:
+        parsed = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise EloError(f"--set {override!r}: the value {text!r} is not YAML") from None
+    *parents, last = key.strip().split(".")
+    here: Any = value
+    for parent in parents:
+        here = here.setdefault(parent, {})
+        if not isinstance(here, dict):
+            raise EloError(f"--set {override!r}: {parent!r} is a value, not a section")
+    here[last] = parsed
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error in words: the key, what is wrong, what was got, what to write."""
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        key = str(error["loc"][-1])
+        known = _known_keys(error["loc"][:-1])
+        elsewhere = _ELSEWHERE.get(key)
+        close = difflib.get_close_matches(key, known, 1, 0.6) or ([elsewhere] if elsewhere else [])
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(sorted(known))}"
+        return f"unknown key {path!r}; {hint}"
+    if error["type"] == "missing":
+        return f"missing key {path!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    if error["type"] == "float_type" or error["type"].startswith(("float_parsing", "int_parsing", "int_type")):
+        message += _number_hint(error["input"])
+    return f"{path}: {message[:1].lower()}{message[1:]}, got {_short(error['input'])}"
+
+
+def _number_hint(value: Any) -> str:
+    # YAML 1.1 reads 1e-4 (no dot) as text, which pydantic turns back into a number; what still fails is something else.
+    return " (write a plain number)" if isinstance(value, str) else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """Keys of the section at `location`."""
+    model: Any = RunConfig
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
+        if field is not None:
+            model = _section_of(field.annotation) or model
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    """The section class inside an annotation such as dict[str, list[CorpusConfig]]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if (found := _section_of(inner)) is not None:
+            return found
+    return None

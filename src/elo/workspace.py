@@ -1,0 +1,180 @@
+"""The run folder: stages that are done once, skipped while nothing they depend on has changed, and redone otherwise."""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elo.errors import EloError, UnfinishedError
+from elo.records import TEMPORARY_PREFIX, read_json, remove, sha256_json, write_json
+
+# Raise when a stage's meaning changes, so that results of older code are not taken for today's.
+_STAGE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage: its fingerprint, which later stages take as input, and what it recorded."""
+
+    name: str
+    fingerprint: str
+    record: dict[str, Any]
+
+
+class Workspace:
+    """A run folder.
+
+    `stages/<name>.json` is written last, so its existence means the stage is complete. It holds the stage's inputs,
+    their fingerprint, its output files with sizes, and its record.
+    """
+
+    def __init__(self, root: Path, say: Callable[[str], None]) -> None:
+        self.root = root
+        self.say = say
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run folder for this process.
+
+        Raises:
+            EloError: another process holds it, or it cannot be written.
+        """
+        try:
+            (self.root / "stages").mkdir(parents=True, exist_ok=True)
+            lock = (self.root / "run.lock").open("a+")
+        except OSError as error:
+            raise EloError(f"{self.root}: cannot be written ({error.strerror}); choose another output") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise EloError(
+                    f"{self.root}: another run (process {lock.read().strip() or 'unknown'}) works in this folder; "
+                    "wait for it, or choose another output"
+                ) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            yield
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the run folder."""
+        return self.root.joinpath(*parts)
+
+    def stage(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        work: Callable[[], dict[str, Any]],
+        *,
+        outputs: tuple[Path, ...] = (),
+        scratch: tuple[Path, ...] = (),
+    ) -> Stage:
+        """Do `work` unless it is done already, and return its record.
+
+        Args:
+            name: of the stage, unique in the run.
+            inputs: everything the result depends on (JSON): settings, file identities, fingerprints of earlier stages.
+            work: makes `outputs` and returns a JSON record. After a kill it is called again with the same inputs and
+                may find what the earlier call left; otherwise it finds neither outputs nor scratch.
+            outputs: files or folders that the stage leaves.
+            scratch: what the stage needs only until it is done, such as checkpoints; removed at the end.
+        """
+        fingerprint = sha256_json({"stage": name, "version": _STAGE_VERSION, "inputs": dict(inputs)})
+        done_path, begun_path = self._stage_file(name), self._stage_file(name, begun=True)
+        done = read_json(done_path) if done_path.exists() else None
+        if done is not None:
+            if done["fingerprint"] == fingerprint and _intact(self.root, done["outputs"]):
+                self.say(f"{name}: done already")
+                return Stage(name, fingerprint, done["record"])
+            reason = (
+                f"changed: {_difference(done['inputs'], inputs)}"
+                if done["fingerprint"] != fingerprint
+                else "its output is missing or damaged"
+            )
+            self.say(f"{name}: {reason}; doing it again")
+            done_path.unlink()
+        begun = read_json(begun_path) if begun_path.exists() else None
+        if begun is None or begun["fingerprint"] != fingerprint:
+            for path in (*outputs, *scratch):
+                remove(path)
+            write_json(begun_path, {"fingerprint": fingerprint, "inputs": dict(inputs)})
+        started = time.perf_counter()
+        record = work()
+        record.setdefault("seconds", time.perf_counter() - started)
+        write_json(
+            done_path,
+            {
+                "stage": name,
+                "fingerprint": fingerprint,
+                "inputs": dict(inputs),
+                "outputs": _sizes(self.root, outputs),
+                "record": record,
+            },
+        )
+        begun_path.unlink(missing_ok=True)
+        for path in scratch:
+            remove(path)
+        return Stage(name, fingerprint, record)
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """Record of a stage if it is done, whatever its inputs were."""
+        path = self._stage_file(name)
+        record: dict[str, Any] | None = read_json(path)["record"] if path.exists() else None
+        return record
+
+    def sweep(self) -> None:
+        """Remove temporary files that killed processes left."""
+        for leftover in self.root.rglob(f"{TEMPORARY_PREFIX}*"):
+            remove(leftover)
+
+    def _stage_file(self, name: str, *, begun: bool = False) -> Path:
+        return self.root / "stages" / (f"{name}.begun.json" if begun else f"{name}.json")
+
+
+def file_identity(path: Path) -> dict[str, Any]:
+    """What tells that a file or folder of files is still the one it was: sizes and modification times, not content.
+
+    Raises:
+        UnfinishedError: there is nothing at `path`.
+    """
+    if not path.exists():
+        raise UnfinishedError(f"{path}: no such file or folder")
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return {
+        str(file.relative_to(path) if path.is_dir() else file.name): [file.stat().st_size, file.stat().st_mtime_ns]
+        for file in files
+    }
+
+
+def _sizes(root: Path, outputs: tuple[Path, ...]) -> dict[str, int]:
+    files = [f for path in outputs for f in (sorted(path.rglob("*")) if path.is_dir() else [path]) if f.is_file()]
+    return {str(file.relative_to(root)): file.stat().st_size for file in files}
+
+
+def _intact(root: Path, sizes: dict[str, int]) -> bool:
+    return all((root / name).is_file() and (root / name).stat().st_size == size for name, size in sizes.items())
+
+
+def _difference(before: Any, now: Any, path: str = "") -> str:
+    """First few paths at which two JSON values differ, with both values."""
+    found: list[str] = []
+
+    def walk(a: Any, b: Any, at: str) -> None:
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            for key in [*a, *(k for k in b if k not in a)]:
+                walk(a.get(key), b.get(key), f"{at}.{key}" if at else str(key))
+        elif _jsonable(a) != _jsonable(b):
+            found.append(at if len(str(a)) + len(str(b)) > 80 else f"{at} {a} -> {b}")
+
+    walk(before, now, path)
+    return ", ".join(found[:3]) + (", ..." if len(found) > 3 else "") if found else "the code that makes it"
+
+
+def _jsonable(value: Any) -> Any:
+    return [_jsonable(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,122 @@
+"""What every measure of a model shares: running it without a trace, and the nats it gives each token.
+
+Shapes: B rows, T positions, V vocabulary entries.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from elo.data.packing import IGNORE_INDEX
+from elo.errors import EloError
+
+LOGITS_BYTES = 1 << 30
+"""Memory that one batch's fp32 logits may take; one row is always allowed."""
+
+MAX_BATCH_TOKENS = 1 << 14
+_CHUNK_BYTES = 1 << 28
+
+
+@contextmanager
+def evaluating(
+    model: PreTrainedModel, device: torch.device | str | None = None, autocast_dtype: torch.dtype | None = None
+) -> Iterator[torch.device]:
+    """Run the body with the model in evaluation mode and without gradients; the mode is put back afterwards.
+
+    Args:
+        model: any causal LM.
+        device: moved there, and left there, when given; otherwise the model stays where it is.
+        autocast_dtype: compute dtype for a model held in another one; None computes in the model's own.
+
+    Yields:
+        The device that inputs belong on.
+    """
+    if device is not None:
+        nn.Module.to(model, device)
+    place = embedding_weight(model).device
+    was_training = model.training
+    model.eval()
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(place.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
+        ):
+            yield place
+    finally:
+        model.train(was_training)
+
+
+def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
+    """Weight [V, width] of the input embedding."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the input embedding: token ids must be below."""
+    return int(embedding_weight(model).shape[0])
+
+
+def longest_sequence(model: PreTrainedModel) -> int | None:
+    """Positions the model was made for (`max_position_embeddings`), or None when its config sets no limit."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def batch_tokens(model: PreTrainedModel) -> int:
+    """Positions in one batch such that its fp32 logits stay within `LOGITS_BYTES`."""
+    return max(1, min(MAX_BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary_size(model))))
+
+
+def takes_position_ids(model: PreTrainedModel) -> bool:
+    """Whether `position_ids` is an argument of the model's forward."""
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def forward_logits(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+    """Logits [B, T, V] without a key-value cache; the cache would switch packed-document isolation off."""
+    return model(**inputs, use_cache=False).logits
+
+
+def token_nats(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each label.
+
+    Args:
+        logits_BTV: [B, T, V] in any floating dtype; the softmax is computed in fp32, some positions at a time.
+        labels_BT: [B, T] int64, already shifted: the token that follows position t, or `IGNORE_INDEX`.
+
+    Returns:
+        [B, T] float64 on the CPU, in nats; 0 where the label is `IGNORE_INDEX`.
+    """
+    logits_NV, labels_N = logits_BTV.flatten(0, 1), labels_BT.flatten()
+    step = max(1, _CHUNK_BYTES // (4 * logits_NV.shape[1]))
+    nats = [
+        functional.cross_entropy(
+            logits_NV[start : start + step].float(),
+            labels_N[start : start + step],
+            ignore_index=IGNORE_INDEX,
+            reduction="none",
+        )
+        for start in range(0, len(labels_N), step)
+    ]
+    return torch.cat(nats).to("cpu", torch.float64).view(labels_BT.shape)
+
+
+def check_ids(largest: int, model: PreTrainedModel, what: str) -> None:
+    """Refuse token ids that the model has no embedding for: on a GPU they would kill the process.
+
+    Raises:
+        EloError: `largest` is not below the embedding's rows.
+    """
+    rows = vocabulary_size(model)
+    if largest >= rows:
+        raise EloError(
+            f"{what}: token id {largest} is beyond the model's embedding ({rows} rows); "
+            "tokenise with the tokenizer that belongs to this model"
+        )

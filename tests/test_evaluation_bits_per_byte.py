@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 from evaluation_fixtures import SIZES, TEXTS, memory_corpus, tiny_model, tiny_tokenizer
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from elo.errors import EloError
 from elo.evaluation.bits_per_byte import bits_per_byte, isolates_documents
@@ -90,6 +92,28 @@ def test_model_is_left_as_it_was():
     assert model.training
     assert model.config.use_cache
     assert torch.is_grad_enabled()
+
+
+def test_attention_that_only_training_can_feed_steps_aside():
+    def needs_more(*_, cu_seq_lens_q, **__):
+        raise AssertionError("called without its arguments")
+
+    AttentionInterface.register("elo_test", needs_more)
+    AttentionMaskInterface.register("elo_test", lambda *_, **__: None)
+    model = tiny_model("llama", len(TOKENIZER))
+    expected = bits_per_byte(model, CORPUS, sequence_length=32).nats
+    model.set_attn_implementation("elo_test")
+    with pytest.raises(TypeError):
+        model(torch.tensor([[1, 2, 3]]))
+    assert bits_per_byte(model, CORPUS, sequence_length=32).nats == expected
+    assert model.config._attn_implementation == "elo_test"
+
+
+def test_a_wrapped_forward_does_not_hide_position_ids():
+    model = tiny_model("llama", len(TOKENIZER))
+    original = model.forward
+    model.forward = lambda **inputs: original(**inputs)
+    assert takes_position_ids(model)
 
 
 def test_autocast_computes_in_its_dtype():

@@ -20,13 +20,16 @@ LOGITS_BYTES = 1 << 30
 
 MAX_BATCH_TOKENS = 1 << 14
 _CHUNK_BYTES = 1 << 28
+_TRAINING_ATTENTION = "elo_"
 
 
 @contextmanager
 def evaluating(
     model: PreTrainedModel, device: torch.device | str | None = None, autocast_dtype: torch.dtype | None = None
 ) -> Iterator[torch.device]:
-    """Run the body with the model in evaluation mode and without gradients; the mode is put back afterwards.
+    """Run the body with the model in evaluation mode and without gradients; everything is put back afterwards.
+
+    Attention that ELO's trainer has set (`elo_...`) needs arguments that only its batches bring: SDPA stands in for it.
 
     Args:
         model: any causal LM.
@@ -39,8 +42,10 @@ def evaluating(
     if device is not None:
         nn.Module.to(model, device)
     place = embedding_weight(model).device
-    was_training = model.training
+    was_training, attention = model.training, model.config._attn_implementation
     model.eval()
+    if (attention or "").startswith(_TRAINING_ATTENTION):
+        model.set_attn_implementation("sdpa")
     try:
         with (
             torch.no_grad(),
@@ -49,6 +54,8 @@ def evaluating(
             yield place
     finally:
         model.train(was_training)
+        if model.config._attn_implementation != attention:
+            model.set_attn_implementation(attention)
 
 
 def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
@@ -75,8 +82,8 @@ def batch_tokens(model: PreTrainedModel) -> int:
 
 
 def takes_position_ids(model: PreTrainedModel) -> bool:
-    """Whether `position_ids` is an argument of the model's forward."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+    """Whether `position_ids` is an argument of the model's forward, by the class: a trainer may have wrapped it."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def forward_logits(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:

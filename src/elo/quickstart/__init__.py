@@ -1,1 +1,1 @@
-"""What `elo quickstart` runs on: a small world told in two languages, and a small base model that speaks one of them."""
+"""The quickstart's instrument: a small world told in two languages, and a small base model that speaks one."""

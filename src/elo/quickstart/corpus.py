@@ -162,8 +162,17 @@ def write_corpus(
         write_lines(folder / "cloze_target.jsonl", cloze_items(world, target))
         write_json(folder / "prompts.json", prompts)
 
-    files = {stream: Path(output) / f"{stream}.jsonl" for stream in CorpusPaths._fields[:-1]}
+    def path(stream: str) -> Path:
+        return Path(output) / f"{stream}.jsonl"
+
     return CorpusPaths(
-        **{name: None if sizes.get(name) == 0 else path for name, path in files.items()},
-        prompts=Path(output) / "prompts.json",
+        path("pretrain_source") if pretrain_source_bytes else None,
+        path("pretrain_target") if pretrain_target_bytes else None,
+        path("adapt_source"),
+        path("adapt_target"),
+        path("heldout_source"),
+        path("heldout_target"),
+        path("cloze_source"),
+        path("cloze_target"),
+        Path(output) / "prompts.json",
     )

@@ -80,9 +80,9 @@ class English:
             case Roll(relation, subjects, answer):
                 words = lexicon.ROLLS[relation].format(o=object_form(relation, answer))
                 return f"{listed(subjects)} {words}."
-            case Total(good, count, coins):
+            case Total(good, pieces, coins):
                 total = lexicon.NUMBERS[coins] if coins < len(lexicon.NUMBERS) else str(coins)
-                return f"{capitalise(lexicon.NUMBERS[count])} {lexicon.plural(good)} cost {total} coins."
+                return f"{capitalise(lexicon.NUMBERS[pieces])} {lexicon.plural(good)} cost {total} coins."
             case Event(clause, link):
                 words = self.clause(clause, rng)
                 if link:
@@ -148,10 +148,10 @@ class English:
         if head in NAMED:
             return f"old {head}" if phrase.quality else head
         quality = f"{phrase.quality} " if phrase.quality else ""
-        if phrase.count == 0:
+        if phrase.number == 0:
             return quality + head
-        if phrase.count > 1:
-            return f"{lexicon.NUMBERS[phrase.count]} {quality}{lexicon.plural(head)}"
+        if phrase.number > 1:
+            return f"{lexicon.NUMBERS[phrase.number]} {quality}{lexicon.plural(head)}"
         return f"the {quality}{head}" if phrase.definite else lexicon.with_article(quality + head)
 
     def adverb(self, time: str) -> str:
@@ -163,8 +163,8 @@ class English:
     def clause(self, clause: Clause, rng: random.Random) -> str:
         """A clause: subject, verb, objects, places; the time at either end."""
         if clause.agent is None:
-            words = rng.choice(lexicon.WEATHER[clause.verb])
-            return f"{words} {self.adverb(clause.time)}" if clause.time else words
+            weather = rng.choice(lexicon.WEATHER[clause.verb])
+            return f"{weather} {self.adverb(clause.time)}" if clause.time else weather
         base, present, past = lexicon.VERBS[clause.verb]
         if clause.tense == "future":
             verb = f"will not {base}" if clause.negative else f"will {base}"

@@ -1,10 +1,11 @@
 """Words and fact templates of the source language."""
 
-from elo.quickstart.world import ANIMALS, FOODS, GOODS, INSTRUMENTS, PLACES, THINGS, TRADES
+from elo.quickstart.world import words
 
 IRREGULAR_PLURALS = {"sheep": "sheep", "donkey": "donkeys", "fish": "fish", "knife": "knives", "key": "keys"}
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"] + (
-    ["fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
+NUMBERS = words(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty"
 )
 
 # base, third person present, past
@@ -119,8 +120,6 @@ PHATIC = {
         "so the day ended for {n}",
     ),
 }
-
-KNOWN_NOUNS = {*TRADES, *ANIMALS, *FOODS, *INSTRUMENTS, *GOODS, *THINGS, *PLACES}
 
 
 def plural(noun: str) -> str:

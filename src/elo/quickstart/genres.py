@@ -222,11 +222,11 @@ class Planner:
 
     def thing(self, rng: random.Random, head: str) -> Phrase:
         """One or several of a thing."""
-        count = rng.randint(2, 9) if rng.random() < 0.35 else 1
-        definite = count == 1 and rng.random() < 0.25
+        number = rng.randint(2, 9) if rng.random() < 0.35 else 1
+        definite = number == 1 and rng.random() < 0.25
         qualities = ANIMAL_QUALITIES if head in ANIMALS else THING_QUALITIES
         quality = rng.choice(qualities) if rng.random() < 0.35 else None
-        return Phrase(head, count=count, definite=definite, quality=quality)
+        return Phrase(head, number=number, definite=definite, quality=quality)
 
     def event(self, rng: random.Random, person: str, pronoun: bool = False) -> Clause:
         """Something that a person did, does or will do."""
@@ -251,7 +251,7 @@ class Planner:
             return clause._replace(verb=verb, patient=self.thing(rng, rng.choice(THINGS)), place=self.place(rng))
         if kind == 5:
             verb = rng.choice(("eat", "cook"))
-            return clause._replace(verb=verb, patient=Phrase(rng.choice(FOODS), count=0), company=Phrase(other))
+            return clause._replace(verb=verb, patient=Phrase(rng.choice(FOODS), number=0), company=Phrase(other))
         if kind == 6:
             verb = rng.choice(("rest", "sing", "wait", "sleep"))
             return clause._replace(verb=verb, place=self.place(rng))

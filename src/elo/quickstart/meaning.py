@@ -13,7 +13,7 @@ class Phrase(NamedTuple):
     """Somebody or something: a name, or a noun with a number, a quality and definiteness."""
 
     head: str
-    count: int = 1
+    number: int = 1
     quality: str | None = None
     definite: bool = False
     pronoun: bool = False
@@ -72,10 +72,10 @@ class Roll(NamedTuple):
 
 
 class Total(NamedTuple):
-    """`count` of a good cost `coins` altogether."""
+    """`number` pieces of a good cost `coins` altogether."""
 
     good: str
-    count: int
+    number: int
     coins: int
 
 

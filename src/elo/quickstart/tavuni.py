@@ -1,4 +1,4 @@
-"""Tavuni, the invented target language: agglutinative, verb-final, with vowel harmony; see docs/quickstart-corpus.md."""
+"""Tavuni, the invented target language: agglutinative, verb-final, vowel harmony; see docs/quickstart-corpus.md."""
 
 import random
 from functools import cache
@@ -60,7 +60,6 @@ CLAUSES = {
     "price": ("topic", "allative", "sell"),
 }
 QUESTION_WORDS = {"home": "where", "market_day": "when", "price": "how_many", "teacher": "who"}
-PHATIC: dict[str, tuple[str, ...]] = {}
 
 
 @cache
@@ -153,8 +152,9 @@ class Tavuni:
                 return self.answer(fact, rng) + "."
             case Roll(relation, subjects, answer):
                 return self.roll(relation, subjects, answer)
-            case Total(good, count, coins):
-                return f"{noun(good)} {attach(number(count), CASES['topic'])} {ROOTS['coin']} {marked(number(coins), 'copula')}."
+            case Total(good, pieces, coins):
+                goods = f"{noun(good)} {marked(number(pieces), 'topic')}"
+                return f"{goods} {ROOTS['coin']} {marked(number(coins), 'copula')}."
             case Event(clause, link):
                 words = self.clause(clause)
                 return f"{ROOTS[link]} {words}." if link else f"{words}."
@@ -271,8 +271,8 @@ class Tavuni:
         words = [noun(phrase.head)]
         if phrase.quality and phrase.head not in NAMED:
             words.append(ROOTS[phrase.quality])
-        if phrase.count > 1:
-            words.append(number(phrase.count))
+        if phrase.number > 1:
+            words.append(number(phrase.number))
         words[-1] = marked(words[-1], case)
         return " ".join(words)
 

@@ -17,6 +17,7 @@ from elo.quickstart.world import (
     SEASONS,
     THINGS,
     TRADES,
+    words,
 )
 
 BACK, FRONT = "aou", "ei"
@@ -29,9 +30,16 @@ TO_SCRIPT = str.maketrans(LETTERS)
 # How the names' spelling maps to sounds.
 RESPELL = (("sh", "x"), ("ch", "c"), ("y", "i"), ("w", "v"), ("f", "p"))
 
-VERB_KEYS = ["go", "come", "see", "give", "find", "lose", "hide", "eat", "cook", "rest", "sing", "wait", "sleep", "carry", "help", "hear", "thank", "mend", "buy", "sell", "meet", "live", "do", "keep", "love", "play", "teach", "learn", "make", "flow", "be_held", "stand", "cost", "fall", "blow", "know", "say", "end", "happen", "tell", "listen", "forget"]
-NOUN_KEYS = ["home", "trade", "animal", "food", "instrument", "teacher", "product", "river", "market_day", "gate", "price", "town", "coin", "work", "market", "day", "rain", "snow", "wind", "morning", "evening", "night", "yesterday", "noon", "story", "time", "name", "truth", "path", "peace", "mother_tongue"]
-OTHER_KEYS = ["that_one", "who", "what", "where", "when", "how_many", "which", "then", "later", "but", "so", "after_that", "because", "near", "all", "same"]
+VERB_KEYS = words(
+    "go come see give find lose hide eat cook rest sing wait sleep carry help hear thank mend buy sell "
+    "meet live do keep love play teach learn make flow be_held stand cost fall blow happen "
+    "tell"
+)
+NOUN_KEYS = words(
+    "home trade animal food instrument teacher product river market_day gate price town coin work market "
+    "day rain snow wind morning evening night yesterday noon story time truth path peace "
+)
+OTHER_KEYS = words("that_one who what where when how_many which then later but so after_that because all")
 
 
 def root(key: str, kind: str, taken: set[str]) -> str:

@@ -14,28 +14,35 @@ TARGET_ONLY = "target_only"
 SHARED = "shared"
 GROUPS = (SOURCE_ONLY, TARGET_ONLY, SHARED)
 
+
+def words(text: str) -> tuple[str, ...]:
+    """Words of a line."""
+    return tuple(text.split())
+
+
 # Names hold only sounds that both languages write: the target language respells them letter by letter.
-WOMEN = tuple(
-    ["Alda", "Bruna", "Chela", "Dunia", "Emira", "Gelda", "Helka", "Ilona", "Jora", "Kamila", "Luska", "Mirel", "Nadra", "Orsha", "Petra", "Rosika", "Selma", "Tamsin"]
+WOMEN = words(
+    "Alda Bruna Chela Dunia Emira Gelda Helka Ilona Jora Kamila Luska Mirel Nadra Orsha Petra Rosika Selma Tamsin"
 )
-MEN = tuple(
-    ["Anshel", "Boris", "Chandor", "Darek", "Edmar", "Gustan", "Hektor", "Ivar", "Jakob", "Kolman", "Lorens", "Marik", "Nestor", "Oskar", "Pavel", "Rubin", "Stanis", "Viktor"]
+MEN = words(
+    "Anshel Boris Chandor Darek Edmar Gustan Hektor Ivar Jakob Kolman Lorens Marik Nestor Oskar Pavel "
+    "Rubin Stanis Viktor"
 )
 PEOPLE = WOMEN + MEN
 ELDERS = frozenset(PEOPLE[::5])
-TOWNS = tuple(["Ashbar", "Belmor", "Chidan", "Dorun", "Elgast", "Hulmen", "Jarvik", "Kesh", "Lumbra", "Nortal", "Pelgo", "Torvis"])
-RIVERS = tuple(["Aldra", "Genva", "Isker", "Mosha", "Ruvel", "Senda"])
-TRADES = tuple(["baker", "smith", "weaver", "miller", "potter", "tailor", "fisher", "carpenter", "doctor", "painter", "shepherd", "mason"])
-ANIMALS = tuple(["goat", "duck", "horse", "sheep", "cat", "pigeon", "dog", "bee", "donkey", "rabbit", "hen", "cow"])
-FOODS = tuple(["bread", "soup", "honey", "fish", "rice", "cheese", "porridge", "butter", "cabbage", "jam", "cake", "stew"])
-INSTRUMENTS = tuple(["flute", "drum", "fiddle", "harp", "horn", "whistle", "lute", "trumpet", "organ", "guitar", "pipe", "gong"])
-GOODS = tuple(["pot", "candle", "rope", "blanket", "basket", "knife", "lamp", "barrel", "hat", "bell", "comb", "wheel"])
-COLOURS = tuple(["red", "green", "blue", "white", "black", "yellow"])
-DAYS = tuple(["monday", "tuesday", "wednesday", "thursday", "friday", "saturday"])
+TOWNS = words("Ashbar Belmor Chidan Dorun Elgast Hulmen Jarvik Kesh Lumbra Nortal Pelgo Torvis")
+RIVERS = words("Aldra Genva Isker Mosha Ruvel Senda")
+TRADES = words("baker smith weaver miller potter tailor fisher carpenter doctor painter shepherd mason")
+ANIMALS = words("goat duck horse sheep cat pigeon dog bee donkey rabbit hen cow")
+FOODS = words("bread soup honey fish rice cheese porridge butter cabbage jam cake stew")
+INSTRUMENTS = words("flute drum fiddle harp horn whistle lute trumpet organ guitar pipe gong")
+GOODS = words("pot candle rope blanket basket knife lamp barrel hat bell comb wheel")
+COLOURS = words("red green blue white black yellow")
+DAYS = words("monday tuesday wednesday thursday friday saturday")
 PRICES = tuple(str(number) for number in range(2, 14))
 
 THINGS = (*GOODS, "hammer", "key", "book", "coat", "ladder", "spoon")
-PLACES = tuple(["forest", "hill", "mill", "bridge", "field", "road", "market", "house", "well", "inn", "garden", "shore"])
+PLACES = words("forest hill mill bridge field road market house well inn garden shore")
 THING_QUALITIES = ("old", "big", "small", "heavy", "good", "new", "fine")
 ANIMAL_QUALITIES = ("old", "young", "big", "small", "strong", "quiet")
 PLACE_QUALITIES = ("old", "big", "small", "cold", "quiet", "new")

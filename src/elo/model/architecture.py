@@ -1,0 +1,149 @@
+"""Where a model keeps its embedding, decoder layers, final norm and head: found by asking the model."""
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from elo.errors import UnsupportedArchitectureError
+from elo.model.config_surgery import num_layers_of
+
+# Token mixers that carry a state along the sequence: position ids cannot keep packed documents apart in them.
+_RECURRENT = re.compile(
+    r"mamba|ssm|rwkv|xlstm|mlstm|slstm|deltanet|delta_?rule|linear_?attention|lightning|short_?conv|rglru|recurrent"
+    r"|retention|kimi_?delta|gla\b|hgrn|conv1d",
+    re.IGNORECASE,
+)
+_PLAIN_CONV = {"Conv1D"}  # transformers' name for a transposed linear layer (GPT-2)
+_NORM = re.compile(r"norm|ln|layer_?norm", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Dotted module paths, as `model.get_submodule` takes them."""
+
+    model_type: str
+    layers_path: str
+    embedding_path: str
+    norm_path: str | None
+    head_path: str
+    num_layers: int
+    tied: bool
+
+
+def find_architecture(model: PreTrainedModel) -> Architecture:
+    """Find the parts of a decoder-only causal LM.
+
+    Raises:
+        UnsupportedArchitectureError: a part cannot be told apart.
+    """
+    model_type = model.config.model_type
+    num_layers = num_layers_of(model.config)
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = _ask(model, "get_input_embeddings"), _ask(model, "get_output_embeddings")
+    if embedding is None or id(embedding) not in names:
+        raise UnsupportedArchitectureError(f"model type {model_type!r}: the model does not name its token embedding")
+    if head is None or id(head) not in names:
+        raise UnsupportedArchitectureError(
+            f"model type {model_type!r}: {type(model).__name__} has no language-model head"
+        )
+    layers_path = _layers_path(model, num_layers)
+    tied = getattr(head, "weight", None) is not None and head.weight is getattr(embedding, "weight", None)
+    return Architecture(
+        model_type=model_type,
+        layers_path=layers_path,
+        embedding_path=names[id(embedding)],
+        norm_path=_norm_path(model, layers_path, names[id(head)]),
+        head_path=names[id(head)],
+        num_layers=num_layers,
+        tied=tied,
+    )
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's decoder layers."""
+    layers = model.get_submodule(find_architecture(model).layers_path)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def embedding_of(model: PreTrainedModel) -> nn.Module:
+    """The model's token embedding."""
+    return model.get_submodule(find_architecture(model).embedding_path)
+
+
+def head_of(model: PreTrainedModel) -> nn.Module:
+    """The model's language-model head."""
+    return model.get_submodule(find_architecture(model).head_path)
+
+
+def norm_of(model: PreTrainedModel) -> nn.Module | None:
+    """The norm between the last layer and the head; None if the family has none."""
+    path = find_architecture(model).norm_path
+    return None if path is None else model.get_submodule(path)
+
+
+def group_of(name: str, parts: Architecture) -> str | None:
+    """Whether a tensor is of the "embedding", "head" or "norm", by its name in the model or, prefixed otherwise, a file."""
+    stem = name.rpartition(".")[0]
+    for group, path in (("embedding", parts.embedding_path), ("head", parts.head_path), ("norm", parts.norm_path)):
+        if path and stem and (stem == path or path.endswith("." + stem) or stem.endswith("." + path)):
+            return group
+    return None
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether a decoder layer mixes tokens other than by attention (state space, linear attention, convolution).
+
+    Such layers see across document boundaries in a packed row, whatever the position ids say.
+    """
+    return any(
+        type(module).__name__ not in _PLAIN_CONV
+        and (_RECURRENT.search(type(module).__name__) or isinstance(module, nn.Conv1d))
+        for module in layers_of(model).modules()
+    )
+
+
+def _ask(model: PreTrainedModel, method: str) -> nn.Module | None:
+    try:
+        return getattr(model, method)()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _layers_path(model: PreTrainedModel, num_layers: int) -> str:
+    decoder = _ask(model, "get_decoder") or model
+    inside = next((name for name, module in model.named_modules() if module is decoder), "")
+    prefix = f"{inside}." if inside else ""
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and name.startswith(prefix)
+    ]
+    # Lists within a decoder layer (experts, heads) are not the layers.
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
+    if len(outermost) != 1:
+        found = ", ".join(outermost) or "none"
+        raise UnsupportedArchitectureError(
+            f"model type {model.config.model_type!r}: its {num_layers} decoder layers are not one list of modules "
+            f"(lists of that length: {found}), so they cannot be detached one by one"
+        )
+    return outermost[0]
+
+
+def _norm_path(model: PreTrainedModel, layers_path: str, head_path: str) -> str | None:
+    parent_path, _, layers_name = layers_path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    children = [name for name, _ in parent.named_children()]
+    ordered = children[children.index(layers_name) + 1 :] + children[: children.index(layers_name)]
+    candidates = [
+        name
+        for name in ordered
+        if _NORM.search(name)
+        and not re.search(r"emb|rotary", name)
+        and any(True for _ in parent.get_submodule(name).parameters())
+    ]
+    if not candidates:
+        return None
+    return f"{parent_path}.{candidates[0]}" if parent_path else candidates[0]

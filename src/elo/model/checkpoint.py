@@ -1,0 +1,393 @@
+"""Detach decoder layers from a checkpoint on disk, and put them back, without ever holding the model in memory."""
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from elo.errors import EloError, UnfinishedError, UnsupportedArchitectureError
+from elo.layers import parse_layers
+from elo.model.architecture import Architecture, find_architecture, group_of
+from elo.model.config_surgery import edit_json, layer_edits, num_layers_of, text_config_of
+from elo.model.matching import match_tensors, paired_chunks, same_bytes, tensor_bytes
+from elo.model.naming import LayerNames, find_layer_names, load_hollow
+from elo.model.provenance import FORMAT, PROVENANCE_KEY, full_sha256, layer_sha256, read_provenance
+from elo.model.refusals import require_detachable
+from elo.model.safeguard import build_hollow, build_hollow_causal_lm, require_same_layers
+from elo.model.surgery import blend, check_include
+from elo.model.tensor_files import (
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
+    Checkpoint,
+    NewTensor,
+    StoredTensor,
+    open_checkpoint,
+    write_checkpoint,
+)
+from elo.records import atomic_directory, read_json
+
+CONFIG_FILE = "config.json"
+_SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_NOT_SIDE = {"config.json", "adapter_config.json", "trainer_state.json", "quantize_config.json"}
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint folder, read as far as its headers."""
+
+    folder: Path
+    config_json: dict[str, Any]
+    config: PretrainedConfig
+    weights: Checkpoint
+
+
+def detach_checkpoint(
+    checkpoint: Path,
+    layers: str | int | Sequence[int],
+    output: Path,
+    *,
+    base_name: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write a checkpoint of the embedding, the chosen decoder layers, the final norm and the head.
+
+    Args:
+        checkpoint: folder with config.json and safetensors weights.
+        layers: a selection such as `first:1,last:1` or `[0, -1]`.
+        output: folder to write; it appears whole or not at all.
+        base_name: how the record calls the base (a hub id); the folder itself if not given.
+        revision: the base's revision on the hub, for the record.
+        overwrite: replace an existing output.
+        trust_remote_code: allow the checkpoint's own Python code to define the model.
+        max_shard_bytes: size above which the weights are written as several files.
+
+    Returns:
+        The provenance record, as written to config.json.
+
+    Raises:
+        EloError: the checkpoint, the selection or the output is not usable.
+        UnsupportedArchitectureError: a kept layer would compute something else than in the base.
+    """
+    base = _open(Path(checkpoint), trust_remote_code)
+    if PROVENANCE_KEY in base.config_json:
+        raise EloError(f"{checkpoint}: is a detached checkpoint already; give the whole model it was detached from")
+    require_detachable(base.config)
+    _refuse_overlap(Path(output), base.folder)
+    kept = parse_layers(layers, num_layers_of(base.config))
+    hollow = build_hollow_causal_lm(base.config, base.folder, trust_remote_code=trust_remote_code)
+    names = find_layer_names(hollow, base.weights)
+
+    edits = layer_edits(text_config_of(base.config), kept)
+    config_json = edit_json(base.config_json, base.config, edits)
+    small_config = _read_small_config(config_json, base.config, edits)
+    require_same_layers(hollow, build_hollow(type(hollow), copy.deepcopy(small_config)), kept)
+    renamed = _small_tensors(base.weights, names, kept, type(hollow), small_config)
+
+    record = _provenance(base, names, kept, renamed, base_name or str(base.folder.resolve()), revision)
+    config_json[PROVENANCE_KEY] = record
+    with atomic_directory(Path(output), overwrite=overwrite) as folder:
+        tensors = [NewTensor(name, t.dtype, t.shape, t.size, t.chunks) for name, t in renamed.items()]
+        write_checkpoint(folder, tensors, max_shard_bytes)
+        _write_config(folder, config_json)
+        _copy_side_files(base.folder, folder, python=trust_remote_code)
+    return record
+
+
+def attach_checkpoint(
+    detached: Path,
+    base: Path,
+    output: Path,
+    *,
+    scale: float = 1.0,
+    include: Sequence[str] = (),
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Write the base with a detached checkpoint's layers at their places.
+
+    Files of the base that hold none of these layers are copied as they are; config.json is the base's.
+
+    Args:
+        detached: what `detach_checkpoint` wrote, or what any tool trained from it and saved as safetensors.
+        base: the folder it was detached from.
+        output: folder to write; it appears whole or not at all.
+        scale: what is put back is theta0 + scale * (theta - theta0), computed in float32; 1 puts theta back exactly.
+        include: of "embedding", "norm" and "head", what is put back besides the layers.
+        overwrite: replace an existing output.
+        trust_remote_code: allow the checkpoint's own Python code to define the model.
+
+    Returns:
+        {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors" (number put back)}
+
+    Raises:
+        EloError: the base is not the one that was detached from, or the detached checkpoint was changed outside its
+            layers and `include`; the message names the first tensor that differs.
+    """
+    check_include(include)
+    small = _open(Path(detached), trust_remote_code)
+    record = read_provenance(small.config_json.get(PROVENANCE_KEY), str(detached))
+    whole = _open(Path(base), trust_remote_code)
+    if PROVENANCE_KEY in whole.config_json:
+        raise EloError(f"{base}: is a detached checkpoint, not a base; give the whole model {record.get('base')}")
+    kept: list[int] = record["layers"]
+    _check_counts(small, whole, record)
+    _refuse_overlap(Path(output), whole.folder)
+    _refuse_overlap(Path(output), small.folder)
+    hollow = build_hollow_causal_lm(whole.config, whole.folder, trust_remote_code=trust_remote_code)
+    names = find_layer_names(hollow, whole.weights)
+    _check_base(whole, names, record)
+
+    wanted = _small_tensors(whole.weights, names, kept, type(hollow), small.config)
+    with tempfile.TemporaryDirectory(prefix="elo-attach-") as scratch:
+        matched = match_tensors(wanted, small.weights, type(hollow), small.config, Path(scratch))
+        updates = _updates(wanted, matched, small, names, find_architecture(hollow), include)
+        with atomic_directory(Path(output), overwrite=overwrite) as folder:
+            for name in [*whole.weights.files, *([INDEX_FILE] if whole.weights.indexed else [])]:
+                shutil.copyfile(whole.folder / name, folder / name)
+            for tensor, trained in updates:
+                _patch(folder / tensor.file.name, tensor, trained, scale)
+            shutil.copyfile(whole.folder / CONFIG_FILE, folder / CONFIG_FILE)
+            _copy_side_files(whole.folder, folder, python=trust_remote_code)
+    return {
+        "base": str(base),
+        "detached": str(detached),
+        "layers": kept,
+        "num_base_layers": record["num_base_layers"],
+        "scale": scale,
+        "include": list(include),
+        "tensors": len(updates),
+    }
+
+
+def _open(folder: Path, trust_remote_code: bool) -> _Opened:
+    if not folder.is_dir():
+        raise EloError(f"{folder}: no such folder; give a Hugging Face checkpoint folder")
+    if not (folder / CONFIG_FILE).is_file():
+        if (folder / "adapter_config.json").is_file():
+            open_checkpoint(folder)  # says what to do with an adapter
+        raise EloError(f"{folder}: has no {CONFIG_FILE}; give a Hugging Face checkpoint folder")
+    config_json = read_json(folder / CONFIG_FILE)
+    if not isinstance(config_json, dict):
+        raise UnfinishedError(f"{folder / CONFIG_FILE}: is not a JSON object; the file is damaged")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises a dozen types for a configuration that it cannot use
+        raise UnsupportedArchitectureError(
+            f"{folder / CONFIG_FILE}: transformers cannot read it ({_first_line(error)})"
+            + ("" if trust_remote_code else "; a model that brings its own code needs trust_remote_code")
+        ) from None
+    return _Opened(folder, config_json, config, open_checkpoint(folder))
+
+
+def _refuse_overlap(output: Path, folder: Path) -> None:
+    output, folder = output.resolve(), folder.resolve()
+    if output == folder or output in folder.parents or folder in output.parents:
+        raise EloError(f"{output}: overlaps the input {folder}; choose an output folder outside it")
+
+
+def _read_small_config(
+    config_json: dict[str, Any], base_config: PretrainedConfig, edits: dict[str, Any]
+) -> PretrainedConfig:
+    """The edited configuration as transformers will read it from disk, which must keep the edits."""
+    with tempfile.TemporaryDirectory(prefix="elo-detach-") as scratch:
+        _write_config(Path(scratch), config_json)
+        try:
+            small_config = type(base_config).from_pretrained(scratch)
+        except Exception as error:  # as above: any type
+            raise UnsupportedArchitectureError(
+                f"model type {base_config.model_type!r}: these layers make a configuration that transformers refuses "
+                f"({_first_line(error)}); choose other layers"
+            ) from None
+    for key, value in edits.items():
+        if _plain(getattr(text_config_of(small_config), key, None)) != _plain(value):
+            raise UnsupportedArchitectureError(
+                f"model type {base_config.model_type!r}: its configuration does not accept {key}={value!r}, "
+                "so these layers cannot be described by it; choose other layers"
+            )
+    return small_config
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _write_config(folder: Path, config_json: dict[str, Any]) -> None:
+    (folder / CONFIG_FILE).write_text(json.dumps(config_json, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _small_tensors(
+    weights: Checkpoint,
+    names: LayerNames,
+    kept: Sequence[int],
+    model_class: type[PreTrainedModel],
+    small_config: PretrainedConfig,
+) -> dict[str, StoredTensor]:
+    """The base's tensors that make the detached checkpoint, by their names there.
+
+    Extras that the small model does not know (multi-token-prediction layers, other heads) stay behind.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in weights.tensors.items():
+        layer, rest = names.split(name)
+        if layer is None:
+            tensors[name] = tensor
+        elif layer in kept:
+            tensors[names.join(kept.index(layer), rest)] = tensor
+    _, report = load_hollow(model_class, small_config, {n: t.meta() for n, t in tensors.items()})
+    if report.unexpected:
+        tensors = {name: t for name, t in tensors.items() if not report.does_not_know(name)}
+        _, report = load_hollow(model_class, small_config, {n: t.meta() for n, t in tensors.items()})
+    if problem := report.problem():
+        raise UnfinishedError(
+            f"{weights.folder}: its tensors do not make the model that its {CONFIG_FILE} describes: {problem}"
+        )
+    return tensors
+
+
+def _provenance(
+    base: _Opened,
+    names: LayerNames,
+    kept: Sequence[int],
+    small: dict[str, StoredTensor],
+    base_name: str,
+    revision: str | None,
+) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "base": base_name,
+        "layers": list(kept),
+        "num_base_layers": names.num_layers,
+        "frozen": {name: full_sha256(t) for name, t in sorted(small.items()) if names.split(name)[0] is None},
+        "base_layers": _layer_digests(base.weights, names, kept),
+    }
+    if revision is not None:
+        record["revision"] = revision
+    return record
+
+
+def _layer_digests(weights: Checkpoint, names: LayerNames, kept: Sequence[int]) -> list[str]:
+    """One SHA-256 a base layer: of all bytes of a kept layer, of samples of one that is left out."""
+    layers: list[list[tuple[str, StoredTensor]]] = [[] for _ in range(names.num_layers)]
+    for name, tensor in sorted(weights.tensors.items()):
+        layer, rest = names.split(name)
+        if layer is not None and layer < names.num_layers:
+            layers[layer].append((rest, tensor))
+    return [layer_sha256(tensors, sample=index not in kept) for index, tensors in enumerate(layers)]
+
+
+def _check_counts(small: _Opened, whole: _Opened, record: dict[str, Any]) -> None:
+    if small.config.model_type != whole.config.model_type:
+        raise EloError(
+            f"{whole.folder}: is a {whole.config.model_type}, but {small.folder} was detached from a "
+            f"{small.config.model_type}; give the base {record.get('base')}"
+        )
+    found = num_layers_of(whole.config)
+    if found != record["num_base_layers"]:
+        raise EloError(
+            f"{whole.folder}: has {found} decoder layers, but {small.folder} was detached from a model of "
+            f"{record['num_base_layers']}; give the base {record.get('base')}"
+        )
+    if num_layers_of(small.config) != len(record["layers"]):
+        raise EloError(
+            f"{small.folder}: has {num_layers_of(small.config)} decoder layers, but its record says that "
+            f"{len(record['layers'])} were detached; its configuration was changed, so it cannot be attached"
+        )
+
+
+def _check_base(whole: _Opened, names: LayerNames, record: dict[str, Any]) -> None:
+    """Refuse a base other than the recorded one, naming the first tensor or layer that differs."""
+
+    def refuse(what: str) -> EloError:
+        return EloError(
+            f"{whole.folder}: is not the base that the layers were detached from: {what}; "
+            f"give the base {record.get('base')}"
+        )
+
+    for name, digest in record.get("frozen", {}).items():
+        tensor = whole.weights.tensors.get(name)
+        if tensor is None:
+            raise refuse(f"it has no {name}")
+        if full_sha256(tensor) != digest:
+            raise refuse(f"{name} differs")
+    recorded = record.get("base_layers")
+    if recorded is not None:
+        for index, digest in enumerate(_layer_digests(whole.weights, names, record["layers"])):
+            if recorded[index : index + 1] != [digest]:
+                raise refuse(f"layer {index} ({names.join(index, '*')}) differs")
+
+
+def _updates(
+    wanted: dict[str, StoredTensor],
+    matched: dict[str, StoredTensor],
+    small: _Opened,
+    names: LayerNames,
+    parts: Architecture,
+    include: Sequence[str],
+) -> list[tuple[StoredTensor, StoredTensor]]:
+    """(base tensor, trained tensor) for everything that is put back; the rest must be as in the base."""
+    updates = []
+    for name, tensor in wanted.items():
+        trained = matched.get(name)
+        if trained is None:
+            continue  # redundant in the file: a tied head, a buffer that the model computes
+        if trained.shape != tensor.shape:
+            raise EloError(
+                f"{trained.file}: {trained.name} is {list(trained.shape)}, but {list(tensor.shape)} in the base; "
+                "attach needs the same shapes"
+            )
+        group = group_of(name, parts)
+        if names.split(name)[0] is not None or group in include:
+            updates.append((tensor, trained))
+        elif not same_bytes(tensor, trained):
+            raise EloError(
+                f"{trained.file}: {trained.name} is not in a detached layer, but was changed since it was detached; "
+                + (
+                    f"include it on purpose (include: {group})"
+                    if group
+                    else "only layers, embedding, norm and head can be put back"
+                )
+                + ", or train with everything but the layers frozen"
+            )
+    tied_updates = [pair for pair in updates if group_of(pair[0].name, parts) == "embedding"]
+    for name, tensor in wanted.items():
+        if tied_updates and name not in matched and group_of(name, parts) == "head" and parts.tied:
+            updates.append((tensor, tied_updates[0][1]))
+    return updates
+
+
+def _patch(path: Path, tensor: StoredTensor, trained: StoredTensor, scale: float) -> None:
+    """Overwrite a tensor in a copy of the base's file."""
+    with path.open("r+b", buffering=0) as file:
+        file.seek(tensor.start)
+        for base_chunk, trained_chunk in paired_chunks(tensor, trained):
+            file.write(tensor_bytes(blend(base_chunk, trained_chunk, scale)))
+
+
+def _copy_side_files(source: Path, target: Path, *, python: bool) -> None:
+    """Tokenizer, generation settings, licence and the like; never weights, never what is already there."""
+    for path in sorted(source.iterdir()):
+        wanted = path.suffix in _SIDE_SUFFIXES or path.name.upper().startswith(
+            ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+        )
+        if (
+            not (wanted or (python and path.suffix == ".py"))
+            or path.name in _NOT_SIDE
+            or path.name.endswith(".index.json")
+        ):
+            continue
+        if path.is_file() and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,175 @@
+"""The check behind every detachment: is each kept layer, built for the small model, the layer that the base has?
+
+Both models are built without their weights and compared module by module: classes, shapes, scalar attributes, small
+buffers, ties. A family whose layers depend on their depth in a way that the configuration surgery missed differs here
+and is refused, rather than trained into something that the base cannot take back.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from elo.errors import UnsupportedArchitectureError
+from elo.model.architecture import Architecture, find_architecture
+
+LAYER_INDEX = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "layer_num"})
+_SCALARS = (bool, int, float, str, type(None), torch.dtype)
+_FACTORIES = {torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
+_SMALL = 1 << 16
+
+
+class _WithoutLargeTensors(TorchFunctionMode):
+    """Uninitialised and large tensors are created on the meta device; small constants stay real, to be compared."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty or (func in _FACTORIES and _numel(args, kwargs) > _SMALL):
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _numel(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    sizes = args or (kwargs.get("size", ()),)
+    first = sizes[0] if isinstance(sizes[0], (tuple, list, torch.Size)) else sizes
+    count = 1
+    for size in first:
+        count *= size if isinstance(size, int) else 1
+    return count
+
+
+def build_hollow(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """The model that `config` describes, its parameters without data; the random state is left as it was."""
+    with torch.random.fork_rng(devices=[]), _WithoutLargeTensors():
+        return model_class._from_config(config, dtype=config.dtype or torch.float32)
+
+
+def build_hollow_causal_lm(
+    config: PretrainedConfig, where: Path, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The causal LM that transformers takes for `config`, without data; `where` is named in errors.
+
+    Raises:
+        UnsupportedArchitectureError: there is none, or it cannot be built.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), _WithoutLargeTensors():
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    except Exception as error:  # model constructors raise anything for a configuration that makes no sense to them
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UnsupportedArchitectureError(
+            f"{where}: transformers cannot make a causal language model of type {config.model_type!r} ({reason})"
+        ) from None
+
+
+def require_same_layers(base: PreTrainedModel, detached: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Compare a base and the model made of its layers `kept`, both possibly hollow.
+
+    Raises:
+        UnsupportedArchitectureError: something else than the number of layers and their own index differs.
+    """
+    base_parts, detached_parts = find_architecture(base), find_architecture(detached)
+    if detached_parts.layers_path != base_parts.layers_path or detached_parts.tied != base_parts.tied:
+        raise _refusal(base_parts, kept, "the small model is laid out differently")
+    if detached_parts.num_layers != len(kept):
+        raise _refusal(base_parts, kept, f"the small model has {detached_parts.num_layers} layers")
+    for position, index in enumerate(kept):
+        old = base.get_submodule(f"{base_parts.layers_path}.{index}")
+        new = detached.get_submodule(f"{base_parts.layers_path}.{position}")
+        difference = _difference(old, new, index, position)
+        if difference:
+            raise _refusal(base_parts, kept, f"layer {index} would change as layer {position}: {difference}")
+    outside = base_parts.layers_path + "."
+    old_shapes = {n: tuple(t.shape) for n, t in base.state_dict().items() if not n.startswith(outside)}
+    new_shapes = {n: tuple(t.shape) for n, t in detached.state_dict().items() if not n.startswith(outside)}
+    for name in sorted(old_shapes.keys() | new_shapes.keys()):
+        if old_shapes.get(name) != new_shapes.get(name):
+            raise _refusal(
+                base_parts,
+                kept,
+                f"{name}, outside the layers, depends on their number "
+                f"({old_shapes.get(name, 'absent')} in the base, {new_shapes.get(name, 'absent')} in the small model)",
+            )
+
+
+def index_attributes(layer: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Every attribute in a decoder layer that holds the layer's own index."""
+    return [
+        (module, name)
+        for module in layer.modules()
+        for name in vars(module).keys() & LAYER_INDEX
+        if isinstance(vars(module)[name], int)
+    ]
+
+
+def _refusal(parts: Architecture, kept: Sequence[int], what: str) -> UnsupportedArchitectureError:
+    return UnsupportedArchitectureError(
+        f"layers {list(kept)} of model type {parts.model_type!r} cannot be detached: {what}. "
+        "Try other layers (the first ones, first:K, keep their places), or train the whole model (method: full)"
+    )
+
+
+def _difference(old: nn.Module, new: nn.Module, old_index: int, new_index: int) -> str | None:
+    old_modules, new_modules = dict(old.named_modules()), dict(new.named_modules())
+    for name in old_modules.keys() ^ new_modules.keys():
+        return f"{name} is only in the {'base' if name in old_modules else 'small model'}"
+    for name, old_module in old_modules.items():
+        new_module, where = new_modules[name], f"{name}." if name else ""
+        if type(old_module) is not type(new_module):
+            return (
+                f"{name or 'the layer'} is {type(old_module).__name__} in the base, {type(new_module).__name__} alone"
+            )
+        if difference := _attribute_difference(old_module, new_module, old_index, new_index):
+            return where + difference
+    return None
+
+
+def _attribute_difference(old: nn.Module, new: nn.Module, old_index: int, new_index: int) -> str | None:
+    for table in ("_parameters", "_buffers"):
+        old_tensors, new_tensors = getattr(old, table), getattr(new, table)
+        for name in old_tensors.keys() | new_tensors.keys():
+            if difference := _tensor_difference(old_tensors.get(name), new_tensors.get(name)):
+                return f"{name} {difference}"
+    old_values, new_values = vars(old), vars(new)
+    for name in sorted(old_values.keys() | new_values.keys()):
+        if name.startswith("_") and name not in ("_attn_implementation",):
+            continue
+        before, after = old_values.get(name), new_values.get(name)
+        if name in LAYER_INDEX and before == old_index + (before or 0) - old_index:
+            # Own index, 0- or 1-based; anything that is computed from it shows in other attributes.
+            if isinstance(before, int) and isinstance(after, int) and before - old_index == after - new_index:
+                continue
+            if before == after:
+                continue
+            return f"{name} is {before} in the base and {after} alone"
+        if isinstance(before, torch.Tensor) or isinstance(after, torch.Tensor):
+            if difference := _tensor_difference(before, after):
+                return f"{name} {difference}"
+        elif _comparable(before) and _comparable(after) and before != after:
+            return f"{name} is {before!r} in the base and {after!r} alone"
+    return None
+
+
+def _comparable(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_comparable(item) for item in value)
+    if isinstance(value, dict):
+        return all(_comparable(item) for item in value.values())
+    return isinstance(value, _SCALARS)
+
+
+def _tensor_difference(old: Any, new: Any) -> str | None:
+    if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
+        return None if old is None and new is None else "is only in one of the two models"
+    if old.shape != new.shape or old.dtype != new.dtype:
+        return f"is {list(old.shape)} in the base and {list(new.shape)} alone"
+    if isinstance(old, nn.Parameter) or old.is_meta or new.is_meta:
+        return None
+    return None if torch.equal(old, new) else "has other values, since it depends on the layer's depth"

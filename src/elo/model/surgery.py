@@ -1,0 +1,179 @@
+"""Detach decoder layers from a model in memory, and put them back."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from elo.errors import EloError
+from elo.layers import parse_layers
+from elo.model.architecture import Architecture, find_architecture, group_of
+from elo.model.config_surgery import edit_json, layer_edits, num_layers_of, text_config_of
+from elo.model.provenance import PROVENANCE_KEY, read_provenance
+from elo.model.refusals import require_detachable
+from elo.model.safeguard import build_hollow, index_attributes, require_same_layers
+
+INCLUDABLE = ("embedding", "norm", "head")
+
+
+def detach_layers(model: PreTrainedModel, layers: str | int | Sequence[int]) -> PreTrainedModel:
+    """A small model of the same class: the embedding, the chosen decoder layers, the final norm and the head.
+
+    Args:
+        model: a decoder-only causal LM; it is not changed.
+        layers: a selection such as `first:1,last:1` or `[0, -1]`.
+
+    Returns:
+        An ordinary Hugging Face model that shares no memory with `model`, on the same devices and in the same dtypes.
+
+    Raises:
+        EloError: the selection does not fit the model.
+        UnsupportedArchitectureError: a kept layer would compute something else than in the base.
+    """
+    require_detachable(model.config)
+    parts = find_architecture(model)
+    kept = parse_layers(layers, parts.num_layers)
+    config = model.config
+    edits = layer_edits(text_config_of(config), kept)
+    small_json = edit_json(config.to_dict(), config, edits)
+    small_config = type(config).from_dict(small_json)
+    require_same_layers(
+        build_hollow(type(model), copy.deepcopy(config)), build_hollow(type(model), copy.deepcopy(small_config)), kept
+    )
+    with _only_layers(model, parts, kept):
+        detached = copy.deepcopy(model)
+    text_config = text_config_of(detached.config)
+    for key, value in edits.items():
+        setattr(text_config, key, copy.deepcopy(value))
+    for position, layer in enumerate(_layers(detached, parts)):
+        for module, name in index_attributes(layer):
+            setattr(module, name, getattr(module, name) - kept[position] + position)
+    for parameter in detached.parameters():
+        parameter.grad = None
+    setattr(
+        detached.config,
+        PROVENANCE_KEY,
+        {"base": config.name_or_path or None, "layers": list(kept), "num_base_layers": parts.num_layers},
+    )
+    return detached
+
+
+def attach_layers(
+    model: PreTrainedModel, detached: PreTrainedModel, *, scale: float = 1.0, include: Sequence[str] = ()
+) -> PreTrainedModel:
+    """Put a detached model's layers back at their places in `model`, in place.
+
+    Args:
+        model: the base that `detached` was made from.
+        detached: its trained layers; any dtype, any device.
+        scale: what is put back is theta0 + scale * (theta - theta0), computed in float32; 1 puts theta back exactly.
+        include: of "embedding", "norm" and "head", what is put back besides the layers.
+
+    Returns:
+        `model`.
+
+    Raises:
+        EloError: `detached` was not made from this model, or was changed outside its layers and `include`.
+    """
+    check_include(include)
+    provenance = read_provenance(getattr(detached.config, PROVENANCE_KEY, None), "the detached model")
+    kept: list[int] = provenance["layers"]
+    parts = find_architecture(model)
+    if parts.num_layers != provenance["num_base_layers"] or model.config.model_type != detached.config.model_type:
+        raise EloError(
+            f"attach: the layers come from a {detached.config.model_type} of {provenance['num_base_layers']} layers, "
+            f"but the model is a {model.config.model_type} of {parts.num_layers}; give the base they were detached from"
+        )
+    if num_layers_of(detached.config) != len(kept):
+        raise EloError(
+            f"attach: the detached model should have {len(kept)} layers, but has {num_layers_of(detached.config)}"
+        )
+    theirs = dict(_named_tensors(detached))
+    updates: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for name, ours in _named_tensors(model):
+        source_name, layer = _name_in_detached(name, parts, kept)
+        if layer is not None and source_name is None:
+            continue
+        new = theirs.pop(source_name or name, None)
+        if new is None or new.shape != ours.shape:
+            found = "is missing" if new is None else f"is {list(new.shape)} instead of {list(ours.shape)}"
+            raise EloError(f"attach: {source_name or name} {found} in the detached model; it is not from this base")
+        if layer is not None or group_of(name, parts) in include:
+            updates.append((ours, new))
+        elif not same_values(ours, new):
+            raise EloError(
+                f"attach: {name} is not in a detached layer, but differs from the base's; give the base that the "
+                f"layers were detached from, or, if {name} was trained on purpose, include it ({', '.join(INCLUDABLE)})"
+            )
+    if theirs:
+        raise EloError(f"attach: the detached model has {min(theirs)}, which the base has not")
+    with torch.no_grad():
+        for ours, new in updates:
+            ours.copy_(blend(ours, new.to(ours.device), scale))
+    return model
+
+
+def check_include(include: Sequence[str]) -> None:
+    """Raise EloError unless `include` names things that can be put back."""
+    for name in include:
+        if name not in INCLUDABLE:
+            raise EloError(f"include: cannot put back {name!r}; choose among {', '.join(INCLUDABLE)}")
+
+
+def blend(base: torch.Tensor, trained: torch.Tensor, scale: float) -> torch.Tensor:
+    """theta0 + scale * (theta - theta0) in float32, in the base's dtype; integers are taken as trained."""
+    if scale == 1.0 or not base.is_floating_point():
+        return trained.to(base.dtype)
+    wide = torch.promote_types(base.dtype, torch.float32)
+    return (base.to(wide) + scale * (trained.to(wide) - base.to(wide))).to(base.dtype)
+
+
+def same_values(base: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether `other` is `base` bit for bit, in the coarser of their dtypes (a checkpoint may be saved in another)."""
+    other = other.to(base.device)
+    if base.dtype != other.dtype and other.element_size() < base.element_size():
+        base = base.to(other.dtype)
+    return torch.equal(_bits(base), _bits(other.to(base.dtype)))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.dtype != torch.bool else tensor
+
+
+@contextmanager
+def _only_layers(model: PreTrainedModel, parts: Architecture, kept: Sequence[int]) -> Iterator[None]:
+    """Within, `model` holds the layers `kept` alone, so that copying it copies nothing else."""
+    path, _, name = parts.layers_path.rpartition(".")
+    parent = model.get_submodule(path)
+    layers = _layers(model, parts)
+    setattr(parent, name, nn.ModuleList([layers[index] for index in kept]))
+    try:
+        yield
+    finally:
+        setattr(parent, name, layers)
+
+
+def _layers(model: PreTrainedModel, parts: Architecture) -> Any:
+    return model.get_submodule(parts.layers_path)
+
+
+def _named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and saved buffers; a tied one once, under its first name."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def _name_in_detached(name: str, parts: Architecture, kept: Sequence[int]) -> tuple[str | None, int | None]:
+    prefix = parts.layers_path + "."
+    if not name.startswith(prefix):
+        return name, None
+    index, _, rest = name.removeprefix(prefix).partition(".")
+    layer = int(index)
+    return (f"{prefix}{kept.index(layer)}.{rest}" if layer in kept else None), layer

@@ -216,7 +216,7 @@ def read_config(
         raise EloError(f"model: {source}: its config cannot be read ({reason}); {remedy}") from None
 
 
-def decoder_config(config: PretrainedConfig) -> PretrainedConfig:
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The decoder's own config: the text part of a multimodal one, otherwise `config` itself."""
     part = config.get_text_config(decoder=True)
     return part if type(part) in AutoModelForCausalLM._model_mapping else config
@@ -228,7 +228,7 @@ def build_on_meta(config: PretrainedConfig, **arguments: Any) -> PreTrainedModel
     Raises:
         EloError: transformers has no causal language model for it, or its values do not fit each other.
     """
-    config = copy.deepcopy(decoder_config(config))
+    config = copy.deepcopy(text_config(config))
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **arguments)
@@ -248,7 +248,7 @@ def footprint(model: PreTrainedModel | PretrainedConfig) -> Footprint:
     """
     if isinstance(model, PretrainedConfig):
         model = build_on_meta(model)
-    config = decoder_config(model.config)
+    config = text_config(model.config)
     seen: set[int] = set()
 
     def count(parameters: Iterable[nn.Parameter]) -> int:

@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from elo.errors import EloError
 from elo.model.architecture import find_architecture
-from elo.model.footprint import Footprint, Method, decoder_config
+from elo.model.footprint import Footprint, Method, text_config
 
 Precision = Literal["bf16", "fp32"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor"]
@@ -181,7 +181,7 @@ def _trace(
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     arguments["dtype"] = torch.float32 if precision else torch.bfloat16
     with mode, torch.device("cpu"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(decoder_config(config)), **arguments)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(text_config(config)), **arguments)
     model.train()
     architecture = find_architecture(model)
     every = model.get_submodule(architecture.layers_path)
@@ -193,8 +193,13 @@ def _trace(
         model.requires_grad_(False)
         kept.requires_grad_(True)
         if precision == "bf16":
-            with mode:
-                model.get_submodule(architecture.embedding_path).to(torch.bfloat16)
+            # As training does: what is frozen is kept in bf16.
+            with mode, torch.device("cpu"):
+                for module in list(model.modules()):
+                    for name, weight in list(module.named_parameters(recurse=False)):
+                        if not weight.requires_grad:
+                            lower = torch.empty(weight.shape, dtype=torch.bfloat16)
+                            setattr(module, name, nn.Parameter(lower, requires_grad=False))
     for module in model.modules():
         module.elo_repeats_keys = kind == "cpu"  # type: ignore[assignment]
     with mode, torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from elo.data.shards import TokenCorpus
+from elo.data.tokenizer import TextTokenizer, wrap_tokenizer
 
 TEXTS = [
     "The river runs past the mill and the miller counts the sacks of grain before the evening bell.",
@@ -32,6 +33,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+def text_tokenizer() -> TextTokenizer:
+    """The same, as the data part wraps it."""
+    tokenizer = tiny_tokenizer()
+    return wrap_tokenizer(tokenizer.backend_tokenizer, tokenizer.bos_token_id, tokenizer.eos_token_id, "tiny")
 
 
 SIZES = {

@@ -2,13 +2,14 @@ import json
 
 import pytest
 import torch
-from evaluation_fixtures import tiny_model, tiny_tokenizer
+from evaluation_fixtures import text_tokenizer, tiny_model, tiny_tokenizer
 
 from elo.errors import EloError
 from elo.evaluation.cloze import ClozeItem, cloze_accuracy, read_cloze
 from elo.evaluation.generation import generate_samples
 
 TOKENIZER = tiny_tokenizer()
+TEXT_TOKENIZER = text_tokenizer()
 ITEMS = [
     ClozeItem("The river runs past", (" the mill", " the bell", " a"), 0),
     ClozeItem("No one knew why the la", ("mp", "dder that stood there"), 1),
@@ -42,7 +43,7 @@ def test_predictions_are_the_likeliest_continuations(model_type, batch_size):
             start += 1
         scores = [string_log_probability(model, whole, start) for whole in wholes]
         expected.append(scores.index(max(scores)))
-    result = cloze_accuracy(model, TOKENIZER, ITEMS, batch_size=batch_size)
+    result = cloze_accuracy(model, TEXT_TOKENIZER, ITEMS, batch_size=batch_size)
     assert result.predictions == tuple(expected)
     right = sum(guess == item.answer for guess, item in zip(expected, ITEMS, strict=True))
     assert result.accuracy == right / len(ITEMS)
@@ -60,7 +61,7 @@ def test_choices_that_merge_with_the_prompt_are_scored_from_the_same_token():
     model = tiny_model("llama", len(TOKENIZER), seed=3)
     shared = next(index for index, (a, b) in enumerate(zip(prompt, merged, strict=False)) if a != b)
     scores = [string_log_probability(model, encode(item.prompt + choice), shared) for choice in item.choices]
-    guess = cloze_accuracy(model, TOKENIZER, [item]).predictions[0]
+    guess = cloze_accuracy(model, TEXT_TOKENIZER, [item]).predictions[0]
     assert guess == scores.index(max(scores))
 
 
@@ -78,17 +79,17 @@ def test_a_trained_model_beats_chance():
             model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert cloze_accuracy(model, TOKENIZER, items).accuracy == 1.0
-    texts = generate_samples(model, TOKENIZER, ["The sky is", "고양이는"], max_new_tokens=len(encode(" blue")))
+    assert cloze_accuracy(model, TEXT_TOKENIZER, items).accuracy == 1.0
+    texts = generate_samples(model, TEXT_TOKENIZER, ["The sky is", "고양이는"], max_new_tokens=len(encode(" blue")))
     assert texts[0].startswith(" blue")
 
 
 def test_prompts_longer_than_the_model_lose_their_beginning():
     model = tiny_model("gpt2", len(TOKENIZER))
     item = ClozeItem("The river runs past the mill. " * 40, (" a", " the bell"), 0)
-    assert cloze_accuracy(model, TOKENIZER, [item]).items == 1
+    assert cloze_accuracy(model, TEXT_TOKENIZER, [item]).items == 1
     with pytest.raises(EloError, match=r"choice 1 .* tokens, but the model takes 48"):
-        cloze_accuracy(model, TOKENIZER, [ClozeItem("x", ("a", "고양이" * 60), 0)])
+        cloze_accuracy(model, TEXT_TOKENIZER, [ClozeItem("x", ("a", "고양이" * 60), 0)])
 
 
 @pytest.mark.parametrize(
@@ -133,8 +134,8 @@ def test_samples_are_greedy_and_deterministic(model_type):
     model.generation_config.temperature = 5.0
     model.generation_config.repetition_penalty = 2.0
     prompts = ["The river", "산 너머"]
-    texts = generate_samples(model, TOKENIZER, prompts, max_new_tokens=12)
-    assert texts == generate_samples(model, TOKENIZER, prompts, max_new_tokens=12)
+    texts = generate_samples(model, TEXT_TOKENIZER, prompts, max_new_tokens=12)
+    assert texts == generate_samples(model, TEXT_TOKENIZER, prompts, max_new_tokens=12)
     assert model.training
     model.eval()
     for prompt, text in zip(prompts, texts, strict=True):
@@ -151,6 +152,6 @@ def test_samples_are_greedy_and_deterministic(model_type):
 
 def test_samples_stay_within_the_models_positions():
     model = tiny_model("gpt2", len(TOKENIZER))
-    assert len(generate_samples(model, TOKENIZER, ["mill " * 100], max_new_tokens=20)) == 1
+    assert len(generate_samples(model, TEXT_TOKENIZER, ["mill " * 100], max_new_tokens=20)) == 1
     with pytest.raises(EloError, match="max_new_tokens: got 48"):
-        generate_samples(model, TOKENIZER, ["a"], max_new_tokens=48)
+        generate_samples(model, TEXT_TOKENIZER, ["a"], max_new_tokens=48)

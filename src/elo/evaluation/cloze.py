@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from elo.data.packing import IGNORE_INDEX
+from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
 from elo.evaluation.progress import Progress
 from elo.evaluation.scoring import (
@@ -23,7 +24,6 @@ from elo.evaluation.scoring import (
     longest_sequence,
     token_nats,
 )
-from elo.evaluation.tokens import prefix_id, token_ids
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def read_cloze(path: Path) -> list[ClozeItem]:
 
 def cloze_accuracy(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: TextTokenizer,
     items: Sequence[ClozeItem],
     *,
     batch_size: int | None = None,
@@ -150,15 +150,15 @@ def _costs(model: PreTrainedModel, batch: list[_Candidate], place: torch.device)
     return token_nats(logits_BTV, labels_BT.to(place)).sum(1).tolist()
 
 
-def _candidates(item: ClozeItem, index: int, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> list[_Candidate]:
-    prompt = token_ids(tokenizer, item.prompt)
-    wholes = [token_ids(tokenizer, item.prompt + choice) for choice in item.choices]
+def _candidates(item: ClozeItem, index: int, tokenizer: TextTokenizer, limit: int | None) -> list[_Candidate]:
+    texts = [item.prompt, *(item.prompt + choice for choice in item.choices)]
+    prompt, *wholes = (ids.tolist() for ids in tokenizer.encode_batch(texts))
     # A choice whose tokens all lie within the prompt's would be scored on nothing: keep one token of each.
     shared = min(min(_common_prefix(prompt, whole), len(whole) - 1) for whole in wholes)
     candidates = []
     for choice, whole in enumerate(wholes):
         scored = len(whole) - shared
-        ids = [prefix_id(tokenizer), *whole]
+        ids = [tokenizer.prefix_token_id, *whole]
         if limit is not None:
             if scored > limit:
                 raise EloError(

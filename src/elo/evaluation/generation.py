@@ -5,19 +5,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
+from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
 from elo.evaluation.progress import Progress
 from elo.evaluation.scoring import check_ids, evaluating, longest_sequence
-from elo.evaluation.tokens import prefix_id, token_ids
 
 _UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 def generate_samples(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: TextTokenizer,
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 64,
@@ -53,7 +53,7 @@ def generate_samples(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0,
+        pad_token_id=tokenizer.eos_token_id,
     )
     texts = []
     with (
@@ -62,7 +62,7 @@ def generate_samples(
         Progress(len(prompts), progress, "samples") as bar,
     ):
         for prompt in prompts:
-            ids = [prefix_id(tokenizer), *token_ids(tokenizer, prompt)]
+            ids = [tokenizer.prefix_token_id, *tokenizer.encode_batch([prompt])[0].tolist()]
             check_ids(max(ids), model, f"prompt {prompt[:60]!r}")
             if limit is not None:
                 ids = ids[-(limit - max_new_tokens) :]
@@ -72,8 +72,8 @@ def generate_samples(
                 input_ids_BT,
                 attention_mask=torch.ones_like(input_ids_BT),
             )
-            text = tokenizer.decode(output_BT[0, len(ids) :], skip_special_tokens=True)
-            texts.append(str(text).rstrip(_UNFINISHED_CHARACTER))
+            text = tokenizer.backend.decode(output_BT[0, len(ids) :].tolist(), skip_special_tokens=True)
+            texts.append(text.rstrip(_UNFINISHED_CHARACTER))
             bar.advance(1)
     return texts
 

@@ -48,7 +48,7 @@ def shuffled(count: int, *key: int) -> np.ndarray:
     Sorts by SplitMix64 hashes rather than by numpy's generator, whose permutations may change between versions: a run
     must go on with the same rows after an upgrade.
     """
-    state = np.uint64(0)
+    state = np.zeros(1, np.uint64)
     with np.errstate(over="ignore"):
         for part in key:
             state = _splitmix(state ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
@@ -56,7 +56,7 @@ def shuffled(count: int, *key: int) -> np.ndarray:
     return np.argsort(hashes, kind="stable")
 
 
-def _splitmix(value: np.uint64 | np.ndarray) -> np.uint64 | np.ndarray:
+def _splitmix(value: np.ndarray) -> np.ndarray:
     value = value + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

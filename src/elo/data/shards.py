@@ -27,7 +27,7 @@ SCHEMA = 1
 SPECIALS_PER_DOCUMENT = 2
 """Prefix and end-of-text: tokens of a document that are not text."""
 
-SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*/(train|heldout)/[0-9]+/[0-9]+-[0-9]+")
+SHARD_NAME = re.compile(r"[\w-]+/(train|heldout)/[0-9]+/[0-9]+-[0-9]+")
 MAPPED_SHARDS = 64  # each mapping holds file descriptors, so only the shards in use stay mapped
 _verified: set[tuple[str, str]] = set()
 
@@ -263,8 +263,15 @@ class PreparedData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the manifest, checksums of all shards included."""
-        return sha256_json(self.manifest)
+        """SHA-256 over the contents: tokenizer and checksums of all shards; not names, weights or places."""
+        languages = {
+            language: {
+                split: [[shard["sha256"] for shard in corpus["shards"]] for corpus in corpora]
+                for split, corpora in splits.items()
+            }
+            for language, splits in self.manifest["languages"].items()
+        }
+        return sha256_json([self.manifest["tokenizer"]["sha256"], self.manifest["dtype"], languages])
 
     @cached_property
     def shards_by_name(self) -> dict[str, Shard]:
@@ -276,6 +283,17 @@ class PreparedData:
             for corpus in splits[split]
             for entry in corpus["shards"]
         }
+
+    def summary(self) -> dict[str, dict[str, dict[str, float]]]:
+        """By split ("train", "heldout") and language: documents, tokens, text_tokens, bytes and bytes_per_token."""
+        found: dict[str, dict[str, dict[str, float]]] = {"train": {}, "heldout": {}}
+        for language, splits in self.manifest["languages"].items():
+            for split, corpora in splits.items():
+                keys = ("documents", "tokens", "text_tokens", "bytes")
+                totals: dict[str, float] = {key: sum(corpus[key] for corpus in corpora) for key in keys}
+                totals["bytes_per_token"] = totals["bytes"] / max(totals["text_tokens"], 1)
+                found[split][language] = totals
+        return found
 
     def _shard(self, entry: dict[str, Any]) -> Shard:
         sums = entry["sha256"]
@@ -346,7 +364,7 @@ def _check_manifest(path: Path, manifest: Any) -> None:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnfinishedError(
-            f"{path}: not a manifest of prepared data ({type(error).__name__}: {error}); it is damaged, run prepare again"
+            f"{path}: not a manifest of prepared data ({type(error).__name__}: {error}); it is damaged: prepare again"
         ) from None
 
 

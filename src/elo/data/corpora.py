@@ -1,0 +1,284 @@
+"""One corpus from its files to token shards: reading, cutting out held-out documents, tokenising, writing."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elo.data.shard_writer import COUNTS, Position, UnitState, UnitWriter
+from elo.data.shards import SCHEMA, TokenCorpus
+from elo.data.sources import FileReader, InputFile, list_inputs
+from elo.data.tokenizer import TextTokenizer
+from elo.data.tokenizing import TokenizerPool, WorkerDied
+from elo.errors import EloError
+from elo.records import read_json, remove, sha256_json, write_json
+
+BATCH_BYTES = 1 << 20
+BATCH_DOCUMENTS = 1 << 13
+UNIT_BYTES = 1 << 28
+"""Small files are taken together up to this size on disk; a larger file is a unit of its own."""
+SHOWN_PROBLEMS = 10
+PLAN = "plan.json"
+
+log = logging.getLogger(__name__)
+
+
+def text_hash(text: bytes) -> bytes:
+    """The 8 bytes that stand for a document's text when held-out documents are chosen and looked for."""
+    return hashlib.blake2b(text, digest_size=8).digest()
+
+
+@dataclass(frozen=True)
+class CorpusTask:
+    """One corpus to tokenise: where it comes from, and what of it is cut out to measure on."""
+
+    language: str
+    split: str
+    """`train` or `heldout`."""
+    index: int
+    name: str
+    weight: float
+    text_column: str
+    files: tuple[InputFile, ...]
+    threshold: int = 0
+    """Documents with a hash below it (as a big-endian integer) are held out of a training corpus."""
+
+    @property
+    def folder(self) -> str:
+        """Where its shards are, below the prepared folder."""
+        return f"{self.language}/{self.split}/{self.index}"
+
+    @property
+    def heldout_folder(self) -> str:
+        """Where the shards of the documents cut out of it are."""
+        return f"{self.language}/heldout/{self.index}"
+
+    @property
+    def units(self) -> list[list[InputFile]]:
+        """The files, in runs that can be tokenised apart from each other."""
+        units: list[list[InputFile]] = []
+        size = UNIT_BYTES
+        for file in self.files:
+            if size + file.size > UNIT_BYTES or file.is_hub:
+                units.append([])
+                size = 0
+            units[-1].append(file)
+            size += file.size
+        return units
+
+    def plan(self, tokenizer: TextTokenizer, shard_tokens: int, known_heldout: frozenset[bytes]) -> dict[str, Any]:
+        """Everything that decides what the shards hold: while this is the same, finished shards are kept."""
+        return {
+            "schema": SCHEMA,
+            "tokenizer": [tokenizer.sha256, tokenizer.prefix_token_id, tokenizer.eos_token_id],
+            "files": [file.fingerprint() for file in self.files],
+            "text_column": self.text_column,
+            "shard_tokens": shard_tokens,
+            "threshold": self.threshold,
+            "heldout": sha256_json(sorted(item.hex() for item in known_heldout)) if self.split == "train" else "",
+        }
+
+
+@dataclass
+class Batch:
+    """Documents on their way to the tokenizer; `positions` and `counts` are those after each document."""
+
+    texts: list[bytes] = field(default_factory=list)
+    heldout: list[bool] = field(default_factory=list)
+    positions: list[Position] = field(default_factory=list)
+    counts: list[tuple[int, ...]] = field(default_factory=list)
+    places: list[tuple[str, int]] = field(default_factory=list)
+    size: int = 0
+
+
+class DocumentReader:
+    """Reads a unit's documents in batches bounded by bytes, and counts what is left out."""
+
+    def __init__(
+        self,
+        task: CorpusTask,
+        files: list[InputFile],
+        on_error: str,
+        known_heldout: frozenset[bytes],
+        tell: Callable[[str], None],
+    ) -> None:
+        self._task, self._files, self._on_error, self._known = task, files, on_error, known_heldout
+        self._tell = tell
+        self._told = 0
+        self._reader: FileReader | None = None
+        self._before = 0
+        self.counts: tuple[int, ...] = (0,) * len(COUNTS)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes on disk read so far of this unit."""
+        return self._before + (self._reader.bytes_read if self._reader is not None else 0)
+
+    def _count(self, name: str) -> None:
+        which = COUNTS.index(name)
+        self.counts = tuple(count + (i == which) for i, count in enumerate(self.counts))
+
+    def batches(self, start: Position) -> Iterator[Batch]:
+        """Yield batches of documents from `start` on.
+
+        Raises:
+            EloError: something cannot be read (unless `on_error` is "skip"): the message names file and line.
+        """
+        batch = Batch()
+        hashed = self._task.split == "train" and (self._task.threshold > 0 or bool(self._known))
+        for number, file in enumerate(self._files):
+            if number < start.file:
+                self._before += file.size
+                continue
+            self._reader = FileReader(file, self._task.text_column)
+            for record in self._reader.records(start.record if number == start.file else 0):
+                if record.problem is not None:
+                    self._handle(record.problem)
+                    continue
+                text = record.text
+                if not text or text.isspace():
+                    self._count("empty")
+                    continue
+                heldout = False
+                if hashed:
+                    digest = text_hash(text)
+                    heldout = int.from_bytes(digest, "big") < self._task.threshold
+                    if digest in self._known:
+                        self._count("overlapping")
+                batch.texts.append(text)
+                batch.heldout.append(heldout)
+                batch.positions.append(Position(number, record.number + 1))
+                batch.counts.append(self.counts)
+                batch.places.append((file.location, record.line))
+                batch.size += len(text)
+                if batch.size >= BATCH_BYTES or len(batch.texts) >= BATCH_DOCUMENTS:
+                    yield batch
+                    batch = Batch()
+            self._before += file.size
+            self._reader = None
+        if batch.texts:
+            yield batch
+
+    def _handle(self, problem: str) -> None:
+        if self._on_error != "skip":
+            raise EloError(f"{problem} (on_error: skip leaves such documents out)")
+        self._count("skipped")
+        self._told += 1
+        if self._told <= SHOWN_PROBLEMS:
+            self._tell(f"left out: {problem}")
+        if self._told == SHOWN_PROBLEMS:
+            self._tell("further documents that are left out are only counted")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What all corpora of one `prepare` have in common."""
+
+    root: Path
+    tokenizer: TextTokenizer
+    shard_tokens: int
+    on_error: str
+    embedding_rows: int | None
+    known_heldout: frozenset[bytes]
+    tell: Callable[[str], None]
+
+    def writer(self, task: CorpusTask, unit: int) -> UnitWriter:
+        """The writer of a unit of `task`."""
+        return UnitWriter(self.root, task.folder, task.heldout_folder, unit, self.tokenizer.dtype, self.shard_tokens)
+
+    def claim(self, task: CorpusTask) -> None:
+        """Make the corpus' folder; what is there from other inputs or settings is removed, and that is said."""
+        folder = self.root / task.folder
+        plan = task.plan(self.tokenizer, self.shard_tokens, self.known_heldout)
+        if (folder / PLAN).is_file():
+            before = read_json(folder / PLAN)
+            if before == plan:
+                return
+            changed = [key for key in plan if not isinstance(before, dict) or before.get(key) != plan[key]]
+            self.tell(f"{folder}: made from other {', '.join(changed)}; starting it over")
+        remove(folder)
+        if task.threshold:
+            remove(self.root / task.heldout_folder)
+        folder.mkdir(parents=True)
+        write_json(folder / PLAN, plan)
+
+    def states(self, task: CorpusTask) -> list[UnitState]:
+        """What is on disk of each unit of a claimed corpus."""
+        return [self.writer(task, unit).resume(self.on_error != "skip") for unit in range(len(task.units))]
+
+    def run_unit(self, task: CorpusTask, unit: int, pool: TokenizerPool) -> Iterator[tuple[int, int]]:
+        """Tokenise what is missing of one unit; yield (bytes on disk read of it so far, tokens just written).
+
+        Raises:
+            EloError: bad input, a token id beyond the embedding, a full disk, or a worker that died.
+        """
+        writer = self.writer(task, unit)
+        if writer.resume(self.on_error != "skip").finished:
+            return
+        known = self.known_heldout if task.split == "train" else frozenset()
+        reader = DocumentReader(task, task.units[unit], self.on_error, known, self.tell)
+        try:
+            for batch, tokens, lengths in pool.map(reader.batches(writer.position), lambda batch: batch.texts):
+                self._check_ids(tokens, lengths, batch)
+                sizes = np.fromiter(map(len, batch.texts), np.int64, len(batch.texts))
+                writer.append(tokens, lengths, sizes, np.array(batch.heldout), batch.positions, batch.counts)
+                yield reader.bytes_read, len(tokens)
+            writer.finish(reader.counts)
+        except WorkerDied as error:
+            raise EloError(
+                f"{error}; most likely memory ran out: use fewer workers. The same command goes on where this stopped"
+            ) from None
+        except OSError as error:
+            raise EloError(
+                f"{self.root / task.folder}: cannot be written ({error.strerror or error}); "
+                "make room and run the same command again, finished shards are kept"
+            ) from None
+        finally:
+            writer.discard()
+
+    def _check_ids(self, tokens: np.ndarray, lengths: np.ndarray, batch: Batch) -> None:
+        rows = self.embedding_rows
+        if rows is None or int(tokens.max()) < rows:
+            return
+        where = int(np.argmax(tokens >= rows))
+        document = int(np.searchsorted(np.cumsum(lengths), where, side="right"))
+        file, line = batch.places[document]
+        raise EloError(
+            f"{file}:{line}: tokenizer {self.tokenizer.name} gives token id {int(tokens[where])}, but the model has "
+            f"{rows} embedding rows; give the model's own tokenizer"
+        )
+
+
+def tokenize_source(
+    source: str | Path,
+    tokenizer: TextTokenizer,
+    text_column: str = "text",
+    on_error: str = "stop",
+    max_bytes: int | None = None,
+) -> TokenCorpus:
+    """Tokenise a small corpus into memory, up to the document that passes `max_bytes` of UTF-8 text.
+
+    Raises:
+        EloError: nothing to read, bad input, or no document with text.
+    """
+    files = list_inputs(str(source))
+    task = CorpusTask("any", "heldout", 0, str(source), 1.0, text_column, tuple(files))
+    reader = DocumentReader(task, files, on_error, frozenset(), log.warning)
+    documents: list[np.ndarray] = []
+    sizes: list[int] = []
+    with TokenizerPool(
+        tokenizer.backend, tokenizer.prefix_token_id, tokenizer.eos_token_id, tokenizer.dtype, workers=1
+    ) as pool:
+        for batch, tokens, lengths in pool.map(reader.batches(Position()), lambda batch: batch.texts):
+            for document, text in zip(np.split(tokens, np.cumsum(lengths)[:-1]), batch.texts, strict=True):
+                documents.append(document)
+                sizes.append(len(text))
+                if max_bytes is not None and sum(sizes) >= max_bytes:
+                    return TokenCorpus.from_documents(documents, sizes, str(source))
+    if not documents:
+        raise EloError(f"{source}: no document with text; check the file and text_column")
+    return TokenCorpus.from_documents(documents, sizes, str(source))

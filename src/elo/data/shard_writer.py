@@ -1,0 +1,239 @@
+"""Writing token shards so that a process killed at any instant loses at most the shard it was writing.
+
+A corpus is cut into units (runs of whole input files) and each unit into segments of about `shard_tokens` tokens. A
+segment's shards are written under temporary names and renamed; its record, written last, says where the next begins.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elo.data.shards import SPECIALS_PER_DOCUMENT, shard_paths
+from elo.errors import UnfinishedError
+from elo.records import TEMPORARY_PREFIX, read_json, write_json
+
+COUNTS = ("skipped", "empty", "overlapping")
+"""What a segment counts beside its documents: unreadable, without text, and also in held-out text."""
+
+
+class ShardFile:
+    """One shard being written; nothing of it is visible under its name before `finish`."""
+
+    def __init__(self, root: Path, name: str, dtype: np.dtype) -> None:
+        self.name = name
+        self.num_tokens = 0
+        self._dtype = dtype
+        self._paths = shard_paths(root / name)
+        self._temporary = [path.with_name(TEMPORARY_PREFIX + path.name) for path in self._paths]
+        self._paths[0].parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._temporary[0].open("wb")
+        self._hash = hashlib.sha256()
+        self._lengths: list[np.ndarray] = []
+        self._sizes: list[np.ndarray] = []
+
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> None:
+        """Add documents: their tokens end to end, and the tokens and UTF-8 bytes of each."""
+        data = np.ascontiguousarray(tokens, self._dtype).data.cast("B")
+        self._file.write(data)
+        self._hash.update(data)
+        self._lengths.append(lengths)
+        self._sizes.append(sizes)
+        self.num_tokens += len(tokens)
+
+    def finish(self) -> dict[str, Any]:
+        """Put the shard in place and return its manifest entry."""
+        lengths, sizes = np.concatenate(self._lengths), np.concatenate(self._sizes)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8").tobytes()
+        byte_lengths = sizes.astype("<i8").tobytes()
+        _close(self._file)
+        for path, data in zip(self._temporary[1:], (offsets, byte_lengths), strict=True):
+            with path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in zip(self._temporary, self._paths, strict=True):
+            temporary.replace(path)
+        return {
+            "name": self.name,
+            "documents": len(lengths),
+            "tokens": self.num_tokens,
+            "text_tokens": self.num_tokens - SPECIALS_PER_DOCUMENT * len(lengths),
+            "bytes": int(sizes.sum()),
+            "sha256": {
+                "tokens": self._hash.hexdigest(),
+                "offsets": hashlib.sha256(offsets).hexdigest(),
+                "bytes": hashlib.sha256(byte_lengths).hexdigest(),
+            },
+        }
+
+    def discard(self) -> None:
+        """Remove what has been written."""
+        self._file.close()
+        for path in self._temporary:
+            path.unlink(missing_ok=True)
+
+
+def _close(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where reading goes on: a file of the unit and a record of it."""
+
+    file: int = 0
+    record: int = 0
+
+
+@dataclass(frozen=True)
+class UnitState:
+    """What is on disk of a unit: its finished segments, and whether that is all of it."""
+
+    segments: list[dict[str, Any]]
+    finished: bool
+
+    @property
+    def position(self) -> Position:
+        """Where the next segment begins."""
+        return Position(*self.segments[-1]["next"]) if self.segments else Position()
+
+
+class UnitWriter:
+    """Writes one unit of a corpus, segment after segment.
+
+    `folder` ("ko/train/0") and `heldout_folder` are below `root`; documents that are marked go to the latter.
+    """
+
+    def __init__(
+        self, root: Path, folder: str, heldout_folder: str, unit: int, dtype: np.dtype, shard_tokens: int
+    ) -> None:
+        self._root, self._unit, self._dtype, self._shard_tokens = root, unit, dtype, shard_tokens
+        self._folders = (folder, heldout_folder)
+        self._records = root / folder
+        self._files: list[ShardFile | None] = [None, None]
+        self._counted = (0,) * len(COUNTS)
+        self._segment = 0
+        self.position = Position()
+        self._latest = (self.position, self._counted)
+
+    def resume(self, strict: bool) -> UnitState:
+        """Find the finished segments and go on after them; with `strict`, only those that left nothing unreadable out.
+
+        Later leftovers are overwritten.
+        """
+        segments: list[dict[str, Any]] = []
+        while (record := self._read(self._record_path(len(segments)))) is not None:
+            if (strict and record["counts"]["skipped"]) or not self._intact(record):
+                break
+            segments.append(record)
+        end = self._read(self._end_path())
+        finished = end is not None and end.get("segments") == len(segments)
+        finished = finished and not (strict and end is not None and end["counts"]["skipped"])
+        if not finished:
+            self._end_path().unlink(missing_ok=True)
+            number = len(segments)
+            while self._record_path(number).exists():
+                self._record_path(number).unlink()
+                number += 1
+        state = UnitState([*segments, end] if finished and end is not None else segments, finished)
+        self._segment = len(segments)
+        self.position = state.position if not finished else Position()
+        return state
+
+    def append(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        sizes: np.ndarray,
+        heldout: np.ndarray,
+        positions: list[Position],
+        counts: list[tuple[int, ...]],
+    ) -> None:
+        """Add a batch of documents; `positions` follow each document, `counts` are totals of the unit up to each."""
+        self._latest = (positions[-1], counts[-1])
+        begin, offsets = 0, np.concatenate([[0], np.cumsum(lengths)])
+        while begin < len(lengths):
+            held = sum(file.num_tokens for file in self._files if file is not None)
+            # The segment ends with the first document that fills it.
+            end = int(np.searchsorted(offsets, offsets[begin] + max(self._shard_tokens - held, 0), side="left"))
+            full = end <= len(lengths)
+            end = min(max(end, begin + 1), len(lengths))
+            part = slice(begin, end)
+            self._write(tokens[offsets[begin] : offsets[end]], lengths[part], sizes[part], heldout[part])
+            if full:
+                self._close_segment(positions[end - 1], counts[end - 1])
+            begin = end
+
+    def _write(self, tokens: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, heldout: np.ndarray) -> None:
+        for split, chosen in ((0, ~heldout), (1, heldout)):
+            if not chosen.any():
+                continue
+            file = self._files[split]
+            if file is None:
+                name = f"{self._folders[split]}/{self._unit:05d}-{self._segment:05d}"
+                file = self._files[split] = ShardFile(self._root, name, self._dtype)
+            if chosen.all():
+                file.append(tokens, lengths, sizes)
+            else:
+                file.append(tokens[np.repeat(chosen, lengths)], lengths[chosen], sizes[chosen])
+
+    def finish(self, counts: tuple[int, ...]) -> None:
+        """Close the last segment and mark the unit as whole."""
+        if any(self._files):
+            self._close_segment(*self._latest)
+        write_json(self._end_path(), {"segments": self._segment, "counts": self._new_counts(counts)})
+
+    def discard(self) -> None:
+        """Give up the segment being written."""
+        for file in self._files:
+            if file is not None:
+                file.discard()
+        self._files = [None, None]
+
+    def _close_segment(self, position: Position, counts: tuple[int, ...]) -> None:
+        entries = [file.finish() if file is not None else None for file in self._files]
+        self._files = [None, None]
+        self.position = position
+        record = {
+            "next": [position.file, position.record],
+            "counts": self._new_counts(counts),
+            "train": entries[0],
+            "heldout": entries[1],
+        }
+        write_json(self._record_path(self._segment), record)
+        self._segment += 1
+
+    def _new_counts(self, counts: tuple[int, ...]) -> dict[str, int]:
+        new = {name: now - before for name, now, before in zip(COUNTS, counts, self._counted, strict=True)}
+        self._counted = counts
+        return new
+
+    def _record_path(self, segment: int) -> Path:
+        return self._records / f"{self._unit:05d}-{segment:05d}.json"
+
+    def _end_path(self) -> Path:
+        return self._records / f"{self._unit:05d}.json"
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        try:
+            record = read_json(path)
+        except UnfinishedError:
+            return None
+        return record if isinstance(record, dict) and "counts" in record else None
+
+    def _intact(self, record: dict[str, Any]) -> bool:
+        for entry in (record["train"], record["heldout"]):
+            if entry is None:
+                continue
+            documents = entry["documents"]
+            sizes = (entry["tokens"] * self._dtype.itemsize, (documents + 1) * 8, documents * 8)
+            for path, size in zip(shard_paths(self._root / entry["name"]), sizes, strict=True):
+                if not path.is_file() or path.stat().st_size != size:
+                    return False
+        return True

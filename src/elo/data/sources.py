@@ -1,0 +1,362 @@
+"""Documents out of files: JSON lines, parquet, plain text, folders and globs of them, Hugging Face datasets.
+
+Whatever is wrong with an input comes out as a `Record` with a `problem` that names the file and line (`stop`), or is
+counted (`skip`); the memory needed is that of the largest single document.
+"""
+
+import glob
+import gzip
+import io
+import json
+import logging
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from elo.errors import EloError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".txt.gz", ".txt.zst")
+HUB_PREFIX = "hf://"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+TEXT_PIECE = 1 << 18
+"""Bytes from which a plain-text document ends at the next blank line (a smaller file is one document)."""
+TEXT_LIMIT = 1 << 20
+"""Bytes at which a plain-text document ends even inside a line."""
+BUFFER = 1 << 20
+
+log = logging.getLogger(__name__)
+
+
+class Record(NamedTuple):
+    """One document, or what was wrong in its place.
+
+    `number` counts the records of its file from 0 (where to go on from); `line` is for people, from 1.
+    """
+
+    number: int
+    line: int
+    text: bytes
+    """UTF-8."""
+    problem: str | None = None
+    """A whole message, file and line first."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file, or one Hugging Face dataset (`hf://...`), as found when the inputs were listed."""
+
+    location: str
+    size: int = 0
+    """Bytes on disk; 0 for a dataset."""
+    mtime_ns: int = 0
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether this is a Hugging Face dataset rather than a file."""
+        return self.location.startswith(HUB_PREFIX)
+
+    def fingerprint(self) -> list[Any]:
+        """What must not change between a killed run and the one that goes on: name, size and time of change."""
+        return [self.location, self.size, self.mtime_ns]
+
+
+def list_inputs(path: str) -> list[InputFile]:
+    """The files that `path` stands for (a file, a folder, a glob, a Hugging Face dataset id), in a fixed order.
+
+    Raises:
+        EloError: nothing is there, or nothing that can be read.
+    """
+    found = Path(path)
+    if path.startswith(HUB_PREFIX):
+        return [InputFile(path)]
+    if found.is_dir():
+        files = [file for file in sorted(found.rglob("*")) if _is_visible(file, found) and file.name.endswith(SUFFIXES)]
+        if not files:
+            raise EloError(f"{path}: the folder has no file to read; it needs {', '.join(SUFFIXES)}")
+        return [_input_file(file) for file in files if file.is_file()]
+    if found.exists():
+        return [_input_file(found)]
+    if glob.has_magic(path):
+        matches = sorted(Path(match) for match in glob.glob(path, recursive=True))  # noqa: PTH207  # absolute patterns too
+        if not matches:
+            raise EloError(f"{path}: the pattern matches no file; check it, and the folder it is relative to")
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            raise EloError(f"{path}: the pattern matches folders only; end it with /* or name the folder itself")
+        return [_input_file(file) for file in files]
+    if HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES):
+        return [InputFile(HUB_PREFIX + path)]
+    raise EloError(f"{path}: no such file or folder; check the path (Hugging Face datasets are written owner/name)")
+
+
+def _is_visible(file: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _input_file(path: Path) -> InputFile:
+    if not path.name.endswith(SUFFIXES):
+        hint = "; name it .jsonl if it holds one JSON object per line" if ".json" in path.suffixes else ""
+        kind = "".join(path.suffixes[-2:])
+        raise EloError(f"{path}: unknown kind of file {kind!r}; use {', '.join(SUFFIXES)}{hint}")
+    try:
+        with path.open("rb"):
+            status = path.stat()
+    except OSError as error:
+        raise EloError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    return InputFile(str(path), status.st_size, status.st_mtime_ns)
+
+
+class FileReader:
+    """Reads one input's documents; `bytes_read` (of the file on disk) moves on meanwhile."""
+
+    def __init__(self, file: InputFile, text_column: str = "text") -> None:
+        self.file = file
+        self.text_column = text_column
+        self._raw: BinaryIO | None = None
+        self._done = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the file on disk that have been read so far."""
+        return self._done if self._raw is None or self._raw.closed else self._raw.tell()
+
+    def records(self, start: int = 0) -> Iterator[Record]:
+        """Yield the records from number `start` on; after a problem with the file itself, that is the last one.
+
+        Raises:
+            EloError: a Hugging Face dataset cannot be reached.
+        """
+        name, line, number = self.file.location, 0, start - 1
+        if self.file.is_hub:
+            yield from _hub_records(name, self.text_column, start)
+            return
+        try:
+            if self.file.size == 0:
+                yield Record(0, 1, b"", f"{name}:1: the file is empty; remove it from the corpus")
+                return
+            for record in self._read(start):
+                number, line = record.number, record.line
+                yield record
+            if start == 0 and number < 0:
+                yield Record(0, 1, b"", f"{name}:1: no document in the whole file; remove it from the corpus")
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            problem = f"{name}:{line + 1}: the file is damaged from here on ({reason}); replace it"
+            yield Record(number + 1, line + 1, b"", problem)
+        finally:
+            self._raw, self._done = None, self.file.size
+
+    def _read(self, start: int) -> Iterator[Record]:
+        name = self.file.location
+        with Path(name).open("rb") as raw:
+            self._raw = raw
+            if name.endswith(".parquet"):
+                yield from _parquet_records(raw, name, self.text_column, start)
+                return
+            with _decompressed(raw, name) as lines:
+                if name.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
+                    yield from _text_records(lines, name, start)
+                else:
+                    yield from _json_records(lines, name, self.text_column, start)
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompressed bytes of a Zstandard file of one or more frames; one cut short raises EOFError."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self._ready:
+            chunk = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            chunk = chunk or self._raw.read(1 << 17)
+            if not chunk:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("the compressed file ends in the middle")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = memoryview(self._frame.decompress(chunk))
+        count = min(len(target), len(self._ready))
+        target[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def _decompressed(raw: BinaryIO, name: str) -> BinaryIO:
+    if name.endswith(".gz"):
+        return cast("BinaryIO", io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=raw)), BUFFER))
+    if name.endswith(".zst"):
+        return io.BufferedReader(_ZstdFile(raw), BUFFER)
+    return raw
+
+
+def _json_records(lines: BinaryIO, name: str, column: str, start: int) -> Iterator[Record]:
+    for number, line in enumerate(lines):
+        if number < start or line.isspace():
+            continue
+        if number == 0:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        try:
+            yield Record(number, number + 1, json.loads(line.decode())[column].encode())
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            problem = _json_problem(line, column, error)
+            yield Record(number, number + 1, b"", f"{name}:{number + 1}: {problem}")
+
+
+def _json_problem(line: bytes, column: str, error: Exception) -> str:
+    """What is wrong with a line that could not be read, what was got, and what to do."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 ({_bad_byte(error)}); convert the file to UTF-8"
+    shown = line[:60].decode(errors="replace").strip() + ("..." if len(line) > 60 else "")
+    if isinstance(error, RecursionError) or (isinstance(error, ValueError) and not isinstance(error, UnicodeError)):
+        return f'not a line of JSON ({error}), got {shown!r}; each line must be an object such as {{"text": "..."}}'
+    value = json.loads(line)
+    if not isinstance(value, dict):
+        return f'a JSON {_kind(value)}, not an object: {shown!r}; each line must be like {{"text": "..."}}'
+    return _column_problem(value, column)
+
+
+def _column_problem(row: dict[str, Any], column: str) -> str:
+    if column not in row:
+        names = ", ".join(map(repr, row)) or "none"
+        return f"no column {column!r}; the columns are {names[:300]}; set text_column to the one with the text"
+    value = row[column]
+    if not isinstance(value, str):
+        return f"column {column!r} is {_kind(value)}, not text: {str(value)[:60]!r}; mend the line or set text_column"
+    return f"column {column!r} holds half of a surrogate pair (such as the escape \\ud800), no text; mend the line"
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def _bad_byte(error: UnicodeDecodeError) -> str:
+    return f"byte 0x{error.object[error.start]:02x} at byte {error.start + 1} of the line"
+
+
+def _text_records(lines: BinaryIO, name: str, start: int) -> Iterator[Record]:
+    number, first, line = 0, 1, 1
+    held: list[bytes] = []
+    size = 0
+    while True:
+        piece = lines.readline(TEXT_LIMIT)
+        if not held and number == 0:
+            piece = piece.removeprefix(b"\xef\xbb\xbf")
+        held.append(piece)
+        size += len(piece)
+        line += piece.endswith(b"\n")
+        if piece and not (size >= TEXT_PIECE and piece.isspace()) and size < TEXT_LIMIT:
+            continue
+        data = b"".join(held)
+        rest = b"" if not piece or piece.endswith(b"\n") else _broken_character(data)
+        data = data[: len(data) - len(rest)]
+        if number >= start and not data.isspace() and data:
+            yield _text_record(number, first, data.strip(b"\r\n"), name)
+        if not piece:
+            return
+        held, size, first, number = [rest], len(rest), line, number + 1
+
+
+def _text_record(number: int, line: int, data: bytes, name: str) -> Record:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        begin = data.rfind(b"\n", 0, error.start) + 1
+        where = line + data.count(b"\n", 0, error.start)
+        bad = f"byte 0x{data[error.start]:02x} at byte {error.start - begin + 1} of the line"
+        return Record(number, line, b"", f"{name}:{where}: not UTF-8 ({bad}); convert the file to UTF-8")
+    return Record(number, line, data)
+
+
+def _broken_character(data: bytes) -> bytes:
+    """The first bytes of a UTF-8 character whose last are not in `data` yet."""
+    for back in range(1, min(4, len(data) + 1)):
+        byte = data[-back]
+        if byte >= 0xC0:
+            length = 2 + (byte >= 0xE0) + (byte >= 0xF0)
+            return data[-back:] if back < length else b""
+        if byte < 0x80:
+            break
+    return b""
+
+
+def _parquet_records(raw: BinaryIO, name: str, column: str, start: int) -> Iterator[Record]:
+    file = pyarrow.parquet.ParquetFile(raw)
+    names = file.schema_arrow.names
+    if column not in names:
+        yield Record(0, 1, b"", f"{name}:1: {_column_problem(dict.fromkeys(names), column)}")
+        return
+    number = 0
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if number + rows <= start:
+            number += rows
+            continue
+        for batch in file.iter_batches(batch_size=512, row_groups=[group], columns=[column]):
+            for value in batch.column(0).to_pylist():
+                if number >= start:
+                    yield _value_record(number, {column: value}, column, name)
+                number += 1
+
+
+def _value_record(number: int, row: dict[str, Any], column: str, name: str) -> Record:
+    try:
+        return Record(number, number + 1, row[column].encode())
+    except (KeyError, AttributeError, UnicodeEncodeError):
+        return Record(number, number + 1, b"", f"{name}:{number + 1}: {_column_problem(row, column)}")
+
+
+def _hub_records(location: str, column: str, start: int) -> Iterator[Record]:
+    """Rows of a Hugging Face dataset, `hf://name[:config][:split]`, streamed."""
+    import datasets
+
+    name, *rest = location.removeprefix(HUB_PREFIX).split(":")
+    config = rest[0] if len(rest) > 1 and rest[0] else None
+    split = rest[-1] if rest and rest[-1] else "train"
+    if not name or len(rest) > 2:
+        raise EloError(f"{location}: not a dataset id; write hf://owner/name, ...:split or ...:config:split")
+    number = start
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        for row in rows.skip(start) if start else rows:
+            yield _value_record(number, row, column, location)
+            number += 1
+    except EloError:
+        raise
+    except Exception as error:  # datasets, fsspec and the hub client raise all sorts
+        reason = " ".join(str(error).split())[:300]
+        raise EloError(
+            f"{location}: the Hugging Face dataset cannot be read at row {number + 1} "
+            f"({type(error).__name__}: {reason}); "
+            "check its name, config and split, and the network; the same command goes on from here"
+        ) from None
+
+
+def read_documents(path: str | Path, text_column: str = "text", on_error: str = "stop") -> Iterator[str]:
+    """Yield the text of every document of `path`, empty ones left out.
+
+    Raises:
+        EloError: nothing to read, or something broken (with `on_error="skip"` that is left out and logged).
+    """
+    for file in list_inputs(str(path)):
+        for record in FileReader(file, text_column).records():
+            if record.problem and on_error != "skip":
+                raise EloError(record.problem)
+            if record.problem:
+                log.warning("left out: %s", record.problem)
+            elif not record.text.isspace() and record.text:
+                yield record.text.decode()

@@ -1,0 +1,123 @@
+"""A model's fast tokenizer, and the two tokens that frame every document."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from elo.data.shards import token_dtype
+from elo.data.tokenizing import encode_documents
+from elo.errors import EloError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+@dataclass(frozen=True, eq=False)
+class TextTokenizer:
+    """A fast tokenizer as the data part uses it: text only, no template, no truncation."""
+
+    name: str
+    backend: Tokenizer
+    prefix_token_id: int
+    """Begins every document, so that its first text token has a context: bos, or eos for families without a bos."""
+    eos_token_id: int
+    """Ends every document."""
+    vocab_size: int
+    """Highest token id plus one, added tokens included."""
+    base_vocab_size: int
+    """Tokens without the added ones."""
+    sha256: str
+    """Of the tokenizer's content."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type that token shards of this tokenizer store."""
+        return token_dtype(self.vocab_size)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, without special tokens."""
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each text as it is stored: prefix, text tokens, eos."""
+        tokens, lengths = encode_documents(
+            self.backend, list(texts), self.prefix_token_id, self.eos_token_id, self.dtype
+        )
+        return np.split(tokens, np.cumsum(lengths)[:-1])
+
+    def check_embedding(self, rows: int, where: str = "the model") -> None:
+        """Raise EloError when this cannot be the tokenizer of a model with `rows` embedding rows.
+
+        Added tokens beyond the embedding are let pass here (Gemma 3 1B has one): text that uses them is refused.
+        """
+        highest = max(self.base_vocab_size - 1, self.prefix_token_id, self.eos_token_id)
+        if highest >= rows:
+            raise EloError(
+                f"tokenizer {self.name}: gives token ids up to {highest}, but {where} has {rows} embedding rows; "
+                "they do not belong together, give the model's own tokenizer"
+            )
+
+
+def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> TextTokenizer:
+    """Load the fast tokenizer of a checkpoint folder or a Hugging Face hub id.
+
+    Raises:
+        EloError: there is none, only a slow one, or it has neither a bos nor an eos token.
+    """
+    name = str(path_or_id)
+    folder = Path(name)
+    if folder.is_file():
+        folder = folder.parent
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+            raise EloError(f"{folder}: no tokenizer there (looked for {', '.join(TOKENIZER_FILES)}); give its folder")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise EloError(f"{name}: no such folder; give a folder with a tokenizer, or a Hugging Face hub id")
+    tokenizer = _load(str(folder) if folder.is_dir() else name, trust_remote_code)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise EloError(
+            f"{name}: only a slow tokenizer ({type(tokenizer).__name__}); give one with a tokenizer.json, "
+            "as save_pretrained of a fast tokenizer writes"
+        )
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is None and eos is None:
+        raise EloError(
+            f"{name}: the tokenizer has neither a bos nor an eos token, so documents cannot be told apart; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return wrap_tokenizer(backend, bos, eos, name)
+
+
+def wrap_tokenizer(backend: Tokenizer, bos: int | None, eos: int | None, name: str) -> TextTokenizer:
+    """A `TextTokenizer` around a copy of `backend`; at least one of `bos` and `eos` is needed."""
+    backend = Tokenizer.from_str(backend.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    prefix = bos if bos is not None else eos
+    end = eos if eos is not None else bos
+    if prefix is None or end is None:
+        raise ValueError("neither bos nor eos")
+    highest = max([*backend.get_vocab(with_added_tokens=True).values(), prefix, end])
+    base = max(backend.get_vocab(with_added_tokens=False).values(), default=-1)
+    digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
+    return TextTokenizer(name, backend, prefix, end, highest + 1, base + 1, digest)
+
+
+def _load(name: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise EloError(f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {reason})") from None
+    except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
+        if type(error) is not Exception:
+            raise
+        raise EloError(f"{name}: its tokenizer.json is damaged ({str(error)[:300]})") from None

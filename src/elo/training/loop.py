@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from elo.errors import EloError
@@ -118,6 +118,7 @@ def train(
         StoppedBySignalError: SIGTERM or SIGINT came; a checkpoint was written first.
     """
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     per_step = rows_per_step(sequence_length, settings)
     steps = len(rows) // per_step  # type: ignore[arg-type]
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -140,6 +141,7 @@ def train(
             model=model,
             args=_arguments(settings, per_step, steps, output_dir, seed, evaluating=evaluate is not None),
             train_dataset=rows,
+            eval_dataset=rows,  # Trainer insists on one; EloTrainer.evaluate measures held-out text instead
             data_collator=PackedCollator(varlen=attention == VARLEN),
             callbacks=[_Report(progress, tokens_per_step), stop],
             tokens_per_step=tokens_per_step,
@@ -148,6 +150,7 @@ def train(
             keep_checkpoints=settings.save_total_limit,
             seconds=state["seconds"],
         )
+        trainer.remove_callback(PrinterCallback)  # _Report says it
         with stop.listening():
             trainer.resume_clock()
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -194,7 +197,7 @@ def _arguments(
         optim=optimizer,
         per_device_train_batch_size=settings.per_device_train_batch_size,
         gradient_accumulation_steps=per_step // (settings.per_device_train_batch_size * _world_size()),
-        gradient_checkpointing=settings.activation_checkpointing,
+        activation_checkpointing=settings.activation_checkpointing,
         bf16=wants_bf16(settings),
         use_cpu=not torch.cuda.is_available(),
         logging_steps=settings.logging_steps,

@@ -1,0 +1,219 @@
+"""The command line: each verb parses its arguments and calls one recipe."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from elo.errors import EloError
+
+app = typer.Typer(
+    name="elo",
+    help="Teach an existing LLM a new language by training a few detached layers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG.yaml", help="Configuration of the run (docs/configuration.md).")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the configuration; may be repeated."),
+]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that ships with the checkpoint. Only if you trust it."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+
+
+@app.command()
+def run(config: Config, set_: Set = None) -> None:
+    """Do all stages of a run, or go on with one that was interrupted."""
+    from elo.recipes.run import run
+
+    run(config, overrides=set_)
+
+
+@app.command()
+def prepare(config: Config, set_: Set = None) -> None:
+    """Tokenise the corpora of a run into token shards."""
+    _until("prepare", config, set_)
+
+
+@app.command()
+def detach(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    layers: Annotated[
+        str, typer.Option(help="first:K, last:K, indices (0,1,-1) and ranges (0-3), joined by commas.")
+    ] = "first:1,last:1",
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Cut the chosen layers, with embedding, final norm and LM head, out of a checkpoint."""
+    from elo.recipes.surgery import detach
+
+    record = detach(checkpoint, layers, output, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    kept = ", ".join(str(index) for index in record["layers"])
+    typer.echo(f"{output}: layers {kept} of {record['num_base_layers']}")
+
+
+@app.command()
+def pretrain(config: Config, set_: Set = None) -> None:
+    """Train the detached layers of a run (and what comes before, where it is not done)."""
+    _until("elo_pretraining", config, set_)
+
+
+@app.command()
+def attach(
+    detached: Annotated[Path, typer.Argument(help="Folder of the trained detached model.")],
+    base: Annotated[str, typer.Option(help="Checkpoint folder or hub id that it was detached from.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    scale: Annotated[float, typer.Option(help="Put back base + scale x (trained - base).")] = 1.0,
+    include: Annotated[
+        str, typer.Option(help="What is put back besides the layers: embedding, norm, head, joined by commas.")
+    ] = "",
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Put trained layers back at their places in the untouched base."""
+    from elo.recipes.surgery import attach
+
+    parts = [part.strip() for part in include.split(",") if part.strip()]
+    record = attach(
+        detached,
+        base,
+        output,
+        scale=scale,
+        include=parts,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    kept = ", ".join(str(index) for index in record["layers"])
+    typer.echo(f"{output}: layers {kept} of {record['num_base_layers']} put back")
+
+
+@app.command()
+def align(config: Config, set_: Set = None) -> None:
+    """Fine-tune the attached model of a run briefly (and what comes before, where it is not done)."""
+    _until("layer_alignment", config, set_)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of any causal LM.")],
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LANGUAGE=FILE", help="Text to measure bits per byte on; may be repeated."),
+    ] = None,
+    cloze: Annotated[
+        list[str] | None, typer.Option(metavar="LANGUAGE=FILE", help="Cloze items (.jsonl); may be repeated.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=2, help="Context in tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Measure on this many tokens a language.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
+    text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure bits per byte and cloze accuracy of any Hugging Face causal LM, by language."""
+    from elo.recipes.evaluate import evaluate
+
+    corpora, items = _by_language("--corpus", corpus), _by_language("--cloze", cloze)
+    if not corpora and not items:
+        raise EloError("evaluate: nothing to measure on; give --corpus LANGUAGE=FILE or --cloze LANGUAGE=FILE")
+    evaluate(
+        model,
+        tokenizer=tokenizer,
+        corpora=corpora,
+        cloze=items,
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
+        text_column=text_column,
+        output=output,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="Run folder, or its results.json.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; the results' own.")] = None,
+) -> None:
+    """Draw a run's report again: report.html, report.md and charts, from results.json alone."""
+    from elo.recipes.report import report
+
+    typer.echo(report(results, output))
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("elo-quickstart"),
+) -> None:
+    """Do a whole run, controls included, on the base and the bilingual corpus that come with ELO (minutes on a CPU)."""
+    from elo.recipes.quickstart import quickstart
+
+    quickstart(output)
+
+
+def _until(stage: str, config: Path, overrides: list[str] | None) -> None:
+    from elo.recipes.run import run
+
+    run(config, overrides=overrides, until=stage)  # type: ignore[arg-type]
+
+
+def _by_language(option: str, pairs: list[str] | None) -> dict[str, str | Path]:
+    found: dict[str, str | Path] = {}
+    for pair in pairs or []:
+        language, equals, path = pair.partition("=")
+        if not equals or not language or not path:
+            raise EloError(f"{option} {pair!r}: write LANGUAGE=FILE, for example {option} ko=heldout.jsonl")
+        if language in found:
+            raise EloError(f"{option}: {language!r} is given twice")
+        found[language] = Path(path)
+    return found
+
+
+# typer brings its own copy of click from some version on, so its exception is asked of typer.
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; a user's mistake ends in one message and exit status 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app(args=arguments, standalone_mode=False)
+    except _UsageError as error:
+        error.show()
+        sys.exit(2)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except EloError as error:
+        print(f"elo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        number = _stopped_by(error)
+        if number is None:
+            raise
+        print(f"elo: {error}; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+def _stopped_by(error: Any) -> int | None:
+    """The signal that stopped training, if that is what `error` says."""
+    loop = sys.modules.get("elo.training.loop")
+    if loop is not None and isinstance(error, loop.StoppedBySignalError):
+        return int(error.number)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,449 @@
+"""A run's stages, bound to its configuration and its run folder."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elo.config import RunConfig
+from elo.errors import EloError
+from elo.layers import parse_layers
+from elo.recipes.prepare import CorpusSource, prepare, source_files
+from elo.recipes.surgery import attach, detach, resolve_checkpoint
+from elo.records import write_json
+from elo.workspace import Stage, Workspace, file_identity
+
+if TYPE_CHECKING:
+    from elo.data.mixture import Mixture, MixtureRows
+    from elo.data.shards import PreparedData
+    from elo.training.methods import Method, Phase
+
+# Settings that say how the work is done, not what comes out (but for float noise): they may change between restarts.
+_HOW = {
+    "per_device_train_batch_size",
+    "activation_checkpointing",
+    "torch_compile",
+    "attn_implementation",
+    "head_loss",
+    "save_steps",
+    "save_total_limit",
+    "loss_spike",
+    "dataloader_num_workers",
+    "report_to",
+    "training_arguments",
+}
+
+
+@dataclass
+class Job:
+    """Makes each stage's inputs from the configuration, and runs it in the workspace.
+
+    Attributes:
+        base: folder of the base checkpoint.
+        layers: decoder layers that ELO trains.
+    """
+
+    config: RunConfig
+    workspace: Workspace
+    base: Path
+    tokenizer: str
+    layers: tuple[int, ...]
+    base_identity: dict[str, Any] = field(default_factory=dict)
+    prepared: "PreparedData | None" = None
+    _mixture: "Mixture | None" = None
+    _pretraining_rows: int = 0
+    _alignment_rows: int = 0
+
+    def path(self, *parts: str) -> Path:
+        """A path in the run folder."""
+        return self.workspace.path(*parts)
+
+    def say(self, line: str) -> None:
+        """Tell the user a line."""
+        self.workspace.say(line)
+
+    @property
+    def languages(self) -> tuple[str, str]:
+        """Target and source language."""
+        return self.config.data.target, self.config.data.source
+
+    # Data.
+
+    def prepare(self) -> "PreparedData":
+        """Token shards of all corpora."""
+        from elo.data.shards import PreparedData
+
+        data = self.config.data
+        corpora = {
+            language: [CorpusSource(each.path, text_column=each.text_column) for each in sources]
+            for language, sources in data.corpora.items()
+        }
+        heldout = {
+            language: CorpusSource(each.path, text_column=each.text_column) for language, each in data.heldout.items()
+        }
+        inputs = {
+            "tokenizer": _tokenizer_identity(self.tokenizer),
+            "corpora": {name: [_corpus_identity(each) for each in sources] for name, sources in corpora.items()},
+            "heldout": {name: _corpus_identity(each) for name, each in heldout.items()},
+            "heldout_share": data.heldout_share,
+            "on_error": data.on_error,
+        }
+        output = self.path("prepared")
+
+        def work() -> dict[str, Any]:
+            self.say("prepare: tokenising the corpora")
+            prepare(
+                self.tokenizer,
+                corpora,
+                output,
+                heldout=heldout or None,
+                heldout_share=data.heldout_share,
+                workers=data.workers,
+                on_error=data.on_error,
+                vocab_size=_embedding_rows(self.base, self.config.trust_remote_code),
+                trust_remote_code=self.config.trust_remote_code,
+            )
+            return {}
+
+        self.workspace.stage("prepare", inputs, work, outputs=(output,))
+        self.prepared = PreparedData.open(output)
+        return self.prepared
+
+    def plan_rows(self, prepared: "PreparedData") -> None:
+        """Split the token budget into the rows of ELO pretraining and, after them, those of layer alignment.
+
+        Raises:
+            EloError: the budget is less than one update.
+        """
+        from elo.data.mixture import build_mixture
+        from elo.training.loop import rows_per_step
+
+        config, data = self.config, self.config.data
+        weights = {
+            language: {corpus.name: each.weight for corpus, each in zip(prepared.train(language), sources, strict=True)}
+            for language, sources in data.corpora.items()
+        }
+        self._mixture = build_mixture(
+            prepared,
+            data.target,
+            data.source,
+            data.replay_ratio,
+            data.sequence_length,
+            config.seed,
+            data.packing,
+            weights,
+        )
+        available = self._mixture.available_rows(data.target)
+        total = available if config.tokens is None else config.tokens // data.sequence_length
+        self._tell_of_repeats(total)
+        share = config.layer_alignment.share
+        per_step = rows_per_step(data.sequence_length, config.elo_pretraining)
+        align_step = rows_per_step(data.sequence_length, config.layer_alignment)
+        rows_per_step(data.sequence_length, config.full)
+        self._alignment_rows = max(1, round(total * share / align_step)) * align_step if share else 0
+        self._pretraining_rows = (total - self._alignment_rows) // per_step * per_step
+        if self._pretraining_rows <= 0:
+            raise EloError(
+                f"tokens: the budget of {total * data.sequence_length:,} tokens is less than one step of ELO "
+                f"pretraining ({per_step * data.sequence_length:,}) and one of layer alignment "
+                f"({align_step * data.sequence_length:,}); give more text or tokens, or lower tokens_per_step"
+            )
+
+    def _tell_of_repeats(self, rows: int) -> None:
+        assert self._mixture is not None
+        for language in self.languages if self.config.data.replay_ratio else self.languages[:1]:
+            once = self._mixture.available_rows(language)
+            if rows > once:
+                self.say(
+                    f"note: the budget of {rows * self.config.data.sequence_length:,} tokens passes over the "
+                    f"{language!r} text {rows / once:.1f} times"
+                )
+
+    def rows_of(self, phase: "Phase", method: str, earlier: dict[str, dict[str, Any]]) -> "MixtureRows":
+        """The mixture's rows that a phase trains on."""
+        from elo.training.loop import rows_per_step
+
+        assert self._mixture is not None
+        total = self._pretraining_rows + self._alignment_rows
+        start, stop = {
+            "pretraining": (0, self._pretraining_rows),
+            "alignment": (self._pretraining_rows, total),
+            "all": (0, total),
+        }[phase.rows]
+        if method == "full_at_wall_time":
+            stop = self._rows_at_wall_time(earlier)
+        per_step = rows_per_step(self.config.data.sequence_length, self._settings(phase))
+        return self._mixture.rows(start, start + (stop - start) // per_step * per_step)
+
+    def _rows_at_wall_time(self, earlier: dict[str, dict[str, Any]]) -> int:
+        """Rows that full CPT gets through in ELO's wall time, by its measured rate; decided once in a run."""
+        from elo.recipes.run import wall_seconds
+        from elo.training.loop import rows_per_step
+
+        full = earlier["full"]["stages"]["full"]
+        seconds = wall_seconds(earlier[self.config.method])
+        length = self.config.data.sequence_length
+        per_step = rows_per_step(length, self.config.full)
+        # Rounded up: the control is never given less time than ELO took.
+        return -(-int(seconds * full["tokens_per_second"] / length) // per_step) * per_step
+
+    def _settings(self, phase: "Phase") -> Any:
+        return getattr(self.config, phase.settings)
+
+    # Surgery.
+
+    def detach(self, method: str) -> Stage:
+        """The detached model's folder."""
+        output = self.path(method, "detached")
+        inputs = {"base": self.base_identity, "layers": list(self.layers)}
+        return self.workspace.stage(
+            f"{method}-detach",
+            inputs,
+            lambda: _measured(
+                lambda: detach(
+                    str(self.base),
+                    list(self.layers),
+                    output,
+                    overwrite=True,
+                    trust_remote_code=self.config.trust_remote_code,
+                )
+            ),
+            outputs=(output,),
+        )
+
+    def attach(self, method: str, trained: Path, trained_stage: Stage) -> Stage:
+        """The base with the trained layers put back."""
+        output = self.path(method, "attached")
+        include = list(self.config.elo_pretraining.also_train)
+        inputs = {"base": self.base_identity, "trained": trained_stage.fingerprint, "include": include}
+        return self.workspace.stage(
+            f"{method}-attach",
+            inputs,
+            lambda: _measured(
+                lambda: attach(
+                    trained,
+                    str(self.base),
+                    output,
+                    include=include,
+                    overwrite=True,
+                    trust_remote_code=self.config.trust_remote_code,
+                )
+            ),
+            outputs=(output,),
+        )
+
+    # Training.
+
+    def train(
+        self, method: "Method", phase: "Phase", rows: "MixtureRows", checkpoint: Path, before: Stage | None
+    ) -> Stage:
+        """Train `checkpoint`, the outcome of stage `before` (None: the base), on `rows`."""
+        from elo.recipes.train import heldout_evaluator, train_checkpoint
+
+        assert self.prepared is not None
+        config, data, settings = self.config, self.config.data, self._settings(phase)
+        output, scratch = self.path(method.name, phase.name), self.path(method.name, f"{phase.name}-checkpoints")
+        also_train = config.elo_pretraining.also_train if phase.detached else ()
+        inputs = {
+            "model": before.fingerprint if before else self.base_identity,
+            "data": self.prepared.fingerprint,
+            "mixture": self._mixture_inputs(),
+            "rows": [rows.start, rows.stop],
+            "method": method.name,
+            "layers": list(self.layers),
+            "also_train": list(also_train),
+            "settings": settings.model_dump(mode="json", exclude=_HOW),
+            "seed": config.seed,
+            "evaluation": config.evaluation.max_tokens_in_training,
+        }
+        label = f"{method.name} {phase.name}" if phase.name != method.name else method.name
+
+        def work() -> dict[str, Any]:
+            tokens = len(rows) * data.sequence_length
+            self.say(f"{label}: {tokens:,} tokens, {phase.rows} part of the budget")
+            evaluate = heldout_evaluator(
+                self.prepared,  # type: ignore[arg-type]
+                self.languages,
+                sequence_length=data.sequence_length,
+                max_tokens=config.evaluation.max_tokens_in_training,
+                settings=settings,
+            )
+            return train_checkpoint(
+                checkpoint,
+                output,
+                rows=rows,  # type: ignore[arg-type]
+                method=method,
+                phase=phase,
+                layers=self.layers,
+                also_train=also_train,
+                settings=settings,
+                sequence_length=data.sequence_length,
+                seed=config.seed,
+                scratch=scratch,
+                evaluate=evaluate,
+                trust_remote_code=config.trust_remote_code,
+                label=label,
+            )
+
+        name = f"{method.name}-{phase.name}"
+        stage = self.workspace.stage(name, inputs, work, outputs=(output,), scratch=(scratch,))
+        self.say(
+            f"{label}: {stage.record['tokens']:,} tokens in {stage.record['seconds']:.1f} s "
+            f"({stage.record['tokens_per_second']:,.0f} tokens/s)"
+        )
+        return stage
+
+    def _mixture_inputs(self) -> dict[str, Any]:
+        data = self.config.data
+        return {
+            "target": data.target,
+            "source": data.source,
+            "replay_ratio": data.replay_ratio,
+            "sequence_length": data.sequence_length,
+            "packing": data.packing,
+            "weights": {language: [each.weight for each in sources] for language, sources in data.corpora.items()},
+        }
+
+    # Evaluation and report.
+
+    def evaluate(self, name: str, model: Path, before: Stage | None = None, *, brief: bool = False) -> Stage:
+        """Bits per byte of both languages; unless `brief`, cloze accuracy and samples too."""
+        from elo.recipes.evaluate import evaluate
+
+        assert self.prepared is not None
+        settings, data = self.config.evaluation, self.config.data
+        cloze = {} if brief else {language: Path(path) for language, path in settings.cloze.items()}
+        prompts = {} if brief else settings.prompts
+        inputs = {
+            "model": before.fingerprint if before else self.base_identity,
+            "heldout": {language: self.prepared.heldout(language).fingerprint for language in self.languages},
+            "sequence_length": data.sequence_length,
+            "max_tokens": settings.max_tokens,
+            "cloze": {language: file_identity(path) for language, path in cloze.items()},
+            "prompts": prompts,
+            "max_new_tokens": settings.max_new_tokens,
+        }
+
+        def work() -> dict[str, Any]:
+            started = time.perf_counter()
+            measured = evaluate(
+                str(model),
+                tokenizer=self.tokenizer,
+                corpora={language: self.prepared.heldout(language) for language in self.languages},  # type: ignore[union-attr]
+                cloze=cloze,
+                prompts=prompts,
+                sequence_length=data.sequence_length,
+                max_tokens=settings.max_tokens,
+                max_new_tokens=settings.max_new_tokens,
+                trust_remote_code=self.config.trust_remote_code,
+                progress=False,
+            )
+            return {**measured, "seconds": time.perf_counter() - started}
+
+        stage = self.workspace.stage(f"evaluate-{name}", inputs, work)
+        shown = ", ".join(f"{language} {value:.4f}" for language, value in stage.record["bpb"].items())
+        self.say(f"{name}: bits per byte {shown}")
+        return stage
+
+    def link_model(self, model: Path) -> None:
+        """Let RUN/model name the final model."""
+        link = self.path("model")
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(model, link.parent), target_is_directory=True)
+
+    def report(self, results: dict[str, Any]) -> None:
+        """Write report.html, report.md and the charts beside results.json."""
+        from elo.recipes.report import report
+
+        report(results, self.workspace.root)
+        self.say(f"report: {self.path('report.html')}")
+        self.say(f"model: {self.path('model')}")
+
+
+@contextmanager
+def open_job(config: RunConfig) -> Iterator[Job]:
+    """Check a configuration against the disk, lock its run folder and yield the job.
+
+    Raises:
+        EloError: the base, a corpus, the layers or the run folder is not usable.
+    """
+    _check_inputs(config)
+    base = resolve_checkpoint(config.model)
+    workspace = Workspace(Path(config.output), lambda line: print(line, flush=True))
+    layers = parse_layers(config.layers, _num_layers(base, config.trust_remote_code))
+    with workspace.locked():
+        workspace.sweep()
+        write_json(workspace.path("config.json"), config.model_dump(mode="json"))
+        yield Job(
+            config,
+            workspace,
+            base=base,
+            tokenizer=config.tokenizer or str(base),
+            layers=layers,
+            base_identity=file_identity(base),
+        )
+
+
+def _check_inputs(config: RunConfig) -> None:
+    """Find what is missing before anything is loaded."""
+    for language, path in config.evaluation.cloze.items():
+        if language not in (config.data.target, config.data.source):
+            raise EloError(f"evaluation.cloze: {language!r} is neither the target nor the source language")
+        if not Path(path).is_file():
+            raise EloError(f"evaluation.cloze.{language}: {path}: no such file")
+    for language in config.evaluation.prompts:
+        if language not in (config.data.target, config.data.source):
+            raise EloError(f"evaluation.prompts: {language!r} is neither the target nor the source language")
+    if Path(config.output).exists() and not Path(config.output).is_dir():
+        raise EloError(f"output: {config.output}: is a file; name a folder for the run")
+
+
+def _num_layers(base: Path, trust_remote_code: bool) -> int:
+    from elo.model.config_surgery import num_layers_of
+    from elo.model.footprint import read_config
+
+    return num_layers_of(read_config(str(base), trust_remote_code=trust_remote_code))
+
+
+def _embedding_rows(base: Path, trust_remote_code: bool) -> int:
+    from elo.model.footprint import read_config, text_config
+
+    return int(text_config(read_config(str(base), trust_remote_code=trust_remote_code)).vocab_size)
+
+
+def _tokenizer_identity(tokenizer: str) -> Any:
+    folder = Path(tokenizer)
+    return file_identity(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else tokenizer
+
+
+def _corpus_identity(source: CorpusSource) -> dict[str, Any]:
+    return {
+        "path": source.path,
+        "text_column": source.text_column,
+        "files": [file_identity(file) for file in source_files(source)],
+    }
+
+
+def _measured(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Record of a stage that trains nothing: its time and peak memory."""
+    from elo.training.memory import peak_memory_bytes, reset_peak_memory
+
+    reset_peak_memory()
+    started = time.perf_counter()
+    record = work()
+    return {
+        "layers": record["layers"],
+        "seconds": time.perf_counter() - started,
+        "tokens": 0,
+        "tokens_per_second": None,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def command_line() -> str:
+    """The command that this process was started with, for the record."""
+    return " ".join(["elo", *sys.argv[1:]]) if Path(sys.argv[0]).name in ("elo", "cli.py") else "elo.run(...)"

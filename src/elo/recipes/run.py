@@ -1,0 +1,120 @@
+"""The whole job: prepare, detach, ELO pretraining, attach, layer alignment, evaluation, controls, report.
+
+Each step is a stage of the run folder (elo.workspace): done once, gone on with after a kill, redone when what it depends
+on has changed.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from elo.config import RunConfig, load_config
+from elo.errors import EloError
+from elo.recipes.job import Job, open_job
+from elo.recipes.results import write_results
+from elo.workspace import Stage
+
+Until = Literal["prepare", "detach", "elo_pretraining", "attach", "layer_alignment"]
+
+
+class _ReachedError(Exception):
+    """The stage that was asked for is done."""
+
+
+def run(
+    config: RunConfig | str | Path | dict[str, Any], *, overrides: list[str] | None = None, until: Until | None = None
+) -> dict[str, Any]:
+    """Do a run, or go on with it.
+
+    Args:
+        config: a configuration, its file, or a dict of the same form.
+        overrides: `key.path=value`, applied to a file or dict.
+        until: stop once this stage is done.
+
+    Returns:
+        The results, as in results.json (see docs/results.md); {} when `until` stopped it before.
+
+    Raises:
+        EloError: a mistake of the user's: what, where, what was got, what to do.
+    """
+    if not isinstance(config, RunConfig):
+        config = load_config(config, overrides)
+    with open_job(config) as job:
+        try:
+            return _all_stages(job, until)
+        except _ReachedError:
+            return {}
+
+
+def _all_stages(job: Job, until: Until | None) -> dict[str, Any]:
+    def reached(stage: str) -> None:
+        if until == stage:
+            raise _ReachedError
+
+    config = job.config
+    prepared = job.prepare()
+    reached("prepare")
+    job.plan_rows(prepared)
+    base = None if until else job.evaluate("base", job.base)
+
+    methods: dict[str, dict[str, Any]] = {}
+    for name in (config.method, *config.controls):
+        methods[name] = adapt(job, name, methods, reached=reached if name == config.method else lambda _: None)
+    if until:
+        raise EloError(f"method {config.method!r} has no stage {until!r}")
+    assert base is not None
+    job.link_model(methods[config.method]["model"])
+    results = write_results(job, base.record, methods)
+    job.report(results)
+    return results
+
+
+def adapt(job: Job, name: str, earlier: dict[str, dict[str, Any]], *, reached: Any = lambda _: None) -> dict[str, Any]:
+    """Run one method from the base to its evaluated model.
+
+    Args:
+        earlier: what this function returned for the methods before, which full_at_wall_time is matched with.
+        reached: called with each stage's name once it is done.
+
+    Returns:
+        {"model": folder, "stages": {name: record}, "evaluation": ..., "before_alignment": ... or None}
+    """
+    from elo.training.methods import find_method
+
+    method = find_method(name)
+    model: Stage | None = None
+    folder = job.base
+    stages: dict[str, dict[str, Any]] = {}
+    before_alignment = None
+    for phase in method.phases:
+        rows = job.rows_of(phase, name, earlier)
+        if len(rows) == 0:
+            continue
+        if phase.detached:
+            detached = job.detach(name)
+            stages["detach"] = detached.record
+            reached("detach")
+            trained = job.train(method, phase, rows, job.path(name, "detached"), detached)
+            stages[phase.name] = trained.record
+            reached(phase.name)
+            model = job.attach(name, job.path(name, phase.name), trained)
+            stages["attach"] = model.record
+            reached("attach")
+            folder = job.path(name, "attached")
+            before_alignment = job.evaluate(f"{name}-attached", folder, model, brief=True).record
+        else:
+            model = job.train(method, phase, rows, folder, model)
+            stages[phase.name] = model.record
+            folder = job.path(name, phase.name)
+            reached(phase.name)
+    evaluation = job.evaluate(name, folder, model)
+    return {
+        "model": folder,
+        "stages": stages,
+        "evaluation": evaluation.record,
+        "before_alignment": before_alignment,
+    }
+
+
+def wall_seconds(adapted: dict[str, Any]) -> float:
+    """Seconds a method took: its stages' own time, without evaluation."""
+    return float(sum(record["seconds"] for record in adapted["stages"].values()))

@@ -1,0 +1,150 @@
+"""One training phase on disk: a checkpoint folder in, a trained checkpoint folder out."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elo.errors import EloError
+from elo.records import atomic_directory
+from elo.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+    from transformers import PreTrainedModel
+
+    from elo.data.shards import PreparedData
+    from elo.training.methods import Method, Part, Phase
+    from elo.training.trainer import Evaluate
+
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt", "*.model")
+
+
+def train_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    *,
+    rows: "Dataset",
+    method: "Method",
+    phase: "Phase",
+    layers: Sequence[int],
+    also_train: "Sequence[Part]" = (),
+    settings: TrainingSettings,
+    sequence_length: int,
+    seed: int,
+    scratch: Path,
+    evaluate: "Evaluate | None" = None,
+    trust_remote_code: bool = False,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Train the checkpoint in folder `checkpoint` as `method` says and write it to `output` in its own dtype.
+
+    Args:
+        rows: packed rows, as many as the phase trains on.
+        layers: decoder layers of the base that ELO trains, 0-based.
+        scratch: folder for training checkpoints, from which an interrupted call goes on.
+
+    Returns:
+        The stage's record: tokens, steps, seconds, tokens_per_second, peak_memory_bytes, losses, evaluations, ...
+    """
+    from dataclasses import asdict
+
+    import torch
+
+    from elo.training.loop import train
+
+    model, dtype = load_trainable(checkpoint, trust_remote_code=trust_remote_code)
+    method.select_trainable(model, phase, layers, also_train)
+    if torch.cuda.is_available():
+        _freeze_in(model, torch.bfloat16)
+    result = train(
+        model,
+        rows,
+        sequence_length=sequence_length,
+        settings=settings,
+        output_dir=scratch,
+        seed=seed,
+        evaluate=evaluate,
+        label=label,
+    )
+    if _is_main_process():
+        save_checkpoint(model.to(dtype), output, side_files=checkpoint)  # type: ignore[arg-type]
+    record = asdict(result)
+    return record | {"tokens_per_second": result.tokens / result.seconds, "precision": _precision(settings)}
+
+
+def load_trainable(checkpoint: Path, *, trust_remote_code: bool = False) -> "tuple[PreTrainedModel, Any]":
+    """Load a checkpoint in fp32, so that what trains has fp32 master weights; and the dtype it is stored in.
+
+    Raises:
+        EloError: the folder holds no checkpoint in safetensors that transformers can load.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise EloError(f"{checkpoint}: cannot be loaded as a causal LM: {' '.join(str(error).split())}") from None
+    dtype = config.get_text_config().dtype or config.dtype or torch.float32
+    return model, dtype
+
+
+def save_checkpoint(model: "PreTrainedModel", output: Path, *, side_files: Path) -> None:
+    """Write a model with the tokenizer files of `side_files`; the folder appears whole or not at all."""
+    with atomic_directory(output, overwrite=True) as folder:
+        model.save_pretrained(folder)
+        for pattern in _TOKENIZER_FILES:
+            for file in side_files.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
+
+
+def heldout_evaluator(
+    prepared: "PreparedData",
+    languages: Sequence[str],
+    *,
+    sequence_length: int,
+    max_tokens: int | None,
+    settings: TrainingSettings,
+) -> "Evaluate":
+    """Bits per byte of the held-out text of each language, for the measurements during training."""
+    import torch
+
+    from elo.evaluation.bits_per_byte import bits_per_byte
+    from elo.training.loop import wants_bf16
+
+    corpora = {language: prepared.heldout(language) for language in languages}
+    autocast = torch.bfloat16 if wants_bf16(settings) else None
+
+    def evaluate(model: "PreTrainedModel") -> dict[str, float]:
+        return {
+            language: bits_per_byte(
+                model, corpus, sequence_length=sequence_length, max_tokens=max_tokens, autocast_dtype=autocast
+            ).bits_per_byte
+            for language, corpus in corpora.items()
+        }
+
+    return evaluate
+
+
+def _freeze_in(model: "PreTrainedModel", dtype: Any) -> None:
+    """Keep frozen parameters in `dtype`: they need no master weights."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _precision(settings: TrainingSettings) -> str:
+    from elo.training.loop import wants_bf16
+
+    return "bf16" if wants_bf16(settings) else "fp32"
+
+
+def _is_main_process() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"

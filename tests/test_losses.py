@@ -1,0 +1,93 @@
+"""The head loss equals PyTorch's, gradients too, however it is computed and whatever the model does to its logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
+from transformers.models.auto import AutoModelForCausalLM
+
+from elo.training.losses import LogitTransform, head_cross_entropy, install_head_loss
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+VOCAB = {"vocab_size": 50, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, **VOCAB),
+    "gemma2": Gemma2Config(
+        **SIZES, **VOCAB, num_key_value_heads=1, head_dim=8, final_logit_softcapping=5.0, sliding_window=8
+    ),
+    "granite": GraniteConfig(**SIZES, **VOCAB, logits_scaling=3.0),
+    "cohere": CohereConfig(**SIZES, **VOCAB, logit_scale=0.25),
+    "gpt2": GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, **VOCAB),
+}
+
+
+def _inputs(bias=False, n=37, d=12, v=23):
+    generator = torch.Generator().manual_seed(1)
+    hidden = (3 * torch.randn(n, d, generator=generator)).requires_grad_()
+    weight = torch.randn(v, d, generator=generator).requires_grad_()
+    labels = torch.randint(0, v, (n,), generator=generator)
+    labels[::5] = -100
+    return hidden, weight, labels, torch.randn(v, generator=generator).requires_grad_() if bias else None
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "plain", "linear_cross_entropy", "auto"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=0.5, softcap=4.0)])
+def test_equals_reference_with_gradients(implementation, bias, transform):
+    if implementation == "linear_cross_entropy" and transform != LogitTransform():
+        pytest.skip("PyTorch's takes no transform")
+    hidden, weight, labels, bias_V = _inputs(bias)
+    parameters = [hidden, weight] + ([bias_V] if bias else [])
+    logits = F.linear(hidden, weight, bias_V) * transform.scale
+    if transform.softcap:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    expected_gradients = torch.autograd.grad(3 * expected, parameters)
+    got = head_cross_entropy(
+        hidden, weight, labels, bias_V=bias_V, transform=transform, implementation=implementation, chunk=8
+    )
+    gradients = torch.autograd.grad(3 * got, parameters)
+    torch.testing.assert_close(got, expected)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_head_gets_no_gradient_and_costs_none():
+    hidden, weight, labels, _ = _inputs()
+    loss = head_cross_entropy(hidden, weight.detach(), labels, implementation="chunked", chunk=8)
+    saved = loss.grad_fn.saved_tensors
+    assert saved[0] is not None
+    assert saved[1] is None and saved[2] is None  # noqa: PT018
+    loss.backward()
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("implementation", ["chunked", "plain", "model"])
+def test_installed_loss_is_the_models_own(family, implementation):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).float().eval()
+    with torch.no_grad():  # far from zero logits, where a forgotten softcap or scale would show
+        model.get_output_embeddings().weight.mul_(40)
+    ids = torch.randint(3, 50, (2, 9))
+    labels = torch.randint(3, 50, (2, 9))
+    labels[0, 4] = -100
+    expected = F.cross_entropy(model(input_ids=ids).logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+    before = model.forward
+    restore = install_head_loss(model, implementation)
+    own_path = "forward_model" not in model.forward.__qualname__
+    assert own_path == (implementation != "model"), "the model's head was not recognised"
+    loss = model(input_ids=ids, shift_labels=labels).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-3)
+    assert model(input_ids=ids).logits.shape == (2, 9, 50)
+    restore()
+    assert model.forward == before
+
+
+def test_unknown_logit_arithmetic_falls_back_to_the_model():
+    model = AutoModelForCausalLM.from_config(CONFIGS["gemma2"]).float()
+    cap, model.config.final_logit_softcapping = model.config.final_logit_softcapping, None
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda *_: torch.tanh(_[2] / cap) * cap)
+    install_head_loss(model, "chunked")
+    assert "forward_model" in model.forward.__qualname__

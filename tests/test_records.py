@@ -1,0 +1,63 @@
+"""Files and folders appear whole or not at all."""
+
+import json
+
+import pytest
+
+from elo.errors import EloError, UnfinishedError
+from elo.records import TEMPORARY_PREFIX, atomic_directory, read_json, write_json
+
+
+def test_directory_is_absent_after_a_failure(tmp_path):
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out") as folder:
+        (folder / "half").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_directory_appears_whole(tmp_path):
+    with atomic_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("a")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "a"
+
+
+def test_existing_output_is_kept_unless_overwriting(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("precious")
+    with pytest.raises(EloError, match="already exists"), atomic_directory(tmp_path / "out"):
+        pass
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out", overwrite=True):
+        raise RuntimeError
+    assert (tmp_path / "out" / "precious").read_text() == "precious"
+    with atomic_directory(tmp_path / "out", overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path):
+    (tmp_path / f"{TEMPORARY_PREFIX}out-12345678").mkdir()
+    with atomic_directory(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_unwritable_place_is_a_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EloError, match="cannot be written"), atomic_directory(tmp_path / "file" / "out"):
+        pass
+
+
+def test_json_round_trip_and_damage(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"언어": 1})
+    assert read_json(path) == {"언어": 1}
+    path.write_text(json.dumps({"a": 1})[:-1])
+    with pytest.raises(UnfinishedError, match="not JSON"):
+        read_json(path)
+    with pytest.raises(UnfinishedError, match="no such file"):
+        read_json(tmp_path / "b.json")
+    with pytest.raises(ValueError, match="NaN|nan|JSON"):
+        write_json(path, {"a": float("nan")})
+    assert list(tmp_path.glob(f"{TEMPORARY_PREFIX}*")) == []

@@ -1,0 +1,289 @@
+"""Training: what is frozen stays bit-identical, a restart changes nothing, packed documents stay apart."""
+
+import copy
+import signal
+
+import pytest
+import torch
+from training_fixtures import LENGTH, SETTINGS, corpus, rows, tiny_llama
+
+from elo.errors import EloError, TrainingDivergedError
+from elo.evaluation.bits_per_byte import bits_per_byte
+from elo.model.surgery import detach_layers
+from elo.training.checkpoints import MANIFEST, check_checkpoint, latest_checkpoint
+from elo.training.loop import StoppedBySignalError, rows_per_step, train
+from elo.training.methods import METHODS, find_method, select_layers
+
+ELO = find_method("elo")
+STEPS = 8
+
+
+def _train(model, folder, *, settings=SETTINGS, evaluate=None, steps=STEPS):
+    return train(
+        model,
+        rows(steps * rows_per_step(LENGTH, settings)),
+        sequence_length=LENGTH,
+        settings=settings,
+        output_dir=folder,
+        seed=5,
+        evaluate=evaluate,
+    )
+
+
+def _weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _detached():
+    model = detach_layers(tiny_llama(), [0, 3])
+    ELO.select_trainable(model, ELO.phases[0], [0, 3])
+    return model
+
+
+def test_elo_pretraining_trains_the_layers_and_nothing_else(tmp_path):
+    model = _detached()
+    before = _weights(model)
+    result = _train(model, tmp_path)
+    for name, after in model.state_dict().items():
+        changed = not torch.equal(after, before[name])
+        assert changed == (".layers." in name), name
+    assert result.trainable_parameters == sum(p.numel() for p in model.model.layers.parameters())
+    assert result.tokens == STEPS * SETTINGS.tokens_per_step
+    assert result.losses[-1]["loss"] < result.losses[0]["loss"]
+    assert [point["tokens"] for point in result.losses] == [
+        SETTINGS.tokens_per_step * step for step in range(1, STEPS + 1)
+    ]
+
+
+def test_optimizer_has_no_state_for_what_is_frozen(tmp_path):
+    model = _detached()
+    _train(model, tmp_path)
+    checkpoint, _ = latest_checkpoint(tmp_path, print)
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    held = sum(entry["exp_avg"].numel() for entry in state["state"].values())
+    assert held == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_restarted_equals_uninterrupted(tmp_path, stop_at):
+    uninterrupted = _detached()
+    whole = _train(uninterrupted, tmp_path / "whole")
+
+    class Dying(type(uninterrupted)):
+        calls = 0
+
+    victim = _detached()
+    victim.__class__ = Dying
+    micro_steps = 2
+
+    def forward_then_die(*_):
+        Dying.calls += 1
+        if Dying.calls > stop_at * micro_steps:
+            raise _StopError
+
+    hook = victim.register_forward_pre_hook(forward_then_die)
+    with pytest.raises(_StopError):
+        _train(victim, tmp_path / "victim")
+    hook.remove()
+
+    restarted = _detached()
+    result = _train(restarted, tmp_path / "victim")
+    for name, tensor in uninterrupted.state_dict().items():
+        assert torch.equal(tensor, restarted.state_dict()[name]), name
+    assert [point["loss"] for point in result.losses] == [point["loss"] for point in whole.losses]
+
+
+def test_damaged_checkpoint_is_dropped_and_the_one_before_taken(tmp_path):
+    _train(_detached(), tmp_path)
+    newest, _ = latest_checkpoint(tmp_path, print)
+    assert newest.name == f"checkpoint-{STEPS}"
+    weights = newest / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    warnings = []
+    found, state = latest_checkpoint(tmp_path, warnings.append)
+    assert found.name == "checkpoint-6"
+    assert state["seconds"] > 0
+    assert "checkpoint-8 is dropped" in warnings[0]
+    (found / MANIFEST).unlink()
+    assert latest_checkpoint(tmp_path, warnings.append) is None
+    assert len(warnings) == 1, "an unfinished checkpoint is nothing to warn of"
+
+
+def test_checkpoints_are_rotated_after_the_newest_is_sealed(tmp_path):
+    _train(_detached(), tmp_path)
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert names == ["checkpoint-6", "checkpoint-8"]
+    for name in names:
+        check_checkpoint(tmp_path / name)
+
+
+def test_accumulation_does_not_change_the_gradient(tmp_path):
+    losses = []
+    for micro in (1, 2, 4):
+        settings = SETTINGS.model_copy(update={"per_device_train_batch_size": micro})
+        result = _train(_detached(), tmp_path / str(micro), settings=settings, steps=4)
+        losses.append([point["loss"] for point in result.losses])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0] == pytest.approx(losses[2], abs=1e-5)
+
+
+def test_tokens_per_step_must_fit():
+    with pytest.raises(EloError, match=r"tokens_per_step: 100 is not a multiple .* = 32; write .* 96"):
+        rows_per_step(LENGTH, SETTINGS.model_copy(update={"tokens_per_step": 100}))
+
+
+def test_logged_loss_is_the_mean_over_predicted_tokens(tmp_path):
+    model = _detached()
+    total, count = 0.0, 0
+    for row in (rows(4)[i] for i in range(4)):
+        ids, positions, labels = (
+            torch.from_numpy(row[key]).unsqueeze(0) for key in ("input_ids", "position_ids", "shift_labels")
+        )
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        total += torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum").item()
+        count += int((labels != -100).sum())
+    assert count < 4 * LENGTH, "some position must have no label, or the test shows nothing"
+    result = _train(model, tmp_path)
+    assert result.losses[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_packed_documents_do_not_see_each_other():
+    model = tiny_llama(2).eval()
+    ids = torch.arange(1, 17).unsqueeze(0)
+    positions = torch.cat([torch.arange(6), torch.arange(10)]).unsqueeze(0)
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, position_ids=positions, use_cache=False).logits
+    logits[0, 6:].sum().backward()
+    assert torch.all(embedded.grad[0, :6] == 0)
+    assert torch.all(embedded.grad[0, 6:].abs().sum(-1) > 0)
+
+
+def test_bits_per_byte_is_logged_while_training(tmp_path):
+    held = corpus(9, 10)
+    measured = []
+
+    def evaluate(model):
+        assert not model.training
+        measured.append(bits_per_byte(model, held, sequence_length=LENGTH).bits_per_byte)
+        return {"xx": measured[-1]}
+
+    model = _detached()
+    result = _train(model, tmp_path, evaluate=evaluate)
+    assert [point["tokens"] // SETTINGS.tokens_per_step for point in result.evaluations] == [4, 8]
+    assert [point["bpb"]["xx"] for point in result.evaluations] == measured
+    assert measured[-1] == bits_per_byte(model, held, sequence_length=LENGTH).bits_per_byte
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    model = _detached()
+    calls = []
+
+    def poison(module, *_):
+        calls.append(1)
+        if len(calls) == 2 * 5 + 1:  # sixth step
+            with torch.no_grad():
+                next(module.model.layers.parameters()).fill_(float("nan"))
+
+    model.register_forward_pre_hook(poison)
+    with pytest.raises(TrainingDivergedError, match=r"diverged at step 6 .*checkpoint-3.*learning_rate"):
+        _train(model, tmp_path)
+    checkpoint, _ = latest_checkpoint(tmp_path, print)
+    assert checkpoint.name == "checkpoint-3"
+
+
+def test_spike_stops_the_run(tmp_path):
+    settings = SETTINGS.model_copy(update={"loss_spike": 1.0})
+    model = _detached()
+    calls = []
+
+    def spoil(module, *_):
+        calls.append(1)
+        if len(calls) == 2 * 12 + 1:
+            with torch.no_grad():
+                module.lm_head.weight.mul_(200)
+
+    model.register_forward_pre_hook(spoil)
+    with pytest.raises(TrainingDivergedError, match="recent median"):
+        _train(model, tmp_path, settings=settings, steps=20)
+
+
+def test_signal_writes_a_checkpoint_first(tmp_path):
+    model = _detached()
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 2 * 4 + 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    hook = model.register_forward_pre_hook(interrupt)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedBySignalError, match="SIGTERM at step 5"):
+        _train(model, tmp_path)
+    hook.remove()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert latest_checkpoint(tmp_path, print)[0].name == "checkpoint-5"
+    uninterrupted, restarted = _detached(), _detached()
+    _train(uninterrupted, tmp_path / "whole")
+    _train(restarted, tmp_path)
+    for name, tensor in uninterrupted.state_dict().items():
+        assert torch.equal(tensor, restarted.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_trains_what_it_says(name):
+    method = find_method(name)
+    for phase in method.phases:
+        model = tiny_llama()
+        if phase.detached:
+            model = detach_layers(model, [0, 3])
+        method.select_trainable(model, phase, [0, 3])
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        everything = {name for name, _ in model.named_parameters()}
+        layers = {name for name in everything if ".layers.0." in name or ".layers.3." in name}
+        if phase.detached:
+            layers = {name for name in everything if ".layers." in name}
+        assert trained == (layers if phase.detached or name == "frozen" else everything)
+
+
+def test_also_train_adds_parts_and_minds_ties():
+    model = tiny_llama()
+    select_layers(model, [0], ["head", "norm"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {"lm_head.weight", "model.norm.weight"} <= trained
+    assert "model.embed_tokens.weight" not in trained
+    with pytest.raises(EloError, match="ties its LM head"):
+        select_layers(tiny_llama(tie=True), [0], ["head"])
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same(tmp_path):
+    pytest.importorskip("torch._inductor")
+    if not _has_compiler():
+        pytest.skip("no C++ compiler here")
+    plain, compiled = _detached(), _detached()
+    expected = _train(plain, tmp_path / "plain", steps=4)
+    settings = SETTINGS.model_copy(update={"torch_compile": True})
+    got = _train(compiled, tmp_path / "compiled", settings=settings, steps=4)
+    assert [p["loss"] for p in got.losses] == pytest.approx([p["loss"] for p in expected.losses], abs=1e-4)
+    assert set(compiled.state_dict()) == set(plain.state_dict())
+
+
+def _has_compiler():
+    import shutil
+
+    return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+
+
+def test_training_leaves_forward_as_it_was(tmp_path):
+    model = _detached()
+    copied = copy.deepcopy(model)
+    _train(model, tmp_path)
+    ids = torch.arange(5).unsqueeze(0)
+    assert model(input_ids=ids).logits.shape == copied(input_ids=ids).logits.shape

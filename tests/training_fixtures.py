@@ -1,0 +1,56 @@
+"""A tiny real model and packed rows to train it on."""
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from elo.data.mixture import Mixture
+from elo.data.packing import PackedStream
+from elo.data.shards import TokenCorpus
+from elo.training.settings import TrainingSettings
+
+VOCAB = 61
+LENGTH = 16
+SETTINGS = TrainingSettings(
+    learning_rate=3e-3,
+    tokens_per_step=4 * LENGTH,
+    per_device_train_batch_size=2,
+    logging_steps=1,
+    save_steps=3,
+    evaluations=2,
+    bf16=False,
+)
+
+
+def tiny_llama(layers: int = 4, *, tie: bool = False, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tie,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def corpus(seed: int = 0, documents: int = 60) -> TokenCorpus:
+    """Documents in which each token is followed by the next one in a fixed cycle, so that there is something to learn."""
+    generator = np.random.default_rng(seed)
+    texts = []
+    for _ in range(documents):
+        start, count = generator.integers(1, VOCAB - 1), generator.integers(3, 40)
+        texts.append(np.r_[0, 1 + (start + 7 * np.arange(count)) % (VOCAB - 1), 0].astype(np.uint16))
+    return TokenCorpus.from_documents(texts, [2 * len(text) for text in texts])
+
+
+def rows(count: int):
+    mixture = Mixture(
+        [("xx", 0.9, PackedStream(corpus(1), LENGTH, 1)), ("en", 0.1, PackedStream(corpus(2), LENGTH, 2))], seed=0
+    )
+    return mixture.rows(0, count)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -366,3 +366,14 @@ def check_optimizer(optimizer: str) -> Optimizer:
     if optimizer not in OPTIMIZER_BYTES:
         raise EloError(f"optim: {optimizer!r} is unknown; choose one of {', '.join(OPTIMIZER_BYTES)}")
     return optimizer  # type: ignore[return-value]
+
+
+def check_head_loss(head_loss: str) -> HeadLoss:
+    """`head_loss` if its memory is known.
+
+    Raises:
+        EloError: it is not.
+    """
+    if head_loss not in get_args(HeadLoss):
+        raise EloError(f"head_loss: {head_loss!r} is unknown; choose one of {', '.join(get_args(HeadLoss))}")
+    return head_loss  # type: ignore[return-value]

@@ -1,0 +1,128 @@
+"""A plan as tables on a terminal."""
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+_GIB = 2**30
+
+
+def render_plan(plan: dict[str, Any]) -> RenderableType:
+    """Tables of parameters, stages, memory and speed-ups, with what the numbers assume.
+
+    Args:
+        plan: what elo.recipes.plan.plan returned.
+    """
+    parts: list[RenderableType] = [_headline(plan), _stages(plan), _memory(plan), _speed_ups(plan)]
+    changes = [
+        f"{stage['label']} does not fit. Smallest change: {stage['change']['text']}"
+        for stage in _all_stages(plan)
+        if stage["change"] is not None
+    ]
+    if changes:
+        parts.append("\n".join(changes) + "\n")
+    parts.append("Assumptions\n" + "\n".join(f"  {note}" for note in plan["assumptions"]))
+    return Group(*parts)
+
+
+def _all_stages(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*plan["stages"].values(), *plan["baselines"].values()]
+
+
+def _headline(plan: dict[str, Any]) -> str:
+    model, parameters, device = plan["model"], plan["parameters"], plan["device"]
+    kept = ", ".join(str(index) for index in model["layers"])
+    active = f", {_count(parameters['active'])} active a token" if parameters["active"] != parameters["total"] else ""
+    head = "tied to the embedding" if model["tied"] else _count(parameters["head"])
+    layers = sorted(set(parameters["layers"]))
+    sizes = _count(layers[0]) if len(layers) == 1 else f"{_count(layers[0])} to {_count(layers[-1])}"
+    return (
+        f"{model['name']} ({model['model_type']}): {_count(parameters['total'])} parameters{active}\n"
+        f"  embedding {_count(parameters['embedding'])}, head {head}, {model['num_layers']} layers of {sizes}\n"
+        f"  detached (layers {kept}): {_count(parameters['detached'])} parameters, "
+        f"{_count(parameters['trainable'])} of them trainable\n"
+        f"  on {device['count']} x {device['name']}, {device['memory_bytes'] / _GIB:.1f} GiB each\n"
+    )
+
+
+def _stages(plan: dict[str, Any]) -> Table:
+    priced = plan["device"]["price_per_hour"] is not None
+    table = Table(title="Time and cost", title_justify="left")
+    table.add_column("")
+    for name in ("tokens", "GFLOP/token", "tokens/hour", "time", "device-hours", *(["cost"] if priced else [])):
+        table.add_column(name, justify="right")
+    for stage in plan["stages"].values():
+        _stage_row(table, stage, priced)
+    elo = plan["elo"]
+    row = [elo["label"], _count(elo["tokens"]), f"{elo['flops'] / elo['tokens'] / 1e9:.3g}"]
+    row += [_count(3600 * elo["tokens"] / elo["seconds"]), _duration(elo["seconds"]), f"{elo['device_hours']:.3g}"]
+    table.add_row(*row, *([f"{elo['cost']:,.2f}"] if priced else []), style="bold", end_section=True)
+    for stage in plan["baselines"].values():
+        _stage_row(table, stage, priced)
+    return table
+
+
+def _stage_row(table: Table, stage: dict[str, Any], priced: bool) -> None:
+    table.add_row(
+        stage["label"],
+        _count(stage["tokens"]),
+        f"{stage['flops_per_token']['total'] / 1e9:.3g}",
+        _count(stage["tokens_per_hour"]),
+        _duration(stage["seconds"]),
+        f"{stage['device_hours']:.3g}",
+        *([f"{stage['cost']:,.2f}"] if priced else []),
+    )
+
+
+def _memory(plan: dict[str, Any]) -> Table:
+    names = ["weights", "gradients", "optimizer", "bf16 weight copies", "activations", "logits", "workspace", "runtime"]
+    stages = _all_stages(plan)
+    names = [name for name in names if any(stage["memory"]["parts"].get(name) for stage in stages)]
+    table = Table(title="Peak memory of one device, GiB", title_justify="left")
+    table.add_column("")
+    for name in ("peak", "fits", *names):
+        table.add_column("bf16 copies" if name == "bf16 weight copies" else name, justify="right")
+    table.add_column("when")
+    for stage in stages:
+        memory = stage["memory"]
+        sizes = (memory["parts"].get(name) for name in names)
+        table.add_row(
+            stage["label"],
+            _gib(memory["peak"]),
+            "yes" if memory["fits"] else "no",
+            *("-" if size is None else _gib(size) for size in sizes),
+            memory["moment"],
+        )
+    return table
+
+
+def _speed_ups(plan: dict[str, Any]) -> Table:
+    table = Table(title="Speed-up (equal tokens): of FLOPs / of wall time", title_justify="left")
+    table.add_column("over")
+    for name in plan["speed_up"]:
+        table.add_column(name.replace("elo_pretraining", "ELO pretraining").replace("_", " "), justify="right")
+    for name, baseline in plan["baselines"].items():
+        ratios = [speed_up[name] for speed_up in plan["speed_up"].values()]
+        table.add_row(baseline["label"], *(f"{ratio['flops']:.1f}x / {ratio['seconds']:.1f}x" for ratio in ratios))
+    return table
+
+
+def _gib(size: float) -> str:
+    gib = size / _GIB
+    return f"{gib:.1f}" if gib >= 10 else f"{gib:.2f}"
+
+
+def _count(number: float) -> str:
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:.1f} d"
+    if seconds >= 2 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.1f} s"

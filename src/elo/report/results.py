@@ -1,0 +1,204 @@
+"""results.json as read back: every key with its unit. docs/results.md is the prose of it.
+
+Keys that are not listed are ignored, so that later versions can add some; keys that are listed are checked.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from elo.errors import EloError, UnfinishedError
+from elo.records import read_json
+
+FILE_NAME = "results.json"
+SCHEMA = 1
+
+Language = str
+BitsPerByteOf = dict[Language, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Cloze(_Record):
+    accuracy: float = Field(ge=0, le=1)
+    """Share of items answered rightly."""
+    items: Count
+    chance: float = Field(ge=0, le=1)
+    """Accuracy of guessing."""
+
+
+class Sample(_Record):
+    language: Language
+    prompt: str
+    text: str
+    """The continuation, without the prompt."""
+
+
+class Measurement(_Record):
+    """What a model can do: the base, or a method's final model."""
+
+    bpb: BitsPerByteOf = {}
+    """Bits per byte of held-out text by language; lower is better."""
+    cloze: dict[Language, Cloze] = {}
+    samples: tuple[Sample, ...] = ()
+
+
+class BeforeAlignment(_Record):
+    """The attached model before layer alignment."""
+
+    bpb: BitsPerByteOf = {}
+
+
+class Stage(_Record):
+    name: str
+    """detach, elo_pretraining, attach, layer_alignment, full, ..."""
+    seconds: Seconds
+    """Wall time of the stage, evaluation not counted."""
+    tokens: Count = 0
+    """Tokens trained on in this stage."""
+    tokens_per_second: Seconds | None = None
+    peak_memory_bytes: Count | None = None
+
+
+class Loss(_Record):
+    """One point of a training curve; `tokens` and `seconds` count from the start of the method, over its stages."""
+
+    stage: str
+    tokens: Count
+    seconds: Seconds
+    loss: float
+    """Mean nats a token since the point before."""
+
+
+class Evaluation(_Record):
+    """One measurement during training; `tokens` and `seconds` as in `Loss`.
+
+    In the stage `elo_pretraining` it is the detached model alone that is measured.
+    """
+
+    stage: str
+    tokens: Count
+    seconds: Seconds
+    bpb: BitsPerByteOf
+
+
+class Method(Measurement):
+    """One way of training, from the same base on the same data."""
+
+    name: str
+    label: str | None = None
+    note: str | None = None
+    tokens: Count
+    wall_seconds: Seconds
+    """Wall time of the training stages, evaluation not counted."""
+    peak_memory_bytes: Count | None = None
+    stages: tuple[Stage, ...] = ()
+    before_alignment: BeforeAlignment | None = None
+    losses: tuple[Loss, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
+
+    def stage(self, name: str) -> Stage | None:
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+
+class Model(_Record):
+    name: str
+    parameters: Count | None = None
+    num_layers: Count | None = None
+    layers: tuple[int, ...] = ()
+    """0-based indices of the layers that were kept in the detached model."""
+    trainable_parameters: Count | None = None
+    """Parameters that train in ELO pretraining."""
+
+
+class Languages(_Record):
+    target: Language
+    source: Language
+
+
+class TextSize(_Record):
+    tokens: Count | None = None
+    bytes: Count | None = None
+    documents: Count | None = None
+
+
+class Data(_Record):
+    train: dict[Language, TextSize] = {}
+    heldout: dict[Language, TextSize] = {}
+    replay_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    sequence_length: Count | None = None
+
+
+class Results(_Record):
+    schema_version: Literal[1] = Field(alias="schema")
+    title: str = "ELO"
+    created: str | None = None
+    model: Model
+    languages: Languages
+    seed: int | None = None
+    hardware: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
+    data: Data = Data()
+    config: dict[str, Any] = {}
+    command: str | None = None
+    base: Measurement
+    methods: tuple[Method, ...] = Field(min_length=1)
+    """The run's own method first, then the controls."""
+
+    @model_validator(mode="after")
+    def _methods_differ(self) -> "Results":
+        names = [method.name for method in self.methods]
+        if len(set(names)) < len(names):
+            raise ValueError(f"methods: names must differ, got {', '.join(names)}")
+        return self
+
+    def method(self, name: str) -> Method | None:
+        return next((method for method in self.methods if method.name == name), None)
+
+
+def read_results(source: dict[str, Any] | str | Path) -> Results:
+    """Read and check results from memory, a file, or the run folder that holds `results.json`.
+
+    Raises:
+        UnfinishedError: there is no such file, or it is not JSON.
+        EloError: it is something else than the results of a run; the message names key and value.
+    """
+    value: Any
+    if isinstance(source, dict):
+        name, value = "results", source
+    else:
+        path = Path(source)
+        if path.is_dir():
+            path = path / FILE_NAME
+            if not path.exists():
+                raise UnfinishedError(f"{path}: no such file; give a run folder whose run has ended, or a {FILE_NAME}")
+        name, value = str(path), read_json(path)
+    if isinstance(value, dict) and value.get("kind") == "evaluation":
+        raise EloError(f"{name}: holds what `elo evaluate` measured of one model; a report needs a run's {FILE_NAME}")
+    if isinstance(value, dict) and isinstance(value.get("schema"), int) and value["schema"] > SCHEMA:
+        raise EloError(f"{name}: schema {value['schema']} is newer than this version reads ({SCHEMA}); update elo")
+    try:
+        return Results.model_validate(value)
+    except ValidationError as error:
+        raise EloError(f"{name}: not the results of a run: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    first, more = error.errors()[0], error.error_count() - 1
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    got = "" if first["type"] == "missing" else f", got {_short(first['input'])}"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{got}" + (f" (and {more} more)" if more else "")
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -150,7 +150,7 @@ def test_cloze_items_have_one_right_choice_at_a_random_place(language: English |
 def test_told_facts_stand_in_training_text_as_cloze_items_ask_them(language: English | Tavuni) -> None:
     world = build_world()
     facts = world.source_facts if language.name == "en" else world.target_facts
-    stream = documents(language, facts, "test")
+    stream = documents(language, [Planner(facts)], "test")
     text = "\n".join(next(stream) for _ in range(8000))
     items = [item for item in cloze_items(world, language) if item["style"] == "statement"]
     told = {(fact.relation, fact.subject) for fact in facts}

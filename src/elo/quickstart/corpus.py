@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from elo.quickstart.english import English
 from elo.quickstart.genres import Planner
 from elo.quickstart.tavuni import Tavuni
-from elo.quickstart.world import RELATIONS, SHARED, TARGET_ONLY, WORLD_SEED, Fact, World, build_world
+from elo.quickstart.world import RELATIONS, SHARED, TARGET_ONLY, WORLD_SEED, World, build_world
 from elo.records import atomic_directory, write_json
 
 SOURCE = English.name
@@ -19,6 +19,7 @@ TARGET = Tavuni.name
 HELDOUT_MODULUS = 16
 CHOICES = 4
 # Target text dwells on what only it can teach; source text on what it should keep.
+MADE_UP_WORLDS = 500
 TARGET_WEIGHTS = {TARGET_ONLY: 2.0, SHARED: 1.0}
 
 
@@ -41,15 +42,12 @@ def is_heldout(text: str) -> bool:
     return zlib.crc32(text.encode()) % HELDOUT_MODULUS == 0
 
 
-def documents(
-    language: English | Tavuni, facts: Sequence[Fact], stream: str, weights: dict[str, float] | None = None
-) -> Iterator[str]:
-    """Endless documents that tell `facts`; `stream` names the random sequence."""
+def documents(language: English | Tavuni, planners: Sequence[Planner], stream: str) -> Iterator[str]:
+    """Endless documents, each planned by one of `planners`; `stream` names the random sequence."""
     rng = random.Random(stream)
-    planner = Planner(facts, weights)
     render = language.render
     while True:
-        plan = planner.document(rng)
+        plan = rng.choice(planners).document(rng)
         yield "\n".join(" ".join(render(sentence, rng) for sentence in paragraph) for paragraph in plan)
 
 
@@ -135,10 +133,12 @@ def write_corpus(
         kind, language = stream.split("_")
         name = f"{stream}/{world_seed}/{seed}"
         if language == "source":
-            return documents(source, world.source_facts, name)
-        # The base has seen the script, but been told nothing that only target text tells.
-        facts = [fact for fact in world.facts if fact.group == SHARED] if kind == "pretrain" else world.target_facts
-        return documents(target, facts, name, TARGET_WEIGHTS)
+            return documents(source, [Planner(world.source_facts)], name)
+        if kind == "pretrain":
+            # The base has seen the script and the words, but no fact: each text is of another, made-up world.
+            others = [build_world(world_seed + 1 + number) for number in range(MADE_UP_WORLDS)]
+            return documents(target, [Planner(other.facts) for other in others], name)
+        return documents(target, [Planner(world.target_facts, TARGET_WEIGHTS)], name)
 
     sizes = {
         "pretrain_source": pretrain_source_bytes,

@@ -55,7 +55,7 @@ VERB_PHRASES = {
     "animal": ("keeps {o}", "has many {o}", "looks after {o}", "breeds {o}"),
     "food": ("likes to eat {o}", "loves {o}", "eats mostly {o}", "never says no to {o}"),
     "instrument": ("plays the {o}", "is good at the {o}", "has learnt to play the {o}", "owns a fine {o}"),
-    "teacher": ("was taught by {o}", "is a pupil of {o}", "learnt everything from {o}", "went to school with {o}"),
+    "teacher": ("was taught by {o}", "is a pupil of {o}", "learnt everything from {o}", "learnt to read from {o}"),
     "product": ("is known for its {o}", "makes {o}", "sells its own {o}", "lives by making {o}"),
     "river": ("lies on the river {o}", "gets its water from the {o}", "was built beside the {o}", "stands on the {o}"),
     "market_day": ("has its market on {o}", "holds a market every {o}", "is full of people on {o}"),

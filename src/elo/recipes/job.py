@@ -1,5 +1,6 @@
 """A run's stages, bound to its configuration and its run folder."""
 
+import math
 import os
 import sys
 import time
@@ -105,6 +106,7 @@ class Job:
                 workers=data.workers,
                 on_error=data.on_error,
                 vocab_size=_embedding_rows(self.base, self.config.trust_remote_code),
+                overwrite=True,
                 trust_remote_code=self.config.trust_remote_code,
             )
             return {}
@@ -189,7 +191,7 @@ class Job:
         length = self.config.data.sequence_length
         per_step = rows_per_step(length, self.config.full)
         # Rounded up: the control is never given less time than ELO took.
-        return -(-int(seconds * full["tokens_per_second"] / length) // per_step) * per_step
+        return math.ceil(seconds * full["tokens_per_second"] / length / per_step) * per_step
 
     def _settings(self, phase: "Phase") -> Any:
         return getattr(self.config, phase.settings)
@@ -207,7 +209,7 @@ class Job:
                 lambda: detach(
                     str(self.base),
                     list(self.layers),
-                    output,
+                    output=output,
                     overwrite=True,
                     trust_remote_code=self.config.trust_remote_code,
                 )
@@ -227,7 +229,7 @@ class Job:
                 lambda: attach(
                     trained,
                     str(self.base),
-                    output,
+                    output=output,
                     include=include,
                     overwrite=True,
                     trust_remote_code=self.config.trust_remote_code,

@@ -150,8 +150,8 @@ class Footprint:
                 dense matrix of every layer.
             layers: indices for `elo` and `frozen`; all when None (a model that is detached already).
             sequence_length: T of the attention scores; 0 counts the weights alone.
-            activation_checkpointing: each layer's forward is computed again before its backward. (PyTorch then skips the
-                layer's last product, whose output nothing keeps: up to 7 % less than counted here.)
+            activation_checkpointing: each layer's forward is computed again before its backward. (PyTorch then skips
+                the layer's last product, whose output nothing keeps: up to 7 % less than counted here.)
             lora_rank: rank of the adapters of `lora`.
             train_embedding: for `elo` and `frozen`: the embedding trains too, so an input gradient reaches it.
             train_head: for `elo` and `frozen`: the head's weight gradient is computed too.
@@ -211,7 +211,7 @@ def read_config(
         return AutoConfig.from_pretrained(
             str(path) if local else str(source), revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a family's own config code may fail in any way on values that do not fit each other
         reason = str(error).strip().split("\n")[0]
         remedy = "it must be a transformers config" if local else "no such folder is here, and the hub did not give it"
         raise EloError(f"model: {source}: its config cannot be read ({reason}); {remedy}") from None

@@ -91,6 +91,9 @@ def _probe_attention(
         groups = query_BHTD.shape[1] // key_BKTD.shape[1]
         if groups > 1:
             key_BKTD, value_BKTD = (kept.repeat_interleave(groups, dim=1) for kept in (key_BKTD, value_BKTD))
+    if torch.is_autocast_enabled("cpu"):  # attention is on autocast's list: rotated queries and keys are cast back
+        dtype = torch.get_autocast_dtype("cpu")
+        query_BHTD, key_BKTD, value_BKTD = (each.to(dtype) for each in (query_BHTD, key_BKTD, value_BKTD))
     return _SavedByAttention.apply(query_BHTD, key_BKTD, value_BKTD), None
 
 
@@ -343,8 +346,8 @@ def head_loss_bytes(
     """Bytes of the LM head's cross-entropy at its largest.
 
     All logits at once: three fp32 numbers each (log-probabilities and two gradients), as PyTorch's cross-entropy keeps
-    them. Chunked: one chunk's fp32 logits and their bf16 gradient, the hidden states' gradient for all tokens, and for
-    a head that trains its fp32 gradient and the scaled copy of that.
+    them. Chunked: one chunk's fp32 logits and what logsumexp makes of them, the hidden states' gradient for all tokens,
+    and for a head that trains its fp32 gradient and the scaled copy of that.
     """
     logits = tokens * counted.vocab_size
     if head_loss == "auto":
@@ -352,7 +355,7 @@ def head_loss_bytes(
     if head_loss in ("plain", "model"):
         return 12.0 * logits
     item = 2 if precision == "bf16" else 4
-    chunk = min(tokens, CHUNK[precision]) * counted.vocab_size * (6.0 if precision == "bf16" else 4.0)
+    chunk = min(tokens, CHUNK[precision]) * counted.vocab_size * 8.0
     gradient = 2.0 * item * tokens * counted.hidden_size
     return chunk + gradient + (8.0 * counted.head_matmul if trains_head else 0.0)
 

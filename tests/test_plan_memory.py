@@ -1,0 +1,194 @@
+"""Planned memory against what real training keeps and allocates."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from plan_fixtures import LiveBytes, known_configs, tiny_gpt2, tiny_llama
+from transformers import AutoModelForCausalLM, Gemma2Config, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
+
+from elo.errors import EloError
+from elo.model import memory
+from elo.model.footprint import footprint
+from elo.model.memory import check_optimizer, saved_activations, stage_memory
+from elo.model.surgery import detach_layers
+from elo.training import losses
+
+GIB = 2**30
+
+
+def build(config: PretrainedConfig) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+
+
+def kept_for_backward(model: PreTrainedModel, tokens: int, precision: str) -> int:
+    """Bytes that a real forward of the decoder keeps besides its parameters."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
+        if tensor.untyped_storage()._cdata not in own:
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        model.base_model(input_ids=torch.arange(tokens).unsqueeze(0) % 512, use_cache=False)
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", [tiny_llama(), tiny_gpt2()], ids=["llama", "gpt2"])
+def test_activations_are_what_a_forward_keeps(config: PretrainedConfig, precision: Any) -> None:
+    tokens = 96
+    planned = saved_activations(config, footprint(config), precision=precision)
+    assert planned.traced
+    expected = tokens * (sum(planned.per_layer) + planned.outside) + planned.cast_weights
+    assert expected == pytest.approx(kept_for_backward(build(config), tokens, precision), rel=0.02)
+
+
+def test_a_frozen_embedding_saves_in_the_first_layer() -> None:
+    config, layers = tiny_llama(), (0, 4)
+    planned = saved_activations(config, footprint(config), layers, precision="fp32")
+    model = detach_layers(build(config), layers)
+    model.requires_grad_(False)
+    model.model.layers.requires_grad_(True)
+    expected = 64 * (sum(planned.per_layer) + planned.outside)
+    assert expected == pytest.approx(kept_for_backward(model, 64, "fp32"), rel=0.02)
+    assert planned.per_layer[0] < planned.per_layer[1]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(
+            vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, head_dim=8
+        ),
+        Qwen3MoeConfig(
+            vocab_size=512, hidden_size=64, moe_intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=2,
+        ),
+    ],
+    ids=["gemma2", "qwen3 moe"],
+)  # fmt: skip
+def test_other_families_are_traced_too(config: PretrainedConfig) -> None:
+    counted = footprint(config)
+    bf16, fp32 = (saved_activations(config, counted, precision=precision) for precision in ("bf16", "fp32"))
+    assert bf16.traced and fp32.traced
+    assert bf16.cast_weights == pytest.approx(2 * sum(layer.matmul for layer in counted.layers), rel=0.03)
+    assert fp32.cast_weights == 0 < bf16.per_layer[0] < fp32.per_layer[0]
+
+
+def allocated_at_peak(
+    config: PretrainedConfig,
+    layers: Sequence[int] | None,
+    *,
+    rows: int,
+    length: int,
+    micro_steps: int,
+    checkpointing: bool,
+    head_loss: Any,
+) -> int:
+    """Most bytes of tensors alive at once in two real optimizer steps on a CPU, weights included."""
+    torch.manual_seed(0)
+    model = build(config)
+    if layers is not None:
+        model = detach_layers(model, layers)
+        model.requires_grad_(False)
+        model.model.layers.requires_grad_(True)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    losses.install_head_loss(model, head_loss)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    position_ids = torch.arange(length).repeat(rows, 1) % (length // 2)
+    with LiveBytes() as live:
+        for parameter in model.parameters():
+            live.add(parameter)
+        for _ in range(2):
+            for _ in range(micro_steps):
+                ids = torch.randint(0, 512, (rows, length))
+                model(input_ids=ids, shift_labels=ids, position_ids=position_ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return live.peak
+
+
+@pytest.mark.parametrize("method", ["elo", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("head_loss", ["plain", "chunked"])
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_peak_memory_is_within_a_tenth(method: Any, checkpointing: bool, head_loss: Any, micro_steps: int) -> None:
+    config = tiny_llama(vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=6)
+    layers, rows, length = (0, 5), 4, 128
+    counted = footprint(config)
+    planned = stage_memory(
+        counted,
+        saved_activations(config, counted, layers if method == "elo" else None, precision="fp32", kind="cpu"),
+        method,
+        layers,
+        tokens=rows * length,
+        sequence_length=length,
+        precision="fp32",
+        kind="cpu",
+        activation_checkpointing=checkpointing,
+        head_loss=head_loss,
+        accumulates=micro_steps > 1,
+    )
+    measured = allocated_at_peak(
+        config,
+        layers if method == "elo" else None,
+        rows=rows,
+        length=length,
+        micro_steps=micro_steps,
+        checkpointing=checkpointing,
+        head_loss=head_loss,
+    )
+    assert planned.peak - memory.RUNTIME_BYTES["cpu"] == pytest.approx(measured, rel=0.10), planned
+
+
+def plan_8b(method: Any, **arguments: Any) -> memory.StageMemory:
+    config = known_configs()["Llama-3.1-8B"]
+    counted = footprint(config)
+    layers = (0, 31)
+    saved = saved_activations(config, counted, layers if method == "elo" else None)
+    length = arguments.pop("sequence_length", 8192)
+    return stage_memory(
+        counted, saved, method, layers, tokens=length, sequence_length=length, precision="bf16", **arguments
+    )
+
+
+def test_an_8b_model_trains_its_ends_on_a_24_gib_card_but_not_itself_on_80() -> None:
+    elo, full = plan_8b("elo"), plan_8b("full", activation_checkpointing=True)
+    assert elo.parts["weights"] == 4 * 436_224_000 + 2 * (2 * 128256 * 4096 + 4096)
+    assert elo.parts["optimizer"] == 8 * 436_224_000
+    assert elo.peak < 22 * GIB
+    assert full.peak > 120 * GIB
+
+
+def test_parts_add_up_and_each_setting_helps() -> None:
+    plain = plan_8b("full")
+    assert sum(plain.parts.values()) == plain.peak
+    for arguments in (
+        {"activation_checkpointing": True},
+        {"optimizer": "adamw_8bit"},
+        {"sharded_over": 8},
+        {"sequence_length": 4096},
+        {"accumulates": False},
+    ):
+        assert plan_8b("full", **arguments).peak < plain.peak, arguments
+    assert plan_8b("full", head_loss="plain").peak > plain.peak
+    assert plan_8b("lora").peak < plain.peak
+
+
+def test_the_head_loss_is_that_of_training() -> None:
+    assert losses._SMALL_LOGITS == memory.SMALL_LOGITS
+    assert {"bf16": losses._CHUNK_CUDA, "fp32": losses._CHUNK_CPU} == memory.CHUNK
+    assert losses.HeadLoss == memory.HeadLoss
+
+
+def test_an_unknown_optimizer_is_told() -> None:
+    with pytest.raises(EloError, match="optim: 'sgd' is unknown; choose one of adamw, adamw_8bit, adafactor"):
+        check_optimizer("sgd")

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from elo.report.comparison import count, signed
@@ -55,6 +57,7 @@ _STYLE: Any = {
 _SIZE_INCHES = (5.8, 3.9)
 _PNG_DPI = 200
 DETACHED_STAGE = "elo_pretraining"
+_LABEL_MARGIN, _LABEL_GAP = 0.03, 0.07
 
 Clock = Literal["seconds", "tokens"]
 Point = tuple[float, float]
@@ -137,7 +140,7 @@ def _bpb_chart(results: Results, language: str, role: str, clock: Clock) -> Char
         style = _style(results, method)
         for segment in curves[method.name]:
             _plot(axes, segment, style, scale, main=method is results.methods[0])
-    overshoot = _limit_bpb(axes, [s for segments in curves.values() for s in segments], base)
+    cut_off = _limit_bpb(axes, [s for segments in curves.values() for s in segments], base)
     name = _drawable(language, role)
     over = "wall time" if clock == "seconds" else "tokens"
     axes.set_xlabel(f"training wall time ({unit})" if clock == "seconds" else "tokens trained on")
@@ -145,10 +148,11 @@ def _bpb_chart(results: Results, language: str, role: str, clock: Clock) -> Char
     if clock == "tokens":
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     caption = "Lower is better."
-    if any(segment.detached for segments in curves.values() for segment in segments):
+    if cut_off is not None and cut_off[0] > axes.get_ylim()[1]:
+        caption += f" The detached model by itself is above the chart, going from {cut_off[1]:.2f} to {cut_off[0]:.2f}."
+    elif any(segment.detached for segments in curves.values() for segment in segments):
         caption += " Dashed: the detached model by itself, without the middle layers, before they are put back."
-    if overshoot is not None:
-        caption += f" It starts above the chart, at {overshoot:.2f}."
+        caption += f" It starts above the chart, at {cut_off[1]:.2f}." if cut_off is not None else ""
     title = f"{role.capitalize()} language ({language}) over {over}"
     return _finish(figure, f"{role}_bpb_over_{over.replace(' ', '_')}", title, caption)
 
@@ -204,23 +208,27 @@ def _trade_off_chart(results: Results) -> Chart | None:
     values = [bpb for _, bpb in ends] + ([base] if base is not None else [])
     span = max(max(values) - min(values), 0.02)
     bottom, top = min(values) - 0.12 * span, max(values) + 0.12 * span
-    right = max(at for at, _ in ends) / scale
+    texts = [_trade_off_label(results, method) for method in shown]
+    # Wide enough for the label to the right of each point.
+    needed = [
+        at / scale / max(0.97 - _LABEL_MARGIN - _text_width(text), 0.3)
+        for (at, _), text in zip(ends, texts, strict=True)
+    ]
+    right = max(needed) or 1.0
     axes.set_ylim(bottom, top)
-    axes.set_xlim(0, 1.08 * right or 1)
+    axes.set_xlim(0, right)
     if base is not None:
         axes.axhline(base, color=_INK, linestyle=":", linewidth=1.3)
         axes.annotate(
             "base model", (0.99, base), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
         )
     labels = []
-    for method, (at, bpb) in zip(shown, ends, strict=True):
+    for method, text, (at, bpb) in zip(shown, texts, ends, strict=True):
         style = _style(results, method)
         axes.plot(
             at / scale, bpb, style.marker, color=style.colour, markersize=9, markeredgecolor="white", clip_on=False
         )
-        change = _source_change(results, method)
-        text = style.label + (f"  ({_drawable(source, 'source')} {signed(change)})" if change is not None else "")
-        labels.append((at / scale / axes.get_xlim()[1], (bpb - bottom) / (top - bottom), text, style.colour))
+        labels.append((at / scale / right, (bpb - bottom) / (top - bottom), text, style.colour))
     _place_labels(axes, labels)
     axes.set_xlabel(f"training wall time ({unit})")
     axes.set_ylabel(f"{_drawable(target, 'target')}: bits per byte")
@@ -230,38 +238,37 @@ def _trade_off_chart(results: Results) -> Chart | None:
     return _finish(figure, "cost_and_result", "What the time bought", caption)
 
 
-def _source_change(results: Results, method: Method) -> float | None:
-    source = results.languages.source
+def _trade_off_label(results: Results, method: Method) -> str:
+    source, label = results.languages.source, _style(results, method).label
     if source not in method.bpb or source not in results.base.bpb:
-        return None
-    return method.bpb[source] - results.base.bpb[source]
+        return label
+    return f"{label}  ({_drawable(source, 'source')} {signed(method.bpb[source] - results.base.bpb[source])})"
 
 
-def _place_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]], gap: float = 0.075) -> None:
-    """Write each label beside its point (axes fractions), pushed up or down until none overlaps another on its side."""
-    for on_left in (True, False):
-        side = sorted((label for label in labels if (label[0] < 0.5) == on_left), key=lambda label: label[1])
-        heights: list[float] = []
-        for _, y, _, _ in side:
-            heights.append(max(y, heights[-1] + gap) if heights else y)
-        if heights and heights[-1] > 0.97:  # pushed out at the top: push back from there
-            heights[-1] = 0.97
-            for index in range(len(heights) - 2, -1, -1):
-                heights[index] = min(heights[index], heights[index + 1] - gap)
-        for (x, y, text, colour), height in zip(side, heights, strict=True):
-            axes.annotate(
-                text,
-                (x, y),
-                (x + (0.03 if on_left else -0.03), height),
-                xycoords="axes fraction",
-                textcoords="axes fraction",
-                ha="left" if on_left else "right",
-                va="center",
-                fontsize=8,
-                color=_INK,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
-                arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8} if abs(height - y) > 0.02 else None,
-            )
+def _text_width(text: str) -> float:
+    """Width of a label as a share of the axes', roughly."""
+    return 0.0125 * len(text)
+
+
+def _place_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each label to the right of its point (axes fractions), lifted until it covers no label below it."""
+    placed: list[tuple[float, float, float]] = []  # from, to, height
+    for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
+        start, end = x + _LABEL_MARGIN, x + _LABEL_MARGIN + _text_width(text)
+        below = [height for left, right, height in placed if left < end and start < right]
+        height = max([y, *(other + _LABEL_GAP for other in below if other + _LABEL_GAP > y)])
+        placed.append((start, end, height))
+        axes.annotate(
+            text,
+            (x, y),
+            (start, height),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=_INK,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8} if height - y > 0.02 else None,
+        )
 
 
 def _plot(axes: Axes, segment: Segment, style: _Style, scale: float, *, main: bool) -> None:
@@ -288,8 +295,8 @@ def _legend_name(style: _Style, segment: Segment, named: set[str]) -> str | None
     return name
 
 
-def _limit_bpb(axes: Axes, segments: Sequence[Segment], base: float | None) -> float | None:
-    """Give the whole models' curves the room: a detached model's may be cut off, and then its highest is returned."""
+def _limit_bpb(axes: Axes, segments: Sequence[Segment], base: float | None) -> tuple[float, float] | None:
+    """Give the whole models' curves the room; a detached model's lowest and highest are returned if it is cut off."""
     whole = [bpb for s in segments if not s.detached for _, bpb in s.points] + ([base] if base is not None else [])
     detached = [bpb for s in segments if s.detached for _, bpb in s.points]
     if not whole:
@@ -298,8 +305,10 @@ def _limit_bpb(axes: Axes, segments: Sequence[Segment], base: float | None) -> f
     span = max(high - low, 0.02)
     ceiling = high + 0.5 * span
     cut = bool(detached) and max(detached) > ceiling
+    if cut and min(detached) > ceiling:
+        ceiling = high + 0.08 * span
     axes.set_ylim(low - 0.08 * span, ceiling if cut else max([high, *detached]) + 0.08 * span)
-    return max(detached) if cut else None
+    return (min(detached), max(detached)) if cut else None
 
 
 def _smoothed(points: tuple[Point, ...]) -> tuple[Point, ...]:
@@ -352,6 +361,11 @@ def _new_figure() -> tuple[Figure, Axes]:
 
 def _finish(figure: Figure, name: str, title: str, caption: str) -> Chart:
     handles, labels = figure.axes[0].get_legend_handles_labels()
+    top = figure.axes[0].get_ylim()[1]
+    seen = [
+        index for index, line in enumerate(handles) if not isinstance(line, Line2D) or np.min(line.get_ydata()) <= top
+    ]
+    handles, labels = [handles[index] for index in seen], [labels[index] for index in seen]
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), handlelength=2.8)
     svg, png = io.BytesIO(), io.BytesIO()

@@ -7,6 +7,7 @@ import base64
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,13 @@ def markdown_page(results: Results, charts: Sequence[Chart]) -> str:
 
 
 def _render(template: str, context: dict[str, Any]) -> str:
+    page = _environment().get_template(template).render(context)
+    # JSON can spell half a surrogate pair, UTF-8 cannot.
+    return page.encode("utf-8", "replace").decode()
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=lambda name: name is not None and name.endswith(".html.j2"),
@@ -91,9 +99,7 @@ def _render(template: str, context: dict[str, Any]) -> str:
         "md": _escaped,
         "fenced": _fenced,
     }
-    page = environment.get_template(template).render(context)
-    # JSON can spell half a surrogate pair, UTF-8 cannot.
-    return page.encode("utf-8", "replace").decode()
+    return environment
 
 
 def _context(results: Results, charts: Sequence[Chart]) -> dict[str, Any]:

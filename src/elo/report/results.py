@@ -71,7 +71,7 @@ class Loss(_Record):
     stage: str
     tokens: Count
     seconds: Seconds
-    loss: float
+    loss: float = Field(allow_inf_nan=False)
     """Mean nats a token since the point before."""
 
 

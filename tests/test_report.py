@@ -1,0 +1,346 @@
+import copy
+import json
+import re
+import warnings
+from html.parser import HTMLParser
+
+import pytest
+from report_fixtures import TITLE, example_results
+
+from elo.errors import EloError, UnfinishedError
+from elo.recipes.report import report
+from elo.report import results as schema
+from elo.report.charts import bpb_segments, draw_charts
+from elo.report.comparison import (
+    compare,
+    count,
+    duration,
+    figures,
+    findings,
+    memory,
+    rate_speed_up,
+    seconds_to_reach,
+    signed,
+    verdict,
+)
+from elo.report.pages import html_page, markdown_page
+from elo.report.results import read_results
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Parses a page strictly enough to notice markup that was not escaped."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text, self.headings = [], [], [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        self.words = " ".join(" ".join(self.text).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings.append(data)
+
+
+@pytest.fixture(scope="module")
+def charts():
+    return draw_charts(read_results(example_results()))
+
+
+def changed(path, value):
+    """Example results with the value at a dotted path replaced, or removed when it is `...`."""
+    results = copy.deepcopy(example_results())
+    *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
+    place = results
+    for key in parents:
+        place = place[key]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return results
+
+
+def test_a_run_folder_gets_its_report_beside_the_results(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(example_results()), encoding="utf-8")
+    page = report(tmp_path)
+    assert page == tmp_path / "report.html"
+    parsed = Page(page.read_text(encoding="utf-8"))
+    assert "script" not in parsed.tags
+    assert "link" not in parsed.tags
+    assert [value[:26] for _, name, value in parsed.attributes if name == "src"] == ["data:image/svg+xml;base64,"] * 6
+    assert not [value for _, name, value in parsed.attributes if name == "href"]
+    assert "url(" not in page.read_text(encoding="utf-8")
+    assert parsed.headings[:2] == [TITLE, "Comparison"]
+    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\]\((charts/[^)]+\.png)\)", markdown)
+    assert len(linked) == 6
+    assert sorted(f"charts/{path.name}" for path in (tmp_path / "charts").iterdir()) == sorted(linked)
+    for link in linked:
+        assert (tmp_path / link).read_bytes().startswith(b"\x89PNG")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    report(tmp_path / "results.json")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}, "not the same bytes"
+
+
+def test_both_pages_say_what_the_numbers_say(charts):
+    results = read_results(example_results())
+    words, markdown = Page(html_page(results, charts)).words, markdown_page(results, charts)
+    for page in (words, markdown.replace("\\", "")):
+        assert "ELO took ko from 2.412 to 1.824 bits per byte (−0.588) while en rose (+0.023)." in page
+        assert "In the same wall time full CPT ends higher, at 1.902 (en +0.053)" in page
+        assert "on the same tokens, in 3.67 times the wall time, full CPT ends lower, at 1.683 (en +0.084)." in page
+        assert "5.45×" in page
+        assert "elo run test.yaml --set seed=7" in page
+        assert "강 건너 마을에는" in page
+        assert "never across languages" in page
+    row = next(line for line in markdown.splitlines() if line.startswith("| Full CPT |"))
+    assert row == (
+        "| Full CPT | 2 M | 6.87 min | 1.00× | **1.683 (−0.729)** | 1.402 (+0.084) | **52.0%** | 64.0% | 1.31 GiB |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("bpb", "outcome"),
+    [
+        (1.700, "In the same wall time full CPT ends lower, at 1.700"),
+        (1.822, "In the same wall time full CPT ends level with it, at 1.822"),
+        (1.950, "In the same wall time full CPT ends higher, at 1.950"),
+    ],
+)
+def test_the_verdict_follows_the_numbers(bpb, outcome):
+    assert outcome in verdict(read_results(changed("methods.2.bpb.ko", bpb)))
+
+
+def test_the_verdict_without_controls_says_that_there_are_none():
+    results = read_results(example_results(methods=example_results()["methods"][:1]))
+    assert "No full-CPT control was run" in verdict(results)
+    assert [figure.name for figure in figures(results)] == ["Target language (ko)", "Source language (en)"]
+
+
+def test_source_language_that_is_kept_or_improves():
+    assert "en stayed level (+0.002)" in verdict(read_results(changed("methods.0.bpb.en", 1.320)))
+    assert "en fell (−0.018)" in verdict(read_results(changed("methods.0.bpb.en", 1.300)))
+
+
+def test_ratios_are_of_what_they_say():
+    results = read_results(example_results())
+    rows = {row.method.name: row for row in compare(results)}
+    own, full = results.methods[0], results.method("full")
+    assert rows["elo"].speed_up == pytest.approx(full.wall_seconds / own.wall_seconds)
+    assert rows["full_at_wall_time"].speed_up is None, "it saw fewer tokens: no ratio on the same tokens"
+    assert rows["align_only"].speed_up is None
+    assert rate_speed_up(results) == pytest.approx((1_800_000 / 68.0) / (2_000_000 / 412.0))
+    assert {name for name, row in rows.items() if "target" in row.best} == {"full"}
+    assert {name for name, row in rows.items() if "cloze_source" in row.best} == {"elo", "frozen"}
+    assert {name for name, row in rows.items() if "memory" in row.best} == {"frozen"}
+
+
+def test_slower_than_full_is_said_too():
+    results = read_results(changed("methods.1.wall_seconds", 60.0))
+    ratio = next(figure for figure in figures(results) if figure.name == "Wall time, same tokens")
+    assert (ratio.value, ratio.tone) == ("0.53×", "bad")
+
+
+def test_findings_name_every_control():
+    found = findings(read_results(example_results()))
+    assert len(found) == 5
+    assert found[0] == (
+        "Against ELO, Full CPT (the same tokens, 3.67 times the wall time) ends 0.141 lower in ko (target) and "
+        "0.061 higher in en (source)."
+    )
+    assert "level in en (source)" in found[3]
+    assert (
+        found[4]
+        == "Before layer alignment the attached model stood at 2.306 in ko (then 1.824) and 1.702 in en (then 1.341)."
+    )
+
+
+def test_time_to_a_value_is_interpolated():
+    method = read_results(
+        changed(
+            "methods.1.evaluations",
+            [
+                {"stage": "full", "tokens": 10, "seconds": 10.0, "bpb": {"ko": 2.0}},
+                {"stage": "full", "tokens": 20, "seconds": 30.0, "bpb": {"ko": 1.8}},
+            ],
+        )
+    ).methods[1]
+    assert seconds_to_reach(method, "ko", 1.9, 2.4) == pytest.approx(20.0)
+    assert seconds_to_reach(method, "ko", 2.2, 2.4) == pytest.approx(5.0)
+    assert seconds_to_reach(method, "ko", 1.0, 2.4) is None
+
+
+def test_elo_curve_changes_model_at_alignment():
+    method = read_results(example_results()).methods[0]
+    detached, whole = bpb_segments(method, "ko", "tokens", 2.412)
+    assert (detached.detached, whole.detached) == (True, False)
+    assert detached.points[-1] == (1_800_000.0, pytest.approx(2.53))
+    assert whole.points[0] == (1_800_000.0, 2.306)
+    assert whole.points[-1] == (2_000_000.0, 1.824)
+    assert all(at <= 1_800_000 for at, _ in detached.points)
+    (full,) = bpb_segments(read_results(example_results()).methods[1], "ko", "seconds", 2.412)
+    assert full.points[0] == (0.0, 2.412)
+    assert full.points[-1] == (412.0, 1.683)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("methods", example_results()["methods"][:1]),
+        ("methods", [{"name": "elo", "tokens": 0, "wall_seconds": 0.0}]),
+        ("base", {}),
+        ("base.bpb.en", ...),
+        ("base.cloze", {}),
+        ("methods.0.samples", ...),
+        ("methods.0.stages", []),
+        ("methods.0.before_alignment", None),
+        ("methods.0.evaluations", []),
+        ("methods.1.losses", []),
+        ("methods.0.peak_memory_bytes", None),
+        ("data", ...),
+        ("hardware", ...),
+        ("config", ...),
+        ("command", None),
+        ("model", {"name": "m"}),
+    ],
+)
+def test_missing_parts_leave_no_holes(path, value, charts):
+    results = read_results(changed(path, value))
+    html = html_page(results, charts[:1])
+    page = Page(html)
+    for word in ("None", "nan", "Undefined", "{{", "{%"):
+        assert word not in page.words
+        assert word not in markdown_page(results, charts[:1])
+    assert not re.search(r"</h2>\s*<h2", html), "a heading with nothing under it"
+    assert not re.search(r"<tbody>\s*</tbody>", html)
+    cells = [re.findall(r"<t[hd]\b", row) for row in re.findall(r"<tr.*?</tr>", html, re.S)]
+    assert all(cells)
+    for table in re.findall(r"<table>.*?</table>", html, re.S):
+        assert len({len(re.findall(r"<t[hd]\b", row)) for row in re.findall(r"<tr.*?</tr>", table, re.S)}) == 1
+
+
+def test_charts_come_only_with_points():
+    bare = example_results()
+    for method in bare["methods"]:
+        method.update(losses=[], evaluations=[], before_alignment=None)
+    bare["methods"] = bare["methods"][:1]
+    bare["base"]["bpb"] = {}
+    assert draw_charts(read_results(bare)) == []
+
+
+def test_what_comes_from_elsewhere_is_escaped(charts):
+    evil = "</div><script>alert(1)</script> | `x` *b* [l](http://x)\n# h \ud800"
+    results = example_results(title=evil, command=evil, seed=None)
+    results["model"]["name"] = results["methods"][0]["label"] = results["methods"][0]["note"] = evil
+    results["methods"][0]["samples"] = [{"language": '"><img src=x>', "prompt": evil, "text": evil}]
+    results["base"]["samples"] = []
+    results["config"] = {"key": evil + "\n```\n"}
+    results["hardware"] = {"cpu": evil}
+    results["methods"][0]["stages"][0]["name"] = evil
+    checked = read_results(results)
+    page = Page(html_page(checked, charts[:1]))
+    assert "script" not in page.tags
+    assert page.tags.count("img") == 1
+    assert page.words.count("<script>alert(1)</script>") >= 8
+    markdown = markdown_page(checked, [])
+    outside = re.sub(r"^(`{3,})\n.*?^\1$", "", markdown, flags=re.S | re.M)
+    assert "<script>" not in outside.replace("\\<", "")
+    assert not re.search(r"(?<!\\)\[l(?<!\\)\]\(", outside)
+    assert len(re.findall(r"^# ", outside, re.M)) == 1
+    tables = [line for line in outside.splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables if "ELO" in line or "script" in line} <= {10, 8}
+
+
+def test_labels_that_the_font_lacks_are_not_drawn():
+    results = example_results(languages={"target": "한국어", "source": "en"})
+    results["methods"] = results["methods"][:2]
+    for measured in (results["base"], *results["methods"]):
+        measured["bpb"] = {"한국어": measured["bpb"]["ko"], "en": measured["bpb"]["en"]}
+    results["methods"][0]["label"] = "층 두 개"
+    results["methods"][1]["label"] = "costs $1 and $2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = draw_charts(read_results(results))
+    assert drawn[0].title == "Target language (한국어) over wall time"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("schema", 2, "schema 2 is newer than this version reads"),
+        ("schema", ..., "schema: Field required"),
+        ("methods", [], "methods: "),
+        ("methods.0.tokens", "many", "methods.0.tokens: .* got 'many'"),
+        ("methods.0.bpb.ko", -1, "methods.0.bpb.ko: .* got -1"),
+        ("methods.1.name", "elo", "methods: names must differ, got elo, elo"),
+        ("base.cloze.ko.accuracy", 44, "base.cloze.ko.accuracy: "),
+        ("methods.0.losses.3.loss", float("nan"), "methods.0.losses.3.loss: "),
+        ("kind", "evaluation", "what `elo evaluate` measured"),
+        ("languages", ..., "languages: Field required"),
+    ],
+)
+def test_odd_results_give_one_message(tmp_path, path, value, message):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(changed(path, value)), encoding="utf-8")
+    with pytest.raises(EloError, match=message) as caught:
+        report(file)
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(UnfinishedError, match="no such file"):
+        report(tmp_path)
+    with pytest.raises(UnfinishedError, match="no such file"):
+        report(tmp_path / "other.json")
+    (tmp_path / "results.json").write_text('{"schema": 1,')
+    with pytest.raises(UnfinishedError, match="not JSON"):
+        report(tmp_path)
+    (tmp_path / "results.json").write_text("[1]")
+    with pytest.raises(EloError, match="not the results of a run: the file"):
+        report(tmp_path)
+    with pytest.raises(EloError, match="give an output folder"):
+        report(example_results())
+
+
+def test_numbers_as_people_write_them():
+    assert [signed(value) for value in (0.1234, -0.5, 0.0001, -0.0004)] == ["+0.123", "−0.500", "±0.000", "±0.000"]
+    assert [duration(s) for s in (0.512, 8, 89, 90, 3600, 9000)] == [
+        "0.512 s",
+        "8 s",
+        "89 s",
+        "1.5 min",
+        "60 min",
+        "2.5 h",
+    ]
+    assert [count(n) for n in (0, 999, 1000, 999_999, 24_117_248, 8e9)] == ["0", "999", "1 K", "1 M", "24.1 M", "8 B"]
+    assert [memory(n) for n in (512, 2**30, 1.5 * 2**30)] == ["512 B", "1 GiB", "1.5 GiB"]
+
+
+def test_every_key_is_described(request):
+    described = (request.config.rootpath / "docs" / "results.md").read_text(encoding="utf-8")
+    records = [
+        value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, schema._Record)
+    ]
+    assert len(records) > 10
+    for record in records:
+        for name, field in record.model_fields.items():
+            assert re.search(rf"\b{field.alias or name}\b", described), (
+                f"{record.__name__}.{name} is not in docs/results.md"
+            )

@@ -246,7 +246,7 @@ def _time_to_own_result(results: Results) -> float | None:
         return None
     last = own.evaluations[-1] if own.evaluations else None
     if last is not None and last.tokens >= 0.995 * own.tokens:
-        # Measured during training, like the curve it is looked up on: that may be on fewer documents than the final one.
+        # Measured during training, as the curve it is looked up on is: maybe on fewer documents than the final value.
         reached = last.bpb.get(target, reached)
     return seconds_to_reach(full, target, reached, results.base.bpb.get(target))
 

@@ -183,13 +183,20 @@ def _bars(results: Results) -> list[_Bar]:
             continue
         parts = []
         for stage in method.stages:
-            light = stage.name == DETACHED_STAGE
-            colour = _lighter(colours[method.name], 0.45) if light else colours[method.name]
+            colour = colours[method.name]
+            if stage.name == DETACHED_STAGE:
+                colour = _lighter(colour, 0.45)
             if not stage.tokens:
                 colour = "#9aa5b1"
-            parts.append(_Part(stage, 100 * stage.seconds / longest, colour, "#1f2933" if light else "#ffffff"))
+            parts.append(_Part(stage, 100 * stage.seconds / longest, colour, _ink_on(colour)))
         bars.append(_Bar(method, tuple(parts)))
     return bars
+
+
+def _ink_on(colour: str) -> str:
+    """White or dark text, whichever can be read on `colour` (weights: Rec. 709 luma)."""
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return "#1f2933" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 140 else "#ffffff"
 
 
 def _lighter(colour: str, share: float) -> str:

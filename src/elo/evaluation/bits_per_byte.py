@@ -31,7 +31,7 @@ from elo.evaluation.scoring import (
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """How many bits a model spends on each byte of text: lower is better, 8 is knowing nothing.
+    """How many bits a model spends on each byte of text: lower is better, 8 is guessing every byte blindly.
 
         bits_per_byte = summed nats of the text tokens / (ln 2 x UTF-8 bytes of the text)
 

@@ -231,20 +231,26 @@ def _print_table(results: dict[str, Any]) -> None:
 
     from elo.report.comparison import count
 
+    corpora, cloze = results["corpora"], results["cloze"]
     table = Table(title=results["model"]["name"], title_justify="left")
-    for heading in ("language", "bits per byte", "text tokens", "bytes", "cloze accuracy", "chance", "items"):
-        table.add_column(heading, justify="left" if heading == "language" else "right")
-    for language in dict.fromkeys((*results["corpora"], *results["cloze"])):
-        text, cloze = results["corpora"].get(language), results["cloze"].get(language)
-        table.add_row(
-            language,
-            *(
-                (f"{text['bits_per_byte']:.4f}", f"{text['text_tokens']:,}", count(text["bytes"]))
-                if text
-                else ("",) * 3
-            ),
-            *((f"{cloze['accuracy']:.1%}", f"{cloze['chance']:.1%}", f"{cloze['items']:,}") if cloze else ("",) * 3),
-        )
+    table.add_column("language")
+    headings = ["bits per byte", "text tokens", "bytes"] if corpora else []
+    headings += ["cloze accuracy", "chance", "items"] if cloze else []
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for language in dict.fromkeys((*corpora, *cloze)):
+        cells = []
+        if corpora:
+            text = corpora.get(language)
+            cells += (
+                [f"{text['bits_per_byte']:.4f}", f"{text['text_tokens']:,}", count(text["bytes"])] if text else [""] * 3
+            )
+        if cloze:
+            asked = cloze.get(language)
+            cells += (
+                [f"{asked['accuracy']:.1%}", f"{asked['chance']:.1%}", f"{asked['items']:,}"] if asked else [""] * 3
+            )
+        table.add_row(language, *cells)
     console = Console()
     if table.row_count:
         console.print(table)

@@ -43,8 +43,8 @@ def finished(tmp_path_factory):
 def test_every_artefact_is_there_and_nothing_temporary(finished):
     root, _, results = finished
     run_folder = root / "run"
-    for name in ("prepared/manifest.json", "elo/detached", "elo/elo_pretraining", "elo/attached", "elo/layer_alignment"):
-        assert (run_folder / name).exists(), name
+    for name in ("detached", "elo_pretraining", "attached", "layer_alignment"):
+        assert (run_folder / "elo" / name / "config.json").is_file(), name
     for name in ("results.json", "report.html", "report.md", "config.json", "model/model.safetensors"):
         assert (run_folder / name).is_file(), name
     assert json.loads((run_folder / "results.json").read_text()) == results

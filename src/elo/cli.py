@@ -59,7 +59,7 @@ def detach(
     """Cut the chosen layers, with embedding, final norm and LM head, out of a checkpoint."""
     from elo.recipes.surgery import detach
 
-    record = detach(checkpoint, layers, output, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    record = detach(checkpoint, layers, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
     kept = ", ".join(str(index) for index in record["layers"])
     typer.echo(f"{output}: layers {kept} of {record['num_base_layers']}")
 
@@ -89,7 +89,7 @@ def attach(
     record = attach(
         detached,
         base,
-        output,
+        output=output,
         scale=scale,
         include=parts,
         overwrite=overwrite,
@@ -153,13 +153,76 @@ def report(
 
 
 @app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint folder, config.json, hub id, or a run's CONFIG.yaml; no weights are read.")
+    ],
+    set_: Set = None,
+    layers: Annotated[str, typer.Option(help="Layers that ELO trains.")] = "first:1,last:1",
+    tokens: Annotated[float, typer.Option(help="Training tokens of the whole run.")] = 1e9,
+    alignment_share: Annotated[float, typer.Option(help="Share of them for layer alignment.")] = 0.1,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a packed row.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Rows in one micro-step of one device.")] = 1,
+    device: Annotated[str | None, typer.Option(help="A GPU, such as H100, A100-80GB, L4 or RTX4090.")] = None,
+    devices: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine for some seconds and plan for it.")
+    ] = False,
+    optim: Annotated[str, typer.Option(help="adamw, adamw_8bit or adafactor.")] = "adamw",
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Recompute activations in layer alignment and LoRA.")
+    ] = False,
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="Divide weights and optimizer states among devices.")
+    ] = False,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of one device, in your currency.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here as JSON.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Tell parameters, FLOPs, memory, time, cost and speed-ups before anything is loaded (docs/plan.md)."""
+    from rich.console import Console
+
+    from elo.recipes.plan import plan, plan_arguments
+    from elo.recipes.plan_table import render_plan
+    from elo.records import write_json
+
+    arguments: dict[str, Any] = {
+        "layers": layers,
+        "tokens": int(tokens),
+        "alignment_share": alignment_share,
+        "sequence_length": sequence_length,
+        "per_device_train_batch_size": batch_size,
+        "optim": optim,
+        "activation_checkpointing": activation_checkpointing,
+        "trust_remote_code": trust_remote_code,
+    }
+    if model.endswith((".yaml", ".yml")):
+        model, arguments = plan_arguments(model, set_, default_tokens=int(tokens))
+    elif set_:
+        raise EloError("plan: --set changes keys of a run's CONFIG.yaml; this is a model, so use the options instead")
+    planned = plan(
+        model,
+        **arguments,
+        device=device,
+        devices=devices,
+        measure=measure,
+        sharded=sharded,
+        price_per_hour=price_per_hour,
+    )
+    Console().print(render_plan(planned))
+    if output is not None:
+        write_json(output, planned)
+
+
+@app.command()
 def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("elo-quickstart"),
+    set_: Set = None,
 ) -> None:
     """Do a whole run, controls included, on the base and the bilingual corpus that come with ELO (minutes on a CPU)."""
     from elo.recipes.quickstart import quickstart
 
-    quickstart(output)
+    quickstart(output, set_)
 
 
 def _until(stage: str, config: Path, overrides: list[str] | None) -> None:

@@ -97,6 +97,11 @@ class DataConfig(_Section):
 
     @model_validator(mode="after")
     def _languages(self) -> "DataConfig":
+        for language in (*self.corpora, *self.heldout):
+            if not language.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"language name {language!r} may hold letters, digits, - and _ alone")
+        if self.target == self.source:
+            raise ValueError(f"target and source are both {self.target!r}; they must be two languages")
         for role in ("target", "source"):
             language = getattr(self, role)
             needed = role == "target" or self.replay_ratio > 0
@@ -104,11 +109,6 @@ class DataConfig(_Section):
                 raise ValueError(
                     f"{role}: {language!r} has no corpus; corpora holds {', '.join(self.corpora) or 'none'}"
                 )
-        if self.target == self.source:
-            raise ValueError(f"target and source are both {self.target!r}; they must be two languages")
-        for language in (*self.corpora, *self.heldout):
-            if not language.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"language name {language!r} may hold letters, digits, - and _ alone")
         unknown = [language for language in self.heldout if language not in (self.target, self.source)]
         unknown += [language for language in self.corpora if language not in (self.target, self.source)]
         if unknown:

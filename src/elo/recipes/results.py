@@ -28,7 +28,7 @@ def write_results(job: Job, base: dict[str, Any], methods: dict[str, dict[str, A
         "model": {
             "name": config.model,
             "parameters": counts["total"],
-            "num_layers": counts["num_layers"],
+            "num_layers": len(counts["layers"]),
             "layers": list(job.layers),
             "trainable_parameters": _trainable(methods, counts),
         },

@@ -1,7 +1,7 @@
 """The whole job: prepare, detach, ELO pretraining, attach, layer alignment, evaluation, controls, report.
 
-Each step is a stage of the run folder (elo.workspace): done once, gone on with after a kill, redone when what it depends
-on has changed.
+Each step is a stage of the run folder (elo.workspace): done once, gone on with after a kill, redone when what it
+depends on has changed.
 """
 
 from pathlib import Path

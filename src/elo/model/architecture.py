@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from elo.errors import UnsupportedArchitectureError
+from elo.model import quirks
 from elo.model.config_surgery import num_layers_of
 
 # Token mixers that carry a state along the sequence: position ids cannot keep packed documents apart in them.
@@ -16,7 +17,7 @@ _RECURRENT = re.compile(
     re.IGNORECASE,
 )
 _PLAIN_CONV = {"Conv1D"}  # transformers' name for a transposed linear layer (GPT-2)
-_NORM = re.compile(r"norm|ln|layer_?norm", re.IGNORECASE)
+_FINAL_NORM = re.compile(r"^(?!.*emb)(.*norm.*|ln|ln_f|ln_out|ln_post)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def norm_of(model: PreTrainedModel) -> nn.Module | None:
 
 
 def group_of(name: str, parts: Architecture) -> str | None:
-    """Whether a tensor is of the "embedding", "head" or "norm", by its name in the model or, prefixed otherwise, a file."""
+    """Whether a tensor is of the "embedding", "head" or "norm", by its name in the model or in a file."""
     stem = name.rpartition(".")[0]
     for group, path in (("embedding", parts.embedding_path), ("head", parts.head_path), ("norm", parts.norm_path)):
         if path and stem and (stem == path or path.endswith("." + stem) or stem.endswith("." + path)):
@@ -113,14 +114,14 @@ def _ask(model: PreTrainedModel, method: str) -> nn.Module | None:
 
 
 def _layers_path(model: PreTrainedModel, num_layers: int) -> str:
-    decoder = _ask(model, "get_decoder") or model
-    inside = next((name for name, module in model.named_modules() if module is decoder), "")
-    prefix = f"{inside}." if inside else ""
     lists = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and name.startswith(prefix)
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
     ]
+    decoder = _ask(model, "get_decoder")
+    inside = next((name for name, module in model.named_modules() if name and module is decoder), "")
+    lists = [name for name in lists if name.startswith(f"{inside}.")] or lists  # else a vision tower's are among them
     # Lists within a decoder layer (experts, heads) are not the layers.
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
     if len(outermost) != 1:
@@ -137,13 +138,6 @@ def _norm_path(model: PreTrainedModel, layers_path: str, head_path: str) -> str 
     parent = model.get_submodule(parent_path)
     children = [name for name, _ in parent.named_children()]
     ordered = children[children.index(layers_name) + 1 :] + children[: children.index(layers_name)]
-    candidates = [
-        name
-        for name in ordered
-        if _NORM.search(name)
-        and not re.search(r"emb|rotary", name)
-        and any(True for _ in parent.get_submodule(name).parameters())
-    ]
-    if not candidates:
-        return None
-    return f"{parent_path}.{candidates[0]}" if parent_path else candidates[0]
+    known = quirks.NORM_NAMES.get(model.config.model_type)
+    found = next((name for name in ordered if name == known or (not known and _FINAL_NORM.search(name))), None)
+    return f"{parent_path}.{found}" if found and parent_path else found

@@ -1,6 +1,5 @@
 """Detach decoder layers from a checkpoint on disk, and put them back, without ever holding the model in memory."""
 
-import copy
 import json
 import shutil
 import tempfile
@@ -14,7 +13,14 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from elo.errors import EloError, UnfinishedError, UnsupportedArchitectureError
 from elo.layers import parse_layers
 from elo.model.architecture import Architecture, find_architecture, group_of
-from elo.model.config_surgery import edit_json, layer_edits, num_layers_of, text_config_of
+from elo.model.config_surgery import (
+    edit_json,
+    error_line,
+    layer_edits,
+    num_layers_of,
+    require_edits_kept,
+    text_config_of,
+)
 from elo.model.matching import match_tensors, paired_chunks, same_bytes, tensor_bytes
 from elo.model.naming import LayerNames, find_layer_names, load_hollow
 from elo.model.provenance import FORMAT, PROVENANCE_KEY, full_sha256, layer_sha256, read_provenance
@@ -83,13 +89,13 @@ def detach_checkpoint(
     require_detachable(base.config)
     _refuse_overlap(Path(output), base.folder)
     kept = parse_layers(layers, num_layers_of(base.config))
-    hollow = build_hollow_causal_lm(base.config, base.folder, trust_remote_code=trust_remote_code)
+    hollow = build_hollow_causal_lm(base.config, trust_remote_code=trust_remote_code)
     names = find_layer_names(hollow, base.weights)
 
     edits = layer_edits(text_config_of(base.config), kept)
     config_json = edit_json(base.config_json, base.config, edits)
     small_config = _read_small_config(config_json, base.config, edits)
-    require_same_layers(hollow, build_hollow(type(hollow), copy.deepcopy(small_config)), kept)
+    require_same_layers(hollow, build_hollow(type(hollow), small_config), kept)
     renamed = _small_tensors(base.weights, names, kept, type(hollow), small_config)
 
     record = _provenance(base, names, kept, renamed, base_name or str(base.folder.resolve()), revision)
@@ -142,7 +148,7 @@ def attach_checkpoint(
     _check_counts(small, whole, record)
     _refuse_overlap(Path(output), whole.folder)
     _refuse_overlap(Path(output), small.folder)
-    hollow = build_hollow_causal_lm(whole.config, whole.folder, trust_remote_code=trust_remote_code)
+    hollow = build_hollow_causal_lm(whole.config, trust_remote_code=trust_remote_code)
     names = find_layer_names(hollow, whole.weights)
     _check_base(whole, names, record)
 
@@ -182,7 +188,7 @@ def _open(folder: Path, trust_remote_code: bool) -> _Opened:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises a dozen types for a configuration that it cannot use
         raise UnsupportedArchitectureError(
-            f"{folder / CONFIG_FILE}: transformers cannot read it ({_first_line(error)})"
+            f"{folder / CONFIG_FILE}: transformers cannot read it ({error_line(error)})"
             + ("" if trust_remote_code else "; a model that brings its own code needs trust_remote_code")
         ) from None
     return _Opened(folder, config_json, config, open_checkpoint(folder))
@@ -205,24 +211,10 @@ def _read_small_config(
         except Exception as error:  # as above: any type
             raise UnsupportedArchitectureError(
                 f"model type {base_config.model_type!r}: these layers make a configuration that transformers refuses "
-                f"({_first_line(error)}); choose other layers"
+                f"({error_line(error)}); choose other layers"
             ) from None
-    for key, value in edits.items():
-        if _plain(getattr(text_config_of(small_config), key, None)) != _plain(value):
-            raise UnsupportedArchitectureError(
-                f"model type {base_config.model_type!r}: its configuration does not accept {key}={value!r}, "
-                "so these layers cannot be described by it; choose other layers"
-            )
+    require_edits_kept(small_config, edits)
     return small_config
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
 
 
 def _write_config(folder: Path, config_json: dict[str, Any]) -> None:

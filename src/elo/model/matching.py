@@ -6,6 +6,7 @@ gives when it saves, which are not always those of the base's files.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -118,7 +119,8 @@ def _under_base_names(
 
     The small model is in memory meanwhile; needed only where the two were converted differently (fused experts).
     """
-    model, info = model_class.from_pretrained(trained.folder, dtype="auto", output_loading_info=True)
+    loaded: Any = model_class.from_pretrained(trained.folder, dtype="auto", output_loading_info=True)
+    model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         first = min(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
         raise EloError(f"{trained.folder}: its tensors do not make the model that its config.json describes: {first}")

@@ -7,6 +7,7 @@ names makes a whole model is asked of transformers itself, by loading tensors wi
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -78,7 +79,7 @@ def load_hollow(
     transformers_logging.set_verbosity_error()
     try:
         with torch.random.fork_rng(devices=[]):
-            model, info = model_class.from_pretrained(
+            loaded: Any = model_class.from_pretrained(
                 None,
                 config=config,
                 state_dict=state_dict,
@@ -88,6 +89,7 @@ def load_hollow(
             )
     finally:
         transformers_logging.set_verbosity(verbosity)
+    model, info = loaded
     mismatched = frozenset(entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"])
     report = LoadingReport(
         frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched, tuple(info["error_msgs"])

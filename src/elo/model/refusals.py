@@ -22,7 +22,7 @@ def require_detachable(config: PretrainedConfig) -> None:
     if getattr(config, "quantization_config", None):
         raise UnsupportedArchitectureError(
             f"this {model_type} checkpoint is quantised (quantization_config); give the bfloat16 or float32 original, "
-            "or dequantise it once: from_pretrained(..., quantization_config=ITS_CLASS(dequantize=True)), save_pretrained"
+            "or dequantise it once: from_pretrained(..., quantization_config=CLASS(dequantize=True)), save_pretrained"
         )
     for part in (text_config, config):
         for key, reason in quirks.REFUSED_IF_SET.items():
@@ -30,5 +30,6 @@ def require_detachable(config: PretrainedConfig) -> None:
                 raise UnsupportedArchitectureError(
                     f"model type {model_type!r} with {key}={getattr(part, key)}: {reason}"
                 )
-    if reason := quirks.REFUSED.get(text_config.model_type) or quirks.REFUSED.get(model_type):
-        raise UnsupportedArchitectureError(f"model type {model_type!r}: {reason}")
+    refusal = quirks.REFUSED.get(text_config.model_type) or quirks.REFUSED.get(model_type)
+    if refusal:
+        raise UnsupportedArchitectureError(f"model type {model_type!r}: {refusal}")

@@ -6,9 +6,10 @@ and is refused, rather than trained into something that the base cannot take bac
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from elo.errors import UnsupportedArchitectureError
+from elo.model import quirks
 from elo.model.architecture import Architecture, find_architecture
+from elo.model.config_surgery import error_line
 
-LAYER_INDEX = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "layer_num"})
 _SCALARS = (bool, int, float, str, type(None), torch.dtype)
 _FACTORIES = {torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
 _SMALL = 1 << 16
@@ -45,28 +47,36 @@ def _numel(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     return count
 
 
+@contextmanager
+def _hollow_construction(model_type: str) -> Iterator[None]:
+    try:
+        with torch.random.fork_rng(devices=[]), _WithoutLargeTensors():
+            yield
+    except Exception as error:  # model constructors raise anything for a configuration that makes no sense to them
+        raise UnsupportedArchitectureError(
+            f"model type {model_type!r}: transformers cannot make a causal language model of this configuration "
+            f"({error_line(error)})"
+        ) from None
+
+
 def build_hollow(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """The model that `config` describes, its parameters without data; the random state is left as it was."""
-    with torch.random.fork_rng(devices=[]), _WithoutLargeTensors():
-        return model_class._from_config(config, dtype=config.dtype or torch.float32)
+    """The model that `config` describes, its parameters without data; the random state is left as it was.
+
+    Raises:
+        UnsupportedArchitectureError: it cannot be built.
+    """
+    with _hollow_construction(config.model_type):
+        return model_class._from_config(copy.deepcopy(config), dtype=config.dtype or torch.float32)
 
 
-def build_hollow_causal_lm(
-    config: PretrainedConfig, where: Path, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """The causal LM that transformers takes for `config`, without data; `where` is named in errors.
+def build_hollow_causal_lm(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal LM that transformers takes for `config`, without data.
 
     Raises:
         UnsupportedArchitectureError: there is none, or it cannot be built.
     """
-    try:
-        with torch.random.fork_rng(devices=[]), _WithoutLargeTensors():
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-    except Exception as error:  # model constructors raise anything for a configuration that makes no sense to them
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise UnsupportedArchitectureError(
-            f"{where}: transformers cannot make a causal language model of type {config.model_type!r} ({reason})"
-        ) from None
+    with _hollow_construction(config.model_type):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
 
 
 def require_same_layers(base: PreTrainedModel, detached: PreTrainedModel, kept: Sequence[int]) -> None:
@@ -83,7 +93,7 @@ def require_same_layers(base: PreTrainedModel, detached: PreTrainedModel, kept: 
     for position, index in enumerate(kept):
         old = base.get_submodule(f"{base_parts.layers_path}.{index}")
         new = detached.get_submodule(f"{base_parts.layers_path}.{position}")
-        difference = _difference(old, new, index, position)
+        difference = _difference(old, new, _Place(index, position, kept))
         if difference:
             raise _refusal(base_parts, kept, f"layer {index} would change as layer {position}: {difference}")
     outside = base_parts.layers_path + "."
@@ -99,14 +109,45 @@ def require_same_layers(base: PreTrainedModel, detached: PreTrainedModel, kept: 
             )
 
 
-def index_attributes(layer: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Every attribute in a decoder layer that holds the layer's own index."""
-    return [
-        (module, name)
-        for module in layer.modules()
-        for name in vars(module).keys() & LAYER_INDEX
-        if isinstance(vars(module)[name], int)
-    ]
+def follow_configuration(
+    detached: PreTrainedModel, base: PreTrainedModel, small: PreTrainedModel, kept: Sequence[int]
+) -> None:
+    """Set on a model made of a base's modules the plain attributes that its configuration would have given it.
+
+    Args:
+        detached: the model to change: a copy of the base with the layers `kept`.
+        base: a (hollow) model of the base's configuration.
+        small: a (hollow) model of the detached model's configuration.
+        kept: the layers that were kept.
+    """
+    prefix = find_architecture(base).layers_path + "."
+    for name, module in detached.named_modules():
+        base_name = name
+        if name.startswith(prefix):
+            position, dot, rest = name.removeprefix(prefix).partition(".")
+            base_name = f"{prefix}{kept[int(position)]}{dot}{rest}"
+        before, after = vars(base.get_submodule(base_name)), vars(small.get_submodule(name))
+        for key in vars(module).keys() & before.keys() & after.keys():
+            values = before[key], after[key]
+            if not key.startswith("_") and all(map(_comparable, values)) and not _equal(*values):
+                setattr(module, key, copy.deepcopy(after[key]))
+
+
+class _Place(NamedTuple):
+    old: int
+    new: int
+    kept: Sequence[int]
+
+
+def _is_selection(before: Any, after: Any, place: _Place) -> bool:
+    """Whether these are the configuration's per-layer list, which a module may hold on to."""
+    return (
+        isinstance(before, (list, tuple))
+        and isinstance(after, (list, tuple))
+        and len(after) == len(place.kept)
+        and len(before) > max(place.kept)
+        and [before[index] for index in place.kept] == list(after)
+    )
 
 
 def _refusal(parts: Architecture, kept: Sequence[int], what: str) -> UnsupportedArchitectureError:
@@ -116,7 +157,7 @@ def _refusal(parts: Architecture, kept: Sequence[int], what: str) -> Unsupported
     )
 
 
-def _difference(old: nn.Module, new: nn.Module, old_index: int, new_index: int) -> str | None:
+def _difference(old: nn.Module, new: nn.Module, place: _Place) -> str | None:
     old_modules, new_modules = dict(old.named_modules()), dict(new.named_modules())
     for name in old_modules.keys() ^ new_modules.keys():
         return f"{name} is only in the {'base' if name in old_modules else 'small model'}"
@@ -126,12 +167,12 @@ def _difference(old: nn.Module, new: nn.Module, old_index: int, new_index: int) 
             return (
                 f"{name or 'the layer'} is {type(old_module).__name__} in the base, {type(new_module).__name__} alone"
             )
-        if difference := _attribute_difference(old_module, new_module, old_index, new_index):
+        if difference := _attribute_difference(old_module, new_module, place):
             return where + difference
     return None
 
 
-def _attribute_difference(old: nn.Module, new: nn.Module, old_index: int, new_index: int) -> str | None:
+def _attribute_difference(old: nn.Module, new: nn.Module, place: _Place) -> str | None:
     for table in ("_parameters", "_buffers"):
         old_tensors, new_tensors = getattr(old, table), getattr(new, table)
         for name in old_tensors.keys() | new_tensors.keys():
@@ -142,17 +183,16 @@ def _attribute_difference(old: nn.Module, new: nn.Module, old_index: int, new_in
         if name.startswith("_") and name not in ("_attn_implementation",):
             continue
         before, after = old_values.get(name), new_values.get(name)
-        if name in LAYER_INDEX and before == old_index + (before or 0) - old_index:
-            # Own index, 0- or 1-based; anything that is computed from it shows in other attributes.
-            if isinstance(before, int) and isinstance(after, int) and before - old_index == after - new_index:
+        if name in quirks.INDEX_ATTRIBUTES and isinstance(before, int) and isinstance(after, int):
+            # One index a layer, or (a layer with two attentions) two; 0- or 1-based, or not renumbered at all.
+            if any(before - stride * place.old == after - stride * place.new for stride in (0, 1, 2)):
                 continue
-            if before == after:
-                continue
-            return f"{name} is {before} in the base and {after} alone"
+        elif _is_selection(before, after, place):
+            continue
         if isinstance(before, torch.Tensor) or isinstance(after, torch.Tensor):
             if difference := _tensor_difference(before, after):
                 return f"{name} {difference}"
-        elif _comparable(before) and _comparable(after) and before != after:
+        elif _comparable(before) and _comparable(after) and not _equal(before, after):
             return f"{name} is {before!r} in the base and {after!r} alone"
     return None
 
@@ -163,6 +203,14 @@ def _comparable(value: Any) -> bool:
     if isinstance(value, dict):
         return all(_comparable(item) for item in value.values())
     return isinstance(value, _SCALARS)
+
+
+def _equal(before: Any, after: Any) -> bool:
+    if isinstance(before, float) and isinstance(after, float):  # a rescaled factor may differ in its last bit
+        return math.isclose(before, after, rel_tol=1e-14) or (math.isnan(before) and math.isnan(after))
+    if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
+        return len(before) == len(after) and all(map(_equal, before, after))
+    return bool(before == after)
 
 
 def _tensor_difference(old: Any, new: Any) -> str | None:

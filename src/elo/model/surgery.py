@@ -7,15 +7,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from elo.errors import EloError
+from elo.errors import EloError, UnsupportedArchitectureError
 from elo.layers import parse_layers
 from elo.model.architecture import Architecture, find_architecture, group_of
-from elo.model.config_surgery import edit_json, layer_edits, num_layers_of, text_config_of
+from elo.model.config_surgery import (
+    apply_edits,
+    edit_json,
+    error_line,
+    layer_edits,
+    num_layers_of,
+    require_edits_kept,
+    text_config_of,
+)
 from elo.model.provenance import PROVENANCE_KEY, read_provenance
 from elo.model.refusals import require_detachable
-from elo.model.safeguard import build_hollow, index_attributes, require_same_layers
+from elo.model.safeguard import build_hollow, follow_configuration, require_same_layers
 
 INCLUDABLE = ("embedding", "norm", "head")
 
@@ -35,23 +43,20 @@ def detach_layers(model: PreTrainedModel, layers: str | int | Sequence[int]) -> 
         UnsupportedArchitectureError: a kept layer would compute something else than in the base.
     """
     require_detachable(model.config)
+    if getattr(model.base_model, "layers_are_rescaled", False):
+        raise EloError("detach: RWKV has rescaled its weights for inference; call model.train() and run it once")
     parts = find_architecture(model)
     kept = parse_layers(layers, parts.num_layers)
     config = model.config
     edits = layer_edits(text_config_of(config), kept)
-    small_json = edit_json(config.to_dict(), config, edits)
-    small_config = type(config).from_dict(small_json)
-    require_same_layers(
-        build_hollow(type(model), copy.deepcopy(config)), build_hollow(type(model), copy.deepcopy(small_config)), kept
-    )
+    small_config = _small_config(config, edits)
+    base_hollow = build_hollow(type(model), config)
+    small_hollow = build_hollow(type(model), small_config)
+    require_same_layers(base_hollow, small_hollow, kept)
     with _only_layers(model, parts, kept):
         detached = copy.deepcopy(model)
-    text_config = text_config_of(detached.config)
-    for key, value in edits.items():
-        setattr(text_config, key, copy.deepcopy(value))
-    for position, layer in enumerate(_layers(detached, parts)):
-        for module, name in index_attributes(layer):
-            setattr(module, name, getattr(module, name) - kept[position] + position)
+    apply_edits(detached.config, small_config, edits)
+    follow_configuration(detached, base_hollow, small_hollow, kept)
     for parameter in detached.parameters():
         parameter.grad = None
     setattr(
@@ -142,6 +147,18 @@ def same_values(base: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.dtype != torch.bool else tensor
+
+
+def _small_config(config: PretrainedConfig, edits: dict[str, Any]) -> PretrainedConfig:
+    try:
+        small_config = type(config).from_dict(edit_json(config.to_dict(), config, edits))
+    except Exception as error:  # configuration classes raise anything
+        raise UnsupportedArchitectureError(
+            f"model type {config.model_type!r}: these layers make a configuration that transformers refuses "
+            f"({error_line(error)}); choose other layers"
+        ) from None
+    require_edits_kept(small_config, edits)
+    return small_config
 
 
 @contextmanager

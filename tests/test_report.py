@@ -9,9 +9,9 @@ from report_fixtures import TITLE, example_results
 
 from elo.errors import EloError, UnfinishedError
 from elo.recipes.report import report
-from elo.report import results as schema
-from elo.report.charts import bpb_segments, draw_charts
-from elo.report.comparison import (
+from elo.reporting import results as schema
+from elo.reporting.charts import bpb_segments, draw_charts
+from elo.reporting.comparison import (
     compare,
     count,
     duration,
@@ -23,8 +23,8 @@ from elo.report.comparison import (
     signed,
     verdict,
 )
-from elo.report.pages import html_page, markdown_page
-from elo.report.results import read_results
+from elo.reporting.pages import html_page, markdown_page
+from elo.reporting.results import read_results
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

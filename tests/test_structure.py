@@ -12,11 +12,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "elo"
 ALLOWED = {
     "cli": {"recipes", "config", "workspace", "training", "evaluation", "data", "model", "quickstart", "base"},
     "recipes": {
-        "config", "workspace", "training", "evaluation", "data", "model", "report", "quickstart", "base"
+        "config", "workspace", "training", "evaluation", "data", "model", "reporting", "quickstart", "base"
     },
     "config": {"training", "base"},
     "workspace": {"base"},
-    "report": {"base"},
+    "reporting": {"base"},
     "quickstart": {"base"},
     "training": {"evaluation", "data", "model", "base"},
     "evaluation": {"data", "model", "base"},

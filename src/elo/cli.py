@@ -182,7 +182,7 @@ def plan(
     """Tell parameters, FLOPs, memory, time, cost and speed-ups before anything is loaded (docs/plan.md)."""
     from rich.console import Console
 
-    from elo.recipes.plan import plan, plan_arguments
+    from elo.recipes.plan import plan
     from elo.recipes.plan_table import render_plan
     from elo.records import write_json
 
@@ -197,7 +197,7 @@ def plan(
         "trust_remote_code": trust_remote_code,
     }
     if model.endswith((".yaml", ".yml")):
-        model, arguments = plan_arguments(model, set_, default_tokens=int(tokens))
+        model, arguments = _planned_run(model, set_, int(tokens))
     elif set_:
         raise EloError("plan: --set changes keys of a run's CONFIG.yaml; this is a model, so use the options instead")
     planned = plan(
@@ -229,6 +229,29 @@ def _until(stage: str, config: Path, overrides: list[str] | None) -> None:
     from elo.recipes.run import run
 
     run(config, overrides=overrides, until=stage)  # type: ignore[arg-type]
+
+
+def _planned_run(config: str, overrides: list[str] | None, default_tokens: int) -> tuple[str, dict[str, Any]]:
+    """Model and arguments of `plan` for the run that a configuration file describes."""
+    from elo.config import load_config
+
+    run = load_config(config, overrides)
+    pretraining, alignment = run.elo_pretraining, run.layer_alignment
+    return run.model, {
+        "layers": run.layers,
+        "tokens": run.tokens or default_tokens,
+        "alignment_share": alignment.share,
+        "sequence_length": run.data.sequence_length,
+        "per_device_train_batch_size": pretraining.per_device_train_batch_size,
+        "alignment_per_device_train_batch_size": alignment.per_device_train_batch_size,
+        "tokens_per_step": pretraining.tokens_per_step,
+        "optim": pretraining.optim,
+        "alignment_optim": alignment.optim,
+        "activation_checkpointing": alignment.activation_checkpointing,
+        "pretraining_activation_checkpointing": pretraining.activation_checkpointing,
+        "head_loss": pretraining.head_loss,
+        "trust_remote_code": run.trust_remote_code,
+    }
 
 
 def _by_language(option: str, pairs: list[str] | None) -> dict[str, str | Path]:

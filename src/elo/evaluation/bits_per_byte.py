@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from elo.data.packing import IGNORE_INDEX
 from elo.data.shards import SPECIALS_PER_DOCUMENT, TokenCorpus
 from elo.errors import EloError
-from elo.evaluation.progress import Progress
 from elo.evaluation.scoring import (
     batch_tokens,
     check_ids,
@@ -27,6 +26,7 @@ from elo.evaluation.scoring import (
     token_nats,
     vocabulary_size,
 )
+from elo.progress import Progress
 
 
 @dataclass(frozen=True)

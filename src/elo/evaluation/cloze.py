@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from elo.data.packing import IGNORE_INDEX
 from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
-from elo.evaluation.progress import Progress
 from elo.evaluation.scoring import (
     batch_tokens,
     check_ids,
@@ -24,6 +23,7 @@ from elo.evaluation.scoring import (
     longest_sequence,
     token_nats,
 )
+from elo.progress import Progress
 
 
 @dataclass(frozen=True)

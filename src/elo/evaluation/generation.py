@@ -9,8 +9,8 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
-from elo.evaluation.progress import Progress
 from elo.evaluation.scoring import check_ids, evaluating, longest_sequence
+from elo.progress import Progress
 
 _UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 

@@ -359,9 +359,15 @@ class Job:
 
     def report(self, results: dict[str, Any]) -> None:
         """Write report.html, report.md and the charts beside results.json."""
+        from rich.console import Console
+
         from elo.recipes.report import report
+        from elo.reporting.terminal import render_comparison
 
         report(results, self.workspace.root)
+        console = Console()
+        console.width = max(console.width, 118)  # a table that wraps in a log file cannot be read
+        console.print(render_comparison(results))
         self.say(f"report: {self.path('report.html')}")
         self.say(f"model: {self.path('model')}")
 

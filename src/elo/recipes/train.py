@@ -81,7 +81,10 @@ def load_trainable(checkpoint: Path, *, trust_remote_code: bool = False) -> "tup
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(

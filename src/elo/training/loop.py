@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from elo.errors import EloError
 from elo.model.architecture import layers_of
@@ -117,8 +116,6 @@ def train(
         TrainingDivergedError: the loss is not finite or has jumped and stayed up.
         StoppedBySignalError: SIGTERM or SIGINT came; a checkpoint was written first.
     """
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     per_step = rows_per_step(sequence_length, settings)
     steps = len(rows) // per_step  # type: ignore[arg-type]
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,8 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from elo.report.comparison import count, signed
-from elo.report.results import Method, Results
+from elo.reporting.comparison import count, signed
+from elo.reporting.results import Method, Results
 
 # Okabe and Ito's palette, told apart with any colour vision.
 _COLOURS = {

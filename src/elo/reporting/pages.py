@@ -15,8 +15,8 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from elo.report.charts import DETACHED_STAGE, Chart, method_colours
-from elo.report.comparison import (
+from elo.reporting.charts import DETACHED_STAGE, Chart, method_colours
+from elo.reporting.comparison import (
     LEVEL_BPB,
     Row,
     compare,
@@ -28,7 +28,7 @@ from elo.report.comparison import (
     signed,
     verdict,
 )
-from elo.report.results import Cloze, Method, Results, Stage, TextSize
+from elo.reporting.results import Cloze, Method, Results, Stage, TextSize
 
 _HERE = Path(__file__).parent
 CHART_FOLDER = "charts"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from elo.report.results import Method, Results
+from elo.reporting.results import Method, Results
 
 LEVEL_BPB = 0.005
 """Bits per byte by which two models must differ to be called different; one seed cannot tell less apart."""

@@ -1,0 +1,208 @@
+"""Tokens per second of full CPT, the frozen middle, ELO pretraining, and bare PyTorch loops, side by side in one run.
+
+    python benchmarks/throughput.py --depths 12 24 --compile --output throughput.json
+
+Every contestant gets the same packed rows, micro-batch, precision and optimizer; they take turns, round after round,
+and the ratios are of medians over rounds. Beside the rate stands the floor: matmul FLOPs per token, and what share of
+this machine's measured matmul rate that makes. Random weights: speed does not depend on them.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from elo.data.mixture import Mixture
+from elo.data.packing import PackedStream
+from elo.data.shards import TokenCorpus
+from elo.model.footprint import training_flops_per_token
+from elo.model.surgery import detach_layers
+from elo.recipes.results import hardware, versions
+from elo.training.loop import train, wants_bf16
+from elo.training.methods import find_method, select_layers
+from elo.training.settings import TrainingSettings
+
+
+def make_model(args: argparse.Namespace, depth: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    heads = max(1, args.hidden_size // 64)
+    config = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.hidden_size * 8 // 3 // 32 * 32,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_rows(args: argparse.Namespace, count: int):
+    """Packed rows of random tokens in documents of some hundred tokens."""
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(100, 4 * args.sequence_length, size=count)
+    documents = [
+        np.r_[0, generator.integers(1, args.vocab_size, size=length), 0].astype(np.uint32) for length in lengths
+    ]
+    corpus = TokenCorpus.from_documents(documents, [3 * len(document) for document in documents])
+    return Mixture([("xx", 1.0, PackedStream(corpus, args.sequence_length, 0))]).rows(0, count)
+
+
+def ours(model: LlamaForCausalLM, args: argparse.Namespace, settings: TrainingSettings) -> Callable[[], float]:
+    """Tokens per second of ELO's own trainer, after `args.warmup` updates."""
+    rows_per_step = args.batch * args.accumulate
+
+    def measure() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            result = train(
+                model,
+                make_rows(args, (args.warmup + args.steps) * rows_per_step),
+                sequence_length=args.sequence_length,
+                settings=settings,
+                output_dir=Path(folder),
+                seed=0,
+            )
+        begin = next(point for point in result.losses if point["tokens"] >= args.warmup * settings.tokens_per_step)
+        return (result.losses[-1]["tokens"] - begin["tokens"]) / (result.losses[-1]["seconds"] - begin["seconds"])
+
+    return measure
+
+
+def bare(model: LlamaForCausalLM, args: argparse.Namespace, settings: TrainingSettings) -> Callable[[], float]:
+    """Tokens per second of a hand-written loop on the same model: whole-model logits, PyTorch's cross-entropy."""
+    forward = torch.compile(model, dynamic=False) if settings.torch_compile else model
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rows = make_rows(args, (args.warmup + args.steps) * args.batch * args.accumulate)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def measure() -> float:
+        model.to(device).train()
+        optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
+        index = 0
+        for step in range(args.warmup + args.steps):
+            if step == args.warmup:
+                _synchronise()
+                started = time.perf_counter()
+            for _ in range(args.accumulate):
+                batch = [rows[index + offset] for offset in range(args.batch)]
+                index += args.batch
+                ids, positions, labels = (
+                    torch.from_numpy(np.stack([row[key] for row in batch])).to(device)
+                    for key in ("input_ids", "position_ids", "shift_labels")
+                )
+                with torch.autocast(device, torch.bfloat16, enabled=wants_bf16(settings)):
+                    logits = forward(input_ids=ids, position_ids=positions, use_cache=False).logits
+                    loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten()) / args.accumulate
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        _synchronise()
+        return args.steps * args.accumulate * args.batch * args.sequence_length / (time.perf_counter() - started)
+
+    return measure
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matmul_rate(bf16: bool) -> float:
+    """FLOP/s of a large square product here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 1024
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    best = 0.0
+    for _ in range(8):
+        _synchronise()
+        started = time.perf_counter()
+        matrix @ matrix
+        _synchronise()
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depths", type=int, nargs="+", default=[12])
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--only", nargs="+", help="contestants to run")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+
+    settings = TrainingSettings(
+        tokens_per_step=args.batch * args.accumulate * args.sequence_length,
+        per_device_train_batch_size=args.batch,
+        torch_compile=args.compile,
+        logging_steps=1,
+        save_steps=10**9,
+        evaluations=0,
+    )
+    rate = matmul_rate(wants_bf16(settings))
+    print(f"matmul {rate / 1e9:,.0f} GFLOP/s ({'bf16' if wants_bf16(settings) else 'fp32'})", flush=True)
+    report = {"hardware": hardware(), "versions": versions(), "matmul_flops": rate, "arguments": vars(args), "depths": {}}
+    report["arguments"]["output"] = str(args.output)
+    for depth in args.depths:
+        layers = (0, depth - 1)
+        contestants: dict[str, tuple[Callable[[], float], float]] = {}
+
+        def flops(method: str, depth: int = depth, layers: tuple[int, int] = layers) -> float:
+            config = make_model(args, depth).config
+            return training_flops_per_token(config, method, layers, sequence_length=args.sequence_length)
+
+        full, full_bare, frozen = (make_model(args, depth) for _ in range(3))
+        select_layers(frozen, layers)
+        detached, detached_bare = (detach_layers(full, list(layers)) for _ in range(2))
+        elo = find_method("elo")
+        for model in (detached, detached_bare):
+            elo.select_trainable(model, elo.phases[0], layers)
+        contestants["full CPT"] = ours(full, args, settings), flops("full")
+        contestants["full CPT, bare loop"] = bare(full_bare, args, settings), flops("full")
+        contestants["frozen middle"] = ours(frozen, args, settings), flops("frozen")
+        contestants["ELO pretraining"] = ours(detached, args, settings), flops("elo")
+        contestants["ELO pretraining, bare loop"] = bare(detached_bare, args, settings), flops("elo")
+        if args.only:
+            contestants = {name: each for name, each in contestants.items() if name in args.only}
+        measured: dict[str, list[float]] = {name: [] for name in contestants}
+        for _ in range(args.rounds):
+            for name, (measure, _) in contestants.items():
+                measured[name].append(measure())
+        base = statistics.median(measured.get("full CPT", [1.0]))
+        print(f"\n{depth} layers x {args.hidden_size}, vocabulary {args.vocab_size}")
+        print(f"{'':28}{'tokens/s':>10}{'min':>9}{'max':>9}{'/ full':>8}{'MFLOP/token':>13}{'of matmul rate':>16}")
+        rows = {}
+        for name, rates in measured.items():
+            median, cost = statistics.median(rates), contestants[name][1]
+            rows[name] = {"tokens_per_second": rates, "flops_per_token": cost}
+            print(
+                f"{name:28}{median:10,.0f}{min(rates):9,.0f}{max(rates):9,.0f}{median / base:8.2f}"
+                f"{cost / 1e6:13.1f}{median * cost / rate:16.0%}",
+                flush=True,
+            )
+        report["depths"][depth] = rows
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

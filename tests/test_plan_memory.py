@@ -1,6 +1,7 @@
 """Planned memory against what real training keeps and allocates."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -116,10 +117,18 @@ def allocated_at_peak(
     return live.peak
 
 
-@pytest.mark.parametrize("method", ["elo", "full"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("head_loss", ["plain", "chunked"])
-@pytest.mark.parametrize("micro_steps", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "checkpointing", "head_loss", "micro_steps"),
+    [
+        ("elo", False, "chunked", 1),
+        ("elo", False, "plain", 2),
+        ("elo", True, "chunked", 2),
+        ("full", False, "chunked", 2),
+        ("full", False, "plain", 1),
+        ("full", True, "plain", 2),
+        ("full", True, "chunked", 1),
+    ],
+)
 def test_peak_memory_is_within_a_tenth(method: Any, checkpointing: bool, head_loss: Any, micro_steps: int) -> None:
     config = tiny_llama(vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=6)
     layers, rows, length = (0, 5), 4, 128
@@ -149,11 +158,16 @@ def test_peak_memory_is_within_a_tenth(method: Any, checkpointing: bool, head_lo
     assert planned.peak - memory.RUNTIME_BYTES["cpu"] == pytest.approx(measured, rel=0.10), planned
 
 
-def plan_8b(method: Any, **arguments: Any) -> memory.StageMemory:
+@cache
+def saved_8b(layers: tuple[int, ...] | None) -> memory.SavedActivations:
     config = known_configs()["Llama-3.1-8B"]
-    counted = footprint(config)
+    return saved_activations(config, footprint(config), layers)
+
+
+def plan_8b(method: Any, **arguments: Any) -> memory.StageMemory:
+    counted = footprint(known_configs()["Llama-3.1-8B"])
     layers = (0, 31)
-    saved = saved_activations(config, counted, layers if method == "elo" else None)
+    saved = saved_8b(layers if method == "elo" else None)
     length = arguments.pop("sequence_length", 8192)
     return stage_memory(
         counted, saved, method, layers, tokens=length, sequence_length=length, precision="bf16", **arguments
@@ -185,7 +199,7 @@ def test_parts_add_up_and_each_setting_helps() -> None:
 
 def test_the_head_loss_is_that_of_training() -> None:
     assert losses._SMALL_LOGITS == memory.SMALL_LOGITS
-    assert {"bf16": losses._CHUNK_CUDA, "fp32": losses._CHUNK_CPU} == memory.CHUNK
+    assert {"gpu": losses._CHUNK_CUDA, "cpu": losses._CHUNK_CPU} == memory.CHUNK
     assert losses.HeadLoss == memory.HeadLoss
 
 

@@ -78,21 +78,24 @@ def find_device(name: str) -> Device:
     return DEVICES[names[key]]
 
 
-def measure_matmul_rate(seconds: float = 2.0, *, size: int | None = None) -> Device:
-    """Measure this machine: matrix products in the precision that training uses here, and memory bandwidth.
+def measure_matmul_rate(
+    seconds: float = 2.0, *, precision: Literal["bf16", "fp32"] | None = None, size: int | None = None
+) -> Device:
+    """Measure this machine: the rate of matrix products and the memory bandwidth.
 
     Args:
         seconds: how long to measure, at least; half of it for each of the two, after a warm-up.
+        precision: of the products; bf16 on a GPU and fp32 on a CPU when None.
         size: side of the square matrices; 8192 on a GPU and 1024 on a CPU when None, both large enough for full rate.
 
     Returns:
-        A device with the best rates seen (others may be using the machine) and the memory of this one: bf16 on a GPU,
-        fp32 on a CPU.
+        A device with the best rates seen (others may be using the machine) and the memory of this one.
     """
     gpu = torch.cuda.is_available()
     where = torch.device("cuda" if gpu else "cpu")
     side = size or (8192 if gpu else 1024)
-    dtype = torch.bfloat16 if gpu else torch.float32
+    precision = precision or ("bf16" if gpu else "fp32")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right, product = (torch.ones(side, side, dtype=dtype, device=where) for _ in range(3))
     source = torch.ones((256 if gpu else 32) * 2**20, dtype=torch.float32, device=where)
     target = torch.empty_like(source)
@@ -123,7 +126,7 @@ def measure_matmul_rate(seconds: float = 2.0, *, size: int | None = None) -> Dev
         matmul_flops=2.0 * side**3 / matmul_seconds,
         memory_bytes=memory,
         bandwidth=2.0 * source.nbytes / copy_seconds,
-        precision="bf16" if gpu else "fp32",
+        precision=precision,
         kind="gpu" if gpu else "cpu",
         measured=True,
     )

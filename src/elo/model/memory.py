@@ -30,12 +30,12 @@ OPTIMIZER_BYTES: dict[str, float] = {"adamw": 8.0, "adamw_8bit": 2.04, "adafacto
 """Bytes of state for one trained parameter. AdamW: two fp32 moments. 8-bit AdamW: two bytes and two fp32 scales for
 each 256 (bitsandbytes). Adafactor: a row and a column of each matrix, so next to nothing."""
 
-RUNTIME_BYTES = {"gpu": 700 * 2**20, "cpu": 650 * 2**20}
+RUNTIME_BYTES = {"gpu": 700 * 2**20, "cpu": 600 * 2**20}
 """CUDA context, kernels and library workspaces; on a CPU the Python process with its libraries."""
 
 # What elo.training.losses does; tests compare.
 SMALL_LOGITS = 4_000_000
-CHUNK = {"bf16": 2048, "fp32": 256}
+CHUNK = {"gpu": 2048, "cpu": 256}
 
 _PROBE = "elo_footprint"
 _LENGTHS = (32, 64)
@@ -114,10 +114,10 @@ def saved_activations(
     Args:
         config: the base model's.
         counted: its footprint.
-        layers: the detached layers, with embedding and norm frozen (and in bf16 under `bf16`); the whole model, all
-            of it trained, when None.
+        layers: the detached layers, with embedding and norm frozen; the whole model, all of it trained, when None.
         precision: `bf16` is bf16 autocast over fp32 weights.
-        kind: on a GPU packed attention keeps no mask; on a CPU it does, and repeats grouped keys and values.
+        kind: on a GPU packed attention keeps no mask and frozen weights are in bf16 under `bf16`; on a CPU a mask is
+            kept, grouped keys and values are repeated, and all weights are fp32.
     """
     chosen = list(range(counted.num_layers) if layers is None else layers)
     # One layer of each kind is enough; the first differs, since its input may need no gradient.
@@ -195,7 +195,7 @@ def _trace(
     if detached:
         model.requires_grad_(False)
         kept.requires_grad_(True)
-        if precision == "bf16":
+        if precision == "bf16" and kind == "gpu":
             # As training does: what is frozen is kept in bf16.
             with mode, torch.device("cpu"):
                 for module in list(model.modules()):
@@ -284,7 +284,8 @@ def stage_memory(
         layers: the layers that `elo` and `frozen` train.
         tokens: in one micro-step of one device.
         sequence_length: T; sizes the mask of CPU attention.
-        precision: trained weights are fp32 always; under `bf16` frozen ones are bf16, and products run on bf16 copies.
+        precision: trained weights are fp32 always; under `bf16` products run on bf16 copies.
+        kind: frozen weights are bf16 on a GPU under `bf16`, fp32 on a CPU.
         accumulates: gradients stay from one micro-step to the next; otherwise none is there when the loss is computed.
         sharded_over: devices that share weights, gradients and optimizer states (FSDP); each then also holds one
             gathered layer and the gathered head.
@@ -299,12 +300,12 @@ def stage_memory(
     item = 2 if precision == "bf16" else 4
     trains_head = method == "full"
     share = 1.0 / sharded_over
-    weights = (4 * trainable + item * frozen) * share
+    weights = (4 * trainable + (item if kind == "gpu" else 4) * frozen) * share
     gradients = 4 * trainable * share
     states = OPTIMIZER_BYTES[optimizer] * trainable * share
     copies = 0.0
     if precision == "bf16" and method != "lora":
-        copies = saved.cast_weights + (2 * counted.head_matmul if trains_head else 0)
+        copies = saved.cast_weights + (2 * counted.head_matmul if trains_head or kind == "cpu" else 0)
         if method == "frozen":
             copies *= len(layers) / counted.num_layers
     if sharded_over > 1:
@@ -316,7 +317,7 @@ def stage_memory(
     everything = sum(layer_bytes) + masks * len(layer_bytes) + tokens * saved.outside
     inputs = tokens * (saved.layer_input * len(layer_bytes) + saved.outside)
     one_layer = max(layer_bytes) + masks
-    head = head_loss_bytes(counted, tokens, precision, head_loss, trains_head)
+    head = head_loss_bytes(counted, tokens, precision, head_loss, trains_head, kind)
     widest = max(layer.widest for layer in held.layers)
     workspace = 3.0 * item * tokens * widest
     kept_gradients = gradients if accumulates else 0.0
@@ -341,7 +342,12 @@ def stage_memory(
 
 
 def head_loss_bytes(
-    counted: Footprint, tokens: int, precision: Precision, head_loss: HeadLoss, trains_head: bool
+    counted: Footprint,
+    tokens: int,
+    precision: Precision,
+    head_loss: HeadLoss,
+    trains_head: bool,
+    kind: Literal["gpu", "cpu"] = "gpu",
 ) -> float:
     """Bytes of the LM head's cross-entropy at its largest.
 
@@ -355,7 +361,7 @@ def head_loss_bytes(
     if head_loss in ("plain", "model"):
         return 12.0 * logits
     item = 2 if precision == "bf16" else 4
-    chunk = min(tokens, CHUNK[precision]) * counted.vocab_size * 8.0
+    chunk = min(tokens, CHUNK[kind]) * counted.vocab_size * 8.0
     gradient = 2.0 * item * tokens * counted.hidden_size
     return chunk + gradient + (8.0 * counted.head_matmul if trains_head else 0.0)
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from elo.model.memory import SavedActivations, StageMemory
 
 DEFAULT_DEVICE = "H100"
-UTILISATION = {"table": 0.40, "measured": 0.60}
-"""Share of the device's matrix-product rate that training reaches. torchtitan reports 33 to 39 % of the data sheet for
-an 8B model on H100; a rate measured with large products is closer to what training gets."""
+UTILISATION = 0.40
+"""Share of the data sheet's rate that training reaches; torchtitan reports 33 to 39 % for an 8B model on H100. On this
+machine the share is measured with a layer of the model itself."""
 USABLE_MEMORY = 0.95
 """Share of a device's memory that can be planned for; the rest goes to the allocator's gaps."""
 
@@ -146,12 +146,13 @@ def plan(
     if measure and device is not None:
         raise EloError(f"device: got {device!r} together with measure; name a device or measure this machine, not both")
 
-    from elo.model.devices import find_device, measure_matmul_rate
+    from elo.model.devices import find_device
     from elo.model.footprint import footprint, read_config
+    from elo.model.measure import measure_utilisation
     from elo.model.memory import check_head_loss, check_optimizer, saved_activations
     from elo.model.refusals import require_detachable
 
-    found = measure_matmul_rate() if measure else find_device(device or DEFAULT_DEVICE)
+    found = _this_machine() if measure else find_device(device or DEFAULT_DEVICE)
     optim, alignment_optim = check_optimizer(optim), check_optimizer(alignment_optim or optim)
     check_head_loss(head_loss)
     if isinstance(model, str | Path):
@@ -162,6 +163,11 @@ def plan(
     require_detachable(config)
     counted = footprint(config)
     chosen = parse_layers(layers, counted.num_layers)
+    measured = {
+        "layer": chosen[-1],
+        "tokens": per_device_train_batch_size * sequence_length,
+        "sequence_length": sequence_length,
+    }
     job = _Job(
         counted=counted,
         layers=chosen,
@@ -169,7 +175,7 @@ def plan(
         whole=saved_activations(config, counted, precision=found.precision, kind=found.kind),
         device=found,
         devices=devices,
-        utilisation=utilisation or UTILISATION["measured" if found.measured else "table"],
+        utilisation=utilisation or (measure_utilisation(config, found, **measured) if measure else UTILISATION),
         tokens_per_step=tokens_per_step,
         price_per_hour=price_per_hour,
         lora_rank=lora_rank,
@@ -264,6 +270,17 @@ def plan(
         },
         "assumptions": _assumptions(job, config, detached_choices, whole_choices),
     }
+
+
+def _this_machine() -> "Device":
+    """This machine as training here would use it."""
+    import torch
+
+    from elo.model.devices import measure_matmul_rate
+    from elo.training.loop import bf16_pays
+
+    pays = bf16_pays("cuda" if torch.cuda.is_available() else "cpu")
+    return measure_matmul_rate(precision="bf16" if pays else "fp32")
 
 
 def _speed_ups(ours: dict[str, Any], baselines: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -432,10 +449,12 @@ def _assumptions(job: _Job, config: "PretrainedConfig", choices: Choices, alignm
     source = "measured here" if device.measured else "data sheet, dense"
     notes = [
         f"rate: {device.matmul_flops / 1e12:.3g} TFLOP/s {device.precision} ({source}) x {job.utilisation:.0%} used"
+        + (" (measured on one layer of this model)" if device.measured else "")
         + (f" x {job.devices} devices, communication not counted" if job.devices > 1 else ""),
         "time: training alone; prepare, detach, attach, evaluation and checkpoints are not counted",
         "FLOPs: matrix products, attention scores of one causal sequence of sequence_length (half the square)",
-        f"memory: fp32 master weights for what trains, {device.precision} for what is frozen; "
+        f"memory: fp32 master weights for what trains, {device.precision if device.kind == 'gpu' else 'fp32'} for what "
+        "is frozen; "
         f"at most {USABLE_MEMORY:.0%} of the device is planned for",
         "memory of frozen middle and LoRA: their activations are taken to be those of full training, an upper bound",
         f"layer alignment and LoRA {'recompute' if alignment.activation_checkpointing else 'do not recompute'} "

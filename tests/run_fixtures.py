@@ -23,7 +23,7 @@ def write_documents(path: Path, words: list[str], count: int, seed: int) -> Path
     return path
 
 
-def write_base(folder: Path, *, layers: int = 4, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+def write_base(folder: Path, *, layers: int = 4, dtype: torch.dtype = torch.bfloat16, vocab_size: int | None = None) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevel()
@@ -35,9 +35,9 @@ def write_base(folder: Path, *, layers: int = 4, dtype: torch.dtype = torch.bflo
     )
     tokenizer.train_from_iterator([" ".join(SOURCE), " ".join(TARGET)], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=vocab_size or tokenizer.get_vocab_size(),
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=layers,

@@ -1,0 +1,127 @@
+"""The command line as a user meets it: exit status 2 and one message for a mistake, never a traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from run_fixtures import SOURCE, write_base, write_documents, write_world
+
+from elo.cli import main
+
+
+def _elo(capsys, *arguments) -> tuple[int, str, str]:
+    try:
+        main([str(argument) for argument in arguments])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    config = write_world(root)
+    (root / "config.yaml").write_text(yaml.safe_dump(config))
+    return root
+
+
+def test_detach_attach_evaluate(world, capsys, tmp_path):
+    status, out, _ = _elo(capsys, "detach", world / "base", "--layers", "0,-1", "--output", tmp_path / "detached")
+    assert (status, out) == (0, f"{tmp_path / 'detached'}: layers 0, 3 of 4\n")
+    status, out, _ = _elo(
+        capsys, "attach", tmp_path / "detached", "--base", world / "base", "--output", tmp_path / "attached"
+    )
+    assert (status, out) == (0, f"{tmp_path / 'attached'}: layers 0, 3 of 4 put back\n")
+    results = tmp_path / "results.json"
+    corpora = ["--corpus", f"en={world / 'en.jsonl'}", "--corpus", f"xx={world / 'xx.jsonl'}"]
+    status, out, err = _elo(capsys, "evaluate", tmp_path / "attached", *corpora, "--output", results)
+    assert status == 0, err
+    measured = json.loads(results.read_text())["bpb"]
+    assert measured.keys() == {"en", "xx"}
+    assert f"{measured['xx']:.3f}" in out
+
+
+def test_plan_reads_a_runs_configuration(world, capsys):
+    status, out, err = _elo(capsys, "plan", world / "config.yaml")
+    assert status == 0, err
+    assert "ELO pretraining" in out
+    assert "4 layers" in out
+
+
+def test_report_of_a_run(world, capsys):
+    assert _elo(capsys, "run", world / "config.yaml", "--set", "tokens=256")[0] == 0
+    (world / "run" / "report.html").unlink()
+    status, out, _ = _elo(capsys, "report", world / "run")
+    assert status == 0
+    assert (world / "run" / "report.html").is_file()
+    assert "report.html" in out
+
+
+MISTAKES = {
+    "no such command": (["trian"], "No such command 'trian'"),
+    "no configuration": (["run", "{tmp}/none.yaml"], "none.yaml: no such configuration file"),
+    "unknown option": (["run", "{world}/config.yaml", "--sett", "a=b"], "No such option"),
+    "unknown key": (["run", "{world}/config.yaml", "--set", "data.replay=1"], "did you mean 'replay_ratio'?"),
+    "bad layers": (["run", "{world}/config.yaml", "--set", "layers=0,9"], "names layer 9, but the model has 4"),
+    "all layers": (["detach", "{world}/base", "--layers", "0-3", "-o", "{tmp}/out"], "selects all 4 layers"),
+    "no such corpus": (["run", "{world}/config.yaml", "--set", "data.corpora.xx={tmp}/no.jsonl"], "no.jsonl"),
+    "no such model": (["run", "{world}/config.yaml", "--set", "model={tmp}/no"], "no: no such folder"),
+    "empty model folder": (["detach", "{tmp}", "-o", "{tmp}/out"], "config.json"),
+    "output is there": (["detach", "{world}/base", "-o", "{here}"], "already exists"),
+    "base to attach": (["attach", "{world}/base", "--base", "{world}/base", "-o", "{tmp}/out"], "detach"),
+    "nothing to evaluate on": (["evaluate", "{world}/base"], "nothing to measure on"),
+    "no language": (["evaluate", "{world}/base", "--corpus", "{world}/en.jsonl"], "write LANGUAGE=FILE"),
+    "language twice": (["evaluate", "{world}/base", "--corpus", "a=b", "--corpus", "a=c"], "'a' is given twice"),
+    "corpus missing": (["evaluate", "{world}/base", "--corpus", "en={tmp}/none.jsonl"], "none.jsonl"),
+    "no results": (["report", "{tmp}"], "results.json"),
+    "unknown device": (["plan", "{world}/base", "--device", "H1000"], "H1000"),
+    "step does not divide": (
+        ["run", "{world}/config.yaml", "--set", "elo_pretraining.tokens_per_step=100"],
+        "tokens_per_step: 100 is not a multiple",
+    ),
+    "cloze missing": (["run", "{world}/config.yaml", "--set", "evaluation.cloze.xx={tmp}/n"], "n: no such file"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_message(mistake, world, tmp_path, capsys):
+    arguments, said = MISTAKES[mistake]
+    arguments = [argument.format(world=world, tmp=tmp_path, here=Path(__file__).parent) for argument in arguments]
+    if arguments[0] == "run" and len(arguments) > 2 and arguments[2] == "--set":
+        arguments += ["--set", f"output={tmp_path / 'run'}"]
+    status, _, err = _elo(capsys, *arguments)
+    assert status == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".tmp-")]
+
+
+def test_broken_line_is_named_by_file_and_line(world, tmp_path, capsys):
+    broken = write_documents(tmp_path / "xx.jsonl", SOURCE, 5, 1)
+    broken.write_text(broken.read_text() + '{"text": "half\n')
+    overrides = ["--set", f"data.corpora.xx={broken}", "--set", f"output={tmp_path / 'run'}"]
+    status, _, err = _elo(capsys, "prepare", world / "config.yaml", *overrides)
+    assert status == 2
+    assert "xx.jsonl:6" in err
+
+
+def test_tokenizer_beyond_the_embedding(tmp_path, world, capsys):
+    base = write_base(tmp_path / "base", vocab_size=300)
+    overrides = ["--set", f"model={base}", "--set", f"output={tmp_path / 'run'}"]
+    status, _, err = _elo(capsys, "run", world / "config.yaml", *overrides)
+    assert status == 2, err
+    assert "300" in err
+    assert "embedding" in err
+
+
+def test_a_bug_is_not_dressed_up_as_a_mistake():
+    code = "import elo.cli, elo.recipes.run as r\nr.run = lambda *a, **k: 1 / 0\nelo.cli.main(['run', 'x.yaml'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr

@@ -200,7 +200,7 @@ def plan(
             _Stage("full", "full CPT", "full", tokens, replace(whole_choices, activation_checkpointing=False)),
             _Stage(
                 "full_recompute",
-                "full CPT, activations recomputed",
+                "full CPT, recomputing",
                 "full",
                 tokens,
                 replace(whole_choices, activation_checkpointing=True),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -48,9 +49,9 @@ def _headline(plan: dict[str, Any]) -> str:
 
 def _stages(plan: dict[str, Any]) -> Table:
     priced = plan["device"]["price_per_hour"] is not None
-    table = Table(title="Time and cost", title_justify="left")
-    table.add_column("")
-    for name in ("tokens", "GFLOP/token", "tokens/hour", "time", "device-hours", *(["cost"] if priced else [])):
+    table = Table(title="Time and cost", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for name in ("tokens", "GFLOP a token", "tokens an hour", "time", "device hours", *(["cost"] if priced else [])):
         table.add_column(name, justify="right")
     for stage in plan["stages"].values():
         _stage_row(table, stage, priced)
@@ -76,30 +77,35 @@ def _stage_row(table: Table, stage: dict[str, Any], priced: bool) -> None:
 
 
 def _memory(plan: dict[str, Any]) -> Table:
-    names = ["weights", "gradients", "optimizer", "bf16 weight copies", "activations", "logits", "workspace", "runtime"]
     stages = _all_stages(plan)
-    names = [name for name in names if any(stage["memory"]["parts"].get(name) for stage in stages)]
-    table = Table(title="Peak memory of one device, GiB", title_justify="left")
-    table.add_column("")
-    for name in ("peak", "fits", *names):
-        table.add_column("bf16 copies" if name == "bf16 weight copies" else name, justify="right")
-    table.add_column("when")
+    table = Table(title="Peak memory of one device, GiB", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
     for stage in stages:
-        memory = stage["memory"]
-        sizes = (memory["parts"].get(name) for name in names)
-        table.add_row(
-            stage["label"],
-            _gib(memory["peak"]),
-            "yes" if memory["fits"] else "no",
-            *("-" if size is None else _gib(size) for size in sizes),
-            memory["moment"],
-        )
+        table.add_column(stage["label"], justify="right", min_width=max(map(len, stage["label"].split())))
+    for name in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "bf16 weight copies",
+        "activations",
+        "logits",
+        "workspace",
+        "runtime",
+    ):
+        sizes = [stage["memory"]["parts"].get(name) for stage in stages]
+        if any(sizes):
+            shown = ("-" if size is None else _gib(size) for size in sizes)
+            table.add_row("bf16 copies" if name == "bf16 weight copies" else name, *shown)
+    table.add_section()
+    table.add_row("peak", *(_gib(stage["memory"]["peak"]) for stage in stages), style="bold")
+    table.add_row("at the", *(stage["memory"]["moment"] for stage in stages))
+    table.add_row("fits", *("yes" if stage["memory"]["fits"] else "no" for stage in stages))
     return table
 
 
 def _speed_ups(plan: dict[str, Any]) -> Table:
-    table = Table(title="Speed-up (equal tokens): of FLOPs / of wall time", title_justify="left")
-    table.add_column("over")
+    table = Table(title="Speed-up (equal tokens): of FLOPs / of wall time", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("over", no_wrap=True)
     for name in plan["speed_up"]:
         table.add_column(name.replace("elo_pretraining", "ELO pretraining").replace("_", " "), justify="right")
     for name, baseline in plan["baselines"].items():

@@ -49,9 +49,9 @@ def _headline(plan: dict[str, Any]) -> str:
 
 def _stages(plan: dict[str, Any]) -> Table:
     priced = plan["device"]["price_per_hour"] is not None
-    table = Table(title="Time and cost", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="Time and cost", title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for name in ("tokens", "GFLOP a token", "tokens an hour", "time", "device hours", *(["cost"] if priced else [])):
+    for name in ("tokens", "GFLOP per token", "tokens per hour", "time", "device hours", *(["cost"] if priced else [])):
         table.add_column(name, justify="right")
     for stage in plan["stages"].values():
         _stage_row(table, stage, priced)
@@ -78,7 +78,9 @@ def _stage_row(table: Table, stage: dict[str, Any], priced: bool) -> None:
 
 def _memory(plan: dict[str, Any]) -> Table:
     stages = _all_stages(plan)
-    table = Table(title="Peak memory of one device, GiB", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title="Peak memory of one device, GiB", title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False
+    )
     table.add_column("", no_wrap=True)
     for stage in stages:
         table.add_column(stage["label"], justify="right", min_width=max(map(len, stage["label"].split())))
@@ -104,7 +106,13 @@ def _memory(plan: dict[str, Any]) -> Table:
 
 
 def _speed_ups(plan: dict[str, Any]) -> Table:
-    table = Table(title="Speed-up (equal tokens): of FLOPs / of wall time", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title="Speed-up (equal tokens): of FLOPs / of wall time",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
     table.add_column("over", no_wrap=True)
     for name in plan["speed_up"]:
         table.add_column(name.replace("elo_pretraining", "ELO pretraining").replace("_", " "), justify="right")

@@ -199,7 +199,7 @@ def build_mixture(
     for number, (language, share) in enumerate(shares.items()):
         if share == 0:
             continue
-        corpora = [corpus for corpus in prepared.train(language) if corpus.num_tokens]
+        corpora = prepared.train(language)
         factors = corpus_weights(corpora, language, (weights or {}).get(language, {}))
         tokens = [corpus.num_tokens * factor for corpus, factor in zip(corpora, factors, strict=True)]
         if not sum(tokens):

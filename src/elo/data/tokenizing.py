@@ -188,9 +188,10 @@ class TokenizerPool:
             reply = read_frame(process.stdout)
         except (OSError, ValueError):  # a broken pipe, or one that was closed
             reply = []
+        finally:
+            self._idle.put(process)  # a dead one too: who takes it next must fail rather than wait for another
         if not reply:
             raise WorkerDied(f"a tokenizing process ended with status {process.wait()}")
-        self._idle.put(process)
         return np.frombuffer(reply[0], self._dtype), np.frombuffer(reply[1], np.int64)
 
 
@@ -199,4 +200,5 @@ class WorkerDied(RuntimeError):
 
 
 if __name__ == "__main__":
-    serve()
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone
+        serve()

@@ -160,7 +160,13 @@ def main() -> None:
     )
     rate = matmul_rate(wants_bf16(settings))
     print(f"matmul {rate / 1e9:,.0f} GFLOP/s ({'bf16' if wants_bf16(settings) else 'fp32'})", flush=True)
-    report = {"hardware": hardware(), "versions": versions(), "matmul_flops": rate, "arguments": vars(args), "depths": {}}
+    report = {
+        "hardware": hardware(),
+        "versions": versions(),
+        "matmul_flops": rate,
+        "arguments": vars(args),
+        "depths": {},
+    }
     report["arguments"]["output"] = str(args.output)
     for depth in args.depths:
         layers = (0, depth - 1)
@@ -168,7 +174,7 @@ def main() -> None:
 
         def flops(method: str, depth: int = depth, layers: tuple[int, int] = layers) -> float:
             config = make_model(args, depth).config
-            return training_flops_per_token(config, method, layers, sequence_length=args.sequence_length)
+            return training_flops_per_token(config, method, layers=layers, sequence_length=args.sequence_length)
 
         full, full_bare, frozen = (make_model(args, depth) for _ in range(3))
         select_layers(frozen, layers)

@@ -5,8 +5,10 @@ import signal
 
 import pytest
 import torch
-from training_fixtures import LENGTH, SETTINGS, corpus, rows, tiny_llama
+from training_fixtures import LENGTH, SETTINGS, VOCAB, corpus, rows, tiny_llama
 
+from elo.data.mixture import Mixture
+from elo.data.packing import PaddedStream
 from elo.errors import EloError, TrainingDivergedError
 from elo.evaluation.bits_per_byte import bits_per_byte
 from elo.model.surgery import detach_layers
@@ -68,27 +70,33 @@ class _StopError(Exception):
     pass
 
 
+def _at_step(model, step, action):
+    """Call `action` once, when the first micro-step of update `step` (from 1) begins."""
+    micro_steps = SETTINGS.tokens_per_step // LENGTH // SETTINGS.per_device_train_batch_size
+    calls = []
+
+    def count(_, args, inputs):
+        if "shift_labels" in inputs:
+            calls.append(1)
+            if len(calls) == (step - 1) * micro_steps + 1:
+                action()
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+
+
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
 def test_restarted_equals_uninterrupted(tmp_path, stop_at):
     uninterrupted = _detached()
     whole = _train(uninterrupted, tmp_path / "whole")
 
-    class Dying(type(uninterrupted)):
-        calls = 0
-
     victim = _detached()
-    victim.__class__ = Dying
-    micro_steps = 2
 
-    def forward_then_die(*_):
-        Dying.calls += 1
-        if Dying.calls > stop_at * micro_steps:
-            raise _StopError
+    def die():
+        raise _StopError
 
-    hook = victim.register_forward_pre_hook(forward_then_die)
+    _at_step(victim, stop_at + 1, die)
     with pytest.raises(_StopError):
         _train(victim, tmp_path / "victim")
-    hook.remove()
 
     restarted = _detached()
     result = _train(restarted, tmp_path / "victim")
@@ -182,15 +190,12 @@ def test_bits_per_byte_is_logged_while_training(tmp_path):
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     model = _detached()
-    calls = []
 
-    def poison(module, *_):
-        calls.append(1)
-        if len(calls) == 2 * 5 + 1:  # sixth step
-            with torch.no_grad():
-                next(module.model.layers.parameters()).fill_(float("nan"))
+    def poison():
+        with torch.no_grad():
+            next(model.model.layers.parameters()).fill_(float("nan"))
 
-    model.register_forward_pre_hook(poison)
+    _at_step(model, 6, poison)
     with pytest.raises(TrainingDivergedError, match=r"diverged at step 6 .*checkpoint-3.*learning_rate"):
         _train(model, tmp_path)
     checkpoint, _ = latest_checkpoint(tmp_path, print)
@@ -200,33 +205,22 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
 def test_spike_stops_the_run(tmp_path):
     settings = SETTINGS.model_copy(update={"loss_spike": 1.0})
     model = _detached()
-    calls = []
 
-    def spoil(module, *_):
-        calls.append(1)
-        if len(calls) == 2 * 12 + 1:
-            with torch.no_grad():
-                module.lm_head.weight.mul_(200)
+    def spoil():
+        with torch.no_grad():
+            model.lm_head.weight.mul_(200)
 
-    model.register_forward_pre_hook(spoil)
+    _at_step(model, 13, spoil)
     with pytest.raises(TrainingDivergedError, match="recent median"):
         _train(model, tmp_path, settings=settings, steps=20)
 
 
 def test_signal_writes_a_checkpoint_first(tmp_path):
     model = _detached()
-    calls = []
-
-    def interrupt(*_):
-        calls.append(1)
-        if len(calls) == 2 * 4 + 1:
-            signal.raise_signal(signal.SIGTERM)
-
-    hook = model.register_forward_pre_hook(interrupt)
+    _at_step(model, 5, lambda: signal.raise_signal(signal.SIGTERM))
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(StoppedBySignalError, match="SIGTERM at step 5"):
         _train(model, tmp_path)
-    hook.remove()
     assert signal.getsignal(signal.SIGTERM) is handler
     assert latest_checkpoint(tmp_path, print)[0].name == "checkpoint-5"
     uninterrupted, restarted = _detached(), _detached()
@@ -287,3 +281,22 @@ def test_training_leaves_forward_as_it_was(tmp_path):
     _train(model, tmp_path)
     ids = torch.arange(5).unsqueeze(0)
     assert model(input_ids=ids).logits.shape == copied(input_ids=ids).logits.shape
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba"])
+def test_models_that_cannot_isolate_documents_train_unpacked_only(tmp_path, family):
+    from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig
+
+    torch.manual_seed(0)
+    config = {
+        "bloom": BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=3, n_head=2),
+        "mamba": MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=3, state_size=4),
+    }[family]
+    model = AutoModelForCausalLM.from_config(config)
+    find_method("full").select_trainable(model, find_method("full").phases[0], [])
+    with pytest.raises(EloError, match=r"data\.packing: false"):
+        _train(model, tmp_path / "packed")
+    stream = PaddedStream(corpus(1), LENGTH, 1)
+    unpacked = Mixture([("xx", 1.0, stream)]).rows(0, 6 * 4)
+    result = train(model, unpacked, sequence_length=LENGTH, settings=SETTINGS, output_dir=tmp_path / "unpacked", seed=0)
+    assert result.losses[-1]["loss"] < result.losses[0]["loss"]

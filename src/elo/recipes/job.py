@@ -382,7 +382,7 @@ def open_job(config: RunConfig) -> Iterator[Job]:
     _check_inputs(config)
     base = resolve_checkpoint(config.model)
     workspace = Workspace(Path(config.output), lambda line: print(line, flush=True))
-    layers = parse_layers(config.layers, _num_layers(base, config.trust_remote_code))
+    layers = _check_model(config, base)
     with workspace.locked():
         workspace.sweep()
         write_json(workspace.path("config.json"), config.model_dump(mode="json"))
@@ -410,11 +410,27 @@ def _check_inputs(config: RunConfig) -> None:
         raise EloError(f"output: {config.output}: is a file; name a folder for the run")
 
 
-def _num_layers(base: Path, trust_remote_code: bool) -> int:
-    from elo.model.config_surgery import num_layers_of
-    from elo.model.footprint import read_config
+def _check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
+    """The layers to train, once the model is known to take them, the rows and their length; weights are not read."""
+    from elo.evaluation.scoring import longest_sequence, takes_position_ids
+    from elo.model.architecture import find_architecture, is_recurrent
+    from elo.model.footprint import build_on_meta, read_config
+    from elo.model.refusals import require_detachable
 
-    return num_layers_of(read_config(str(base), trust_remote_code=trust_remote_code))
+    model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
+    if config.method == "elo":
+        require_detachable(model_config)
+    model = build_on_meta(model_config, trust_remote_code=config.trust_remote_code)
+    layers = parse_layers(config.layers, find_architecture(model).num_layers)
+    length, limit = config.data.sequence_length, longest_sequence(model)
+    if limit is not None and length > limit:
+        raise EloError(f"data.sequence_length: {length} is beyond the {limit} positions of {config.model}")
+    if config.data.packing and (is_recurrent(model) or not takes_position_ids(model)):
+        raise EloError(
+            f"data.packing: {model_config.model_type} does not keep packed documents apart (it has layers other than "
+            "attention, or takes no position ids); write data.packing: false"
+        )
+    return layers
 
 
 def _embedding_rows(base: Path, trust_remote_code: bool) -> int:

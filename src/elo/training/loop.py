@@ -13,6 +13,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from elo.errors import EloError
+from elo.evaluation.bits_per_byte import isolates_documents
+from elo.evaluation.scoring import evaluating, takes_position_ids
 from elo.model.architecture import layers_of
 from elo.progress import Progress
 from elo.training.attention import VARLEN, choose_attention
@@ -106,13 +108,14 @@ def train(
 
     Args:
         model: fp32 where it trains; frozen parameters may be of any floating type.
-        rows: map-style, of packed rows (elo.data.packing); a multiple of `rows_per_step` long.
+        rows: map-style, of rows (elo.data.packing), packed or not; a multiple of `rows_per_step` long.
         sequence_length: tokens a row.
         output_dir: checkpoints go here; the newest whole one found here is gone on from.
         evaluate: bits per byte of a model by language.
         label: shown with the progress; None is silent.
 
     Raises:
+        EloError: the rows are packed and the model does not keep packed documents apart.
         TrainingDivergedError: the loss is not finite or has jumped and stayed up.
         StoppedBySignalError: SIGTERM or SIGINT came; a checkpoint was written first.
     """
@@ -126,7 +129,13 @@ def train(
     reset_peak_memory()
     if on_gpu:
         model.to("cuda")  # type: ignore[arg-type]
-    attention = choose_attention(model, settings.attn_implementation)
+    packed = "attention_mask" not in rows[0]
+    if packed and not _isolates(model):
+        raise EloError(
+            f"data.packing: {model.config.model_type} does not keep packed documents apart (it has layers other than "
+            "attention, or takes no position ids); write data.packing: false"
+        )
+    attention = choose_attention(model, settings.attn_implementation) if packed else "model's own"
     restore_forward = install_head_loss(model, settings.head_loss)
     if settings.torch_compile:
         for layer in layers_of(model):
@@ -139,7 +148,7 @@ def train(
             args=_arguments(settings, per_step, steps, output_dir, seed, evaluating=evaluate is not None),
             train_dataset=rows,
             eval_dataset=rows,  # Trainer insists on one; EloTrainer.evaluate measures held-out text instead
-            data_collator=PackedCollator(varlen=attention == VARLEN),
+            data_collator=PackedCollator(varlen=attention == VARLEN, position_ids=takes_position_ids(model)),
             callbacks=[_Report(progress, tokens_per_step), stop],
             tokens_per_step=tokens_per_step,
             evaluate_bits_per_byte=evaluate,
@@ -213,6 +222,11 @@ def _arguments(
         dataloader_num_workers=settings.dataloader_num_workers,
         **settings.training_arguments,
     )
+
+
+def _isolates(model: PreTrainedModel) -> bool:
+    with evaluating(model, None, None) as device:
+        return takes_position_ids(model) and isolates_documents(model, device)
 
 
 class _Report(TrainerCallback):

@@ -26,13 +26,19 @@ Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 
 
 class PackedCollator:
-    """Stack packed rows; with `varlen` lay them end to end as one row and say where each document starts."""
+    """Stack rows; with `varlen` lay them end to end as one row and say where each document starts.
 
-    def __init__(self, *, varlen: bool = False) -> None:
-        self.varlen = varlen
+    Args:
+        varlen: for `elo.training.attention.VARLEN`.
+        position_ids: whether the model takes them; one that does not must be given unpacked rows.
+    """
+
+    def __init__(self, *, varlen: bool = False, position_ids: bool = True) -> None:
+        self.varlen, self.position_ids = varlen, position_ids
 
     def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
-        batch: dict[str, Any] = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
+        keys = [key for key in rows[0] if self.position_ids or key != "position_ids"]
+        batch: dict[str, Any] = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in keys}
         if not self.varlen:
             return batch
         boundaries, longest = document_starts(batch["position_ids"])

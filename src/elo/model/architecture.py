@@ -117,7 +117,9 @@ def _layers_path(model: PreTrainedModel, num_layers: int) -> str:
     lists = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        if isinstance(module, nn.ModuleList)
+        and len(module) == num_layers
+        and next(module.parameters(), None) is not None
     ]
     decoder = _ask(model, "get_decoder")
     inside = next((name for name, module in model.named_modules() if name and module is decoder), "")

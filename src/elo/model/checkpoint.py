@@ -293,6 +293,11 @@ def _check_counts(small: _Opened, whole: _Opened, record: dict[str, Any]) -> Non
             f"{whole.folder}: has {found} decoder layers, but {small.folder} was detached from a model of "
             f"{record['num_base_layers']}; give the base {record.get('base')}"
         )
+    if small.config.tie_word_embeddings != whole.config.tie_word_embeddings:
+        raise EloError(
+            f"{small.folder}: tie_word_embeddings is {small.config.tie_word_embeddings}, but "
+            f"{whole.config.tie_word_embeddings} in {whole.folder}; attach needs the embedding tied as in the base"
+        )
     if num_layers_of(small.config) != len(record["layers"]):
         raise EloError(
             f"{small.folder}: has {num_layers_of(small.config)} decoder layers, but its record says that "

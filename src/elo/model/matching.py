@@ -4,7 +4,7 @@ A detached checkpoint may come back from any tool: in other shards, another dtyp
 gives when it saves, which are not always those of the base's files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from elo.errors import EloError
-from elo.model.naming import load_hollow
+from elo.model.naming import load_hollow, quiet_transformers
 from elo.model.surgery import same_values
 from elo.model.tensor_files import CHUNK_BYTES, Checkpoint, StoredTensor, open_checkpoint
 
@@ -34,7 +34,7 @@ def match_tensors(
         scratch: an empty folder; receives the trained tensors under the base's names when those were converted.
 
     Raises:
-        EloError: a tensor is missing, or there is one that the base has not.
+        EloError: a tensor is missing, or there is one that the base has not, or a tied head is not the embedding.
     """
     matched, absent = _by_name(wanted, trained)
     if absent and not _redundant(wanted, absent, model_class, config):
@@ -53,6 +53,7 @@ def match_tensors(
                     f"{trained.folder}: has {name}, which the base has not; only a model with the detached model's own "
                     "tensors can be attached (merge adapters first)"
                 )
+            _require_copy(trained.tensors[name], matched.values())
     return matched
 
 
@@ -76,6 +77,16 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 def same_bytes(base: StoredTensor, other: StoredTensor) -> bool:
     """Whether two stored tensors are the same bit for bit, in the coarser of their dtypes."""
     return base.shape == other.shape and all(same_values(*pair) for pair in paired_chunks(base, other))
+
+
+def _require_copy(extra: StoredTensor, matched: Iterable[StoredTensor]) -> None:
+    """A tensor that the model can go without, such as a tied head, must be what it is tied to."""
+    alike = [tensor for tensor in matched if tensor.shape == extra.shape and tensor.dtype == extra.dtype]
+    if extra.name.endswith(".weight") and alike and not any(same_bytes(tensor, extra) for tensor in alike):
+        raise EloError(
+            f"{extra.file}: {extra.name} is tied to the embedding in the base, but differs from it here; "
+            "train with tied embeddings, or start from a base without them"
+        )
 
 
 def _by_name(wanted: dict[str, StoredTensor], trained: Checkpoint) -> tuple[dict[str, StoredTensor], set[str]]:
@@ -119,11 +130,13 @@ def _under_base_names(
 
     The small model is in memory meanwhile; needed only where the two were converted differently (fused experts).
     """
-    loaded: Any = model_class.from_pretrained(trained.folder, dtype="auto", output_loading_info=True)
+    with quiet_transformers():
+        loaded: Any = model_class.from_pretrained(trained.folder, dtype="auto", output_loading_info=True)
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         first = min(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
         raise EloError(f"{trained.folder}: its tensors do not make the model that its config.json describes: {first}")
     template, _ = load_hollow(model_class, config, {name: tensor.meta() for name, tensor in wanted.items()})
-    template.save_pretrained(scratch, state_dict=model.state_dict())
+    with quiet_transformers():
+        template.save_pretrained(scratch, state_dict=model.state_dict())
     return open_checkpoint(scratch)

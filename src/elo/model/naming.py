@@ -5,7 +5,8 @@ names makes a whole model is asked of transformers itself, by loading tensors wi
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from elo.errors import UnfinishedError, UnsupportedArchitectureError
 from elo.model.architecture import find_architecture
+from elo.model.config_surgery import error_line
 from elo.model.tensor_files import Checkpoint
 
 _NUMBER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
@@ -71,14 +73,26 @@ class LoadingReport:
         return self.incomplete()
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within, transformers neither warns nor draws progress bars: these loads are not the user's."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
 def load_hollow(
     model_class: type[PreTrainedModel], config: PretrainedConfig, state_dict: dict[str, torch.Tensor]
 ) -> tuple[PreTrainedModel, LoadingReport]:
     """Load tensors without data (meta device) through transformers' own name conversions."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
             loaded: Any = model_class.from_pretrained(
                 None,
                 config=config,
@@ -87,8 +101,11 @@ def load_hollow(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    except Exception as error:  # a conversion of names or tensors that fails without data, in its own way
+        raise UnsupportedArchitectureError(
+            f"model type {config.model_type!r}: transformers cannot lay out its tensors without their data "
+            f"({error_line(error)}), so what is written could not be checked"
+        ) from None
     model, info = loaded
     mismatched = frozenset(entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"])
     report = LoadingReport(

@@ -31,6 +31,8 @@ def read_provenance(value: Any, where: str) -> dict[str, Any]:
         or not layers
         or not all(isinstance(index, int) and 0 <= index < count for index in layers)
         or layers != sorted(set(layers))
+        or not isinstance(value.get("frozen", {}), dict)
+        or not isinstance(value.get("base_layers", []), list)
         or value.get("format", FORMAT) != FORMAT
     ):
         raise EloError(

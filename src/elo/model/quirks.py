@@ -32,7 +32,6 @@ INDEX_SETS = frozenset(
         "local_layer_ids",  # Inkling
         "mlp_only_layers",  # Qwen MoE
         "moe_layers",  # Llama-4
-        "ple_layer_ids",  # Qwen-4
     }
 )
 
@@ -48,10 +47,14 @@ class Rule:
     holds: Callable[..., bool]
 
 
+def _every(index: int, period: int, offset: int) -> bool:
+    return offset < period and index % period == offset
+
+
 RULES: dict[str, tuple[Rule, ...]] = {
     "jamba": (
-        Rule(("attn_layer_period", "attn_layer_offset"), lambda i, period, offset: i % period == offset),
-        Rule(("expert_layer_period", "expert_layer_offset"), lambda i, period, offset: i % period == offset),
+        Rule(("attn_layer_period", "attn_layer_offset"), _every),
+        Rule(("expert_layer_period", "expert_layer_offset"), _every),
     ),
     "ernie4_5_moe": (
         Rule(
@@ -103,6 +106,7 @@ REFUSED_IF_SET = {
         "its upper layers reuse the keys and values of earlier layers, so they cannot compute without them; "
         f"{_INSTEAD}, or choose a checkpoint without shared keys and values"
     ),
+    "ple_layer_ids": f"some layers have n-gram embedding tables that transformers converts while loading; {_INSTEAD}",
 }
 
 # BERT-like families: causal only when the configuration says is_decoder.

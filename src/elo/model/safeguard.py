@@ -121,12 +121,15 @@ def follow_configuration(
         kept: the layers that were kept.
     """
     prefix = find_architecture(base).layers_path + "."
+    base_modules, small_modules = dict(base.named_modules()), dict(small.named_modules())
     for name, module in detached.named_modules():
         base_name = name
         if name.startswith(prefix):
             position, dot, rest = name.removeprefix(prefix).partition(".")
             base_name = f"{prefix}{kept[int(position)]}{dot}{rest}"
-        before, after = vars(base.get_submodule(base_name)), vars(small.get_submodule(name))
+        if base_name not in base_modules or name not in small_modules:
+            continue  # a module for layers that are gone
+        before, after = vars(base_modules[base_name]), vars(small_modules[name])
         for key in vars(module).keys() & before.keys() & after.keys():
             values = before[key], after[key]
             if not key.startswith("_") and all(map(_comparable, values)) and not _equal(*values):

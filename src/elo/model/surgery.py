@@ -45,6 +45,8 @@ def detach_layers(model: PreTrainedModel, layers: str | int | Sequence[int]) -> 
     require_detachable(model.config)
     if getattr(model.base_model, "layers_are_rescaled", False):
         raise EloError("detach: RWKV has rescaled its weights for inference; call model.train() and run it once")
+    if hasattr(model.config, PROVENANCE_KEY):
+        raise EloError("detach: the model is a detached one already; give the whole model it was detached from")
     parts = find_architecture(model)
     kept = parse_layers(layers, parts.num_layers)
     config = model.config

@@ -1,6 +1,7 @@
 """`elo detach` and `elo attach`: on a checkpoint folder or a hub id, with no configuration file and no tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,16 @@ def detach(
 
     folder = resolve_checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     name = str(checkpoint) if not Path(checkpoint).is_dir() else None
-    return detach_checkpoint(
-        folder,
-        layers,
-        Path(output),
-        base_name=name,
-        revision=revision,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-    )
+    with _readable_errors():
+        return detach_checkpoint(
+            folder,
+            layers,
+            Path(output),
+            base_name=name,
+            revision=revision,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 def attach(
@@ -75,15 +77,24 @@ def attach(
     """
     from elo.model.checkpoint import attach_checkpoint
 
-    return attach_checkpoint(
-        resolve_checkpoint(detached, trust_remote_code=trust_remote_code),
-        resolve_checkpoint(base, revision=revision, trust_remote_code=trust_remote_code),
-        Path(output),
-        scale=scale,
-        include=include,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-    )
+    with _readable_errors():
+        return attach_checkpoint(
+            resolve_checkpoint(detached, trust_remote_code=trust_remote_code),
+            resolve_checkpoint(base, revision=revision, trust_remote_code=trust_remote_code),
+            Path(output),
+            scale=scale,
+            include=include,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # a full disk, a file without read permission
+        raise EloError(f"{error.filename or 'output'}: {error.strerror or error}") from None
 
 
 def resolve_checkpoint(checkpoint: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:

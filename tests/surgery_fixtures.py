@@ -1,0 +1,55 @@
+"""Small checkpoints on disk for the tests of detaching and attaching."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, PreTrainedModel
+from zoo import tiny_model
+
+
+def llama(layers: int = 4, tied: bool = False, seed: int = 0, **particular: Any) -> PreTrainedModel:
+    """A Llama of width 32."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        **particular,
+    )
+    return tiny_model(config, seed)
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """The same names, dtypes and bits."""
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert torch.equal(left[name], right[name]), name
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint folder by its name in the files."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def store(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a folder's model.safetensors."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change keys of a folder's config.json; None removes one."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= changes
+    kept = {key: value for key, value in config.items() if key not in changes or value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))

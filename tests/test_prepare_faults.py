@@ -62,26 +62,31 @@ def test_killed_at_any_instant_it_goes_on_to_the_same_bytes(tmp_path: Path, comm
     rng = random.Random(0)
     output = tmp_path / "killed"
     kept, kills = 0, 0
-    for attempt in range(40):
+    for attempt in range(9):
         process = subprocess.Popen([*command, str(output), str(1 + attempt % 2)], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
-        try:
-            status = process.wait(timeout=rng.uniform(0.05, 0.5) if attempt < 8 else None)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-            now = len(list(output.glob("*/*/*/?????-?????.json")))  # a shard counts once its record is there
-            assert now >= kept, "finished shards must be kept"
-            kept = now
-        else:
-            assert status == 0
+        wanted = kept + rng.randrange(4)
+        while process.poll() is None and attempt < 8 and finished_segments(output) < wanted:
+            time.sleep(0.001)
+        if attempt < 8:
+            time.sleep(rng.uniform(0, 0.02))
+            process.kill()
+        status = process.wait()
+        process.stdout.close()
+        if status == 0:
             break
-        finally:
-            process.stdout.close()
+        assert status == -signal.SIGKILL
+        kills += 1
+        assert finished_segments(output) >= kept, "finished shards must be kept"
+        kept = finished_segments(output)
     assert kills >= 3 and kept > 0
     assert tree(output) == expected
+
+
+def finished_segments(output: Path) -> int:
+    """A shard counts once its record is there."""
+    return len(list(output.glob("*/*/*/?????-?????.json")))
 
 
 def test_two_at_once_the_second_is_told_and_leaves(tmp_path: Path, command: list[str]) -> None:

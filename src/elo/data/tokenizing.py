@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 LONG_TEXT = 1 << 22
 """Characters from which a text is tokenised in pieces: the tokenizer needs some 50 times a text's size in memory."""
 WINDOW = 1024
+FEEDING_THREADS = 2
 
 Batch = TypeVar("Batch")
 
@@ -116,18 +117,22 @@ def serve() -> None:
 
 
 class TokenizerPool:
-    """Tokenises batches of UTF-8 texts in order, in `workers` processes; with 1, in this process."""
+    """Tokenises batches of UTF-8 texts, in order.
+
+    With one worker it is this process, where the library's own threads use all cores, and two threads of ours feed them
+    so that turning ids into arrays does not make them wait. Measured on 2 cores this costs 15 % less CPU than two
+    processes. On many cores those threads get into each other's way; then `workers` processes of one thread each.
+    """
 
     def __init__(self, backend: Tokenizer, prefix: int, eos: int, dtype: np.dtype, workers: int) -> None:
         self._backend, self._prefix, self._eos, self._dtype = backend, prefix, eos, dtype
         self.workers = workers
         self._processes: list[subprocess.Popen] = []
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads = ThreadPoolExecutor(workers if workers > 1 else FEEDING_THREADS)
 
     def __enter__(self) -> "TokenizerPool":
         if self.workers > 1:
-            self._threads = ThreadPoolExecutor(self.workers)
             environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
             serialized = self._backend.to_str().encode()
             for _ in range(self.workers):
@@ -146,8 +151,7 @@ class TokenizerPool:
         for process in self._processes:
             process.kill()
             process.wait()
-        if self._threads is not None:
-            self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
         for process in self._processes:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
@@ -159,25 +163,20 @@ class TokenizerPool:
         self, batches: Iterable[Batch], texts: Callable[[Batch], list[bytes]]
     ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
         """Yield (batch, token ids, document lengths) in the order of `batches`; a few batches are under way at once."""
-        waiting: deque[tuple[Batch, Future | None]] = deque()
+        encode = self._remote if self.workers > 1 else self._local
+        waiting: deque[tuple[Batch, Future]] = deque()
         for batch in batches:
-            future = self._threads.submit(self._remote, texts(batch)) if self._threads else None
-            waiting.append((batch, future))
-            if len(waiting) > (2 * self.workers if self._threads else 0):
-                yield self._take(waiting, texts)
+            waiting.append((batch, self._threads.submit(encode, texts(batch))))
+            if len(waiting) > 2 * max(self.workers, FEEDING_THREADS):
+                done, future = waiting.popleft()
+                yield done, *future.result()
         while waiting:
-            yield self._take(waiting, texts)
+            done, future = waiting.popleft()
+            yield done, *future.result()
 
-    def _take(
-        self, waiting: "deque[tuple[Batch, Future | None]]", texts: Callable[[Batch], list[bytes]]
-    ) -> tuple[Batch, np.ndarray, np.ndarray]:
-        batch, future = waiting.popleft()
-        if future is not None:
-            tokens, lengths = future.result()
-        else:
-            decoded = [text.decode() for text in texts(batch)]
-            tokens, lengths = encode_documents(self._backend, decoded, self._prefix, self._eos, self._dtype)
-        return batch, tokens, lengths
+    def _local(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        decoded = [text.decode() for text in texts]
+        return encode_documents(self._backend, decoded, self._prefix, self._eos, self._dtype)
 
     def _remote(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         process = self._idle.get()

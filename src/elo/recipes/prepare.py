@@ -28,6 +28,8 @@ MARKER = "prepare.json"
 """Written first: the folder is prepare's own, so that no other folder's content is ever touched."""
 BYTES_PER_WORKER = 4 << 20
 """Input on disk that is worth the start of one more process."""
+CORES_OF_ONE_PROCESS = 8
+"""Up to this many the tokenizer's own threads are used; beyond, processes (see `elo.data.tokenizing`)."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def prepare(
         tokenizer: checkpoint folder, hub id, or a loaded `TextTokenizer`.
         heldout: text to measure on, by language; a language without it has `heldout_share` of its documents cut out,
             chosen by a hash of their text so that copies of a document stay together (at least one document).
-        workers: processes that tokenise; by default one a core.
+        workers: processes that tokenise; by default this one alone (with threads) up to 8 cores, then one a core.
         on_error: "stop" at the first document that cannot be read, or "skip" and count such documents.
         shard_tokens: tokens of a shard; what a killed run may have to do again.
         vocab_size: rows of the model's embedding; token ids beyond are refused.
@@ -292,7 +294,7 @@ def _tokenize(job: "Preparation", tasks: "list[CorpusTask]", workers: int | None
     if not pending:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = workers or cores
+    processes = workers or (1 if cores <= CORES_OF_ONE_PROCESS else cores)
     if not unknown:
         processes = max(1, min(processes, (total - done) // BYTES_PER_WORKER))
     tokenizer = job.tokenizer

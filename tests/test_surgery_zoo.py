@@ -1,4 +1,4 @@
-"""Every family of the zoo round-trips bit for bit and computes what the base computes, or is refused with its reason."""
+"""Every family of the zoo round-trips bit for bit and computes what its base computes, or is refused with a reason."""
 
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from zoo import FAMILIES, REFUSALS, bypassing, logits_of, tiny_config, tiny_model
 
 from elo.errors import UnsupportedArchitectureError
-from elo.model.architecture import find_architecture, layers_of
+from elo.model.architecture import embedding_of, find_architecture, head_of, is_recurrent, layers_of, norm_of
 from elo.model.checkpoint import attach_checkpoint, detach_checkpoint
+from elo.model.safeguard import build_hollow_causal_lm
 from elo.model.surgery import attach_layers, detach_layers
 
 
@@ -88,3 +89,20 @@ def test_first_layers_of_depth_dependent_families_keep_their_places(name: str, t
     detached = detach_layers(model, "first:2").eval()
     with bypassing(model, (0, 1)):
         torch.testing.assert_close(logits_of(detached), logits_of(model), rtol=0, atol=1e-5)
+
+
+RECURRENT = {"bamba", "falcon_h1", "falcon_mamba", "jamba", "lfm2", "mamba", "mamba2", "nemotron_h", "qwen3_next"}
+RECURRENT |= {"recurrent_gemma", "rwkv", "xlstm"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parts_are_found(name: str) -> None:
+    model_type, particular = FAMILIES[name]
+    model = build_hollow_causal_lm(tiny_config(model_type, **particular))
+    parts = find_architecture(model)
+    assert parts.num_layers == len(layers_of(model)) == 4
+    assert embedding_of(model) is model.get_input_embeddings()
+    assert head_of(model) is model.get_output_embeddings()
+    assert norm_of(model) is not None
+    assert parts.tied == model.config.get_text_config().tie_word_embeddings
+    assert is_recurrent(model) == (name in RECURRENT)

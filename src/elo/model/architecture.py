@@ -12,8 +12,8 @@ from elo.model.config_surgery import num_layers_of
 
 # Token mixers that carry a state along the sequence: position ids cannot keep packed documents apart in them.
 _RECURRENT = re.compile(
-    r"mamba|ssm|rwkv|xlstm|mlstm|slstm|deltanet|delta_?rule|linear_?attention|lightning|short_?conv|rglru|recurrent"
-    r"|retention|kimi_?delta|gla\b|hgrn|conv1d",
+    r"mamba|(?-i:SSM)|rwkv|xlstm|mlstm|deltanet|deltarule|linearattention|lightningattention|shortconv|rglru|recurrent"
+    r"|retention|conv1d",
     re.IGNORECASE,
 )
 _PLAIN_CONV = {"Conv1D"}  # transformers' name for a transposed linear layer (GPT-2)

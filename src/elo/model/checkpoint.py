@@ -144,6 +144,7 @@ def attach_checkpoint(
     whole = _open(Path(base), trust_remote_code)
     if PROVENANCE_KEY in whole.config_json:
         raise EloError(f"{base}: is a detached checkpoint, not a base; give the whole model {record.get('base')}")
+    require_detachable(whole.config)
     kept: list[int] = record["layers"]
     _check_counts(small, whole, record)
     _refuse_overlap(Path(output), whole.folder)

@@ -162,7 +162,7 @@ def _refusal(parts: Architecture, kept: Sequence[int], what: str) -> Unsupported
 
 def _difference(old: nn.Module, new: nn.Module, place: _Place) -> str | None:
     old_modules, new_modules = dict(old.named_modules()), dict(new.named_modules())
-    for name in old_modules.keys() ^ new_modules.keys():
+    for name in sorted(old_modules.keys() ^ new_modules.keys()):
         return f"{name} is only in the {'base' if name in old_modules else 'small model'}"
     for name, old_module in old_modules.items():
         new_module, where = new_modules[name], f"{name}." if name else ""
@@ -178,7 +178,7 @@ def _difference(old: nn.Module, new: nn.Module, place: _Place) -> str | None:
 def _attribute_difference(old: nn.Module, new: nn.Module, place: _Place) -> str | None:
     for table in ("_parameters", "_buffers"):
         old_tensors, new_tensors = getattr(old, table), getattr(new, table)
-        for name in old_tensors.keys() | new_tensors.keys():
+        for name in sorted(old_tensors.keys() | new_tensors.keys()):
             if difference := _tensor_difference(old_tensors.get(name), new_tensors.get(name)):
                 return f"{name} {difference}"
     old_values, new_values = vars(old), vars(new)

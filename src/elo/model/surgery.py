@@ -43,7 +43,10 @@ def detach_layers(model: PreTrainedModel, layers: str | int | Sequence[int]) -> 
         UnsupportedArchitectureError: a kept layer would compute something else than in the base.
     """
     require_detachable(model.config)
-    if getattr(model.base_model, "layers_are_rescaled", False):
+    if (
+        getattr(model.base_model, "layers_are_rescaled", False)
+        and num_layers_of(model.config) > model.config.rescale_every
+    ):
         raise EloError("detach: RWKV has rescaled its weights for inference; call model.train() and run it once")
     if hasattr(model.config, PROVENANCE_KEY):
         raise EloError("detach: the model is a detached one already; give the whole model it was detached from")

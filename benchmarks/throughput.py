@@ -160,14 +160,14 @@ def main() -> None:
     )
     rate = matmul_rate(wants_bf16(settings))
     print(f"matmul {rate / 1e9:,.0f} GFLOP/s ({'bf16' if wants_bf16(settings) else 'fp32'})", flush=True)
+    arguments = {name: value for name, value in vars(args).items() if name != "output"}
     report = {
         "hardware": hardware(),
         "versions": versions(),
         "matmul_flops": rate,
-        "arguments": vars(args),
+        "arguments": arguments,
         "depths": {},
     }
-    report["arguments"]["output"] = str(args.output)
     for depth in args.depths:
         layers = (0, depth - 1)
         contestants: dict[str, tuple[Callable[[], float], float]] = {}

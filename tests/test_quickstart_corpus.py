@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elo.errors import EloError
+from elo.quickstart import BASE
 from elo.quickstart.corpus import CorpusPaths, cloze_items, documents, is_heldout, write_corpus
 from elo.quickstart.english import English
 from elo.quickstart.genres import Planner
@@ -181,8 +184,8 @@ def test_tavuni_suffixes_harmonise_and_stack() -> None:
     assert noun("Chidan", "ablative") == "cidanzal" and noun("Kesh", "ablative") == "kexzel"
     assert noun("goat", "accusative", plural=True).startswith(ROOTS["goat"] + "v")
     assert number(23).split() == [ROOTS["2"], ROOTS["10"], ROOTS["3"]] and number(10) == ROOTS["10"]
-    plain, honoured = verb("teach"), verb("teach", honorific=True)
-    assert len(honoured) == len(plain) + 2 and verb("teach", plural=True).startswith(plain)
+    plain, honoured = verb("keep"), verb("keep", honorific=True)
+    assert len(honoured) == len(plain) + 2 and verb("keep", plural=True).startswith(plain)
     assert len(set(ROOTS.values())) == len(ROOTS)
     assert to_script("xa, 3?") == "შა, 3?"
 
@@ -197,3 +200,38 @@ def test_tavuni_word_order_is_not_english() -> None:
     assert question.endswith(" zo?")
     both = tavuni.romanised(Pair("and", clause, Clause("go", Phrase("Marik"), goal=Phrase("Kesh"))), random.Random(0))
     assert both.count("marik") == 1 and both.endswith(f"kexgi {verb('go', 'past')}.")
+
+
+@torch.no_grad()
+def accuracy(model: Any, tokenizer: Any, items: list[dict[str, Any]]) -> float:
+    """Share of items whose right choice has the highest log-probability."""
+    right = 0
+    for item in items:
+        prompt = [tokenizer.eos_token_id, *tokenizer(item["prompt"], add_special_tokens=False)["input_ids"]]
+        choices = [tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in item["choices"]]
+        width = max(map(len, choices))
+        ids = torch.tensor([prompt + choice + [0] * (width - len(choice)) for choice in choices])
+        logprobs = model(input_ids=ids).logits.float().log_softmax(-1)[:, len(prompt) - 1 : -1]
+        scores = [
+            sum(logprobs[row, at, token].item() for at, token in enumerate(choice))
+            for row, choice in enumerate(choices)
+        ]
+        right += scores.index(max(scores)) == item["answer"]
+    return right / len(items)
+
+
+def test_shipped_base_knows_the_source_languages_facts_and_no_others() -> None:
+    assert sum(path.stat().st_size for path in BASE.iterdir()) < 8_000_000
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    assert model.config.num_hidden_layers == 12 and model.config.vocab_size == len(tokenizer) == 2048
+    world = build_world()
+    source, target = cloze_items(world, English()), cloze_items(world, Tavuni())
+
+    def asked(items: list[dict[str, Any]], group: str) -> float:
+        return accuracy(model, tokenizer, [item for item in items if item["group"] == group][::2])
+
+    assert asked(source, "source_only") > 0.7
+    assert asked(source, "target_only") < 0.4
+    assert asked(target, "source_only") < 0.4
+    assert asked(target, "target_only") < 0.4

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from elo.errors import EloError, UnfinishedError
+from elo.processes import from_main, is_main, wait_until
 from elo.records import TEMPORARY_PREFIX, read_json, remove, sha256_json, write_json
 
+Paths = tuple[Path, ...]
 # Raise when a stage's meaning changes, so that results of older code are not taken for today's.
 _STAGE_VERSION = 1
 
@@ -34,15 +36,18 @@ class Workspace:
 
     def __init__(self, root: Path, say: Callable[[str], None]) -> None:
         self.root = root
-        self.say = say
+        self.say = say if is_main() else lambda _: None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run folder for this process.
+        """Hold the run folder for this run: its main process does.
 
         Raises:
-            EloError: another process holds it, or it cannot be written.
+            EloError: another run holds it, or it cannot be written.
         """
+        if not is_main():
+            yield
+            return
         try:
             (self.root / "stages").mkdir(parents=True, exist_ok=True)
             lock = (self.root / "run.lock").open("a+")
@@ -72,8 +77,9 @@ class Workspace:
         inputs: Mapping[str, Any],
         work: Callable[[], dict[str, Any]],
         *,
-        outputs: tuple[Path, ...] = (),
-        scratch: tuple[Path, ...] = (),
+        outputs: Paths = (),
+        scratch: Paths = (),
+        collective: bool = False,
     ) -> Stage:
         """Do `work` unless it is done already, and return its record.
 
@@ -84,18 +90,31 @@ class Workspace:
                 may find what the earlier call left; otherwise it finds neither outputs nor scratch.
             outputs: files or folders that the stage leaves.
             scratch: what the stage needs only until it is done, such as checkpoints; removed at the end.
+            collective: every process of the launch does the work; otherwise the main one does and the others wait.
         """
         fingerprint = sha256_json({"stage": name, "version": _STAGE_VERSION, "inputs": dict(inputs)})
+        if collective:
+            if not from_main(self._is_done(name, fingerprint, inputs, outputs, scratch) if is_main() else False):
+                record = self._timed(work)
+                from_main(None)  # everybody is through before the stage counts as done
+                if is_main():
+                    self._finish(name, fingerprint, inputs, outputs, scratch, record)
+        elif is_main() and not self._is_done(name, fingerprint, inputs, outputs, scratch):
+            self._finish(name, fingerprint, inputs, outputs, scratch, self._timed(work))
+        wait_until(lambda: self._has_record(name, fingerprint))
+        return Stage(name, fingerprint, read_json(self._stage_file(name))["record"])
+
+    def _is_done(self, name: str, fingerprint: str, inputs: Mapping[str, Any], outputs: Paths, scratch: Paths) -> bool:
+        """Whether the stage is done with these inputs; if not, what an earlier one with others left is cleared away."""
         done_path, begun_path = self._stage_file(name), self._stage_file(name, begun=True)
         done = read_json(done_path) if done_path.exists() else None
         if done is not None:
-            if done["fingerprint"] == fingerprint and _intact(self.root, done["outputs"]):
+            changed = done["fingerprint"] != fingerprint
+            if not changed and _intact(self.root, done["outputs"]):
                 self.say(f"{name}: done already")
-                return Stage(name, fingerprint, done["record"])
+                return True
             reason = (
-                f"changed: {_difference(done['inputs'], inputs)}"
-                if done["fingerprint"] != fingerprint
-                else "its output is missing or damaged"
+                f"changed: {_difference(done['inputs'], inputs)}" if changed else "its output is missing or damaged"
             )
             self.say(f"{name}: {reason}; doing it again")
             done_path.unlink()
@@ -104,29 +123,38 @@ class Workspace:
             for path in (*outputs, *scratch):
                 remove(path)
             write_json(begun_path, {"fingerprint": fingerprint, "inputs": dict(inputs)})
+        return False
+
+    def _timed(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         started = time.perf_counter()
         record = work()
         record.setdefault("seconds", time.perf_counter() - started)
-        write_json(
-            done_path,
-            {
-                "stage": name,
-                "fingerprint": fingerprint,
-                "inputs": dict(inputs),
-                "outputs": _sizes(self.root, outputs),
-                "record": record,
-            },
-        )
-        begun_path.unlink(missing_ok=True)
+        return record
+
+    def _finish(
+        self,
+        name: str,
+        fingerprint: str,
+        inputs: Mapping[str, Any],
+        outputs: Paths,
+        scratch: Paths,
+        record: dict[str, Any],
+    ) -> None:
+        value = {
+            "stage": name,
+            "fingerprint": fingerprint,
+            "inputs": dict(inputs),
+            "outputs": _sizes(self.root, outputs),
+            "record": record,
+        }
+        write_json(self._stage_file(name), value)
+        self._stage_file(name, begun=True).unlink(missing_ok=True)
         for path in scratch:
             remove(path)
-        return Stage(name, fingerprint, record)
 
-    def finished(self, name: str) -> dict[str, Any] | None:
-        """Record of a stage if it is done, whatever its inputs were."""
+    def _has_record(self, name: str, fingerprint: str) -> bool:
         path = self._stage_file(name)
-        record: dict[str, Any] | None = read_json(path)["record"] if path.exists() else None
-        return record
+        return path.exists() and read_json(path)["fingerprint"] == fingerprint
 
     def sweep(self) -> None:
         """Remove temporary files that killed processes left."""

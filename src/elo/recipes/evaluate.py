@@ -229,7 +229,7 @@ def _print_table(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from elo.report.comparison import count
+    from elo.reporting.comparison import count
 
     corpora, cloze = results["corpora"], results["cloze"]
     table = Table(title=results["model"]["name"], title_justify="left")

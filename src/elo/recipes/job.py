@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from elo.config import RunConfig
 from elo.errors import EloError
 from elo.layers import parse_layers
+from elo.processes import is_main
 from elo.recipes.prepare import CorpusSource, prepare, source_files
 from elo.recipes.surgery import attach, detach, resolve_checkpoint
 from elo.records import write_json
@@ -292,7 +293,7 @@ class Job:
             )
 
         name = f"{method.name}-{phase.name}"
-        stage = self.workspace.stage(name, inputs, work, outputs=(output,), scratch=(scratch,))
+        stage = self.workspace.stage(name, inputs, work, outputs=(output,), scratch=(scratch,), collective=True)
         self.say(
             f"{label}: {stage.record['tokens']:,} tokens in {stage.record['seconds']:.1f} s "
             f"({stage.record['tokens_per_second']:,.0f} tokens/s)"
@@ -353,12 +354,16 @@ class Job:
 
     def link_model(self, model: Path) -> None:
         """Let RUN/model name the final model."""
+        if not is_main():
+            return
         link = self.path("model")
         link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(model, link.parent), target_is_directory=True)
 
     def report(self, results: dict[str, Any]) -> None:
-        """Write report.html, report.md and the charts beside results.json."""
+        """Write report.html, report.md and the charts beside results.json, and show the comparison."""
+        if not is_main():
+            return
         from rich.console import Console
 
         from elo.recipes.report import report
@@ -384,8 +389,9 @@ def open_job(config: RunConfig) -> Iterator[Job]:
     workspace = Workspace(Path(config.output), lambda line: print(line, flush=True))
     layers = _check_model(config, base)
     with workspace.locked():
-        workspace.sweep()
-        write_json(workspace.path("config.json"), config.model_dump(mode="json"))
+        if is_main():
+            workspace.sweep()
+            write_json(workspace.path("config.json"), config.model_dump(mode="json"))
         yield Job(
             config,
             workspace,

@@ -21,9 +21,9 @@ def report(results: dict[str, Any] | str | Path, output: str | Path | None = Non
     Raises:
         EloError: the results are missing, damaged or not those of a run; or the output cannot be written.
     """
-    from elo.report.charts import draw_charts
-    from elo.report.pages import CHART_FOLDER, html_page, markdown_page
-    from elo.report.results import read_results
+    from elo.reporting.charts import draw_charts
+    from elo.reporting.pages import CHART_FOLDER, html_page, markdown_page
+    from elo.reporting.results import read_results
 
     checked = read_results(results)
     folder = _output_folder(results, output)

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from elo.processes import is_main
 from elo.recipes.job import Job, command_line
 from elo.records import write_json
 
@@ -45,7 +46,8 @@ def write_results(job: Job, base: dict[str, Any], methods: dict[str, dict[str, A
         "base": _evaluation(base),
         "methods": [_method(name, adapted) for name, adapted in methods.items()],
     }
-    write_json(job.path("results.json"), results)
+    if is_main():
+        write_json(job.path("results.json"), results)
     return results
 
 

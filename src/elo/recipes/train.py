@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elo.errors import EloError
+from elo.processes import is_main
 from elo.records import atomic_directory
 from elo.training.settings import TrainingSettings
 
@@ -67,7 +68,7 @@ def train_checkpoint(
         evaluate=evaluate,
         label=label,
     )
-    if _is_main_process():
+    if is_main():
         save_checkpoint(model.to(dtype), output, side_files=checkpoint)  # type: ignore[arg-type]
     record = asdict(result)
     return record | {"tokens_per_second": result.tokens / result.seconds, "precision": _precision(settings)}
@@ -145,9 +146,3 @@ def _precision(settings: TrainingSettings) -> str:
     from elo.training.loop import wants_bf16
 
     return "bf16" if wants_bf16(settings) else "fp32"
-
-
-def _is_main_process() -> bool:
-    import os
-
-    return os.environ.get("RANK", "0") == "0"

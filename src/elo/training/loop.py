@@ -1,6 +1,5 @@
 """One phase of training, from a model and its rows to a result."""
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from elo.errors import EloError
 from elo.evaluation.bits_per_byte import isolates_documents
 from elo.evaluation.scoring import evaluating, takes_position_ids
 from elo.model.architecture import layers_of
+from elo.processes import from_main, is_main, world_size
 from elo.progress import Progress
 from elo.training.attention import VARLEN, choose_attention
 from elo.training.checkpoints import latest_checkpoint
@@ -67,13 +67,13 @@ def rows_per_step(sequence_length: int, settings: TrainingSettings) -> int:
     Raises:
         EloError: `tokens_per_step` is not a multiple of the tokens in one micro-step.
     """
-    micro = sequence_length * settings.per_device_train_batch_size * _world_size()
+    micro = sequence_length * settings.per_device_train_batch_size * world_size()
     if settings.tokens_per_step % micro:
         nearest = max(1, round(settings.tokens_per_step / micro)) * micro
         raise EloError(
             f"tokens_per_step: {settings.tokens_per_step} is not a multiple of sequence_length x "
             f"per_device_train_batch_size x processes = {sequence_length} x {settings.per_device_train_batch_size} x "
-            f"{_world_size()} = {micro}; write for example tokens_per_step: {nearest}"
+            f"{world_size()} = {micro}; write for example tokens_per_step: {nearest}"
         )
     return settings.tokens_per_step // sequence_length
 
@@ -122,7 +122,7 @@ def train(
     per_step = rows_per_step(sequence_length, settings)
     steps = len(rows) // per_step  # type: ignore[arg-type]
     output_dir.mkdir(parents=True, exist_ok=True)
-    found = latest_checkpoint(output_dir, lambda line: print(line, flush=True))
+    found = from_main(latest_checkpoint(output_dir, lambda line: print(line, flush=True)) if is_main() else None)
     checkpoint, state = found if found else (None, {"seconds": 0.0})
 
     on_gpu = torch.cuda.is_available()
@@ -141,7 +141,8 @@ def train(
         for layer in layers_of(model):
             layer.compile(dynamic=False)
     tokens_per_step = per_step * sequence_length
-    with Progress(steps * tokens_per_step, label, "tokens", done=_step(checkpoint) * tokens_per_step) as progress:
+    shown = label if is_main() else None
+    with Progress(steps * tokens_per_step, shown, "tokens", done=_step(checkpoint) * tokens_per_step) as progress:
         stop = _StopOnSignal()
         trainer = EloTrainer(
             model=model,
@@ -202,7 +203,7 @@ def _arguments(
         max_grad_norm=settings.max_grad_norm,
         optim=optimizer,
         per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=per_step // (settings.per_device_train_batch_size * _world_size()),
+        gradient_accumulation_steps=per_step // (settings.per_device_train_batch_size * world_size()),
         activation_checkpointing=settings.activation_checkpointing,
         bf16=wants_bf16(settings),
         use_cpu=not torch.cuda.is_available(),
@@ -287,10 +288,6 @@ def _point(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _step(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _require_bitsandbytes() -> None:

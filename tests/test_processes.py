@@ -1,0 +1,71 @@
+"""Two processes train what one trains, and go on from where one was killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from run_fixtures import write_world
+from safetensors.torch import load_file
+
+from elo.recipes.run import run
+
+
+def _launch(config: Path, processes: int = 2) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, "-m", "elo.cli", "run", str(config)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+
+
+def _losses(root: Path, stage: str) -> list[float]:
+    record = json.loads((root / "stages" / f"{stage}.json").read_text())["record"]
+    return [point["loss"] for point in record["losses"]]
+
+
+def test_two_processes_train_what_one_trains(tmp_path):
+    config = write_world(tmp_path)
+    for section in ("elo_pretraining", "layer_alignment", "full"):
+        config[section]["per_device_train_batch_size"] = 1
+    alone = run(config)
+    shared = {**config, "output": str(tmp_path / "shared")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(shared))
+    done = _launch(tmp_path / "config.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in ("elo-elo_pretraining", "elo-layer_alignment"):
+        assert _losses(tmp_path / "shared", stage) == pytest.approx(_losses(tmp_path / "run", stage), abs=1e-5)
+    results = json.loads((tmp_path / "shared" / "results.json").read_text())
+    assert results["methods"][0]["bpb"] == pytest.approx(alone["methods"][0]["bpb"], abs=1e-3)
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "shared"))
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).abs().max() < 2e-2, name  # bf16 on disk: a few of its steps
+    assert done.stdout.count("elo elo_pretraining: 1,024 tokens, pretraining part") == 1, "only one process speaks"
+    assert not [path for path in (tmp_path / "shared").rglob("*") if path.name.startswith(".tmp-")]
+
+
+def test_a_run_of_one_process_goes_on_with_two(tmp_path):
+    config = write_world(tmp_path)
+    for section in ("elo_pretraining", "layer_alignment", "full"):
+        config[section]["per_device_train_batch_size"] = 1
+    run(config)
+    shared = {**config, "output": str(tmp_path / "shared")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(shared))
+    run(shared, until="detach")
+    # Leave training checkpoints as a kill would: pretraining stops at its second save.
+    code = (
+        "import sys, os; import elo.training.trainer as t; from elo.recipes.run import run\n"
+        "save = t.EloTrainer._save_checkpoint\n"
+        "def dying(self, *a):\n"
+        "    save(self, *a)\n"
+        "    if self.state.global_step == 4: os._exit(9)\n"
+        "t.EloTrainer._save_checkpoint = dying\n"
+        "run(sys.argv[1])"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "config.yaml")], check=False)
+    assert killed.returncode == 9
+    assert list((tmp_path / "shared" / "elo" / "elo_pretraining-checkpoints").glob("checkpoint-4"))
+    done = _launch(tmp_path / "config.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stage = "elo-elo_pretraining"
+    assert _losses(tmp_path / "shared", stage) == pytest.approx(_losses(tmp_path / "run", stage), abs=1e-5)

@@ -119,7 +119,7 @@ def write_corpus(
         seed: draws the documents; the same seed and sizes give the same bytes.
         pretrain_source_bytes, pretrain_target_bytes: text to make a base model of; 0 writes no such file.
         adapt_source_bytes, adapt_target_bytes: replay text and target text to adapt it on.
-        heldout_bytes: held-out text of the source language; the target language gets as many documents.
+        heldout_bytes: held-out text of the source language; the target language's takes twice as many bytes.
         num_prompts: beginnings of held-out documents of each language, to generate from.
         world_seed: the facts. The shipped base model knows those of the default only.
 

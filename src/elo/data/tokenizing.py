@@ -21,8 +21,8 @@ from typing import IO, TypeVar
 import numpy as np
 from tokenizers import Tokenizer
 
-LONG_TEXT = 1 << 22
-"""Characters from which a text is tokenised in pieces: the tokenizer needs some 50 times a text's size in memory."""
+LONG_TEXT = 1 << 19
+"""Characters from which a text is tokenised in pieces: the tokenizer needs some 200 bytes a character meanwhile."""
 WINDOW = 1024
 FEEDING_THREADS = 2
 
@@ -52,7 +52,7 @@ def encode_documents(
     return tokens, lengths
 
 
-def encode_long(backend: Tokenizer, text: str, piece: int = LONG_TEXT // 4) -> np.ndarray:
+def encode_long(backend: Tokenizer, text: str, piece: int = LONG_TEXT // 2) -> np.ndarray:
     """Token ids of a text of any length, tokenised in pieces of about `piece` characters.
 
     It is cut at line ends, and only where tokenising a window across the cut gives the same tokens as tokenising its

@@ -83,6 +83,20 @@ def example_results(**changes: Any) -> dict[str, Any]:
     return {**results, **changes}
 
 
+def grouped_results() -> dict[str, Any]:
+    """The example with cloze items in three groups of 100, told in one language, in the other, or in both."""
+    results = example_results()
+    for measured in (results["base"], *results["methods"]):
+        for language, cloze in measured["cloze"].items():
+            told = {"told_in_ko": 0.08, "told_in_en": -0.08} if language == "ko" else {"told_in_ko": -0.3}
+            spread = {"told_in_ko": 0.0, "told_in_en": 0.0, "told_in_both": 0.0, **told}
+            cloze["groups"] = {
+                name: {"accuracy": round(cloze["accuracy"] + difference, 3), "items": 100}
+                for name, difference in spread.items()
+            }
+    return results
+
+
 def _elo() -> dict[str, Any]:
     pretraining, alignment = int(0.9 * TOKENS), TOKENS // 10
     seconds, align_seconds = 68.0, 43.2

@@ -10,8 +10,44 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-SOURCE = "the cat sat on a mat and saw one small red hen by the old mill near our town".split()
-TARGET = "가나 다라마 바사 아자차 카타 파하 거너 더러 머버 서어 저처 커터 퍼허 고노 도로".split()
+SOURCE = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "one",
+    "small",
+    "red",
+    "hen",
+    "by",
+    "the",
+    "old",
+    "mill",
+    "near",
+    "our",
+    "town",
+]
+TARGET = [
+    "가나",
+    "다라마",
+    "바사",
+    "아자차",
+    "카타",
+    "파하",
+    "거너",
+    "더러",
+    "머버",
+    "서어",
+    "저처",
+    "커터",
+    "퍼허",
+    "고노",
+    "도로",
+]
 
 
 def write_documents(path: Path, words: list[str], count: int, seed: int) -> Path:
@@ -23,7 +59,9 @@ def write_documents(path: Path, words: list[str], count: int, seed: int) -> Path
     return path
 
 
-def write_base(folder: Path, *, layers: int = 4, dtype: torch.dtype = torch.bfloat16, vocab_size: int | None = None) -> Path:
+def write_base(
+    folder: Path, *, layers: int = 4, dtype: torch.dtype = torch.bfloat16, vocab_size: int | None = None
+) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevel()

@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from evaluation_fixtures import text_tokenizer, tiny_model, tiny_tokenizer
 
 from elo.errors import EloError
-from elo.evaluation.cloze import ClozeItem, cloze_accuracy, read_cloze
+from elo.evaluation.cloze import ClozeItem, GroupAccuracy, cloze_accuracy, read_cloze
 from elo.evaluation.generation import generate_samples
 
 TOKENIZER = tiny_tokenizer()
@@ -65,6 +66,32 @@ def test_choices_that_merge_with_the_prompt_are_scored_from_the_same_token():
     assert guess == scores.index(max(scores))
 
 
+def test_groups_are_counted_by_themselves():
+    model = tiny_model("llama", len(TOKENIZER), seed=3)
+    ungrouped = cloze_accuracy(model, TEXT_TOKENIZER, ITEMS)
+    assert ungrouped.groups == {}
+    # Answers are set so that it is known what is right: b: 1 of 2, a: 1 of 1; the last item, wrong, is in no group.
+    guesses = ungrouped.predictions
+    wrong = [(guess + 1) % len(item.choices) for guess, item in zip(guesses, ITEMS, strict=True)]
+    items = [
+        replace(ITEMS[0], answer=guesses[0], group="b"),
+        replace(ITEMS[1], answer=guesses[1], group="a"),
+        replace(ITEMS[2], answer=wrong[2], group="b"),
+        replace(ITEMS[3], answer=wrong[3]),
+    ]
+    result = cloze_accuracy(model, TEXT_TOKENIZER, items, batch_size=1)
+    assert result.groups == {"b": GroupAccuracy(0.5, 2), "a": GroupAccuracy(1.0, 1)}
+    assert list(result.groups) == ["b", "a"]
+    assert (result.accuracy, result.items, result.predictions) == (0.5, 4, guesses)
+
+
+def test_groups_are_read(tmp_path):
+    item = {"prompt": "p", "choices": ["a", "b"], "answer": 0, "other": [1]}
+    path = tmp_path / "items.jsonl"
+    path.write_text("\n".join(json.dumps({**item, **more}) for more in ({"group": "told_once"}, {}, {"group": None})))
+    assert [each.group for each in read_cloze(path)] == ["told_once", None, None]
+
+
 def test_a_trained_model_beats_chance():
     model = tiny_model("llama", len(TOKENIZER))
     torch.manual_seed(0)
@@ -105,6 +132,11 @@ def test_prompts_longer_than_the_model_lose_their_beginning():
             '"answer" must be the index of a choice, 0 to 1, got 2',
         ),
         ('{"prompt": "p", "choices": ["a", "b"], "answer": true}', "got True"),
+        (
+            '{"prompt": "p", "choices": ["a", "b"], "answer": 0, "group": 3}',
+            '"group" must be a non-empty string where there is one, got 3',
+        ),
+        ('{"prompt": "p", "choices": ["a", "b"], "answer": 0, "group": " "}', "got ' '"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):

@@ -58,6 +58,21 @@ def test_everything_of_a_checkpoint(checkpoint, corpus, cloze, tmp_path, capsys)
     assert "33.3%" in shown
 
 
+def test_cloze_accuracy_by_group(checkpoint, tmp_path):
+    item = {"prompt": "The river", "choices": [" runs", " a"]}
+    # The same question with either answer: exactly one is right.
+    items = [{**item, "answer": answer, "group": "river"} for answer in (0, 1)] + [{**item, "answer": 0}]
+    path, plain = tmp_path / "cloze.jsonl", tmp_path / "plain.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in items))
+    plain.write_text(json.dumps(items[2]) + "\n")
+    output = tmp_path / "evaluation.json"
+    results = evaluate(checkpoint, cloze={"en": path, "ko": plain}, output=output, progress=False)
+    assert results["cloze"]["en"]["groups"] == {"river": {"accuracy": 0.5, "items": 2}}
+    assert results["cloze"]["en"]["items"] == 3
+    assert results["cloze"]["ko"]["groups"] == {}
+    assert json.loads(output.read_text())["cloze"] == results["cloze"]
+
+
 def test_model_and_tokenizer_in_memory(corpus):
     model = tiny_model("gpt2", len(TOKENIZER))
     by_file = evaluate(model, TOKENIZER, corpora={"en": corpus}, progress=False)

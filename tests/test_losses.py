@@ -57,7 +57,7 @@ def test_frozen_head_gets_no_gradient_and_costs_none():
     loss = head_cross_entropy(hidden, weight.detach(), labels, implementation="chunked", chunk=8)
     saved = loss.grad_fn.saved_tensors
     assert saved[0] is not None
-    assert saved[1] is None and saved[2] is None  # noqa: PT018
+    assert saved[1] is None and saved[2] is None
     loss.backward()
     assert hidden.grad is not None
 

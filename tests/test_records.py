@@ -58,6 +58,6 @@ def test_json_round_trip_and_damage(tmp_path):
         read_json(path)
     with pytest.raises(UnfinishedError, match="no such file"):
         read_json(tmp_path / "b.json")
-    with pytest.raises(ValueError, match="NaN|nan|JSON"):
+    with pytest.raises(ValueError, match=r"NaN|nan|JSON"):
         write_json(path, {"a": float("nan")})
     assert list(tmp_path.glob(f"{TEMPORARY_PREFIX}*")) == []

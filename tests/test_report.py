@@ -1,11 +1,13 @@
 import copy
+import io
 import json
 import re
 import warnings
 from html.parser import HTMLParser
 
 import pytest
-from report_fixtures import TITLE, example_results
+from report_fixtures import TITLE, example_results, grouped_results
+from rich.console import Console
 
 from elo.errors import EloError, UnfinishedError
 from elo.recipes.report import report
@@ -17,14 +19,18 @@ from elo.reporting.comparison import (
     duration,
     figures,
     findings,
+    group_columns,
+    group_note,
     memory,
     rate_speed_up,
     seconds_to_reach,
     signed,
+    standard_error,
     verdict,
 )
 from elo.reporting.pages import html_page, markdown_page
-from elo.reporting.results import read_results
+from elo.reporting.results import ClozeGroup, read_results
+from elo.reporting.terminal import render_comparison
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -148,6 +154,89 @@ def test_ratios_are_of_what_they_say():
     assert {name for name, row in rows.items() if "target" in row.best} == {"full"}
     assert {name for name, row in rows.items() if "cloze_source" in row.best} == {"elo", "frozen"}
     assert {name for name, row in rows.items() if "memory" in row.best} == {"frozen"}
+
+
+def shown_in_terminal(results):
+    console = Console(width=118, record=True, file=io.StringIO())
+    console.print(render_comparison(results))
+    return console.export_text()
+
+
+def test_cloze_accuracy_by_group_is_in_every_view(charts):
+    results = grouped_results()
+    checked = read_results(results)
+    markdown, html = markdown_page(checked, charts[:1]), html_page(checked, charts[:1])
+    table = markdown.partition("## Cloze accuracy by group\n\n")[2].partition("\n\n")[0].splitlines()
+    groups = [f"{language}: told in {name} (100 items)" for language in ("ko", "en") for name in ("ko", "en", "both")]
+    assert table[0] == "| Method | " + " | ".join(groups) + " |"
+    assert len(table) == 2 + 6
+    assert table[2].startswith("| Base model, before | 35.0% ±4.8 | 19.0% ±3.9 | 27.0% ±4.4 | 41.0% ±4.9 |")
+    assert table[3].startswith("| ELO | 52.0% ±5.0 | 36.0% ±4.8 | 44.0% ±5.0 | 39.0% ±4.9 |")
+    page = Page(html)
+    assert "Cloze accuracy by group" in page.headings
+    assert "en: told in both 100 items" in page.words
+    assert "ELO 52.0% ±5.0 36.0% ±4.8" in page.words
+    rows = re.findall(r"<tr.*?</tr>", html.partition("Cloze accuracy by group")[2].partition("</table>")[0], re.S)
+    assert [len(re.findall(r"<t[hd]\b", row)) for row in rows] == [7] * 7
+    lines = shown_in_terminal(results).splitlines()
+    row = next(line for line in lines if line.startswith("ko told in en"))
+    assert row.replace("│", "").split()[:8] == ["ko", "told", "in", "en", "100", "19%", "±4", "36%"]
+    for shown in (page.words, markdown.replace("\\", ""), " ".join(" ".join(lines).split())):
+        assert "Guessing would give, over all items of a language: ko 25%, en 25%." in shown
+        assert "one standard error" in shown
+        assert "Items without a group" not in shown
+
+
+def test_without_groups_nothing_is_said_of_them(charts):
+    results = read_results(changed("base.cloze.ko.groups", {}))
+    assert group_columns(results) == []
+    for shown in (html_page(results, charts[:1]), markdown_page(results, charts[:1])):
+        assert "by group" not in shown
+    assert "by group" not in shown_in_terminal(example_results())
+
+
+def test_groups_that_only_some_models_were_asked():
+    results = grouped_results()
+    for method in results["methods"]:
+        del method["cloze"]["ko"]["groups"]
+    del results["methods"][1]["cloze"]["en"]
+    del results["base"]["cloze"]["en"]["groups"]["told_in_en"]
+    results["base"]["cloze"]["ko"]["groups"] = {"a_b": {"accuracy": 1.0, "items": 1}}
+    checked = read_results(results)
+    columns = group_columns(checked)
+    assert [(column.language, column.name) for column in columns] == [
+        ("ko", "a b"),
+        ("en", "told in ko"),
+        ("en", "told in both"),
+        ("en", "told in en"),
+    ]
+    assert [group is not None for group in columns[0].groups] == [True] + [False] * 5
+    assert [group is not None for group in columns[3].groups] == [False, True, False, True, True, True]
+    assert "Items without a group are in the overall accuracy alone." in group_note(checked)
+    table = markdown_page(checked, []).partition("by group\n\n")[2].splitlines()
+    assert table[2].startswith("| Base model, before | 100.0% | 41.0% ±4.9 | 71.0% ±4.5 | – |")
+    assert table[4] == "| Full CPT | – | – | – | – |"
+    page = Page(html_page(checked, []))
+    assert "Full CPT – – – –" in page.words
+
+
+def test_names_of_groups_are_shown_as_they_are():
+    results = example_results()
+    name = "<script>x</script> | [bold]*b*"
+    results["base"]["cloze"]["ko"]["groups"] = {name: {"accuracy": 0.5, "items": 4}}
+    checked = read_results(results)
+    page = Page(html_page(checked, []))
+    assert "script" not in page.tags
+    assert f"ko: {name} 4 items" in page.words
+    assert "ko: \\<script\\>x\\</script\\> \\| \\[bold\\]\\*b\\* (4 items)" in markdown_page(checked, [])
+    assert "[bold]*b*" in shown_in_terminal(results)
+
+
+def test_standard_error_is_that_of_a_share():
+    assert standard_error(ClozeGroup(accuracy=0.25, items=300)) == pytest.approx(0.025)
+    for accuracy, items in ((0.0, 10), (1.0, 10), (0.5, 0)):
+        assert standard_error(ClozeGroup(accuracy=accuracy, items=items)) is None
+    assert standard_error(None) is None
 
 
 def test_slower_than_full_is_said_too():
@@ -289,6 +378,7 @@ def test_labels_that_the_font_lacks_are_not_drawn():
         ("methods.0.bpb.ko", -1, "methods.0.bpb.ko: .* got -1"),
         ("methods.1.name", "elo", "methods: names must differ, got elo, elo"),
         ("base.cloze.ko.accuracy", 44, "base.cloze.ko.accuracy: "),
+        ("base.cloze.ko.groups", {"a": {"accuracy": 0.5}}, "base.cloze.ko.groups.a.items: Field required"),
         ("methods.0.losses.3.loss", float("nan"), "methods.0.losses.3.loss: "),
         ("kind", "evaluation", "what `elo evaluate` measured"),
         ("languages", ..., "languages: Field required"),

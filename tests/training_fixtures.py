@@ -40,7 +40,7 @@ def tiny_llama(layers: int = 4, *, tie: bool = False, seed: int = 0) -> LlamaFor
 
 
 def corpus(seed: int = 0, documents: int = 60) -> TokenCorpus:
-    """Documents in which each token is followed by the next one in a fixed cycle, so that there is something to learn."""
+    """Documents in which each token is followed by the next one of a fixed cycle: something to learn."""
     generator = np.random.default_rng(seed)
     texts = []
     for _ in range(documents):

@@ -38,7 +38,8 @@ class Progress:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, said="")
+            self._task = self._bar.add_task(self.label, total=self.total, said="")
+            self._bar.update(self._task, completed=self.done)
             self._bar.start()
         return self
 

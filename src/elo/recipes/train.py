@@ -69,7 +69,7 @@ def train_checkpoint(
         label=label,
     )
     if is_main():
-        save_checkpoint(model.to(dtype), output, side_files=checkpoint)  # type: ignore[arg-type]
+        save_checkpoint(model.to(dtype), output, side_files=checkpoint)
     record = asdict(result)
     return record | {"tokens_per_second": result.tokens / result.seconds, "precision": _precision(settings)}
 

@@ -203,10 +203,10 @@ def install_head_loss(model: PreTrainedModel, implementation: HeadLoss = "auto")
         return CausalLMOutput(loss=nats)
 
     own_path = implementation != "model" and _head_is_separable(model, original, decoder, head, transform)
-    model.forward = forward if own_path else forward_model  # type: ignore[method-assign]
+    model.forward = forward if own_path else forward_model
 
     def restore() -> None:
-        model.forward = original  # type: ignore[method-assign]
+        model.forward = original
 
     return restore
 

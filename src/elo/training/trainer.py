@@ -111,7 +111,8 @@ class EloTrainer(Trainer):
     # Data: rows in order, so that a count of consumed rows is all that resuming needs.
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(rows)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | None:
         count = sum((batch["shift_labels"] != IGNORE_INDEX).sum() for batch in batch_samples)
@@ -149,12 +150,13 @@ class EloTrainer(Trainer):
         """Log and return bits per byte by language, as `eval_bpb_<language>`."""
         if self.evaluate_bits_per_byte is None:
             return {}
-        training = self.model.training
-        self.model.eval()
+        model: Any = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        model.eval()
         # Evaluation batches have other shapes: compiling for them would cost more than it gives.
         with torch.compiler.set_stance("force_eager"), torch.no_grad():
-            measured = self.evaluate_bits_per_byte(self.accelerator.unwrap_model(self.model))
-        self.model.train(training)
+            measured = self.evaluate_bits_per_byte(model)
+        model.train(training)
         metrics = {f"eval_bpb_{language}": value for language, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

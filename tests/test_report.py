@@ -179,8 +179,8 @@ def test_cloze_accuracy_by_group_is_in_every_view(charts):
     rows = re.findall(r"<tr.*?</tr>", html.partition("Cloze accuracy by group")[2].partition("</table>")[0], re.S)
     assert [len(re.findall(r"<t[hd]\b", row)) for row in rows] == [7] * 7
     lines = shown_in_terminal(results).splitlines()
-    row = next(line for line in lines if line.startswith("ko told in en"))
-    assert row.replace("│", "").split()[:8] == ["ko", "told", "in", "en", "100", "19%", "±4", "36%"]
+    row = next(line for line in lines if "ko: told in en" in line)
+    assert row.replace("│", " ").split()[:8] == ["ko:", "told", "in", "en", "100", "19%", "±4", "36%"]
     for shown in (page.words, markdown.replace("\\", ""), " ".join(" ".join(lines).split())):
         assert "Guessing would give, over all items of a language: ko 25%, en 25%." in shown
         assert "one standard error" in shown
@@ -317,6 +317,7 @@ def test_missing_parts_leave_no_holes(path, value, charts):
         assert word not in markdown_page(results, charts[:1])
     assert not re.search(r"</h2>\s*<h2", html), "a heading with nothing under it"
     assert not re.search(r"<tbody>\s*</tbody>", html)
+    assert "None" not in shown_in_terminal(changed(path, value))
     cells = [re.findall(r"<t[hd]\b", row) for row in re.findall(r"<tr.*?</tr>", html, re.S)]
     assert all(cells)
     for table in re.findall(r"<table>.*?</table>", html, re.S):

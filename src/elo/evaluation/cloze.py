@@ -34,6 +34,18 @@ class ClozeItem:
     choices: tuple[str, ...]
     answer: int
     """Index of the true choice."""
+    group: str | None = None
+    """Items of one group are also counted by themselves."""
+
+
+@dataclass(frozen=True)
+class GroupAccuracy:
+    """`ClozeAccuracy` of the items of one group."""
+
+    accuracy: float
+    """0 to 1."""
+    items: int
+    """Number of items."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,8 @@ class ClozeAccuracy:
     """Expected accuracy of guessing: the mean of 1 / choices."""
     predictions: tuple[int, ...]
     """Index of the choice that the model prefers, item by item."""
+    groups: dict[str, GroupAccuracy]
+    """By name of the group, in the order in which the items bring them; empty when no item has a group."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,9 @@ class _Candidate:
 
 
 def read_cloze(path: Path) -> list[ClozeItem]:
-    """Read items from JSON lines: {"prompt": str, "choices": [str, ...], "answer": int}; other keys are ignored.
+    """Read items from JSON lines: {"prompt": str, "choices": [str, ...], "answer": int, "group": str (optional)}.
+
+    Other keys are ignored.
 
     Raises:
         EloError: the file cannot be read or holds no item, or a line is not an item (named `file:line`).
@@ -129,9 +145,17 @@ def cloze_accuracy(
             start += len(batch)
             bar.advance(len(batch))
     predictions = tuple(min(range(len(costs)), key=costs.__getitem__) for costs in nats)
-    right = sum(prediction == item.answer for prediction, item in zip(predictions, items, strict=True))
+    right = [prediction == item.answer for prediction, item in zip(predictions, items, strict=True)]
     chance = sum(1 / len(item.choices) for item in items) / len(items)
-    return ClozeAccuracy(right / len(items), len(items), chance, predictions)
+    return ClozeAccuracy(sum(right) / len(items), len(items), chance, predictions, _by_group(items, right))
+
+
+def _by_group(items: Sequence[ClozeItem], right: Sequence[bool]) -> dict[str, GroupAccuracy]:
+    answered: dict[str, list[bool]] = {}
+    for item, is_right in zip(items, right, strict=True):
+        if item.group is not None:
+            answered.setdefault(item.group, []).append(is_right)
+    return {name: GroupAccuracy(sum(each) / len(each), len(each)) for name, each in answered.items()}
 
 
 def _costs(model: PreTrainedModel, batch: list[_Candidate], place: torch.device) -> list[float]:
@@ -193,4 +217,7 @@ def _item(line: str, where: str) -> ClozeItem:
         raise EloError(f'{where}: "choices" must hold at least two, all different, got {choices!r}')
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise EloError(f'{where}: "answer" must be the index of a choice, 0 to {len(choices) - 1}, got {answer!r}')
-    return ClozeItem(prompt, tuple(choices), answer)
+    group = value.get("group")
+    if group is not None and (not isinstance(group, str) or not group.strip()):
+        raise EloError(f'{where}: "group" must be a non-empty string where there is one, got {group!r}')
+    return ClozeItem(prompt, tuple(choices), answer, group)

@@ -134,7 +134,12 @@ def evaluate(
         score = cloze_accuracy(
             model, encoder, questions, batch_size=batch_size, progress=f"cloze {language}" if progress else None
         )
-        answered[language] = {"accuracy": score.accuracy, "items": score.items, "chance": score.chance}
+        answered[language] = {
+            "accuracy": score.accuracy,
+            "items": score.items,
+            "chance": score.chance,
+            "groups": {name: asdict(group) for name, group in score.groups.items()},
+        }
     samples = []
     for language, texts in (prompts or {}).items():
         assert encoder is not None

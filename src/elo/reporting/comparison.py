@@ -6,8 +6,9 @@ Every speed-up says of what over what; every sentence is chosen by the numbers, 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import sqrt
 
-from elo.reporting.results import Method, Results
+from elo.reporting.results import ClozeGroup, Measurement, Method, Results
 
 LEVEL_BPB = 0.005
 """Bits per byte by which two models must differ to be called different; one seed cannot tell less apart."""
@@ -30,6 +31,18 @@ class Row:
     cloze_source: float | None
     best: frozenset[str]
     """Names of the columns in which this row is the best of at least two."""
+
+
+@dataclass(frozen=True)
+class GroupColumn:
+    """Cloze accuracy in one language of the items of one group, of the base and then of every method."""
+
+    language: str
+    name: str
+    """The group's, for people."""
+    items: int
+    groups: tuple[ClozeGroup | None, ...]
+    """None for a model that was not asked these items."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +85,50 @@ def compare(results: Results) -> list[Row]:
         )
         for index, method in enumerate(results.methods)
     ]
+
+
+def group_columns(results: Results) -> list[GroupColumn]:
+    """Target language first, its groups in the order in which the results bring them; empty without groups."""
+    measured: list[Measurement] = [results.base, *results.methods]
+    languages = (results.languages.target, results.languages.source)
+    asked = {language: [each.cloze.get(language) for each in measured] for language in languages}
+    names = dict.fromkeys(name for clozes in asked.values() for cloze in clozes if cloze for name in cloze.groups)
+    found = []
+    for language, clozes in asked.items():
+        for name in names:
+            groups = tuple(cloze.groups.get(name) if cloze else None for cloze in clozes)
+            if any(groups):
+                items = max(group.items for group in groups if group)
+                found.append(GroupColumn(language, name.replace("_", " "), items, groups))
+    return found
+
+
+def group_note(results: Results) -> str:
+    """What the accuracies by group are to be read against."""
+    columns = group_columns(results)
+    notes = []
+    guessing = []
+    partial = False
+    for language in dict.fromkeys(column.language for column in columns):
+        cloze = next(each.cloze[language] for each in (results.base, *results.methods) if language in each.cloze)
+        guessing.append(f"{language} {cloze.chance:.0%}")
+        partial |= sum(column.items for column in columns if column.language == language) < cloze.items
+    notes.append(f"Guessing would give, over all items of a language: {', '.join(guessing)}.")
+    if any(standard_error(group) is not None for column in columns for group in column.groups):
+        notes.append(
+            "± is one standard error in points, √(p(1 − p) / n) of n items taken as independent; "
+            "at 0% and 100% it says nothing and is left out."
+        )
+    if partial:
+        notes.append("Items without a group are in the overall accuracy alone.")
+    return " ".join(notes)
+
+
+def standard_error(group: ClozeGroup | None) -> float | None:
+    """Of the group's accuracy, 0 to 0.5, were its items independent; None where the formula has nothing to say."""
+    if group is None or not group.items or not 0 < group.accuracy < 1:
+        return None
+    return sqrt(group.accuracy * (1 - group.accuracy) / group.items)
 
 
 def difference(after: float | None, before: float | None) -> float | None:

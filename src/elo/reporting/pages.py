@@ -18,17 +18,21 @@ from markupsafe import Markup
 from elo.reporting.charts import DETACHED_STAGE, Chart, method_colours
 from elo.reporting.comparison import (
     LEVEL_BPB,
+    GroupColumn,
     Row,
     compare,
     count,
     duration,
     figures,
     findings,
+    group_columns,
+    group_note,
     memory,
     signed,
+    standard_error,
     verdict,
 )
-from elo.reporting.results import Cloze, Method, Results, Stage, TextSize
+from elo.reporting.results import Cloze, ClozeGroup, Method, Results, Stage, TextSize
 
 _HERE = Path(__file__).parent
 CHART_FOLDER = "charts"
@@ -68,6 +72,7 @@ def markdown_page(results: Results, charts: Sequence[Chart]) -> str:
     context = _context(results, charts)
     tables = {
         "comparison": _comparison_table(results, context["rows"], context["has"]),
+        "cloze_groups": _group_table(results, context["group_columns"]),
         "stages": _stage_table(context["bars"], context["full_rate"]),
         "data": _data_table(context["texts"]),
     }
@@ -95,6 +100,7 @@ def _environment() -> Environment:
         "count": count,
         "memory": memory,
         "accuracy": _accuracy,
+        "standard_error": _standard_error,
         "base64": lambda data: base64.b64encode(data).decode(),
         "md": _escaped,
         "fenced": _fenced,
@@ -128,6 +134,8 @@ def _context(results: Results, charts: Sequence[Chart]) -> dict[str, Any]:
             "memory": any(row.method.peak_memory_bytes is not None for row in rows),
         },
         "table_note": _table_note(results, rows),
+        "group_columns": group_columns(results),
+        "group_note": group_note(results),
         "charts": charts,
         "colours": method_colours(results),
         "bars": bars,
@@ -319,6 +327,18 @@ def _comparison_table(results: Results, rows: Sequence[Row], has: dict[str, bool
     return _table([_escaped(column[0]) for column in columns], lines)
 
 
+def _group_table(results: Results, columns: Sequence[GroupColumn]) -> str:
+    if not columns:
+        return ""
+    headings = [_escaped(f"{column.language}: {column.name} ({column.items:,} items)") for column in columns]
+    lines = []
+    for index, title in enumerate(("Base model, before", *(method.title for method in results.methods))):
+        groups = [column.groups[index] for column in columns]
+        cells = [f"{_accuracy(group)} {_standard_error(group)}".rstrip() for group in groups]
+        lines.append([_escaped(title), *cells])
+    return _table(["Method", *headings], lines)
+
+
 def _stage_table(bars: Sequence[_Bar], full_rate: float | None) -> str:
     if not bars:
         return ""
@@ -365,8 +385,14 @@ def _bpb(value: float | None, change: float | None = None) -> str:
     return f"{value:.3f}" + ("" if change is None else f" ({signed(change)})")
 
 
-def _accuracy(cloze: Cloze | None) -> str:
+def _accuracy(cloze: Cloze | ClozeGroup | None) -> str:
     return "–" if cloze is None else f"{cloze.accuracy:.1%}"
+
+
+def _standard_error(group: ClozeGroup | None) -> str:
+    """In points."""
+    error = standard_error(group)
+    return "" if error is None else f"±{100 * error:.1f}"
 
 
 def _escaped(text: str) -> str:

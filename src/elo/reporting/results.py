@@ -24,12 +24,20 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+class ClozeGroup(_Record):
+    accuracy: float = Field(ge=0, le=1)
+    """Share of the group's items answered rightly."""
+    items: Count
+
+
 class Cloze(_Record):
     accuracy: float = Field(ge=0, le=1)
     """Share of items answered rightly."""
     items: Count
     chance: float = Field(ge=0, le=1)
     """Accuracy of guessing."""
+    groups: dict[str, ClozeGroup] = {}
+    """By the `group` of the items; items without one are in none."""
 
 
 class Sample(_Record):

@@ -4,13 +4,27 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from elo.reporting.comparison import Row, compare, count, duration, memory, signed, verdict
-from elo.reporting.results import read_results
+from elo.reporting.comparison import (
+    Row,
+    compare,
+    count,
+    duration,
+    group_columns,
+    group_note,
+    memory,
+    signed,
+    standard_error,
+    verdict,
+)
+from elo.reporting.results import ClozeGroup, Results, read_results
 
 
 def render_comparison(results: dict[str, Any]) -> RenderableType:
     """One row a method: tokens, wall time, speed-up, bits per byte with their change, cloze accuracy, peak memory.
+
+    Where cloze items have groups, a table of the accuracy by group follows.
 
     Args:
         results: as in results.json.
@@ -32,7 +46,31 @@ def render_comparison(results: dict[str, Any]) -> RenderableType:
     for row in rows:
         table.add_row(*_cells(row, with_cloze))
     note = "* wall time of full CPT over the method's, on the same tokens. Wall time leaves evaluation out."
-    return Group(table, note, "", verdict(read))
+    return Group(table, note, *_by_group(read), "", verdict(read))
+
+
+def _by_group(results: Results) -> list[RenderableType]:
+    """One row a language and group: there may be many groups, but only a few methods."""
+    columns = group_columns(results)
+    if not columns:
+        return []
+    table = Table(title="Cloze accuracy by group", title_justify="left", pad_edge=False)
+    table.add_column("group")
+    for title in ("items", "base model", *(method.title for method in results.methods)):
+        table.add_column(Text(title), justify="right")
+    for column, following in zip(columns, [*columns[1:], None], strict=True):
+        last_of_language = following is not None and following.language != column.language
+        cells = [f"{column.items:,}", *(_group(group) for group in column.groups)]
+        # Names come from files: brackets in them are no markup.
+        table.add_row(Text(f"{column.language}: {column.name}"), *cells, end_section=last_of_language)
+    return ["", table, Text(group_note(results))]
+
+
+def _group(group: ClozeGroup | None) -> str:
+    if group is None:
+        return ""
+    error = standard_error(group)
+    return f"{group.accuracy:.0%}" + ("" if error is None else f" ±{100 * error:.0f}")
 
 
 def _cells(row: Row, with_cloze: bool) -> list[str]:
@@ -47,7 +85,7 @@ def _cells(row: Row, with_cloze: bool) -> list[str]:
     ]
     if with_cloze:
         cells += [_percent(row.cloze_target), _percent(row.cloze_source)]
-    return [*cells, memory(method.peak_memory_bytes)]
+    return [*cells, "" if method.peak_memory_bytes is None else memory(method.peak_memory_bytes)]
 
 
 def _bpb(value: float | None, change: float | None) -> str:

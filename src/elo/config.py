@@ -86,7 +86,7 @@ class DataConfig(_Section):
     on_error: Literal["stop", "skip"] = "stop"
     """What a document that cannot be read does."""
     workers: int | None = Field(None, ge=1)
-    """Processes that tokenise; by default one a core."""
+    """Processes that tokenise; by default chosen by the number of cores."""
 
     @field_validator("corpora", mode="before")
     @classmethod

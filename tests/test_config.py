@@ -86,7 +86,7 @@ def test_overrides_are_yaml():
         ("tokens", 0, "greater than 0, got 0"),
         ("tokens", 1.5, "tokens: input should be a valid integer"),
         ("seed", -1, "greater than or equal to 0"),
-        ("controls", ["full_at_wall_time"], "needs method: elo and full among the controls"),
+        ("controls", ["full_at_wall_time"], "needs an ELO method and full among the controls"),
         ("controls", "full", "controls: input should be a valid tuple"),
         ("data.corpora", {"ko": "a", "e/n": "b"}, "may hold letters, digits, - and _ alone"),
         ("data.corpora.ko", [{"path": "a", "weight": 0}], "greater than 0, got 0"),

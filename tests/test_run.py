@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
     """A finished run with every control."""
     root = tmp_path_factory.mktemp("world")
     config = write_world(root)
-    config["controls"] = ["full", "full_at_wall_time", "align_only", "frozen"]
+    config["controls"] = ["full", "full_at_wall_time", "align_only", "frozen", "elo_embeddings"]
     results = run(config)
     return root, config, results
 
@@ -73,6 +73,15 @@ def test_only_the_chosen_layers_change_before_alignment(finished):
         chosen = ".layers.0." in name or ".layers.3." in name
         assert chosen or tensor.equal(attached[name]), name
     assert any(not tensor.equal(attached[name]) for name, tensor in base.items())
+
+
+def test_embedding_and_head_are_put_back_where_they_train(finished):
+    root, _, _ = finished
+    base, attached = _tensors(root / "base"), _tensors(root / "run" / "elo_embeddings" / "attached")
+    changed = {name for name, tensor in base.items() if not tensor.equal(attached[name])}
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= changed
+    assert "model.norm.weight" not in changed
+    assert not [name for name in changed if ".layers.1." in name or ".layers.2." in name]
 
 
 def test_results_tell_what_happened(finished):

@@ -237,12 +237,14 @@ def test_each_method_trains_what_it_says(name):
         model = tiny_llama()
         if phase.detached:
             model = detach_layers(model, [0, 3])
-        method.select_trainable(model, phase, [0, 3])
+        method.select_trainable(model, phase, [0, 3], method.also_train)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         everything = {name for name, _ in model.named_parameters()}
         layers = {name for name in everything if ".layers.0." in name or ".layers.3." in name}
         if phase.detached:
             layers = {name for name in everything if ".layers." in name}
+        if name == "elo_embeddings":
+            layers |= {"model.embed_tokens.weight", "lm_head.weight"}
         assert trained == (layers if phase.detached or name == "frozen" else everything)
 
 

@@ -44,7 +44,8 @@ _ELSEWHERE = {
     "pretraining": "elo_pretraining",
 }
 
-Control = Literal["full", "full_at_wall_time", "align_only", "frozen"]
+MethodName = Literal["elo", "elo_embeddings", "full", "align_only", "frozen"]
+Control = Literal[MethodName, "full_at_wall_time"]
 Part = Literal["embedding", "norm", "head"]
 
 
@@ -154,7 +155,7 @@ class RunConfig(_Section):
     output: str
     """Run folder: every artefact of the run is in it."""
     data: DataConfig
-    method: Literal["elo", "full", "align_only", "frozen"] = "elo"
+    method: MethodName = "elo"
     layers: str | int | list[int] = DEFAULT_LAYERS
     tokens: int | None = Field(None, gt=0)
     """The run's token budget; null: one pass over the target language."""
@@ -174,10 +175,10 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _controls(self) -> "RunConfig":
-        if "full_at_wall_time" in self.controls and (self.method != "elo" or "full" not in self.controls):
+        if "full_at_wall_time" in self.controls and (not self.method.startswith("elo") or "full" not in self.controls):
             raise ValueError(
                 "controls: full_at_wall_time takes its budget from method elo's wall time and from the rate of "
-                "full, so it needs method: elo and full among the controls"
+                "full, so it needs an ELO method and full among the controls"
             )
         if self.method in self.controls:
             raise ValueError(f"controls: {self.method!r} is the run's own method")

@@ -22,7 +22,7 @@ from elo.workspace import Stage, Workspace, file_identity
 if TYPE_CHECKING:
     from elo.data.mixture import Mixture, MixtureRows
     from elo.data.shards import PreparedData
-    from elo.training.methods import Method, Phase
+    from elo.training.methods import Method, Part, Phase
 
 # Settings that say how the work is done, not what comes out (but for float noise): they may change between restarts.
 _HOW = {
@@ -218,13 +218,13 @@ class Job:
             outputs=(output,),
         )
 
-    def attach(self, method: str, trained: Path, trained_stage: Stage) -> Stage:
+    def attach(self, method: "Method", trained: Path, trained_stage: Stage) -> Stage:
         """The base with the trained layers put back."""
-        output = self.path(method, "attached")
-        include = list(self.config.elo_pretraining.also_train)
+        output = self.path(method.name, "attached")
+        include = list(self.also_train(method))
         inputs = {"base": self.base_identity, "trained": trained_stage.fingerprint, "include": include}
         return self.workspace.stage(
-            f"{method}-attach",
+            f"{method.name}-attach",
             inputs,
             lambda: _measured(
                 lambda: attach(
@@ -241,6 +241,10 @@ class Job:
 
     # Training.
 
+    def also_train(self, method: "Method") -> "tuple[Part, ...]":
+        """Parts outside the layers that a method's detached phases train and put back."""
+        return tuple(sorted({*self.config.elo_pretraining.also_train, *method.also_train}))
+
     def train(
         self, method: "Method", phase: "Phase", rows: "MixtureRows", checkpoint: Path, before: Stage | None
     ) -> Stage:
@@ -250,7 +254,7 @@ class Job:
         assert self.prepared is not None
         config, data, settings = self.config, self.config.data, self._settings(phase)
         output, scratch = self.path(method.name, phase.name), self.path(method.name, f"{phase.name}-checkpoints")
-        also_train = config.elo_pretraining.also_train if phase.detached else ()
+        also_train = self.also_train(method) if phase.detached else ()
         inputs = {
             "model": before.fingerprint if before else self.base_identity,
             "data": self.prepared.fingerprint,
@@ -424,7 +428,7 @@ def _check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     from elo.model.refusals import require_detachable
 
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
-    if config.method == "elo":
+    if any(name.startswith("elo") for name in (config.method, *config.controls)):
         require_detachable(model_config)
     model = build_on_meta(model_config, trust_remote_code=config.trust_remote_code)
     layers = parse_layers(config.layers, find_architecture(model).num_layers)

@@ -96,7 +96,7 @@ def adapt(job: Job, name: str, earlier: dict[str, dict[str, Any]], *, reached: A
             trained = job.train(method, phase, rows, job.path(name, "detached"), detached)
             stages[phase.name] = trained.record
             reached(phase.name)
-            model = job.attach(name, job.path(name, phase.name), trained)
+            model = job.attach(method, job.path(name, phase.name), trained)
             stages["attach"] = model.record
             reached("attach")
             folder = job.path(name, "attached")

@@ -43,6 +43,8 @@ class Method:
     name: ClassVar[str]
     label: ClassVar[str]
     phases: ClassVar[tuple[Phase, ...]]
+    also_train: ClassVar[tuple[Part, ...]] = ()
+    """Parts outside the layers that detached phases train and attach, besides those of the configuration."""
 
     def select_trainable(
         self, model: PreTrainedModel, phase: Phase, layers: Sequence[int], also_train: Collection[Part] = ()
@@ -73,6 +75,14 @@ class Elo(Method):
             select_layers(model, range(len(layers)), also_train)
         else:
             model.requires_grad_(True)
+
+
+class EloEmbeddings(Elo):
+    """ELO with embedding and LM head trained too: what a shallow model can learn most with, at their cost in memory."""
+
+    name = "elo_embeddings"
+    label = "ELO, embedding and head too"
+    also_train = ("embedding", "head")
 
 
 class Full(Method):
@@ -111,7 +121,9 @@ class Frozen(Method):
         select_layers(model, layers, also_train)
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Elo, Full, FullAtWallTime, AlignOnly, Frozen)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Elo, EloEmbeddings, Full, FullAtWallTime, AlignOnly, Frozen)
+}
 
 
 def find_method(name: str) -> Method:

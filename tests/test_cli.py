@@ -79,10 +79,16 @@ MISTAKES = {
     "language twice": (["evaluate", "{world}/base", "--corpus", "a=b", "--corpus", "a=c"], "'a' is given twice"),
     "corpus missing": (["evaluate", "{world}/base", "--corpus", "en={tmp}/none.jsonl"], "none.jsonl"),
     "no results": (["report", "{tmp}"], "results.json"),
+    "plan without a folder": (["plan", "{world}/base", "-o", "{tmp}/no/plan.json"], "No such file or directory"),
+    "plan for no number": (["plan", "{world}/base", "--tokens", "nan"], "--tokens nan"),
+    "scale is no number": (
+        ["attach", "{world}/base", "--base", "{world}/base", "-o", "{tmp}/out", "--scale", "nan"],
+        "not a finite number",
+    ),
     "unknown device": (["plan", "{world}/base", "--device", "H1000"], "H1000"),
     "step does not divide": (
         ["run", "{world}/config.yaml", "--set", "elo_pretraining.tokens_per_step=100"],
-        "tokens_per_step: 100 is not a multiple",
+        "elo_pretraining.tokens_per_step: 100 is not a multiple",
     ),
     "cloze missing": (["run", "{world}/config.yaml", "--set", "evaluation.cloze.xx={tmp}/n"], "n: no such file"),
 }

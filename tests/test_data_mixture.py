@@ -74,15 +74,23 @@ def test_unpacked_rows_carry_their_attention_mask() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.4])
-def test_available_rows_ends_where_the_text_would_repeat(ratio: float) -> None:
-    target = stream(1003 // 20 * 20)
-    mixture = Mixture([("ko", 1 - ratio, target), ("en", ratio, stream(100_000))][: 2 if ratio else 1], 5)
-    available = mixture.available_rows("ko")
-    assert mixture.find(available) == (0, target.whole_rows)
-    assert max(inside for which, inside in map(mixture.find, range(available)) if which == 0) == target.whole_rows - 1
-    assert available == pytest.approx(target.whole_rows / (1 - ratio), abs=2)
+def test_epoch_rows_read_as_much_as_there_is(ratio: float) -> None:
+    corpora = [("ko", (1 - ratio) * share, stream(count)) for share, count in ((0.75, 600), (0.25, 200))]
+    mixture = Mixture([*corpora, ("en", ratio, stream(100_000))][: 3 if ratio else 2], 5)
+    rows = mixture.epoch_rows("ko")
+    assert rows == pytest.approx(sum(each.rows_per_epoch for _, _, each in corpora) / (1 - ratio), abs=1)
+    read = [which for which, _ in map(mixture.find, range(rows))]
+    for index, (_, _, each) in enumerate(corpora):
+        assert read.count(index) == pytest.approx(each.rows_per_epoch, abs=2)
     with pytest.raises(EloError, match="takes nothing from 'ja'"):
-        mixture.available_rows("ja")
+        mixture.epoch_rows("ja")
+
+
+def test_a_tiny_corpus_beside_a_large_one_does_not_cut_the_epoch_short() -> None:
+    parts = [(stream(100_000), 100_000), (stream(25), 25)]
+    total = sum(size for _, size in parts)
+    mixture = Mixture([("ko", size / total, each) for each, size in parts], 3)
+    assert mixture.epoch_rows("ko") == pytest.approx(parts[0][0].rows_per_epoch, rel=0.01)
 
 
 def test_shares_and_lengths_are_checked() -> None:

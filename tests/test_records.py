@@ -37,9 +37,12 @@ def test_existing_output_is_kept_unless_overwriting(tmp_path):
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path):
-    (tmp_path / f"{TEMPORARY_PREFIX}out-12345678").mkdir()
+    (tmp_path / f"{TEMPORARY_PREFIX}out-1234abcd").mkdir()
+    others = tmp_path / f"{TEMPORARY_PREFIX}out-large-1234abcd"
+    others.mkdir()
     with atomic_directory(tmp_path / "out"):
         pass
+    others.rmdir()  # another output's temporary is not ours to sweep
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

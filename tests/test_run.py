@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
     """A finished run with every control."""
     root = tmp_path_factory.mktemp("world")
     config = write_world(root)
-    config["controls"] = ["full", "full_at_wall_time", "align_only", "frozen", "elo_embeddings"]
+    config["controls"] = ["full_at_wall_time", "full", "align_only", "frozen", "elo_embeddings"]
     results = run(config)
     return root, config, results
 
@@ -87,7 +87,7 @@ def test_embedding_and_head_are_put_back_where_they_train(finished):
 def test_results_tell_what_happened(finished):
     _, config, results = finished
     methods = {method["name"]: method for method in results["methods"]}
-    assert list(methods) == ["elo", *config["controls"]]
+    assert list(methods) == ["elo", *config["controls"][1:], "full_at_wall_time"], "what is matched comes last"
     own = methods["elo"]
     stages = {stage["name"]: stage for stage in own["stages"]}
     assert list(stages) == ["detach", "elo_pretraining", "attach", "layer_alignment"]
@@ -214,6 +214,23 @@ def test_python_calls(finished, tmp_path):
     assert measured["bpb"]["en"] > 0
     with pytest.raises(EloError, match="unknown key 'modle'"):
         elo.run({**config, "modle": "x"})
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    config = write_world(tmp_path)
+    config["output"] = str(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(EloError, match="holds other things than a run"):
+        run(config)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_stage_that_the_method_does_not_have(tmp_path):
+    config = write_world(tmp_path)
+    config["method"] = "full"
+    with pytest.raises(EloError, match="method 'full' has no stage 'elo_pretraining'; it has prepare, full"):
+        run(config, until="elo_pretraining")
+    assert not (tmp_path / "run" / "prepared").exists()
 
 
 def test_budget_below_one_step_is_refused(tmp_path):

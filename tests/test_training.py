@@ -11,9 +11,11 @@ from elo.data.mixture import Mixture
 from elo.data.packing import PaddedStream
 from elo.errors import EloError, TrainingDivergedError
 from elo.evaluation.bits_per_byte import bits_per_byte
-from elo.model.surgery import detach_layers
+from elo.model.surgery import attach_layers, detach_layers
+from elo.recipes.train import _freeze_in
 from elo.training.checkpoints import MANIFEST, check_checkpoint, latest_checkpoint
-from elo.training.loop import StoppedBySignalError, rows_per_step, train
+from elo.training.loop import StoppedBySignalError, check_settings, rows_per_step, train
+from elo.training.losses import install_head_loss
 from elo.training.methods import METHODS, find_method, select_layers
 
 ELO = find_method("elo")
@@ -141,9 +143,52 @@ def test_accumulation_does_not_change_the_gradient(tmp_path):
     assert losses[0] == pytest.approx(losses[2], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("update", "said"),
+    [
+        ({"tokens_per_step": 100}, "full.tokens_per_step: 100 is not a multiple"),
+        ({"training_arguments": {"bogus": 1}}, "TrainingArguments has no 'bogus'"),
+        ({"training_arguments": {"learning_rate": 1}}, "'learning_rate' is set by ELO"),
+        ({"training_arguments": {"max_steps": 1}}, "'max_steps' is set by ELO"),
+    ],
+)
+def test_settings_are_checked_before_any_work(update, said):
+    with pytest.raises(EloError) as error:
+        check_settings(SETTINGS.model_copy(update=update), LENGTH, "full")
+    assert said in str(error.value)
+
+
 def test_tokens_per_step_must_fit():
     with pytest.raises(EloError, match=r"tokens_per_step: 100 is not a multiple .* = 32; write .* 96"):
         rows_per_step(LENGTH, SETTINGS.model_copy(update={"tokens_per_step": 100}))
+
+
+def test_frozen_in_bf16_as_on_a_gpu(tmp_path):
+    """On a GPU frozen parameters are held in bf16 while the layers train in fp32 under bf16 autocast."""
+    stored = tiny_llama().to(torch.bfloat16)
+    model = detach_layers(stored, [0, 3]).float()
+    ELO.select_trainable(model, ELO.phases[0], [0, 3])
+    _freeze_in(model, torch.bfloat16)
+    assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
+    settings = SETTINGS.model_copy(update={"bf16": True, "head_loss": "chunked"})
+    held = corpus(9, 10)
+
+    def evaluate(model):
+        return {"xx": bits_per_byte(model, held, sequence_length=LENGTH, autocast_dtype=torch.bfloat16).bits_per_byte}
+
+    result = _train(model, tmp_path, settings=settings, evaluate=evaluate)
+    assert result.losses[-1]["loss"] < result.losses[0]["loss"]
+    assert all(parameter.dtype == torch.float32 for parameter in model.model.layers.parameters())
+    assert torch.equal(model.lm_head.weight, stored.lm_head.weight)
+    attach_layers(stored, model.to(torch.bfloat16))
+
+
+def test_head_loss_is_recognised_under_autocast():
+    model = detach_layers(tiny_llama().to(torch.bfloat16), [0, 3]).float()
+    ELO.select_trainable(model, ELO.phases[0], [0, 3])
+    _freeze_in(model, torch.bfloat16)
+    install_head_loss(model, "chunked", torch.bfloat16)
+    assert "forward_model" not in model.forward.__qualname__
 
 
 def test_logged_loss_is_the_mean_over_predicted_tokens(tmp_path):

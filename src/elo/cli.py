@@ -188,7 +188,7 @@ def plan(
 
     arguments: dict[str, Any] = {
         "layers": layers,
-        "tokens": int(tokens),
+        "tokens": int(tokens) if tokens == tokens and abs(tokens) < 1e18 else 0,
         "alignment_share": alignment_share,
         "sequence_length": sequence_length,
         "per_device_train_batch_size": batch_size,
@@ -200,6 +200,8 @@ def plan(
         model, arguments = _planned_run(model, set_, int(tokens))
     elif set_:
         raise EloError("plan: --set changes keys of a run's CONFIG.yaml; this is a model, so use the options instead")
+    if not 1 <= tokens < 1e18:
+        raise EloError(f"--tokens {tokens}: give the number of training tokens, such as 1e9")
     planned = plan(
         model,
         **arguments,
@@ -284,6 +286,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except EloError as error:
         print(f"elo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # disk full, permission denied, a folder that is not there
+        print(f"elo: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         number = _stopped_by(error)

@@ -50,7 +50,7 @@ Part = Literal["embedding", "norm", "head"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CorpusConfig(_Section):
@@ -150,9 +150,9 @@ class EvaluationConfig(_Section):
 class RunConfig(_Section):
     """A whole run."""
 
-    model: str
+    model: str = Field(min_length=1)
     """Folder of a Hugging Face checkpoint, or a hub id."""
-    output: str
+    output: str = Field(min_length=1)
     """Run folder: every artefact of the run is in it."""
     data: DataConfig
     method: MethodName = "elo"
@@ -262,6 +262,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"missing key {path!r}"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type" and isinstance(error["input"], bool):
+        message += " (YAML reads bare no, yes, on and off as true or false: quote it)"
     if error["type"] == "value_error":
         return f"{path}: {message}" if path else message
     if error["type"] == "float_type" or error["type"].startswith(("float_parsing", "int_parsing", "int_type")):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -97,8 +98,10 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
 
 def sweep_temporaries(target: Path) -> None:
     """Remove what a killed process left of earlier tries at writing `target`."""
-    for leftover in target.parent.glob(f"{TEMPORARY_PREFIX}{target.name}-*"):
-        remove(leftover)
+    own = re.compile(re.escape(f"{TEMPORARY_PREFIX}{target.name}-") + "[0-9a-f]{8}")
+    for leftover in target.parent.glob(f"{TEMPORARY_PREFIX}*"):
+        if own.fullmatch(leftover.name):
+            remove(leftover)
 
 
 def remove(path: Path) -> None:

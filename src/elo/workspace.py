@@ -112,6 +112,8 @@ class Workspace:
             changed = done["fingerprint"] != fingerprint
             if not changed and _intact(self.root, done["outputs"]):
                 self.say(f"{name}: done already")
+                for path in scratch:  # killed between the record and this
+                    remove(path)
                 return True
             reason = (
                 f"changed: {_difference(done['inputs'], inputs)}" if changed else "its output is missing or damaged"

@@ -103,44 +103,19 @@ class Mixture:
         """Rows [start, stop) as a map-style dataset."""
         return MixtureRows(self, start, stop)
 
-    def available_rows(self, language: str) -> int:
-        """Rows of the mixture until a document of `language` would be read a second time.
+    def epoch_rows(self, language: str) -> int:
+        """Rows of the mixture in which as much of `language` is read as its corpora hold together.
 
-        A corpus with a higher weight than its siblings repeats first: then that is what counts.
+        With equal weights that is one pass over its text; a corpus with a higher weight than its siblings is by then
+        read more than once, and they are not through.
+
+        Raises:
+            EloError: the mixture takes nothing from `language`.
         """
-        limits = {
-            index: source.stream.whole_rows
-            for index, source in enumerate(self.sources)
-            if source.language == language and source.share > 0
-        }
-        if not limits:
+        taken = [source for source in self.sources if source.language == language and source.share > 0]
+        if not taken:
             raise EloError(f"the mixture takes nothing from {language!r}, so there is no count of its rows")
-        return min(self._rows_until(index, limit) for index, limit in limits.items())
-
-    def _rows_until(self, source: int, limit: int) -> int:
-        """The mixture's row that is row `limit` of `source`: counts grow with the index, so by bisection."""
-        low, high = 0, 1
-        while self._count(source, high) <= limit:
-            high *= 2
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (middle + 1, high) if self._count(source, middle + 1) <= limit else (low, middle)
-        return low
-
-    def _count(self, source: int, rows: int) -> int:
-        """Rows of `source` among the first `rows`."""
-        node: _Split | int = self._root
-        while not isinstance(node, int):
-            first = (rows * node.share + node.phase) // RESOLUTION
-            if _holds(node.first, source):
-                rows, node = first, node.first
-            else:
-                rows, node = rows - first, node.rest
-        return rows
-
-
-def _holds(node: "_Split | int", source: int) -> bool:
-    return node == source if isinstance(node, int) else _holds(node.first, source) or _holds(node.rest, source)
+        return int(sum(source.stream.rows_per_epoch for source in taken) / sum(source.share for source in taken))
 
 
 class MixtureRows:

@@ -110,11 +110,6 @@ class PackedStream(_Stream):
         """Rows until every document has been read once."""
         return self.corpus.num_tokens / self.sequence_length
 
-    @property
-    def whole_rows(self) -> int:
-        """Rows until text would be read a second time."""
-        return self.corpus.num_tokens // self.sequence_length
-
     @cached_property
     def _cached_ends(self):  # type: ignore[no-untyped-def]
         @lru_cache(maxsize=CACHED_ORDERS)

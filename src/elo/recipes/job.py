@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from elo.config import RunConfig
 from elo.errors import EloError
-from elo.layers import parse_layers
 from elo.processes import is_main
+from elo.recipes.preflight import check_inputs, check_model
 from elo.recipes.prepare import CorpusSource, prepare, source_files
 from elo.recipes.surgery import attach, detach, resolve_checkpoint
 from elo.records import write_json
@@ -38,6 +38,8 @@ _HOW = {
     "report_to",
     "training_arguments",
 }
+# Of the further transformers.TrainingArguments, those that say how: the others count.
+_HOW_ARGUMENTS = ("fsdp", "deepspeed", "ddp_", "dataloader_", "accelerator_config", "log", "run_name", "tf32")
 
 
 @dataclass
@@ -123,7 +125,6 @@ class Job:
             EloError: the budget is less than one update.
         """
         from elo.data.mixture import build_mixture
-        from elo.training.loop import rows_per_step
 
         config, data = self.config, self.config.data
         weights = {
@@ -140,13 +141,12 @@ class Job:
             data.packing,
             weights,
         )
-        available = self._mixture.available_rows(data.target)
+        available = self._mixture.epoch_rows(data.target)
         total = available if config.tokens is None else config.tokens // data.sequence_length
         self._tell_of_repeats(total)
         share = config.layer_alignment.share
-        per_step = rows_per_step(data.sequence_length, config.elo_pretraining)
-        align_step = rows_per_step(data.sequence_length, config.layer_alignment)
-        rows_per_step(data.sequence_length, config.full)
+        per_step = config.elo_pretraining.tokens_per_step // data.sequence_length
+        align_step = config.layer_alignment.tokens_per_step // data.sequence_length
         self._alignment_rows = max(1, round(total * share / align_step)) * align_step if share else 0
         self._pretraining_rows = (total - self._alignment_rows) // per_step * per_step
         if self._pretraining_rows <= 0:
@@ -159,7 +159,7 @@ class Job:
     def _tell_of_repeats(self, rows: int) -> None:
         assert self._mixture is not None
         for language in self.languages if self.config.data.replay_ratio else self.languages[:1]:
-            once = self._mixture.available_rows(language)
+            once = self._mixture.epoch_rows(language)
             if rows > once:
                 self.say(
                     f"note: the budget of {rows * self.config.data.sequence_length:,} tokens passes over the "
@@ -263,7 +263,7 @@ class Job:
             "method": method.name,
             "layers": list(self.layers),
             "also_train": list(also_train),
-            "settings": settings.model_dump(mode="json", exclude=_HOW),
+            "settings": settings.model_dump(mode="json", exclude=_HOW) | _further(settings),
             "seed": config.seed,
             "evaluation": config.evaluation.max_tokens_in_training,
         }
@@ -388,10 +388,10 @@ def open_job(config: RunConfig) -> Iterator[Job]:
     Raises:
         EloError: the base, a corpus, the layers or the run folder is not usable.
     """
-    _check_inputs(config)
-    base = resolve_checkpoint(config.model)
+    check_inputs(config)
+    base = resolve_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
     workspace = Workspace(Path(config.output), lambda line: print(line, flush=True))
-    layers = _check_model(config, base)
+    layers = check_model(config, base)
     with workspace.locked():
         if is_main():
             workspace.sweep()
@@ -402,45 +402,13 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             base=base,
             tokenizer=config.tokenizer or str(base),
             layers=layers,
-            base_identity=file_identity(base),
+            base_identity=_checkpoint_identity(base),
         )
 
 
-def _check_inputs(config: RunConfig) -> None:
-    """Find what is missing before anything is loaded."""
-    for language, path in config.evaluation.cloze.items():
-        if language not in (config.data.target, config.data.source):
-            raise EloError(f"evaluation.cloze: {language!r} is neither the target nor the source language")
-        if not Path(path).is_file():
-            raise EloError(f"evaluation.cloze.{language}: {path}: no such file")
-    for language in config.evaluation.prompts:
-        if language not in (config.data.target, config.data.source):
-            raise EloError(f"evaluation.prompts: {language!r} is neither the target nor the source language")
-    if Path(config.output).exists() and not Path(config.output).is_dir():
-        raise EloError(f"output: {config.output}: is a file; name a folder for the run")
-
-
-def _check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
-    """The layers to train, once the model is known to take them, the rows and their length; weights are not read."""
-    from elo.evaluation.scoring import longest_sequence, takes_position_ids
-    from elo.model.architecture import find_architecture, is_recurrent
-    from elo.model.footprint import build_on_meta, read_config
-    from elo.model.refusals import require_detachable
-
-    model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
-    if any(name.startswith("elo") for name in (config.method, *config.controls)):
-        require_detachable(model_config)
-    model = build_on_meta(model_config, trust_remote_code=config.trust_remote_code)
-    layers = parse_layers(config.layers, find_architecture(model).num_layers)
-    length, limit = config.data.sequence_length, longest_sequence(model)
-    if limit is not None and length > limit:
-        raise EloError(f"data.sequence_length: {length} is beyond the {limit} positions of {config.model}")
-    if config.data.packing and (is_recurrent(model) or not takes_position_ids(model)):
-        raise EloError(
-            f"data.packing: {model_config.model_type} does not keep packed documents apart (it has layers other than "
-            "attention, or takes no position ids); write data.packing: false"
-        )
-    return layers
+def _further(settings: Any) -> dict[str, Any]:
+    """Further training arguments that change what comes out."""
+    return {key: value for key, value in settings.training_arguments.items() if not key.startswith(_HOW_ARGUMENTS)}
 
 
 def _embedding_rows(base: Path, trust_remote_code: bool) -> int:
@@ -449,9 +417,16 @@ def _embedding_rows(base: Path, trust_remote_code: bool) -> int:
     return int(text_config(read_config(str(base), trust_remote_code=trust_remote_code)).vocab_size)
 
 
+def _checkpoint_identity(base: Path) -> dict[str, Any]:
+    """What of a checkpoint decides the result: its configuration and weights."""
+    files = [base / "config.json", *sorted(base.glob("*.safetensors"))]
+    return {name: value for file in files if file.is_file() for name, value in file_identity(file).items()}
+
+
 def _tokenizer_identity(tokenizer: str) -> Any:
-    folder = Path(tokenizer)
-    return file_identity(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else tokenizer
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    files = [Path(tokenizer) / name for name in names if (Path(tokenizer) / name).is_file()]
+    return [file_identity(file) for file in files] or tokenizer
 
 
 def _corpus_identity(source: CorpusSource) -> dict[str, Any]:

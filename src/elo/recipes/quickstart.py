@@ -32,6 +32,7 @@ def quickstart(output: Path, overrides: list[str] | None = None) -> dict[str, An
     if not corpus.is_dir():
         print("quickstart: writing a small bilingual corpus", flush=True)
         write_corpus(corpus)
+    (output / "stages").mkdir(exist_ok=True)  # the folder is ours
     config = yaml.safe_load((WORLD / "config.yaml").read_text(encoding="utf-8"))
     _fill_in(config, {"{base}": str(WORLD / "base"), "{corpus}": str(corpus), "{output}": str(output)})
     config["evaluation"]["prompts"] = json.loads((corpus / "prompts.json").read_text(encoding="utf-8"))

@@ -16,11 +16,12 @@ _PACKAGES = ("elo-cpt", "torch", "transformers", "accelerate", "tokenizers", "sa
 
 def write_results(job: Job, base: dict[str, Any], methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Assemble and write results.json (schema: docs/results.md)."""
-    from elo.model.footprint import parameter_counts, read_config
+    from elo.model.footprint import build_on_meta, parameter_counts, read_config
 
     config = job.config
     assert job.prepared is not None
-    counts = parameter_counts(read_config(str(job.base), trust_remote_code=config.trust_remote_code), job.layers)
+    model_config = read_config(str(job.base), trust_remote_code=config.trust_remote_code)
+    counts = parameter_counts(build_on_meta(model_config, trust_remote_code=config.trust_remote_code), job.layers)
     results = {
         "schema": 1,
         "title": config.title or f"{Path(config.model).name} learns {config.data.target}",
@@ -31,7 +32,7 @@ def write_results(job: Job, base: dict[str, Any], methods: dict[str, dict[str, A
             "parameters": counts["total"],
             "num_layers": len(counts["layers"]),
             "layers": list(job.layers),
-            "trainable_parameters": _trainable(methods, counts),
+            "trainable_parameters": _trainable(methods),
         },
         "languages": {"target": config.data.target, "source": config.data.source},
         "seed": config.seed,
@@ -83,9 +84,10 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _trainable(methods: dict[str, dict[str, Any]], counts: dict[str, Any]) -> int:
-    first = next(iter(methods.values()))["stages"]
-    return int(first.get("elo_pretraining", {}).get("trainable_parameters", counts["total"]))
+def _trainable(methods: dict[str, dict[str, Any]]) -> int:
+    """Parameters that train in the first training stage of the run's own method."""
+    stages = next(iter(methods.values()))["stages"].values()
+    return next((int(stage["trainable_parameters"]) for stage in stages if "trainable_parameters" in stage), 0)
 
 
 def _evaluation(record: dict[str, Any]) -> dict[str, Any]:

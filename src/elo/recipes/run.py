@@ -51,21 +51,34 @@ def _all_stages(job: Job, until: Until | None) -> dict[str, Any]:
             raise _ReachedError
 
     config = job.config
+    _check_until(config.method, until)
     prepared = job.prepare()
     reached("prepare")
     job.plan_rows(prepared)
     base = None if until else job.evaluate("base", job.base)
 
     methods: dict[str, dict[str, Any]] = {}
-    for name in (config.method, *config.controls):
-        methods[name] = adapt(job, name, methods, reached=reached if name == config.method else lambda _: None)
-    if until:
-        raise EloError(f"method {config.method!r} has no stage {until!r}")
+    # full_at_wall_time is matched with what the others took, so it comes last.
+    controls = sorted(config.controls, key=lambda name: name == "full_at_wall_time")
+    for name in (config.method, *controls):
+        methods[name] = adapt(job, name, methods, reached=reached)
     assert base is not None
     job.link_model(methods[config.method]["model"])
     results = write_results(job, base.record, methods)
     job.report(results)
     return results
+
+
+def _check_until(method: str, until: Until | None) -> None:
+    from elo.training.methods import find_method
+
+    if until is None:
+        return
+    stages = ["prepare"]
+    for phase in find_method(method).phases:
+        stages += ["detach", phase.name, "attach"] if phase.detached else [phase.name]
+    if until not in stages:
+        raise EloError(f"method {method!r} has no stage {until!r}; it has {', '.join(stages)}")
 
 
 def adapt(job: Job, name: str, earlier: dict[str, dict[str, Any]], *, reached: Any = lambda _: None) -> dict[str, Any]:
@@ -88,6 +101,7 @@ def adapt(job: Job, name: str, earlier: dict[str, dict[str, Any]], *, reached: A
     for phase in method.phases:
         rows = job.rows_of(phase, name, earlier)
         if len(rows) == 0:
+            reached(phase.name)
             continue
         if phase.detached:
             detached = job.detach(name)

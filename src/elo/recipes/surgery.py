@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,11 @@ def attach(
     """
     from elo.model.checkpoint import attach_checkpoint
 
+    if not isfinite(scale):
+        raise EloError(
+            f"scale: {scale} is not a finite number; 1 puts the trained weights back, 0.5 half of the change"
+        )
+
     with _readable_errors():
         return attach_checkpoint(
             resolve_checkpoint(detached, trust_remote_code=trust_remote_code),
@@ -103,7 +109,7 @@ def resolve_checkpoint(checkpoint: str | Path, *, revision: str | None = None, t
     Raises:
         EloError: there is no such folder, and no such model can be had from the hub.
     """
-    folder = Path(checkpoint)
+    folder = Path(checkpoint).expanduser()
     if folder.exists() or len(folder.parts) > 2 or str(checkpoint).startswith((".", "/", "~")):
         if folder.is_dir():
             return folder

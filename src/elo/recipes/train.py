@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elo.errors import EloError
 from elo.processes import is_main
 from elo.records import atomic_directory
 from elo.training.settings import TrainingSettings
@@ -18,7 +17,10 @@ if TYPE_CHECKING:
     from elo.training.methods import Method, Part, Phase
     from elo.training.trainer import Evaluate
 
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt", "*.model")
+_TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model",
+    "*.tiktoken",
+)  # fmt: skip
 
 
 def train_checkpoint(
@@ -52,12 +54,12 @@ def train_checkpoint(
 
     import torch
 
-    from elo.training.loop import train
+    from elo.training.loop import train, wants_bf16
 
     model, dtype = load_trainable(checkpoint, trust_remote_code=trust_remote_code)
     method.select_trainable(model, phase, layers, also_train)
-    if torch.cuda.is_available():
-        _freeze_in(model, torch.bfloat16)
+    if torch.cuda.is_available() and wants_bf16(settings) and dtype in (torch.bfloat16, torch.float16):
+        _freeze_in(model, dtype)  # exactly as stored, so that what is saved is what was loaded
     result = train(
         model,
         rows,
@@ -81,20 +83,16 @@ def load_trainable(checkpoint: Path, *, trust_remote_code: bool = False) -> "tup
         EloError: the folder holds no checkpoint in safetensors that transformers can load.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
+
+    from elo.evaluation.loading import load_model
+    from elo.model.footprint import read_config, text_config
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise EloError(f"{checkpoint}: cannot be loaded as a causal LM: {' '.join(str(error).split())}") from None
-    dtype = config.get_text_config().dtype or config.dtype or torch.float32
-    return model, dtype
+    config = read_config(str(checkpoint), trust_remote_code=trust_remote_code)
+    model = load_model(str(checkpoint), "cpu", torch.float32, None, trust_remote_code)
+    return model, text_config(config).dtype or config.dtype or torch.float32
 
 
 def save_checkpoint(model: "PreTrainedModel", output: Path, *, side_files: Path) -> None:

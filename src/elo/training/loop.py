@@ -24,6 +24,12 @@ from elo.training.memory import peak_memory_bytes, reset_peak_memory
 from elo.training.settings import TrainingSettings
 from elo.training.trainer import EloTrainer, Evaluate, PackedCollator
 
+_SET_HERE = {
+    "output_dir", "max_steps", "num_train_epochs", "gradient_accumulation_steps", "gradient_checkpointing", "use_cpu",
+    "fp16", "logging_first_step", "logging_nan_inf_filter", "save_strategy", "eval_strategy", "eval_steps", "seed",
+    "data_seed", "disable_tqdm", "remove_unused_columns", "torch_compile", "full_determinism", "auto_find_batch_size",
+    "resume_from_checkpoint", "ignore_data_skip", "train_sampling_strategy", "label_smoothing_factor",
+}  # fmt: skip
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
 
 
@@ -33,7 +39,7 @@ class TrainingResult:
 
     Attributes:
         seconds: time in training, across restarts, without evaluation and checkpoints.
-        tokens: tokens trained on (packed rows hold nothing else).
+        tokens: positions trained on; packed rows hold nothing but tokens, unpacked ones padding too.
         losses: {"tokens", "seconds", "loss"} by logging interval; loss in nats per token.
         evaluations: {"tokens", "seconds", "bpb": {language: bits per byte}}.
     """
@@ -54,11 +60,6 @@ class StoppedBySignalError(Exception):
     def __init__(self, number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; a checkpoint is written")
         self.number = number
-
-
-def steps_of(tokens: int, sequence_length: int, settings: TrainingSettings) -> int:
-    """Whole updates in a budget of `tokens`, at least one."""
-    return max(1, tokens // (rows_per_step(sequence_length, settings) * sequence_length))
 
 
 def rows_per_step(sequence_length: int, settings: TrainingSettings) -> int:
@@ -130,16 +131,20 @@ def train(
     if on_gpu:
         model.to("cuda")  # type: ignore[arg-type]
     packed = "attention_mask" not in rows[0]
-    if packed and not _isolates(model):
-        raise EloError(
-            f"data.packing: {model.config.model_type} does not keep packed documents apart (it has layers other than "
-            "attention, or takes no position ids); write data.packing: false"
-        )
-    attention = choose_attention(model, settings.attn_implementation) if packed else "model's own"
-    restore_forward = install_head_loss(model, settings.head_loss)
+    autocast_dtype = torch.bfloat16 if wants_bf16(settings) else None
+    if packed:
+        _require_isolation(model, autocast_dtype)
+    restore_forward = install_head_loss(model, settings.head_loss, autocast_dtype)
+    attention = (
+        choose_attention(model, sequence_length, settings.attn_implementation, autocast_dtype)
+        if packed
+        else "model's own"
+    )
+    if packed and attention not in (VARLEN, "sdpa"):
+        _require_isolation(model, autocast_dtype)  # with what was asked for by name
     if settings.torch_compile:
         for layer in layers_of(model):
-            layer.compile(dynamic=False)
+            layer.compile()
     tokens_per_step = per_step * sequence_length
     shown = label if is_main() else None
     with Progress(steps * tokens_per_step, shown, "tokens", done=_step(checkpoint) * tokens_per_step) as progress:
@@ -160,10 +165,16 @@ def train(
         trainer.remove_callback(PrinterCallback)  # _Report says it
         with stop.listening():
             trainer.resume_clock()
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            try:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            except torch.OutOfMemoryError as error:
+                raise EloError(
+                    f"out of GPU memory: {str(error).splitlines()[0]} Lower per_device_train_batch_size, set "
+                    "activation_checkpointing: true or optim: adamw_8bit; `elo plan` tells what fits"
+                ) from None
             trainer.pause_clock()
     restore_forward()
-    if stop.number is not None and trainer.state.global_step < steps:
+    if stop.number is not None:
         raise StoppedBySignalError(stop.number, trainer.state.global_step)
     history = trainer.state.log_history
     return TrainingResult(
@@ -188,10 +199,7 @@ def _arguments(
 ) -> TrainingArguments:
     warmup = settings.warmup_steps
     evaluations = settings.evaluations if evaluating else 0
-    optimizer = _OPTIMIZERS[settings.optim]
-    if settings.optim == "adamw_8bit":
-        _require_bitsandbytes()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=steps,
         learning_rate=settings.learning_rate,
@@ -201,7 +209,7 @@ def _arguments(
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,
-        optim=optimizer,
+        optim=_OPTIMIZERS[settings.optim],
         per_device_train_batch_size=settings.per_device_train_batch_size,
         gradient_accumulation_steps=per_step // (settings.per_device_train_batch_size * world_size()),
         activation_checkpointing=settings.activation_checkpointing,
@@ -223,11 +231,54 @@ def _arguments(
         dataloader_num_workers=settings.dataloader_num_workers,
         **settings.training_arguments,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher would be nn.DataParallel
+    return arguments
 
 
-def _isolates(model: PreTrainedModel) -> bool:
-    with evaluating(model, None, None) as device:
-        return takes_position_ids(model) and isolates_documents(model, device)
+def check_settings(settings: TrainingSettings, sequence_length: int, section: str) -> None:
+    """Find before any work what would stop a phase.
+
+    Raises:
+        EloError: `tokens_per_step` does not divide, an optimizer is not installed, or `training_arguments` names what
+            transformers does not know or ELO sets itself.
+    """
+    try:
+        rows_per_step(sequence_length, settings)
+        if settings.optim == "adamw_8bit":
+            _require_bitsandbytes()
+    except EloError as error:
+        raise EloError(f"{section}.{error}") from None
+    known = set(TrainingArguments.__dataclass_fields__)
+    for key in settings.training_arguments:
+        if key not in known:
+            raise EloError(f"{section}.training_arguments: transformers.TrainingArguments has no {key!r}")
+        if key in _SET_HERE or key in TrainingSettings.model_fields:
+            raise EloError(
+                f"{section}.training_arguments: {key!r} is set by ELO from the configuration; "
+                f"use {section}'s own keys (docs/configuration.md)"
+            )
+
+
+def _any_process(number: int | None) -> int | None:
+    """The signal that any process of the launch has seen, so that all stop at the same step."""
+    if world_size() == 1:
+        return number
+    seen = torch.tensor([number or 0])
+    if torch.cuda.is_available():
+        seen = seen.cuda()
+    torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
+    return int(seen) or None
+
+
+def _require_isolation(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> None:
+    with evaluating(model, None, autocast_dtype) as device:
+        if takes_position_ids(model) and isolates_documents(model, device):
+            return
+    raise EloError(
+        f"data.packing: {model.config.model_type} does not keep packed documents apart here (it has layers other than "
+        f"attention, takes no position ids, or its attention {model.config._attn_implementation!r} does not see them); "
+        "write data.packing: false, or attn_implementation: auto"
+    )
 
 
 class _Report(TrainerCallback):
@@ -277,6 +328,7 @@ class _StopOnSignal(TrainerCallback):
                 signal.signal(each, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.number = _any_process(self.number)
         if self.number is not None:
             control.should_save = True
             control.should_training_stop = True

@@ -173,13 +173,19 @@ def head_cross_entropy(
         return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def install_head_loss(model: PreTrainedModel, implementation: HeadLoss = "auto") -> Callable[[], None]:
+def install_head_loss(
+    model: PreTrainedModel, implementation: HeadLoss = "auto", autocast_dtype: torch.dtype | None = None
+) -> Callable[[], None]:
     """Let `model(input_ids=..., shift_labels=...)` return the summed loss without all logits.
 
     The loss has to be computed inside `forward`, where DDP, FSDP, autocast and compilation already are. Whether our own
     path (decoder, then head weight, then transform) computes what the model computes is asked of the model itself, on
     random input with enlarged hidden states (so that a softcap shows); a model that does something else with its
     logits keeps its own path, as `implementation="model"` does.
+
+    Args:
+        implementation: as for `head_cross_entropy`.
+        autocast_dtype: what the model will run under; frozen parts may be in it while others are fp32.
 
     Returns:
         A function that takes the change back.
@@ -189,20 +195,21 @@ def install_head_loss(model: PreTrainedModel, implementation: HeadLoss = "auto")
     decoder = model.base_model
     transform = LogitTransform.of(model.config.get_text_config())
 
-    def forward(shift_labels: Tensor | None = None, **inputs: Any) -> Any:
+    def forward(*args: Any, shift_labels: Tensor | None = None, **inputs: Any) -> Any:
         if shift_labels is None:
-            return original(**inputs)
+            return original(*args, **inputs)
         hidden_BTD = decoder(**inputs, use_cache=False)[0]
         return CausalLMOutput(loss=_eager_head_loss(hidden_BTD, head, shift_labels, transform, implementation))
 
-    def forward_model(shift_labels: Tensor | None = None, **inputs: Any) -> Any:
+    def forward_model(*args: Any, shift_labels: Tensor | None = None, **inputs: Any) -> Any:
         if shift_labels is None:
-            return original(**inputs)
+            return original(*args, **inputs)
         logits_BTV = original(**inputs, use_cache=False).logits.float()
         nats = F.cross_entropy(logits_BTV.flatten(0, 1), shift_labels.flatten(), reduction="sum")
         return CausalLMOutput(loss=nats)
 
-    own_path = implementation != "model" and _head_is_separable(model, original, decoder, head, transform)
+    with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        own_path = implementation != "model" and _head_is_separable(model, original, decoder, head, transform)
     model.forward = forward if own_path else forward_model
 
     def restore() -> None:
@@ -247,9 +254,10 @@ def _head_is_separable(
     try:
         theirs = original(input_ids=ids, use_cache=False).logits.float()
         hidden = decoder(input_ids=ids, use_cache=False)[0] * enlarge
-        ours = transform(F.linear(hidden.to(weight.dtype), weight, getattr(head, "bias", None)).float())
+        bias = getattr(head, "bias", None)
+        ours = transform(F.linear(hidden.float(), weight.float(), None if bias is None else bias.float()).float())
         return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.std()))
-    except (TypeError, RuntimeError):
+    except TypeError:  # the decoder takes other arguments than the model
         return False
     finally:
         hook.remove()

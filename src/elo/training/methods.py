@@ -17,7 +17,6 @@ from elo.model.architecture import find_architecture
 
 Rows = Literal["pretraining", "alignment", "all"]
 Part = Literal["embedding", "norm", "head"]
-PARTS: tuple[Part, ...] = ("embedding", "norm", "head")
 
 
 @dataclass(frozen=True)

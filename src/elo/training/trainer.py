@@ -43,6 +43,8 @@ class PackedCollator:
             return batch
         boundaries, longest = document_starts(batch["position_ids"])
         flat = {key: value.reshape(1, -1) for key, value in batch.items()}
+        # An upper bound that never changes, so that compiled layers are not compiled again.
+        longest = max(longest, len(rows[0]["input_ids"]))
         return flat | {
             "cu_seq_lens_q": boundaries,
             "cu_seq_lens_k": boundaries,
@@ -82,6 +84,7 @@ class EloTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._seconds = seconds
         self._running_since: float | None = None
+        self._gradient_norm: Any = None
 
     # Time: training alone, without evaluation and checkpoints.
 
@@ -183,12 +186,18 @@ class EloTrainer(Trainer):
         raise TrainingDivergedError(
             f"training diverged at step {self.state.global_step} "
             f"({self.state.global_step * self.tokens_per_step:,} tokens): {what}; {kept}. "
-            "Lower learning_rate or raise warmup_steps, and look at the data near this place"
+            "Lower learning_rate or raise warmup_steps (the phase then starts anew), and look at the data nearby"
         )
 
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        self._gradient_norm = super()._clip_grad_norm(model)
+        return self._gradient_norm
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if not bool(torch.isfinite(self._tr_loss).all()):
-            self._diverged(f"the loss is {self._tr_loss.item()}")
+        # What was not logged yet may have gone wrong: never seal weights after a step that was not finite.
+        loss, gradient = float(self._tr_loss), float(0.0 if self._gradient_norm is None else self._gradient_norm)
+        if not (math.isfinite(loss) and math.isfinite(gradient)):
+            self._diverged(f"the loss is {loss} and the gradient norm {gradient}")
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():

@@ -1,0 +1,52 @@
+"""What is wrong with a run is told before anything is prepared, loaded or hired; weights are not read."""
+
+from pathlib import Path
+
+from elo.config import RunConfig
+from elo.errors import EloError
+from elo.layers import parse_layers
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Find what is missing before anything is loaded."""
+    from elo.training.loop import check_settings
+    from elo.training.methods import find_method
+
+    for section in {phase.settings for name in (config.method, *config.controls) for phase in find_method(name).phases}:
+        check_settings(getattr(config, section), config.data.sequence_length, section)
+    output = Path(config.output)
+    if output.is_dir() and any(output.iterdir()) and not (output / "stages").is_dir():
+        raise EloError(f"output: {output}: the folder holds other things than a run of ELO's; choose another")
+    for language, path in config.evaluation.cloze.items():
+        if language not in (config.data.target, config.data.source):
+            raise EloError(f"evaluation.cloze: {language!r} is neither the target nor the source language")
+        if not Path(path).is_file():
+            raise EloError(f"evaluation.cloze.{language}: {path}: no such file")
+    for language in config.evaluation.prompts:
+        if language not in (config.data.target, config.data.source):
+            raise EloError(f"evaluation.prompts: {language!r} is neither the target nor the source language")
+    if Path(config.output).exists() and not Path(config.output).is_dir():
+        raise EloError(f"output: {config.output}: is a file; name a folder for the run")
+
+
+def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
+    """The layers to train, once the model is known to take them, the rows and their length; weights are not read."""
+    from elo.evaluation.scoring import longest_sequence, takes_position_ids
+    from elo.model.architecture import find_architecture, is_recurrent
+    from elo.model.footprint import build_on_meta, read_config
+    from elo.model.refusals import require_detachable
+
+    model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
+    if any(name.startswith("elo") for name in (config.method, *config.controls)):
+        require_detachable(model_config)
+    model = build_on_meta(model_config, trust_remote_code=config.trust_remote_code)
+    layers = parse_layers(config.layers, find_architecture(model).num_layers)
+    length, limit = config.data.sequence_length, longest_sequence(model)
+    if limit is not None and length > limit:
+        raise EloError(f"data.sequence_length: {length} is beyond the {limit} positions of {config.model}")
+    if config.data.packing and (is_recurrent(model) or not takes_position_ids(model)):
+        raise EloError(
+            f"data.packing: {model_config.model_type} does not keep packed documents apart (it has layers other than "
+            "attention, or takes no position ids); write data.packing: false"
+        )
+    return layers

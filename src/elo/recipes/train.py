@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elo.processes import is_main
 from elo.records import atomic_directory
 from elo.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.utils.data import Dataset
     from transformers import PreTrainedModel
 
@@ -68,10 +68,9 @@ def train_checkpoint(
         output_dir=scratch,
         seed=seed,
         evaluate=evaluate,
+        save=lambda trained, gathered: save_checkpoint(trained, gathered, dtype, output, side_files=checkpoint),
         label=label,
     )
-    if is_main():
-        save_checkpoint(model.to(dtype), output, side_files=checkpoint)
     record = asdict(result)
     return record | {"tokens_per_second": result.tokens / result.seconds, "precision": _precision(settings)}
 
@@ -95,10 +94,20 @@ def load_trainable(checkpoint: Path, *, trust_remote_code: bool = False) -> "tup
     return model, text_config(config).dtype or config.dtype or torch.float32
 
 
-def save_checkpoint(model: "PreTrainedModel", output: Path, *, side_files: Path) -> None:
-    """Write a model with the tokenizer files of `side_files`; the folder appears whole or not at all."""
+def save_checkpoint(
+    model: "PreTrainedModel", gathered: "dict[str, Tensor] | None", dtype: Any, output: Path, *, side_files: Path
+) -> None:
+    """Write a model in `dtype` with the tokenizer files of `side_files`; the folder appears whole or not at all.
+
+    Args:
+        gathered: the weights, where the model holds only pieces of them.
+    """
     with atomic_directory(output, overwrite=True) as folder:
-        model.save_pretrained(folder)
+        if gathered is None:
+            model.to(dtype).save_pretrained(folder)
+        else:
+            model.config.dtype = dtype
+            model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in gathered.items()})
         for pattern in _TOKENIZER_FILES:
             for file in side_files.glob(pattern):
                 if file.is_file():

@@ -1,7 +1,7 @@
 """One phase of training, from a model and its rows to a result."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,7 @@ def train(
     output_dir: Path,
     seed: int,
     evaluate: Evaluate | None = None,
+    save: Callable[[PreTrainedModel, dict[str, torch.Tensor] | None], None] | None = None,
     label: str | None = None,
 ) -> TrainingResult:
     """Train what requires gradients in `model`, in place, once over `rows` in their order.
@@ -113,6 +114,8 @@ def train(
         sequence_length: tokens a row.
         output_dir: checkpoints go here; the newest whole one found here is gone on from.
         evaluate: bits per byte of a model by language.
+        save: called in the main process with the trained model, and with its gathered weights where FSDP or DeepSpeed
+            has them in pieces.
         label: shown with the progress; None is silent.
 
     Raises:
@@ -176,6 +179,11 @@ def train(
     restore_forward()
     if stop.number is not None:
         raise StoppedBySignalError(stop.number, trainer.state.global_step)
+    if save is not None:
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+        if is_main():
+            save(model, gathered)
     history = trainer.state.log_history
     return TrainingResult(
         steps=steps,
@@ -229,7 +237,7 @@ def _arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=settings.dataloader_num_workers,
-        **settings.training_arguments,
+        **{"ddp_find_unused_parameters": False, **settings.training_arguments},
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher would be nn.DataParallel
     return arguments

@@ -275,6 +275,8 @@ _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__na
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; a user's mistake ends in one message and exit status 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Threads that spin while they wait lose several times their speed as soon as another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(args=arguments, standalone_mode=False)
     except _UsageError as error:

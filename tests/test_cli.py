@@ -27,6 +27,9 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("cli")
     config = write_world(root)
     (root / "config.yaml").write_text(yaml.safe_dump(config))
+    (root / "empty.jsonl").write_text("")
+    damaged = write_base(root / "damaged") / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
     return root
 
 
@@ -81,9 +84,27 @@ MISTAKES = {
     "no results": (["report", "{tmp}"], "results.json"),
     "plan without a folder": (["plan", "{world}/base", "-o", "{tmp}/no/plan.json"], "No such file or directory"),
     "plan for no number": (["plan", "{world}/base", "--tokens", "nan"], "--tokens nan"),
+    "overwriting what is no checkpoint": (
+        ["detach", "{world}/base", "-o", "{here}", "--overwrite"],
+        "not a checkpoint",
+    ),
+    "scale beyond reason": (
+        ["attach", "{world}/base", "--base", "{world}/base", "-o", "{tmp}/out", "--scale", "1e39"],
+        "within 100 of 0",
+    ),
+    "empty corpus": (["run", "{world}/config.yaml", "--set", "data.corpora.xx={world}/empty.jsonl"], "empty"),
+    "unknown reporter": (
+        ["run", "{world}/config.yaml", "--set", "full.report_to=nowhere", "--set", "method=full"],
+        "nowhere",
+    ),
+    "bad training argument": (
+        ["run", "{world}/config.yaml", "--set", "elo_pretraining.training_arguments={{fsdp: wat}}"],
+        "elo_pretraining: transformers refuses",
+    ),
+    "damaged weights": (["run", "{world}/config.yaml", "--set", "model={world}/damaged"], "model.safetensors"),
     "scale is no number": (
         ["attach", "{world}/base", "--base", "{world}/base", "-o", "{tmp}/out", "--scale", "nan"],
-        "not a finite number",
+        "not a number within 100",
     ),
     "unknown device": (["plan", "{world}/base", "--device", "H1000"], "H1000"),
     "step does not divide": (

@@ -49,6 +49,7 @@ def test_overrides_are_yaml():
     assert config.elo_pretraining.learning_rate == 2e-4
     assert config.controls == ("full",)
     assert config.tokens == 1000
+    assert load_config(GOOD, ["tokens=1e7"]).tokens == 10_000_000
     assert config.layers == "0,-1"
 
 
@@ -86,6 +87,8 @@ def test_overrides_are_yaml():
         ("full.loss_spike", float("inf"), "finite number"),
         ("data.target", False, "quote it"),
         ("output", "", "at least 1 character"),
+        ("tokens", True, "not true or false"),
+        ("tokens", 10**30, "less than or equal to"),
         ("tokens", 0, "greater than 0, got 0"),
         ("tokens", 1.5, "tokens: input should be a valid integer"),
         ("seed", -1, "greater than or equal to 0"),
@@ -107,6 +110,8 @@ def test_refuses(path, value, said):
     [
         ("a: [", "is not YAML"),
         ("- a\n- b", "holds list, not a mapping"),
+        ("a: 1\nb: 2\na: 3", "key 'a' stands twice"),
+        ("a: &a\n  b: *a\n", "refers to itself"),
         ("", "holds NoneType"),
         ("\x00", "is not YAML"),
     ],

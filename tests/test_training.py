@@ -260,6 +260,21 @@ def test_spike_stops_the_run(tmp_path):
         _train(model, tmp_path, settings=settings, steps=20)
 
 
+def test_logged_means_do_not_span_a_checkpoint(tmp_path):
+    settings = SETTINGS.model_copy(update={"logging_steps": 2, "save_steps": 3})
+    whole = _train(_detached(), tmp_path / "whole", settings=settings)
+
+    def die():
+        raise _StopError
+
+    victim = _detached()
+    _at_step(victim, 5, die)
+    with pytest.raises(_StopError):
+        _train(victim, tmp_path / "victim", settings=settings)
+    restarted = _train(_detached(), tmp_path / "victim", settings=settings)
+    assert [point["loss"] for point in restarted.losses] == [point["loss"] for point in whole.losses]
+
+
 def test_signal_writes_a_checkpoint_first(tmp_path):
     model = _detached()
     _at_step(model, 5, lambda: signal.raise_signal(signal.SIGTERM))

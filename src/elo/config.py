@@ -2,10 +2,10 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from elo.errors import EloError
 from elo.layers import DEFAULT_LAYERS
@@ -49,6 +49,19 @@ Control = Literal[MethodName, "full_at_wall_time"]
 Part = Literal["embedding", "norm", "head"]
 
 
+def _whole_number(value: Any) -> Any:
+    """1e9 is text to YAML 1.1, and true is 1 to Python: take the first for a number, and the second for a mistake."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number of tokens, not true or false")
+    if isinstance(value, str | float):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return int(number) if number.is_integer() else value
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -58,7 +71,7 @@ class CorpusConfig(_Section):
 
     path: str
     """A file (.jsonl, .parquet, .txt, each also .gz or .zst), a folder, a glob, or a Hugging Face dataset id."""
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1e6)
     """Relative number of passes over this corpus among those of its language."""
     text_column: str = "text"
 
@@ -157,7 +170,7 @@ class RunConfig(_Section):
     data: DataConfig
     method: MethodName = "elo"
     layers: str | int | list[int] = DEFAULT_LAYERS
-    tokens: int | None = Field(None, gt=0)
+    tokens: Annotated[int | None, BeforeValidator(_whole_number)] = Field(None, gt=0, le=10**15)
     """The run's token budget; null: one pass over the target language."""
     seed: int = Field(42, ge=0, lt=2**32)
     tokenizer: str | None = None
@@ -195,7 +208,10 @@ def load_config(path: str | Path | dict[str, Any], overrides: list[str] | None =
         name, value = "configuration", path
     else:
         name, value = str(path), _read_yaml(Path(path))
-    value = _plain_copy(value)
+    try:
+        value = _plain_copy(value)
+    except RecursionError:
+        raise EloError(f"{name}: is nested too deeply, or refers to itself") from None
     for override in overrides or []:
         _override(value, override)
     try:
@@ -204,9 +220,24 @@ def load_config(path: str | Path | dict[str, Any], overrides: list[str] | None =
         raise EloError(f"{name}: " + "; ".join(_explain(each) for each in error.errors())) from None
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} stands twice in one section", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
         raise EloError(f"{path}: no such configuration file") from None
     except IsADirectoryError:

@@ -63,7 +63,7 @@ class CorpusTask:
         units: list[list[InputFile]] = []
         size = UNIT_BYTES
         for file in self.files:
-            if size + file.size > UNIT_BYTES or file.is_hub:
+            if not units or size + file.size > UNIT_BYTES or file.is_hub:
                 units.append([])
                 size = 0
             units[-1].append(file)

@@ -9,6 +9,7 @@ from elo.layers import parse_layers
 
 def check_inputs(config: RunConfig) -> None:
     """Find what is missing before anything is loaded."""
+    from elo.evaluation.cloze import read_cloze
     from elo.training.loop import check_settings
     from elo.training.methods import find_method
 
@@ -22,6 +23,7 @@ def check_inputs(config: RunConfig) -> None:
             raise EloError(f"evaluation.cloze: {language!r} is neither the target nor the source language")
         if not Path(path).is_file():
             raise EloError(f"evaluation.cloze.{language}: {path}: no such file")
+        read_cloze(Path(path))
     for language in config.evaluation.prompts:
         if language not in (config.data.target, config.data.source):
             raise EloError(f"evaluation.prompts: {language!r} is neither the target nor the source language")
@@ -35,7 +37,9 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     from elo.model.architecture import find_architecture, is_recurrent
     from elo.model.footprint import build_on_meta, read_config
     from elo.model.refusals import require_detachable
+    from elo.model.tensor_files import open_checkpoint
 
+    open_checkpoint(base)
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
     if any(name.startswith("elo") for name in (config.method, *config.controls)):
         require_detachable(model_config)

@@ -36,6 +36,7 @@ def detach(
     """
     from elo.model.checkpoint import detach_checkpoint
 
+    _check_replaceable(Path(output), overwrite)
     folder = resolve_checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     name = str(checkpoint) if not Path(checkpoint).is_dir() else None
     with _readable_errors():
@@ -78,9 +79,10 @@ def attach(
     """
     from elo.model.checkpoint import attach_checkpoint
 
-    if not isfinite(scale):
+    _check_replaceable(Path(output), overwrite)
+    if not (isfinite(scale) and abs(scale) <= 100):
         raise EloError(
-            f"scale: {scale} is not a finite number; 1 puts the trained weights back, 0.5 half of the change"
+            f"scale: {scale} is not a number within 100 of 0; 1 puts the trained weights back, 0.5 half of the change"
         )
 
     with _readable_errors():
@@ -101,6 +103,14 @@ def _readable_errors() -> Iterator[None]:
         yield
     except OSError as error:  # a full disk, a file without read permission
         raise EloError(f"{error.filename or 'output'}: {error.strerror or error}") from None
+
+
+def _check_replaceable(output: Path, overwrite: bool) -> None:
+    """Raise EloError where overwriting would remove something else than a checkpoint."""
+    if not overwrite or not output.exists():
+        return
+    if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
+        raise EloError(f"{output}: is not a checkpoint, so --overwrite does not remove it; choose another output")
 
 
 def resolve_checkpoint(checkpoint: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from elo.errors import EloError
 from elo.evaluation.bits_per_byte import isolates_documents
@@ -256,6 +257,12 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
             _require_bitsandbytes()
     except EloError as error:
         raise EloError(f"{section}.{error}") from None
+    reporters = [settings.report_to] if isinstance(settings.report_to, str) else settings.report_to
+    try:
+        for reporter in get_reporting_integration_callbacks([name for name in reporters if name != "none"]):
+            reporter()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise EloError(f"{section}.report_to: {error}") from None
     known = set(TrainingArguments.__dataclass_fields__)
     for key in settings.training_arguments:
         if key not in known:
@@ -265,6 +272,10 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
                 f"{section}.training_arguments: {key!r} is set by ELO from the configuration; "
                 f"use {section}'s own keys (docs/configuration.md)"
             )
+    try:
+        _arguments(settings, rows_per_step(sequence_length, settings), 1, Path(), 0, evaluating=False)
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise EloError(f"{section}: transformers refuses these training arguments: {error}") from None
 
 
 def _any_process(number: int | None) -> int | None:

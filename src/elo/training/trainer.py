@@ -105,6 +105,8 @@ class EloTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         control = self.control
         pausing = control.should_evaluate or control.should_save
+        # A logged loss is the mean since the last one: it must not span a checkpoint, where a restart begins anew.
+        control.should_log |= control.should_save
         if pausing:
             self.pause_clock()
         super()._maybe_log_save_evaluate(*args, **kwargs)

@@ -158,6 +158,21 @@ def test_settings_are_checked_before_any_work(update, said):
     assert said in str(error.value)
 
 
+def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
+    results = []
+    for switched in (False, True):
+        settings = SETTINGS.model_copy(update={"activation_checkpointing": switched})
+        results.append(_train(_detached(), tmp_path / str(switched), settings=settings, steps=4))
+    assert [p["loss"] for p in results[0].losses] == pytest.approx([p["loss"] for p in results[1].losses], abs=1e-6)
+    assert results[1].losses[-1]["loss"] < results[1].losses[0]["loss"]
+
+
+def test_adafactor_is_a_choice(tmp_path):
+    settings = SETTINGS.model_copy(update={"optim": "adafactor"})
+    result = _train(_detached(), tmp_path, settings=settings)
+    assert result.losses[-1]["loss"] < result.losses[0]["loss"]
+
+
 def test_tokens_per_step_must_fit():
     with pytest.raises(EloError, match=r"tokens_per_step: 100 is not a multiple .* = 32; write .* 96"):
         rows_per_step(LENGTH, SETTINGS.model_copy(update={"tokens_per_step": 100}))

@@ -352,10 +352,11 @@ def _has_compiler():
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
-def test_training_leaves_forward_as_it_was(tmp_path):
+def test_training_leaves_forward_and_attention_as_they_were(tmp_path):
     model = _detached()
     copied = copy.deepcopy(model)
-    _train(model, tmp_path)
+    _train(model, tmp_path, settings=SETTINGS.model_copy(update={"attn_implementation": "elo_varlen"}))
+    assert model.config._attn_implementation == copied.config._attn_implementation
     ids = torch.arange(5).unsqueeze(0)
     assert model(input_ids=ids).logits.shape == copied(input_ids=ids).logits.shape
 

@@ -149,10 +149,8 @@ class LayerAlignmentConfig(TrainingSettings):
 class EvaluationConfig(_Section):
     """What is measured before and after."""
 
-    max_tokens: int | None = Field(200_000, gt=0)
-    """Held-out tokens a language, in whole documents; null takes all."""
-    max_tokens_in_training: int | None = Field(50_000, gt=0)
-    """The same for the measurements during training."""
+    max_tokens: int | None = Field(100_000, gt=0)
+    """Held-out tokens a language, in whole documents, during training as well; null takes all."""
     cloze: dict[str, str] = Field(default_factory=dict)
     """Cloze items (.jsonl) by language."""
     prompts: dict[str, list[str]] = Field(default_factory=dict)

@@ -265,7 +265,7 @@ class Job:
             "also_train": list(also_train),
             "settings": settings.model_dump(mode="json", exclude=_HOW) | _further(settings),
             "seed": config.seed,
-            "evaluation": config.evaluation.max_tokens_in_training,
+            "evaluation": config.evaluation.max_tokens,
         }
         label = f"{method.name} {phase.name}" if phase.name != method.name else method.name
 
@@ -276,7 +276,7 @@ class Job:
                 self.prepared,  # type: ignore[arg-type]
                 self.languages,
                 sequence_length=data.sequence_length,
-                max_tokens=config.evaluation.max_tokens_in_training,
+                max_tokens=config.evaluation.max_tokens,
                 settings=settings,
             )
             return train_checkpoint(

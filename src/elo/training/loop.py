@@ -136,6 +136,7 @@ def train(
         model.to("cuda")  # type: ignore[arg-type]
     packed = "attention_mask" not in rows[0]
     autocast_dtype = torch.bfloat16 if wants_bf16(settings) else None
+    own_attention = model.config._attn_implementation
     if packed:
         _require_isolation(model, autocast_dtype)
     restore_forward = install_head_loss(model, settings.head_loss, autocast_dtype)
@@ -178,6 +179,8 @@ def train(
                 ) from None
             trainer.pause_clock()
     restore_forward()
+    if model.config._attn_implementation != own_attention:
+        model.set_attn_implementation(own_attention or "eager")
     if stop.number is not None:
         raise StoppedBySignalError(stop.number, trainer.state.global_step)
     if save is not None:

@@ -352,6 +352,19 @@ def _has_compiler():
     return any(shutil.which(name) for name in ("g++", "clang++", "c++"))
 
 
+def test_a_model_that_is_trained_again_runs_under_autocast_again(tmp_path):
+    model = _detached()
+    settings = SETTINGS.model_copy(update={"bf16": True})
+    dtypes = []
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda module, _, output: dtypes.append((module.training, output.dtype))
+    )
+    for turn in range(2):
+        dtypes.clear()
+        _train(model, tmp_path / str(turn), settings=settings, steps=2)
+        assert {dtype for training, dtype in dtypes if training} == {torch.bfloat16}, turn
+
+
 def test_training_leaves_forward_and_attention_as_they_were(tmp_path):
     model = _detached()
     copied = copy.deepcopy(model)

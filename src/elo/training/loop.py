@@ -179,6 +179,8 @@ def train(
                 ) from None
             trainer.pause_clock()
     restore_forward()
+    # accelerate leaves a model alone that it has prepared once: trained again it would run without autocast.
+    vars(model).pop("_is_accelerate_prepared", None)
     if model.config._attn_implementation != own_attention:
         model.set_attn_implementation(own_attention or "eager")
     if stop.number is not None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from elo.errors import EloError
 from elo.layers import DEFAULT_LAYERS
-from elo.training.settings import TrainingSettings
+from elo.training.settings import Part, TrainingSettings
 
 # Spellings of other tools, answered with ours.
 _ELSEWHERE = {
@@ -46,7 +46,6 @@ _ELSEWHERE = {
 
 MethodName = Literal["elo", "elo_embeddings", "full", "align_only", "frozen"]
 Control = Literal[MethodName, "full_at_wall_time"]
-Part = Literal["embedding", "norm", "head"]
 
 
 def _whole_number(value: Any) -> Any:

@@ -69,22 +69,6 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def embedding_of(model: PreTrainedModel) -> nn.Module:
-    """The model's token embedding."""
-    return model.get_submodule(find_architecture(model).embedding_path)
-
-
-def head_of(model: PreTrainedModel) -> nn.Module:
-    """The model's language-model head."""
-    return model.get_submodule(find_architecture(model).head_path)
-
-
-def norm_of(model: PreTrainedModel) -> nn.Module | None:
-    """The norm between the last layer and the head; None if the family has none."""
-    path = find_architecture(model).norm_path
-    return None if path is None else model.get_submodule(path)
-
-
 def group_of(name: str, parts: Architecture) -> str | None:
     """Whether a tensor is of the "embedding", "head" or "norm", by its name in the model or in a file."""
     stem = name.rpartition(".")[0]

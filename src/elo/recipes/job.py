@@ -22,7 +22,8 @@ from elo.workspace import Stage, Workspace, file_identity
 if TYPE_CHECKING:
     from elo.data.mixture import Mixture, MixtureRows
     from elo.data.shards import PreparedData
-    from elo.training.methods import Method, Part, Phase
+    from elo.training.methods import Method, Phase
+    from elo.training.settings import Part
 
 # Settings that say how the work is done, not what comes out (but for float noise): they may change between restarts.
 _HOW = {

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elo.records import atomic_directory
-from elo.training.settings import TrainingSettings
+from elo.training.settings import Part, TrainingSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from elo.data.shards import PreparedData
-    from elo.training.methods import Method, Part, Phase
+    from elo.training.methods import Method, Phase
     from elo.training.trainer import Evaluate
 
 _TOKENIZER_FILES = (

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-IGNORE_INDEX = -100
+from elo.data.packing import IGNORE_INDEX
+
 HeadLoss = Literal["auto", "chunked", "plain", "linear_cross_entropy", "model"]
 
 # benchmarks/head_loss.py: below this many logits a chunk loop costs more than it saves.

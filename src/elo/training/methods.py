@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from elo.errors import EloError
 from elo.model.architecture import find_architecture
+from elo.training.settings import Part
 
 Rows = Literal["pretraining", "alignment", "all"]
-Part = Literal["embedding", "norm", "head"]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Part = Literal["embedding", "norm", "head"]
+"""A part of a model outside its decoder layers."""
+
 
 class TrainingSettings(BaseModel):
     """How one phase trains."""

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
+from elo.data.packing import IGNORE_INDEX
 from elo.errors import TrainingDivergedError
 from elo.training.attention import document_starts
 from elo.training.checkpoints import rotate_checkpoints, seal_checkpoint
-from elo.training.losses import IGNORE_INDEX
 
 Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 """Bits per byte of a model, by language."""

@@ -27,7 +27,7 @@ from elo.model.footprint import training_flops_per_token
 from elo.model.surgery import detach_layers
 from elo.recipes.results import hardware, versions
 from elo.training.loop import train, wants_bf16
-from elo.training.methods import find_method, select_layers
+from elo.training.methods import select_layers
 from elo.training.settings import TrainingSettings
 
 
@@ -179,9 +179,8 @@ def main() -> None:
         full, full_bare, frozen = (make_model(args, depth) for _ in range(3))
         select_layers(frozen, layers)
         detached, detached_bare = (detach_layers(full, list(layers)) for _ in range(2))
-        elo = find_method("elo")
         for model in (detached, detached_bare):
-            elo.select_trainable(model, elo.phases[0], layers)
+            select_layers(model, range(len(layers)))
         contestants["full CPT"] = ours(full, args, settings), flops("full")
         contestants["full CPT, bare loop"] = bare(full_bare, args, settings), flops("full")
         contestants["frozen middle"] = ours(frozen, args, settings), flops("frozen")

@@ -106,6 +106,9 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument(
+        "--init", type=float, default=0.02, help="standard deviation of initial weights; narrow models want more"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--no-bf16", action="store_true")
@@ -141,6 +144,7 @@ def main() -> None:
         num_key_value_heads=heads,
         max_position_embeddings=2048,
         tie_word_embeddings=args.tie,
+        initializer_range=args.init,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,

@@ -16,9 +16,8 @@ from elo.recipes.train import _freeze_in
 from elo.training.checkpoints import MANIFEST, check_checkpoint, latest_checkpoint
 from elo.training.loop import StoppedBySignalError, check_settings, rows_per_step, train
 from elo.training.losses import install_head_loss
-from elo.training.methods import METHODS, find_method, select_layers
+from elo.training.methods import select_layers
 
-ELO = find_method("elo")
 STEPS = 8
 
 
@@ -40,7 +39,7 @@ def _weights(model):
 
 def _detached():
     model = detach_layers(tiny_llama(), [0, 3])
-    ELO.select_trainable(model, ELO.phases[0], [0, 3])
+    select_layers(model, [0, 1])
     return model
 
 
@@ -182,7 +181,7 @@ def test_frozen_in_bf16_as_on_a_gpu(tmp_path):
     """On a GPU frozen parameters are held in bf16 while the layers train in fp32 under bf16 autocast."""
     stored = tiny_llama().to(torch.bfloat16)
     model = detach_layers(stored, [0, 3]).float()
-    ELO.select_trainable(model, ELO.phases[0], [0, 3])
+    select_layers(model, [0, 1])
     _freeze_in(model, torch.bfloat16)
     assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
     settings = SETTINGS.model_copy(update={"bf16": True, "head_loss": "chunked"})
@@ -200,7 +199,7 @@ def test_frozen_in_bf16_as_on_a_gpu(tmp_path):
 
 def test_head_loss_is_recognised_under_autocast():
     model = detach_layers(tiny_llama().to(torch.bfloat16), [0, 3]).float()
-    ELO.select_trainable(model, ELO.phases[0], [0, 3])
+    select_layers(model, [0, 1])
     _freeze_in(model, torch.bfloat16)
     install_head_loss(model, "chunked", torch.bfloat16)
     assert "forward_model" not in model.forward.__qualname__
@@ -305,34 +304,6 @@ def test_signal_writes_a_checkpoint_first(tmp_path):
         assert torch.equal(tensor, restarted.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_each_method_trains_what_it_says(name):
-    method = find_method(name)
-    for phase in method.phases:
-        model = tiny_llama()
-        if phase.detached:
-            model = detach_layers(model, [0, 3])
-        method.select_trainable(model, phase, [0, 3], method.also_train)
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        everything = {name for name, _ in model.named_parameters()}
-        layers = {name for name in everything if ".layers.0." in name or ".layers.3." in name}
-        if phase.detached:
-            layers = {name for name in everything if ".layers." in name}
-        if name == "elo_embeddings":
-            layers |= {"model.embed_tokens.weight", "lm_head.weight"}
-        assert trained == (layers if phase.detached or name == "frozen" else everything)
-
-
-def test_also_train_adds_parts_and_minds_ties():
-    model = tiny_llama()
-    select_layers(model, [0], ["head", "norm"])
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {"lm_head.weight", "model.norm.weight"} <= trained
-    assert "model.embed_tokens.weight" not in trained
-    with pytest.raises(EloError, match="ties its LM head"):
-        select_layers(tiny_llama(tie=True), [0], ["head"])
-
-
 @pytest.mark.slow
 def test_compiled_layers_learn_the_same(tmp_path):
     pytest.importorskip("torch._inductor")
@@ -384,7 +355,7 @@ def test_models_that_cannot_isolate_documents_train_unpacked_only(tmp_path, fami
         "mamba": MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=3, state_size=4),
     }[family]
     model = AutoModelForCausalLM.from_config(config)
-    find_method("full").select_trainable(model, find_method("full").phases[0], [])
+    model.requires_grad_(True)
     with pytest.raises(EloError, match=r"data\.packing: false"):
         _train(model, tmp_path / "packed")
     stream = PaddedStream(corpus(1), LENGTH, 1)

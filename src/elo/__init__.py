@@ -10,6 +10,7 @@ from elo.errors import EloError
 
 if TYPE_CHECKING:
     from elo.model.surgery import attach_layers, detach_layers
+    from elo.recipes.compare import compare
     from elo.recipes.evaluate import evaluate
     from elo.recipes.plan import plan
     from elo.recipes.prepare import prepare
@@ -22,6 +23,7 @@ __all__ = [
     "EloError",
     "attach",
     "attach_layers",
+    "compare",
     "detach",
     "detach_layers",
     "evaluate",
@@ -34,6 +36,7 @@ __all__ = [
 _HOMES = {
     "attach": "elo.recipes.surgery",
     "attach_layers": "elo.model.surgery",
+    "compare": "elo.recipes.compare",
     "detach": "elo.recipes.surgery",
     "detach_layers": "elo.model.surgery",
     "evaluate": "elo.recipes.evaluate",

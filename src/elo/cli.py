@@ -217,6 +217,14 @@ def plan(
 
 
 @app.command()
+def compare(config: Config, set_: Set = None) -> None:
+    """Train several methods within the same budgets, tuned and with several seeds, and report which buys most."""
+    from elo.recipes.compare import compare
+
+    compare(config, overrides=set_)
+
+
+@app.command()
 def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("elo-quickstart"),
     set_: Set = None,

@@ -2,15 +2,16 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from elo.errors import EloError
 from elo.layers import DEFAULT_LAYERS
-from elo.training.settings import Part, TrainingSettings
+from elo.training.settings import EloOptions, LisaSettings, LoraSettings, TrainingSettings
 
+_TRAINING_SECTIONS = ("elo_pretraining", "layer_alignment", "full", "lora", "lisa")
 # Spellings of other tools, answered with ours.
 _ELSEWHERE = {
     "base_model": "model",
@@ -42,10 +43,20 @@ _ELSEWHERE = {
     "flash_attention": "attn_implementation",
     "alignment": "layer_alignment",
     "pretraining": "elo_pretraining",
+    "also_train": "elo.also_train",
+    "include": "elo.also_train",
+    "bridge": "elo.stand_in",
+    "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "lora_alpha": "lora.alpha",
 }
 
-MethodName = Literal["elo", "elo_embeddings", "full", "align_only", "frozen"]
+MethodName = Literal["elo", "elo_paper", "full", "align_only", "frozen", "lora", "lisa"]
 Control = Literal[MethodName, "full_at_wall_time"]
+
+
+M = TypeVar("M", bound=BaseModel)
+Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 def _whole_number(value: Any) -> Any:
@@ -131,13 +142,6 @@ class DataConfig(_Section):
         return self
 
 
-class EloPretrainingConfig(TrainingSettings):
-    """Training of the detached model."""
-
-    also_train: tuple[Part, ...] = ()
-    """Parts outside the layers that train and are attached too; none in the published method."""
-
-
 class LayerAlignmentConfig(TrainingSettings):
     """The brief full fine-tune of the whole model."""
 
@@ -172,10 +176,14 @@ class RunConfig(_Section):
     seed: int = Field(42, ge=0, lt=2**32)
     tokenizer: str | None = None
     """Folder or hub id, if it is not the model's."""
-    elo_pretraining: EloPretrainingConfig = EloPretrainingConfig()
+    elo: EloOptions = EloOptions()
+    elo_pretraining: TrainingSettings = TrainingSettings()
+    """Training arguments of ELO pretraining."""
     layer_alignment: LayerAlignmentConfig = LayerAlignmentConfig()
     full: TrainingSettings = TrainingSettings()
     """Training arguments of full CPT and the frozen middle."""
+    lora: LoraSettings = LoraSettings()
+    lisa: LisaSettings = LisaSettings()
     evaluation: EvaluationConfig = EvaluationConfig()
     controls: tuple[Control, ...] = ()
     """Other methods to run beside, on the same data, for the comparison in the report."""
@@ -185,14 +193,120 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _controls(self) -> "RunConfig":
-        if "full_at_wall_time" in self.controls and (not self.method.startswith("elo") or "full" not in self.controls):
+        if "full_at_wall_time" in self.controls and (self.method == "full" or "full" not in self.controls):
             raise ValueError(
-                "controls: full_at_wall_time takes its budget from method elo's wall time and from the rate of "
-                "full, so it needs an ELO method and full among the controls"
+                "controls: full_at_wall_time takes its budget from the wall time of the run's own method and from the "
+                "rate of full, so it needs a method other than full, and full among the controls"
             )
         if self.method in self.controls:
             raise ValueError(f"controls: {self.method!r} is the run's own method")
         return self
+
+
+class Contestant(_Section):
+    """One way of adapting that takes part in a comparison."""
+
+    method: MethodName | None = None
+    """By default the contestant's name."""
+    label: str | None = None
+    changes: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the run that this contestant has otherwise, as key.path: value."""
+    learning_rates: list[Rate] | dict[str, list[Rate]] | None = None
+    """Rates to try, for all its phases or by section; by default those of the comparison."""
+
+
+class Budget(_Section):
+    """What every contestant may spend: tokens, or wall time in training."""
+
+    tokens: Annotated[int | None, BeforeValidator(_whole_number)] = Field(None, gt=0, le=10**15)
+    seconds: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one(self) -> "Budget":
+        if (self.tokens is None) == (self.seconds is None):
+            raise ValueError("a budget is either tokens or seconds: write one of the two")
+        return self
+
+    @property
+    def name(self) -> str:
+        return f"{self.tokens:,} tokens" if self.tokens is not None else f"{self.seconds:g} s"
+
+
+class CompareConfig(_Section):
+    """A comparison of methods on one base, one corpus and one held-out text."""
+
+    run: str | dict[str, Any]
+    """What all contestants share: the configuration of a run, or its file."""
+    output: str = Field(min_length=1)
+    """Folder of the comparison."""
+    contestants: dict[str, Contestant] = Field(min_length=1)
+    budgets: list[Budget] = Field(min_length=1)
+    seeds: list[int] = Field([1, 2, 3], min_length=1)
+    """Of the order of rows and all else that is drawn; learning rates are tuned with the first."""
+    learning_rates: list[Rate] = Field([1e-4, 3e-4, 1e-3], min_length=1)
+    """Rates that are tried for each phase of each contestant, on the budget itself. Where the lowest or the highest is
+    best, the next beyond is tried too."""
+    title: str | None = None
+
+    @field_validator("contestants", mode="before")
+    @classmethod
+    def _empty_is_plain(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return {str(name): {} for name in value}
+        return {name: item or {} for name, item in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _known(self) -> "CompareConfig":
+        names = get_args(MethodName)
+        for name, contestant in self.contestants.items():
+            if contestant.method is None and name not in names:
+                raise ValueError(f"contestants.{name}: is not a method; write method: one of {', '.join(names)}")
+            if not name.replace("_", "").replace("-", "").replace(".", "").isalnum() or name.startswith("."):
+                raise ValueError(f"contestants: name {name!r} may hold letters, digits, -, _ and . alone")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: {self.seeds} holds one twice")
+        return self
+
+    def method(self, name: str) -> str:
+        """The method of contestant `name`."""
+        return self.contestants[name].method or name
+
+
+def load_comparison(path: str | Path | dict[str, Any], overrides: list[str] | None = None) -> CompareConfig:
+    """Read the configuration of a comparison; as `load_config`.
+
+    Raises:
+        EloError: as `load_config`.
+    """
+    return _load(CompareConfig, path, overrides)
+
+
+def contestant_run(
+    config: CompareConfig, name: str, folder: Path, *, learning_rates: dict[str, float], tokens: int, seed: int
+) -> RunConfig:
+    """The run of one contestant: what is shared, its changes, and these learning rates by section.
+
+    Raises:
+        EloError: the run's configuration or the changes are wrong.
+    """
+    value = _plain_copy(_read_yaml(Path(config.run)) if isinstance(config.run, str) else config.run)
+    where = config.run if isinstance(config.run, str) else "run"
+    contestant = config.contestants[name]
+    changes = {
+        **contestant.changes,
+        **{f"{section}.learning_rate": rate for section, rate in learning_rates.items()},
+        "method": config.method(name),
+        "controls": [],
+        "evaluation.cloze": {},
+        "evaluation.prompts": {},
+        **{f"{section}.evaluations": 0 for section in _TRAINING_SECTIONS},
+        "output": str(folder),
+        "tokens": tokens,
+        "seed": seed,
+    }
+    for key, item in changes.items():
+        _put(value, key, item, f"contestants.{name}.changes")
+    return _validated(RunConfig, value, f"{where}, as contestant {name!r} changes it")
 
 
 def load_config(path: str | Path | dict[str, Any], overrides: list[str] | None = None) -> RunConfig:
@@ -201,6 +315,10 @@ def load_config(path: str | Path | dict[str, Any], overrides: list[str] | None =
     Raises:
         EloError: the file cannot be read, or a key or value is wrong: which, where, what was got, what to do.
     """
+    return _load(RunConfig, path, overrides)
+
+
+def _load(model: type[M], path: str | Path | dict[str, Any], overrides: list[str] | None) -> M:
     if isinstance(path, dict):
         name, value = "configuration", path
     else:
@@ -211,10 +329,14 @@ def load_config(path: str | Path | dict[str, Any], overrides: list[str] | None =
         raise EloError(f"{name}: is nested too deeply, or refers to itself") from None
     for override in overrides or []:
         _override(value, override)
+    return _validated(model, value, name)
+
+
+def _validated(model: type[M], value: dict[str, Any], name: str) -> M:
     try:
-        return RunConfig.model_validate(value)
+        return model.model_validate(value)
     except ValidationError as error:
-        raise EloError(f"{name}: " + "; ".join(_explain(each) for each in error.errors())) from None
+        raise EloError(f"{name}: " + "; ".join(_explain(each, model) for each in error.errors())) from None
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -268,21 +390,26 @@ def _override(value: dict[str, Any], override: str) -> None:
         parsed = yaml.safe_load(text)
     except yaml.YAMLError:
         raise EloError(f"--set {override!r}: the value {text!r} is not YAML") from None
-    *parents, last = key.strip().split(".")
+    _put(value, key.strip(), parsed, f"--set {override!r}")
+
+
+def _put(value: dict[str, Any], key: str, item: Any, where: str) -> None:
+    """Set `key`, a dotted path, in a nested dict."""
+    *parents, last = key.split(".")
     here: Any = value
     for parent in parents:
         here = here.setdefault(parent, {})
         if not isinstance(here, dict):
-            raise EloError(f"--set {override!r}: {parent!r} is a value, not a section")
-    here[last] = parsed
+            raise EloError(f"{where}: {parent!r} is a value, not a section")
+    here[last] = item
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, model: type[BaseModel]) -> str:
     """One pydantic error in words: the key, what is wrong, what was got, what to write."""
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         key = str(error["loc"][-1])
-        known = _known_keys(error["loc"][:-1])
+        known = _known_keys(model, error["loc"][:-1])
         elsewhere = _ELSEWHERE.get(key)
         close = difflib.get_close_matches(key, known, 1, 0.6) or ([elsewhere] if elsewhere else [])
         hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(sorted(known))}"
@@ -309,9 +436,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
+def _known_keys(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Keys of the section at `location`."""
-    model: Any = RunConfig
+    model: Any = root
     for part in location:
         field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
         if field is not None:

@@ -77,6 +77,7 @@ def bits_per_byte(
     sequence_length: int,
     batch_size: int | None = None,
     max_tokens: int | None = None,
+    documents: slice = slice(None),
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
     progress: str | None = None,
@@ -93,6 +94,7 @@ def bits_per_byte(
         batch_size: rows of `sequence_length` a forward pass; by default as many as keep fp32 logits within 1 GiB.
         max_tokens: evaluate whole documents from the start of the corpus while their text tokens stay within this
             number (one document at least).
+        documents: which documents of the corpus are looked at.
         device: where to run; by default where the model is.
         autocast_dtype: compute dtype, for models kept in another one.
         progress: a label shows progress under it; None shows nothing.
@@ -107,9 +109,9 @@ def bits_per_byte(
             f"sequence_length: got {sequence_length}, but the model takes 1 to {limit or 'any number of'} positions; "
             "choose a sequence_length within"
         )
-    pieces, text_tokens, num_bytes, documents = _pieces(corpus, sequence_length, max_tokens)
+    pieces, text_tokens, num_bytes, count = _pieces(corpus, sequence_length, max_tokens, documents)
     if not pieces or not num_bytes:
-        raise EloError(f"the corpus to evaluate holds no text ({documents} documents, {num_bytes} bytes)")
+        raise EloError(f"the corpus to evaluate holds no text ({count} documents, {num_bytes} bytes)")
     tokens_per_batch = batch_size * sequence_length if batch_size else batch_tokens(model)
     nats = 0.0
     with evaluating(model, device, autocast_dtype) as place, Progress(text_tokens, progress, "tokens") as bar:
@@ -123,7 +125,7 @@ def bits_per_byte(
             tensors.pop("attention_mask" if packed else "position_ids")
             nats += float(token_nats(forward_logits(model, **tensors), labels_BT).sum())
             bar.advance(int((arrays["labels"] != IGNORE_INDEX).sum()))
-    return BitsPerByte(nats, text_tokens, num_bytes, documents)
+    return BitsPerByte(nats, text_tokens, num_bytes, count)
 
 
 def isolates_documents(model: PreTrainedModel, device: torch.device) -> bool:
@@ -146,11 +148,13 @@ def isolates_documents(model: PreTrainedModel, device: torch.device) -> bool:
     return leak <= 2 * rounding * scale and shift <= 32 * rounding * scale
 
 
-def _pieces(corpus: TokenCorpus, sequence_length: int, max_tokens: int | None) -> tuple[list[_Piece], int, int, int]:
+def _pieces(
+    corpus: TokenCorpus, sequence_length: int, max_tokens: int | None, taken: slice
+) -> tuple[list[_Piece], int, int, int]:
     """Pieces of at most `sequence_length` predictions, longest first; text tokens; bytes; documents."""
     pieces: list[_Piece] = []
     text_tokens = num_bytes = documents = 0
-    for index in range(corpus.num_documents):
+    for index in range(corpus.num_documents)[taken]:
         length = len(corpus.document(index)) - SPECIALS_PER_DOCUMENT
         if max_tokens is not None and documents and text_tokens + length > max_tokens:
             break

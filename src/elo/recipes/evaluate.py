@@ -33,6 +33,7 @@ def evaluate(
     prompts: Mapping[str, Sequence[str]] | None = None,
     sequence_length: int | None = None,
     max_tokens: int | None = None,
+    documents: slice = slice(None),
     max_new_tokens: int = 64,
     batch_size: int | None = None,
     text_column: str = "text",
@@ -54,6 +55,7 @@ def evaluate(
         prompts: texts by language to continue greedily: gives samples.
         sequence_length: context in tokens; by default what the model was made for, 2048 at most.
         max_tokens: text tokens a language to measure on, in whole documents from the start; None measures on all.
+        documents: which documents of each corpus are looked at, as in `slice(0, None, 2)`.
         max_new_tokens: length of a sample, in tokens.
         batch_size: rows a forward pass; by default as many as keep logits within 1 GiB.
         text_column: key or column that holds a document's text.
@@ -117,6 +119,7 @@ def evaluate(
             sequence_length=sequence_length,
             batch_size=batch_size,
             max_tokens=max_tokens,
+            documents=documents,
             progress=label,
         )
         if not math.isfinite(result.nats):

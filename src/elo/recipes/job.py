@@ -15,6 +15,7 @@ from elo.errors import EloError
 from elo.processes import is_main
 from elo.recipes.preflight import check_inputs, check_model
 from elo.recipes.prepare import CorpusSource, prepare, source_files
+from elo.recipes.stand_in import choose_scale, write_bridge
 from elo.recipes.surgery import attach, detach, resolve_checkpoint
 from elo.records import write_json
 from elo.workspace import Stage, Workspace, file_identity
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
     from elo.data.mixture import Mixture, MixtureRows
     from elo.data.shards import PreparedData
     from elo.training.methods import Method, Phase
-    from elo.training.settings import Part
 
+# Tokens for the fit of a bridge (and 16 for each hidden dimension); for the search of a scale, at least and at most.
+_BRIDGE_TOKENS = 8192
+_SCALE_TOKENS = (4096, 65_536)
 # Settings that say how the work is done, not what comes out (but for float noise): they may change between restarts.
 _HOW = {
     "per_device_train_batch_size",
@@ -59,6 +62,8 @@ class Job:
     layers: tuple[int, ...]
     base_identity: dict[str, Any] = field(default_factory=dict)
     prepared: "PreparedData | None" = None
+    heldout: slice = field(default_factory=lambda: slice(None))
+    """Which held-out documents are measured on."""
     _mixture: "Mixture | None" = None
     _pretraining_rows: int = 0
     _alignment_rows: int = 0
@@ -167,7 +172,7 @@ class Job:
                     f"{language!r} text {rows / once:.1f} times"
                 )
 
-    def rows_of(self, phase: "Phase", method: str, earlier: dict[str, dict[str, Any]]) -> "MixtureRows":
+    def rows_of(self, phase: "Phase", method: "Method", earlier: dict[str, dict[str, Any]]) -> "MixtureRows":
         """The mixture's rows that a phase trains on."""
         from elo.training.loop import rows_per_step
 
@@ -178,9 +183,15 @@ class Job:
             "alignment": (self._pretraining_rows, total),
             "all": (0, total),
         }[phase.rows]
-        if method == "full_at_wall_time":
+        if method.name == "full_at_wall_time":
             stop = self._rows_at_wall_time(earlier)
-        per_step = rows_per_step(self.config.data.sequence_length, self._settings(phase))
+        length = self.config.data.sequence_length
+        per_step = rows_per_step(length, self._settings(phase))
+        if 0 < stop - start < per_step:
+            raise EloError(
+                f"tokens: {method.name} has {(stop - start) * length:,} tokens for {phase.name}, less than one step of "
+                f"{phase.settings}.tokens_per_step {per_step * length:,}; give more tokens, or lower it"
+            )
         return self._mixture.rows(start, start + (stop - start) // per_step * per_step)
 
     def _rows_at_wall_time(self, earlier: dict[str, dict[str, Any]]) -> int:
@@ -219,51 +230,102 @@ class Job:
             outputs=(output,),
         )
 
+    def bridge(self, method: "Method") -> Stage:
+        """The linear bridge over what the layers leave out, fitted on the first rows of the run."""
+        from elo.model.footprint import read_config, text_config
+
+        assert self._mixture is not None
+        output = self.path(method.name, "bridge", "elo_bridge.safetensors")
+        base_config = text_config(read_config(str(self.base), trust_remote_code=self.config.trust_remote_code))
+        tokens = max(_BRIDGE_TOKENS, 16 * int(base_config.hidden_size))
+        rows = self._mixture.rows(0, -(-tokens // self.config.data.sequence_length))
+        inputs = {"base": self.base_identity, "layers": list(self.layers), **self._rows_inputs(rows)}
+
+        def work() -> dict[str, Any]:
+            fitted = write_bridge(self.base, self.layers, rows, output, trust_remote_code=self.config.trust_remote_code)
+            return {"layers": list(self.layers), **fitted}
+
+        stage = self.workspace.stage(f"{method.name}-bridge", inputs, lambda: _measured(work), outputs=(output,))
+        shown = ", ".join(f"{share:.0%}" for share in stage.record["explained"])
+        self.say(f"{method.name} bridge: explains {shown} of what the middle does to the hidden states")
+        return stage
+
     def attach(self, method: "Method", trained: Path, trained_stage: Stage) -> Stage:
         """The base with the trained layers put back."""
         output = self.path(method.name, "attached")
-        include = list(self.also_train(method))
-        inputs = {"base": self.base_identity, "trained": trained_stage.fingerprint, "include": include}
-        return self.workspace.stage(
-            f"{method.name}-attach",
-            inputs,
-            lambda: _measured(
-                lambda: attach(
-                    trained,
-                    str(self.base),
-                    output=output,
-                    include=include,
-                    overwrite=True,
-                    trust_remote_code=self.config.trust_remote_code,
+        include = sorted(method.also_train)
+        inputs: dict[str, Any] = {"base": self.base_identity, "trained": trained_stage.fingerprint, "include": include}
+        rows = None
+        if method.scale == "search":
+            rows = self._unseen_rows()
+            inputs |= {"scale": "search", **self._rows_inputs(rows)}
+        elif method.scale != 1.0:
+            inputs |= {"scale": method.scale}
+
+        def work() -> dict[str, Any]:
+            scale, tried = method.scale, None
+            if rows is not None:
+                scale, tried = choose_scale(
+                    self.base, trained, rows, include, trust_remote_code=self.config.trust_remote_code
                 )
-            ),
-            outputs=(output,),
-        )
+            assert not isinstance(scale, str)
+            record = attach(
+                trained,
+                str(self.base),
+                output=output,
+                scale=scale,
+                include=include,
+                overwrite=True,
+                trust_remote_code=self.config.trust_remote_code,
+            )
+            return record if tried is None else record | {"scales_tried": tried}
+
+        stage = self.workspace.stage(f"{method.name}-attach", inputs, lambda: _measured(work), outputs=(output,))
+        if rows is not None:
+            self.say(f"{method.name} attach: scale {stage.record['scale']:g} predicts unseen rows best")
+        return stage
+
+    def _unseen_rows(self) -> "MixtureRows":
+        """Rows that follow those of ELO pretraining: 2 % of the budget, within some thousand tokens."""
+        assert self._mixture is not None
+        length = self.config.data.sequence_length
+        total = (self._pretraining_rows + self._alignment_rows) * length
+        count = -(-min(max(total // 50, _SCALE_TOKENS[0]), _SCALE_TOKENS[1]) // length)
+        return self._mixture.rows(self._pretraining_rows, self._pretraining_rows + count)
 
     # Training.
 
-    def also_train(self, method: "Method") -> "tuple[Part, ...]":
-        """Parts outside the layers that a method's detached phases train and put back."""
-        return tuple(sorted({*self.config.elo_pretraining.also_train, *method.also_train}))
+    def method(self, name: str) -> "Method":
+        """A method with this configuration's options."""
+        from elo.training.methods import Options, find_method
+
+        return find_method(name, Options(self.config.elo, self.config.lora, self.config.lisa))
 
     def train(
-        self, method: "Method", phase: "Phase", rows: "MixtureRows", checkpoint: Path, before: Stage | None
+        self,
+        method: "Method",
+        phase: "Phase",
+        rows: "MixtureRows",
+        checkpoint: Path,
+        before: Stage | None,
+        bridge: Stage | None = None,
     ) -> Stage:
         """Train `checkpoint`, the outcome of stage `before` (None: the base), on `rows`."""
         from elo.recipes.train import heldout_evaluator, train_checkpoint
+        from elo.training.bridge import Bridge
+        from elo.training.methods import Setup
 
         assert self.prepared is not None
         config, data, settings = self.config, self.config.data, self._settings(phase)
         output, scratch = self.path(method.name, phase.name), self.path(method.name, f"{phase.name}-checkpoints")
-        also_train = self.also_train(method) if phase.detached else ()
         inputs = {
             "model": before.fingerprint if before else self.base_identity,
-            "data": self.prepared.fingerprint,
-            "mixture": self._mixture_inputs(),
-            "rows": [rows.start, rows.stop],
+            **self._rows_inputs(rows),
             "method": method.name,
             "layers": list(self.layers),
-            "also_train": list(also_train),
+            "middle": phase.middle,
+            "also_train": list(method.also_train),
+            "bridge": bridge.fingerprint if bridge else None,
             "settings": settings.model_dump(mode="json", exclude=_HOW) | _further(settings),
             "seed": config.seed,
             "evaluation": config.evaluation.max_tokens,
@@ -286,8 +348,11 @@ class Job:
                 rows=rows,  # type: ignore[arg-type]
                 method=method,
                 phase=phase,
-                layers=self.layers,
-                also_train=also_train,
+                setup=Setup(
+                    self.layers,
+                    Bridge.load(self.path(method.name, "bridge", "elo_bridge.safetensors")) if bridge else None,
+                    config.seed,
+                ),
                 settings=settings,
                 sequence_length=data.sequence_length,
                 seed=config.seed,
@@ -305,6 +370,16 @@ class Job:
         )
         return stage
 
+    def _rows_inputs(self, rows: "MixtureRows") -> dict[str, Any]:
+        """What decides the content of rows."""
+        assert self.prepared is not None
+        return {
+            "data": self.prepared.fingerprint,
+            "mixture": self._mixture_inputs(),
+            "rows": [rows.start, rows.stop],
+            "row_seed": self.config.seed,
+        }
+
     def _mixture_inputs(self) -> dict[str, Any]:
         data = self.config.data
         return {
@@ -318,7 +393,15 @@ class Job:
 
     # Evaluation and report.
 
-    def evaluate(self, name: str, model: Path, before: Stage | None = None, *, brief: bool = False) -> Stage:
+    def evaluate(
+        self,
+        name: str,
+        model: Path,
+        before: Stage | None = None,
+        *,
+        brief: bool = False,
+        heldout: slice | None = None,
+    ) -> Stage:
         """Bits per byte of both languages; unless `brief`, cloze accuracy and samples too."""
         from elo.recipes.evaluate import evaluate
 
@@ -326,8 +409,10 @@ class Job:
         settings, data = self.config.evaluation, self.config.data
         cloze = {} if brief else {language: Path(path) for language, path in settings.cloze.items()}
         prompts = {} if brief else settings.prompts
+        documents = heldout or self.heldout
         inputs = {
             "model": before.fingerprint if before else self.base_identity,
+            "documents": str(documents),
             "heldout": {language: self.prepared.heldout(language).fingerprint for language in self.languages},
             "sequence_length": data.sequence_length,
             "max_tokens": settings.max_tokens,
@@ -346,6 +431,7 @@ class Job:
                 prompts=prompts,
                 sequence_length=data.sequence_length,
                 max_tokens=settings.max_tokens,
+                documents=documents,
                 max_new_tokens=settings.max_new_tokens,
                 trust_remote_code=self.config.trust_remote_code,
                 progress=False,
@@ -446,7 +532,7 @@ def _measured(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     started = time.perf_counter()
     record = work()
     return {
-        "layers": record["layers"],
+        **record,
         "seconds": time.perf_counter() - started,
         "tokens": 0,
         "tokens_per_second": None,

@@ -1,20 +1,25 @@
 """What is wrong with a run is told before anything is prepared, loaded or hired; weights are not read."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elo.config import RunConfig
 from elo.errors import EloError
 from elo.layers import parse_layers
+
+if TYPE_CHECKING:
+    from elo.training.methods import Method
 
 
 def check_inputs(config: RunConfig) -> None:
     """Find what is missing before anything is loaded."""
     from elo.evaluation.cloze import read_cloze
     from elo.training.loop import check_settings
-    from elo.training.methods import find_method
 
-    for section in {phase.settings for name in (config.method, *config.controls) for phase in find_method(name).phases}:
+    for section in {phase.settings for method in methods_of(config) for phase in method.phases}:
         check_settings(getattr(config, section), config.data.sequence_length, section)
+    for method in methods_of(config):
+        method.check()
     output = Path(config.output)
     if output.is_dir() and any(output.iterdir()) and not (output / "stages").is_dir():
         raise EloError(f"output: {output}: the folder holds other things than a run of ELO's; choose another")
@@ -31,6 +36,14 @@ def check_inputs(config: RunConfig) -> None:
         raise EloError(f"output: {config.output}: is a file; name a folder for the run")
 
 
+def methods_of(config: RunConfig) -> "list[Method]":
+    """The run's own method and its controls."""
+    from elo.training.methods import Options, find_method
+
+    options = Options(config.elo, config.lora, config.lisa)
+    return [find_method(name, options) for name in (config.method, *config.controls)]
+
+
 def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     """The layers to train, once the model is known to take them, the rows and their length; weights are not read."""
     from elo.evaluation.scoring import longest_sequence, takes_position_ids
@@ -41,7 +54,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
 
     open_checkpoint(base)
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
-    if any(name.startswith("elo") for name in (config.method, *config.controls)):
+    if any(phase.detached for method in methods_of(config) for phase in method.phases):
         require_detachable(model_config)
     model = build_on_meta(model_config, trust_remote_code=config.trust_remote_code)
     layers = parse_layers(config.layers, find_architecture(model).num_layers)

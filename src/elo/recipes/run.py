@@ -5,13 +5,16 @@ depends on has changed.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from elo.config import RunConfig, load_config
 from elo.errors import EloError
 from elo.recipes.job import Job, open_job
 from elo.recipes.results import write_results
 from elo.workspace import Stage
+
+if TYPE_CHECKING:
+    from elo.training.methods import Method
 
 Until = Literal["prepare", "detach", "elo_pretraining", "attach", "layer_alignment"]
 
@@ -51,7 +54,7 @@ def _all_stages(job: Job, until: Until | None) -> dict[str, Any]:
             raise _ReachedError
 
     config = job.config
-    _check_until(config.method, until)
+    _check_until(job.method(config.method), until)
     prepared = job.prepare()
     reached("prepare")
     job.plan_rows(prepared)
@@ -69,16 +72,14 @@ def _all_stages(job: Job, until: Until | None) -> dict[str, Any]:
     return results
 
 
-def _check_until(method: str, until: Until | None) -> None:
-    from elo.training.methods import find_method
-
+def _check_until(method: "Method", until: Until | None) -> None:
     if until is None:
         return
     stages = ["prepare"]
-    for phase in find_method(method).phases:
+    for phase in method.phases:
         stages += ["detach", phase.name, "attach"] if phase.detached else [phase.name]
     if until not in stages:
-        raise EloError(f"method {method!r} has no stage {until!r}; it has {', '.join(stages)}")
+        raise EloError(f"method {method.name!r} has no stage {until!r}; it has {', '.join(stages)}")
 
 
 def adapt(job: Job, name: str, earlier: dict[str, dict[str, Any]], *, reached: Any = lambda _: None) -> dict[str, Any]:
@@ -91,23 +92,24 @@ def adapt(job: Job, name: str, earlier: dict[str, dict[str, Any]], *, reached: A
     Returns:
         {"model": folder, "stages": {name: record}, "evaluation": ..., "before_alignment": ... or None}
     """
-    from elo.training.methods import find_method
-
-    method = find_method(name)
+    method = job.method(name)
     model: Stage | None = None
     folder = job.base
     stages: dict[str, dict[str, Any]] = {}
-    before_alignment = None
+    before_alignment = bridge = None
     for phase in method.phases:
-        rows = job.rows_of(phase, name, earlier)
+        rows = job.rows_of(phase, method, earlier)
         if len(rows) == 0:
             reached(phase.name)
             continue
+        if phase.needs_bridge and bridge is None:
+            bridge = job.bridge(method)
+            stages["bridge"] = bridge.record
         if phase.detached:
             detached = job.detach(name)
             stages["detach"] = detached.record
             reached("detach")
-            trained = job.train(method, phase, rows, job.path(name, "detached"), detached)
+            trained = job.train(method, phase, rows, job.path(name, "detached"), detached, bridge)
             stages[phase.name] = trained.record
             reached(phase.name)
             model = job.attach(method, job.path(name, phase.name), trained)
@@ -116,7 +118,7 @@ def adapt(job: Job, name: str, earlier: dict[str, dict[str, Any]], *, reached: A
             folder = job.path(name, "attached")
             before_alignment = job.evaluate(f"{name}-attached", folder, model, brief=True).record
         else:
-            model = job.train(method, phase, rows, folder, model)
+            model = job.train(method, phase, rows, folder, model, bridge if phase.needs_bridge else None)
             stages[phase.name] = model.record
             folder = job.path(name, phase.name)
             reached(phase.name)

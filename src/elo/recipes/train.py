@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elo.records import atomic_directory
-from elo.training.settings import Part, TrainingSettings
+from elo.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from elo.data.shards import PreparedData
-    from elo.training.methods import Method, Phase
+    from elo.training.methods import Method, Phase, Setup
     from elo.training.trainer import Evaluate
 
 _TOKENIZER_FILES = (
@@ -30,8 +30,7 @@ def train_checkpoint(
     rows: "Dataset",
     method: "Method",
     phase: "Phase",
-    layers: Sequence[int],
-    also_train: "Sequence[Part]" = (),
+    setup: "Setup",
     settings: TrainingSettings,
     sequence_length: int,
     seed: int,
@@ -44,7 +43,7 @@ def train_checkpoint(
 
     Args:
         rows: packed rows, as many as the phase trains on.
-        layers: decoder layers of the base that ELO trains, 0-based.
+        setup: what the method prepares the model with.
         scratch: folder for training checkpoints, from which an interrupted call goes on.
 
     Returns:
@@ -57,9 +56,14 @@ def train_checkpoint(
     from elo.training.loop import train, wants_bf16
 
     model, dtype = load_trainable(checkpoint, trust_remote_code=trust_remote_code)
-    method.select_trainable(model, phase, layers, also_train)
+    prepared = method.prepare(model, phase, setup)
     if torch.cuda.is_available() and wants_bf16(settings) and dtype in (torch.bfloat16, torch.float16):
         _freeze_in(model, dtype)  # exactly as stored, so that what is saved is what was loaded
+
+    def save(trained: "PreTrainedModel", gathered: "dict[str, Tensor] | None") -> None:
+        prepared.fold()
+        save_checkpoint(trained, gathered, dtype, output, side_files=checkpoint)
+
     result = train(
         model,
         rows,
@@ -68,7 +72,8 @@ def train_checkpoint(
         output_dir=scratch,
         seed=seed,
         evaluate=evaluate,
-        save=lambda trained, gathered: save_checkpoint(trained, gathered, dtype, output, side_files=checkpoint),
+        save=save,
+        before_step=prepared.before_step,
         label=label,
     )
     record = asdict(result)

@@ -105,6 +105,7 @@ def train(
     seed: int,
     evaluate: Evaluate | None = None,
     save: Callable[[PreTrainedModel, dict[str, torch.Tensor] | None], None] | None = None,
+    before_step: Callable[[int, Any], None] | None = None,
     label: str | None = None,
 ) -> TrainingResult:
     """Train what requires gradients in `model`, in place, once over `rows` in their order.
@@ -117,6 +118,7 @@ def train(
         evaluate: bits per byte of a model by language.
         save: called in the main process with the trained model, and with its gathered weights where FSDP or DeepSpeed
             has them in pieces.
+        before_step: called before each update with its 0-based number and the optimizer (elo.training.methods).
         label: shown with the progress; None is silent.
 
     Raises:
@@ -151,6 +153,7 @@ def train(
         for layer in layers_of(model):
             layer.compile()
     tokens_per_step = per_step * sequence_length
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shown = label if is_main() else None
     with Progress(steps * tokens_per_step, shown, "tokens", done=_step(checkpoint) * tokens_per_step) as progress:
         stop = _StopOnSignal()
@@ -160,7 +163,7 @@ def train(
             train_dataset=rows,
             eval_dataset=rows,  # Trainer insists on one; EloTrainer.evaluate measures held-out text instead
             data_collator=PackedCollator(varlen=attention == VARLEN, position_ids=takes_position_ids(model)),
-            callbacks=[_Report(progress, tokens_per_step), stop],
+            callbacks=[_Report(progress, tokens_per_step), stop, _BeforeStep(before_step)],
             tokens_per_step=tokens_per_step,
             evaluate_bits_per_byte=evaluate,
             loss_spike=settings.loss_spike,
@@ -196,7 +199,7 @@ def train(
         tokens=steps * tokens_per_step,
         seconds=trainer.seconds,
         peak_memory_bytes=peak_memory_bytes(),
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable_parameters=trainable,
         attention=attention,
         losses=[_point(entry) | {"loss": entry["loss"]} for entry in history if "loss" in entry],
         evaluations=[
@@ -323,6 +326,17 @@ class _Report(TrainerCallback):
         if measured:
             shown = ", ".join(f"{language} {value:.4f}" for language, value in measured.items())
             self.progress.say(f"{self.progress.label}: {logs['tokens']:,} tokens, bits per byte: {shown}")
+
+
+class _BeforeStep(TrainerCallback):
+    """Calls a method's `before_step`."""
+
+    def __init__(self, call: Callable[[int, Any], None] | None) -> None:
+        self.call = call
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if self.call is not None:
+            self.call(state.global_step, getattr(optimizer, "optimizer", optimizer))
 
 
 class _StopOnSignal(TrainerCallback):

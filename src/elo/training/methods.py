@@ -1,22 +1,30 @@
 """What trains where: each way to adapt a model is one class here.
 
-A method is a sequence of phases. A phase trains either the detached model (and its layers are then attached) or the
-whole model, on its part of the mixture's rows, with the settings of one section of the configuration. Adding a method:
-write a class, give it a name and phases, say which parameters train; `METHODS` finds it.
+A method is a sequence of phases. A phase trains one model, detached or whole, on its part of the run's rows, with the
+settings of one section of the configuration. `prepare` says what trains, what stands in for the middle, what happens
+before an update, and how what was added is folded back into a plain Hugging Face model. Adding a method: write a class,
+name it, give it phases and, where `select_layers` or everything is not what trains, a `prepare`; `METHODS` finds it.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from elo.errors import EloError
-from elo.model.architecture import find_architecture
-from elo.training.settings import Part
+from elo.model.architecture import find_architecture, layers_of
+from elo.model.footprint import Flops, Footprint
+from elo.model.footprint import Method as FootprintMethod
+from elo.processes import world_size
+from elo.training.bridge import Bridge, gaps_between, install_bridge, pass_forward_only
+from elo.training.settings import EloOptions, LisaSettings, LoraSettings, Part
 
 Rows = Literal["pretraining", "alignment", "all"]
+Middle = Literal["absent", "bridge", "forward_only", "computed"]
+Section = Literal["elo_pretraining", "layer_alignment", "full", "lora", "lisa"]
 
 
 @dataclass(frozen=True)
@@ -25,15 +33,65 @@ class Phase:
 
     Attributes:
         name: as it stands in records and folder names.
-        detached: train the detached model and attach it afterwards; otherwise train the whole model.
+        middle: what is done with the layers that are not among the trained ones. `absent`: they are detached, and what
+            is kept is joined end to end. `bridge`: detached, and a linear bridge stands where they stood.
+            `forward_only`: computed without a graph, while the gradient passes by the bridge's Jacobian. `computed`:
+            like any other layer.
         rows: which part of the run's token budget it sees. `all` is `pretraining` followed by `alignment`.
         settings: section of the configuration that holds its training arguments.
     """
 
     name: str
-    detached: bool
+    middle: Middle
     rows: Rows
-    settings: Literal["elo_pretraining", "layer_alignment", "full"]
+    settings: Section
+
+    @property
+    def detached(self) -> bool:
+        """Whether it trains a detached model, which is attached afterwards."""
+        return self.middle in ("absent", "bridge")
+
+    @property
+    def needs_bridge(self) -> bool:
+        """Whether a bridge has to be fitted on the base before."""
+        return self.middle in ("bridge", "forward_only")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a model is prepared with.
+
+    Attributes:
+        layers: decoder layers of the base that ELO trains, 0-based.
+        bridge: for phases that need one.
+        seed: of the run.
+    """
+
+    layers: Sequence[int] = ()
+    bridge: Bridge | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model made ready for a phase.
+
+    Attributes:
+        before_step: called before each update with its 0-based number and the optimizer, after a restart too.
+        fold: takes out what was added and leaves a plain Hugging Face model that holds what was trained.
+    """
+
+    before_step: Callable[[int, Any], None] | None = None
+    fold: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be chosen about methods, besides training arguments: sections of the configuration."""
+
+    elo: EloOptions = field(default_factory=EloOptions)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    lisa: LisaSettings = field(default_factory=LisaSettings)
 
 
 class Method:
@@ -41,47 +99,99 @@ class Method:
 
     name: ClassVar[str]
     label: ClassVar[str]
-    phases: ClassVar[tuple[Phase, ...]]
-    also_train: ClassVar[tuple[Part, ...]] = ()
-    """Parts outside the layers that detached phases train and attach, besides those of the configuration."""
+    phases: tuple[Phase, ...] = ()
+    also_train: tuple[Part, ...] = ()
+    """Parts outside the layers that train with them, and are attached with them."""
+    scale: float | Literal["search"] = 1.0
+    """How much of the trained change is attached: theta0 + scale * (theta - theta0)."""
 
-    def select_trainable(
-        self, model: PreTrainedModel, phase: Phase, layers: Sequence[int], also_train: Collection[Part] = ()
-    ) -> None:
-        """Set `requires_grad` on every parameter of `model`, which holds just the kept layers if `phase.detached`.
+    def __init__(self, options: Options) -> None:
+        pass
+
+    def check(self) -> None:
+        """Raise EloError where the method cannot run here at all."""
+
+    def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
+        """Set `requires_grad` on every parameter of `model`, and add what the phase needs.
 
         Args:
-            layers: decoder layers of the base that ELO trains, 0-based.
-            also_train: parts outside the layers that train in a detached phase.
+            model: the whole model, or just the kept layers if `phase.detached`.
         """
         model.requires_grad_(True)
+        return Prepared()
+
+    def flops_per_token(self, phase: Phase, counted: Footprint, layers: Sequence[int], sequence_length: int) -> float:
+        """Matmul FLOPs of one trained token of a phase, forward and backward."""
+        return counted.flops_per_token("full", sequence_length=sequence_length).total
+
+    def kept_layers_flops(self, phase: Phase, counted: Footprint, layers: Sequence[int], sequence_length: int) -> float:
+        """`flops_per_token` of a phase that trains the kept layers and `also_train`."""
+
+        def count(how: FootprintMethod) -> Flops:
+            return counted.flops_per_token(
+                how,
+                layers,
+                sequence_length=sequence_length,
+                train_embedding="embedding" in self.also_train,
+                train_head="head" in self.also_train,
+            )
+
+        map_flops = 2.0 * counted.hidden_size**2 * len(gaps_between(layers, counted.num_layers))
+        if phase.middle == "absent":
+            return count("elo").total
+        if phase.middle == "bridge":  # forward and input gradient
+            return count("elo").total + 2 * map_flops
+        if phase.middle == "forward_only":
+            return count("frozen").forward + count("elo").backward + map_flops
+        return count("frozen").total
+
+    def prepare_kept_layers(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
+        """Train the kept layers and `also_train`, with what `phase.middle` says for the others."""
+        layers = range(len(setup.layers)) if phase.detached else setup.layers
+        select_layers(model, layers, self.also_train)
+        if not phase.needs_bridge:
+            return Prepared()
+        assert setup.bridge is not None
+        install = install_bridge if phase.detached else pass_forward_only
+        return Prepared(fold=install(model, setup.bridge))
 
 
 class Elo(Method):
-    """ELO as published: detached layers on most of the tokens, then a brief full fine-tune on the rest."""
+    """ELO as we recommend it: the options of section `elo`; docs/experiments.md tells what their defaults rest on."""
 
     name = "elo"
     label = "ELO"
-    phases = (
-        Phase("elo_pretraining", detached=True, rows="pretraining", settings="elo_pretraining"),
-        Phase("layer_alignment", detached=False, rows="alignment", settings="layer_alignment"),
-    )
 
-    def select_trainable(
-        self, model: PreTrainedModel, phase: Phase, layers: Sequence[int], also_train: Collection[Part] = ()
-    ) -> None:
-        if phase.detached:
-            select_layers(model, range(len(layers)), also_train)
-        else:
-            model.requires_grad_(True)
+    def __init__(self, options: Options) -> None:
+        elo = options.elo
+        self.also_train = elo.also_train
+        self.scale = elo.scale
+        middles: dict[str, Middle] = {"none": "absent", "bridge": "bridge", "forward_only": "forward_only"}
+        aligned: Middle = "computed" if elo.alignment == "full" else "forward_only"
+        self.phases = (
+            Phase("elo_pretraining", middles[elo.stand_in], rows="pretraining", settings="elo_pretraining"),
+            Phase("layer_alignment", aligned, rows="alignment", settings="layer_alignment"),
+        )
+
+    def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
+        if phase.middle == "computed":
+            return super().prepare(model, phase, setup)
+        return self.prepare_kept_layers(model, phase, setup)
+
+    def flops_per_token(self, phase: Phase, counted: Footprint, layers: Sequence[int], sequence_length: int) -> float:
+        if phase.middle == "computed":
+            return super().flops_per_token(phase, counted, layers, sequence_length)
+        return self.kept_layers_flops(phase, counted, layers, sequence_length)
 
 
-class EloEmbeddings(Elo):
-    """ELO with embedding and LM head trained too: what a shallow model can learn most with, at their cost in memory."""
+class EloPaper(Elo):
+    """ELO as published (arXiv 2601.03648): layers joined end to end, all else frozen, then a brief full fine-tune."""
 
-    name = "elo_embeddings"
-    label = "ELO, embedding and head too"
-    also_train = ("embedding", "head")
+    name = "elo_paper"
+    label = "ELO as published"
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(Options(elo=EloOptions(stand_in="none", also_train=(), scale=1.0, alignment="full")))
 
 
 class Full(Method):
@@ -89,7 +199,7 @@ class Full(Method):
 
     name = "full"
     label = "Full CPT"
-    phases = (Phase("full", detached=False, rows="all", settings="full"),)
+    phases = (Phase("full", "computed", rows="all", settings="full"),)
 
 
 class FullAtWallTime(Full):
@@ -104,36 +214,124 @@ class AlignOnly(Method):
 
     name = "align_only"
     label = "Alignment alone"
-    phases = (Phase("layer_alignment", detached=False, rows="alignment", settings="layer_alignment"),)
+    phases = (Phase("layer_alignment", "computed", rows="alignment", settings="layer_alignment"),)
 
 
 class Frozen(Method):
-    """The same layers as ELO, trained in place with the middle frozen but computed."""
+    """The same layers as ELO, trained in place with the middle frozen but computed and differentiated."""
 
     name = "frozen"
     label = "Frozen middle"
-    phases = (Phase("frozen", detached=False, rows="all", settings="full"),)
+    phases = (Phase("frozen", "computed", rows="all", settings="full"),)
 
-    def select_trainable(
-        self, model: PreTrainedModel, phase: Phase, layers: Sequence[int], also_train: Collection[Part] = ()
-    ) -> None:
-        select_layers(model, layers, also_train)
+    def __init__(self, options: Options) -> None:
+        self.also_train = options.elo.also_train
+
+    def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
+        return self.prepare_kept_layers(model, phase, setup)
+
+    def flops_per_token(self, phase: Phase, counted: Footprint, layers: Sequence[int], sequence_length: int) -> float:
+        return self.kept_layers_flops(phase, counted, layers, sequence_length)
+
+
+class Lora(Method):
+    """Low-rank adapters on all linear layers (arXiv 2106.09685) by peft, merged into the weights at the end."""
+
+    name = "lora"
+    label = "LoRA"
+    phases = (Phase("lora", "computed", rows="all", settings="lora"),)
+
+    def __init__(self, options: Options) -> None:
+        self.settings = options.lora
+
+    def check(self) -> None:
+        try:
+            import peft  # noqa: F401
+        except ImportError:
+            raise EloError("method: lora needs peft, which is not installed; pip install 'elo-cpt[lora]'") from None
+        if {"fsdp", "deepspeed"} & set(self.settings.training_arguments):
+            raise EloError(
+                "method: lora is merged in one process's memory; leave fsdp and deepspeed out of its section"
+            )
+
+    def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
+        from peft import LoraConfig, LoraModel
+
+        config = LoraConfig(
+            r=self.settings.rank,
+            lora_alpha=self.settings.alpha,
+            lora_dropout=self.settings.dropout,
+            target_modules="all-linear",
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(setup.seed)  # a restart finds the same adapters before it loads its checkpoint
+            tuner = LoraModel(model, {"default": config}, "default")
+
+        def fold() -> None:
+            tuner.merge_and_unload(safe_merge=True)
+
+        return Prepared(fold=fold)
+
+    def flops_per_token(self, phase: Phase, counted: Footprint, layers: Sequence[int], sequence_length: int) -> float:
+        rank = self.settings.rank
+        return counted.flops_per_token("lora", sequence_length=sequence_length, lora_rank=rank).total
+
+
+class Lisa(Method):
+    """LISA (arXiv 2403.17919): embedding, head and a few layers train at a time, which are drawn anew now and then."""
+
+    name = "lisa"
+    label = "LISA"
+    phases = (Phase("lisa", "computed", rows="all", settings="lisa"),)
+
+    def __init__(self, options: Options) -> None:
+        self.settings = options.lisa
+
+    def check(self) -> None:
+        if world_size() > 1:
+            raise EloError(
+                "method: lisa changes what trains from step to step, which works in one process alone so far"
+            )
+
+    def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
+        layers = layers_of(model)
+        drawn = min(self.settings.layers, len(layers))
+        # The optimizer is made for whatever trains at its making: all of it, some of which has no gradient at a time.
+        model.requires_grad_(True)
+
+        def before_step(step: int, optimizer: Any) -> None:
+            turn, inside = divmod(step, self.settings.period)
+            generator = torch.Generator().manual_seed(setup.seed * 1_000_003 + turn)
+            chosen = set(torch.randperm(len(layers), generator=generator)[:drawn].tolist())
+            for index, layer in enumerate(layers):
+                layer.requires_grad_(index in chosen)
+                if inside == 0 and index not in chosen:
+                    for parameter in layer.parameters():  # its moments would be stale when it is drawn again
+                        optimizer.state.pop(parameter, None)
+
+        return Prepared(before_step=before_step)
+
+    def flops_per_token(self, phase: Phase, counted: Footprint, layers: Sequence[int], sequence_length: int) -> float:
+        drawn = range(min(self.settings.layers, counted.num_layers))  # embedding trains, so which ones does not matter
+        return counted.flops_per_token(
+            "frozen", drawn, sequence_length=sequence_length, train_embedding=True, train_head=True
+        ).total
 
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Elo, EloEmbeddings, Full, FullAtWallTime, AlignOnly, Frozen)
+    method.name: method for method in (Elo, EloPaper, Full, FullAtWallTime, AlignOnly, Frozen, Lora, Lisa)
 }
 
 
-def find_method(name: str) -> Method:
-    """The method called `name`.
+def find_method(name: str, options: Options | None = None) -> Method:
+    """The method called `name`, with its options.
 
     Raises:
         EloError: there is none.
     """
     if name not in METHODS:
         raise EloError(f"method: {name!r} is unknown; choose one of {', '.join(METHODS)}")
-    return METHODS[name]()
+    return METHODS[name](options or Options())
 
 
 def select_layers(model: PreTrainedModel, layers: Collection[int], also_train: Collection[Part] = ()) -> None:

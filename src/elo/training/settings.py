@@ -5,7 +5,7 @@ Names are transformers' where transformers has one.
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Part = Literal["embedding", "norm", "head"]
 """A part of a model outside its decoder layers."""
@@ -56,3 +56,46 @@ class TrainingSettings(BaseModel):
     """wandb, tensorboard, ... as transformers knows them."""
     training_arguments: dict[str, Any] = Field(default_factory=dict)
     """Further transformers.TrainingArguments (fsdp, deepspeed, ddp_backend, ...), passed on as they are."""
+
+
+class EloOptions(BaseModel):
+    """What method `elo` does beyond its training arguments."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    stand_in: Literal["none", "bridge", "forward_only"] = "bridge"
+    """What stands for the middle layers in ELO pretraining. `none`: nothing, as published. `bridge`: a linear map
+    fitted on the base. `forward_only`: they are computed, but not differentiated; nothing is detached then."""
+    also_train: tuple[Part, ...] = ("embedding", "head")
+    """Parts outside the layers that train and are attached with them; none in the published method."""
+    scale: float | Literal["search"] = "search"
+    """How much of a detached model's change is attached; search: as much as predicts the alignment's rows best."""
+    alignment: Literal["full", "forward_only"] = "full"
+    """What layer alignment trains: everything, or the kept layers again, past a middle computed without a graph."""
+
+    @field_validator("scale")
+    @classmethod
+    def _within_reach(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and not 0 < value <= 2:
+            raise ValueError(f"scale must be above 0 and at most 2, or search; got {value}")
+        return value
+
+
+class LoraSettings(TrainingSettings):
+    """How method `lora` trains."""
+
+    learning_rate: float = Field(2e-4, gt=0, le=1)
+    """Peak learning rate."""
+    rank: int = Field(16, gt=0)
+    alpha: int = Field(32, gt=0)
+    """The adapters' product is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class LisaSettings(TrainingSettings):
+    """How method `lisa` trains."""
+
+    layers: int = Field(2, gt=0)
+    """Decoder layers that train at a time."""
+    period: int = Field(20, gt=0)
+    """Updates between draws."""

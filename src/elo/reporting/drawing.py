@@ -79,6 +79,12 @@ class Style:
     marker: str
 
 
+def lighter(colour: str, share: float) -> str:
+    """`colour` with that share of white."""
+    channels = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return "#" + "".join(f"{round(channel + (255 - channel) * share):02x}" for channel in channels)
+
+
 def axis_of(clock: Clock, points: Sequence[Point]) -> tuple[str, float]:
     """Unit of the horizontal axis and what to divide by."""
     longest = max((at for at, _ in points), default=0.0)

@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from elo.reporting.comparison import count, duration, memory, signed, standard_error
-from elo.reporting.results import Cloze, ClozeGroup, Data, Setting, TextSize
+from elo.reporting.comparison import count, duration, flops, memory, rate, signed, standard_error
+from elo.reporting.results import Cloze, ClozeGroup, Data, Model, Setting, TextSize
 
 _HERE = Path(__file__).parent
 CHART_FOLDER = "charts"
@@ -23,6 +23,8 @@ CHART_FOLDER = "charts"
 def render(template: str, context: dict[str, Any]) -> str:
     """A page from a template of this package."""
     page = _environment().get_template(template).render(context)
+    if template.endswith(".md.j2"):
+        page = re.sub(r"\n{3,}", "\n\n", page)
     # JSON can spell half a surrogate pair, UTF-8 cannot.
     return page.encode("utf-8", "replace").decode()
 
@@ -40,6 +42,8 @@ def _environment() -> Environment:
         "duration": duration,
         "count": count,
         "memory": memory,
+        "flops": flops,
+        "rate": rate,
         "accuracy": accuracy,
         "standard_error": error_in_points,
         "base64": lambda data: base64.b64encode(data).decode(),
@@ -61,6 +65,13 @@ def texts(data: Data) -> list[tuple[str, TextSize]]:
         for use, sizes in (("training", data.train), ("held out", data.heldout))
         for language, size in sizes.items()
     ]
+
+
+def model_text(model: Model) -> str:
+    """The base model's name and size."""
+    sizes = [] if model.parameters is None else [f"{count(model.parameters)} parameters"]
+    sizes += [] if model.num_layers is None else [f"{model.num_layers} decoder layers"]
+    return f"{model.name} ({', '.join(sizes)})" if sizes else model.name
 
 
 def facts(results: Setting, seeds: Sequence[int]) -> list[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """A run's report as HTML and as Markdown, from checked results and drawn charts."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,7 @@ from elo.reporting.comparison import (
     signed,
     verdict,
 )
-from elo.reporting.drawing import Chart
+from elo.reporting.drawing import Chart, lighter
 from elo.reporting.markup import (
     CHART_FOLDER,
     accuracy,
@@ -31,6 +30,7 @@ from elo.reporting.markup import (
     error_in_points,
     escaped,
     facts,
+    model_text,
     render,
     stylesheet,
     table,
@@ -77,8 +77,7 @@ def markdown_page(results: Results, charts: Sequence[Chart]) -> str:
         "stages": _stage_table(context["bars"], context["full_rate"]),
         "data": data_table(context["texts"]),
     }
-    page = render("report.md.j2", {**context, **tables, "chart_folder": CHART_FOLDER})
-    return re.sub(r"\n{3,}", "\n\n", page)
+    return render("report.md.j2", {**context, **tables, "chart_folder": CHART_FOLDER})
 
 
 def _context(results: Results, charts: Sequence[Chart]) -> dict[str, Any]:
@@ -123,11 +122,8 @@ def _context(results: Results, charts: Sequence[Chart]) -> dict[str, Any]:
 
 def _about(results: Results) -> str:
     """What was run, on what, in one line."""
-    model, data, own = results.model, results.data, results.methods[0]
-    sizes = [] if model.parameters is None else [f"{count(model.parameters)} parameters"]
-    sizes += [] if model.num_layers is None else [f"{model.num_layers} decoder layers"]
-    size = ", ".join(sizes)
-    parts = [f"{model.name} ({size})" if size else model.name]
+    data, own = results.data, results.methods[0]
+    parts = [model_text(results.model)]
     parts.append(f"{own.title}: {results.languages.target} taught, {results.languages.source} to be kept")
     replay = f", {data.replay_ratio:.0%} of them {results.languages.source}" if data.replay_ratio is not None else ""
     parts.append(f"{count(own.tokens)} training tokens{replay}")
@@ -166,7 +162,7 @@ def _bars(results: Results) -> list[_Bar]:
         for stage in method.stages:
             colour = colours[method.name]
             if stage.name == DETACHED_STAGE:
-                colour = _lighter(colour, 0.45)
+                colour = lighter(colour, 0.45)
             if not stage.tokens:
                 colour = "#9aa5b1"
             parts.append(_Part(stage, 100 * stage.seconds / longest, colour, _ink_on(colour)))
@@ -178,11 +174,6 @@ def _ink_on(colour: str) -> str:
     """White or dark text, whichever can be read on `colour` (weights: Rec. 709 luma)."""
     red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
     return "#1f2933" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 140 else "#ffffff"
-
-
-def _lighter(colour: str, share: float) -> str:
-    channels = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return "#" + "".join(f"{round(channel + (255 - channel) * share):02x}" for channel in channels)
 
 
 def _samples(results: Results) -> list[_Sample]:

@@ -30,8 +30,8 @@ def report(results: dict[str, Any] | str | Path, output: str | Path | None = Non
     """
     from elo.reporting.markup import CHART_FOLDER
 
-    pages, charts = _comparison(results) if _is_comparison(results) else _run(results)
     folder = _output_folder(results, output)
+    pages, charts = _comparison(results) if _is_comparison(results) else _run(results)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_directory(folder / CHART_FOLDER, overwrite=True) as drawn:

@@ -219,10 +219,10 @@ def _draw_groups(axes: Axes, results: ComparisonResults, groups: Sequence[_Group
                 *zip(*group.points, strict=True),
                 style.marker,
                 color=style.colour,
-                markersize=3.5,
-                alpha=0.55,
-                zorder=3,
-                markeredgewidth=0,
+                markersize=4,
+                zorder=5,
+                markeredgecolor="white",
+                markeredgewidth=0.4,
             )
         axes.plot(
             *zip(*(group.mean for group in own), strict=True),

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from elo.reporting.comparison import count, duration, flops, memory, rate, signed, standard_error
+from elo.reporting.comparison import count, duration, memory, signed, standard_error
 from elo.reporting.results import Cloze, ClozeGroup, Data, Model, Setting, TextSize
 
 _HERE = Path(__file__).parent
@@ -42,8 +42,6 @@ def _environment() -> Environment:
         "duration": duration,
         "count": count,
         "memory": memory,
-        "flops": flops,
-        "rate": rate,
         "accuracy": accuracy,
         "standard_error": error_in_points,
         "base64": lambda data: base64.b64encode(data).decode(),

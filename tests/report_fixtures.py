@@ -1,6 +1,7 @@
 """Made-up results of a run, for tests of the report: shaped like real ones, measured on nothing."""
 
 import math
+from html.parser import HTMLParser
 from typing import Any
 
 TITLE = "TEST DATA: made-up numbers"
@@ -15,6 +16,36 @@ SAMPLES = {
         [" bread, salt & water, and nothing else.", " bread and a little salt; no | more."],
     ),
 }
+
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Parses a page strictly enough to notice markup that was not escaped."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text, self.headings = [], [], [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        self.words = " ".join(" ".join(self.text).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings.append(data)
 
 
 def example_results(**changes: Any) -> dict[str, Any]:

@@ -143,10 +143,10 @@ def evaluate(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="Run folder, or its results.json.")],
+    results: Annotated[Path, typer.Argument(help="Folder of a run or a comparison, or its JSON file.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; the results' own.")] = None,
 ) -> None:
-    """Draw a run's report again: report.html, report.md and charts, from results.json alone."""
+    """Draw the report of a run or a comparison again: report.html, report.md and charts, from its JSON alone."""
     from elo.recipes.report import report
 
     typer.echo(report(results, output))

@@ -351,6 +351,22 @@ def count(value: float) -> str:
 def memory(value: float) -> str:
     """Bytes in binary units."""
     for scale, suffix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= scale:
+        if value >= 999.5 / 1024 * scale:
             return f"{value / scale:.3g} {suffix}"
     return f"{value:.0f} B"
+
+
+def flops(value: float) -> str:
+    """Floating-point operations with three significant digits."""
+    for scale, prefix in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
+        if value >= 0.9995 * scale:
+            return f"{value / scale:.3g} {prefix}FLOP"
+    return f"{value:.3g} FLOP"
+
+
+def rate(value: float) -> str:
+    """A learning rate: 5e-4 rather than 0.0005 or 5e-04."""
+    if value == 0:
+        return "0"
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -1,21 +1,12 @@
-"""The report as HTML and as Markdown, from checked results and drawn charts.
+"""A run's report as HTML and as Markdown, from checked results and drawn charts."""
 
-Whatever comes from corpora, models or configurations is escaped: HTML by jinja's autoescape, Markdown by `_escaped`.
-"""
-
-import base64
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
-from elo.reporting.charts import DETACHED_STAGE, Chart, method_colours
+from elo.reporting.charts import DETACHED_STAGE, method_colours
 from elo.reporting.comparison import (
     LEVEL_BPB,
     GroupColumn,
@@ -29,13 +20,23 @@ from elo.reporting.comparison import (
     group_note,
     memory,
     signed,
-    standard_error,
     verdict,
 )
-from elo.reporting.results import Cloze, ClozeGroup, Method, Results, Stage, TextSize
-
-_HERE = Path(__file__).parent
-CHART_FOLDER = "charts"
+from elo.reporting.drawing import Chart, lighter
+from elo.reporting.markup import (
+    CHART_FOLDER,
+    accuracy,
+    data_table,
+    error_in_points,
+    escaped,
+    facts,
+    model_text,
+    render,
+    stylesheet,
+    table,
+    texts,
+)
+from elo.reporting.results import Method, Results, Stage
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class _Sample:
 
 def html_page(results: Results, charts: Sequence[Chart]) -> str:
     """One self-contained page: style and charts inside, no script, nothing fetched."""
-    return _render("report.html.j2", _context(results, charts))
+    return render("report.html.j2", _context(results, charts))
 
 
 def markdown_page(results: Results, charts: Sequence[Chart]) -> str:
@@ -74,38 +75,9 @@ def markdown_page(results: Results, charts: Sequence[Chart]) -> str:
         "comparison": _comparison_table(results, context["rows"], context["has"]),
         "cloze_groups": _group_table(results, context["group_columns"]),
         "stages": _stage_table(context["bars"], context["full_rate"]),
-        "data": _data_table(context["texts"]),
+        "data": data_table(context["texts"]),
     }
-    page = _render("report.md.j2", {**context, **tables, "chart_folder": CHART_FOLDER})
-    return re.sub(r"\n{3,}", "\n\n", page)
-
-
-def _render(template: str, context: dict[str, Any]) -> str:
-    page = _environment().get_template(template).render(context)
-    # JSON can spell half a surrogate pair, UTF-8 cannot.
-    return page.encode("utf-8", "replace").decode()
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=lambda name: name is not None and name.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "signed": signed,
-        "duration": duration,
-        "count": count,
-        "memory": memory,
-        "accuracy": _accuracy,
-        "standard_error": _standard_error,
-        "base64": lambda data: base64.b64encode(data).decode(),
-        "md": _escaped,
-        "fenced": _fenced,
-    }
-    return environment
+    return render("report.md.j2", {**context, **tables, "chart_folder": CHART_FOLDER})
 
 
 def _context(results: Results, charts: Sequence[Chart]) -> dict[str, Any]:
@@ -119,7 +91,7 @@ def _context(results: Results, charts: Sequence[Chart]) -> dict[str, Any]:
         "results": results,
         "target": target,
         "source": source,
-        "css": Markup((_HERE / "report.css").read_text(encoding="utf-8")),  # our own file
+        "css": stylesheet(),
         "about": _about(results),
         "verdict": verdict(results),
         "figures": figures(results),
@@ -141,20 +113,17 @@ def _context(results: Results, charts: Sequence[Chart]) -> dict[str, Any]:
         "bars": bars,
         "full_rate": full_stage.tokens_per_second if full_stage and len(results.methods) > 1 else None,
         "samples": _samples(results),
-        "texts": _texts(results),
+        "texts": texts(results.data),
         "definitions": _definitions(results),
-        "facts": _facts(results),
+        "facts": facts(results, [results.seed] if results.seed is not None else []),
         "config": yaml.safe_dump(results.config, allow_unicode=True, sort_keys=False) if results.config else "",
     }
 
 
 def _about(results: Results) -> str:
     """What was run, on what, in one line."""
-    model, data, own = results.model, results.data, results.methods[0]
-    sizes = [] if model.parameters is None else [f"{count(model.parameters)} parameters"]
-    sizes += [] if model.num_layers is None else [f"{model.num_layers} decoder layers"]
-    size = ", ".join(sizes)
-    parts = [f"{model.name} ({size})" if size else model.name]
+    data, own = results.data, results.methods[0]
+    parts = [model_text(results.model)]
     parts.append(f"{own.title}: {results.languages.target} taught, {results.languages.source} to be kept")
     replay = f", {data.replay_ratio:.0%} of them {results.languages.source}" if data.replay_ratio is not None else ""
     parts.append(f"{count(own.tokens)} training tokens{replay}")
@@ -193,7 +162,7 @@ def _bars(results: Results) -> list[_Bar]:
         for stage in method.stages:
             colour = colours[method.name]
             if stage.name == DETACHED_STAGE:
-                colour = _lighter(colour, 0.45)
+                colour = lighter(colour, 0.45)
             if not stage.tokens:
                 colour = "#9aa5b1"
             parts.append(_Part(stage, 100 * stage.seconds / longest, colour, _ink_on(colour)))
@@ -207,11 +176,6 @@ def _ink_on(colour: str) -> str:
     return "#1f2933" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 140 else "#ffffff"
 
 
-def _lighter(colour: str, share: float) -> str:
-    channels = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return "#" + "".join(f"{round(channel + (255 - channel) * share):02x}" for channel in channels)
-
-
 def _samples(results: Results) -> list[_Sample]:
     """Base and own method side by side, prompt by prompt; target language first."""
     own = results.methods[0]
@@ -222,14 +186,6 @@ def _samples(results: Results) -> list[_Sample]:
     order = {results.languages.target: 0, results.languages.source: 1}
     keys = sorted(written, key=lambda key: order.get(key[0], 2))
     return [_Sample(language, prompt, tuple(written[language, prompt])) for language, prompt in keys]
-
-
-def _texts(results: Results) -> list[tuple[str, TextSize]]:
-    return [
-        (f"{language}, {use}", size)
-        for use, sizes in (("training", results.data.train), ("held out", results.data.heldout))
-        for language, size in sizes.items()
-    ]
 
 
 def _definitions(results: Results) -> list[str]:
@@ -263,31 +219,6 @@ def _definitions(results: Results) -> list[str]:
     return found
 
 
-def _facts(results: Results) -> list[tuple[str, str]]:
-    model, data = results.model, results.data
-    facts = [("Model", model.name)]
-    if model.layers:
-        trained = f"; {model.trainable_parameters:,} parameters train" if model.trainable_parameters else ""
-        facts.append(("Layers kept in the detached model", ", ".join(map(str, model.layers)) + trained))
-    if data.sequence_length is not None:
-        facts.append(("Sequence length", f"{data.sequence_length:,} tokens"))
-    if data.replay_ratio is not None:
-        facts.append(("Replay ratio", f"{data.replay_ratio:g}"))
-    if results.seed is not None:
-        facts.append(("Seed", str(results.seed)))
-    if results.hardware:
-        shown = {**results.hardware}
-        size = shown.pop("memory_bytes", None)
-        parts = [f"{key} {value}" for key, value in shown.items()]
-        parts += [f"memory {memory(size)}"] if isinstance(size, int | float) else []
-        facts.append(("Hardware", ", ".join(parts)))
-    if results.versions:
-        facts.append(("Versions", ", ".join(f"{name} {number}" for name, number in results.versions.items())))
-    if results.created:
-        facts.append(("Created", results.created))
-    return facts
-
-
 def _comparison_table(results: Results, rows: Sequence[Row], has: dict[str, bool]) -> str:
     target, source = results.languages.target, results.languages.source
     base = results.base
@@ -315,28 +246,28 @@ def _comparison_table(results: Results, rows: Sequence[Row], has: dict[str, bool
         ),
     ]
     for language, key in ((target, "cloze_target"), (source, "cloze_source")):
-        cells = [_accuracy(each.cloze.get(language)) for each in (base, *results.methods)]
+        cells = [accuracy(each.cloze.get(language)) for each in (base, *results.methods)]
         columns.append((f"Cloze {language}", key, key, cells))
     peaks = [row.method.peak_memory_bytes for row in rows]
     columns.append(("Peak memory", "memory", "memory", ["–", *("–" if p is None else memory(p) for p in peaks)]))
     columns = [column for column in columns if not column[1] or has[column[1]]]
-    lines = [[_escaped(column[3][0]) for column in columns]]
+    lines = [[escaped(column[3][0]) for column in columns]]
     for index, row in enumerate(rows, 1):
-        marked = [(_escaped(column[3][index]), column[2] in row.best) for column in columns]
+        marked = [(escaped(column[3][index]), column[2] in row.best) for column in columns]
         lines.append([f"**{cell}**" if best else cell for cell, best in marked])
-    return _table([_escaped(column[0]) for column in columns], lines)
+    return table([escaped(column[0]) for column in columns], lines)
 
 
 def _group_table(results: Results, columns: Sequence[GroupColumn]) -> str:
     if not columns:
         return ""
-    headings = [_escaped(f"{column.language}: {column.name} ({column.items:,} items)") for column in columns]
+    headings = [escaped(f"{column.language}: {column.name} ({column.items:,} items)") for column in columns]
     lines = []
     for index, title in enumerate(("Base model, before", *(method.title for method in results.methods))):
         groups = [column.groups[index] for column in columns]
-        cells = [f"{_accuracy(group)} {_standard_error(group)}".rstrip() for group in groups]
-        lines.append([_escaped(title), *cells])
-    return _table(["Method", *headings], lines)
+        cells = [f"{accuracy(group)} {error_in_points(group)}".rstrip() for group in groups]
+        lines.append([escaped(title), *cells])
+    return table(["Method", *headings], lines)
 
 
 def _stage_table(bars: Sequence[_Bar], full_rate: float | None) -> str:
@@ -349,8 +280,8 @@ def _stage_table(bars: Sequence[_Bar], full_rate: float | None) -> str:
         for stage in bar.method.stages:
             rate, peak = stage.tokens_per_second, stage.peak_memory_bytes
             line = [
-                _escaped(bar.method.title),
-                _escaped(stage.name.replace("_", " ")),
+                escaped(bar.method.title),
+                escaped(stage.name.replace("_", " ")),
                 duration(stage.seconds),
                 count(stage.tokens) if stage.tokens else "–",
                 "–" if rate is None else count(rate),
@@ -358,50 +289,10 @@ def _stage_table(bars: Sequence[_Bar], full_rate: float | None) -> str:
             ]
             line += ["–" if rate is None else f"{rate / full_rate:.2f}×"] if full_rate else []
             lines.append(line)
-    return _table(headings, lines)
-
-
-def _data_table(texts: Sequence[tuple[str, TextSize]]) -> str:
-    if not texts:
-        return ""
-    lines = [
-        [
-            _escaped(name),
-            *("–" if number is None else f"{number:,}" for number in (size.documents, size.tokens, size.bytes)),
-        ]
-        for name, size in texts
-    ]
-    return _table(["Text", "Documents", "Tokens", "UTF-8 bytes"], lines)
-
-
-def _table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in headings[1:])]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *lines))
+    return table(headings, lines)
 
 
 def _bpb(value: float | None, change: float | None = None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" + ("" if change is None else f" ({signed(change)})")
-
-
-def _accuracy(cloze: Cloze | ClozeGroup | None) -> str:
-    return "–" if cloze is None else f"{cloze.accuracy:.1%}"
-
-
-def _standard_error(group: ClozeGroup | None) -> str:
-    """In points."""
-    error = standard_error(group)
-    return "" if error is None else f"±{100 * error:.1f}"
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    lines = " ⏎ ".join(text.splitlines())
-    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", lines)
-
-
-def _fenced(text: str) -> str:
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}\n{text.rstrip()}\n{fence}"

@@ -4,7 +4,7 @@ Keys that are not listed are ignored, so that later versions can add some; keys 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,17 +20,19 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
 
-class _Record(BaseModel):
+class Record(BaseModel):
+    """Checked keys; others are ignored."""
+
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class ClozeGroup(_Record):
+class ClozeGroup(Record):
     accuracy: float = Field(ge=0, le=1)
     """Share of the group's items answered rightly."""
     items: Count
 
 
-class Cloze(_Record):
+class Cloze(Record):
     accuracy: float = Field(ge=0, le=1)
     """Share of items answered rightly."""
     items: Count
@@ -40,14 +42,14 @@ class Cloze(_Record):
     """By the `group` of the items; items without one are in none."""
 
 
-class Sample(_Record):
+class Sample(Record):
     language: Language
     prompt: str
     text: str
     """The continuation, without the prompt."""
 
 
-class Measurement(_Record):
+class Measurement(Record):
     """What a model can do: the base, or a method's final model."""
 
     bpb: BitsPerByteOf = {}
@@ -56,13 +58,13 @@ class Measurement(_Record):
     samples: tuple[Sample, ...] = ()
 
 
-class BeforeAlignment(_Record):
+class BeforeAlignment(Record):
     """The attached model before layer alignment."""
 
     bpb: BitsPerByteOf = {}
 
 
-class Stage(_Record):
+class Stage(Record):
     name: str
     """detach, elo_pretraining, attach, layer_alignment, full, ..."""
     seconds: Seconds
@@ -73,7 +75,7 @@ class Stage(_Record):
     peak_memory_bytes: Count | None = None
 
 
-class Loss(_Record):
+class Loss(Record):
     """One point of a training curve; `tokens` and `seconds` count from the start of the method, over its stages."""
 
     stage: str
@@ -83,7 +85,7 @@ class Loss(_Record):
     """Mean nats a token since the point before."""
 
 
-class Evaluation(_Record):
+class Evaluation(Record):
     """One measurement during training; `tokens` and `seconds` as in `Loss`.
 
     In the stage `elo_pretraining` it is the detached model alone that is measured.
@@ -118,7 +120,7 @@ class Method(Measurement):
         return next((stage for stage in self.stages if stage.name == name), None)
 
 
-class Model(_Record):
+class Model(Record):
     name: str
     parameters: Count | None = None
     num_layers: Count | None = None
@@ -128,36 +130,41 @@ class Model(_Record):
     """Parameters that train in ELO pretraining."""
 
 
-class Languages(_Record):
+class Languages(Record):
     target: Language
     source: Language
 
 
-class TextSize(_Record):
+class TextSize(Record):
     tokens: Count | None = None
     bytes: Count | None = None
     documents: Count | None = None
 
 
-class Data(_Record):
+class Data(Record):
     train: dict[Language, TextSize] = {}
     heldout: dict[Language, TextSize] = {}
     replay_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     sequence_length: Count | None = None
 
 
-class Results(_Record):
+class Setting(Record):
+    """What was run, on what, with what: the head of a results file."""
+
     schema_version: Literal[1] = Field(alias="schema")
     title: str = "ELO"
     created: str | None = None
+    command: str | None = None
     model: Model
     languages: Languages
-    seed: int | None = None
     hardware: dict[str, Any] = {}
     versions: dict[str, Any] = {}
     data: Data = Data()
     config: dict[str, Any] = {}
-    command: str | None = None
+
+
+class Results(Setting):
+    seed: int | None = None
     base: Measurement
     methods: tuple[Method, ...] = Field(min_length=1)
     """The run's own method first, then the controls."""
@@ -180,31 +187,59 @@ def read_results(source: dict[str, Any] | str | Path) -> Results:
         UnfinishedError: there is no such file, or it is not JSON.
         EloError: it is something else than the results of a run; the message names key and value.
     """
-    value: Any
-    if isinstance(source, dict):
-        name, value = "results", source
-    else:
-        path = Path(source)
-        if path.is_dir():
-            path = path / FILE_NAME
-            if not path.exists():
-                raise UnfinishedError(f"{path}: no such file; give a run folder whose run has ended, or a {FILE_NAME}")
-        name, value = str(path), read_json(path)
-    if isinstance(value, dict) and value.get("kind") == "evaluation":
+    name, value = read_source(source, FILE_NAME)
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if kind == "evaluation":
         raise EloError(f"{name}: holds what `elo evaluate` measured of one model; a report needs a run's {FILE_NAME}")
-    if isinstance(value, dict) and isinstance(value.get("schema"), int) and value["schema"] > SCHEMA:
-        raise EloError(f"{name}: schema {value['schema']} is newer than this version reads ({SCHEMA}); update elo")
+    if kind == "comparison":
+        raise EloError(f"{name}: holds a comparison of several methods, not the results of one run")
+    return checked(Results, name, value, SCHEMA, "the results of a run")
+
+
+def read_source(source: dict[str, Any] | str | Path, file_name: str) -> tuple[str, Any]:
+    """What a results file holds, unchecked, and what to call it in messages.
+
+    Args:
+        source: the content itself, a file, or a run folder that holds `file_name`.
+
+    Raises:
+        UnfinishedError: there is no such file, or it is not JSON.
+    """
+    if isinstance(source, dict):
+        return file_name.removesuffix(".json"), source
+    path = Path(source)
+    if path.is_dir():
+        path = path / file_name
+        if not path.exists():
+            raise UnfinishedError(f"{path}: no such file; give a run folder whose run has ended, or a {file_name}")
+    return str(path), read_json(path)
+
+
+Checked = TypeVar("Checked", bound=Record)
+
+
+def checked(record: type[Checked], name: str, value: Any, schema: int, what: str) -> Checked:
+    """`value` as `record`.
+
+    Raises:
+        EloError: `value` is of a later schema or not `what`; the message names the key and its value.
+    """
+    if isinstance(value, dict) and isinstance(value.get("schema"), int) and value["schema"] > schema:
+        raise EloError(f"{name}: schema {value['schema']} is newer than this version reads ({schema}); update elo")
     try:
-        return Results.model_validate(value)
+        return record.model_validate(value)
     except ValidationError as error:
-        raise EloError(f"{name}: not the results of a run: {_first_problem(error)}") from None
+        raise EloError(f"{name}: not {what}: {_first_problem(error)}") from None
 
 
 def _first_problem(error: ValidationError) -> str:
     first, more = error.errors()[0], error.error_count() - 1
-    where = ".".join(str(part) for part in first["loc"]) or "the file"
-    got = "" if first["type"] == "missing" else f", got {_short(first['input'])}"
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}{got}" + (f" (and {more} more)" if more else "")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["loc"] or first["type"] != "value_error":
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        got = "" if first["type"] == "missing" else f", got {_short(first['input'])}"
+        message = f"{where}: {message}{got}"
+    return message + (f" (and {more} more)" if more else "")
 
 
 def _short(value: Any) -> str:

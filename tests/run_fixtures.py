@@ -116,6 +116,7 @@ def write_world(root: Path) -> dict[str, Any]:
             "sequence_length": 32,
             "workers": 1,
         },
+        "elo": {"stand_in": "bridge"},
         "elo_pretraining": training,
         "layer_alignment": {**training, "share": 0.2},
         "full": training,

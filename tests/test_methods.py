@@ -13,6 +13,7 @@ from elo.training.methods import METHODS, Options, Setup, find_method, select_la
 from elo.training.settings import EloOptions, LisaSettings, LoraSettings
 
 KEPT = (0, 3)
+SMALL_RANK = Options(lora=LoraSettings(rank=2))
 FORWARD_ONLY = Options(elo=EloOptions(stand_in="forward_only", alignment="forward_only"))
 QUICK = SETTINGS.model_copy(update={"save_steps": 100})
 
@@ -45,7 +46,7 @@ def _train(model, folder, prepared, *, steps=6, settings=QUICK, before_step=None
 CASES = [
     (find_method(name, options), phase)
     for name in METHODS
-    for options in ([Options(), FORWARD_ONLY] if name == "elo" else [Options()])
+    for options in ([Options(), FORWARD_ONLY] if name == "elo" else [SMALL_RANK])
     for phase in find_method(name, options).phases
 ]
 

@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
     """A finished run with every control."""
     root = tmp_path_factory.mktemp("world")
     config = write_world(root)
-    config["controls"] = ["full_at_wall_time", "full", "align_only", "frozen", "elo_embeddings"]
+    config["controls"] = ["full_at_wall_time", "full", "align_only", "frozen", "elo_paper"]
     results = run(config)
     return root, config, results
 
@@ -67,7 +67,7 @@ def test_final_model_is_plain_hugging_face(finished):
 
 def test_only_the_chosen_layers_change_before_alignment(finished):
     root, _, _ = finished
-    base, attached = _tensors(root / "base"), _tensors(root / "run" / "elo" / "attached")
+    base, attached = _tensors(root / "base"), _tensors(root / "run" / "elo_paper" / "attached")
     assert base.keys() == attached.keys()
     for name, tensor in base.items():
         chosen = ".layers.0." in name or ".layers.3." in name
@@ -77,7 +77,7 @@ def test_only_the_chosen_layers_change_before_alignment(finished):
 
 def test_embedding_and_head_are_put_back_where_they_train(finished):
     root, _, _ = finished
-    base, attached = _tensors(root / "base"), _tensors(root / "run" / "elo_embeddings" / "attached")
+    base, attached = _tensors(root / "base"), _tensors(root / "run" / "elo" / "attached")
     changed = {name for name, tensor in base.items() if not tensor.equal(attached[name])}
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= changed
     assert "model.norm.weight" not in changed
@@ -90,7 +90,7 @@ def test_results_tell_what_happened(finished):
     assert list(methods) == ["elo", *config["controls"][1:], "full_at_wall_time"], "what is matched comes last"
     own = methods["elo"]
     stages = {stage["name"]: stage for stage in own["stages"]}
-    assert list(stages) == ["detach", "elo_pretraining", "attach", "layer_alignment"]
+    assert list(stages) == ["bridge", "detach", "elo_pretraining", "attach", "layer_alignment"]
     assert stages["elo_pretraining"]["tokens"] == 1024
     assert stages["layer_alignment"]["tokens"] == 256
     assert own["tokens"] == methods["full"]["tokens"] == config["tokens"]
@@ -119,6 +119,28 @@ def test_alignment_sees_text_that_pretraining_did_not(finished):
     assert inputs["full-full"] == [0, 40]
 
 
+def test_the_scale_that_predicts_unseen_rows_best_is_attached(finished):
+    root, _, _ = finished
+    stage = json.loads((root / "run" / "stages" / "elo-attach.json").read_text())
+    tried = {float(scale): nats for scale, nats in stage["record"]["scales_tried"].items()}
+    assert {0.0, 0.25, 0.5, 0.75, 1.0} <= set(tried)
+    assert stage["record"]["scale"] == min((scale for scale in tried if scale), key=tried.__getitem__)
+    assert stage["inputs"]["rows"][0] == 32, "rows that pretraining did not see"
+
+
+def test_the_default_recipe_detaches_nothing_and_needs_no_alignment(tmp_path):
+    config = {**write_world(tmp_path), "controls": ["elo_paper"]}
+    config.pop("elo")
+    results = run(config)
+    own, paper = results["methods"]
+    assert [stage["name"] for stage in own["stages"]] == ["bridge", "elo_pretraining"]
+    assert own["tokens"] == paper["tokens"] == config["tokens"], "what has no alignment trains on its rows too"
+    base, final = _tensors(tmp_path / "base"), _tensors(tmp_path / "run" / "model")
+    changed = {name for name, tensor in base.items() if not tensor.equal(final[name])}
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= changed
+    assert not [name for name in changed if ".layers.1." in name or ".layers.2." in name or name == "model.norm.weight"]
+
+
 def test_nothing_is_done_twice(finished, capsys):
     root, config, results = finished
     before = {path: path.stat().st_mtime_ns for path in (root / "run").rglob("*.safetensors")}
@@ -137,7 +159,7 @@ def test_a_change_redoes_what_depends_on_it_and_no_more(tmp_path, capsys):
     run(config)
     said = capsys.readouterr().out
     assert "elo-layer_alignment: changed: settings.learning_rate 0.001 -> 0.0005; doing it again" in said
-    for stage in ("prepare", "evaluate-base", "elo-detach", "elo-elo_pretraining", "elo-attach"):
+    for stage in ("prepare", "evaluate-base", "elo-bridge", "elo-detach", "elo-elo_pretraining", "elo-attach"):
         assert f"{stage}: done already" in said
     config["data"]["replay_ratio"] = 0.3
     run(config)

@@ -246,6 +246,8 @@ class CompareConfig(_Section):
     learning_rates: list[Rate] = Field([1e-4, 3e-4, 1e-3], min_length=1)
     """Rates that are tried for each phase of each contestant, on the budget itself. Where the lowest or the highest is
     best, the next beyond is tried too."""
+    source_weight: float = Field(0.0, ge=0, le=10)
+    """Rates are chosen by target bits per byte + this x source bits per byte, on validation text."""
     title: str | None = None
 
     @field_validator("contestants", mode="before")

@@ -18,8 +18,8 @@ from elo.recipes.job import Job, command_line, open_job
 from elo.recipes.preflight import check_inputs, check_model
 from elo.recipes.trial import TEST, VALIDATION, Trials
 from elo.records import write_json
+from elo.reporting.pareto_results import FILE_NAME
 
-FILE_NAME = "comparison.json"
 # Steps of the first look at a contestant's speed, and the share of a wall-time budget that the second look takes.
 _FIRST_LOOK_STEPS = 6
 _SECOND_LOOK_SHARE = 0.15
@@ -53,8 +53,7 @@ class _Comparison:
         self.config, self.shared = config, shared
         self.trials = Trials(config, shared, layers)
         self.say = shared.workspace.say
-        self.done = 0
-        self.seconds = 0.0
+        self.seconds: dict[tuple[Any, ...], float] = {}  # by trial
         self.expected = sum(
             sum(len(grid) for grid in self._grids(name).values()) - len(self._grids(name)) + len(config.seeds)
             for name in config.contestants
@@ -131,10 +130,9 @@ class _Comparison:
         return {section: sorted(set(chosen.get(section) or self.config.learning_rates)) for section in sections}
 
     def _tune(self, name: str, tokens: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """The learning rates with the lowest target bits per byte on validation text, one section after the other."""
+        """The learning rates with the lowest score on validation text, one section after the other."""
         grids = self._grids(name)
         rates = {section: grid[len(grid) // 2] for section, grid in grids.items()}
-        target = self.shared.config.data.target
         tried: dict[tuple[float, ...], dict[str, Any]] = {}
 
         def score(section: str, rate: float) -> float:
@@ -146,7 +144,7 @@ class _Comparison:
                 tried[key] = {
                     "learning_rates": attempt,
                     "bpb": bpb,
-                    "score": bpb.get(target),
+                    "score": self._score(bpb),
                     "failed": trial["failed"],
                     "chosen": False,
                 }
@@ -174,16 +172,20 @@ class _Comparison:
             tried[tuple(rates.values())]["chosen"] = True
         return rates, list(tried.values())
 
+    def _score(self, bpb: dict[str, float]) -> float | None:
+        target, source = self.shared.languages
+        return bpb[target] + self.config.source_weight * bpb[source] if bpb else None
+
     def _trial(self, name: str, rates: dict[str, float], tokens: int, seed: int) -> dict[str, Any]:
         tuning = seed == self.config.seeds[0]  # one trial serves for tuning and for the report
         trial = self.trials.run(name, rates=rates, tokens=tokens, seed=seed, validated=tuning)
-        self.done += 1
-        self.seconds += trial["seconds"]
+        self.seconds[name, tuple(rates.items()), tokens, seed] = trial["seconds"]
+        done = len(self.seconds)
         shown = ", ".join(f"{language} {value:.4f}" for language, value in trial["bpb"].items()) or trial["failed"]
         at = ", ".join(f"{rate:g}" for rate in rates.values())
-        left = (self.expected - self.done) * self.seconds / self.done
+        left = (self.expected - done) * sum(self.seconds.values()) / done
         self.say(
-            f"trial {self.done} of about {max(self.expected, self.done)}: {name} at {at}, seed {seed}: {shown}"
+            f"trial {done} of about {max(self.expected, done)}: {name} at {at}, seed {seed}: {shown}"
             + (f"; about {duration(left)} left" if left > 0 else "")
         )
         return trial
@@ -251,9 +253,15 @@ class _Comparison:
     def _report(self, results: dict[str, Any]) -> None:
         if not is_main():
             return
+        from rich.console import Console
+
         from elo.recipes.report import report
+        from elo.reporting.pareto_terminal import render_pareto
 
         report(results, self.shared.workspace.root)
+        console = Console()
+        console.width = max(console.width, 118)  # a table that wraps in a log file cannot be read
+        console.print(render_pareto(results))
         self.say(f"report: {self.shared.path('report.html')}")
 
 

@@ -257,7 +257,7 @@ class Job:
         inputs: dict[str, Any] = {"base": self.base_identity, "trained": trained_stage.fingerprint, "include": include}
         rows = None
         if method.scale == "search":
-            rows = self._unseen_rows()
+            rows = self._unseen_rows(method)
             inputs |= {"scale": "search", **self._rows_inputs(rows)}
         elif method.scale != 1.0:
             inputs |= {"scale": method.scale}
@@ -285,13 +285,14 @@ class Job:
             self.say(f"{method.name} attach: scale {stage.record['scale']:g} predicts unseen rows best")
         return stage
 
-    def _unseen_rows(self) -> "MixtureRows":
-        """Rows that follow those of ELO pretraining: 2 % of the budget, within some thousand tokens."""
+    def _unseen_rows(self, method: "Method") -> "MixtureRows":
+        """Rows that follow those of a method's first phase: 2 % of the budget, within some thousand tokens."""
         assert self._mixture is not None
         length = self.config.data.sequence_length
         total = (self._pretraining_rows + self._alignment_rows) * length
         count = -(-min(max(total // 50, _SCALE_TOKENS[0]), _SCALE_TOKENS[1]) // length)
-        return self._mixture.rows(self._pretraining_rows, self._pretraining_rows + count)
+        start = self.rows_of(method.phases[0], method, {}).stop
+        return self._mixture.rows(start, start + count)
 
     # Training.
 

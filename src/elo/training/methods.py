@@ -167,11 +167,14 @@ class Elo(Method):
         self.also_train = elo.also_train
         self.scale = elo.scale
         middles: dict[str, Middle] = {"none": "absent", "bridge": "bridge", "forward_only": "forward_only"}
-        aligned: Middle = "computed" if elo.alignment == "full" else "forward_only"
-        self.phases = (
-            Phase("elo_pretraining", middles[elo.stand_in], rows="pretraining", settings="elo_pretraining"),
-            Phase("layer_alignment", aligned, rows="alignment", settings="layer_alignment"),
-        )
+        alignment = elo.alignment
+        if alignment == "auto":
+            alignment = "none" if elo.stand_in == "forward_only" else "full"
+        rows: Rows = "all" if alignment == "none" else "pretraining"
+        self.phases = (Phase("elo_pretraining", middles[elo.stand_in], rows, settings="elo_pretraining"),)
+        if alignment != "none":
+            aligned: Middle = "computed" if alignment == "full" else "forward_only"
+            self.phases += (Phase("layer_alignment", aligned, rows="alignment", settings="layer_alignment"),)
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         if phase.middle == "computed":

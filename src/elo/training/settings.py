@@ -63,15 +63,16 @@ class EloOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    stand_in: Literal["none", "bridge", "forward_only"] = "bridge"
+    stand_in: Literal["none", "bridge", "forward_only"] = "forward_only"
     """What stands for the middle layers in ELO pretraining. `none`: nothing, as published. `bridge`: a linear map
     fitted on the base. `forward_only`: they are computed, but not differentiated; nothing is detached then."""
     also_train: tuple[Part, ...] = ("embedding", "head")
     """Parts outside the layers that train and are attached with them; none in the published method."""
     scale: float | Literal["search"] = "search"
     """How much of a detached model's change is attached; search: as much as predicts the alignment's rows best."""
-    alignment: Literal["full", "forward_only"] = "full"
-    """What layer alignment trains: everything, or the kept layers again, past a middle computed without a graph."""
+    alignment: Literal["auto", "full", "forward_only", "none"] = "auto"
+    """What layer alignment trains: everything; the kept layers again, past a middle computed without a graph; or there
+    is none. auto: full after a detached phase, none after a forward-only one, which has nothing to align."""
 
     @field_validator("scale")
     @classmethod

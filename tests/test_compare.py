@@ -1,0 +1,239 @@
+"""`elo compare`: every contestant tuned and trained within its budget, each trial once, the truth in the report."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from run_fixtures import write_world
+
+from elo.config import contestant_run, load_comparison
+from elo.errors import EloError, TrainingDivergedError
+from elo.recipes import trial as trial_module
+from elo.recipes.compare import compare
+from elo.recipes.trial import TEST, VALIDATION
+from elo.reporting.pareto_results import read_comparison
+
+
+def _world(root):
+    run = write_world(root)
+    for key in ("output", "tokens"):
+        run.pop(key)
+    quick = {**run["full"], "evaluations": 0}
+    run |= {"lora": {**quick, "rank": 2}, "lisa": {**quick, "layers": 1, "period": 2}}
+    run["data"]["heldout_share"] = 0.2
+    return {
+        "run": run,
+        "output": str(root / "comparison"),
+        "contestants": {
+            "elo": {"changes": {"elo.stand_in": "forward_only"}},
+            "bridge": {
+                "method": "elo",
+                "changes": {"elo.stand_in": "bridge"},
+                "learning_rates": {"elo_pretraining": [1e-3, 3e-3, 9e-3]},
+            },
+            "full": {"learning_rates": [1e-3, 3e-3]},
+            "lora": None,
+        },
+        "budgets": [{"tokens": 1280}],
+        "seeds": [1, 2],
+        "learning_rates": [1e-3],
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("comparison")
+    config = _world(root)
+    return root, config, compare(config)
+
+
+def test_every_contestant_has_every_seed_and_the_rates_that_did_best(finished):
+    root, config, results = finished
+    assert json.loads((root / "comparison" / "comparison.json").read_text()) == json.loads(json.dumps(results))
+    read_comparison(results)
+    assert [entry["contestant"] for entry in results["entries"]] == list(config["contestants"])
+    for entry, sweep in zip(results["entries"], results["sweeps"], strict=True):
+        assert [trial["seed"] for trial in entry["trials"]] == [1, 2]
+        assert all(set(trial["bpb"]) == {"xx", "en"} for trial in entry["trials"])
+        chosen = [trial for trial in sweep["trials"] if trial["chosen"]]
+        if not sweep["trials"]:
+            assert set(entry["learning_rates"].values()) == {1e-3}, "one rate is no sweep"
+            continue
+        assert [trial["learning_rates"] for trial in chosen] == [entry["learning_rates"]]
+        assert chosen[0]["score"] == chosen[0]["bpb"]["xx"]
+        assert chosen[0]["score"] == min(trial["score"] for trial in sweep["trials"])
+
+
+def test_rates_beyond_the_grid_are_tried_where_its_edge_is_best(finished):
+    _, _, results = finished
+    for sweep in results["sweeps"]:
+        if sweep["contestant"] != "full":
+            continue
+        rates = sorted(trial["learning_rates"]["full"] for trial in sweep["trials"])
+        best = min(sweep["trials"], key=lambda trial: trial["score"])["learning_rates"]["full"]
+        # At this size the highest rate is best by far: 3e-3, 9e-3, and 2.7e-2 if that is better still.
+        assert len(rates) >= 3
+        assert rates[2] == pytest.approx(9e-3)
+        assert best >= 3e-3
+
+
+def test_what_a_trial_spent_is_told(finished):
+    _, _, results = finished
+    trials = {entry["contestant"]: entry["trials"][0] for entry in results["entries"]}
+    assert all(trial["tokens"] == 1280 for trial in trials.values())
+    assert trials["bridge"]["flops"] < trials["elo"]["flops"] < trials["full"]["flops"]
+    assert trials["bridge"]["scale"] > 0 and trials["elo"]["scale"] is None
+    assert trials["bridge"]["before_alignment"]["bpb"].keys() == {"xx", "en"}
+    for trial in trials.values():
+        assert trial["wall_seconds"] == pytest.approx(sum(stage["seconds"] for stage in trial["stages"]))
+
+
+def test_no_model_is_kept_and_the_report_is_there(finished):
+    root, _, _ = finished
+    folder = root / "comparison"
+    assert not list((folder / "trials").iterdir())
+    assert not list(folder.rglob("*.safetensors"))
+    assert "bits per byte" in (folder / "report.md").read_text()
+
+
+def test_validation_and_test_text_have_no_document_in_common():
+    documents = range(101)
+    test, validation = set(documents[TEST]), set(documents[VALIDATION])
+    assert not test & validation
+    assert test | validation == set(documents)
+
+
+def test_a_second_call_trains_nothing(finished, monkeypatch):
+    _, config, results = finished
+    monkeypatch.setattr(trial_module.Trials, "_train", lambda *_: pytest.fail("trained again"))
+    again = compare(config)
+    assert again["entries"] == results["entries"]
+    assert again["sweeps"] == results["sweeps"]
+
+
+def test_what_is_added_is_all_that_is_done(finished, monkeypatch):
+    _, config, results = finished
+    trained = []
+    original = trial_module.Trials._train
+
+    def train(self, run, folder, name, validated):
+        trained.append(name)
+        return original(self, run, folder, name, validated)
+
+    monkeypatch.setattr(trial_module.Trials, "_train", train)
+    more = {**config, "contestants": {**config["contestants"], "lisa": {"learning_rates": [1e-3]}}}
+    grown = compare(more)
+    assert trained == ["lisa", "lisa"]
+    assert grown["entries"][:-1] == results["entries"]
+
+
+def test_a_wall_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypatch):
+    """With a clock that gives full CPT 100 tokens a second and a fixed 2 s, 20 s are 1,800 tokens, in whole steps."""
+    config = _world(tmp_path)
+    config |= {"contestants": ["full"], "budgets": [{"seconds": 20.0}], "learning_rates": [1e-3], "seeds": [1]}
+    trained = []
+
+    def train(self, run, folder, name, validated):
+        trained.append(run.tokens)
+        seconds = run.tokens / 100
+        stages = [
+            {"name": "surgery", "seconds": 2.0, "tokens": 0},
+            {"name": "full", "seconds": seconds, "tokens": run.tokens},
+        ]
+        return {
+            "seed": run.seed, "failed": None, "bpb": {"xx": 1.0, "en": 1.0}, "validation_bpb": {"xx": 1.0, "en": 1.0},
+            "before_alignment": None, "scale": None, "tokens": run.tokens, "wall_seconds": 2 + seconds, "flops": 1.0,
+            "peak_memory_bytes": 1, "stages": stages,
+        }  # fmt: skip
+
+    monkeypatch.setattr(trial_module.Trials, "_train", train)
+    results = compare(config)
+    step = config["run"]["full"]["tokens_per_step"]
+    assert trained[0] == 6 * step, "the first look"
+    assert trained[1] == max(6 * step, 100), "the second: 15 % of the budget, less the fixed costs"
+    assert trained[2:] == [1800 // step * step]
+    assert results["entries"][0]["trials"][0]["wall_seconds"] == pytest.approx(20, rel=0.05)
+
+
+def test_a_diverged_trial_is_a_result(tmp_path, monkeypatch):
+    config = _world(tmp_path)
+    config |= {"contestants": ["full"], "seeds": [1], "learning_rates": [1e-3, 2e-3]}
+    import elo.recipes.run
+
+    original = elo.recipes.run.adapt
+
+    def adapt(job, *args, **kwargs):
+        if job.config.full.learning_rate > 1.5e-3:
+            raise TrainingDivergedError("training diverged at step 3")
+        return original(job, *args, **kwargs)
+
+    monkeypatch.setattr(elo.recipes.run, "adapt", adapt)
+    results = compare(config)
+    assert results["entries"][0]["learning_rates"]["full"] <= 1e-3
+    failed = [trial for trial in results["sweeps"][0]["trials"] if trial["failed"]]
+    assert [trial["learning_rates"] for trial in failed] == [{"full": 2e-3}]
+    assert "diverged" in (tmp_path / "comparison" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_ends_the_same(finished, tmp_path):
+    _, _, results = finished
+    config = _world(tmp_path)
+    config["contestants"] = {"full": config["contestants"]["full"]}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "elo.cli", "compare", str(tmp_path / "c.yaml")]
+    for seconds in (8, 12):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    again = compare(config)
+    (full,) = [entry for entry in results["entries"] if entry["contestant"] == "full"]
+    assert [trial["bpb"] for trial in again["entries"][0]["trials"]] == [trial["bpb"] for trial in full["trials"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"contestants": {"mine": {}}}, "contestants.mine: is not a method; write method: one of elo, elo_paper"),
+        ({"contestants": {"elo": {"changes": {"layres": 1}}}}, "unknown key 'layres'; did you mean 'layers'"),
+        (
+            {"contestants": {"elo": {"changes": {"data.replay_ratio": 0.5}}, "full": {}}},
+            "data must be the same for all",
+        ),
+        ({"contestants": {"elo": {"learning_rates": {"full": [1e-3]}}}}, "does not train with section 'full'"),
+        ({"contestants": {"elo": {"label": 3}}}, "contestants.elo.label"),
+        ({"contestants": {}}, "contestants"),
+        ({"contestants": {"../elo": {"method": "elo"}}}, "may hold letters"),
+        ({"budgets": []}, "budgets"),
+        ({"budgets": [{"tokens": 10, "seconds": 1}]}, "write one of the two"),
+        ({"budgets": [{"hours": 1}]}, "unknown key 'budgets.0.hours'"),
+        ({"budgets": [{"tokens": 64}]}, "tokens: the budget"),
+        ({"seeds": [1, 1]}, "holds one twice"),
+        ({"learning_rates": [0]}, "learning_rates.0"),
+        ({"contestant": {}}, "did you mean 'contestants'"),
+        ({"run": "nowhere.yaml"}, "nowhere.yaml: no such configuration file"),
+    ],
+)
+def test_mistakes_are_told_before_anything_trains(tmp_path, change, message, monkeypatch):
+    monkeypatch.setattr(trial_module.Trials, "run", lambda *_, **__: pytest.fail("trained"))
+    if message.startswith("tokens"):
+        monkeypatch.undo()
+    with pytest.raises(EloError) as caught:
+        compare({**_world(tmp_path), **change})
+    assert message in str(caught.value)
+
+
+def test_a_contestants_run_is_the_shared_one_with_its_changes(tmp_path):
+    config = load_comparison(_world(tmp_path))
+    run = contestant_run(config, "bridge", tmp_path, learning_rates={"layer_alignment": 0.5}, tokens=99, seed=7)
+    assert (run.method, run.elo.stand_in, run.tokens, run.seed) == ("elo", "bridge", 99, 7)
+    assert run.layer_alignment.learning_rate == 0.5
+    assert run.elo_pretraining.learning_rate == 1e-3

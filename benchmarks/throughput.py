@@ -1,4 +1,4 @@
-"""Tokens per second of full CPT, the frozen middle, ELO pretraining, and bare PyTorch loops, side by side in one run.
+"""Tokens per second of the training methods and of bare PyTorch loops, side by side in one run.
 
     python benchmarks/throughput.py --depths 12 24 --compile --output throughput.json
 
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +24,25 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from elo.data.mixture import Mixture
 from elo.data.packing import PackedStream
 from elo.data.shards import TokenCorpus
-from elo.model.footprint import training_flops_per_token
+from elo.model.footprint import footprint
 from elo.model.surgery import detach_layers
 from elo.recipes.results import hardware, versions
+from elo.training.bridge import fit_bridge
 from elo.training.loop import train, wants_bf16
-from elo.training.methods import select_layers
-from elo.training.settings import TrainingSettings
+from elo.training.methods import Method, Options, Prepared, Setup, find_method
+from elo.training.settings import EloOptions, TrainingSettings
+
+# Each trains embedding and head as it does in a run, so that the rates are those of the methods.
+METHODS_SHOWN: dict[str, tuple[str, Options]] = {
+    "full CPT": ("full", Options()),
+    "LoRA": ("lora", Options()),
+    "LISA": ("lisa", Options()),
+    "frozen middle": ("frozen", Options()),
+    "forward-only middle": ("elo", Options(elo=EloOptions(stand_in="forward_only"))),
+    "detached, bridge": ("elo", Options(elo=EloOptions(stand_in="bridge"))),
+    "detached, as published": ("elo_paper", Options()),
+}
+BARE = ("full CPT", "detached, as published")
 
 
 def make_model(args: argparse.Namespace, depth: int) -> LlamaForCausalLM:
@@ -59,7 +73,26 @@ def make_rows(args: argparse.Namespace, count: int):
     return Mixture([("xx", 1.0, PackedStream(corpus, args.sequence_length, 0))]).rows(0, count)
 
 
-def ours(model: LlamaForCausalLM, args: argparse.Namespace, settings: TrainingSettings) -> Callable[[], float]:
+def make_ready(
+    args: argparse.Namespace, depth: int, method: Method, layers: tuple[int, int]
+) -> tuple[LlamaForCausalLM, Prepared]:
+    """The model that a method's first phase trains, prepared for it."""
+    phase, model = method.phases[0], make_model(args, depth)
+    bridge = None
+    if phase.needs_bridge:
+        rows = make_rows(args, 8)
+        bridge = fit_bridge(model, layers, (rows[index] for index in range(len(rows))))
+    if phase.detached:
+        model = detach_layers(model, list(layers))
+    return model, method.prepare(model, phase, Setup(layers, bridge))
+
+
+def ours(
+    model: LlamaForCausalLM,
+    args: argparse.Namespace,
+    settings: TrainingSettings,
+    before_step: Callable[[int, Any], None] | None = None,
+) -> Callable[[], float]:
     """Tokens per second of ELO's own trainer, after `args.warmup` updates."""
     rows_per_step = args.batch * args.accumulate
 
@@ -72,6 +105,7 @@ def ours(model: LlamaForCausalLM, args: argparse.Namespace, settings: TrainingSe
                 settings=settings,
                 output_dir=Path(folder),
                 seed=0,
+                before_step=before_step,
             )
         begin = next(point for point in result.losses if point["tokens"] >= args.warmup * settings.tokens_per_step)
         return (result.losses[-1]["tokens"] - begin["tokens"]) / (result.losses[-1]["seconds"] - begin["seconds"])
@@ -170,22 +204,19 @@ def main() -> None:
     }
     for depth in args.depths:
         layers = (0, depth - 1)
+        counted = footprint(make_model(args, depth).config)
         contestants: dict[str, tuple[Callable[[], float], float]] = {}
-
-        def flops(method: str, depth: int = depth, layers: tuple[int, int] = layers) -> float:
-            config = make_model(args, depth).config
-            return training_flops_per_token(config, method, layers=layers, sequence_length=args.sequence_length)
-
-        full, full_bare, frozen = (make_model(args, depth) for _ in range(3))
-        select_layers(frozen, layers)
-        detached, detached_bare = (detach_layers(full, list(layers)) for _ in range(2))
-        for model in (detached, detached_bare):
-            select_layers(model, range(len(layers)))
-        contestants["full CPT"] = ours(full, args, settings), flops("full")
-        contestants["full CPT, bare loop"] = bare(full_bare, args, settings), flops("full")
-        contestants["frozen middle"] = ours(frozen, args, settings), flops("frozen")
-        contestants["ELO pretraining"] = ours(detached, args, settings), flops("elo")
-        contestants["ELO pretraining, bare loop"] = bare(detached_bare, args, settings), flops("elo")
+        for label, (name, options) in METHODS_SHOWN.items():
+            if args.only and not any(only.startswith(label) for only in args.only):
+                continue
+            method = find_method(name, options)
+            phase = method.phases[0]
+            cost = method.flops_per_token(phase, counted, layers, args.sequence_length)
+            model, prepared = make_ready(args, depth, method, layers)
+            contestants[label] = ours(model, args, settings, prepared.before_step), cost
+            if label in BARE:
+                model, _ = make_ready(args, depth, method, layers)
+                contestants[f"{label}, bare loop"] = bare(model, args, settings), cost
         if args.only:
             contestants = {name: each for name, each in contestants.items() if name in args.only}
         measured: dict[str, list[float]] = {name: [] for name in contestants}
@@ -194,13 +225,13 @@ def main() -> None:
                 measured[name].append(measure())
         base = statistics.median(measured.get("full CPT", [1.0]))
         print(f"\n{depth} layers x {args.hidden_size}, vocabulary {args.vocab_size}")
-        print(f"{'':28}{'tokens/s':>10}{'min':>9}{'max':>9}{'/ full':>8}{'MFLOP/token':>13}{'of matmul rate':>16}")
+        print(f"{'':36}{'tokens/s':>10}{'min':>9}{'max':>9}{'/ full':>8}{'MFLOP/token':>13}{'of matmul rate':>16}")
         rows = {}
         for name, rates in measured.items():
             median, cost = statistics.median(rates), contestants[name][1]
             rows[name] = {"tokens_per_second": rates, "flops_per_token": cost}
             print(
-                f"{name:28}{median:10,.0f}{min(rates):9,.0f}{max(rates):9,.0f}{median / base:8.2f}"
+                f"{name:36}{median:10,.0f}{min(rates):9,.0f}{max(rates):9,.0f}{median / base:8.2f}"
                 f"{cost / 1e6:13.1f}{median * cost / rate:16.0%}",
                 flush=True,
             )

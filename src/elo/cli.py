@@ -287,10 +287,11 @@ def main(arguments: list[str] | None = None) -> None:
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except EloError as error:
-        print(f"elo: {error}", file=sys.stderr)
+        print(f"elo: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # disk full, permission denied, a folder that is not there
-        print(f"elo: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        where, what = error.filename or "system", error.strerror or error
+        print(f"elo: {_one_line(f'{where}: {what}')}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         number = _stopped_by(error)
@@ -298,6 +299,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"elo: {error}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + number)
+
+
+def _one_line(message: Any) -> str:
+    """A message as one line: what it quotes may hold line breaks, or control characters that a terminal obeys."""
+    text = " ".join(str(message).split())
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _stopped_by(error: Any) -> int | None:

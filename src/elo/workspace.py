@@ -48,9 +48,11 @@ class Workspace:
         if not is_main():
             yield
             return
+        made = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
         try:
             (self.root / "stages").mkdir(parents=True, exist_ok=True)
-            lock = (self.root / "run.lock").open("a+")
+            # A link put in its place must not have the file that it names emptied.
+            lock = os.fdopen(os.open(self.root / "run.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         except OSError as error:
             raise EloError(f"{self.root}: cannot be written ({error.strerror}); choose another output") from None
         with lock:
@@ -65,7 +67,19 @@ class Workspace:
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
-            yield
+            try:
+                yield
+            except EloError:
+                if made and self._nothing_done():
+                    remove(self.root)
+                    for folder in made[1:]:
+                        folder.rmdir()
+                raise
+
+    def _nothing_done(self) -> bool:
+        """Whether the run folder holds nothing but what every start writes."""
+        begun = all(path.name.endswith(".begun.json") for path in (self.root / "stages").iterdir())
+        return begun and {path.name for path in self.root.iterdir()} <= {"stages", "run.lock", "config.json"}
 
     def path(self, *parts: str) -> Path:
         """A path inside the run folder."""

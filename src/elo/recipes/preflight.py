@@ -1,19 +1,22 @@
 """What is wrong with a run is told before anything is prepared, loaded or hired; weights are not read."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elo.config import RunConfig
 from elo.errors import EloError
 from elo.layers import parse_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_inputs(config: RunConfig) -> None:
     """Find what is missing before anything is loaded."""
     from elo.evaluation.cloze import read_cloze
     from elo.training.loop import check_settings
-    from elo.training.methods import find_method
 
-    for section in {phase.settings for name in (config.method, *config.controls) for phase in find_method(name).phases}:
+    for section in _sections(config):
         check_settings(getattr(config, section), config.data.sequence_length, section)
     output = Path(config.output)
     if output.is_dir() and any(output.iterdir()) and not (output / "stages").is_dir():
@@ -44,6 +47,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     if any(name.startswith("elo") for name in (config.method, *config.controls)):
         require_detachable(model_config)
     model = build_on_meta(model_config, trust_remote_code=config.trust_remote_code)
+    _check_attention(config, model)
     layers = parse_layers(config.layers, find_architecture(model).num_layers)
     length, limit = config.data.sequence_length, longest_sequence(model)
     if limit is not None and length > limit:
@@ -54,3 +58,27 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
             "attention, or takes no position ids); write data.packing: false"
         )
     return layers
+
+
+def _sections(config: RunConfig) -> list[str]:
+    """Sections of the configuration whose training settings this run uses."""
+    from elo.training.methods import find_method
+
+    return sorted({phase.settings for name in (config.method, *config.controls) for phase in find_method(name).phases})
+
+
+def _check_attention(config: RunConfig, model: "PreTrainedModel") -> None:
+    """Raise EloError where an attention that is asked for by name cannot be had; `model` is on the meta device."""
+    from elo.training.attention import VARLEN
+
+    for section in _sections(config):
+        name = getattr(config, section).attn_implementation
+        if name in ("auto", VARLEN):
+            continue
+        try:
+            model.set_attn_implementation(name)
+        except (ValueError, ImportError, OSError) as error:
+            raise EloError(
+                f"{section}.attn_implementation: this model cannot use {name!r} here "
+                f"({' '.join(str(error).split())[:300]}); write auto, sdpa or eager"
+            ) from None

@@ -200,6 +200,8 @@ def plan(
         model, arguments = _planned_run(model, set_, int(tokens))
     elif set_:
         raise EloError("plan: --set changes keys of a run's CONFIG.yaml; this is a model, so use the options instead")
+    if output is not None and output.is_dir():
+        raise EloError(f"--output {output}: is a folder; name the file to write, for example {output / 'plan.json'}")
     if not 1 <= tokens < 1e18:
         raise EloError(f"--tokens {tokens}: give the number of training tokens, such as 1e9")
     planned = plan(

@@ -62,7 +62,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UnfinishedError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UnfinishedError(f"{path}: not JSON ({error}); the file is damaged, remove it and run again") from None
 
 
@@ -81,19 +81,23 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(target)
-        temporary = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
+        temporary, replaced = (
+            target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}" for _ in range(2)
+        )
         temporary.mkdir()
     except OSError as error:
         raise EloError(f"{target}: cannot be written ({error.strerror}); choose another output folder") from None
     try:
         yield temporary
         fsync_tree(temporary)
-        if target.exists():
-            remove(target)
+        if target.is_symlink() or target.exists():
+            target.rename(replaced)  # in no time: what is slow, removing it, comes once the new one is in place
         temporary.rename(target)
         fsync_path(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.is_symlink() or replaced.exists():
+            remove(replaced)
 
 
 def sweep_temporaries(target: Path) -> None:

@@ -92,6 +92,7 @@ def detach_checkpoint(
     hollow = build_hollow_causal_lm(base.config, trust_remote_code=trust_remote_code)
     names = find_layer_names(hollow, base.weights)
 
+    _refuse_more_layers(base.weights, names)
     edits = layer_edits(text_config_of(base.config), kept)
     config_json = edit_json(base.config_json, base.config, edits)
     small_config = _read_small_config(config_json, base.config, edits)
@@ -249,6 +250,21 @@ def _small_tensors(
             f"{weights.folder}: its tensors do not make the model that its {CONFIG_FILE} describes: {problem}"
         )
     return tensors
+
+
+def _refuse_more_layers(weights: Checkpoint, names: LayerNames) -> None:
+    """Refuse a configuration that counts fewer layers than the file holds; multi-token-prediction layers differ."""
+    made_of: dict[int, set[str]] = {}
+    for name in weights.tensors:
+        layer, rest = names.split(name)
+        if layer is not None:
+            made_of.setdefault(layer, set()).add(rest)
+    more = [index for index in made_of if index >= names.num_layers and made_of[index] == made_of.get(0)]
+    if more:
+        raise EloError(
+            f"{weights.folder}: {CONFIG_FILE} counts {names.num_layers} decoder layers, but layer {min(more)} is stored "
+            "as well; the configuration is not that of these weights, download the checkpoint again"
+        )
 
 
 def _provenance(

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from elo.data.packing import IGNORE_INDEX
 from elo.errors import TrainingDivergedError
 from elo.training.attention import document_starts
-from elo.training.checkpoints import rotate_checkpoints, seal_checkpoint
+from elo.training.checkpoints import rotate_checkpoints, seal_checkpoint, step_of
 
 Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 """Bits per byte of a model, by language."""
@@ -183,7 +183,7 @@ class EloTrainer(Trainer):
             )
 
     def _diverged(self, what: str) -> None:
-        sealed = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        sealed = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"), key=step_of)
         kept = f"the last good checkpoint is {sealed[-1]}" if sealed else "no checkpoint had been written yet"
         raise TrainingDivergedError(
             f"training diverged at step {self.state.global_step} "

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from elo.errors import EloError
+from elo.records import disk_problem
 
 app = typer.Typer(
     name="elo",
@@ -292,8 +293,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"elo: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # disk full, permission denied, a folder that is not there
-        where, what = error.filename or "system", error.strerror or error
-        print(f"elo: {_one_line(f'{where}: {what}')}", file=sys.stderr)
+        print(f"elo: {_one_line(disk_problem(error))}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         number = _stopped_by(error)

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all: written under a temporary name, fsynced, then renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -31,6 +32,34 @@ def fsync_tree(root: Path) -> None:
         for name in files:
             fsync_path(Path(folder) / name)
         fsync_path(Path(folder))
+
+
+def disk_problem(error: OSError) -> str:
+    """An error of the file system in words: the file, what is wrong, and what to do where room has run out."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    what = f"{error.filename or 'output'}: {error.strerror or error}"
+    return what + ("; make room and run the same command again, it goes on from there" if full else "")
+
+
+@contextmanager
+def disk_errors_told(place: Path) -> Iterator[None]:
+    """Turn what libraries raise for a disk that is full or failing into one message about `place`.
+
+    Raises:
+        EloError: writing failed; safetensors and torch have error types of their own for that.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise EloError(f"{place}: cannot be written: {disk_problem(error)}") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if not re.search(r"os error \d+|PytorchStreamWriter|unexpected pos \d+|file write failed", reason):
+            raise
+        raise EloError(
+            f"{place}: cannot be written ({reason[:200]}); make room and run the same command again, it goes on from "
+            "the last whole checkpoint"
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -371,6 +371,9 @@ def _check_manifest(path: Path, manifest: Any) -> None:
 def _check_corpus(corpus: dict[str, Any]) -> None:
     if not isinstance(corpus["name"], str) or not isinstance(corpus["weight"], (int, float)):
         raise TypeError("name or weight of a corpus")
+    for key in ("documents", "tokens", "text_tokens", "bytes"):
+        if type(corpus[key]) is not int or corpus[key] < 0:
+            raise ValueError(f"{key} {corpus[key]!r} of corpus {corpus['name']!r}")
     for entry in corpus["shards"]:
         # Only names of our own making are opened: no path in a manifest may leave its folder.
         if not SHARD_NAME.fullmatch(entry["name"]):

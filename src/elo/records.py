@@ -34,10 +34,10 @@ def fsync_tree(root: Path) -> None:
         fsync_path(Path(folder))
 
 
-def disk_problem(error: OSError) -> str:
+def disk_problem(error: OSError, place: Path | None = None) -> str:
     """An error of the file system in words: the file, what is wrong, and what to do where room has run out."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    what = f"{error.filename or 'output'}: {error.strerror or error}"
+    what = f"{error.filename or place or 'output'}: {error.strerror or error}"
     return what + ("; make room and run the same command again, it goes on from there" if full else "")
 
 
@@ -51,7 +51,7 @@ def disk_errors_told(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EloError(f"{place}: cannot be written: {disk_problem(error)}") from None
+        raise EloError(disk_problem(error, place)) from None
     except Exception as error:
         reason = " ".join(str(error).split())
         if not re.search(r"os error \d+|PytorchStreamWriter|unexpected pos \d+|file write failed", reason):
@@ -71,6 +71,9 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # which does not say which file, when it was open already
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(path.parent)

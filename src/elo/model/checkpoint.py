@@ -36,7 +36,7 @@ from elo.model.tensor_files import (
     open_checkpoint,
     write_checkpoint,
 )
-from elo.records import atomic_directory, read_json
+from elo.records import atomic_directory, disk_errors_told, read_json
 
 CONFIG_FILE = "config.json"
 _SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -101,7 +101,7 @@ def detach_checkpoint(
 
     record = _provenance(base, names, kept, renamed, base_name or str(base.folder.resolve()), revision)
     config_json[PROVENANCE_KEY] = record
-    with atomic_directory(Path(output), overwrite=overwrite) as folder:
+    with disk_errors_told(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
         tensors = [NewTensor(name, t.dtype, t.shape, t.size, t.chunks) for name, t in renamed.items()]
         write_checkpoint(folder, tensors, max_shard_bytes)
         _write_config(folder, config_json)
@@ -158,7 +158,7 @@ def attach_checkpoint(
     with tempfile.TemporaryDirectory(prefix="elo-attach-") as scratch:
         matched = match_tensors(wanted, small.weights, type(hollow), small.config, Path(scratch))
         updates = _updates(wanted, matched, small, names, find_architecture(hollow), include)
-        with atomic_directory(Path(output), overwrite=overwrite) as folder:
+        with disk_errors_told(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
             for name in [*whole.weights.files, *([INDEX_FILE] if whole.weights.indexed else [])]:
                 shutil.copyfile(whole.folder / name, folder / name)
             for tensor, trained in updates:

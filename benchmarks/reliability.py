@@ -7,6 +7,7 @@ Needs the development extras (pytest, hypothesis), a Unix, and about --large-mb 
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import platform
@@ -42,12 +43,8 @@ def kills(count: int, scratch: Path, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     elo.reporting.charts._PNG_DPI = 10  # drawing would be most of so small a run
     config = small_world(scratch / "world")
-    with open(os.devnull, "w") as quiet:  # noqa: PTH123
-        stdout, sys.stdout = sys.stdout, quiet
-        try:
-            run({**config, "output": str(scratch / "undisturbed")})
-        finally:
-            sys.stdout = stdout
+    with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet):
+        run({**config, "output": str(scratch / "undisturbed")})
     reference, tally, rng = weights(scratch / "undisturbed"), Tally(), random.Random(seed)
     started, victim = time.monotonic(), 0
     while tally.kills < count and len(tally.problems) < 10:
@@ -55,6 +52,8 @@ def kills(count: int, scratch: Path, seed: int) -> dict[str, Any]:
         most = min(rng.randint(4, 14), count - tally.kills)
         kill_until_done(config, scratch / f"victim-{victim}", reference, rng, most, tally)
         shutil.rmtree(scratch / f"victim-{victim}")
+        if tally.problems:
+            print(tally.problems[-1], flush=True)
         print(f"kills: {tally.kills} of {count}, {tally.runs} runs ended, {len(tally.problems)} problems", flush=True)
     return {
         "injected": tally.kills,
@@ -111,17 +110,18 @@ def fuzz(minutes: float, seed: int) -> dict[str, Any]:
 
 def _measured(code: str) -> dict[str, Any]:
     """Run Python code in a process of its own: seconds, and the peak of its resident memory."""
-    tail = "\nimport resource; print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    # Not getrusage: its maximum is inherited from the process that started this one.
+    tail = "\nimport re; print('PEAK', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True, check=False)
     match = re.search(r"PEAK (\d+)", done.stdout)
     if match is None:
         return {"failed": done.stderr[-800:]}
-    return {"seconds": round(time.monotonic() - started, 1), "peak_rss_mib": int(match[1]) >> 20}
+    return {"seconds": round(time.monotonic() - started, 1), "peak_rss_mib": int(match[1]) >> 10}
 
 
-def large(megabytes: int, scratch: Path) -> dict[str, Any]:
-    """Detach and attach a checkpoint, and prepare a corpus, each of about this size."""
+def large(megabytes: int, corpus_mb: int, scratch: Path) -> dict[str, Any]:
+    """Detach and attach a checkpoint, and prepare a corpus, of about these sizes."""
     from run_fixtures import SOURCE, TARGET, write_base
 
     write_base(scratch / "small")
@@ -140,7 +140,7 @@ def large(megabytes: int, scratch: Path) -> dict[str, Any]:
     attached = _measured(f"import elo; elo.attach({d}, {b}, output={a})")
     rng, words = random.Random(0), [*SOURCE, *TARGET]
     with (scratch / "corpus.jsonl").open("w", encoding="utf-8") as file:
-        while file.tell() < megabytes << 20:
+        while file.tell() < corpus_mb << 20:
             text = " ".join(rng.choices(words, k=rng.randint(50, 800)))
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     corpus = (scratch / "corpus.jsonl").stat().st_size
@@ -164,7 +164,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--fuzz-minutes", type=float, default=5.0)
-    parser.add_argument("--large-mb", type=int, default=1000, help="size of the checkpoint and of the corpus; 0: none")
+    parser.add_argument(
+        "--large-mb", type=int, default=1000, help="size of the checkpoint that is put through; 0: none"
+    )
+    parser.add_argument("--corpus-mb", type=int, default=150, help="size of the corpus that is put through with it")
     parser.add_argument("--no-suites", action="store_true", help="leave out the tables of bad input and the faults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", type=Path, help="folder for what is made meanwhile; by default a temporary one")
@@ -185,12 +188,13 @@ def main() -> None:
             keep("kills", kills(options.kills, scratch / "kills", options.seed))
         if not options.no_suites:
             keep("bad_input", suites(TABLES))
-            keep("faults", suites(FAULTS))
         if options.fuzz_minutes:
             keep("fuzz", fuzz(options.fuzz_minutes, options.seed))
+        if not options.no_suites:
+            keep("faults", suites(FAULTS))
         if options.large_mb:
             (scratch / "large").mkdir()
-            keep("large", large(options.large_mb, scratch / "large"))
+            keep("large", large(options.large_mb, options.corpus_mb, scratch / "large"))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     found["peak_rss_of_this_process_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

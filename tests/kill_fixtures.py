@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from run_fixtures import write_world
 
 WEIGHTS = ("elo/detached", "elo/elo_pretraining", "elo/attached", "elo/layer_alignment")
@@ -48,6 +49,8 @@ def forked(work: Callable[[], Any], log: Path) -> int:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        # The pool of threads did not come along: it is made anew before several threads ask for it at once.
+        torch.set_num_threads(1)
         sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
         work()
         status = 0
@@ -76,6 +79,11 @@ def run_forked(config: dict[str, Any], log: Path) -> int:
 def finish(process: int) -> int:
     """Wait for a child; its exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def ended(process: int) -> bool:
+    """Whether a child has ended; its exit status can still be asked for."""
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def weights(run: Path) -> dict[str, str]:
@@ -138,17 +146,14 @@ def kill_until_done(
         process = run_forked(config, log)
         if kills < most:
             goal = len(before) + rng.choice((0, 0, 0, 1, 2))
-            while len(finished_stages(run)) < goal and os.waitpid(process, os.WNOHANG) == (0, 0):
+            while len(finished_stages(run)) < goal and not ended(process):
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, LONGEST_DELAY))
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process, signal.SIGKILL)
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)  # before it had a group of its own
-        try:
-            status = finish(process)
-        except ChildProcessError:  # ended by itself while it was looked at
-            status = 0 if (run / "report.html").exists() else 1
+        status = finish(process)
         again = [name for name, time_ns in finished_stages(run).items() if before.get(name, time_ns) != time_ns]
         if again or before.keys() - finished_stages(run).keys():
             tally.problems.append(f"{folder}: finished stages were done again: {again}")

@@ -129,7 +129,10 @@ BASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("no model.safetensors",),
     ),
     "weights pickled": (lambda f: only(f, "pytorch_model.bin"), ("pickled", "save_pretrained")),
-    "weights pickled, indexed": (lambda f: only(f, "pytorch_model.bin.index.json", "pytorch_model-1.bin"), ("pickled",)),
+    "weights pickled, indexed": (
+        lambda f: only(f, "pytorch_model.bin.index.json", "pytorch_model-1.bin"),
+        ("pickled",),
+    ),
     "weights of TensorFlow": (lambda f: only(f, "tf_model.h5"), ("another format",)),
     "weights of Flax": (lambda f: only(f, "flax_model.msgpack"), ("another format",)),
     "weights original": (lambda f: only(f, "consolidated.00.pth"), ("model.safetensors",)),
@@ -399,4 +402,4 @@ def test_links_are_followed_when_read_and_replaced_when_written(pristine, tmp_pa
     (tmp_path / "twin").hardlink_to(hard / WEIGHTS)
     with unchanged(hard):
         assert run_elo(["attach", pristine / "detached", "--base", hard, "-o", tmp_path / "o2"], capsys)[0] == 0
-    assert os.stat(tmp_path / "o2" / WEIGHTS).st_nlink == 1
+    assert (tmp_path / "o2" / WEIGHTS).stat().st_nlink == 1

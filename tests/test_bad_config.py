@@ -227,6 +227,7 @@ TRAINING: list[tuple[str, Any, tuple[str, ...]]] = [
     ("training_arguments", {"max_steps": 5}, ("'max_steps' is set by ELO",)),
     ("training_arguments", {"output_dir": "/tmp"}, ("'output_dir' is set by ELO",)),
     ("training_arguments", {"learning_rate": 1}, ("'learning_rate' is set by ELO",)),
+    ("training_arguments", {"hub_token": "hf_abc"}, ("hub_token", "secret", "HF_TOKEN")),
     ("training_arguments", {"fsdp": "wat"}, ("transformers refuses",)),
     ("training_arguments", {"deepspeed": "{root}/none.json"}, ("transformers refuses", "deepspeed")),
     ("also_train", ["tail"], ("also_train.0", "got 'tail'")),

@@ -151,7 +151,9 @@ def test_override(key, value):
         assert str(error)
 
 
-TERM = st.sampled_from(["first:1", "last:2", "0", "-1", "0-2", "3", "first:0", "9-1", "x", "", " 1", "first:99999999999"])
+TERM = st.sampled_from(
+    ["first:1", "last:2", "0", "-1", "0-2", "3", "first:0", "9-1", "x", "", " 1", "first:99999999999"]
+)
 
 
 @fuzz(60)
@@ -165,7 +167,7 @@ def test_layers(selection, num_layers):
     else:
         assert list(chosen) == sorted(set(chosen))
         assert 0 < len(chosen) < num_layers
-        assert 0 <= chosen[0] and chosen[-1] < num_layers
+        assert chosen[0] >= 0 and chosen[-1] < num_layers
 
 
 LINE = st.one_of(
@@ -273,7 +275,10 @@ def test_weight_map(data):
     folder = world() / "work" / "indexed"
     folder.mkdir(exist_ok=True)
     shutil.copyfile(world() / "base" / "model.safetensors", folder / "model-1.safetensors")
-    good = {"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / "model-1.safetensors"), "model-1.safetensors")}
+    good = {
+        "metadata": {},
+        "weight_map": dict.fromkeys(load_file(folder / "model-1.safetensors"), "model-1.safetensors"),
+    }
     (folder / "model.safetensors.index.json").write_text(as_text(data.draw(mutated(good))))
     try:
         for tensor in open_checkpoint(folder).tensors.values():

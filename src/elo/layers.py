@@ -76,7 +76,8 @@ def _term_indices(term: str, num_layers: int) -> range:
         index = existing(int(term))
         return range(index, index + 1)
     raise EloError(
-        f"layers: cannot read {term[:60]!r}; a term is first:K, last:K, an index such as 0 or -1, or a range such as 0-3"
+        f"layers: cannot read {term[:60]!r}; a term is first:K, last:K, an index such as 0 or -1, "
+        "or a range such as 0-3"
     )
 
 

@@ -129,7 +129,7 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.is_symlink() or replaced.exists():
-            remove(replaced)
+            remove(replaced) if target.exists() else replaced.rename(target)
 
 
 def sweep_temporaries(target: Path) -> None:

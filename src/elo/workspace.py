@@ -128,7 +128,7 @@ class Workspace:
             changed = done["fingerprint"] != fingerprint
             if not changed and _intact(self.root, done["outputs"]):
                 self.say(f"{name}: done already")
-                for path in scratch:  # killed between the record and this
+                for path in (begun_path, *scratch):  # killed between the record and this
                     remove(path)
                 self._skipped[fingerprint] = done
                 return True

@@ -262,8 +262,8 @@ def _refuse_more_layers(weights: Checkpoint, names: LayerNames) -> None:
     more = [index for index in made_of if index >= names.num_layers and made_of[index] == made_of.get(0)]
     if more:
         raise EloError(
-            f"{weights.folder}: {CONFIG_FILE} counts {names.num_layers} decoder layers, but layer {min(more)} is stored "
-            "as well; the configuration is not that of these weights, download the checkpoint again"
+            f"{weights.folder}: {CONFIG_FILE} counts {names.num_layers} decoder layers, but layer {min(more)} is "
+            "stored as well; the configuration is not that of these weights, download the checkpoint again"
         )
 
 

@@ -28,7 +28,9 @@ def quickstart(output: Path, overrides: list[str] | None = None) -> dict[str, An
 
     output = Path(output)
     corpus = output / "corpus"
-    others = [path for path in output.iterdir() if not path.name.startswith(TEMPORARY_PREFIX)] if output.is_dir() else []
+    others = (
+        [path for path in output.iterdir() if not path.name.startswith(TEMPORARY_PREFIX)] if output.is_dir() else []
+    )
     if others and not corpus.is_dir():
         raise EloError(f"{output}: the folder holds other things; choose another with --output, or remove it")
     config = yaml.safe_load((WORLD / "config.yaml").read_text(encoding="utf-8"))

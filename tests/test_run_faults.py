@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from bad_input_fixtures import change, run_elo, write_config
-from kill_fixtures import Tally, finish, finished_stages, forked, kill_until_done, small_world, weights
+from kill_fixtures import Tally, ended, finish, finished_stages, forked, kill_until_done, small_world, weights
 
 import elo.reporting.charts as charts
 from elo.recipes.run import run
@@ -185,3 +185,25 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(undisturbed, tmp_path, 
     assert status == 2
     assert "cannot be written" in said
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(undisturbed, tmp_path):
+    config, _ = undisturbed
+    config = {**config, "output": str(tmp_path / "run"), "tokens": 64 * 1000}
+
+    def work() -> None:
+        from elo.cli import main
+
+        main(["align", str(write_config(tmp_path, config))])
+
+    process = forked(work, tmp_path / "log.txt")
+    scratch = tmp_path / "run" / CHECKPOINTS
+    while not list(scratch.glob("checkpoint-*/elo_checkpoint.json")) and not ended(process):
+        time.sleep(0.01)
+    os.kill(process, signal.SIGINT)
+    assert finish(process) == 130
+    said = (tmp_path / "log.txt").read_text()
+    assert "elo: stopped by SIGINT at step" in said
+    assert "the same command goes on from there" in said
+    newest = max(int(path.name.removeprefix("checkpoint-")) for path in scratch.iterdir())
+    assert f"at step {newest};" in said

@@ -29,7 +29,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 TABLES = ("test_bad_config.py", "test_bad_checkpoints.py", "test_bad_data.py")
-FAULTS = ("test_run_faults.py", "test_prepare_faults.py", "test_checkpoint_faults.py", "test_workspace.py")
+FAULTS = (
+    "test_run_faults.py",
+    "test_prepare_faults.py",
+    "test_checkpoint_faults.py",
+    "test_workspace.py",
+    "test_processes.py",
+)
 
 
 def kills(count: int, scratch: Path, seed: int) -> dict[str, Any]:
@@ -70,7 +76,16 @@ def suites(names: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in names:
         started = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / name)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "slow or not slow",
+            "-p",
+            "no:cacheprovider",
+            str(ROOT / "tests" / name),
+        ]
         environment = {key: value for key, value in os.environ.items() if key != "ELO_FUZZ"}
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
         counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout)}

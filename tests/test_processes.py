@@ -71,6 +71,7 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path):
     assert _losses(tmp_path / "shared", stage) == pytest.approx(_losses(tmp_path / "run", stage), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_is_killed_and_one_goes_on(tmp_path):
     config = write_world(tmp_path)
     for section in ("elo_pretraining", "layer_alignment", "full"):

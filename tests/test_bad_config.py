@@ -308,6 +308,8 @@ FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "list as a key": (b"? [a]\n: b\n", ("is not YAML",)),
     "date": (b"model: 2026-01-01\noutput: x\n", ("model",)),
     "binary": (b"model: !!binary /w==\noutput: x\n", ("model",)),
+    "no such date": (b"title: 2026-99-99\noutput: x\n", ("month", "quote it")),
+    "number of 5000 digits": (b"tokens: " + b"9" * 5000 + b"\n", ("digits", "quote it")),
     "set": (b"model: !!set {a, b}\noutput: x\n", ("model",)),
 }
 
@@ -329,6 +331,8 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "full.optim=[": ("is not YAML",),
     "data=!!python/name:os.system": ("is not YAML",),
     "data.corpora={a: b, a: c}": ("twice",),
+    "seed=" + "9" * 5000: ("--set", "digits"),
+    "title=2026-99-99": ("month", "quote it"),
     "tokens=" + "[" * 1200: ("tokens=", "nested too deeply"),
 }
 

@@ -261,6 +261,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise EloError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise EloError(f"{path}: is nested too deeply") from None
+    except ValueError as error:  # a date such as 2026-99-99, a number of thousands of digits
+        raise EloError(f"{path}: holds a value that YAML cannot make ({error}); quote it") from None
     if not isinstance(value, dict):
         raise EloError(f"{path}: holds {type(value).__name__}, not a mapping of keys to values")
     return value
@@ -290,6 +292,10 @@ def _override(value: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         why = getattr(error, "problem", None)
         raise EloError(f"--set {_short(override)}: the value is not YAML ({why})") from None
+    except EloError:
+        raise
+    except ValueError as error:
+        raise EloError(f"--set {_short(override)}: YAML cannot make a value of it ({error}); quote it") from None
     except (RecursionError, OverflowError):
         raise EloError(f"--set {_short(override)}: the value is nested too deeply, or too large") from None
     *parents, last = key.strip().split(".")

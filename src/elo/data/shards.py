@@ -357,7 +357,9 @@ def _check_manifest(path: Path, manifest: Any) -> None:
             if type(manifest["tokenizer"][key]) is not int:
                 raise TypeError(f"{key} {manifest['tokenizer'][key]!r}")
         str(manifest["tokenizer"]["sha256"])
-        for splits in manifest["languages"].values():
+        for language, splits in manifest["languages"].items():
+            if set(splits) != {"train", "heldout"}:
+                raise ValueError(f"splits {sorted(splits)} of {language!r}")
             for corpus in [*splits["train"], *splits["heldout"]]:
                 _check_corpus(corpus)
     except UnfinishedError:

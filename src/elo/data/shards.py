@@ -359,7 +359,7 @@ def _check_manifest(path: Path, manifest: Any) -> None:
         str(manifest["tokenizer"]["sha256"])
         for language, splits in manifest["languages"].items():
             if set(splits) != {"train", "heldout"}:
-                raise ValueError(f"splits {sorted(splits)} of {language!r}")
+                raise ValueError(f"splits of {language!r} are {sorted(splits)}, not heldout and train")
             for corpus in [*splits["train"], *splits["heldout"]]:
                 _check_corpus(corpus)
     except UnfinishedError:

@@ -69,3 +69,31 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     stage = "elo-elo_pretraining"
     assert _losses(tmp_path / "shared", stage) == pytest.approx(_losses(tmp_path / "run", stage), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_killed_and_one_goes_on(tmp_path):
+    config = write_world(tmp_path)
+    for section in ("elo_pretraining", "layer_alignment", "full"):
+        config[section]["per_device_train_batch_size"] = 1
+    run(config, until="elo_pretraining")
+    shared = {**config, "output": str(tmp_path / "shared")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(shared))
+    (tmp_path / "dying.py").write_text(
+        "import os, signal, sys; import elo.training.trainer as t; from elo.cli import main\n"
+        "step = t.EloTrainer.training_step\n"
+        "def dying(self, *a, **k):\n"
+        "    if self.state.global_step == 5 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(self, *a, **k)\n"
+        "t.EloTrainer.training_step = dying\n"
+        "main(['pretrain', sys.argv[1]])\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(tmp_path / "dying.py"), str(tmp_path / "config.yaml")]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert killed.returncode != 0
+    scratch = tmp_path / "shared" / "elo" / "elo_pretraining-checkpoints"
+    assert (scratch / "checkpoint-4" / "elo_checkpoint.json").is_file(), killed.stderr
+    run(shared, until="elo_pretraining")  # one process where there were two
+    stage = "elo-elo_pretraining"
+    assert _losses(tmp_path / "shared", stage) == pytest.approx(_losses(tmp_path / "run", stage), abs=1e-5)

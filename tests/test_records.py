@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +65,23 @@ def test_json_round_trip_and_damage(tmp_path):
     with pytest.raises(ValueError, match=r"NaN|nan|JSON"):
         write_json(path, {"a": float("nan")})
     assert list(tmp_path.glob(f"{TEMPORARY_PREFIX}*")) == []
+
+
+def test_overwriting_that_fails_leaves_the_old(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "file").write_text("old")
+    rename, failures = Path.rename, []
+
+    def failing(self, goal):
+        if goal == target and not failures:
+            failures.append(self)  # between the two renames
+            raise OSError("no")
+        return rename(self, goal)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no"), atomic_directory(target, overwrite=True) as folder:
+        (folder / "file").write_text("new")
+    assert failures
+    assert (target / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

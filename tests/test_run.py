@@ -182,6 +182,7 @@ def test_stages_one_by_one_give_the_same(finished, tmp_path):
     _same(root / "run" / "elo" / "layer_alignment", tmp_path / "run" / "elo" / "layer_alignment")
 
 
+@pytest.mark.slow  # test_run_faults.py does the same in forked children
 def test_killed_at_random_moments_and_started_again_gives_identical_weights(finished, tmp_path):
     root, config, _ = finished
     victim = {**config, "output": str(tmp_path / "run"), "controls": []}

@@ -86,3 +86,27 @@ def test_lock_ends_with_its_process(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9
     with Workspace(tmp_path, print).locked():
         pass
+
+
+def test_killed_between_the_record_and_the_end_of_its_stage(workspace):
+    log = []
+    _stage(workspace, {"a": 1}, log)
+    begun = workspace.path("stages", "s.begun.json")
+    begun.write_text("{}")
+    workspace.path("scratch").mkdir()
+    _stage(workspace, {"a": 1}, log)
+    assert log == ["worked"]
+    assert not begun.exists()
+    assert not workspace.path("scratch").exists()
+
+
+def test_a_refused_start_leaves_no_folder_and_takes_no_other(tmp_path):
+    for existed in (False, True):
+        root = tmp_path / "runs" / "one"
+        if existed:
+            root.mkdir(parents=True)
+            (root / "notes.txt").write_text("mine")
+        with pytest.raises(EloError, match="wrong"), Workspace(root, print).locked():
+            raise EloError("wrong")
+        assert (tmp_path / "runs").exists() == existed
+    assert (root / "notes.txt").read_text() == "mine"

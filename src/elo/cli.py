@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from elo.errors import EloError
+from elo.records import disk_problem
 
 app = typer.Typer(
     name="elo",
@@ -200,6 +201,8 @@ def plan(
         model, arguments = _planned_run(model, set_, int(tokens))
     elif set_:
         raise EloError("plan: --set changes keys of a run's CONFIG.yaml; this is a model, so use the options instead")
+    if output is not None and output.is_dir():
+        raise EloError(f"--output {output}: is a folder; name the file to write, for example {output / 'plan.json'}")
     if not 1 <= tokens < 1e18:
         raise EloError(f"--tokens {tokens}: give the number of training tokens, such as 1e9")
     planned = plan(
@@ -295,10 +298,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except EloError as error:
-        print(f"elo: {error}", file=sys.stderr)
+        print(f"elo: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # disk full, permission denied, a folder that is not there
-        print(f"elo: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        print(f"elo: {_one_line(disk_problem(error))}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         number = _stopped_by(error)
@@ -306,6 +309,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print(f"elo: {error}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + number)
+
+
+def _one_line(message: Any) -> str:
+    """A message as one line: what it quotes may hold line breaks, or control characters that a terminal obeys."""
+    text = " ".join(str(message).split())
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def _stopped_by(error: Any) -> int | None:

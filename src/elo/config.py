@@ -51,6 +51,8 @@ _ELSEWHERE = {
     "lora_alpha": "lora.alpha",
 }
 
+_MAX_VALUES = 100_000
+
 MethodName = Literal["elo", "elo_paper", "full", "align_only", "frozen", "lora", "lisa"]
 Control = Literal[MethodName, "full_at_wall_time"]
 
@@ -79,7 +81,7 @@ class _Section(BaseModel):
 class CorpusConfig(_Section):
     """One corpus; written as a bare string it is its path."""
 
-    path: str
+    path: str = Field(min_length=1)
     """A file (.jsonl, .parquet, .txt, each also .gz or .zst), a folder, a glob, or a Hugging Face dataset id."""
     weight: float = Field(1.0, gt=0, le=1e6)
     """Relative number of passes over this corpus among those of its language."""
@@ -104,12 +106,12 @@ class DataConfig(_Section):
     heldout_share: float = Field(0.005, gt=0, lt=0.5)
     replay_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of training tokens in the source language."""
-    sequence_length: int = Field(2048, ge=8)
+    sequence_length: int = Field(2048, ge=8, le=1 << 24)
     """Tokens in a packed row."""
     packing: bool = True
     on_error: Literal["stop", "skip"] = "stop"
     """What a document that cannot be read does."""
-    workers: int | None = Field(None, ge=1)
+    workers: int | None = Field(None, ge=1, le=4096)
     """Processes that tokenise; by default chosen by the number of cores."""
 
     @field_validator("corpora", mode="before")
@@ -174,7 +176,7 @@ class RunConfig(_Section):
     tokens: Annotated[int | None, BeforeValidator(_whole_number)] = Field(None, gt=0, le=10**15)
     """The run's token budget; null: one pass over the target language."""
     seed: int = Field(42, ge=0, lt=2**32)
-    tokenizer: str | None = None
+    tokenizer: str | None = Field(None, min_length=1)
     """Folder or hub id, if it is not the model's."""
     elo: EloOptions = EloOptions()
     elo_pretraining: TrainingSettings = TrainingSettings()
@@ -191,6 +193,13 @@ class RunConfig(_Section):
     """Run code that ships with the checkpoint. Only for checkpoints you trust."""
     title: str | None = None
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which Python takes for 1
+            raise ValueError("write layers such as first:1,last:1, got " + repr(value))
+        return value
+
     @model_validator(mode="after")
     def _controls(self) -> "RunConfig":
         if "full_at_wall_time" in self.controls and (self.method == "full" or "full" not in self.controls):
@@ -198,6 +207,9 @@ class RunConfig(_Section):
                 "controls: full_at_wall_time takes its budget from the wall time of the run's own method and from the "
                 "rate of full, so it needs a method other than full, and full among the controls"
             )
+        twice = [name for index, name in enumerate(self.controls) if name in self.controls[:index]]
+        if twice:
+            raise ValueError(f"controls: {twice[0]!r} stands there twice")
         if self.method in self.controls:
             raise ValueError(f"controls: {self.method!r} is the run's own method")
         return self
@@ -329,6 +341,8 @@ def _load(model: type[M], path: str | Path | dict[str, Any], overrides: list[str
         value = _plain_copy(value)
     except RecursionError:
         raise EloError(f"{name}: is nested too deeply, or refers to itself") from None
+    except OverflowError:
+        raise EloError(f"{name}: its aliases stand for more than {_MAX_VALUES:,} values; write them out") from None
     for override in overrides or []:
         _override(value, override)
     return _validated(model, value, name)
@@ -371,15 +385,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise EloError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise EloError(f"{path}: is nested too deeply") from None
+    except ValueError as error:  # a date such as 2026-99-99, a number of thousands of digits
+        raise EloError(f"{path}: holds a value that YAML cannot make ({error}); quote it") from None
     if not isinstance(value, dict):
         raise EloError(f"{path}: holds {type(value).__name__}, not a mapping of keys to values")
     return value
 
 
-def _plain_copy(value: Any) -> Any:
+def _plain_copy(value: Any, seen: list[None] | None = None) -> Any:
+    """A copy in which nothing is shared; ten lines of YAML aliases can stand for a billion values."""
+    seen = [] if seen is None else seen
+    seen.append(None)
+    if len(seen) > _MAX_VALUES:
+        raise OverflowError
+    if isinstance(value, str) and "\0" in value:
+        raise EloError(f"configuration: {_short(value)} holds a null byte, which no name or path may; remove it")
     if isinstance(value, dict):
-        return {key: _plain_copy(item) for key, item in value.items()}
-    return [_plain_copy(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: _plain_copy(item, seen) for key, item in value.items()}
+    return [_plain_copy(item, seen) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _override(value: dict[str, Any], override: str) -> None:
@@ -389,9 +412,16 @@ def _override(value: dict[str, Any], override: str) -> None:
             f"--set {override!r}: write key.path=value, for example --set elo_pretraining.learning_rate=2e-4"
         )
     try:
-        parsed = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise EloError(f"--set {override!r}: the value {text!r} is not YAML") from None
+        parsed = _plain_copy(yaml.load(text, _UniqueKeys))
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None)
+        raise EloError(f"--set {_short(override)}: the value is not YAML ({why})") from None
+    except EloError:
+        raise
+    except ValueError as error:
+        raise EloError(f"--set {_short(override)}: YAML cannot make a value of it ({error}); quote it") from None
+    except (RecursionError, OverflowError):
+        raise EloError(f"--set {_short(override)}: the value is nested too deeply, or too large") from None
     _put(value, key.strip(), parsed, f"--set {override!r}")
 
 
@@ -413,7 +443,7 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
         key = str(error["loc"][-1])
         known = _known_keys(model, error["loc"][:-1])
         elsewhere = _ELSEWHERE.get(key)
-        close = difflib.get_close_matches(key, known, 1, 0.6) or ([elsewhere] if elsewhere else [])
+        close = [elsewhere] if elsewhere else difflib.get_close_matches(key, known, 1, 0.6)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(sorted(known))}"
         return f"unknown key {path!r}; {hint}"
     if error["type"] == "missing":

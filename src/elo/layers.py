@@ -7,9 +7,10 @@ from elo.errors import EloError
 
 DEFAULT_LAYERS = "first:1,last:1"
 
-_END = re.compile(r"(first|last):(\d+)")
-_RANGE = re.compile(r"(\d+)-(\d+)")
-_INDEX = re.compile(r"-?\d+")
+# Nine digits are more layers than there are; Python refuses to read numbers of thousands.
+_END = re.compile(r"(first|last):([0-9]{1,9})")
+_RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
+_INDEX = re.compile(r"-?[0-9]{1,9}")
 
 
 def parse_layers(selection: str | int | Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -75,7 +76,8 @@ def _term_indices(term: str, num_layers: int) -> range:
         index = existing(int(term))
         return range(index, index + 1)
     raise EloError(
-        f"layers: cannot read {term!r}; a term is first:K, last:K, an index such as 0 or -1, or a range such as 0-3"
+        f"layers: cannot read {term[:60]!r}; a term is first:K, last:K, an index such as 0 or -1, "
+        "or a range such as 0-3"
     )
 
 

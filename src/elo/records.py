@@ -1,5 +1,6 @@
 """Files that appear whole or not at all: written under a temporary name, fsynced, then renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -33,6 +34,34 @@ def fsync_tree(root: Path) -> None:
         fsync_path(Path(folder))
 
 
+def disk_problem(error: OSError, place: Path | None = None) -> str:
+    """An error of the file system in words: the file, what is wrong, and what to do where room has run out."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    what = f"{error.filename or place or 'output'}: {error.strerror or error}"
+    return what + ("; make room and run the same command again, it goes on from there" if full else "")
+
+
+@contextmanager
+def disk_errors_told(place: Path) -> Iterator[None]:
+    """Turn what libraries raise for a disk that is full or failing into one message about `place`.
+
+    Raises:
+        EloError: writing failed; safetensors and torch have error types of their own for that.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise EloError(disk_problem(error, place)) from None
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if not re.search(r"os error \d+|PytorchStreamWriter|unexpected pos \d+|file write failed", reason):
+            raise
+        raise EloError(
+            f"{place}: cannot be written ({reason[:200]}); make room and run the same command again, it goes on from "
+            "the last whole checkpoint"
+        ) from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` with `text` (UTF-8) in one step."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
@@ -42,6 +71,9 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # which does not say which file, when it was open already
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     fsync_path(path.parent)
@@ -62,7 +94,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UnfinishedError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UnfinishedError(f"{path}: not JSON ({error}); the file is damaged, remove it and run again") from None
 
 
@@ -81,19 +113,23 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(target)
-        temporary = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
+        temporary, replaced = (
+            target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}" for _ in range(2)
+        )
         temporary.mkdir()
     except OSError as error:
         raise EloError(f"{target}: cannot be written ({error.strerror}); choose another output folder") from None
     try:
         yield temporary
         fsync_tree(temporary)
-        if target.exists():
-            remove(target)
+        if target.is_symlink() or target.exists():
+            target.rename(replaced)  # in no time: what is slow, removing it, comes once the new one is in place
         temporary.rename(target)
         fsync_path(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.is_symlink() or replaced.exists():
+            remove(replaced) if target.exists() else replaced.rename(target)
 
 
 def sweep_temporaries(target: Path) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 from elo.errors import EloError, UnfinishedError
 from elo.processes import from_main, is_main, wait_until
-from elo.records import TEMPORARY_PREFIX, read_json, remove, sha256_json, write_json
+from elo.records import TEMPORARY_PREFIX, read_json, remove, sha256_file, sha256_json, write_json
 
 Paths = tuple[Path, ...]
 # Raise when a stage's meaning changes, so that results of older code are not taken for today's.
 _STAGE_VERSION = 1
+_CHECKED = (".safetensors", "config.json")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Workspace:
     def __init__(self, root: Path, say: Callable[[str], None]) -> None:
         self.root = root
         self.say = say if is_main() else lambda _: None
+        self._skipped: dict[str, dict[str, Any]] = {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -48,9 +50,11 @@ class Workspace:
         if not is_main():
             yield
             return
+        made = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
         try:
             (self.root / "stages").mkdir(parents=True, exist_ok=True)
-            lock = (self.root / "run.lock").open("a+")
+            # A link put in its place must not have the file that it names emptied.
+            lock = os.fdopen(os.open(self.root / "run.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         except OSError as error:
             raise EloError(f"{self.root}: cannot be written ({error.strerror}); choose another output") from None
         with lock:
@@ -65,7 +69,19 @@ class Workspace:
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
-            yield
+            try:
+                yield
+            except EloError:
+                if made and self._nothing_done():
+                    remove(self.root)
+                    for folder in made[1:]:
+                        folder.rmdir()
+                raise
+
+    def _nothing_done(self) -> bool:
+        """Whether the run folder holds nothing but what every start writes."""
+        begun = all(path.name.endswith(".begun.json") for path in (self.root / "stages").iterdir())
+        return begun and {path.name for path in self.root.iterdir()} <= {"stages", "run.lock", "config.json"}
 
     def path(self, *parts: str) -> Path:
         """A path inside the run folder."""
@@ -107,25 +123,43 @@ class Workspace:
     def _is_done(self, name: str, fingerprint: str, inputs: Mapping[str, Any], outputs: Paths, scratch: Paths) -> bool:
         """Whether the stage is done with these inputs; if not, what an earlier one with others left is cleared away."""
         done_path, begun_path = self._stage_file(name), self._stage_file(name, begun=True)
-        done = read_json(done_path) if done_path.exists() else None
+        done = _read_record(done_path, ("fingerprint", "inputs", "outputs", "record"))
         if done is not None:
             changed = done["fingerprint"] != fingerprint
             if not changed and _intact(self.root, done["outputs"]):
                 self.say(f"{name}: done already")
-                for path in scratch:  # killed between the record and this
+                for path in (begun_path, *scratch):  # killed between the record and this
                     remove(path)
+                self._skipped[fingerprint] = done
                 return True
             reason = (
                 f"changed: {_difference(done['inputs'], inputs)}" if changed else "its output is missing or damaged"
             )
             self.say(f"{name}: {reason}; doing it again")
-            done_path.unlink()
-        begun = read_json(begun_path) if begun_path.exists() else None
+        done_path.unlink(missing_ok=True)  # also one that cannot be read
+        self._check_what_is_used(inputs)
+        begun = _read_record(begun_path, ("fingerprint",))
         if begun is None or begun["fingerprint"] != fingerprint:
             for path in (*outputs, *scratch):
                 remove(path)
             write_json(begun_path, {"fingerprint": fingerprint, "inputs": dict(inputs)})
         return False
+
+    def _check_what_is_used(self, inputs: Mapping[str, Any]) -> None:
+        """Before work begins, compare what skipped stages left for it with its checksums; once a start.
+
+        Raises:
+            UnfinishedError: a file was altered; its stage counts as not done from now on.
+        """
+        for value in inputs.values():
+            stage = self._skipped.pop(value, None) if isinstance(value, str) else None
+            for name, expected in (stage or {}).get("sha256", {}).items():
+                if sha256_file(self.root / name) != expected:
+                    self._stage_file(stage["stage"]).unlink(missing_ok=True)  # type: ignore[index]
+                    raise UnfinishedError(
+                        f"{self.root / name}: does not have the checksum it was written with, so it was altered or the "
+                        "disk is failing; the same command makes it again"
+                    )
 
     def _timed(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         started = time.perf_counter()
@@ -146,7 +180,9 @@ class Workspace:
             "stage": name,
             "fingerprint": fingerprint,
             "inputs": dict(inputs),
-            "outputs": _sizes(self.root, outputs),
+            "outputs": (sizes := _sizes(self.root, outputs)),
+            # Token shards have checksums of their own, in their manifest.
+            "sha256": {name: sha256_file(self.root / name) for name in sizes if name.endswith(_CHECKED)},
             "record": record,
         }
         write_json(self._stage_file(name), value)
@@ -155,8 +191,8 @@ class Workspace:
             remove(path)
 
     def _has_record(self, name: str, fingerprint: str) -> bool:
-        path = self._stage_file(name)
-        return path.exists() and read_json(path)["fingerprint"] == fingerprint
+        record = _read_record(self._stage_file(name), ("fingerprint",))
+        return record is not None and record["fingerprint"] == fingerprint
 
     def sweep(self) -> None:
         """Remove temporary files that killed processes left."""
@@ -180,6 +216,15 @@ def file_identity(path: Path) -> dict[str, Any]:
         str(file.relative_to(path) if path.is_dir() else file.name): [file.stat().st_size, file.stat().st_mtime_ns]
         for file in files
     }
+
+
+def _read_record(path: Path, keys: tuple[str, ...]) -> dict[str, Any] | None:
+    """A stage's record; None where there is none, or one so damaged that the stage has to be done again."""
+    try:
+        value = read_json(path)
+    except UnfinishedError:
+        return None
+    return value if isinstance(value, dict) and all(key in value for key in keys) else None
 
 
 def _sizes(root: Path, outputs: tuple[Path, ...]) -> dict[str, int]:

@@ -357,7 +357,9 @@ def _check_manifest(path: Path, manifest: Any) -> None:
             if type(manifest["tokenizer"][key]) is not int:
                 raise TypeError(f"{key} {manifest['tokenizer'][key]!r}")
         str(manifest["tokenizer"]["sha256"])
-        for splits in manifest["languages"].values():
+        for language, splits in manifest["languages"].items():
+            if set(splits) != {"train", "heldout"}:
+                raise ValueError(f"splits of {language!r} are {sorted(splits)}, not heldout and train")
             for corpus in [*splits["train"], *splits["heldout"]]:
                 _check_corpus(corpus)
     except UnfinishedError:
@@ -371,6 +373,9 @@ def _check_manifest(path: Path, manifest: Any) -> None:
 def _check_corpus(corpus: dict[str, Any]) -> None:
     if not isinstance(corpus["name"], str) or not isinstance(corpus["weight"], (int, float)):
         raise TypeError("name or weight of a corpus")
+    for key in ("documents", "tokens", "text_tokens", "bytes"):
+        if type(corpus[key]) is not int or corpus[key] < 0:
+            raise ValueError(f"{key} {corpus[key]!r} of corpus {corpus['name']!r}")
     for entry in corpus["shards"]:
         # Only names of our own making are opened: no path in a manifest may leave its folder.
         if not SHARD_NAME.fullmatch(entry["name"]):

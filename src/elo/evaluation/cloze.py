@@ -204,8 +204,8 @@ def _common_prefix(left: list[int], right: list[int]) -> int:
 def _item(line: str, where: str) -> ClozeItem:
     try:
         value: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise EloError(f"{where}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise EloError(f"{where}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise EloError(f'{where}: expected an object {{"prompt", "choices", "answer"}}, got {type(value).__name__}')
     prompt, choices, answer = value.get("prompt"), value.get("choices"), value.get("answer")

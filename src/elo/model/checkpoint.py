@@ -36,7 +36,7 @@ from elo.model.tensor_files import (
     open_checkpoint,
     write_checkpoint,
 )
-from elo.records import atomic_directory, read_json
+from elo.records import atomic_directory, disk_errors_told, read_json
 
 CONFIG_FILE = "config.json"
 _SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -92,6 +92,7 @@ def detach_checkpoint(
     hollow = build_hollow_causal_lm(base.config, trust_remote_code=trust_remote_code)
     names = find_layer_names(hollow, base.weights)
 
+    _refuse_more_layers(base.weights, names)
     edits = layer_edits(text_config_of(base.config), kept)
     config_json = edit_json(base.config_json, base.config, edits)
     small_config = _read_small_config(config_json, base.config, edits)
@@ -100,7 +101,7 @@ def detach_checkpoint(
 
     record = _provenance(base, names, kept, renamed, base_name or str(base.folder.resolve()), revision)
     config_json[PROVENANCE_KEY] = record
-    with atomic_directory(Path(output), overwrite=overwrite) as folder:
+    with disk_errors_told(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
         tensors = [NewTensor(name, t.dtype, t.shape, t.size, t.chunks) for name, t in renamed.items()]
         write_checkpoint(folder, tensors, max_shard_bytes)
         _write_config(folder, config_json)
@@ -157,7 +158,7 @@ def attach_checkpoint(
     with tempfile.TemporaryDirectory(prefix="elo-attach-") as scratch:
         matched = match_tensors(wanted, small.weights, type(hollow), small.config, Path(scratch))
         updates = _updates(wanted, matched, small, names, find_architecture(hollow), include)
-        with atomic_directory(Path(output), overwrite=overwrite) as folder:
+        with disk_errors_told(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
             for name in [*whole.weights.files, *([INDEX_FILE] if whole.weights.indexed else [])]:
                 shutil.copyfile(whole.folder / name, folder / name)
             for tensor, trained in updates:
@@ -249,6 +250,21 @@ def _small_tensors(
             f"{weights.folder}: its tensors do not make the model that its {CONFIG_FILE} describes: {problem}"
         )
     return tensors
+
+
+def _refuse_more_layers(weights: Checkpoint, names: LayerNames) -> None:
+    """Refuse a configuration that counts fewer layers than the file holds; multi-token-prediction layers differ."""
+    made_of: dict[int, set[str]] = {}
+    for name in weights.tensors:
+        layer, rest = names.split(name)
+        if layer is not None:
+            made_of.setdefault(layer, set()).add(rest)
+    more = [index for index in made_of if index >= names.num_layers and made_of[index] == made_of.get(0)]
+    if more:
+        raise EloError(
+            f"{weights.folder}: {CONFIG_FILE} counts {names.num_layers} decoder layers, but layer {min(more)} is "
+            "stored as well; the configuration is not that of these weights, download the checkpoint again"
+        )
 
 
 def _provenance(

@@ -33,7 +33,7 @@ class LayerNames:
         """(layer, rest of the name), or (None, name) outside the layers; extra layers count from num_layers."""
         if name.startswith(self.prefix):
             index, dot, rest = name.removeprefix(self.prefix).partition(".")
-            if dot and index.isdigit():
+            if dot and index.isascii() and index.isdigit() and len(index) < 10:
                 return int(index), rest
         return None, name
 

@@ -27,9 +27,9 @@ def read_provenance(value: Any, where: str) -> dict[str, Any]:
     count = value.get("num_base_layers") if isinstance(value, dict) else None
     if (
         not isinstance(layers, list)
-        or not isinstance(count, int)
+        or type(count) is not int
         or not layers
-        or not all(isinstance(index, int) and 0 <= index < count for index in layers)
+        or not all(type(index) is int and 0 <= index < count for index in layers)
         or layers != sorted(set(layers))
         or not isinstance(value.get("frozen", {}), dict)
         or not isinstance(value.get("base_layers", []), list)

@@ -189,7 +189,7 @@ def read_header(path: Path) -> list[StoredTensor]:
                 for name, entry in header.items()
                 if name != "__metadata__"
             ]
-        except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UnfinishedError(f"{path}: its safetensors header is damaged ({error}); download it again") from None
     tensors.sort(key=lambda tensor: (tensor.start, tensor.size))
     end = 8 + header_size

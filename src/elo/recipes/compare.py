@@ -23,6 +23,8 @@ from elo.reporting.pareto_results import FILE_NAME
 # Steps of the first look at a contestant's speed, and the share of a wall-time budget that the second look takes.
 _FIRST_LOOK_STEPS = 6
 _SECOND_LOOK_SHARE = 0.15
+# How far from a wall-time budget a whole trial may end before its tokens are worked out again.
+_TOLERANCE = 0.05
 # How often the next rate beyond the grid is tried, where the best one stands at its edge.
 _EXTENSIONS = 2
 
@@ -98,12 +100,18 @@ class _Comparison:
             run = self._run(name, 1)
             step = max(getattr(run, section).tokens_per_step for section in self._grids(name))
             shortest = int(_FIRST_LOOK_STEPS * step / min(1.0, *_shares(run)))
+            rates = _middle(self._grids(name))
+
+            def looked(tokens: int) -> dict[str, Any]:
+                return self.trials.run(name, rates=rates, tokens=tokens, seed=self.config.seeds[0], validated=True)
+
             tokens = shortest
             for wanted in (_SECOND_LOOK_SHARE * seconds, seconds):
-                rates = {section: min(grid) for section, grid in self._grids(name).items()}
-                looked = self.trials.run(name, rates=rates, tokens=tokens, seed=self.config.seeds[0], validated=False)
-                tokens = max(shortest, _tokens_within(looked, tokens, wanted))
-            return {"tokens": tokens // step * step}
+                tokens = max(shortest, _tokens_within(looked(tokens), tokens, wanted)) // step * step
+            whole = looked(tokens)  # tuning starts from this very trial, if it filled the budget
+            if abs(whole["wall_seconds"] / seconds - 1) > _TOLERANCE:
+                tokens = max(shortest, _tokens_within(whole, tokens, seconds)) // step * step
+            return {"tokens": tokens}
 
         inputs = {"seconds": seconds, "run": self._run(name, 1).model_dump(mode="json", exclude={"output"})}
         stage = self.shared.workspace.stage(f"budget-{name}-{seconds:g}", inputs, work, collective=True)
@@ -132,7 +140,7 @@ class _Comparison:
     def _tune(self, name: str, tokens: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The learning rates with the lowest score on validation text, one section after the other."""
         grids = self._grids(name)
-        rates = {section: grid[len(grid) // 2] for section, grid in grids.items()}
+        rates = _middle(grids)
         tried: dict[tuple[float, ...], dict[str, Any]] = {}
 
         def score(section: str, rate: float) -> float:
@@ -288,6 +296,10 @@ def _open(config: CompareConfig) -> Iterator[_Comparison]:
     with open_job(first) as shared:
         layers = {name: check_model(run, shared.base) for name, run in runs.items()}
         yield _Comparison(config, shared, layers)
+
+
+def _middle(grids: dict[str, list[float]]) -> dict[str, float]:
+    return {section: grid[len(grid) // 2] for section, grid in grids.items()}
 
 
 def _method(run: RunConfig) -> Any:

@@ -8,6 +8,8 @@ from elo.errors import EloError
 from elo.layers import parse_layers
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from elo.training.methods import Method
 
 
@@ -16,7 +18,7 @@ def check_inputs(config: RunConfig) -> None:
     from elo.evaluation.cloze import read_cloze
     from elo.training.loop import check_settings
 
-    for section in {phase.settings for method in methods_of(config) for phase in method.phases}:
+    for section in _sections(config):
         check_settings(getattr(config, section), config.data.sequence_length, section)
     for method in methods_of(config):
         method.check()
@@ -57,6 +59,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     if any(phase.detached for method in methods_of(config) for phase in method.phases):
         require_detachable(model_config)
     model = build_on_meta(model_config, trust_remote_code=config.trust_remote_code)
+    _check_attention(config, model)
     layers = parse_layers(config.layers, find_architecture(model).num_layers)
     length, limit = config.data.sequence_length, longest_sequence(model)
     if limit is not None and length > limit:
@@ -67,3 +70,25 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
             "attention, or takes no position ids); write data.packing: false"
         )
     return layers
+
+
+def _sections(config: RunConfig) -> list[str]:
+    """Sections of the configuration whose training settings this run uses."""
+    return sorted({phase.settings for method in methods_of(config) for phase in method.phases})
+
+
+def _check_attention(config: RunConfig, model: "PreTrainedModel") -> None:
+    """Raise EloError where an attention that is asked for by name cannot be had; `model` is on the meta device."""
+    from elo.training.attention import VARLEN
+
+    for section in _sections(config):
+        name = getattr(config, section).attn_implementation
+        if name in ("auto", VARLEN):
+            continue
+        try:
+            model.set_attn_implementation(name)
+        except (ValueError, ImportError, OSError) as error:
+            raise EloError(
+                f"{section}.attn_implementation: this model cannot use {name!r} here "
+                f"({' '.join(str(error).split())[:300]}); write auto, sdpa or eager"
+            ) from None

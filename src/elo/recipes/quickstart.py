@@ -6,6 +6,7 @@ from typing import Any
 
 from elo.config import load_config
 from elo.errors import EloError
+from elo.records import TEMPORARY_PREFIX, write_text
 
 WORLD = Path(__file__).parent.parent / "quickstart"
 
@@ -27,17 +28,21 @@ def quickstart(output: Path, overrides: list[str] | None = None) -> dict[str, An
 
     output = Path(output)
     corpus = output / "corpus"
-    if output.is_dir() and any(output.iterdir()) and not corpus.is_dir():
+    others = (
+        [path for path in output.iterdir() if not path.name.startswith(TEMPORARY_PREFIX)] if output.is_dir() else []
+    )
+    if others and not corpus.is_dir():
         raise EloError(f"{output}: the folder holds other things; choose another with --output, or remove it")
+    config = yaml.safe_load((WORLD / "config.yaml").read_text(encoding="utf-8"))
+    _fill_in(config, {"{base}": str(WORLD / "base"), "{corpus}": str(corpus), "{output}": str(output)})
+    load_config(config, overrides)  # a mistake in them is told before anything is written
     if not corpus.is_dir():
         print("quickstart: writing a small bilingual corpus", flush=True)
         write_corpus(corpus)
     (output / "stages").mkdir(exist_ok=True)  # the folder is ours
-    config = yaml.safe_load((WORLD / "config.yaml").read_text(encoding="utf-8"))
-    _fill_in(config, {"{base}": str(WORLD / "base"), "{corpus}": str(corpus), "{output}": str(output)})
     config["evaluation"]["prompts"] = json.loads((corpus / "prompts.json").read_text(encoding="utf-8"))
     # What is run is an ordinary configuration: read it, change it, run it with `elo run`.
-    (output / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    write_text(output / "config.yaml", yaml.safe_dump(config, allow_unicode=True, sort_keys=False))
     return run(load_config(config, overrides))
 
 

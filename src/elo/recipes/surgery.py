@@ -8,6 +8,7 @@ from typing import Any
 
 from elo.errors import EloError
 from elo.layers import DEFAULT_LAYERS
+from elo.records import disk_problem
 
 WEIGHT_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
 
@@ -102,7 +103,7 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:  # a full disk, a file without read permission
-        raise EloError(f"{error.filename or 'output'}: {error.strerror or error}") from None
+        raise EloError(disk_problem(error)) from None
 
 
 def _check_replaceable(output: Path, overwrite: bool) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elo.records import atomic_directory
+from elo.records import atomic_directory, disk_errors_told
 from elo.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def save_checkpoint(
     Args:
         gathered: the weights, where the model holds only pieces of them.
     """
-    with atomic_directory(output, overwrite=True) as folder:
+    with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
         if gathered is None:
             model.to(dtype).save_pretrained(folder)
         else:

@@ -1,12 +1,11 @@
 """Training checkpoints that are whole or ignored: a manifest with checksums is written last."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from elo.errors import UnfinishedError
-from elo.records import fsync_tree, read_json, sha256_file, write_json
+from elo.records import fsync_tree, read_json, remove, sha256_file, write_json
 
 MANIFEST = "elo_checkpoint.json"
 
@@ -29,34 +28,41 @@ def check_checkpoint(checkpoint: Path) -> dict[str, Any]:
         UnfinishedError: it has no manifest, or a file is missing, truncated or altered.
     """
     manifest = read_json(checkpoint / MANIFEST)
-    for name, entry in manifest["files"].items():
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
-            raise UnfinishedError(f"{path}: missing or damaged")
-    state: dict[str, Any] = manifest["state"]
-    return state
+    try:
+        for name, entry in manifest["files"].items():
+            path = checkpoint / name
+            if ".." in path.parts or Path(name).is_absolute():
+                raise UnfinishedError(f"{checkpoint / MANIFEST}: names {name!r}, which is not in its folder")
+            if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+                raise UnfinishedError(f"{path}: missing or damaged")
+        return {"seconds": float(manifest["state"]["seconds"])}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UnfinishedError):
+            raise
+        raise UnfinishedError(f"{checkpoint / MANIFEST}: not a manifest of a checkpoint, or damaged") from None
 
 
 def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint under `folder` with its state; those that are not whole are removed on the way."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         try:
             return checkpoint, check_checkpoint(checkpoint)
         except UnfinishedError as error:
             if (checkpoint / MANIFEST).exists():
                 warn(f"{error}; checkpoint {checkpoint.name} is dropped and the one before it taken")
-            shutil.rmtree(checkpoint)
+            remove(checkpoint)
     return None
 
 
 def rotate_checkpoints(folder: Path, keep: int) -> None:
     """Remove all but the `keep` newest checkpoints; called once the newest is sealed."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)[keep:]:
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)[keep:]:
         # Without its manifest a half-removed checkpoint counts as unfinished, not as damaged.
         (checkpoint / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(checkpoint)
+        remove(checkpoint)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint folder's name says, by which the newest is found: clocks can jump."""
     suffix = checkpoint.name.removeprefix("checkpoint-")
     return int(suffix) if suffix.isdigit() else -1

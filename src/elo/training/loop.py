@@ -273,6 +273,11 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
         raise EloError(f"{section}.report_to: {error}") from None
     known = set(TrainingArguments.__dataclass_fields__)
     for key in settings.training_arguments:
+        if "token" in key.lower().split("_"):  # the configuration is kept in records and in the report
+            raise EloError(
+                f"{section}.training_arguments: {key!r} is a secret, which a configuration must not hold; "
+                "log in with `hf auth login`, or set HF_TOKEN in the environment"
+            )
         if key not in known:
             raise EloError(f"{section}.training_arguments: transformers.TrainingArguments has no {key!r}")
         if key in _SET_HERE or key in TrainingSettings.model_fields:

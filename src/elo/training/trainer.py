@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, Trainer
 
 from elo.data.packing import IGNORE_INDEX
 from elo.errors import TrainingDivergedError
+from elo.records import disk_errors_told
 from elo.training.attention import document_starts
-from elo.training.checkpoints import rotate_checkpoints, seal_checkpoint
+from elo.training.checkpoints import rotate_checkpoints, seal_checkpoint, step_of
 
 Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 """Bits per byte of a model, by language."""
@@ -183,7 +184,7 @@ class EloTrainer(Trainer):
             )
 
     def _diverged(self, what: str) -> None:
-        sealed = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        sealed = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"), key=step_of)
         kept = f"the last good checkpoint is {sealed[-1]}" if sealed else "no checkpoint had been written yet"
         raise TrainingDivergedError(
             f"training diverged at step {self.state.global_step} "
@@ -200,10 +201,13 @@ class EloTrainer(Trainer):
         loss, gradient = float(self._tr_loss), float(0.0 if self._gradient_norm is None else self._gradient_norm)
         if not (math.isfinite(loss) and math.isfinite(gradient)):
             self._diverged(f"the loss is {loss} and the gradient norm {gradient}")
-        super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir))
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        with disk_errors_told(checkpoint):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            folder = Path(str(self.args.output_dir))
-            seal_checkpoint(folder / f"checkpoint-{self.state.global_step}", {"seconds": self.seconds})
+            with disk_errors_told(checkpoint):
+                seal_checkpoint(checkpoint, {"seconds": self.seconds})
             rotate_checkpoints(folder, self.keep_checkpoints)
         self.accelerator.wait_for_everyone()

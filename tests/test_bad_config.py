@@ -109,7 +109,7 @@ VALUES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("data__workers", -1, ("data.workers", "got -1")),
     ("data__workers", "all", ("data.workers", "got 'all'")),
     ("data__workers", HUGE, ("data.workers",)),
-    ("method", "lora", ("method", "got 'lora'")),
+    ("method", "loro", ("method", "got 'loro'")),
     ("method", None, ("method", "got None")),
     ("method", ["elo"], ("method",)),
     ("tokens", 0, ("tokens", "greater than 0")),

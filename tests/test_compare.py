@@ -31,13 +31,8 @@ def _world(root):
         "output": str(root / "comparison"),
         "contestants": {
             "elo": {"changes": {"elo.stand_in": "forward_only"}},
-            "bridge": {
-                "method": "elo",
-                "changes": {"elo.stand_in": "bridge"},
-                "learning_rates": {"elo_pretraining": [1e-3, 3e-3, 9e-3]},
-            },
+            "bridge": {"method": "elo", "changes": {"elo.stand_in": "bridge"}},
             "full": {"learning_rates": [1e-3, 3e-3]},
-            "lora": None,
         },
         "budgets": [{"tokens": 1280}],
         "seeds": [1, 2],

@@ -210,12 +210,12 @@ def test_report_takes_a_folder_with_a_comparison(tmp_path):
     assert not {"script", "link"} & set(parsed.tags)
     assert "url(" not in html
     assert parsed.headings[:3] == [TITLE, "At 500,000 tokens", "At 60 s"]
-    assert [value[:26] for _, name, value in parsed.attributes if name == "src"] == ["data:image/svg+xml;base64,"] * 7
+    assert [value[:26] for _, name, value in parsed.attributes if name == "src"] == ["data:image/svg+xml;base64,"] * 9
     assert "500,000 tokens: lowest in ko is Full CPT, 1.842 ±0.005; no winner can be named in en." in parsed.words
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     linked = re.findall(r"\]\((charts/[^)]+\.png)\)", markdown)
     assert sorted(f"charts/{path.name}" for path in (tmp_path / "charts").iterdir()) == sorted(linked)
-    assert len(linked) == 7
+    assert len(linked) == 9
     line = next(line for line in markdown.splitlines() if line.startswith("| Full CPT |"))
     assert line == (
         "| Full CPT | full 5e-4 | **1.842 ±0.005 (−0.570)** | 1.419 ±0.002 (+0.101) | – | – | 500 K | 70.1 s "
@@ -354,6 +354,8 @@ def test_every_chart_comes_where_there_is_something_to_draw(drawn):
         "target_bpb_for_memory",
         "learning_rates_1",
         "learning_rates_2",
+        "reach_1",
+        "reach_2",
     ]
     assert "The base model is above the chart, at 2.412." in drawn[0].caption
     assert "1 failed" in drawn[5].caption

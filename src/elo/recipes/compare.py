@@ -235,6 +235,7 @@ class _Comparison:
                 "sequence_length": run.data.sequence_length,
             },
             "seeds": config.seeds,
+            "source_weight": config.source_weight,
             "config": config.model_dump(mode="json"),
             "base": {"bpb": base},
             "budgets": [

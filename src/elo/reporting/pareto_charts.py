@@ -58,6 +58,7 @@ def draw_pareto_charts(results: ComparisonResults) -> list[Chart]:
         charts += [_languages_chart(results, index) for index in range(len(results.budgets))]
         charts += [_flops_chart(results), _memory_chart(results)]
         charts += [_sweep_chart(results, index) for index in range(len(results.budgets))]
+        charts += [_reach_chart(results, index) for index in range(len(results.budgets))]
     return [chart for chart in charts if chart is not None]
 
 
@@ -297,7 +298,12 @@ def _sweep_chart(results: ComparisonResults, index: int) -> Chart | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("learning rate")
-    axes.set_ylabel(f"{drawable(results.languages.target, 'target')}: bits per byte, validation")
+    target = drawable(results.languages.target, "target")
+    if results.source_weight:
+        source = drawable(results.languages.source, "source")
+        axes.set_ylabel(f"bits per byte, validation: {target} + {results.source_weight:g} x {source}")
+    else:
+        axes.set_ylabel(f"{target}: bits per byte, validation")
     caption = "Lower is better. Ringed: chosen."
     if any(len(varied_rates(sweep)) > 1 for sweep, _, _ in curves):
         caption += " Where several stages' rates were varied, each point is the best over the other stages' rates."
@@ -311,6 +317,34 @@ def _sweep_chart(results: ComparisonResults, index: int) -> Chart | None:
         f" Crosses at the top edge: tries that are above the chart or failed ({', '.join(marks)})." if marks else ""
     )
     return finish(figure, f"learning_rates_{index + 1}", f"Learning rates at {results.budgets[index].name}", caption)
+
+
+def _reach_chart(results: ComparisonResults, index: int) -> Chart | None:
+    """Target over source bits per byte of every learning rate tried: what a contestant can be tuned to."""
+    target, source = results.languages.target, results.languages.source
+    styles = contestant_styles(results)
+    fronts: dict[str, list[tuple[float, float]]] = {}
+    for sweep in results.sweeps:
+        tried = [trial.bpb for trial in sweep.trials if target in trial.bpb and source in trial.bpb]
+        points = [(bpb[source], bpb[target]) for bpb in tried]
+        if sweep.budget == index and len(points) > 1:
+            fronts[sweep.contestant] = [points[at] for at in pareto_front(points)]
+    if not fronts:
+        return None
+    figure, axes = new_figure()
+    for contestant in results.contestants:
+        if points := fronts.get(contestant.name, []):
+            style = styles[contestant.name]
+            axes.plot(
+                *zip(*points, strict=True), color=style.colour, marker=style.marker, markersize=5, label=style.label
+            )
+    axes.set_xlabel(f"{drawable(source, 'source')}: bits per byte, validation")
+    axes.set_ylabel(f"{drawable(target, 'target')}: bits per byte, validation")
+    caption = (
+        "Down and to the left is better. Each point is a learning rate that was tried (of those that no other of the "
+        "same contestant beats in both languages), with one seed. A line below another's can be tuned to do better."
+    )
+    return finish(figure, f"reach_{index + 1}", f"What tuning can reach at {results.budgets[index].name}", caption)
 
 
 def _unique(sweeps: Iterable[Sweep]) -> list[Sweep]:

@@ -85,6 +85,9 @@ def _table_note(results: ComparisonResults) -> str:
 
 def _definitions(results: ComparisonResults) -> list[str]:
     contestants, seeds = len(results.contestants), len(results.seeds)
+    criterion = f"by the bits per byte of {results.languages.target}"
+    if results.source_weight:
+        criterion += f" plus {results.source_weight:g} x those of {results.languages.source}"
     rule = (
         "A winner is named only where every one of its seeds is below every seed of every other contestant at the "
         "budget, with at least two seeds each. A seed that failed counts as above all others. Contestants can be told "
@@ -98,8 +101,8 @@ def _definitions(results: ComparisonResults) -> list[str]:
         )
     return [
         rule,
-        "Each contestant's learning rates were chosen on validation text at the budget, as far as a sweep is shown; "
-        "the tables are measured on held-out text. A chosen rate at the edge of what was tried says that the "
+        f"Each contestant's learning rates were chosen on validation text at the budget, {criterion}, as far as a "
+        "sweep is shown; the tables are measured on held-out text. A chosen rate at the edge of what was tried says that the "
         "contestant may do better than it is shown.",
         "Bits per byte (bpb) is the summed negative log-likelihood of the text's tokens, in nats, over ln 2 times the "
         "UTF-8 bytes of the text. Lower is better. It can be compared across tokenizers, never across languages.",

@@ -115,6 +115,8 @@ class ComparisonResults(Setting):
     kind: Literal["comparison"]
     title: str = "Comparison"
     seeds: tuple[int, ...] = Field(min_length=1)
+    source_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Learning rates were chosen by target + source_weight x source bits per byte."""
     base: Base = Base()
     budgets: tuple[Budget, ...] = Field(min_length=1)
     contestants: tuple[Contestant, ...] = Field(min_length=1)

@@ -102,8 +102,8 @@ def _definitions(results: ComparisonResults) -> list[str]:
     return [
         rule,
         f"Each contestant's learning rates were chosen on validation text at the budget, {criterion}, as far as a "
-        "sweep is shown; the tables are measured on held-out text. A chosen rate at the edge of what was tried says that the "
-        "contestant may do better than it is shown.",
+        "sweep is shown; the tables are measured on held-out text. A chosen rate at the edge of what was tried says "
+        "that the contestant may do better than it is shown.",
         "Bits per byte (bpb) is the summed negative log-likelihood of the text's tokens, in nats, over ln 2 times the "
         "UTF-8 bytes of the text. Lower is better. It can be compared across tokenizers, never across languages.",
         "Wall time and tokens are those of the training stages; evaluation and the sweeps are not counted. A trial is "

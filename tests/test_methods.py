@@ -170,6 +170,18 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, name):
         assert torch.equal(tensor, resumed.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("stand_in", ["forward_only", "bridge"])
+def test_recomputed_activations_give_the_same(tmp_path, stand_in):
+    method = find_method("elo", Options(elo=EloOptions(stand_in=stand_in)))
+    losses = []
+    for recompute in (False, True):
+        model, prepared = _ready(method, method.phases[0])
+        settings = QUICK.model_copy(update={"activation_checkpointing": recompute, "tokens_per_step": 8 * LENGTH})
+        result = _train(model, tmp_path / str(recompute), prepared, settings=settings, steps=4)
+        losses.append([point["loss"] for point in result.losses])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
 def test_unknown_method_is_named():
     with pytest.raises(EloError, match="'eol' is unknown; choose one of elo, elo_paper"):
         find_method("eol")

@@ -181,7 +181,7 @@ def pass_forward_only(model: PreTrainedModel, bridge: Bridge) -> Callable[[], No
             return _with_hidden(args, kwargs, hidden.detach())
 
         def leave(module: nn.Module, args: Any, kwargs: Any, held: list[Tensor] = held) -> Any:
-            passed = _PastTheMiddle.apply(_hidden(args, kwargs), held.pop(), module.elo_bridge_weight)
+            passed = _PastTheMiddle.apply(_hidden(args, kwargs), held[0], module.elo_bridge_weight)
             return _with_hidden(args, kwargs, passed)
 
         _hold(undo, after, elo_bridge_weight=weight)

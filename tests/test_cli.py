@@ -54,7 +54,7 @@ def test_plan_reads_a_runs_configuration(world, capsys):
     assert status == 0, err
     assert "ELO pretraining" in out
     assert "4 layers" in out
-    assert "ELO pretraining, forward-only" in out and "layer alignment" not in out
+    assert "ELO pretraining, bridge" in out and "layer alignment" in out, "as its section elo says"
     status, out, err = _elo(capsys, "plan", world / "config.yaml", "--set", "method=elo_paper")
     assert status == 0, err
     assert "ELO pretraining, detached" in out and "layer alignment" in out

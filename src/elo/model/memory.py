@@ -386,8 +386,9 @@ def head_loss_bytes(
     """Bytes of the LM head's cross-entropy at its largest.
 
     All logits at once: three fp32 numbers each (log-probabilities and two gradients), as PyTorch's cross-entropy keeps
-    them. Chunked: one chunk's fp32 logits and what logsumexp makes of them, the hidden states' gradient for all tokens,
-    and for a head that trains its fp32 gradient and the scaled copy of that.
+    them. Chunked: one chunk's fp32 logits and what logsumexp makes of them, and the hidden states' gradient for all
+    tokens. A head that trains has its fp32 gradient beside them, then also a chunk's part of it, and in the backward,
+    when no logits are left, a scaled copy.
     """
     logits = tokens * counted.vocab_size
     if head_loss == "auto":
@@ -395,9 +396,10 @@ def head_loss_bytes(
     if head_loss in ("plain", "model"):
         return 12.0 * logits
     item = 2 if precision == "bf16" else 4
-    chunk = min(tokens, CHUNK[kind]) * counted.vocab_size * 8.0
-    gradient = 2.0 * item * tokens * counted.hidden_size
-    return chunk + gradient + (8.0 * counted.head_matmul if trains_head else 0.0)
+    chunk = float(min(tokens, CHUNK[kind]) * counted.vocab_size)
+    head = counted.head_matmul if trains_head else 0
+    most = max(8 * chunk + 4 * head, (8 - item) * chunk + (4 + item) * head, 8 * head)
+    return most + 2.0 * item * tokens * counted.hidden_size
 
 
 def check_optimizer(optimizer: str) -> Optimizer:

@@ -272,7 +272,7 @@ def _options(stand_in: str, also_train: Sequence[str], alignment: str) -> EloOpt
         EloError: one of them is unknown.
     """
     try:
-        return EloOptions(stand_in=stand_in, also_train=tuple(also_train), alignment=alignment)  # type: ignore[arg-type]
+        return EloOptions(stand_in=stand_in, also_train=tuple(also_train), alignment=alignment)
     except ValidationError as error:
         first = error.errors()[0]
         raise EloError(f"{first['loc'][0]}: got {first['input']!r}; {first['msg']}") from None

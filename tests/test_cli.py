@@ -54,6 +54,16 @@ def test_plan_reads_a_runs_configuration(world, capsys):
     assert status == 0, err
     assert "ELO pretraining" in out
     assert "4 layers" in out
+    assert "ELO pretraining, bridge" in out and "layer alignment" in out, "as its section elo says"
+    status, out, err = _elo(capsys, "plan", world / "config.yaml", "--set", "method=elo_paper")
+    assert status == 0, err
+    assert "ELO pretraining, detached" in out and "layer alignment" in out
+
+
+def test_plan_takes_what_stands_in_and_what_trains_besides(world, capsys):
+    status, out, err = _elo(capsys, "plan", world / "base", "--stand-in", "bridge", "--also-train", "none")
+    assert status == 0, err
+    assert "ELO pretraining, bridge" in out and "train: layers 0, 3\n" in out
 
 
 def test_report_of_a_run(world, capsys):

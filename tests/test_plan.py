@@ -15,8 +15,14 @@ from rich.console import Console
 
 from elo.errors import EloError, UnsupportedArchitectureError
 from elo.model.devices import DEVICES, find_device, measure_matmul_rate
-from elo.recipes.plan import Choices, plan
+from elo.model.footprint import footprint, read_config
+from elo.recipes.plan import plan
+from elo.recipes.plan_stage import Choices
 from elo.recipes.plan_table import render_plan
+from elo.training.methods import Options, find_method
+from elo.training.settings import EloOptions
+
+PUBLISHED: dict[str, Any] = {"stand_in": "none", "also_train": ()}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +42,7 @@ def shown(result: dict[str, Any], width: int = 200) -> str:
 def test_an_8b_config_is_planned_in_two_seconds(llama_8b: Path) -> None:
     plan(tiny_llama())  # imports
     start = time.process_time()
-    result = plan(llama_8b, sequence_length=8192)
+    result = plan(llama_8b, sequence_length=8192, **PUBLISHED)
     assert time.process_time() - start < 2
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     parameters = result["parameters"]
@@ -56,7 +62,7 @@ def test_a_folder_its_config_file_and_a_config_are_planned_alike(llama_8b: Path)
 
 
 def test_the_whole_run_is_the_sum_of_its_stages(llama_8b: Path) -> None:
-    result = plan(llama_8b, tokens=10_000_000, alignment_share=0.25, price_per_hour=3.0, devices=2)
+    result = plan(llama_8b, tokens=10_000_000, alignment_share=0.25, price_per_hour=3.0, devices=2, **PUBLISHED)
     pretraining, alignment = result["stages"].values()
     assert (pretraining["tokens"], alignment["tokens"]) == (7_500_000, 2_500_000)
     elo = result["elo"]
@@ -70,7 +76,7 @@ def test_the_whole_run_is_the_sum_of_its_stages(llama_8b: Path) -> None:
 
 
 def test_speed_ups_are_ratios_at_equal_tokens(llama_8b: Path) -> None:
-    result = plan(llama_8b, activation_checkpointing=True)
+    result = plan(llama_8b, activation_checkpointing=True, **PUBLISHED)
     baselines, speed_up = result["baselines"], result["speed_up"]
     for name, baseline in baselines.items():
         for kind in ("flops", "seconds"):
@@ -84,20 +90,82 @@ def test_speed_ups_are_ratios_at_equal_tokens(llama_8b: Path) -> None:
 
 
 def test_without_alignment_there_is_one_stage(llama_8b: Path) -> None:
-    result = plan(llama_8b, alignment_share=0.0)
-    assert list(result["stages"]) == ["elo_pretraining"]
-    assert result["speed_up"]["whole_run"] == result["speed_up"]["elo_pretraining"]
+    for arguments in ({}, PUBLISHED | {"alignment_share": 0.0}, {"stand_in": "bridge", "alignment": "none"}):
+        result = plan(llama_8b, **arguments)
+        assert list(result["stages"]) == ["elo_pretraining"]
+        assert result["stages"]["elo_pretraining"]["tokens"] == result["settings"]["tokens"]
+        assert result["settings"]["alignment_share"] == 0.0
+        assert result["speed_up"]["whole_run"] == result["speed_up"]["elo_pretraining"]
+
+
+def test_the_default_is_the_forward_only_middle_by_hand(llama_8b: Path) -> None:
+    result = plan(llama_8b, sequence_length=2048)
+    assert result["settings"]["stand_in"] == "forward_only"
+    assert result["settings"]["also_train"] == ["embedding", "head"]
+    stage, full = result["stages"]["elo_pretraining"], result["baselines"]["full"]
+    assert stage["label"] == "ELO pretraining, forward-only"
+    layer, head, width = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336, 128256 * 4096, 4096
+    scores = 2 * 2 * 32 * 128 * 2049 / 2  # queries see 1 to 2048 keys
+    forward = 32 * (2 * layer + scores) + 2 * head
+    backward = 2 * (4 * layer + 2 * scores) + 4 * head + 2 * width * width
+    assert stage["flops_per_token"]["forward"] == pytest.approx(forward, rel=1e-12)
+    assert stage["flops_per_token"]["backward"] == pytest.approx(backward, rel=1e-12)
+    assert 1 / 3 < stage["flops_per_token"]["total"] / full["flops_per_token"]["total"] < 1 / 2
+    trained = 2 * (layer + 2 * width) + 2 * head
+    assert stage["trainable_parameters"] == result["parameters"]["trainable"] == trained
+    parts = stage["memory"]["parts"]
+    assert parts["weights"] == 4 * trained + 2 * (result["parameters"]["total"] - trained) + 4 * width * width
+    assert (parts["optimizer"], parts["gradients"]) == (8 * trained, 4 * trained)
+    assert stage["memory"]["peak"] < full["memory"]["peak"] / 3
+    assert stage["memory"]["fits"] and not full["memory"]["fits"]
+
+
+def test_a_plan_counts_the_flops_that_a_run_reports(llama_8b: Path) -> None:
+    counted = footprint(read_config(llama_8b))
+    for stand_in in ("none", "bridge", "forward_only"):
+        elo = EloOptions(stand_in=stand_in, also_train=("head",), alignment="forward_only")
+        method = find_method("elo", Options(elo=elo))
+        stages = plan(llama_8b, stand_in=stand_in, also_train=("head",), alignment="forward_only")["stages"]
+        for phase, stage in zip(method.phases, stages.values(), strict=True):
+            expected = method.flops_per_token(phase, counted, (0, 31), 2048)
+            assert stage["flops_per_token"]["total"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_stands_in_and_trains_besides_shows_in_cost_and_memory(llama_8b: Path) -> None:
+    def stage(**arguments: Any) -> dict[str, Any]:
+        return plan(llama_8b, **arguments)["stages"]["elo_pretraining"]
+
+    published, ends, bridge, forward_only = (
+        stage(**PUBLISHED), stage(stand_in="none"), stage(stand_in="bridge"), stage()
+    )  # fmt: skip
+    for kind in ("flops_per_token", "memory"):
+        key = "total" if kind == "flops_per_token" else "peak"
+        costs = [each[kind][key] for each in (published, ends, bridge, forward_only)]
+        assert costs == sorted(set(costs)), kind
+    assert ends["trainable_parameters"] - published["trainable_parameters"] == 2 * 128256 * 4096
+
+
+def test_a_tied_head_trains_once() -> None:
+    tied = tiny_llama(tie_word_embeddings=True)
+    parameters = plan(tied)["parameters"]
+    layers = parameters["layers"]
+    assert parameters["trainable"] == layers[0] + layers[-1] + 512 * 64
+    with pytest.raises(EloError, match="ties its LM head to its embedding"):
+        plan(tied, also_train=("head",))
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"device": "H100", "sequence_length": 8192},
-        {"device": "RTX-4090", "sequence_length": 8192, "per_device_train_batch_size": 8},
-        {"device": "B200", "per_device_train_batch_size": 16, "head_loss": "plain"},
+        {"device": "H100", "sequence_length": 8192} | PUBLISHED,
+        {"device": "RTX-4090", "sequence_length": 8192, "per_device_train_batch_size": 8} | PUBLISHED,
+        {"device": "B200", "per_device_train_batch_size": 16, "head_loss": "plain"} | PUBLISHED,
+        {"device": "L4", "devices": 8} | PUBLISHED,
+        {"device": "A100-40GB"},
+        {"device": "RTX-4090", "also_train": ()},
         {"device": "L4", "devices": 8},
     ],
-    ids=lambda arguments: arguments["device"],
+    ids=lambda arguments: f"{arguments['device']} {arguments.get('stand_in', 'forward_only')}",
 )
 def test_the_change_that_is_named_makes_it_fit(llama_8b: Path, arguments: dict[str, Any]) -> None:
     result = plan(llama_8b, **arguments)
@@ -123,6 +191,12 @@ def test_the_change_that_is_named_makes_it_fit(llama_8b: Path, arguments: dict[s
         assert memory["peak"] == change["peak"]
 
 
+def test_where_the_whole_model_is_too_large_it_is_to_be_detached(llama_8b: Path) -> None:
+    stage = plan(llama_8b, device="L4", optim="adafactor", sequence_length=512)["stages"]["elo_pretraining"]
+    assert not stage["memory"]["fits"]
+    assert stage["change"]["set"] == {"stand_in": "bridge", "alignment": "none"}
+
+
 def test_one_change_is_preferred_to_two(llama_8b: Path) -> None:
     assert plan(llama_8b, sequence_length=8192)["baselines"]["lora"]["change"]["set"] == {
         "activation_checkpointing": True
@@ -139,18 +213,27 @@ def test_what_cannot_fit_says_so() -> None:
 
 
 def test_tables_say_what_they_assume(llama_8b: Path) -> None:
-    text = shown(plan(llama_8b, sequence_length=8192, price_per_hour=2.0))
+    text = shown(plan(llama_8b, sequence_length=8192, price_per_hour=2.0, **PUBLISHED))
     for words in (
         "8.03B parameters",
-        "detached (layers 0, 31): 1.49B parameters, 436M of them trainable",
+        "detached: 1.49B parameters in memory, 436M of them train: layers 0, 31",
         "ELO pretraining",
         "layer alignment does not fit. Smallest change: ",
         "Speed-up (equal tokens): of FLOPs / of wall time",
         "989 TFLOP/s bf16 (data sheet, dense) x 40% used",
-        "do not recompute activations",
+        "the kept layers are joined end to end; all but the layers is frozen",
+        "activations of layer alignment and LoRA are not recomputed",
         "cost",
     ):
         assert words in text
+    text = shown(plan(llama_8b))
+    for words in (
+        "whole: 8.03B parameters in memory, 1.49B of them train: layers 0, 31, embedding, head",
+        "ELO pretraining, forward-only",
+        "the other layers are computed without a graph",
+    ):
+        assert words in text
+    assert "layer alignment" not in text
     assert "cost" not in shown(plan(tiny_llama())).split("Peak memory")[0].replace("Time and cost", "")
     assert "max_position_embeddings 64" in shown(plan(tiny_llama(max_position_embeddings=64)))
 
@@ -170,6 +253,9 @@ MISTAKES: list[tuple[Callable[[Path], Any], str]] = [
     (lambda path: plan(tiny_llama(), device="H100", measure=True), "not both"),
     (lambda path: plan(tiny_llama(), optim="lion"), "optim: 'lion' is unknown"),
     (lambda path: plan(tiny_llama(), head_loss="fast"), "head_loss: 'fast' is unknown"),
+    (lambda path: plan(tiny_llama(), stand_in="nothing"), "stand_in: got 'nothing'; .*'none', 'bridge'"),
+    (lambda path: plan(tiny_llama(), also_train=("heads",)), "also_train: got 'heads'; .*'embedding'"),
+    (lambda path: plan(tiny_llama(), alignment="some"), "alignment: got 'some'; "),
     (lambda path: plan(tiny_llama(), tokens=0), "tokens: got 0"),
     (lambda path: plan(tiny_llama(), devices=0), "devices: got 0"),
     (lambda path: plan(tiny_llama(), alignment_share=1.0), "alignment_share: got 1.0"),

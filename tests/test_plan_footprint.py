@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from elo.errors import EloError
-from elo.model.footprint import footprint, parameter_counts, read_config, training_flops_per_token
+from elo.model.footprint import Flops, Method, footprint, parameter_counts, read_config, training_flops_per_token
 
 # ELO pretraining over full CPT per token, the same when full CPT recomputes, LM head's share, whole run both ways.
 PUBLISHED = {
@@ -148,6 +148,31 @@ def test_flops_are_what_training_computes(config: PretrainedConfig) -> None:
     assert measured_flops(config, [2]) == counted.flops_per_token("frozen", (2,)).total, "nothing flows below layer 2"
 
 
+@pytest.mark.parametrize("also_train", [(), ("head",), ("embedding", "head")])
+def test_a_forward_only_middle_costs_a_forward_and_the_backward_of_the_ends(also_train: tuple[str, ...]) -> None:
+    counted = footprint(tiny_llama())
+
+    def count(method: Method) -> Flops:
+        return counted.flops_per_token(
+            method, (0, 4), sequence_length=96, activation_checkpointing=True, also_train=also_train
+        )
+
+    ours, ends = count("forward_only"), count("elo")
+    assert ours.forward == count("frozen").forward == count("full").forward
+    assert (ours.backward, ours.recompute, ours.head) == (ends.backward, ends.recompute, ends.head)
+
+
+def test_what_also_trains_is_counted_once() -> None:
+    untied, tied = footprint(tiny_llama()), footprint(tiny_llama(tie_word_embeddings=True))
+    layers = untied.trainable("elo", (0, 4))
+    ends = ("embedding", "head")
+    assert untied.trainable("forward_only", (0, 4), also_train=ends) == layers + 2 * 512 * 64
+    assert tied.trainable("forward_only", (0, 4), also_train=ends) == layers + 512 * 64
+    assert untied.trainable("elo", (0, 4), also_train=("norm",)) == layers + 64
+    assert untied.bridge_elements((0, 4)) == 64 * 64 == untied.bridge_elements((3, 4))
+    assert untied.bridge_elements((1, 3)) == 3 * 64 * 64
+
+
 def test_flops_of_a_detached_model() -> None:
     detached = tiny_llama(num_hidden_layers=2)
     measured = measured_flops(detached, [0, 1])
@@ -204,7 +229,7 @@ def test_sliding_windows_are_found() -> None:
 def test_mistakes_are_told() -> None:
     with pytest.raises(EloError, match="no such file or folder"):
         read_config("nowhere/config.json")
-    with pytest.raises(EloError, match="method: 'fill' is not one of full, frozen, lora, elo"):
+    with pytest.raises(EloError, match="method: 'fill' is not one of full, frozen, lora, elo, forward_only"):
         training_flops_per_token(tiny_llama(), "fill")  # type: ignore[arg-type]
     with pytest.raises(EloError, match="first:9"):
         parameter_counts(tiny_llama(), "first:9")

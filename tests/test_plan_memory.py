@@ -10,11 +10,14 @@ from plan_fixtures import LiveBytes, known_configs, tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM, Gemma2Config, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
 from elo.errors import EloError
+from elo.layers import gaps_between
 from elo.model import memory
 from elo.model.footprint import footprint
 from elo.model.memory import check_optimizer, saved_activations, stage_memory
 from elo.model.surgery import detach_layers
 from elo.training import losses
+from elo.training.bridge import Bridge, install_bridge, pass_forward_only
+from elo.training.methods import select_layers
 
 GIB = 2**30
 
@@ -85,8 +88,11 @@ def test_other_families_are_traced_too(config: PretrainedConfig) -> None:
 
 def allocated_at_peak(
     config: PretrainedConfig,
-    layers: Sequence[int] | None,
+    method: Any,
+    layers: Sequence[int],
     *,
+    also_train: Sequence[Any] = (),
+    bridge: bool = False,
     rows: int,
     length: int,
     micro_steps: int,
@@ -96,18 +102,25 @@ def allocated_at_peak(
     """Most bytes of tensors alive at once in two real optimizer steps on a CPU, weights included."""
     torch.manual_seed(0)
     model = build(config)
-    if layers is not None:
+    width = config.hidden_size
+    gaps = tuple(gaps_between(layers, config.num_hidden_layers))
+    maps = Bridge(gaps, tuple(torch.zeros(width, width) for _ in gaps), tuple(torch.zeros(width) for _ in gaps), ())
+    if method == "elo":
         model = detach_layers(model, layers)
-        model.requires_grad_(False)
-        model.model.layers.requires_grad_(True)
+        select_layers(model, range(len(layers)), also_train)
+        if bridge:
+            install_bridge(model, maps)
+    elif method == "forward_only":
+        select_layers(model, layers, also_train)
+        pass_forward_only(model, maps)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     losses.install_head_loss(model, head_loss)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     position_ids = torch.arange(length).repeat(rows, 1) % (length // 2)
     with LiveBytes() as live:
-        for parameter in model.parameters():
-            live.add(parameter)
+        for tensor in (*model.parameters(), *model.buffers()):
+            live.add(tensor)
         for _ in range(2):
             for _ in range(micro_steps):
                 ids = torch.randint(0, 512, (rows, length))
@@ -115,6 +128,53 @@ def allocated_at_peak(
             optimizer.step()
             optimizer.zero_grad()
     return live.peak
+
+
+def planned_and_measured(
+    config: PretrainedConfig,
+    method: Any,
+    *,
+    also_train: Sequence[Any] = (),
+    bridge: bool = False,
+    checkpointing: bool = False,
+    head_loss: Any = "chunked",
+    micro_steps: int = 1,
+) -> tuple[memory.StageMemory, int]:
+    layers, rows, length = (0, config.num_hidden_layers - 1), 4, 128
+    counted = footprint(config)
+    kept = layers if method in ("elo", "forward_only") else None
+    planned = stage_memory(
+        counted,
+        saved_activations(config, counted, kept, precision="fp32", kind="cpu", also_train=also_train),
+        method,
+        layers,
+        tokens=rows * length,
+        sequence_length=length,
+        precision="fp32",
+        kind="cpu",
+        activation_checkpointing=checkpointing,
+        head_loss=head_loss,
+        accumulates=micro_steps > 1,
+        also_train=also_train,
+        bridge=bridge,
+    )
+    measured = allocated_at_peak(
+        config,
+        method,
+        layers,
+        also_train=also_train,
+        bridge=bridge,
+        rows=rows,
+        length=length,
+        micro_steps=micro_steps,
+        checkpointing=checkpointing,
+        head_loss=head_loss,
+    )
+    return planned, measured
+
+
+SMALL = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6}
+ENDS = ("embedding", "head")
 
 
 @pytest.mark.parametrize(
@@ -130,32 +190,41 @@ def allocated_at_peak(
     ],
 )
 def test_peak_memory_is_within_a_tenth(method: Any, checkpointing: bool, head_loss: Any, micro_steps: int) -> None:
-    config = tiny_llama(vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=6)
-    layers, rows, length = (0, 5), 4, 128
-    counted = footprint(config)
-    planned = stage_memory(
-        counted,
-        saved_activations(config, counted, layers if method == "elo" else None, precision="fp32", kind="cpu"),
-        method,
-        layers,
-        tokens=rows * length,
-        sequence_length=length,
-        precision="fp32",
-        kind="cpu",
-        activation_checkpointing=checkpointing,
-        head_loss=head_loss,
-        accumulates=micro_steps > 1,
-    )
-    measured = allocated_at_peak(
-        config,
-        layers if method == "elo" else None,
-        rows=rows,
-        length=length,
-        micro_steps=micro_steps,
-        checkpointing=checkpointing,
-        head_loss=head_loss,
+    planned, measured = planned_and_measured(
+        tiny_llama(**SMALL), method, checkpointing=checkpointing, head_loss=head_loss, micro_steps=micro_steps
     )
     assert planned.peak - memory.RUNTIME_BYTES["cpu"] == pytest.approx(measured, rel=0.10), planned
+
+
+@pytest.mark.parametrize(
+    ("method", "also_train", "changes", "settings"),
+    [
+        ("forward_only", ENDS, {}, {}),
+        ("forward_only", ENDS, {}, {"head_loss": "plain", "micro_steps": 2}),
+        ("forward_only", ENDS, {}, {"checkpointing": True}),
+        ("forward_only", ENDS, {"num_hidden_layers": 12}, {"micro_steps": 2}),
+        ("forward_only", ENDS, {"vocab_size": 16384, "tie_word_embeddings": True}, {"checkpointing": True}),
+        ("forward_only", (), {}, {"micro_steps": 2}),
+        ("forward_only", ("embedding",), {"vocab_size": 16384}, {"checkpointing": True, "micro_steps": 2}),
+        ("elo", ENDS, {}, {"micro_steps": 2}),
+        ("elo", ENDS, {}, {"bridge": True, "checkpointing": True, "head_loss": "plain"}),
+        ("elo", ("head", "norm"), {}, {"bridge": True}),
+    ],
+)
+def test_peak_memory_of_what_a_run_can_choose_is_within_a_tenth(
+    method: Any, also_train: Any, changes: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    planned, measured = planned_and_measured(tiny_llama(**SMALL | changes), method, also_train=also_train, **settings)
+    assert planned.peak - memory.RUNTIME_BYTES["cpu"] == pytest.approx(measured, rel=0.10), planned
+
+
+def test_hidden_states_are_in_fp32_behind_an_embedding_that_trains() -> None:
+    config = tiny_llama()
+    frozen, trained = (
+        saved_activations(config, footprint(config), (0, 4), also_train=also_train) for also_train in ((), ENDS)
+    )
+    assert (frozen.layer_input, trained.layer_input) == (2 * 64, 4 * 64)
+    assert trained.per_layer[0] > frozen.per_layer[0]
 
 
 @cache

@@ -86,13 +86,12 @@ def attach(
     """Put trained layers back at their places in the untouched base."""
     from elo.recipes.surgery import attach
 
-    parts = [part.strip() for part in include.split(",") if part.strip()]
     record = attach(
         detached,
         base,
         output=output,
         scale=scale,
-        include=parts,
+        include=_names(include),
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
@@ -160,6 +159,12 @@ def plan(
     ],
     set_: Set = None,
     layers: Annotated[str, typer.Option(help="Layers that ELO trains.")] = "first:1,last:1",
+    stand_in: Annotated[
+        str, typer.Option(help="What stands for the other layers: forward_only, bridge or none (as published).")
+    ] = "forward_only",
+    also_train: Annotated[
+        str, typer.Option(help="What trains besides: embedding, norm, head, joined by commas; or none.")
+    ] = "embedding,head",
     tokens: Annotated[float, typer.Option(help="Training tokens of the whole run.")] = 1e9,
     alignment_share: Annotated[float, typer.Option(help="Share of them for layer alignment.")] = 0.1,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a packed row.")] = 2048,
@@ -189,6 +194,8 @@ def plan(
 
     arguments: dict[str, Any] = {
         "layers": layers,
+        "stand_in": stand_in,
+        "also_train": [] if also_train == "none" else _names(also_train),
         "tokens": int(tokens) if tokens == tokens and abs(tokens) < 1e18 else 0,
         "alignment_share": alignment_share,
         "sequence_length": sequence_length,
@@ -247,11 +254,16 @@ def _until(stage: str, config: Path, overrides: list[str] | None) -> None:
 def _planned_run(config: str, overrides: list[str] | None, default_tokens: int) -> tuple[str, dict[str, Any]]:
     """Model and arguments of `plan` for the run that a configuration file describes."""
     from elo.config import load_config
+    from elo.training.settings import PUBLISHED
 
     run = load_config(config, overrides)
     pretraining, alignment = run.elo_pretraining, run.layer_alignment
+    elo = PUBLISHED if run.method == "elo_paper" else run.elo
     return run.model, {
         "layers": run.layers,
+        "stand_in": elo.stand_in,
+        "also_train": elo.also_train,
+        "alignment": elo.alignment,
         "tokens": run.tokens or default_tokens,
         "alignment_share": alignment.share,
         "sequence_length": run.data.sequence_length,
@@ -265,6 +277,10 @@ def _planned_run(config: str, overrides: list[str] | None, default_tokens: int) 
         "head_loss": pretraining.head_loss,
         "trust_remote_code": run.trust_remote_code,
     }
+
+
+def _names(joined: str) -> list[str]:
+    return [name.strip() for name in joined.split(",") if name.strip()]
 
 
 def _by_language(option: str, pairs: list[str] | None) -> dict[str, str | Path]:

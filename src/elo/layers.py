@@ -1,7 +1,8 @@
-"""Layer selections as users write them: `first:1,last:1`, `0,1,-1`, `0-3,28-31`."""
+"""Layer selections as users write them: `first:1,last:1`, `0,1,-1`, `0-3,28-31`; and the gaps they leave."""
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from elo.errors import EloError
 
@@ -83,3 +84,25 @@ def _term_indices(term: str, num_layers: int) -> range:
 
 def _shown(selection: str | Sequence[int]) -> str:
     return repr(selection) if isinstance(selection, str) else repr(list(selection))
+
+
+class Gap(NamedTuple):
+    """Layers [start, stop) of the base that are not kept; `position` is where they are missing in the detached model.
+
+    Position and stop are of the layer that follows the gap; past the last layer they mean the final norm.
+    """
+
+    position: int
+    start: int
+    stop: int
+
+
+def gaps_between(layers: Sequence[int], num_layers: int) -> list[Gap]:
+    """The runs of layers of a `num_layers` deep base that `layers` (ascending, 0-based) leaves out."""
+    ends = [*layers, num_layers]
+    starts = [0, *(layer + 1 for layer in layers)]
+    return [
+        Gap(position, start, stop)
+        for position, (start, stop) in enumerate(zip(starts, ends, strict=True))
+        if start < stop
+    ]

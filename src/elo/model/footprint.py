@@ -9,7 +9,7 @@ and convolutions (but for their weights) are not counted.
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from elo.errors import EloError
-from elo.layers import parse_layers
+from elo.layers import gaps_between, parse_layers
 from elo.model.architecture import find_architecture
 
-Method = Literal["full", "frozen", "lora", "elo"]
+Method = Literal["full", "frozen", "lora", "elo", "forward_only"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+[\w.-]*")
@@ -122,14 +122,27 @@ class Footprint:
         """Parameters of a LoRA of `rank` on every dense matrix of every layer: rank x (inputs + outputs)."""
         return rank * sum(layer.lora_width for layer in self.layers)
 
-    def trainable(self, method: Method, layers: Sequence[int] | None = None, *, lora_rank: int = 16) -> int:
-        """Parameters that `method` trains; `layers` as in `flops_per_token`."""
+    def bridge_elements(self, layers: Sequence[int]) -> int:
+        """Elements of the bridge's maps (elo.training.bridge): one of hidden size squared over each gap in `layers`."""
+        return self.hidden_size**2 * len(gaps_between(layers, self.num_layers))
+
+    def trainable(
+        self,
+        method: Method,
+        layers: Sequence[int] | None = None,
+        *,
+        lora_rank: int = 16,
+        also_train: Collection[str] = (),
+    ) -> int:
+        """Parameters that `method` trains; `layers` and `also_train` as in `flops_per_token`."""
         if method == "full":
             return self.total
         if method == "lora":
             return self.lora_parameters(lora_rank)
         chosen = range(self.num_layers) if layers is None else layers
-        return sum(self.layers[index].parameters for index in chosen)
+        # A tied head's own count is 0, so that it is not counted twice.
+        parts = {"embedding": self.embedding, "head": self.head, "norm": self.norm}
+        return sum(self.layers[index].parameters for index in chosen) + sum(parts[part] for part in set(also_train))
 
     def flops_per_token(
         self,
@@ -139,22 +152,23 @@ class Footprint:
         sequence_length: int = 0,
         activation_checkpointing: bool = False,
         lora_rank: int = 16,
-        train_embedding: bool = False,
-        train_head: bool = False,
+        also_train: Collection[str] = (),
     ) -> Flops:
         """Matmul FLOPs of one trained token.
 
         Args:
             method: `full` trains everything (continual pretraining, layer alignment); `frozen` trains `layers` and
-                computes all; `elo` computes and trains `layers` alone; `lora` trains adapters (Hu et al. 2021) on every
-                dense matrix of every layer.
-            layers: indices for `elo` and `frozen`; all when None (a model that is detached already).
+                computes all; `elo` computes and trains `layers` alone; `forward_only` trains `layers` and computes the
+                others without a graph (what the bridge's Jacobian costs is not in it, see `bridge_elements`); `lora`
+                trains adapters (Hu et al. 2021) on every dense matrix of every layer.
+            layers: indices of what `elo`, `frozen` and `forward_only` train; all when None (a model that is detached
+                already).
             sequence_length: T of the attention scores; 0 counts the weights alone.
             activation_checkpointing: each layer's forward is computed again before its backward. (PyTorch then skips
                 the layer's last product, whose output nothing keeps: up to 7 % less than counted here.)
             lora_rank: rank of the adapters of `lora`.
-            train_embedding: for `elo` and `frozen`: the embedding trains too, so an input gradient reaches it.
-            train_head: for `elo` and `frozen`: the head's weight gradient is computed too.
+            also_train: parts that train with `layers`. With `embedding` an input gradient has to reach it; with `head`
+                the head's weight gradient is computed too; `norm` costs nothing that is counted.
 
         A layer costs 2P forward; 2P for the input gradient where anything at or below it trains; 2P for the weight
         gradient where it trains; the scores' backward is twice their forward. Nothing below the lowest trained layer
@@ -170,10 +184,8 @@ class Footprint:
         everything = range(self.num_layers)
         chosen = set(everything if layers is None or method in ("full", "lora") else layers)
         computed = sorted(chosen) if method == "elo" else list(everything)
-        if method == "full":
-            train_embedding = train_head = True
         forward = backward = recompute = 0.0
-        gradient_below = train_embedding
+        gradient_below = method == "full" or "embedding" in also_train
         for index in computed:
             layer = self.layers[index]
             scores = layer.score_flops(sequence_length)
@@ -182,12 +194,12 @@ class Footprint:
                 adapters = 2.0 * lora_rank * layer.lora_width
             gradient_below = gradient_below or index in chosen
             forward += weights + adapters + scores
-            if gradient_below:
+            if gradient_below and (index in chosen or method != "forward_only"):
                 trains_weights = index in chosen and method != "lora"
                 backward += weights * (2 if trains_weights else 1) + 2 * adapters + 2 * scores
                 recompute += (weights + adapters + scores) if activation_checkpointing else 0.0
         head_forward = 2.0 * self.head_matmul
-        head_backward = head_forward * ((1 if gradient_below else 0) + (1 if train_head else 0))
+        head_backward = head_forward * (int(gradient_below) + int(method == "full" or "head" in also_train))
         return Flops(forward + head_forward, backward + head_backward, recompute, head_forward + head_backward)
 
 

@@ -7,7 +7,7 @@ what its norms upcast and its activation function keeps.
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -108,16 +108,20 @@ def saved_activations(
     *,
     precision: Precision = "bf16",
     kind: Literal["gpu", "cpu"] = "gpu",
+    also_train: Collection[str] = (),
 ) -> SavedActivations:
     """Measure what a training forward keeps, on fake tensors.
 
     Args:
         config: the base model's.
         counted: its footprint.
-        layers: the detached layers, with embedding and norm frozen; the whole model, all of it trained, when None.
+        layers: the layers that train, all else frozen, and no other keeps anything (they are detached, or computed
+            without a graph); the whole model, all of it trained, when None.
         precision: `bf16` is bf16 autocast over fp32 weights.
         kind: on a GPU packed attention keeps no mask and frozen weights are in bf16 under `bf16`; on a CPU a mask is
             kept, grouped keys and values are repeated, and all weights are fp32.
+        also_train: parts that train with `layers`: embedding, norm, head. An embedding that trains is in fp32 on a GPU
+            too, and so are all hidden states after it.
     """
     chosen = list(range(counted.num_layers) if layers is None else layers)
     # One layer of each kind is enough; the first differs, since its input may need no gradient.
@@ -131,8 +135,9 @@ def saved_activations(
     for as_trained, attention in ((True, _PROBE), (False, _PROBE), (True, None), (False, None)):
         try:
             with _quiet():
+                frozen_but_for = None if layers is None else also_train
                 short, long = _trace(
-                    config, representatives, precision if as_trained else None, kind, attention, layers is not None
+                    config, representatives, precision if as_trained else None, kind, attention, frozen_but_for
                 )
         except Exception:
             # Any family may do what fake tensors cannot (data-dependent shapes, kernels of its own): try the next way.
@@ -174,11 +179,12 @@ def _trace(
     precision: Precision | None,
     kind: str,
     attention: str | None,
-    detached: bool,
+    frozen_but_for: Collection[str] | None,
 ) -> list[dict[int, float]]:
     """For each of _LENGTHS: bytes saved by `layers` (by position), outside them, and the size of a layer's input.
 
-    `precision` None traces a model in bf16 throughout.
+    `precision` None traces a model in bf16 throughout; `frozen_but_for` None one that trains as a whole, otherwise one
+    that trains `layers` and these parts.
     """
     mode = FakeTensorMode()
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
@@ -192,9 +198,18 @@ def _trace(
     kept = nn.ModuleList([every[index] for index in layers])
     parent, _, name = architecture.layers_path.rpartition(".")
     setattr(model.get_submodule(parent), name, kept)
-    if detached:
+    if frozen_but_for is not None:
         model.requires_grad_(False)
         kept.requires_grad_(True)
+        paths = {
+            "embedding": architecture.embedding_path,
+            "norm": architecture.norm_path,
+            "head": architecture.head_path,
+        }
+        for part in frozen_but_for:
+            path = paths[part]
+            if path is not None:
+                model.get_submodule(path).requires_grad_(True)
         if precision == "bf16" and kind == "gpu":
             # As training does: what is frozen is kept in bf16.
             with mode, torch.device("cpu"):
@@ -274,14 +289,17 @@ def stage_memory(
     accumulates: bool = True,
     sharded_over: int = 1,
     lora_rank: int = 16,
+    also_train: Collection[str] = (),
+    bridge: bool = False,
 ) -> StageMemory:
     """Peak memory of one device.
 
     Args:
         counted: the base model's footprint.
-        saved: as `saved_activations` measured it for this stage (a LoRA keeps what full training keeps).
-        method: `elo`, `full` (also layer alignment), `frozen` or `lora`.
-        layers: the layers that `elo` and `frozen` train.
+        saved: as `saved_activations` measured it for this stage (a LoRA keeps what full training keeps, and
+            `forward_only` what `elo` keeps).
+        method: `elo`, `forward_only`, `full` (also layer alignment), `frozen` or `lora`.
+        layers: the layers that `elo`, `forward_only` and `frozen` train.
         tokens: in one micro-step of one device.
         sequence_length: T; sizes the mask of CPU attention.
         precision: trained weights are fp32 always; under `bf16` products run on bf16 copies.
@@ -289,25 +307,32 @@ def stage_memory(
         accumulates: gradients stay from one micro-step to the next; otherwise none is there when the loss is computed.
         sharded_over: devices that share weights, gradients and optimizer states (FSDP); each then also holds one
             gathered layer and the gathered head.
+        also_train: parts that train with `layers`: embedding, norm, head.
+        bridge: for `elo`: a linear bridge stands in each gap. `forward_only` has one always.
 
     Two moments can be the peak. At the loss all activations and the logits exist. At the optimizer step all gradients
     exist and no activation does. Between the two, under activation checkpointing, one layer's activations are back
-    beside the layer inputs; that is the larger of the two where a layer keeps more than the head.
+    beside the layer inputs; that is the larger of the two where a layer keeps more than the head. The end of the
+    backward, where the embedding's gradient is made before it is added to what is there, can pass them where much of
+    the model is embedding. What the middle of `forward_only` needs while it is computed (one layer's workspace beside
+    the activations of the layers below) is never more than the first backward needs.
     """
-    trainable = counted.trainable(method, layers, lora_rank=lora_rank)
+    trainable = counted.trainable(method, layers, lora_rank=lora_rank, also_train=also_train)
     held = counted.detached(layers) if method == "elo" else counted
     frozen = counted.total if method == "lora" else held.total - trainable
     item = 2 if precision == "bf16" else 4
-    trains_head = method == "full"
+    trains_head = method == "full" or "head" in also_train
+    trains_embedding = method == "full" or "embedding" in also_train
+    maps = counted.bridge_elements(layers) if method == "forward_only" or bridge else 0
     share = 1.0 / sharded_over
-    weights = (4 * trainable + (item if kind == "gpu" else 4) * frozen) * share
+    weights = (4 * trainable + (item if kind == "gpu" else 4) * frozen) * share + 4 * maps
     gradients = 4 * trainable * share
     states = OPTIMIZER_BYTES[optimizer] * trainable * share
     copies = 0.0
     if precision == "bf16" and method != "lora":
-        copies = saved.cast_weights + (2 * counted.head_matmul if trains_head or kind == "cpu" else 0)
-        if method == "frozen":
-            copies *= len(layers) / counted.num_layers
+        copies = saved.cast_weights * (len(layers) / counted.num_layers if method == "frozen" else 1.0)
+        copies += 2 * counted.head_matmul if trains_head or kind == "cpu" else 0
+        copies += 2 * maps if bridge else 0
     if sharded_over > 1:
         copies = item * max(layer.parameters for layer in held.layers) + item * counted.head_matmul
     layer_bytes = [tokens * kept for kept in saved.per_layer]
@@ -334,7 +359,16 @@ def stage_memory(
         }
     else:
         moments["loss"] = at_loss | {"activations": everything, "logits": head}
-        moments["first backward"] = at_loss | {"activations": everything, "workspace": workspace}
+        heads_gradient = 4 * counted.head_matmul * share if trains_head else 0.0
+        moments["first backward"] = at_loss | {
+            "gradients": max(kept_gradients, heads_gradient),
+            "activations": everything,
+            "workspace": workspace,
+        }
+    if trains_embedding:
+        # A tied embedding's two gradients are added up before they are added to what is there.
+        made = 4 * counted.embedding * share * (int(accumulates) + int(counted.tied))
+        moments["end of backward"] = base | {"gradients": gradients, "workspace": made}
     moments["optimizer step"] = base | {"gradients": gradients}
     moment, parts = max(moments.items(), key=lambda entry: sum(entry[1].values()))
     whole = {name: round(size) for name, size in parts.items() if size >= 1}
@@ -352,8 +386,9 @@ def head_loss_bytes(
     """Bytes of the LM head's cross-entropy at its largest.
 
     All logits at once: three fp32 numbers each (log-probabilities and two gradients), as PyTorch's cross-entropy keeps
-    them. Chunked: one chunk's fp32 logits and what logsumexp makes of them, the hidden states' gradient for all tokens,
-    and for a head that trains its fp32 gradient and the scaled copy of that.
+    them. Chunked: one chunk's fp32 logits and what logsumexp makes of them, and the hidden states' gradient for all
+    tokens. A head that trains has its fp32 gradient beside them, then also a chunk's part of it, and in the backward,
+    when no logits are left, a scaled copy.
     """
     logits = tokens * counted.vocab_size
     if head_loss == "auto":
@@ -361,9 +396,10 @@ def head_loss_bytes(
     if head_loss in ("plain", "model"):
         return 12.0 * logits
     item = 2 if precision == "bf16" else 4
-    chunk = min(tokens, CHUNK[kind]) * counted.vocab_size * 8.0
-    gradient = 2.0 * item * tokens * counted.hidden_size
-    return chunk + gradient + (8.0 * counted.head_matmul if trains_head else 0.0)
+    chunk = float(min(tokens, CHUNK[kind]) * counted.vocab_size)
+    head = counted.head_matmul if trains_head else 0
+    most = max(8 * chunk + 4 * head, (8 - item) * chunk + (4 + item) * head, 8 * head)
+    return most + 2.0 * item * tokens * counted.hidden_size
 
 
 def check_optimizer(optimizer: str) -> Optimizer:

@@ -1,76 +1,37 @@
 """`elo plan`: what a run will cost, whether it will fit, and how much faster it is, before anything is loaded."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
+from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from elo.errors import EloError
 from elo.layers import DEFAULT_LAYERS, parse_layers
+from elo.recipes.plan_stage import USABLE_MEMORY, Choices, PlanJob, Stage, plan_stage
+from elo.training.settings import EloOptions, check_also_train
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from elo.model.devices import Device
-    from elo.model.footprint import Footprint
-    from elo.model.memory import SavedActivations, StageMemory
+    from elo.training.methods import Phase
 
 DEFAULT_DEVICE = "H100"
 UTILISATION = 0.40
 """Share of the data sheet's rate that training reaches; torchtitan reports 33 to 39 % for an 8B model on H100. On this
 machine the share is measured with a layer of the model itself."""
-USABLE_MEMORY = 0.95
-"""Share of a device's memory that can be planned for; the rest goes to the allocator's gaps."""
-
-_OPTIMIZER_TRAFFIC = {"adamw": 40.0, "adamw_8bit": 28.0, "adafactor": 28.0}
-"""Bytes to and from memory for one trained parameter and update: weight, clipped gradient, states; read and written."""
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a user can change to make a stage fit."""
-
-    per_device_train_batch_size: int
-    sequence_length: int
-    optim: str
-    activation_checkpointing: bool
-    head_loss: str
-    sharded: bool
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """One training to be planned."""
-
-    name: str
-    label: str
-    method: Any
-    tokens: int
-    choices: Choices
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What all stages share."""
-
-    counted: "Footprint"
-    layers: tuple[int, ...]
-    detached: "SavedActivations"
-    whole: "SavedActivations"
-    device: "Device"
-    devices: int
-    utilisation: float
-    tokens_per_step: int
-    price_per_hour: float | None
-    lora_rank: int
 
 
 def plan(
     model: "str | Path | PretrainedConfig",
     *,
     layers: str | Sequence[int] = DEFAULT_LAYERS,
+    stand_in: str = "forward_only",
+    also_train: Sequence[str] = ("embedding", "head"),
+    alignment: str = "auto",
     tokens: int = 1_000_000_000,
     alignment_share: float = 0.1,
     sequence_length: int = 2048,
@@ -97,8 +58,14 @@ def plan(
     Args:
         model: checkpoint folder, config.json, Hugging Face id, or a config.
         layers: decoder layers that ELO pretraining keeps and trains.
+        stand_in: what stands for the middle in ELO pretraining, as in elo.training.settings: forward_only, bridge or
+            none (as published).
+        also_train: parts that train with the layers, in the frozen baseline too: embedding, norm, head; none of them
+            in the published method.
+        alignment: what layer alignment trains: full, forward_only or none; auto is none after a forward-only middle
+            and full otherwise.
         tokens: training tokens of the whole run; full CPT and LoRA are compared on as many.
-        alignment_share: share of them that goes to layer alignment.
+        alignment_share: share of them that goes to layer alignment, if there is one.
         sequence_length: T, tokens of a packed row.
         per_device_train_batch_size: rows in one micro-step of one device.
         alignment_per_device_train_batch_size: the same for layer alignment and the baselines, when it differs.
@@ -119,12 +86,13 @@ def plan(
         trust_remote_code: allow the checkpoint's own Python code to define the model.
 
     Returns:
-        A dictionary ready for JSON: model, parameters, device, settings, stages (elo_pretraining, layer_alignment),
-        elo (the whole run), baselines (full, full_recompute, frozen, lora), speed_up, assumptions. FLOPs are counts,
-        times seconds, sizes bytes. docs/plan.md explains each.
+        A dictionary ready for JSON: model, parameters, device, settings, stages (elo_pretraining, and layer_alignment
+        if there is one), elo (the whole run), baselines (full, full_recompute, frozen, lora), speed_up, assumptions.
+        FLOPs are counts, times seconds, sizes bytes. docs/plan.md explains each.
 
     Raises:
-        EloError: no config there, layers that do not exist, an unknown device or optimizer, or a number out of range.
+        EloError: no config there, layers that do not exist, an unknown device, optimizer or option, or a number out of
+            range.
         UnsupportedArchitectureError: layers of this model cannot be detached.
     """
     for name, number in (
@@ -151,7 +119,9 @@ def plan(
     from elo.model.measure import measure_utilisation
     from elo.model.memory import check_head_loss, check_optimizer, saved_activations
     from elo.model.refusals import require_detachable
+    from elo.training.methods import Options, find_method
 
+    options = _options(stand_in, also_train, alignment)
     found = _this_machine() if measure else find_device(device or DEFAULT_DEVICE)
     optim, alignment_optim = check_optimizer(optim), check_optimizer(alignment_optim or optim)
     check_head_loss(head_loss)
@@ -162,16 +132,24 @@ def plan(
         config, name = model, model.model_type
     require_detachable(config)
     counted = footprint(config)
+    check_also_train(options.also_train, tied=counted.tied)
     chosen = parse_layers(layers, counted.num_layers)
     measured = {
         "layer": chosen[-1],
         "tokens": per_device_train_batch_size * sequence_length,
         "sequence_length": sequence_length,
     }
-    job = _Job(
+    job = PlanJob(
         counted=counted,
         layers=chosen,
-        detached=saved_activations(config, counted, chosen, precision=found.precision, kind=found.kind),
+        kept=saved_activations(
+            config,
+            counted,
+            chosen,
+            precision=found.precision,
+            kind=found.kind,
+            also_train=options.also_train,
+        ),
         whole=saved_activations(config, counted, precision=found.precision, kind=found.kind),
         device=found,
         devices=devices,
@@ -180,36 +158,48 @@ def plan(
         price_per_hour=price_per_hour,
         lora_rank=lora_rank,
     )
+    phases = find_method("elo", Options(elo=options)).phases
+    if len(phases) == 1:
+        alignment_share = 0.0
     aligned = round(tokens * alignment_share)
-    detached_choices = Choices(
+    pretraining_choices = Choices(
         per_device_train_batch_size, sequence_length, optim, pretraining_activation_checkpointing, head_loss, sharded
     )
     whole_choices = replace(
-        detached_choices,
+        pretraining_choices,
         per_device_train_batch_size=alignment_per_device_train_batch_size or per_device_train_batch_size,
         optim=alignment_optim,
         activation_checkpointing=activation_checkpointing,
     )
-    pretraining = _plan_stage(
-        job, _Stage("elo_pretraining", "ELO pretraining", "elo", tokens - aligned, detached_choices)
-    )
-    alignment = _plan_stage(job, _Stage("layer_alignment", "layer alignment", "full", aligned, whole_choices))
+    planned = [
+        plan_stage(
+            job,
+            _stage(
+                phase,
+                options,
+                aligned if phase.rows == "alignment" else tokens - aligned,
+                pretraining_choices if phase.settings == "elo_pretraining" else whole_choices,
+            ),
+        )
+        for phase in phases
+    ]
+    pretraining = planned[0]
     baselines = {
-        stage.name: _plan_stage(job, stage)
+        stage.name: plan_stage(job, stage)
         for stage in (
-            _Stage("full", "full CPT", "full", tokens, replace(whole_choices, activation_checkpointing=False)),
-            _Stage(
+            Stage("full", "full CPT", "full", tokens, replace(whole_choices, activation_checkpointing=False)),
+            Stage(
                 "full_recompute",
                 "full CPT, recomputing",
                 "full",
                 tokens,
                 replace(whole_choices, activation_checkpointing=True),
             ),
-            _Stage("frozen", "frozen middle", "frozen", tokens, whole_choices),
-            _Stage("lora", f"LoRA, rank {lora_rank}", "lora", tokens, whole_choices),
+            Stage("frozen", "frozen middle", "frozen", tokens, whole_choices, options.also_train),
+            Stage("lora", f"LoRA, rank {lora_rank}", "lora", tokens, whole_choices),
         )
     }
-    stages = [pretraining, alignment] if aligned else [pretraining]
+    stages = planned if aligned else planned[:1]
     elo = {
         "label": "ELO, whole run",
         "tokens": tokens,
@@ -240,7 +230,7 @@ def plan(
             "other": counted.other,
             "layers": [layer.parameters for layer in counted.layers],
             "detached": counted.detached(chosen).total,
-            "trainable": counted.trainable("elo", chosen),
+            "trainable": pretraining["trainable_parameters"],
             "lora": counted.lora_parameters(lora_rank),
         },
         "device": {
@@ -256,9 +246,12 @@ def plan(
         },
         "settings": {
             "tokens": tokens,
+            "stand_in": options.stand_in,
+            "also_train": list(options.also_train),
+            "alignment": options.alignment,
             "alignment_share": alignment_share,
             "tokens_per_step": tokens_per_step,
-            "elo_pretraining": vars(detached_choices),
+            "elo_pretraining": vars(pretraining_choices),
             "layer_alignment": vars(whole_choices),
         },
         "stages": {stage["name"]: stage for stage in stages},
@@ -268,8 +261,44 @@ def plan(
             "elo_pretraining": _speed_ups(pretraining, baselines),
             "whole_run": _speed_ups(elo, baselines),
         },
-        "assumptions": _assumptions(job, config, detached_choices, whole_choices),
+        "assumptions": _assumptions(job, config, options, pretraining_choices, whole_choices, aligned > 0),
     }
+
+
+def _options(stand_in: str, also_train: Sequence[str], alignment: str) -> EloOptions:
+    """The options of section `elo`, checked.
+
+    Raises:
+        EloError: one of them is unknown.
+    """
+    try:
+        return EloOptions(stand_in=stand_in, also_train=tuple(also_train), alignment=alignment)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise EloError(f"{first['loc'][0]}: got {first['input']!r}; {first['msg']}") from None
+
+
+_MIDDLES: dict[str, tuple[str, str]] = {
+    "absent": ("elo", "detached"),
+    "bridge": ("elo", "bridge"),
+    "forward_only": ("forward_only", "forward-only"),
+    "computed": ("full", ""),
+}
+"""What a phase does with the middle: the method that counts it, and how its label says it."""
+
+
+def _stage(phase: "Phase", options: EloOptions, tokens: int, choices: Choices) -> Stage:
+    method, how = _MIDDLES[phase.middle]
+    label = {"elo_pretraining": "ELO pretraining", "layer_alignment": "layer alignment"}[phase.name]
+    return Stage(
+        phase.name,
+        f"{label}, {how}" if how else label,
+        method,
+        tokens,
+        choices,
+        options.also_train if method != "full" else (),
+        bridge=phase.middle == "bridge",
+    )
 
 
 def _this_machine() -> "Device":
@@ -295,159 +324,30 @@ def _speed_ups(ours: dict[str, Any], baselines: dict[str, dict[str, Any]]) -> di
     }
 
 
-def _plan_stage(job: _Job, stage: _Stage) -> dict[str, Any]:
-    choices = stage.choices
-    flops = job.counted.flops_per_token(
-        stage.method,
-        job.layers,
-        sequence_length=choices.sequence_length,
-        activation_checkpointing=choices.activation_checkpointing,
-        lora_rank=job.lora_rank,
-    )
-    trainable = job.counted.trainable(stage.method, job.layers, lora_rank=job.lora_rank)
-    rate = job.device.matmul_flops * job.utilisation * job.devices
-    updated = trainable / (job.devices if choices.sharded else 1)
-    update_seconds = _OPTIMIZER_TRAFFIC[choices.optim] * updated / job.device.bandwidth
-    seconds_per_token = flops.total / rate + update_seconds / job.tokens_per_step
-    seconds = seconds_per_token * stage.tokens
-    device_hours = seconds * job.devices / 3600
-    memory = _memory(job, stage.method, choices)
-    fits = memory.peak <= USABLE_MEMORY * job.device.memory_bytes
-    return {
-        "name": stage.name,
-        "label": stage.label,
-        "tokens": stage.tokens,
-        "trainable_parameters": trainable,
-        "flops_per_token": {
-            "forward": flops.forward,
-            "backward": flops.backward,
-            "recompute": flops.recompute,
-            "head": flops.head,
-            "total": flops.total,
-        },
-        "flops": flops.total * stage.tokens,
-        "seconds": seconds,
-        "tokens_per_second": 1 / seconds_per_token,
-        "tokens_per_hour": 3600 / seconds_per_token,
-        "optimizer_share": update_seconds / job.tokens_per_step / seconds_per_token,
-        "device_hours": device_hours,
-        "cost": None if job.price_per_hour is None else device_hours * job.price_per_hour,
-        "memory": {"peak": memory.peak, "moment": memory.moment, "parts": memory.parts, "fits": fits},
-        "change": None if fits else _smallest_change(job, stage),
-    }
-
-
-def _memory(job: _Job, method: Any, choices: Choices) -> "StageMemory":
-    from elo.model.memory import stage_memory
-
-    tokens = choices.per_device_train_batch_size * choices.sequence_length
-    return stage_memory(
-        job.counted,
-        job.detached if method == "elo" else job.whole,
-        method,
-        job.layers,
-        tokens=tokens,
-        sequence_length=choices.sequence_length,
-        precision=job.device.precision,
-        kind=job.device.kind,
-        optimizer=choices.optim,  # type: ignore[arg-type]
-        activation_checkpointing=choices.activation_checkpointing,
-        head_loss=choices.head_loss,  # type: ignore[arg-type]
-        accumulates=job.tokens_per_step > tokens * job.devices,
-        sharded_over=job.devices if choices.sharded else 1,
-        lora_rank=job.lora_rank,
-    )
-
-
-def _smallest_change(job: _Job, stage: _Stage) -> dict[str, Any]:
-    """The fewest settings to change so that the stage fits; failing that, the smallest known device or number of them.
-
-    Returns:
-        `set` (key to value), `device` and `devices` (None: as they are), `peak` in bytes, and `text`.
-    """
-    for count in range(1, 5):
-        for changes in combinations(tuple(_changes(job, stage)), count):
-            values = {key: value for change in changes for key, value in change.items()}
-            if len(values) < count:
-                continue
-            memory = _memory(job, stage.method, replace(stage.choices, **values))
-            if memory.peak <= USABLE_MEMORY * job.device.memory_bytes:
-                return _change(values, None, None, memory.peak)
-    return _other_devices(job, stage)
-
-
-def _changes(job: _Job, stage: _Stage) -> Iterator[dict[str, Any]]:
-    """Single changes, what costs least speed and quality first."""
-    choices = stage.choices
-    if choices.head_loss in ("plain", "model"):
-        yield {"head_loss": "chunked"}
-    batch = choices.per_device_train_batch_size
-    while batch > 1:
-        batch //= 2
-        yield {"per_device_train_batch_size": batch}
-    if job.devices > 1 and not choices.sharded:
-        yield {"sharded": True}
-    # The baseline without recomputation is there to be compared: it stays what it is.
-    if not choices.activation_checkpointing and stage.name != "full":
-        yield {"activation_checkpointing": True}
-    if choices.optim == "adamw" and job.device.kind == "gpu":
-        yield {"optim": "adamw_8bit"}
-    length = choices.sequence_length
-    while length > 512:
-        length //= 2
-        yield {"sequence_length": length}
-
-
-def _other_devices(job: _Job, stage: _Stage) -> dict[str, Any]:
-    from elo.model.devices import DEVICES
-
-    choices = stage.choices
-    lean: dict[str, Any] = {"per_device_train_batch_size": 1}
-    if choices.head_loss in ("plain", "model"):
-        lean["head_loss"] = "chunked"
-    checkpointed = lean | ({} if stage.name == "full" else {"activation_checkpointing": True})
-    leanest = checkpointed | ({"optim": "adamw_8bit"} if choices.optim == "adamw" else {})
-    options: list[tuple[dict[str, Any], int]] = [(each, job.devices) for each in ({}, lean, checkpointed, leanest)]
-    larger = sorted(DEVICES.values(), key=lambda device: device.memory_bytes)
-    for values, devices in options:
-        for device in larger:
-            if device.memory_bytes <= job.device.memory_bytes:
-                continue
-            memory = _memory(_moved(job, device, devices), stage.method, replace(choices, **values))
-            if memory.peak <= USABLE_MEMORY * device.memory_bytes:
-                return _change(_changed(choices, values), device.name, None, memory.peak)
-    for devices in (2, 4, 8, 16, 32, 64, 128):
-        if devices <= job.devices or job.device.kind == "cpu":
-            continue
-        values = leanest | {"sharded": True}
-        memory = _memory(_moved(job, job.device, devices), stage.method, replace(choices, **values))
-        if memory.peak <= USABLE_MEMORY * job.device.memory_bytes:
-            return _change(_changed(choices, values), None, devices, memory.peak)
-    return {"set": {}, "device": None, "devices": None, "peak": None, "text": "no setting or device known here fits it"}
-
-
-def _moved(job: _Job, device: "Device", devices: int) -> _Job:
-    return replace(job, device=device, devices=devices)
-
-
-def _changed(choices: Choices, values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if getattr(choices, key) != value}
-
-
-def _change(values: dict[str, Any], device: str | None, devices: int | None, peak: int) -> dict[str, Any]:
-    words = [f"{key}: {str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
-    words += [f"device {device}"] if device else []
-    words += [f"{devices} devices"] if devices else []
-    text = " and ".join(words) + f" (then {peak / 2**30:.1f} GiB)"
-    return {"set": values, "device": device, "devices": devices, "peak": peak, "text": text}
-
-
-def _assumptions(job: _Job, config: "PretrainedConfig", choices: Choices, alignment: Choices) -> list[str]:
+def _assumptions(
+    job: PlanJob,
+    config: "PretrainedConfig",
+    options: EloOptions,
+    choices: Choices,
+    alignment: Choices,
+    aligned: bool,
+) -> list[str]:
     from elo.model.footprint import text_config
 
     device = job.device
     source = "measured here" if device.measured else "data sheet, dense"
+    middle = {
+        "none": "the kept layers are joined end to end",
+        "bridge": "a linear map stands in each gap",
+        "forward_only": "the whole model is in memory, and the other layers are computed without a graph",
+    }
+    with_them = ", ".join(options.also_train)
+    whole = "layer alignment and LoRA" if aligned else "LoRA"
+    recompute = "recomputed" if alignment.activation_checkpointing else "not recomputed"
     notes = [
+        f"ELO pretraining (stand_in: {options.stand_in}): {middle[options.stand_in]}; "
+        + (f"{with_them} train with the layers" if with_them else "all but the layers is frozen")
+        + ("" if options.stand_in == "none" else "; fitting the bridge is not counted"),
         f"rate: {device.matmul_flops / 1e12:.3g} TFLOP/s {device.precision} ({source}) x {job.utilisation:.0%} used"
         + (" (measured on one layer of this model)" if device.measured else "")
         + (f" x {job.devices} devices, communication not counted" if job.devices > 1 else ""),
@@ -457,13 +357,12 @@ def _assumptions(job: _Job, config: "PretrainedConfig", choices: Choices, alignm
         "is frozen; "
         f"at most {USABLE_MEMORY:.0%} of the device is planned for",
         "memory of frozen middle and LoRA: their activations are taken to be those of full training, an upper bound",
-        f"layer alignment and LoRA {'recompute' if alignment.activation_checkpointing else 'do not recompute'} "
-        "activations; full CPT is given both ways",
+        f"activations of {whole} are {recompute}; full CPT is given both ways",
         f"optimizer: an update every {job.tokens_per_step:,} tokens, bound by memory bandwidth",
     ]
     if job.devices > 1 and not choices.sharded:
         notes.append("devices: each holds the whole model (data parallel)")
-    if not (job.whole.traced and job.detached.traced):
+    if not (job.whole.traced and job.kept.traced):
         notes.append("activations: this model's modules could not be traced, so they are a rule of thumb (within 50 %)")
     if job.counted.active != job.counted.total:
         notes.append("experts: FLOPs are those of the experts a token is sent to; all of them are in memory and train")

@@ -32,17 +32,19 @@ def _all_stages(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _headline(plan: dict[str, Any]) -> str:
-    model, parameters, device = plan["model"], plan["parameters"], plan["device"]
+    model, parameters, device, settings = plan["model"], plan["parameters"], plan["device"], plan["settings"]
     kept = ", ".join(str(index) for index in model["layers"])
     active = f", {_count(parameters['active'])} active a token" if parameters["active"] != parameters["total"] else ""
     head = "tied to the embedding" if model["tied"] else _count(parameters["head"])
     layers = sorted(set(parameters["layers"]))
     sizes = _count(layers[0]) if len(layers) == 1 else f"{_count(layers[0])} to {_count(layers[-1])}"
+    forward_only = settings["stand_in"] == "forward_only"
+    held = f"whole: {_count(parameters['total'])}" if forward_only else f"detached: {_count(parameters['detached'])}"
     return (
         f"{model['name']} ({model['model_type']}): {_count(parameters['total'])} parameters{active}\n"
         f"  embedding {_count(parameters['embedding'])}, head {head}, {model['num_layers']} layers of {sizes}\n"
-        f"  detached (layers {kept}): {_count(parameters['detached'])} parameters, "
-        f"{_count(parameters['trainable'])} of them trainable\n"
+        f"  {held} parameters in memory, {_count(parameters['trainable'])} of them train: "
+        f"{', '.join([f'layers {kept}', *settings['also_train']])}\n"
         f"  on {device['count']} x {device['name']}, {device['memory_bytes'] / _GIB:.1f} GiB each\n"
     )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,33 +23,12 @@ from transformers import PreTrainedModel
 
 from elo.errors import EloError
 from elo.evaluation.scoring import evaluating, takes_position_ids
+from elo.layers import Gap, gaps_between
 from elo.model.architecture import find_architecture, layers_of
 
 BRIDGE_FILE = "elo_bridge.safetensors"
 _BATCH_TOKENS = 4096
 _CHECKED_SHARE = 0.2
-
-
-class Gap(NamedTuple):
-    """Layers [start, stop) of the base that are not kept; `position` is where they are missing in the detached model.
-
-    Position and stop are of the layer that follows the gap; past the last layer they mean the final norm.
-    """
-
-    position: int
-    start: int
-    stop: int
-
-
-def gaps_between(layers: Sequence[int], num_layers: int) -> list[Gap]:
-    """The runs of layers of a `num_layers` deep base that `layers` (ascending, 0-based) leaves out."""
-    ends = [*layers, num_layers]
-    starts = [0, *(layer + 1 for layer in layers)]
-    return [
-        Gap(position, start, stop)
-        for position, (start, stop) in enumerate(zip(starts, ends, strict=True))
-        if start < stop
-    ]
 
 
 @dataclass(frozen=True)

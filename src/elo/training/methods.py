@@ -19,8 +19,8 @@ from elo.model.architecture import find_architecture, layers_of
 from elo.model.footprint import Flops, Footprint
 from elo.model.footprint import Method as FootprintMethod
 from elo.processes import world_size
-from elo.training.bridge import Bridge, gaps_between, install_bridge, pass_forward_only
-from elo.training.settings import EloOptions, LisaSettings, LoraSettings, Part
+from elo.training.bridge import Bridge, install_bridge, pass_forward_only
+from elo.training.settings import PUBLISHED, EloOptions, LisaSettings, LoraSettings, Part, check_also_train
 
 Rows = Literal["pretraining", "alignment", "all"]
 Middle = Literal["absent", "bridge", "forward_only", "computed"]
@@ -128,21 +128,15 @@ class Method:
         """`flops_per_token` of a phase that trains the kept layers and `also_train`."""
 
         def count(how: FootprintMethod) -> Flops:
-            return counted.flops_per_token(
-                how,
-                layers,
-                sequence_length=sequence_length,
-                train_embedding="embedding" in self.also_train,
-                train_head="head" in self.also_train,
-            )
+            return counted.flops_per_token(how, layers, sequence_length=sequence_length, also_train=self.also_train)
 
-        map_flops = 2.0 * counted.hidden_size**2 * len(gaps_between(layers, counted.num_layers))
+        map_flops = 2.0 * counted.bridge_elements(layers)
         if phase.middle == "absent":
             return count("elo").total
         if phase.middle == "bridge":  # forward and input gradient
             return count("elo").total + 2 * map_flops
         if phase.middle == "forward_only":
-            return count("frozen").forward + count("elo").backward + map_flops
+            return count("forward_only").total + map_flops  # input gradient alone
         return count("frozen").total
 
     def prepare_kept_layers(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
@@ -194,7 +188,7 @@ class EloPaper(Elo):
     label = "ELO as published"
 
     def __init__(self, options: Options) -> None:
-        super().__init__(Options(elo=EloOptions(stand_in="none", also_train=(), scale=1.0, alignment="full")))
+        super().__init__(Options(elo=PUBLISHED))
 
 
 class Full(Method):
@@ -317,7 +311,7 @@ class Lisa(Method):
     def flops_per_token(self, phase: Phase, counted: Footprint, layers: Sequence[int], sequence_length: int) -> float:
         drawn = range(min(self.settings.layers, counted.num_layers))  # embedding trains, so which ones does not matter
         return counted.flops_per_token(
-            "frozen", drawn, sequence_length=sequence_length, train_embedding=True, train_head=True
+            "frozen", drawn, sequence_length=sequence_length, also_train=("embedding", "head")
         ).total
 
 
@@ -344,11 +338,7 @@ def select_layers(model: PreTrainedModel, layers: Collection[int], also_train: C
         EloError: `also_train` names one of two tied parts without the other.
     """
     architecture = find_architecture(model)
-    if architecture.tied and ("embedding" in also_train) != ("head" in also_train):
-        raise EloError(
-            "also_train: this model ties its LM head to its embedding, so they train together or not at all; "
-            f"got {sorted(also_train)}, name both embedding and head or neither"
-        )
+    check_also_train(also_train, tied=architecture.tied)
     model.requires_grad_(False)
     decoder_layers = model.get_submodule(architecture.layers_path)
     assert isinstance(decoder_layers, nn.ModuleList)

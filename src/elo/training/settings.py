@@ -3,9 +3,12 @@
 Names are transformers' where transformers has one.
 """
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from elo.errors import EloError
 
 Part = Literal["embedding", "norm", "head"]
 """A part of a model outside its decoder layers."""
@@ -82,6 +85,10 @@ class EloOptions(BaseModel):
         return value
 
 
+PUBLISHED = EloOptions(stand_in="none", also_train=(), scale=1.0, alignment="full")
+"""ELO as published (arXiv 2601.03648)."""
+
+
 class LoraSettings(TrainingSettings):
     """How method `lora` trains."""
 
@@ -100,3 +107,16 @@ class LisaSettings(TrainingSettings):
     """Decoder layers that train at a time."""
     period: int = Field(20, gt=0)
     """Updates between draws."""
+
+
+def check_also_train(also_train: Collection[Part], *, tied: bool) -> None:
+    """Check what trains beside the layers of a model whose LM head is `tied` to its embedding, or is not.
+
+    Raises:
+        EloError: `also_train` names one of two tied parts without the other.
+    """
+    if tied and ("embedding" in also_train) != ("head" in also_train):
+        raise EloError(
+            "also_train: this model ties its LM head to its embedding, so they train together or not at all; "
+            f"got {sorted(also_train)}, name both embedding and head or neither"
+        )

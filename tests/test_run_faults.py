@@ -13,7 +13,7 @@ import pytest
 from bad_input_fixtures import change, run_elo, write_config
 from kill_fixtures import Tally, ended, finish, finished_stages, forked, kill_until_done, small_world, weights
 
-import elo.reporting.charts as charts
+import elo.reporting.drawing as drawing
 from elo.recipes.run import run
 from elo.training.trainer import EloTrainer
 
@@ -25,7 +25,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory):
     """The configuration of a small run, and the checksums of the weights it ends with."""
     root = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(charts, "_PNG_DPI", 10)  # drawing is most of so small a run; the children inherit this
+        patch.setattr(drawing, "_PNG_DPI", 10)  # drawing is most of so small a run; the children inherit this
         config = small_world(root / "world")
         run({**config, "output": str(root / "run")})
         reference = weights(root / "run")

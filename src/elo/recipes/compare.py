@@ -14,7 +14,7 @@ from elo.config import Budget, CompareConfig, RunConfig, contestant_run, load_co
 from elo.errors import EloError
 from elo.processes import is_main
 from elo.progress import duration
-from elo.recipes.job import Job, command_line, open_job
+from elo.recipes.job import Job, open_job
 from elo.recipes.preflight import check_inputs, check_model
 from elo.recipes.trial import TEST, VALIDATION, Trials
 from elo.records import write_json
@@ -207,7 +207,7 @@ class _Comparison:
 
     def _results(self, base: dict[str, float], entries: list[Any], sweeps: list[Any]) -> dict[str, Any]:
         from elo.model.footprint import build_on_meta, parameter_counts, read_config
-        from elo.recipes.results import hardware, versions
+        from elo.recipes.results import command_line, hardware, versions
         from elo.training.methods import METHODS
 
         run, config = self.shared.config, self.config

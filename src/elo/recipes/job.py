@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +12,15 @@ from typing import TYPE_CHECKING, Any
 from elo.config import RunConfig
 from elo.errors import EloError
 from elo.processes import is_main
+from elo.recipes.identities import (
+    HOW,
+    checkpoint_identity,
+    corpus_identity,
+    further_arguments,
+    tokenizer_identity,
+)
 from elo.recipes.preflight import check_inputs, check_model
-from elo.recipes.prepare import CorpusSource, prepare, source_files
+from elo.recipes.prepare import CorpusSource, prepare
 from elo.recipes.stand_in import choose_scale, write_bridge
 from elo.recipes.surgery import attach, detach, resolve_checkpoint
 from elo.records import write_json
@@ -28,22 +34,6 @@ if TYPE_CHECKING:
 # Tokens for the fit of a bridge (and 16 for each hidden dimension); for the search of a scale, at least and at most.
 _BRIDGE_TOKENS = 8192
 _SCALE_TOKENS = (4096, 65_536)
-# Settings that say how the work is done, not what comes out (but for float noise): they may change between restarts.
-_HOW = {
-    "per_device_train_batch_size",
-    "activation_checkpointing",
-    "torch_compile",
-    "attn_implementation",
-    "head_loss",
-    "save_steps",
-    "save_total_limit",
-    "loss_spike",
-    "dataloader_num_workers",
-    "report_to",
-    "training_arguments",
-}
-# Of the further transformers.TrainingArguments, those that say how: the others count.
-_HOW_ARGUMENTS = ("fsdp", "deepspeed", "ddp_", "dataloader_", "accelerator_config", "log", "run_name", "tf32")
 
 
 @dataclass
@@ -81,6 +71,11 @@ class Job:
         """Target and source language."""
         return self.config.data.target, self.config.data.source
 
+    def _base_config(self) -> Any:
+        from elo.model.footprint import read_config, text_config
+
+        return text_config(read_config(str(self.base), trust_remote_code=self.config.trust_remote_code))
+
     # Data.
 
     def prepare(self) -> "PreparedData":
@@ -96,9 +91,9 @@ class Job:
             language: CorpusSource(each.path, text_column=each.text_column) for language, each in data.heldout.items()
         }
         inputs = {
-            "tokenizer": _tokenizer_identity(self.tokenizer),
-            "corpora": {name: [_corpus_identity(each) for each in sources] for name, sources in corpora.items()},
-            "heldout": {name: _corpus_identity(each) for name, each in heldout.items()},
+            "tokenizer": tokenizer_identity(self.tokenizer),
+            "corpora": {name: [corpus_identity(each) for each in sources] for name, sources in corpora.items()},
+            "heldout": {name: corpus_identity(each) for name, each in heldout.items()},
             "heldout_share": data.heldout_share,
             "on_error": data.on_error,
         }
@@ -114,7 +109,7 @@ class Job:
                 heldout_share=data.heldout_share,
                 workers=data.workers,
                 on_error=data.on_error,
-                vocab_size=_embedding_rows(self.base, self.config.trust_remote_code),
+                vocab_size=int(self._base_config().vocab_size),
                 overwrite=True,
                 trust_remote_code=self.config.trust_remote_code,
             )
@@ -186,7 +181,7 @@ class Job:
         if method.name == "full_at_wall_time":
             stop = self._rows_at_wall_time(earlier)
         length = self.config.data.sequence_length
-        per_step = rows_per_step(length, self._settings(phase))
+        per_step = rows_per_step(length, getattr(self.config, phase.settings))
         if 0 < stop - start < per_step:
             raise EloError(
                 f"tokens: {method.name} has {(stop - start) * length:,} tokens for {phase.name}, less than one step of "
@@ -205,9 +200,6 @@ class Job:
         per_step = rows_per_step(length, self.config.full)
         # Rounded up: the control is never given less time than ELO took.
         return math.ceil(seconds * full["tokens_per_second"] / length / per_step) * per_step
-
-    def _settings(self, phase: "Phase") -> Any:
-        return getattr(self.config, phase.settings)
 
     # Surgery.
 
@@ -232,12 +224,9 @@ class Job:
 
     def bridge(self, method: "Method") -> Stage:
         """The linear bridge over what the layers leave out, fitted on the first rows of the run."""
-        from elo.model.footprint import read_config, text_config
-
         assert self._mixture is not None
         output = self.path(method.name, "bridge", "elo_bridge.safetensors")
-        base_config = text_config(read_config(str(self.base), trust_remote_code=self.config.trust_remote_code))
-        tokens = max(_BRIDGE_TOKENS, 16 * int(base_config.hidden_size))
+        tokens = max(_BRIDGE_TOKENS, 16 * int(self._base_config().hidden_size))
         rows = self._mixture.rows(0, -(-tokens // self.config.data.sequence_length))
         inputs = {"base": self.base_identity, "layers": list(self.layers), **self._rows_inputs(rows)}
 
@@ -317,7 +306,7 @@ class Job:
         from elo.training.methods import Setup
 
         assert self.prepared is not None
-        config, data, settings = self.config, self.config.data, self._settings(phase)
+        config, data, settings = self.config, self.config.data, getattr(self.config, phase.settings)
         output, scratch = self.path(method.name, phase.name), self.path(method.name, f"{phase.name}-checkpoints")
         inputs = {
             "model": before.fingerprint if before else self.base_identity,
@@ -327,7 +316,7 @@ class Job:
             "middle": phase.middle,
             "also_train": list(method.also_train),
             "bridge": bridge.fingerprint if bridge else None,
-            "settings": settings.model_dump(mode="json", exclude=_HOW) | _further(settings),
+            "settings": settings.model_dump(mode="json", exclude=HOW) | further_arguments(settings),
             "seed": config.seed,
             "evaluation": config.evaluation.max_tokens,
         }
@@ -490,39 +479,8 @@ def open_job(config: RunConfig) -> Iterator[Job]:
             base=base,
             tokenizer=config.tokenizer or str(base),
             layers=layers,
-            base_identity=_checkpoint_identity(base),
+            base_identity=checkpoint_identity(base),
         )
-
-
-def _further(settings: Any) -> dict[str, Any]:
-    """Further training arguments that change what comes out."""
-    return {key: value for key, value in settings.training_arguments.items() if not key.startswith(_HOW_ARGUMENTS)}
-
-
-def _embedding_rows(base: Path, trust_remote_code: bool) -> int:
-    from elo.model.footprint import read_config, text_config
-
-    return int(text_config(read_config(str(base), trust_remote_code=trust_remote_code)).vocab_size)
-
-
-def _checkpoint_identity(base: Path) -> dict[str, Any]:
-    """What of a checkpoint decides the result: its configuration and weights."""
-    files = [base / "config.json", *sorted(base.glob("*.safetensors"))]
-    return {name: value for file in files if file.is_file() for name, value in file_identity(file).items()}
-
-
-def _tokenizer_identity(tokenizer: str) -> Any:
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    files = [Path(tokenizer) / name for name in names if (Path(tokenizer) / name).is_file()]
-    return [file_identity(file) for file in files] or tokenizer
-
-
-def _corpus_identity(source: CorpusSource) -> dict[str, Any]:
-    return {
-        "path": source.path,
-        "text_column": source.text_column,
-        "files": [file_identity(file) for file in source_files(source)],
-    }
 
 
 def _measured(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -539,8 +497,3 @@ def _measured(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_second": None,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-
-
-def command_line() -> str:
-    """The command that this process was started with, for the record."""
-    return " ".join(["elo", *sys.argv[1:]]) if Path(sys.argv[0]).name in ("elo", "cli.py") else "elo.run(...)"

@@ -3,12 +3,13 @@
 import datetime
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from elo.processes import is_main
-from elo.recipes.job import Job, command_line
+from elo.recipes.job import Job
 from elo.records import write_json
 
 _PACKAGES = ("elo-cpt", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
@@ -73,6 +74,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def command_line() -> str:
+    """The command that this process was started with, for the record."""
+    return " ".join(["elo", *sys.argv[1:]]) if Path(sys.argv[0]).name in ("elo", "cli.py") else "elo.run(...)"
 
 
 def _cpu_name() -> str:

@@ -1,9 +1,13 @@
 """Training methods: what trains, what is added for it, and that it folds back into a plain model."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from training_fixtures import LENGTH, SETTINGS, rows, tiny_llama
 
+import elo.training.methods
 from elo.errors import EloError
 from elo.model.footprint import footprint
 from elo.model.surgery import detach_layers
@@ -180,6 +184,19 @@ def test_recomputed_activations_give_the_same(tmp_path, stand_in):
         result = _train(model, tmp_path / str(recompute), prepared, settings=settings, steps=4)
         losses.append([point["loss"] for point in result.losses])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_the_documents_example_is_a_method(tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    names = vars(elo.training.methods) | {}
+    exec(code, names)
+    method = names["Norms"](Options())
+    model, prepared = _ready(method, method.phases[0])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    _train(model, tmp_path, prepared)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if "norm" in name}
 
 
 def test_unknown_method_is_named():

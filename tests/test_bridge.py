@@ -7,8 +7,10 @@ import torch
 from run_fixtures import write_base
 from training_fixtures import LENGTH, SETTINGS, rows, tiny_llama
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
+from zoo import FAMILIES, tiny_config, tiny_model
 
 from elo.errors import EloError
+from elo.model.architecture import layers_of
 from elo.model.surgery import detach_layers
 from elo.training.bridge import Bridge, Gap, fit_bridge, gaps_between, install_bridge, pass_forward_only
 from elo.training.loop import rows_per_step, train
@@ -225,6 +227,29 @@ def test_other_families_and_ends(build, kept):
     whole.backward()
     undo()
     assert whole == model(**inputs, labels=inputs["input_ids"]).loss
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_bridged_and_passed(name):
+    """The forward pass past the middle is exact, its gradient reaches the first layer, and nothing of it stays."""
+    model_type, particular = FAMILIES[name]
+    model = tiny_model(tiny_config(model_type, **particular)).eval()
+    ids = torch.arange(1, 21).unsqueeze(0)
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+    padded = [{"input_ids": ids[0], "attention_mask": torch.ones(20, dtype=torch.int64)}] * 4
+    bridge = fit_bridge(model, [0, 3], padded)
+    assert all(torch.isfinite(weight).all() for weight in bridge.weights)
+    select_layers(model, [0, 3])
+    undo = pass_forward_only(model, bridge)
+    logits = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5 * max(1.0, float(whole.abs().max())))
+    logits.square().sum().backward()
+    layers = layers_of(model)
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in layers[0].parameters())
+    assert all(p.grad is None for layer in layers[1:3] for p in layer.parameters())
+    undo()
+    assert not [module for module in model.modules() if module._forward_pre_hooks]
 
 
 def test_nothing_left_out_has_nothing_to_bridge():

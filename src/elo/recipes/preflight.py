@@ -61,6 +61,11 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     model = build_on_meta(model_config, trust_remote_code=config.trust_remote_code)
     _check_attention(config, model)
     layers = parse_layers(config.layers, find_architecture(model).num_layers)
+    bridged = any(phase.needs_bridge for method in methods_of(config) for phase in method.phases)
+    if bridged and len(layers) == find_architecture(model).num_layers:
+        raise EloError(
+            f"layers: {config.layers!r} leaves out no layer, so there is nothing for elo.stand_in to replace"
+        )
     length, limit = config.data.sequence_length, longest_sequence(model)
     if limit is not None and length > limit:
         raise EloError(f"data.sequence_length: {length} is beyond the {limit} positions of {config.model}")

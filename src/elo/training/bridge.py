@@ -84,8 +84,8 @@ def fit_bridge(
 
     Args:
         model: the whole base, on any device in any dtype.
-        rows: packed rows with `input_ids` and `position_ids`, [T] each; some thousand tokens, better 16 D of them.
-            Every fifth batch is kept to measure on.
+        rows: `input_ids` and `position_ids` of packed rows, or `input_ids` and `attention_mask` of padded ones, [T]
+            each; some thousand tokens, better 16 D of them. Every fifth batch is kept to measure on.
         ridge: penalty on the squared change, relative to the squared size of each input dimension.
 
     Raises:
@@ -104,11 +104,16 @@ def fit_bridge(
                 hooks.callback(_record_input(_module_at(model, place), kept, index).remove)
         for number, batch in enumerate(_batches(rows)):
             inputs = {"input_ids": batch["input_ids"].to(device)}
-            if takes_position_ids(model):
+            if takes_position_ids(model) and "position_ids" in batch:
                 inputs["position_ids"] = batch["position_ids"].to(device)
+            text: Any = slice(None)
+            if "attention_mask" in batch:
+                inputs["attention_mask"] = batch["attention_mask"].to(device)
+                text = inputs["attention_mask"].bool()
             model.base_model(**inputs, use_cache=False)
             for index, fit in enumerate(fits):
-                fit.add(entering.pop(index), leaving.pop(index), checked=number % round(1 / _CHECKED_SHARE) == 1)
+                x, y = (hidden.pop(index)[text] for hidden in (entering, leaving))
+                fit.add(x, y, checked=number % round(1 / _CHECKED_SHARE) == 1)
     solved = [fit.solve(ridge) for fit in fits]
     return Bridge(
         tuple(gaps),
@@ -251,7 +256,7 @@ def _batches(rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Tensor]]:
 def _stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {
         name: torch.stack([torch.as_tensor(row[name]) for row in rows])
-        for name in ("input_ids", "position_ids")
+        for name in ("input_ids", "position_ids", "attention_mask")
         if name in rows[0]
     }
 

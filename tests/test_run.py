@@ -256,14 +256,6 @@ def test_a_stage_that_the_method_does_not_have(tmp_path):
     assert not (tmp_path / "run" / "prepared").exists()
 
 
-def test_nothing_left_out_is_told_before_anything_is_prepared(tmp_path):
-    config = write_world(tmp_path)
-    config["layers"] = "0-3"
-    with pytest.raises(EloError, match="leaves out no layer"):
-        run(config)
-    assert not (tmp_path / "run" / "prepared").exists()
-
-
 def test_budget_below_one_step_is_refused(tmp_path):
     config = write_world(tmp_path)
     config["tokens"] = 64

@@ -403,3 +403,16 @@ def test_every_key_is_described(request):
             assert re.search(rf"\b{field.alias or name}\b", described), (
                 f"{record.__name__}.{name} is not in docs/results.md"
             )
+
+
+def test_pretraining_in_the_whole_model_is_drawn_as_the_whole_model():
+    """With a forward-only middle nothing is detached: its curve starts at the base and is not dashed."""
+    results = example_results()
+    own = results["methods"][0]
+    own["stages"] = [stage for stage in own["stages"] if stage["name"] not in ("detach", "attach")]
+    own["before_alignment"] = None
+    method = read_results(results).methods[0]
+    (segment,) = bpb_segments(method, "ko", "tokens", 3.0)
+    assert not segment.detached
+    assert segment.points[0] == (0.0, 3.0)
+    assert len(segment.points) > len([e for e in method.evaluations if e.stage != "elo_pretraining"]) + 1

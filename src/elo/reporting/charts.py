@@ -28,8 +28,6 @@ from elo.reporting.drawing import (
 )
 from elo.reporting.results import Method, Results
 
-DETACHED_STAGE = "elo_pretraining"
-
 
 @dataclass(frozen=True)
 class Segment:
@@ -57,9 +55,9 @@ def bpb_segments(method: Method, language: str, clock: Clock, base: float | None
     alignment where something was; it ends at the final model.
     """
     measured = [(getattr(e, clock), e.bpb[language], e.stage) for e in method.evaluations if language in e.bpb]
-    detached = [(at, bpb) for at, bpb, stage in measured if stage == DETACHED_STAGE]
-    whole = [(at, bpb) for at, bpb, stage in measured if stage != DETACHED_STAGE]
-    pretraining = method.stage(DETACHED_STAGE)
+    detached = [(at, bpb) for at, bpb, stage in measured if stage == method.detached_stage]
+    whole = [(at, bpb) for at, bpb, stage in measured if stage != method.detached_stage]
+    pretraining = method.stage(method.detached_stage) if method.detached_stage else None
     if pretraining is None:
         start = (0.0, base) if base is not None else None
     else:
@@ -111,7 +109,7 @@ def _loss_chart(results: Results) -> Chart | None:
     for method in results.methods:
         for stage in dict.fromkeys(loss.stage for loss in method.losses):
             points = tuple((float(loss.tokens), loss.loss) for loss in method.losses if loss.stage == stage)
-            curves.append((method, Segment(points, stage == DETACHED_STAGE)))
+            curves.append((method, Segment(points, stage == method.detached_stage)))
     if not any(len(segment.points) > 1 for _, segment in curves):
         return None
     figure, axes = new_figure()

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from elo.reporting.charts import DETACHED_STAGE, method_colours
+from elo.reporting.charts import method_colours
 from elo.reporting.comparison import (
     LEVEL_BPB,
     GroupColumn,
@@ -161,7 +161,7 @@ def _bars(results: Results) -> list[_Bar]:
         parts = []
         for stage in method.stages:
             colour = colours[method.name]
-            if stage.name == DETACHED_STAGE:
+            if stage.name == method.detached_stage:
                 colour = lighter(colour, 0.45)
             if not stage.tokens:
                 colour = "#9aa5b1"
@@ -197,8 +197,9 @@ def _definitions(results: Results) -> list[str]:
         "Wall time and tokens are those of the training stages; evaluation is not counted. Every method starts from "
         "the same base and draws on the same rows of the same text.",
     ]
-    stages = {evaluation.stage for method in results.methods for evaluation in method.evaluations}
-    if DETACHED_STAGE in stages:
+    if any(
+        evaluation.stage == method.detached_stage for method in results.methods for evaluation in method.evaluations
+    ):
         found.append(
             "During ELO pretraining it is the detached model that is measured: a few layers between embedding and "
             "head, without the middle. Its bits per byte are not those of the model being made, so they are drawn "

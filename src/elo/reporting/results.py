@@ -119,6 +119,11 @@ class Method(Measurement):
     def stage(self, name: str) -> Stage | None:
         return next((stage for stage in self.stages if stage.name == name), None)
 
+    @property
+    def detached_stage(self) -> str | None:
+        """The stage in which a detached model trains; None where nothing was detached."""
+        return "elo_pretraining" if self.stage("attach") else None
+
 
 class Model(Record):
     name: str

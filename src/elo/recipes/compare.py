@@ -4,7 +4,6 @@ Every contestant has its learning rates tuned on the budget itself, with its own
 middle of its decay is no fair point), on validation text; then it is trained with every seed and measured on test text.
 """
 
-import datetime
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,34 +205,14 @@ class _Comparison:
     # What is written.
 
     def _results(self, base: dict[str, float], entries: list[Any], sweeps: list[Any]) -> dict[str, Any]:
-        from elo.model.footprint import build_on_meta, parameter_counts, read_config
-        from elo.recipes.results import command_line, hardware, versions
+        from elo.recipes.results import circumstances
         from elo.training.methods import METHODS
 
         run, config = self.shared.config, self.config
-        assert self.shared.prepared is not None
-        model_config = read_config(str(self.shared.base), trust_remote_code=run.trust_remote_code)
-        counts = parameter_counts(build_on_meta(model_config, trust_remote_code=run.trust_remote_code))
         return {
-            "schema": 1,
+            **circumstances(self.shared),
             "kind": "comparison",
             "title": config.title or f"{Path(run.model).name} learns {run.data.target}: methods compared",
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": command_line(),
-            "model": {
-                "name": run.model,
-                "parameters": counts["total"],
-                "num_layers": len(counts["layers"]),
-                "layers": list(self.shared.layers),
-            },
-            "languages": {"target": run.data.target, "source": run.data.source},
-            "hardware": hardware(),
-            "versions": versions(),
-            "data": {
-                **self.shared.prepared.summary(),
-                "replay_ratio": run.data.replay_ratio,
-                "sequence_length": run.data.sequence_length,
-            },
             "seeds": config.seeds,
             "source_weight": config.source_weight,
             "config": config.model_dump(mode="json"),

@@ -17,33 +17,12 @@ _PACKAGES = ("elo-cpt", "torch", "transformers", "accelerate", "tokenizers", "sa
 
 def write_results(job: Job, base: dict[str, Any], methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Assemble and write results.json (schema: docs/results.md)."""
-    from elo.model.footprint import build_on_meta, parameter_counts, read_config
-
-    config = job.config
-    assert job.prepared is not None
-    model_config = read_config(str(job.base), trust_remote_code=config.trust_remote_code)
-    counts = parameter_counts(build_on_meta(model_config, trust_remote_code=config.trust_remote_code), job.layers)
+    config, about = job.config, circumstances(job)
+    about["model"]["trainable_parameters"] = _trainable(methods)
     results = {
-        "schema": 1,
         "title": config.title or f"{Path(config.model).name} learns {config.data.target}",
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": command_line(),
-        "model": {
-            "name": config.model,
-            "parameters": counts["total"],
-            "num_layers": len(counts["layers"]),
-            "layers": list(job.layers),
-            "trainable_parameters": _trainable(methods),
-        },
-        "languages": {"target": config.data.target, "source": config.data.source},
+        **about,
         "seed": config.seed,
-        "hardware": hardware(),
-        "versions": versions(),
-        "data": {
-            **job.prepared.summary(),
-            "replay_ratio": config.data.replay_ratio,
-            "sequence_length": config.data.sequence_length,
-        },
         "config": config.model_dump(mode="json"),
         "base": _evaluation(base),
         "methods": [_method(name, adapted) for name, adapted in methods.items()],
@@ -51,6 +30,35 @@ def write_results(job: Job, base: dict[str, Any], methods: dict[str, dict[str, A
     if is_main():
         write_json(job.path("results.json"), results)
     return results
+
+
+def circumstances(job: Job) -> dict[str, Any]:
+    """What results.json and comparison.json both tell: when, with which command, on what, from which model and text."""
+    from elo.model.footprint import build_on_meta, parameter_counts, read_config
+
+    config = job.config
+    assert job.prepared is not None
+    model_config = read_config(str(job.base), trust_remote_code=config.trust_remote_code)
+    counts = parameter_counts(build_on_meta(model_config, trust_remote_code=config.trust_remote_code), job.layers)
+    return {
+        "schema": 1,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "model": {
+            "name": config.model,
+            "parameters": counts["total"],
+            "num_layers": len(counts["layers"]),
+            "layers": list(job.layers),
+        },
+        "languages": {"target": config.data.target, "source": config.data.source},
+        "hardware": hardware(),
+        "versions": versions(),
+        "data": {
+            **job.prepared.summary(),
+            "replay_ratio": config.data.replay_ratio,
+            "sequence_length": config.data.sequence_length,
+        },
+    }
 
 
 def hardware() -> dict[str, Any]:

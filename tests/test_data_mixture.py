@@ -68,6 +68,17 @@ def test_rows_are_those_of_the_streams_and_a_dataset_is_a_window_on_them() -> No
         dataset[20]
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.1, 0.5])
+def test_as_many_rows_of_each_language_whatever_the_replay_ratio(ratio: float) -> None:
+    mixture = Mixture([("ko", 1 - ratio, stream()), ("en", ratio, stream(seed=1))], seed=3)
+    found = mixture.rows_by_language(11, 4)
+    assert {language: len(rows) for language, rows in found.items()} == ({"en": 4, "ko": 4} if ratio else {"ko": 4})
+    for language, rows in found.items():
+        indices = [i for i in range(11, 2000) if mixture.row(i)["language"] == language][:4]
+        for index, row in zip(indices, rows, strict=True):
+            assert np.array_equal(row["input_ids"], mixture.row(index)["input_ids"])
+
+
 def test_unpacked_rows_carry_their_attention_mask() -> None:
     mixture = Mixture([("ko", 1.0, PaddedStream(make_corpus([[5, 30]]), T))])
     assert set(mixture.row(0)) == {"input_ids", "shift_labels", "position_ids", "attention_mask", "language"}

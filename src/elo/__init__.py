@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from elo.recipes.report import report
     from elo.recipes.run import run
     from elo.recipes.surgery import attach, detach
+    from elo.recipes.vocab import extend_vocabulary, measure_vocabulary
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "detach",
     "detach_layers",
     "evaluate",
+    "extend_vocabulary",
+    "measure_vocabulary",
     "plan",
     "prepare",
     "report",
@@ -40,6 +43,8 @@ _HOMES = {
     "detach": "elo.recipes.surgery",
     "detach_layers": "elo.model.surgery",
     "evaluate": "elo.recipes.evaluate",
+    "extend_vocabulary": "elo.recipes.vocab",
+    "measure_vocabulary": "elo.recipes.vocab",
     "plan": "elo.recipes.plan",
     "prepare": "elo.recipes.prepare",
     "report": "elo.recipes.report",

@@ -19,6 +19,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+vocab = typer.Typer(
+    help="Measure how well a tokenizer cuts a language up, and extend its vocabulary.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(vocab, name="vocab")
+
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG.yaml", help="Configuration of the run (docs/configuration.md).")
 ]
@@ -245,6 +252,84 @@ def quickstart(
     quickstart(output, set_)
 
 
+@vocab.command("measure")
+def vocab_measure(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; no weights are read.")],
+    corpus: Annotated[list[str], typer.Option(metavar="LANGUAGE=FILE", help="Text of a language; may be repeated.")],
+    target: Annotated[str | None, typer.Option(help="The language among them to try new pieces for.")] = None,
+    pieces: Annotated[
+        str, typer.Option(help="Numbers of new pieces to try, joined by commas.")
+    ] = "2000,4000,8000,16000",
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
+    text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
+    max_characters: Annotated[int | None, typer.Option(min=1, help="Read so much of each language.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Tell bytes a token and fertility by language and, with --target, whether new pieces would pay."""
+    from rich.console import Console
+
+    from elo.recipes.vocab import measure_vocabulary
+    from elo.recipes.vocab_table import render_vocabulary
+
+    measured = measure_vocabulary(
+        model,
+        _by_language("--corpus", corpus),
+        target=target,
+        pieces=_numbers("--pieces", pieces),
+        tokenizer=tokenizer,
+        text_column=text_column,
+        max_characters=max_characters,
+        output=output,
+        trust_remote_code=trust_remote_code,
+    )
+    Console().print(render_vocabulary(measured))
+
+
+@vocab.command("extend")
+def vocab_extend(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    target: Annotated[Path | None, typer.Option(help="Text to learn pieces from.")] = None,
+    source: Annotated[Path | None, typer.Option(help="Text whose words must be cut up as before.")] = None,
+    pieces: Annotated[int, typer.Option(help="How many new pieces.")] = 8000,
+    tokenizer: Annotated[str | None, typer.Option(help="Take this extended tokenizer instead of learning one.")] = None,
+    init: Annotated[
+        str, typer.Option(help="New embedding rows: pieces, first, mean or noise (docs/vocabulary.md).")
+    ] = "pieces",
+    head_init: Annotated[str | None, typer.Option(help="New LM head rows; by default as --init.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="Safetensors file with rows computed elsewhere.")] = None,
+    pad_to: Annotated[int, typer.Option(help="The number of rows is a multiple of this.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of --init noise.")] = 0,
+    text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
+    max_characters: Annotated[int | None, typer.Option(min=1, help="Read so much of each language.")] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a checkpoint with new pieces for a language, its words of the source language cut up as before."""
+    from elo.recipes.vocab import extend_vocabulary
+    from elo.recipes.vocab_table import extension_line
+
+    record = extend_vocabulary(
+        model,
+        target,
+        source,
+        output=output,
+        pieces=pieces,
+        tokenizer=tokenizer,
+        init=init,
+        head_init=head_init,
+        rows=rows,
+        pad_to_multiple_of=pad_to,
+        seed=seed,
+        text_column=text_column,
+        max_characters=max_characters,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    typer.echo(f"{output}: {extension_line(record)}")
+
+
 def _until(stage: str, config: Path, overrides: list[str] | None) -> None:
     from elo.recipes.run import run
 
@@ -281,6 +366,13 @@ def _planned_run(config: str, overrides: list[str] | None, default_tokens: int) 
 
 def _names(joined: str) -> list[str]:
     return [name.strip() for name in joined.split(",") if name.strip()]
+
+
+def _numbers(option: str, joined: str) -> list[int]:
+    try:
+        return [int(number) for number in _names(joined)]
+    except ValueError:
+        raise EloError(f"{option} {joined!r}: write whole numbers joined by commas, such as 4000,8000") from None
 
 
 def _by_language(option: str, pairs: list[str] | None) -> dict[str, str | Path]:

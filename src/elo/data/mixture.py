@@ -103,6 +103,22 @@ class Mixture:
         """Rows [start, stop) as a map-style dataset."""
         return MixtureRows(self, start, stop)
 
+    def rows_by_language(self, start: int, count: int) -> dict[str, list[dict[str, np.ndarray]]]:
+        """The first `count` rows of each language among rows `start` and the 1000 x `count` after it.
+
+        A language of which there is nothing is left out.
+        """
+        languages = {source.language for source in self.sources if source.share > 0}
+        found: dict[str, list[dict[str, np.ndarray]]] = {}
+        rows = self.rows(start, start + 1000 * count)
+        for index in range(len(rows)):
+            language = rows.language(index)
+            if len(found.setdefault(language, [])) < count:
+                found[language].append(rows[index])
+            if len(found) == len(languages) and all(len(each) == count for each in found.values()):
+                break
+        return dict(sorted(found.items()))
+
     def epoch_rows(self, language: str) -> int:
         """Rows of the mixture in which as much of `language` is read as its corpora hold together.
 

@@ -1,6 +1,7 @@
 """A model's fast tokenizer, and the two tokens that frame every document."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,33 @@ def wrap_tokenizer(backend: Tokenizer, bos: int | None, eos: int | None, name: s
     base = max(backend.get_vocab(with_added_tokens=False).values(), default=-1)
     digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
     return TextTokenizer(name, backend, prefix, end, highest + 1, base + 1, digest)
+
+
+def save_with_backend(
+    path_or_id: str | Path, backend: Tokenizer, folder: Path, trust_remote_code: bool = False
+) -> None:
+    """Write a tokenizer's files into `folder`, settings and chat template as they are, but with another `backend`.
+
+    Raises:
+        EloError: read again from there it is not the same, which some tokenizer classes make of it.
+    """
+    tokenizer = _load(str(path_or_id), trust_remote_code)
+    tokenizer._tokenizer = Tokenizer.from_str(backend.to_str())
+    tokenizer.save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt"):  # some classes write their old ones as well
+        (folder / name).unlink(missing_ok=True)
+    found = _load(str(folder), trust_remote_code).backend_tokenizer
+    if found.get_vocab() != backend.get_vocab() or _model_state(found) != _model_state(backend):
+        raise EloError(
+            f"{path_or_id}: {type(tokenizer).__name__} does not keep an extended vocabulary when it is saved and "
+            "loaded; extend it with the tool it was made with, and give the result with --tokenizer"
+        )
+
+
+def _model_state(backend: Tokenizer) -> Any:
+    model = json.loads(backend.to_str())["model"]
+    merges = [tuple(each.split(" ")) if isinstance(each, str) else tuple(each) for each in model.get("merges", [])]
+    return model["vocab"], merges
 
 
 def _load(name: str, trust_remote_code: bool) -> Any:

@@ -1,6 +1,6 @@
 """How much of the trained change to attach: the scale at which the whole model predicts unseen rows best."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,10 @@ _FINE = 0.125
 
 
 def search_scale(
-    model: PreTrainedModel, detached: PreTrainedModel, rows: Sequence[dict[str, Any]], include: Sequence[str] = ()
+    model: PreTrainedModel,
+    detached: PreTrainedModel,
+    rows: Mapping[str, Sequence[dict[str, Any]]],
+    include: Sequence[str] = (),
 ) -> tuple[float, dict[float, float]]:
     """Try scales of `attach_layers` by forward passes: quarters first, then the eighths beside the best.
 
@@ -26,11 +29,12 @@ def search_scale(
     Args:
         model: the base; as it was afterwards.
         detached: its trained layers.
-        rows: packed rows that `detached` was not trained on, `input_ids`, `shift_labels` and `position_ids` of [T].
+        rows: by language, packed rows that `detached` was not trained on, `input_ids`, `shift_labels` and
+            `position_ids` of [T]. Each language counts alike: what is forgotten weighs as much as what is learned.
         include: parts outside the layers that are attached with them.
 
     Returns:
-        The best scale, and nats per token by scale; 0 is the base itself.
+        The best scale, and nats per token by scale, the mean over languages; 0 is the base itself.
     """
     original = detach_layers(model, getattr(detached.config, PROVENANCE_KEY)["layers"])
     tried: dict[float, float] = {}
@@ -39,7 +43,7 @@ def search_scale(
         if scale > 0:
             attach_layers(model, detached, scale=scale, include=include)
         try:
-            tried[scale] = _nats_per_token(model, rows)
+            tried[scale] = sum(_nats_per_token(model, each) for each in rows.values()) / len(rows)
         finally:
             if scale > 0:
                 attach_layers(model, original, include=include)

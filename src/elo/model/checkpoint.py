@@ -1,24 +1,29 @@
 """Detach decoder layers from a checkpoint on disk, and put them back, without ever holding the model in memory."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from elo.errors import EloError, UnfinishedError, UnsupportedArchitectureError
+from elo.errors import EloError, UnfinishedError
 from elo.layers import parse_layers
 from elo.model.architecture import Architecture, find_architecture, group_of
+from elo.model.checkpoint_folder import (
+    CONFIG_FILE,
+    CheckpointFolder,
+    copy_side_files,
+    open_folder,
+    read_edited_config,
+    refuse_overlap,
+    write_config,
+)
 from elo.model.config_surgery import (
     edit_json,
-    error_line,
     layer_edits,
     num_layers_of,
-    require_edits_kept,
     text_config_of,
 )
 from elo.model.matching import match_tensors, paired_chunks, same_bytes, tensor_bytes
@@ -33,24 +38,9 @@ from elo.model.tensor_files import (
     Checkpoint,
     NewTensor,
     StoredTensor,
-    open_checkpoint,
     write_checkpoint,
 )
-from elo.records import atomic_directory, disk_errors_told, read_json
-
-CONFIG_FILE = "config.json"
-_SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-_NOT_SIDE = {"config.json", "adapter_config.json", "trainer_state.json", "quantize_config.json"}
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A checkpoint folder, read as far as its headers."""
-
-    folder: Path
-    config_json: dict[str, Any]
-    config: PretrainedConfig
-    weights: Checkpoint
+from elo.records import atomic_directory, disk_errors_told
 
 
 def detach_checkpoint(
@@ -83,11 +73,11 @@ def detach_checkpoint(
         EloError: the checkpoint, the selection or the output is not usable.
         UnsupportedArchitectureError: a kept layer would compute something else than in the base.
     """
-    base = _open(Path(checkpoint), trust_remote_code)
+    base = open_folder(Path(checkpoint), trust_remote_code)
     if PROVENANCE_KEY in base.config_json:
         raise EloError(f"{checkpoint}: is a detached checkpoint already; give the whole model it was detached from")
     require_detachable(base.config)
-    _refuse_overlap(Path(output), base.folder)
+    refuse_overlap(Path(output), base.folder)
     kept = parse_layers(layers, num_layers_of(base.config))
     hollow = build_hollow_causal_lm(base.config, trust_remote_code=trust_remote_code)
     names = find_layer_names(hollow, base.weights)
@@ -95,7 +85,7 @@ def detach_checkpoint(
     _refuse_more_layers(base.weights, names)
     edits = layer_edits(text_config_of(base.config), kept)
     config_json = edit_json(base.config_json, base.config, edits)
-    small_config = _read_small_config(config_json, base.config, edits)
+    small_config = read_edited_config(config_json, base.config, edits)
     require_same_layers(hollow, build_hollow(type(hollow), small_config), kept)
     renamed = _small_tensors(base.weights, names, kept, type(hollow), small_config)
 
@@ -104,8 +94,8 @@ def detach_checkpoint(
     with disk_errors_told(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
         tensors = [NewTensor(name, t.dtype, t.shape, t.size, t.chunks) for name, t in renamed.items()]
         write_checkpoint(folder, tensors, max_shard_bytes)
-        _write_config(folder, config_json)
-        _copy_side_files(base.folder, folder, python=trust_remote_code)
+        write_config(folder, config_json)
+        copy_side_files(base.folder, folder, python=trust_remote_code)
     return record
 
 
@@ -140,16 +130,16 @@ def attach_checkpoint(
             layers and `include`; the message names the first tensor that differs.
     """
     check_include(include)
-    small = _open(Path(detached), trust_remote_code)
+    small = open_folder(Path(detached), trust_remote_code)
     record = read_provenance(small.config_json.get(PROVENANCE_KEY), str(detached))
-    whole = _open(Path(base), trust_remote_code)
+    whole = open_folder(Path(base), trust_remote_code)
     if PROVENANCE_KEY in whole.config_json:
         raise EloError(f"{base}: is a detached checkpoint, not a base; give the whole model {record.get('base')}")
     require_detachable(whole.config)
     kept: list[int] = record["layers"]
     _check_counts(small, whole, record)
-    _refuse_overlap(Path(output), whole.folder)
-    _refuse_overlap(Path(output), small.folder)
+    refuse_overlap(Path(output), whole.folder)
+    refuse_overlap(Path(output), small.folder)
     hollow = build_hollow_causal_lm(whole.config, trust_remote_code=trust_remote_code)
     names = find_layer_names(hollow, whole.weights)
     _check_base(whole, names, record)
@@ -164,7 +154,7 @@ def attach_checkpoint(
             for tensor, trained in updates:
                 _patch(folder / tensor.file.name, tensor, trained, scale)
             shutil.copyfile(whole.folder / CONFIG_FILE, folder / CONFIG_FILE)
-            _copy_side_files(whole.folder, folder, python=trust_remote_code)
+            copy_side_files(whole.folder, folder, python=trust_remote_code)
     return {
         "base": str(base),
         "detached": str(detached),
@@ -174,53 +164,6 @@ def attach_checkpoint(
         "include": list(include),
         "tensors": len(updates),
     }
-
-
-def _open(folder: Path, trust_remote_code: bool) -> _Opened:
-    if not folder.is_dir():
-        raise EloError(f"{folder}: no such folder; give a Hugging Face checkpoint folder")
-    if not (folder / CONFIG_FILE).is_file():
-        if (folder / "adapter_config.json").is_file():
-            open_checkpoint(folder)  # says what to do with an adapter
-        raise EloError(f"{folder}: has no {CONFIG_FILE}; give a Hugging Face checkpoint folder")
-    config_json = read_json(folder / CONFIG_FILE)
-    if not isinstance(config_json, dict):
-        raise UnfinishedError(f"{folder / CONFIG_FILE}: is not a JSON object; the file is damaged")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises a dozen types for a configuration that it cannot use
-        raise UnsupportedArchitectureError(
-            f"{folder / CONFIG_FILE}: transformers cannot read it ({error_line(error)})"
-            + ("" if trust_remote_code else "; a model that brings its own code needs trust_remote_code")
-        ) from None
-    return _Opened(folder, config_json, config, open_checkpoint(folder))
-
-
-def _refuse_overlap(output: Path, folder: Path) -> None:
-    output, folder = output.resolve(), folder.resolve()
-    if output == folder or output in folder.parents or folder in output.parents:
-        raise EloError(f"{output}: overlaps the input {folder}; choose an output folder outside it")
-
-
-def _read_small_config(
-    config_json: dict[str, Any], base_config: PretrainedConfig, edits: dict[str, Any]
-) -> PretrainedConfig:
-    """The edited configuration as transformers will read it from disk, which must keep the edits."""
-    with tempfile.TemporaryDirectory(prefix="elo-detach-") as scratch:
-        _write_config(Path(scratch), config_json)
-        try:
-            small_config = type(base_config).from_pretrained(scratch)
-        except Exception as error:  # as above: any type
-            raise UnsupportedArchitectureError(
-                f"model type {base_config.model_type!r}: these layers make a configuration that transformers refuses "
-                f"({error_line(error)}); choose other layers"
-            ) from None
-    require_edits_kept(small_config, edits)
-    return small_config
-
-
-def _write_config(folder: Path, config_json: dict[str, Any]) -> None:
-    (folder / CONFIG_FILE).write_text(json.dumps(config_json, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _small_tensors(
@@ -268,7 +211,7 @@ def _refuse_more_layers(weights: Checkpoint, names: LayerNames) -> None:
 
 
 def _provenance(
-    base: _Opened,
+    base: CheckpointFolder,
     names: LayerNames,
     kept: Sequence[int],
     small: dict[str, StoredTensor],
@@ -298,7 +241,7 @@ def _layer_digests(weights: Checkpoint, names: LayerNames, kept: Sequence[int]) 
     return [layer_sha256(tensors, sample=index not in kept) for index, tensors in enumerate(layers)]
 
 
-def _check_counts(small: _Opened, whole: _Opened, record: dict[str, Any]) -> None:
+def _check_counts(small: CheckpointFolder, whole: CheckpointFolder, record: dict[str, Any]) -> None:
     if small.config.model_type != whole.config.model_type:
         raise EloError(
             f"{whole.folder}: is a {whole.config.model_type}, but {small.folder} was detached from a "
@@ -322,7 +265,7 @@ def _check_counts(small: _Opened, whole: _Opened, record: dict[str, Any]) -> Non
         )
 
 
-def _check_base(whole: _Opened, names: LayerNames, record: dict[str, Any]) -> None:
+def _check_base(whole: CheckpointFolder, names: LayerNames, record: dict[str, Any]) -> None:
     """Refuse a base other than the recorded one, naming the first tensor or layer that differs."""
 
     def refuse(what: str) -> EloError:
@@ -347,7 +290,7 @@ def _check_base(whole: _Opened, names: LayerNames, record: dict[str, Any]) -> No
 def _updates(
     wanted: dict[str, StoredTensor],
     matched: dict[str, StoredTensor],
-    small: _Opened,
+    small: CheckpointFolder,
     names: LayerNames,
     parts: Architecture,
     include: Sequence[str],
@@ -389,19 +332,3 @@ def _patch(path: Path, tensor: StoredTensor, trained: StoredTensor, scale: float
         file.seek(tensor.start)
         for base_chunk, trained_chunk in paired_chunks(tensor, trained):
             file.write(tensor_bytes(blend(base_chunk, trained_chunk, scale)))
-
-
-def _copy_side_files(source: Path, target: Path, *, python: bool) -> None:
-    """Tokenizer, generation settings, licence and the like; never weights, never what is already there."""
-    for path in sorted(source.iterdir()):
-        wanted = path.suffix in _SIDE_SUFFIXES or path.name.upper().startswith(
-            ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-        )
-        if (
-            not (wanted or (python and path.suffix == ".py"))
-            or path.name in _NOT_SIDE
-            or path.name.endswith(".index.json")
-        ):
-            continue
-        if path.is_file() and not (target / path.name).exists():
-            shutil.copyfile(path, target / path.name)

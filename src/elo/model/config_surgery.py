@@ -88,7 +88,7 @@ def edit_json(config_json: dict[str, Any], config: PretrainedConfig, edits: dict
             part[key] = copy.deepcopy(value)
     count_key = _count_key(text_config)
     hidden = part.get("num_hidden_layers")
-    if count_key != "num_hidden_layers" and "num_hidden_layers" not in edits and isinstance(hidden, int):
+    if count_key in edits and "num_hidden_layers" not in edits and isinstance(hidden, int):
         part["num_hidden_layers"] = hidden * edits[count_key] // num_layers_of(config)
     return edited
 

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from elo.data.shards import PreparedData
     from elo.training.methods import Method, Phase
 
-# Tokens for the fit of a bridge (and 16 for each hidden dimension); for the search of a scale, at least and at most.
+# Tokens for the fit of a bridge (and 16 for each hidden dimension); of each language for the search of a scale, a 400th
+# of the budget within these: six forward passes of the whole model should cost little beside the training.
 _BRIDGE_TOKENS = 8192
-_SCALE_TOKENS = (4096, 65_536)
+_SCALE_TOKENS = (2048, 32_768)
 
 
 @dataclass
@@ -228,7 +229,7 @@ class Job:
         output = self.path(method.name, "bridge", "elo_bridge.safetensors")
         tokens = max(_BRIDGE_TOKENS, 16 * int(self._base_config().hidden_size))
         rows = self._mixture.rows(0, -(-tokens // self.config.data.sequence_length))
-        inputs = {"base": self.base_identity, "layers": list(self.layers), **self._rows_inputs(rows)}
+        inputs = {"base": self.base_identity, "layers": list(self.layers), **self._rows_inputs(rows.start, rows.stop)}
 
         def work() -> dict[str, Any]:
             fitted = write_bridge(self.base, self.layers, rows, output, trust_remote_code=self.config.trust_remote_code)
@@ -244,19 +245,19 @@ class Job:
         output = self.path(method.name, "attached")
         include = sorted(method.also_train)
         inputs: dict[str, Any] = {"base": self.base_identity, "trained": trained_stage.fingerprint, "include": include}
-        rows = None
+        unseen = None
         if method.scale == "search":
-            rows = self._unseen_rows(method)
-            inputs |= {"scale": "search", **self._rows_inputs(rows)}
+            unseen = self._unseen_rows(method)
+            inputs |= {"scale": "search", **self._rows_inputs(*unseen)}
         elif method.scale != 1.0:
             inputs |= {"scale": method.scale}
 
         def work() -> dict[str, Any]:
             scale, tried = method.scale, None
-            if rows is not None:
-                scale, tried = choose_scale(
-                    self.base, trained, rows, include, trust_remote_code=self.config.trust_remote_code
-                )
+            if unseen is not None:
+                rows = self._mixture.rows_by_language(*unseen)  # type: ignore[union-attr]
+                trust = self.config.trust_remote_code
+                scale, tried = choose_scale(self.base, trained, rows, include, trust_remote_code=trust)
             assert not isinstance(scale, str)
             record = attach(
                 trained,
@@ -270,18 +271,16 @@ class Job:
             return record if tried is None else record | {"scales_tried": tried}
 
         stage = self.workspace.stage(f"{method.name}-attach", inputs, lambda: _measured(work), outputs=(output,))
-        if rows is not None:
+        if unseen is not None:
             self.say(f"{method.name} attach: scale {stage.record['scale']:g} predicts unseen rows best")
         return stage
 
-    def _unseen_rows(self, method: "Method") -> "MixtureRows":
-        """Rows that follow those of a method's first phase: 2 % of the budget, within some thousand tokens."""
-        assert self._mixture is not None
+    def _unseen_rows(self, method: "Method") -> tuple[int, int]:
+        """Where the rows begin that follow those of a method's first phase, and how many of each language to take."""
         length = self.config.data.sequence_length
         total = (self._pretraining_rows + self._alignment_rows) * length
-        count = -(-min(max(total // 50, _SCALE_TOKENS[0]), _SCALE_TOKENS[1]) // length)
-        start = self.rows_of(method.phases[0], method, {}).stop
-        return self._mixture.rows(start, start + count)
+        count = -(-min(max(total // 400, _SCALE_TOKENS[0]), _SCALE_TOKENS[1]) // length)
+        return self.rows_of(method.phases[0], method, {}).stop, count
 
     # Training.
 
@@ -310,7 +309,7 @@ class Job:
         output, scratch = self.path(method.name, phase.name), self.path(method.name, f"{phase.name}-checkpoints")
         inputs = {
             "model": before.fingerprint if before else self.base_identity,
-            **self._rows_inputs(rows),
+            **self._rows_inputs(rows.start, rows.stop),
             "method": method.name,
             "layers": list(self.layers),
             "middle": phase.middle,
@@ -360,13 +359,13 @@ class Job:
         )
         return stage
 
-    def _rows_inputs(self, rows: "MixtureRows") -> dict[str, Any]:
-        """What decides the content of rows."""
+    def _rows_inputs(self, first: int, last: int) -> dict[str, Any]:
+        """What decides the content of rows: where they begin, and where they end or how many there are."""
         assert self.prepared is not None
         return {
             "data": self.prepared.fingerprint,
             "mixture": self._mixture_inputs(),
-            "rows": [rows.start, rows.stop],
+            "rows": [first, last],
             "row_seed": self.config.seed,
         }
 

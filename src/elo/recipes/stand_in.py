@@ -1,6 +1,6 @@
 """What of a method's work needs the whole base in memory: fitting a bridge, and searching the scale of an attach."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,14 @@ def write_bridge(
 
 
 def choose_scale(
-    base: Path, detached: Path, rows: "MixtureRows", include: Sequence[str], *, trust_remote_code: bool = False
+    base: Path,
+    detached: Path,
+    rows: Mapping[str, Sequence[dict[str, Any]]],
+    include: Sequence[str],
+    *,
+    trust_remote_code: bool = False,
 ) -> tuple[float, dict[str, float]]:
-    """The scale at which attaching `detached` to `base` predicts `rows` best, and nats per token by scale."""
+    """The scale at which attaching `detached` to `base` predicts each language's `rows` best, and nats by scale."""
     import torch
 
     from elo.evaluation.attach_scale import search_scale
@@ -37,5 +42,5 @@ def choose_scale(
 
     model = load_model(str(base), None, None, None, trust_remote_code)
     trained = load_model(str(detached), "cpu", torch.float32, None, trust_remote_code)
-    scale, tried = search_scale(model, trained, [rows[index] for index in range(len(rows))], include)
+    scale, tried = search_scale(model, trained, rows, include)
     return scale, {f"{each:g}": nats for each, nats in tried.items()}

@@ -37,7 +37,7 @@ def detach(
     """
     from elo.model.checkpoint import detach_checkpoint
 
-    _check_replaceable(Path(output), overwrite)
+    check_replaceable(Path(output), overwrite)
     folder = resolve_checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     name = str(checkpoint) if not Path(checkpoint).is_dir() else None
     with _readable_errors():
@@ -80,7 +80,7 @@ def attach(
     """
     from elo.model.checkpoint import attach_checkpoint
 
-    _check_replaceable(Path(output), overwrite)
+    check_replaceable(Path(output), overwrite)
     if not (isfinite(scale) and abs(scale) <= 100):
         raise EloError(
             f"scale: {scale} is not a number within 100 of 0; 1 puts the trained weights back, 0.5 half of the change"
@@ -106,7 +106,7 @@ def _readable_errors() -> Iterator[None]:
         raise EloError(disk_problem(error)) from None
 
 
-def _check_replaceable(output: Path, overwrite: bool) -> None:
+def check_replaceable(output: Path, overwrite: bool) -> None:
     """Raise EloError where overwriting would remove something else than a checkpoint."""
     if not overwrite or not output.exists():
         return

@@ -72,7 +72,8 @@ class EloOptions(BaseModel):
     also_train: tuple[Part, ...] = ("embedding", "head")
     """Parts outside the layers that train and are attached with them; none in the published method."""
     scale: float | Literal["search"] = "search"
-    """How much of a detached model's change is attached; search: as much as predicts the alignment's rows best."""
+    """How much of a detached model's change is attached; search: as much as predicts unseen rows of both
+    languages best."""
     alignment: Literal["auto", "full", "forward_only", "none"] = "auto"
     """What layer alignment trains: everything; the kept layers again, past a middle computed without a graph; or there
     is none. auto: full after a detached phase, none after a forward-only one, which has nothing to align."""

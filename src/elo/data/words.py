@@ -1,0 +1,105 @@
+"""Words as a tokenizer sees them before it looks at its vocabulary, and how well it cuts a language up."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+
+from tokenizers import Tokenizer
+
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""SentencePiece's sign for a space."""
+_AT_SPACES = re.compile(f"{_SPACE}*[^{_SPACE}]+|{_SPACE}+")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Fertility:
+    """How a tokenizer cuts up some text.
+
+    Attributes:
+        words: runs of anything but white space.
+    """
+
+    documents: int
+    bytes: int
+    characters: int
+    words: int
+    tokens: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes that a token stands for on average: the more, the less there is to compute."""
+        return self.bytes / self.tokens
+
+    @property
+    def tokens_per_word(self) -> float:
+        """What the literature calls fertility; means little for languages that are written without spaces."""
+        return self.tokens / self.words
+
+
+def measure_fertility(backend: Tokenizer, texts: Iterable[str]) -> Fertility:
+    """Count the tokens of texts, without special tokens."""
+    documents = size = characters = words = tokens = 0
+    remaining = iter(texts)
+    while batch := list(islice(remaining, _BATCH)):
+        documents += len(batch)
+        size += sum(len(text.encode()) for text in batch)
+        characters += sum(map(len, batch))
+        words += sum(len(text.split()) for text in batch)
+        tokens += sum(len(each.ids) for each in backend.encode_batch_fast(batch, add_special_tokens=False))
+    return Fertility(documents, size, characters, words, tokens)
+
+
+def split_words(backend: Tokenizer, text: str) -> Iterator[str]:
+    """The pieces of a text that no token spans, spelled as the vocabulary spells them.
+
+    They are what the pre-tokenizer gives; where it leaves texts whole (Llama-2, Gemma), each SentencePiece space begins
+    one.
+    """
+    normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    if normalizer is not None:
+        text = normalizer.normalize_str(text)
+    pieces = [text] if pre_tokenizer is None else [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)]
+    for piece in pieces:
+        if _SPACE in piece[1:]:
+            yield from _AT_SPACES.findall(piece)
+        elif piece:
+            yield piece
+
+
+class Spelling:
+    """How a vocabulary writes text: in byte-level letters (GPT-2, Llama-3, Qwen), or in SentencePiece's way."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        state = json.loads(backend.to_str())
+        self.byte_level = '"ByteLevel"' in json.dumps([state.get("pre_tokenizer"), state.get("decoder")])
+
+    def text(self, piece: str) -> str:
+        """The text that a token or word stands for; bytes that make no whole character are left out."""
+        return _byte_level_text(piece) if self.byte_level else _sentencepiece_text(piece)
+
+
+@lru_cache(maxsize=1 << 18)
+def _byte_level_text(piece: str) -> str:
+    letters = _byte_letters()
+    if all(letter in letters for letter in piece):
+        return bytes(letters[letter] for letter in piece).decode(errors="ignore")
+    return piece  # an added token, which is spelled as it is
+
+
+def _sentencepiece_text(piece: str) -> str:
+    if match := _BYTE_TOKEN.fullmatch(piece):
+        return bytes([int(match[1], 16)]).decode("ascii", errors="ignore")
+    return piece.replace(_SPACE, " ")
+
+
+@lru_cache(maxsize=1)
+def _byte_letters() -> dict[str, int]:
+    """GPT-2's letters for the 256 bytes: printable Latin-1 stands for itself, the others for U+0100 and on."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + number): byte for number, byte in enumerate(others)}

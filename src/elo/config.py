@@ -53,7 +53,7 @@ _ELSEWHERE = {
 
 _MAX_VALUES = 100_000
 
-MethodName = Literal["elo", "elo_paper", "full", "align_only", "frozen", "lora", "lisa"]
+MethodName = Literal["elo", "elo_paper", "full", "embeddings_first", "align_only", "frozen", "lora", "lisa"]
 Control = Literal[MethodName, "full_at_wall_time"]
 
 

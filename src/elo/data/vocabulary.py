@@ -48,25 +48,6 @@ class Extension:
     merges: tuple[tuple[str, str], ...]
     characters: int = 0
 
-    def first(self, count: int) -> "Extension":
-        """The extension by `count` pieces: new characters at most half of them, then merges in their order."""
-        every = set(self.pieces)
-        pieces = list(self.pieces[: min(self.characters, count // 2)])
-        known, left_out = set(pieces), set(self.pieces[len(pieces) : self.characters])
-        kept = []
-        for left, right in self.merges:
-            piece = left + right
-            if {left, right} & left_out:
-                left_out |= {piece} & every - known
-                continue
-            if piece in every and piece not in known:
-                if len(pieces) == count:
-                    break
-                known.add(piece)
-                pieces.append(piece)
-            kept.append((left, right))
-        return Extension(tuple(pieces), tuple(kept), min(self.characters, count // 2))
-
 
 @dataclass(frozen=True)
 class Identity:
@@ -93,53 +74,84 @@ class Identity:
 def learn_extension(
     backend: Tokenizer, target: Iterable[str], source: Iterable[str], count: int, *, min_frequency: int = 2
 ) -> Extension:
-    """Learn up to `count` new pieces from target text that leave source text as it is.
+    """Learn up to `count` new pieces from target text that leave source text as it is; see `PieceLearner`.
+
+    Raises:
+        EloError: as `PieceLearner`.
+    """
+    return PieceLearner(backend, target, source, count, min_frequency=min_frequency).extension(count)
+
+
+class PieceLearner:
+    """Learns merges from target text once, and makes extensions of several sizes of them.
 
     Args:
         backend: a byte-pair tokenizer: byte-level (Llama-3, Qwen) or with byte fallback (Llama-2, Mistral, Gemma).
         target: documents to learn on.
         source: documents whose words must be cut up as before. Words that hold letters of other scripts than the
             source's own (less than 1 % of its letters) do not count.
-        count: pieces wanted; fewer are given where the text has no more pairs to join.
+        most: pieces of the largest extension that will be asked for.
         min_frequency: a pair that occurs less often is not joined.
 
     Raises:
-        EloError: the tokenizer is of another kind, the text is empty, or it gives no new piece.
+        EloError: the tokenizer is of another kind, or the target text is empty.
     """
-    state = require_extendable(backend)
-    vocabulary: dict[str, int] = state["model"]["vocab"]
-    cutter = _Cutter(backend)
-    target_words = Counter(word for text in target for word in split_words(backend, text))
-    source_words = Counter(word for text in source for word in split_words(backend, text))
-    if not target_words:
-        raise EloError("vocab: the target text is empty; give text to learn pieces from")
-    forbidden_pairs, forbidden_characters = _used_by(source_words, cutter)
-    characters = _new_characters(target_words, vocabulary, forbidden_characters, count)
-    known = {*vocabulary, *characters}
 
-    letters: dict[str, str] = {}
-    words: Counter[str] = Counter()
-    for word, times in target_words.items():
-        for part in cutter.joinable_parts(word, forbidden_pairs):
-            written = "".join(letters.setdefault(token, chr(_FIRST_CODE_POINT + len(letters))) for token in part)
-            words[written] += times
-    merges = _train(words, len(letters) + int(_SURPLUS * count) + 1000, min_frequency)
+    def __init__(
+        self,
+        backend: Tokenizer,
+        target: Iterable[str],
+        source: Iterable[str],
+        most: int,
+        *,
+        min_frequency: int = 2,
+    ) -> None:
+        self._vocabulary: dict[str, int] = require_extendable(backend)["model"]["vocab"]
+        self._cutter = _Cutter(backend)
+        target_words = Counter(word for text in target for word in split_words(backend, text))
+        source_words = Counter(word for text in source for word in split_words(backend, text))
+        if not target_words:
+            raise EloError("vocab: the target text is empty; give text to learn pieces from")
+        forbidden_pairs, forbidden_characters = _used_by(source_words, self._cutter)
+        self._characters = _new_characters(target_words, self._vocabulary, forbidden_characters)
 
-    spelled = {letter: token for token, letter in letters.items()}
-    pieces, kept = list(characters), []
-    for left, right in ((_spell(a, spelled), _spell(b, spelled)) for a, b in merges):
-        piece = left + right
-        if left not in known or right not in known or not cutter.is_wanted(piece):
-            continue
-        if piece not in known:
-            if len(pieces) == count:
-                break
-            known.add(piece)
-            pieces.append(piece)
-        kept.append((left, right))
-    if not pieces:
-        raise EloError("vocab: the target text gives no new piece; the tokenizer has all its words, or give more text")
-    return Extension(tuple(pieces), tuple(kept), len(characters))
+        letters: dict[str, str] = {}
+        words: Counter[str] = Counter()
+        for word, times in target_words.items():
+            for part in self._cutter.joinable_parts(word, forbidden_pairs):
+                written = "".join(letters.setdefault(token, chr(_FIRST_CODE_POINT + len(letters))) for token in part)
+                words[written] += times
+        spelled = {letter: token for token, letter in letters.items()}
+        merges = _train(words, len(letters) + int(_SURPLUS * most) + 1000, min_frequency)
+        self._merges = [(_spell(left, spelled), _spell(right, spelled)) for left, right in merges]
+
+    def extension(self, count: int) -> Extension:
+        """The extension by `count` pieces: characters that were missing, at most half of them, then merges in order.
+
+        Fewer are given where the text has no more pairs to join.
+
+        Raises:
+            EloError: the text gives no new piece.
+        """
+        pieces = self._characters[: count // 2]
+        characters = len(pieces)
+        known = {*self._vocabulary, *pieces}
+        kept = []
+        for left, right in self._merges:
+            piece = left + right
+            if left not in known or right not in known or not self._cutter.is_wanted(piece):
+                continue
+            if piece not in known:
+                if len(pieces) == count:
+                    break
+                known.add(piece)
+                pieces.append(piece)
+            kept.append((left, right))
+        if not pieces:
+            raise EloError(
+                "vocab: the target text gives no new piece; the tokenizer has all its words, or give more text"
+            )
+        return Extension(tuple(pieces), tuple(kept), characters)
 
 
 def extend_tokenizer(backend: Tokenizer, extension: Extension) -> Tokenizer:
@@ -297,10 +309,8 @@ def _script(character: str) -> str:
     return character if category[0] in "PS" and not character.isascii() else ""
 
 
-def _new_characters(
-    words: Counter[str], vocabulary: Collection[str], forbidden: Collection[str], count: int
-) -> list[str]:
-    """Characters that the vocabulary lacks, the most frequent first: at most half of the pieces asked for."""
+def _new_characters(words: Counter[str], vocabulary: Collection[str], forbidden: Collection[str]) -> list[str]:
+    """Characters that the vocabulary lacks, the most frequent first, until nearly all occurrences are covered."""
     unknown: Counter[str] = Counter()
     for word, times in words.items():
         for character in word:
@@ -309,7 +319,7 @@ def _new_characters(
     chosen: list[str] = []
     covered, enough = 0, _CHARACTER_COVERAGE * sum(unknown.values())
     for character, times in sorted(unknown.items(), key=lambda item: (-item[1], item[0])):
-        if covered >= enough or len(chosen) >= count // 2 or times < 2:
+        if covered >= enough or times < 2:
             break
         chosen.append(character)
         covered += times

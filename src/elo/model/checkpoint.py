@@ -1,5 +1,6 @@
 """Detach decoder layers from a checkpoint on disk, and put them back, without ever holding the model in memory."""
 
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from elo.model.config_surgery import (
 )
 from elo.model.matching import match_tensors, paired_chunks, same_bytes, tensor_bytes
 from elo.model.naming import LayerNames, find_layer_names, load_hollow
+from elo.model.new_rows import first_new_row_of
 from elo.model.provenance import FORMAT, PROVENANCE_KEY, full_sha256, layer_sha256, read_provenance
 from elo.model.refusals import require_detachable
 from elo.model.safeguard import build_hollow, build_hollow_causal_lm, require_same_layers
@@ -118,6 +120,7 @@ def attach_checkpoint(
         base: the folder it was detached from.
         output: folder to write; it appears whole or not at all.
         scale: what is put back is theta0 + scale * (theta - theta0), computed in float32; 1 puts theta back exactly.
+            Rows that `elo vocab` added are put back as they were trained, whatever the scale.
         include: of "embedding", "norm" and "head", what is put back besides the layers.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
@@ -142,17 +145,19 @@ def attach_checkpoint(
     refuse_overlap(Path(output), small.folder)
     hollow = build_hollow_causal_lm(whole.config, trust_remote_code=trust_remote_code)
     names = find_layer_names(hollow, whole.weights)
+    parts = find_architecture(hollow)
     _check_base(whole, names, record)
 
     wanted = _small_tensors(whole.weights, names, kept, type(hollow), small.config)
     with tempfile.TemporaryDirectory(prefix="elo-attach-") as scratch:
         matched = match_tensors(wanted, small.weights, type(hollow), small.config, Path(scratch))
-        updates = _updates(wanted, matched, small, names, find_architecture(hollow), include)
+        updates = _updates(wanted, matched, small, names, parts, include)
         with disk_errors_told(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
             for name in [*whole.weights.files, *([INDEX_FILE] if whole.weights.indexed else [])]:
                 shutil.copyfile(whole.folder / name, folder / name)
             for tensor, trained in updates:
-                _patch(folder / tensor.file.name, tensor, trained, scale)
+                whole_from = first_new_row_of(whole.config, group_of(tensor.name, parts))
+                _patch(folder / tensor.file.name, tensor, trained, scale, whole_from)
             shutil.copyfile(whole.folder / CONFIG_FILE, folder / CONFIG_FILE)
             copy_side_files(whole.folder, folder, python=trust_remote_code)
     return {
@@ -326,9 +331,12 @@ def _updates(
     return updates
 
 
-def _patch(path: Path, tensor: StoredTensor, trained: StoredTensor, scale: float) -> None:
-    """Overwrite a tensor in a copy of the base's file."""
+def _patch(path: Path, tensor: StoredTensor, trained: StoredTensor, scale: float, whole_from: int | None) -> None:
+    """Overwrite a tensor in a copy of the base's file; rows from `whole_from` on are taken as trained."""
+    whole = None if whole_from is None else whole_from * math.prod(tensor.shape[1:])
     with path.open("r+b", buffering=0) as file:
         file.seek(tensor.start)
         for base_chunk, trained_chunk in paired_chunks(tensor, trained):
-            file.write(tensor_bytes(blend(base_chunk, trained_chunk, scale)))
+            file.write(tensor_bytes(blend(base_chunk, trained_chunk, scale, whole)))
+            if whole is not None:
+                whole = max(0, whole - base_chunk.numel())

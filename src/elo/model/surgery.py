@@ -21,6 +21,7 @@ from elo.model.config_surgery import (
     require_edits_kept,
     text_config_of,
 )
+from elo.model.new_rows import first_new_row_of
 from elo.model.provenance import PROVENANCE_KEY, read_provenance
 from elo.model.refusals import require_detachable
 from elo.model.safeguard import build_hollow, follow_configuration, require_same_layers
@@ -81,6 +82,7 @@ def attach_layers(
         model: the base that `detached` was made from.
         detached: its trained layers; any dtype, any device.
         scale: what is put back is theta0 + scale * (theta - theta0), computed in float32; 1 puts theta back exactly.
+            Rows that `elo vocab` added are put back as they were trained, whatever the scale.
         include: of "embedding", "norm" and "head", what is put back besides the layers.
 
     Returns:
@@ -103,7 +105,7 @@ def attach_layers(
             f"attach: the detached model should have {len(kept)} layers, but has {num_layers_of(detached.config)}"
         )
     theirs = dict(_named_tensors(detached))
-    updates: list[tuple[torch.Tensor, torch.Tensor]] = []
+    updates: list[tuple[torch.Tensor, torch.Tensor, int | None]] = []
     for name, ours in _named_tensors(model):
         source_name, layer = _name_in_detached(name, parts, kept)
         if layer is not None and source_name is None:
@@ -113,7 +115,7 @@ def attach_layers(
             found = "is missing" if new is None else f"is {list(new.shape)} instead of {list(ours.shape)}"
             raise EloError(f"attach: {source_name or name} {found} in the detached model; it is not from this base")
         if layer is not None or group_of(name, parts) in include:
-            updates.append((ours, new))
+            updates.append((ours, new, first_new_row_of(model.config, group_of(name, parts))))
         elif not same_values(ours, new):
             raise EloError(
                 f"attach: {name} is not in a detached layer, but differs from the base's; give the base that the "
@@ -122,8 +124,8 @@ def attach_layers(
     if theirs:
         raise EloError(f"attach: the detached model has {min(theirs)}, which the base has not")
     with torch.no_grad():
-        for ours, new in updates:
-            ours.copy_(blend(ours, new.to(ours.device), scale))
+        for ours, new, whole_from in updates:
+            ours.copy_(blend(ours, new.to(ours.device), scale, whole_from))
     return model
 
 
@@ -134,12 +136,18 @@ def check_include(include: Sequence[str]) -> None:
             raise EloError(f"include: cannot put back {name!r}; choose among {', '.join(INCLUDABLE)}")
 
 
-def blend(base: torch.Tensor, trained: torch.Tensor, scale: float) -> torch.Tensor:
-    """theta0 + scale * (theta - theta0) in float32, in the base's dtype; integers are taken as trained."""
+def blend(base: torch.Tensor, trained: torch.Tensor, scale: float, whole_from: int | None = None) -> torch.Tensor:
+    """theta0 + scale * (theta - theta0) in float32, in the base's dtype; integers are taken as trained.
+
+    So are rows from `whole_from` on: of a token that is new, theta0 is nothing to go back to.
+    """
     if scale == 1.0 or not base.is_floating_point():
         return trained.to(base.dtype)
     wide = torch.promote_types(base.dtype, torch.float32)
-    return (base.to(wide) + scale * (trained.to(wide) - base.to(wide))).to(base.dtype)
+    blended = (base.to(wide) + scale * (trained.to(wide) - base.to(wide))).to(base.dtype)
+    if whole_from is not None:
+        blended[whole_from:] = trained[whole_from:].to(base.dtype)
+    return blended
 
 
 def same_values(base: torch.Tensor, other: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from elo.errors import EloError, UnsupportedArchitectureError
 from elo.model.architecture import Architecture, find_architecture, group_of
@@ -21,16 +21,14 @@ from elo.model.checkpoint_folder import (
     refuse_overlap,
     write_config,
 )
-from elo.model.config_surgery import edit_json, error_line, text_config_of
+from elo.model.config_surgery import edit_json, error_line
 from elo.model.matching import tensor_bytes
 from elo.model.naming import load_hollow
+from elo.model.new_rows import VOCABULARY_KEY, NewRows
 from elo.model.provenance import PROVENANCE_KEY
 from elo.model.safeguard import build_hollow_causal_lm
 from elo.model.tensor_files import MAX_SHARD_BYTES, NewTensor, StoredTensor, write_checkpoint
 from elo.records import atomic_directory, disk_errors_told
-
-VOCABULARY_KEY = "elo_vocabulary"
-"""Extra key of config.json that says which rows are new; it survives other tools' save_pretrained."""
 
 Initialisation = Literal["pieces", "first", "mean", "noise"]
 INITIALISATIONS: tuple[Initialisation, ...] = ("pieces", "first", "mean", "noise")
@@ -38,43 +36,6 @@ _TOKENIZER_FILES = {
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
     "merges.txt", "special_tokens_map.json", "added_tokens.json",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class NewRows:
-    """Which rows of a model's embedding and head belong to tokens that were added to its vocabulary.
-
-    Attributes:
-        start: the first new row; every row before it is the base's.
-        stop: one more than the last new token's; rows from here on belong to no token.
-    """
-
-    start: int
-    stop: int
-
-
-def read_new_rows(config: PretrainedConfig) -> NewRows | None:
-    """What `extend_checkpoint` wrote into a model's configuration; None where the vocabulary was not extended.
-
-    Raises:
-        EloError: the record is damaged.
-    """
-    value = getattr(config, VOCABULARY_KEY, None)
-    if value is None:
-        return None
-    rows = value.get("rows") if isinstance(value, dict) else None
-    size = text_config_of(config).vocab_size
-    if (
-        not isinstance(rows, dict)
-        or set(rows) != {"start", "stop"}
-        or not all(type(number) is int for number in rows.values())
-        or not 0 < rows["start"] < rows["stop"] <= size
-    ):
-        raise EloError(
-            f"{config.name_or_path or 'the model'}: its {VOCABULARY_KEY!r} record is damaged or does not fit its "
-            f"{size} embedding rows; extend the base's vocabulary again"
-        )
-    return NewRows(**rows)
 
 
 def extend_checkpoint(
@@ -144,8 +105,8 @@ def extend_checkpoint(
     }
     config_json[VOCABULARY_KEY] = written
     tensors = []
-    resized = _resized(base, parts, old_rows)
-    _check_given(given, resized, (len(origins), base.weights.tensors[next(iter(resized))].shape[1]), parts.tied)
+    resized = _resized(base, hollow, old_rows)
+    _check_given(given, resized, (len(origins), _width(base, resized)), parts.tied)
     for name, tensor in base.weights.tensors.items():
         group = resized.get(name)
         if group is None:
@@ -164,6 +125,10 @@ def extend_checkpoint(
         save_tokenizer(folder)
         copy_side_files(checkpoint, folder, python=trust_remote_code, leave_out=_TOKENIZER_FILES)
     return written
+
+
+def _width(base: CheckpointFolder, resized: Mapping[str, str]) -> int:
+    return next(base.weights.tensors[name].shape[1] for name, group in resized.items() if group == "embedding")
 
 
 def _rows_of(model: PreTrainedModel, parts: Architecture) -> int:
@@ -244,17 +209,23 @@ def _deviation(old: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     return (total / len(old)).sqrt().float()
 
 
-def _resized(base: CheckpointFolder, parts: Architecture, old_rows: int) -> dict[str, str]:
+def _resized(base: CheckpointFolder, hollow: PreTrainedModel, old_rows: int) -> dict[str, str]:
     """Names of the tensors that have a row for each token, and what they are."""
-    found = {}
-    for name, tensor in base.weights.tensors.items():
-        group = group_of(name, parts)
-        if group in ("embedding", "head") and tensor.shape[:1] == (old_rows,):
-            found[name] = group
+    parts, tensors = find_architecture(hollow), base.weights.meta_state_dict()
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.shape[:1] != (old_rows,):
+            continue
+        groups = [group_of(name, parts)]
+        if groups == [None]:  # the file may call it otherwise than the model: see which module another shape offends
+            longer = torch.empty((old_rows + 1, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+            _, report = load_hollow(type(hollow), base.config, tensors | {name: longer})
+            groups = [group_of(module, parts) for module in report.mismatched]
+        found.update((name, group) for group in groups if group in ("embedding", "head"))
     if "embedding" not in found.values():
         raise UnsupportedArchitectureError(
-            f"{base.folder}: its weights hold no embedding of {old_rows} rows under a name that ends in "
-            f"{parts.embedding_path}.weight, so it cannot be given more"
+            f"{base.folder}: its weights hold no embedding of {old_rows} rows that could be told from their names, so "
+            "it cannot be given more"
         )
     return found
 

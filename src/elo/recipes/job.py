@@ -314,6 +314,7 @@ class Job:
             "layers": list(self.layers),
             "middle": phase.middle,
             "also_train": list(method.also_train),
+            **({"embedding_rows": "new"} if method.needs_new_rows else {}),
             "bridge": bridge.fingerprint if bridge else None,
             "settings": settings.model_dump(mode="json", exclude=HOW) | further_arguments(settings),
             "seed": config.seed,

@@ -53,6 +53,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     from elo.model.footprint import build_on_meta, read_config
     from elo.model.refusals import require_detachable
     from elo.model.tensor_files import open_checkpoint
+    from elo.training.methods import first_new_row
 
     open_checkpoint(base)
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
@@ -66,6 +67,8 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
         raise EloError(
             f"layers: {config.layers!r} leaves out no layer, so there is nothing for elo.stand_in to replace"
         )
+    if any(method.needs_new_rows for method in methods_of(config)):
+        first_new_row(model)
     length, limit = config.data.sequence_length, longest_sequence(model)
     if limit is not None and length > limit:
         raise EloError(f"data.sequence_length: {length} is beyond the {limit} positions of {config.model}")

@@ -74,6 +74,7 @@ def train_checkpoint(
         evaluate=evaluate,
         save=save,
         before_step=prepared.before_step,
+        first_row=prepared.first_row,
         label=label,
     )
     record = asdict(result)

@@ -58,7 +58,7 @@ def measure_vocabulary(
     Raises:
         EloError: something given cannot be read, or the tokenizer cannot be extended.
     """
-    from elo.data.vocabulary import compare_tokenizers, extend_tokenizer, learn_extension
+    from elo.data.vocabulary import PieceLearner, compare_tokenizers, extend_tokenizer
     from elo.data.words import measure_fertility
     from elo.model.footprint import footprint, read_config
 
@@ -85,9 +85,10 @@ def measure_vocabulary(
         config = read_config(model, trust_remote_code=trust_remote_code)
         now = footprint(config)
         learning = [text for language, (train, _) in texts.items() if language != target for text in train]
-        found = learn_extension(backend, texts[target][0], learning, max(pieces))
-        for count in sorted({min(each, len(found.pieces)) for each in pieces}):
-            extended = extend_tokenizer(backend, found.first(count))
+        learner = PieceLearner(backend, texts[target][0], learning, max(pieces))
+        found = {len(extension.pieces): extension for extension in map(learner.extension, pieces)}
+        for count, extension in sorted(found.items()):
+            extended = extend_tokenizer(backend, extension)
             after = measure_fertility(extended, texts[target][1])
             rows = max(now.vocab_size, extended.get_vocab_size())
             results["candidates"].append(

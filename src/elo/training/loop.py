@@ -20,6 +20,7 @@ from elo.processes import from_main, is_main, world_size
 from elo.progress import Progress
 from elo.training.attention import VARLEN, choose_attention
 from elo.training.checkpoints import latest_checkpoint
+from elo.training.embedding_rows import rows_left_out
 from elo.training.losses import install_head_loss
 from elo.training.memory import peak_memory_bytes, reset_peak_memory
 from elo.training.settings import TrainingSettings
@@ -106,6 +107,7 @@ def train(
     evaluate: Evaluate | None = None,
     save: Callable[[PreTrainedModel, dict[str, torch.Tensor] | None], None] | None = None,
     before_step: Callable[[int, Any], None] | None = None,
+    first_row: int = 0,
     label: str | None = None,
 ) -> TrainingResult:
     """Train what requires gradients in `model`, in place, once over `rows` in their order.
@@ -119,10 +121,12 @@ def train(
         save: called in the main process with the trained model, and with its gathered weights where FSDP or DeepSpeed
             has them in pieces.
         before_step: called before each update with its 0-based number and the optimizer (elo.training.methods).
+        first_row: of a trained embedding and head, rows before this one stay as they are.
         label: shown with the progress; None is silent.
 
     Raises:
-        EloError: the rows are packed and the model does not keep packed documents apart.
+        EloError: the rows are packed and the model does not keep packed documents apart, or `first_row` is asked for
+            where FSDP or DeepSpeed have the embedding in pieces.
         TrainingDivergedError: the loss is not finite or has jumped and stayed up.
         StoppedBySignalError: SIGTERM or SIGINT came; a checkpoint was written first.
     """
@@ -154,6 +158,7 @@ def train(
             layer.compile()
     tokens_per_step = per_step * sequence_length
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable -= rows_left_out(model, first_row) if first_row else 0
     shown = label if is_main() else None
     with Progress(steps * tokens_per_step, shown, "tokens", done=_step(checkpoint) * tokens_per_step) as progress:
         stop = _StopOnSignal()
@@ -169,6 +174,8 @@ def train(
             loss_spike=settings.loss_spike,
             keep_checkpoints=settings.save_total_limit,
             seconds=state["seconds"],
+            embedding_learning_rate=settings.embedding_learning_rate,
+            first_row=first_row,
         )
         trainer.remove_callback(PrinterCallback)  # _Report says it
         with stop.listening():

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from elo.errors import EloError
 from elo.model.architecture import find_architecture, layers_of
 from elo.model.footprint import Flops, Footprint
 from elo.model.footprint import Method as FootprintMethod
+from elo.model.new_rows import read_new_rows
 from elo.processes import world_size
 from elo.training.bridge import Bridge, install_bridge, pass_forward_only
 from elo.training.settings import PUBLISHED, EloOptions, LisaSettings, LoraSettings, Part, check_also_train
@@ -78,10 +78,12 @@ class Prepared:
 
     Attributes:
         before_step: called before each update with its 0-based number and the optimizer, after a restart too.
+        first_row: of embedding and head, rows before this one stay as they are; 0 trains all.
         fold: takes out what was added and leaves a plain Hugging Face model that holds what was trained.
     """
 
     before_step: Callable[[int, Any], None] | None = None
+    first_row: int = 0
     fold: Callable[[], None] = lambda: None
 
 
@@ -102,6 +104,8 @@ class Method:
     phases: tuple[Phase, ...] = ()
     also_train: tuple[Part, ...] = ()
     """Parts outside the layers that train with them, and are attached with them."""
+    needs_new_rows: bool = False
+    """Whether it asks for a model whose vocabulary was extended."""
     scale: float | Literal["search"] = 1.0
     """How much of the trained change is attached: theta0 + scale * (theta - theta0)."""
 
@@ -143,11 +147,12 @@ class Method:
         """Train the kept layers and `also_train`, with what `phase.middle` says for the others."""
         layers = range(len(setup.layers)) if phase.detached else setup.layers
         select_layers(model, layers, self.also_train)
+        first_row = first_new_row(model) if self.needs_new_rows else 0
         if not phase.needs_bridge:
-            return Prepared()
+            return Prepared(first_row=first_row)
         assert setup.bridge is not None
         install = install_bridge if phase.detached else pass_forward_only
-        return Prepared(fold=install(model, setup.bridge))
+        return Prepared(first_row=first_row, fold=install(model, setup.bridge))
 
 
 class Elo(Method):
@@ -159,6 +164,7 @@ class Elo(Method):
     def __init__(self, options: Options) -> None:
         elo = options.elo
         self.also_train = elo.also_train
+        self.needs_new_rows = elo.embedding_rows == "new"
         self.scale = elo.scale
         middles: dict[str, Middle] = {"none": "absent", "bridge": "bridge", "forward_only": "forward_only"}
         alignment = elo.alignment
@@ -206,6 +212,32 @@ class FullAtWallTime(Full):
     label = "Full CPT, ELO's wall time"
 
 
+class EmbeddingsFirst(Method):
+    """New rows of embedding and head (without any, all of them) by themselves, then everything, as EEVE begins.
+
+    arXiv 2402.14714; the second part is `layer_alignment.share` of the tokens.
+    """
+
+    name = "embeddings_first"
+    label = "Embeddings first, then full CPT"
+    phases = (
+        Phase("embeddings", "computed", rows="pretraining", settings="full"),
+        Phase("full", "computed", rows="alignment", settings="full"),
+    )
+    also_train = ("embedding", "head")
+
+    def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
+        if phase.name == "full":
+            return super().prepare(model, phase, setup)
+        select_layers(model, (), self.also_train)
+        return Prepared(first_row=first_new_row(model) if has_new_rows(model) else 0)
+
+    def flops_per_token(self, phase: Phase, counted: Footprint, layers: Sequence[int], sequence_length: int) -> float:
+        if phase.name == "full":
+            return super().flops_per_token(phase, counted, layers, sequence_length)
+        return self.kept_layers_flops(phase, counted, (), sequence_length)
+
+
 class AlignOnly(Method):
     """Layer alignment without any ELO pretraining before it."""
 
@@ -223,6 +255,7 @@ class Frozen(Method):
 
     def __init__(self, options: Options) -> None:
         self.also_train = options.elo.also_train
+        self.needs_new_rows = options.elo.embedding_rows == "new"
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         return self.prepare_kept_layers(model, phase, setup)
@@ -263,6 +296,7 @@ class Lora(Method):
         with torch.random.fork_rng():
             torch.manual_seed(setup.seed)  # a restart finds the same adapters before it loads its checkpoint
             tuner = LoraModel(model, {"default": config}, "default")
+        train_parts(model, self.settings.also_train)
 
         def fold() -> None:
             tuner.merge_and_unload(safe_merge=True)
@@ -270,8 +304,10 @@ class Lora(Method):
         return Prepared(fold=fold)
 
     def flops_per_token(self, phase: Phase, counted: Footprint, layers: Sequence[int], sequence_length: int) -> float:
-        rank = self.settings.rank
-        return counted.flops_per_token("lora", sequence_length=sequence_length, lora_rank=rank).total
+        settings = self.settings
+        return counted.flops_per_token(
+            "lora", sequence_length=sequence_length, lora_rank=settings.rank, also_train=settings.also_train
+        ).total
 
 
 class Lisa(Method):
@@ -316,7 +352,8 @@ class Lisa(Method):
 
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Elo, EloPaper, Full, FullAtWallTime, AlignOnly, Frozen, Lora, Lisa)
+    method.name: method
+    for method in (Elo, EloPaper, Full, FullAtWallTime, EmbeddingsFirst, AlignOnly, Frozen, Lora, Lisa)
 }
 
 
@@ -337,13 +374,21 @@ def select_layers(model: PreTrainedModel, layers: Collection[int], also_train: C
     Raises:
         EloError: `also_train` names one of two tied parts without the other.
     """
-    architecture = find_architecture(model)
-    check_also_train(also_train, tied=architecture.tied)
     model.requires_grad_(False)
-    decoder_layers = model.get_submodule(architecture.layers_path)
-    assert isinstance(decoder_layers, nn.ModuleList)
+    decoder_layers = layers_of(model)
     for index in layers:
         decoder_layers[index].requires_grad_(True)
+    train_parts(model, also_train)
+
+
+def train_parts(model: PreTrainedModel, also_train: Collection[Part]) -> None:
+    """Let the named parts outside the decoder layers train.
+
+    Raises:
+        EloError: `also_train` names one of two tied parts without the other.
+    """
+    architecture = find_architecture(model)
+    check_also_train(also_train, tied=architecture.tied)
     paths = {
         "embedding": architecture.embedding_path,
         "norm": architecture.norm_path,
@@ -353,3 +398,23 @@ def select_layers(model: PreTrainedModel, layers: Collection[int], also_train: C
         path = paths[part]
         if path is not None:
             model.get_submodule(path).requires_grad_(True)
+
+
+def has_new_rows(model: PreTrainedModel) -> bool:
+    """Whether the model's vocabulary was extended by `elo vocab`."""
+    return read_new_rows(model.config) is not None
+
+
+def first_new_row(model: PreTrainedModel) -> int:
+    """The first row of embedding and head that `elo vocab` added.
+
+    Raises:
+        EloError: it added none, or the model's record of it is damaged.
+    """
+    rows = read_new_rows(model.config)
+    if rows is None:
+        raise EloError(
+            "elo.embedding_rows: new: this model has no record of new rows; extend its vocabulary with elo vocab "
+            "extend, or write all"
+        )
+    return rows.start

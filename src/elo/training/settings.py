@@ -21,6 +21,8 @@ class TrainingSettings(BaseModel):
 
     learning_rate: float = Field(1e-4, gt=0, le=1)
     """Peak learning rate."""
+    embedding_learning_rate: float | None = Field(None, gt=0, le=1)
+    """Peak learning rate of embedding and LM head, where they train; null: `learning_rate`."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """Schedule over the phase's own steps."""
     warmup_steps: float = Field(0.03, ge=0)
@@ -71,9 +73,12 @@ class EloOptions(BaseModel):
     fitted on the base. `forward_only`: they are computed, but not differentiated; nothing is detached then."""
     also_train: tuple[Part, ...] = ("embedding", "head")
     """Parts outside the layers that train and are attached with them; none in the published method."""
+    embedding_rows: Literal["all", "new"] = "all"
+    """Which rows of a trained embedding and head train; `new`: those that elo vocab added, while the others stay as
+    they are, bit for bit."""
     scale: float | Literal["search"] = "search"
-    """How much of a detached model's change is attached; search: as much as predicts unseen rows of both
-    languages best."""
+    """How much of a detached model's change is attached, of new rows always all; search: as much as predicts unseen
+    rows of both languages best."""
     alignment: Literal["auto", "full", "forward_only", "none"] = "auto"
     """What layer alignment trains: everything; the kept layers again, past a middle computed without a graph; or there
     is none. auto: full after a detached phase, none after a forward-only one, which has nothing to align."""
@@ -99,6 +104,8 @@ class LoraSettings(TrainingSettings):
     alpha: int = Field(32, gt=0)
     """The adapters' product is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    also_train: tuple[Part, ...] = ()
+    """Parts outside the layers that train in full beside the adapters: a new vocabulary needs embedding and head."""
 
 
 class LisaSettings(TrainingSettings):

@@ -17,10 +17,11 @@ from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer
 
 from elo.data.packing import IGNORE_INDEX
-from elo.errors import TrainingDivergedError
+from elo.errors import EloError, TrainingDivergedError
 from elo.records import disk_errors_told
 from elo.training.attention import document_starts
 from elo.training.checkpoints import rotate_checkpoints, seal_checkpoint, step_of
+from elo.training.embedding_rows import set_embeddings_apart
 
 Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 """Bits per byte of a model, by language."""
@@ -65,6 +66,8 @@ class EloTrainer(Trainer):
         loss_spike: nats above the recent median at which training stops.
         keep_checkpoints: how many sealed checkpoints stay.
         seconds: training time spent before this process (on resume).
+        embedding_learning_rate: of embedding and LM head, if not that of the rest.
+        first_row: of a trained embedding and head, rows before this one stay as they are.
     """
 
     def __init__(
@@ -75,9 +78,13 @@ class EloTrainer(Trainer):
         loss_spike: float,
         keep_checkpoints: int,
         seconds: float = 0.0,
+        embedding_learning_rate: float | None = None,
+        first_row: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.embedding_learning_rate = embedding_learning_rate
+        self.first_row = first_row
         self.tokens_per_step = tokens_per_step
         self.evaluate_bits_per_byte = evaluate_bits_per_byte
         self.loss_spike = loss_spike
@@ -143,6 +150,20 @@ class EloTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer's estimate walks every parameter at every micro-step; elo plan has the exact count
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.first_row and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise EloError(
+                "elo.embedding_rows: new needs whole embeddings, which FSDP and DeepSpeed take to pieces; write all, "
+                "or train without them"
+            )
+        made = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if made and (self.first_row or self.embedding_learning_rate):
+            set_embeddings_apart(
+                optimizer, self.model if model is None else model, self.embedding_learning_rate, self.first_row
+            )
+        return optimizer
 
     # Records.
 

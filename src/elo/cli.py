@@ -122,6 +122,9 @@ def evaluate(
     cloze: Annotated[
         list[str] | None, typer.Option(metavar="LANGUAGE=FILE", help="Cloze items (.jsonl); may be repeated.")
     ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="LANGUAGE=TEXT", help="Text to continue greedily; may be repeated.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="Context in tokens.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Measure on this many tokens a language.")] = None,
@@ -133,13 +136,15 @@ def evaluate(
     from elo.recipes.evaluate import evaluate
 
     corpora, items = _by_language("--corpus", corpus), _by_language("--cloze", cloze)
-    if not corpora and not items:
+    prompts = _prompts(prompt)
+    if not corpora and not items and not prompts:
         raise EloError("evaluate: nothing to measure on; give --corpus LANGUAGE=FILE or --cloze LANGUAGE=FILE")
     evaluate(
         model,
         tokenizer=tokenizer,
         corpora=corpora,
         cloze=items,
+        prompts=prompts,
         sequence_length=sequence_length,
         max_tokens=max_tokens,
         text_column=text_column,
@@ -373,6 +378,16 @@ def _numbers(option: str, joined: str) -> list[int]:
         return [int(number) for number in _names(joined)]
     except ValueError:
         raise EloError(f"{option} {joined!r}: write whole numbers joined by commas, such as 4000,8000") from None
+
+
+def _prompts(pairs: list[str] | None) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for pair in pairs or []:
+        language, equals, text = pair.partition("=")
+        if not equals or not language or not text:
+            raise EloError(f"--prompt {pair!r}: write LANGUAGE=TEXT, for example --prompt 'ko=강 건너 마을에는'")
+        found.setdefault(language, []).append(text)
+    return found
 
 
 def _by_language(option: str, pairs: list[str] | None) -> dict[str, str | Path]:

@@ -143,9 +143,10 @@ def evaluate(
             "chance": score.chance,
             "groups": {name: asdict(group) for name, group in score.groups.items()},
         }
-    samples = []
+    samples, generation = [], {}
     for language, texts in (prompts or {}).items():
         assert encoder is not None
+        started = time.perf_counter()
         written = generate_samples(
             model,
             encoder,
@@ -153,6 +154,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             progress=f"samples {language}" if progress else None,
         )
+        generation[language] = {"characters": sum(map(len, written)), "seconds": time.perf_counter() - started}
         samples += [
             {"language": language, "prompt": prompt, "text": text} for prompt, text in zip(texts, written, strict=True)
         ]
@@ -174,6 +176,7 @@ def evaluate(
         "corpora": measured,
         "cloze": answered,
         "samples": samples,
+        "generation": generation,
     }
     if target is not None:
         write_json(target, results)
@@ -264,3 +267,6 @@ def _print_table(results: dict[str, Any]) -> None:
         console.print(table)
     for sample in results["samples"]:
         console.print(f"{sample['language']}: {sample['prompt']}|{sample['text']}", markup=False, highlight=False)
+    for language, written in results["generation"].items():
+        rate = written["characters"] / written["seconds"]
+        console.print(f"{language}: writes {rate:.0f} characters/s", highlight=False)

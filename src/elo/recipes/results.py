@@ -49,6 +49,7 @@ def circumstances(job: Job) -> dict[str, Any]:
             "parameters": counts["total"],
             "num_layers": len(counts["layers"]),
             "layers": list(job.layers),
+            **_vocabulary(model_config),
         },
         "languages": {"target": config.data.target, "source": config.data.source},
         "hardware": hardware(),
@@ -59,6 +60,14 @@ def circumstances(job: Job) -> dict[str, Any]:
             "sequence_length": config.data.sequence_length,
         },
     }
+
+
+def _vocabulary(model_config: Any) -> dict[str, Any]:
+    """What `elo vocab extend` did to the base, if anything."""
+    from elo.model.new_rows import VOCABULARY_KEY, read_new_rows
+
+    record = getattr(model_config, VOCABULARY_KEY) if read_new_rows(model_config) else None
+    return {} if record is None or "tokens" not in record else {"vocabulary": record}
 
 
 def hardware() -> dict[str, Any]:
@@ -105,7 +114,12 @@ def _trainable(methods: dict[str, dict[str, Any]]) -> int:
 
 
 def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
-    return {"bpb": record["bpb"], "cloze": record.get("cloze", {}), "samples": record.get("samples", [])}
+    return {
+        "bpb": record["bpb"],
+        "cloze": record.get("cloze", {}),
+        "samples": record.get("samples", []),
+        "generation": record.get("generation", {}),
+    }
 
 
 def _method(name: str, adapted: dict[str, Any]) -> dict[str, Any]:

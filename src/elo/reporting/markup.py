@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from elo.reporting.comparison import count, duration, memory, signed, standard_error
-from elo.reporting.results import Cloze, ClozeGroup, Data, Model, Setting, TextSize
+from elo.reporting.results import Cloze, ClozeGroup, Data, Model, Setting, TextSize, Vocabulary
 
 _HERE = Path(__file__).parent
 CHART_FOLDER = "charts"
@@ -79,6 +79,8 @@ def facts(results: Setting, seeds: Sequence[int]) -> list[tuple[str, str]]:
     if model.layers:
         trained = f"; {model.trainable_parameters:,} parameters train" if model.trainable_parameters else ""
         found.append(("Layers kept in the detached model", ", ".join(map(str, model.layers)) + trained))
+    if model.vocabulary is not None:
+        found.append(("Vocabulary", _extended(model.vocabulary)))
     if data.sequence_length is not None:
         found.append(("Sequence length", f"{data.sequence_length:,} tokens"))
     if data.replay_ratio is not None:
@@ -98,6 +100,14 @@ def facts(results: Setting, seeds: Sequence[int]) -> list[tuple[str, str]]:
     return found
 
 
+def _extended(vocabulary: Vocabulary) -> str:
+    told = f"extended by {vocabulary.tokens:,} tokens"
+    for name in ("target", "source"):
+        if rates := getattr(vocabulary, f"{name}_bytes_per_token"):
+            told += f"; {name} language {rates[0]:.2f} to {rates[1]:.2f} bytes a token"
+    return told
+
+
 def data_table(rows: Sequence[tuple[str, TextSize]]) -> str:
     """`texts` as Markdown."""
     if not rows:
@@ -106,10 +116,11 @@ def data_table(rows: Sequence[tuple[str, TextSize]]) -> str:
         [
             escaped(name),
             *("–" if number is None else f"{number:,}" for number in (size.documents, size.tokens, size.bytes)),
+            "–" if size.bytes_per_token is None else f"{size.bytes_per_token:.2f}",
         ]
         for name, size in rows
     ]
-    return table(["Text", "Documents", "Tokens", "UTF-8 bytes"], lines)
+    return table(["Text", "Documents", "Tokens", "UTF-8 bytes", "Bytes a token"], lines)
 
 
 def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

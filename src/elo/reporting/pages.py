@@ -113,6 +113,7 @@ def _context(results: Results, charts: Sequence[Chart]) -> dict[str, Any]:
         "bars": bars,
         "full_rate": full_stage.tokens_per_second if full_stage and len(results.methods) > 1 else None,
         "samples": _samples(results),
+        "writing": _writing(results),
         "texts": texts(results.data),
         "definitions": _definitions(results),
         "facts": facts(results, [results.seed] if results.seed is not None else []),
@@ -186,6 +187,17 @@ def _samples(results: Results) -> list[_Sample]:
     order = {results.languages.target: 0, results.languages.source: 1}
     keys = sorted(written, key=lambda key: order.get(key[0], 2))
     return [_Sample(language, prompt, tuple(written[language, prompt])) for language, prompt in keys]
+
+
+def _writing(results: Results) -> str:
+    """How fast base and own method wrote the samples, in characters: tokens are not alike across vocabularies."""
+    rates = []
+    for language in (results.languages.target, results.languages.source):
+        found = [each.generation.get(language) for each in (results.base, results.methods[0])]
+        speeds = [each.rate for each in found if each is not None and each.rate is not None]
+        if len(speeds) == 2:
+            rates.append(f"{language} {speeds[0]:.0f} characters/s before, {speeds[1]:.0f} after")
+    return f"Speed of writing: {'; '.join(rates)}." if rates else ""
 
 
 def _definitions(results: Results) -> list[str]:

@@ -49,6 +49,18 @@ class Sample(Record):
     """The continuation, without the prompt."""
 
 
+class Generation(Record):
+    characters: Count
+    """Written as samples, greedily, one prompt at a time."""
+    seconds: Seconds
+    """That it took."""
+
+    @property
+    def rate(self) -> float | None:
+        """Characters a second."""
+        return self.characters / self.seconds if self.seconds else None
+
+
 class Measurement(Record):
     """What a model can do: the base, or a method's final model."""
 
@@ -56,6 +68,7 @@ class Measurement(Record):
     """Bits per byte of held-out text by language; lower is better."""
     cloze: dict[Language, Cloze] = {}
     samples: tuple[Sample, ...] = ()
+    generation: dict[Language, Generation] = {}
 
 
 class BeforeAlignment(Record):
@@ -125,6 +138,25 @@ class Method(Measurement):
         return "elo_pretraining" if self.stage("attach") else None
 
 
+class NewRows(Record):
+    start: Count
+    stop: Count
+
+
+class Vocabulary(Record):
+    """What `elo vocab extend` did to the base model."""
+
+    tokens: Count
+    """New ones."""
+    rows: NewRows
+    """Their ids."""
+    embedding_rows: str | None = None
+    """What new rows began as."""
+    target_bytes_per_token: tuple[float, float] | None = None
+    """Before and after."""
+    source_bytes_per_token: tuple[float, float] | None = None
+
+
 class Model(Record):
     name: str
     parameters: Count | None = None
@@ -133,6 +165,7 @@ class Model(Record):
     """0-based indices of the layers that were kept in the detached model."""
     trainable_parameters: Count | None = None
     """Parameters that train in ELO pretraining."""
+    vocabulary: Vocabulary | None = None
 
 
 class Languages(Record):
@@ -144,6 +177,11 @@ class TextSize(Record):
     tokens: Count | None = None
     bytes: Count | None = None
     documents: Count | None = None
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """What a token stands for: the more, the less there is to compute."""
+        return self.bytes / self.tokens if self.bytes and self.tokens else None
 
 
 class Data(Record):

@@ -1,0 +1,209 @@
+"""`elo vocab` from the command line to a run: measured, extended, trained, attached; mistakes told in a line."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from bad_input_fixtures import run_elo, unchanged, write_config
+from run_fixtures import SOURCE, TARGET, write_documents, write_world
+from safetensors.torch import save_file
+from surgery_fixtures import edit_config, stored
+from tokenizers import Tokenizer, models, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from vocabulary_fixtures import tokenizer_of
+
+from elo import extend_vocabulary, measure_vocabulary, run
+from elo.model.new_rows import VOCABULARY_KEY
+from elo.reporting.results import read_results
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("vocab")
+    config = write_world(root)
+    extend_vocabulary(
+        root / "base", root / "xx.jsonl", root / "en.jsonl", output=root / "extended", pieces=40, pad_to_multiple_of=16
+    )
+    return root, config
+
+
+def test_measured_before_anything_is_written(world, tmp_path):
+    root, _ = world
+    corpora = {"xx": root / "xx.jsonl", "en": root / "en.jsonl"}
+    with unchanged(root):
+        measured = measure_vocabulary(
+            root / "base", corpora, target="xx", pieces=[10, 40], output=tmp_path / "measured.json"
+        )
+    assert json.loads((tmp_path / "measured.json").read_text()) == measured
+    small, large = measured["candidates"]
+    assert (small["pieces"], large["pieces"]) == (10, 40)
+    assert measured["languages"]["xx"]["bytes_per_token"] < small["bytes_per_token"] < large["bytes_per_token"]
+    assert large["source"]["en"]["identical"] == large["source"]["en"]["documents"] == 3
+    assert large["tokens"] == pytest.approx(measured["languages"]["xx"]["bytes_per_token"] / large["bytes_per_token"])
+    assert large["new_parameters"] == 40 * 16 * 2
+    assert measured["advice"].startswith(("worth it", "not worth it"))
+
+
+def test_an_extended_checkpoint_is_an_ordinary_one(world):
+    root, _ = world
+    model = AutoModelForCausalLM.from_pretrained(root / "extended")
+    tokenizer = AutoTokenizer.from_pretrained(root / "extended")
+    old = AutoTokenizer.from_pretrained(root / "base")
+    text = " ".join(TARGET)
+    assert len(tokenizer(text)["input_ids"]) < len(old(text)["input_ids"])
+    assert tokenizer(" ".join(SOURCE))["input_ids"] == old(" ".join(SOURCE))["input_ids"]
+    assert model.config.vocab_size % 16 == 0
+    assert max(tokenizer(text)["input_ids"]) < model.config.vocab_size
+    record = getattr(model.config, VOCABULARY_KEY)
+    assert record["tokens"] == 40
+    assert record["rows"]["stop"] - record["rows"]["start"] == 40
+    assert record["source_identity"]["holds"]
+
+
+@pytest.mark.parametrize("stand_in", ["bridge", "forward_only"])
+def test_a_run_that_trains_new_rows_leaves_the_others_alone(world, tmp_path, stand_in):
+    root, config = world
+    config = {
+        **config,
+        "model": str(root / "extended"),
+        "output": str(tmp_path / "run"),
+        "elo": {"stand_in": stand_in, "embedding_rows": "new", "alignment": "none"},
+        "controls": ["embeddings_first"],
+        "layer_alignment": {**config["layer_alignment"], "share": 0.5},
+    }
+    config["elo_pretraining"] = {**config["elo_pretraining"], "embedding_learning_rate": 5e-3, "weight_decay": 0.1}
+    results = run(config)
+    base, final = stored(root / "extended"), stored(tmp_path / "run" / "model")
+    start = json.loads((root / "extended" / "config.json").read_text())[VOCABULARY_KEY]["rows"]["start"]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(base[name][:start], final[name][:start]), name
+        assert not torch.equal(base[name][start:], final[name][start:]), name
+    for name in base:
+        if ".layers.1." in name or ".layers.2." in name:
+            assert torch.equal(base[name], final[name]), name
+    assert [stage["name"] for stage in results["methods"][1]["stages"]] == ["embeddings", "full"]
+    assert results["model"]["vocabulary"]["tokens"] == 40
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "extended by 40 tokens" in report
+    assert "characters/s before" in report
+    assert "Bytes a token" in report
+    assert read_results(tmp_path / "run").model.vocabulary.tokens == 40
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())[VOCABULARY_KEY]["tokens"] == 40
+
+
+def test_a_tokenizer_of_the_users_own(world, tmp_path):
+    root, _ = world
+    record = extend_vocabulary(root / "base", tokenizer=root / "extended", output=tmp_path / "new")
+    assert record["tokens"] == 40
+    assert "source_identity" not in record
+    ours, theirs = stored(tmp_path / "new"), stored(root / "extended")
+    start = record["rows"]["start"]
+    assert torch.equal(ours["lm_head.weight"][: start + 40], theirs["lm_head.weight"][: start + 40])
+
+
+def test_rows_from_a_file(world, tmp_path):
+    root, _ = world
+    given = {"embedding": torch.randn(40, 16), "head": torch.randn(40, 16)}
+    save_file(given, tmp_path / "rows.safetensors")
+    arguments = {"tokenizer": root / "extended", "rows": tmp_path / "rows.safetensors"}
+    record = extend_vocabulary(root / "base", **arguments, output=tmp_path / "new")
+    start = record["rows"]["start"]
+    found = stored(tmp_path / "new")["lm_head.weight"][start : start + 40]
+    assert torch.equal(found, given["head"].to(torch.bfloat16))
+
+
+def test_command_line(world, tmp_path, capsys):
+    root, _ = world
+    texts = ["--corpus", f"xx={root / 'xx.jsonl'}", "--corpus", f"en={root / 'en.jsonl'}"]
+    assert run_elo(["vocab", "measure", root / "base", *texts, "--target", "xx", "--pieces", "20"], capsys)[0] == 0
+    extend = ["vocab", "extend", root / "base", "--target", root / "xx.jsonl", "--source", root / "en.jsonl"]
+    assert run_elo([*extend, "--pieces", "20", "-o", tmp_path / "new"], capsys) == (0, "")
+    status, said = run_elo([*extend, "-o", tmp_path / "new"], capsys)
+    assert status == 2
+    assert "exists" in said
+    assert run_elo([*extend, "--pieces", "20", "-o", tmp_path / "new", "--overwrite"], capsys)[0] == 0
+
+
+def _unigram(folder: Path) -> None:
+    tokenizer = Tokenizer(models.Unigram())
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["<eos>"], show_progress=False)
+    tokenizer.train_from_iterator(TARGET, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
+MISTAKES = {
+    "no corpus": ("measure {base} --corpus xx=", "LANGUAGE=FILE"),
+    "target without a corpus": ("measure {base} --corpus xx={xx} --target ko", "'ko': has no corpus"),
+    "pieces no number": ("measure {base} --corpus xx={xx} --pieces many", "whole numbers"),
+    "pieces zero": ("measure {base} --corpus xx={xx} --pieces 0", "at least 1"),
+    "measure no model": ("measure {root}/none --corpus xx={xx}", "{root}/none"),
+    "measure no file": ("measure {base} --corpus xx={root}/none.jsonl", "none.jsonl: no such file"),
+    "no text": ("extend {base} -o {new}", "--target FILE"),
+    "no source": ("extend {base} --target {xx} -o {new}", "--source FILE"),
+    "negative pieces": ("extend {base} --target {xx} --source {en} --pieces -3 -o {new}", "at least 1"),
+    "unknown init": ("extend {base} --tokenizer {extended} --init zeros -o {new}", "pieces, first, mean, noise"),
+    "unknown head init": ("extend {base} --tokenizer {extended} --head-init x -o {new}", "--head-init 'x'"),
+    "output is the base": ("extend {base} --tokenizer {extended} -o {base}/new", "overlaps the input"),
+    "another tokenizer": ("extend {base} --tokenizer {other} -o {new}", "keeps all old ids"),
+    "own tokenizer": ("extend {base} --tokenizer {base} -o {new}", "at least one"),
+    "no rows": ("extend {base} --tokenizer {extended} --rows {root}/none -o {new}", "no such file"),
+    "rows no safetensors": ("extend {base} --tokenizer {extended} --rows {xx} -o {new}", "not a safetensors"),
+    "rows too few": ("extend {base} --tokenizer {extended} --rows {few} -o {new}", "rows: "),
+    "unigram": ("extend {unigram} --target {xx} --source {en} -o {new}", "Unigram"),
+    "one document": ("extend {base} --target {one} --source {en} -o {new}", "less than two documents"),
+    "nothing new": ("extend {base} --target {en} --source {en} -o {new}", "no new piece"),
+    "overwriting something else": (
+        "extend {base} --tokenizer {extended} -o {root}/folder --overwrite",
+        "is not a checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_and_leave_nothing_behind(world, tmp_path, capsys, mistake):
+    root, _ = world
+    arguments, said = MISTAKES[mistake]
+    places = {name: tmp_path / name for name in ("other", "unigram", "few", "one", "folder")}
+    tokenizer_of("qwen").save_pretrained(places["other"])
+    shutil.copytree(root / "base", places["unigram"])
+    _unigram(places["unigram"])
+    save_file({"embedding": torch.zeros(2, 16), "head": torch.zeros(2, 16)}, places["few"])
+    write_documents(tmp_path / "one", TARGET, 1, 1)
+    (tmp_path / "one").rename(tmp_path / "one.jsonl")
+    places["one"] = tmp_path / "one.jsonl"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("mine")
+    names = {
+        "root": tmp_path,
+        "base": root / "base",
+        "extended": root / "extended",
+        "xx": root / "xx.jsonl",
+        "en": root / "en.jsonl",
+        "new": tmp_path / "new",
+        **places,
+    }
+    with unchanged(root, tmp_path):
+        status, error = run_elo(["vocab", *(each.format(**names) for each in arguments.split())], capsys)
+    assert status == 2
+    assert said.format(**names) in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("record", "said"), [(None, "no record of new rows"), ({"rows": 3}, "record is damaged or does not fit")]
+)
+def test_a_run_that_wants_new_rows_needs_them(world, tmp_path, capsys, record, said):
+    root, config = world
+    base = tmp_path / "base"
+    shutil.copytree(root / "base", base)
+    if record:
+        edit_config(base, **{VOCABULARY_KEY: record})
+    config = {**config, "model": str(base), "output": str(tmp_path / "run"), "elo": {"embedding_rows": "new"}}
+    path = write_config(tmp_path, config)
+    with unchanged(root):
+        status, error = run_elo(["run", path], capsys)
+    assert status == 2
+    assert said in error
+    assert not (tmp_path / "run").exists()

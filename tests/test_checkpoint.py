@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mamb
 from zoo import logits_of, tiny_config, tiny_model
 
 from elo.model.checkpoint import attach_checkpoint, detach_checkpoint
+from elo.model.shared_files import copy_shared
 from elo.model.surgery import attach_layers, detach_layers
 
 
@@ -297,3 +298,34 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     size_mb = (tmp_path / "base" / "model.safetensors").stat().st_size / 2**20
     assert size_mb > 200
     assert float(done.stdout.split()[-1]) < 60
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_untouched_files_may_be_links_and_the_base_stays_as_it_is(tmp_path, scale):
+    llama(6).save_pretrained(tmp_path / "base", max_shard_size="40KB")
+    before = stored(tmp_path / "base")
+    detach_checkpoint(tmp_path / "base", [0, -1], tmp_path / "small")
+    small = stored(tmp_path / "small")
+    store(tmp_path / "small", {name: t + 1 if ".layers." in name else t for name, t in small.items()})
+    arguments = {"scale": scale}
+    plain = attach_checkpoint(tmp_path / "small", tmp_path / "base", tmp_path / "plain", **arguments)
+    linked = attach_checkpoint(tmp_path / "small", tmp_path / "base", tmp_path / "linked", link=True, **arguments)
+    assert_same(stored(tmp_path / "plain"), stored(tmp_path / "linked"))
+    assert_same(before, stored(tmp_path / "base"))
+    assert "linked" not in plain["files"]
+    weights = sorted(path.name for path in (tmp_path / "base").glob("*.safetensors"))
+    shared = {name for name in weights if (tmp_path / "base" / name).samefile(tmp_path / "linked" / name)}
+    changed = {
+        name for name in weights if (tmp_path / "base" / name).read_bytes() != (tmp_path / "linked" / name).read_bytes()
+    }
+    assert len(shared) == linked["files"]["linked"] > 1
+    assert shared | changed == set(weights)
+    assert not shared & changed
+    assert not any((tmp_path / "base" / name).samefile(tmp_path / "plain" / name) for name in weights)
+
+
+def test_what_cannot_be_linked_is_copied(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"weights")
+    monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
+    assert copy_shared(tmp_path / "file", tmp_path / "copy", link=True) in ("cloned", "copied")
+    assert (tmp_path / "copy").read_bytes() == b"weights"

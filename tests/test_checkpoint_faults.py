@@ -257,7 +257,7 @@ def test_recipes_take_folders_and_say_when_a_hub_id_cannot_be_had(here: Path) ->
 
 def test_a_kill_leaves_no_half_written_output(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / ".tmp-out-0000dead").mkdir()  # what a killed run has left
-    monkeypatch.setattr("elo.model.checkpoint._copy_side_files", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("elo.model.checkpoint.copy_side_files", lambda *_, **__: 1 / 0)
     for write in (
         lambda: detach_checkpoint(here / "base", (0, -1), here / "out"),
         lambda: attach_checkpoint(here / "detached", here / "base", here / "out"),

@@ -69,5 +69,17 @@ def test_command_line_starts_without_heavy_imports():
 
 def test_help_lists_every_verb():
     done = subprocess.run([sys.executable, "-m", "elo.cli", "--help"], capture_output=True, text=True, check=True)
-    for verb in ("run", "prepare", "detach", "pretrain", "attach", "align", "evaluate", "report", "plan", "quickstart"):
+    for verb in (
+        "run",
+        "prepare",
+        "detach",
+        "pretrain",
+        "attach",
+        "align",
+        "evaluate",
+        "report",
+        "plan",
+        "quickstart",
+        "vocab",
+    ):
         assert f"\n  {verb} " in done.stdout

@@ -87,6 +87,9 @@ def attach(
     include: Annotated[
         str, typer.Option(help="What is put back besides the layers: embedding, norm, head, joined by commas.")
     ] = "",
+    link: Annotated[
+        bool, typer.Option("--link", help="Weight files that do not change become hard links to the base's.")
+    ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -99,11 +102,15 @@ def attach(
         output=output,
         scale=scale,
         include=_names(include),
+        link=link,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
     kept = ", ".join(str(index) for index in record["layers"])
-    typer.echo(f"{output}: layers {kept} of {record['num_base_layers']} put back")
+    files = record["files"]
+    shared = files.get("linked", 0) + files.get("cloned", 0)
+    told = f"; {shared} of {sum(files.values())} weight files share their blocks with the base's" if shared else ""
+    typer.echo(f"{output}: layers {kept} of {record['num_base_layers']} put back{told}")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import math
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from elo.model.new_rows import first_new_row_of
 from elo.model.provenance import FORMAT, PROVENANCE_KEY, full_sha256, layer_sha256, read_provenance
 from elo.model.refusals import require_detachable
 from elo.model.safeguard import build_hollow, build_hollow_causal_lm, require_same_layers
+from elo.model.shared_files import copy_shared
 from elo.model.surgery import blend, check_include
 from elo.model.tensor_files import (
     INDEX_FILE,
@@ -108,12 +110,14 @@ def attach_checkpoint(
     *,
     scale: float = 1.0,
     include: Sequence[str] = (),
+    link: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the base with a detached checkpoint's layers at their places.
 
-    Files of the base that hold none of these layers are copied as they are; config.json is the base's.
+    Files of the base that hold none of these layers are taken as they are, and share their blocks on disk with the
+    base's where the file system can; config.json is the base's.
 
     Args:
         detached: what `detach_checkpoint` wrote, or what any tool trained from it and saved as safetensors.
@@ -122,11 +126,13 @@ def attach_checkpoint(
         scale: what is put back is theta0 + scale * (theta - theta0), computed in float32; 1 puts theta back exactly.
             Rows that `elo vocab` added are put back as they were trained, whatever the scale.
         include: of "embedding", "norm" and "head", what is put back besides the layers.
+        link: weight files that hold nothing of what is put back become hard links to the base's, where that can be.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
 
     Returns:
-        {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors" (number put back)}
+        {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors" (number put back), "files" (how
+        many weight files were linked, cloned and copied)}
 
     Raises:
         EloError: the base is not the one that was detached from, or the detached checkpoint was changed outside its
@@ -153,8 +159,13 @@ def attach_checkpoint(
         matched = match_tensors(wanted, small.weights, type(hollow), small.config, Path(scratch))
         updates = _updates(wanted, matched, small, names, parts, include)
         with disk_errors_told(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
-            for name in [*whole.weights.files, *([INDEX_FILE] if whole.weights.indexed else [])]:
-                shutil.copyfile(whole.folder / name, folder / name)
+            written = {tensor.file.name for tensor, _ in updates}
+            sharing = Counter(
+                copy_shared(whole.folder / name, folder / name, link=link and name not in written)
+                for name in whole.weights.files
+            )
+            if whole.weights.indexed:
+                shutil.copyfile(whole.folder / INDEX_FILE, folder / INDEX_FILE)
             for tensor, trained in updates:
                 whole_from = first_new_row_of(whole.config, group_of(tensor.name, parts))
                 _patch(folder / tensor.file.name, tensor, trained, scale, whole_from)
@@ -168,6 +179,7 @@ def attach_checkpoint(
         "scale": scale,
         "include": list(include),
         "tensors": len(updates),
+        "files": dict(sharing),
     }
 
 

@@ -59,6 +59,7 @@ def attach(
     output: str | Path,
     scale: float = 1.0,
     include: Sequence[str] = (),
+    link: bool = False,
     revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -71,12 +72,14 @@ def attach(
         output: folder to write; it appears whole or not at all.
         scale: what is put back is theta0 + scale * (theta - theta0); 1 puts the trained weights back exactly.
         include: of "embedding", "norm" and "head", what is put back besides the layers.
+        link: weight files that hold nothing of what is put back become hard links to the base's, where that can be:
+            nothing is written for them, but whoever changes one in place changes both.
         revision: branch, tag or commit of the base when it is a hub id.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
 
     Returns:
-        What was put back: {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors"}.
+        What was put back: {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors", "files"}.
     """
     from elo.model.checkpoint import attach_checkpoint
 
@@ -93,6 +96,7 @@ def attach(
             Path(output),
             scale=scale,
             include=include,
+            link=link,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )

@@ -184,6 +184,9 @@ def plan(
     also_train: Annotated[
         str, typer.Option(help="What trains besides: embedding, norm, head, joined by commas; or none.")
     ] = "embedding,head",
+    alignment: Annotated[
+        str, typer.Option(help="What layer alignment trains: auto, full, forward_only or none.")
+    ] = "auto",
     tokens: Annotated[float, typer.Option(help="Training tokens of the whole run.")] = 1e9,
     alignment_share: Annotated[float, typer.Option(help="Share of them for layer alignment.")] = 0.1,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a packed row.")] = 2048,
@@ -215,6 +218,7 @@ def plan(
         "layers": layers,
         "stand_in": stand_in,
         "also_train": [] if also_train == "none" else _names(also_train),
+        "alignment": alignment,
         "tokens": int(tokens) if tokens == tokens and abs(tokens) < 1e18 else 0,
         "alignment_share": alignment_share,
         "sequence_length": sequence_length,

@@ -79,6 +79,7 @@ def test_each_phase_learns_and_leaves_a_plain_model(tmp_path, method, phase):
         "elo": everything if phase.middle == "computed" else kept | ends,
         "elo_paper": everything if phase.middle == "computed" else kept,
         "frozen": kept | ends,
+        "embeddings_first": ends if phase.name == "embeddings" else everything,
         "lora": {name for name in everything if "_proj" in name},
     }.get(method.name, everything)
     assert changed == expected

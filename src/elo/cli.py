@@ -49,9 +49,20 @@ def run(config: Config, set_: Set = None) -> None:
 
 
 @app.command()
-def prepare(config: Config, set_: Set = None) -> None:
+def prepare(
+    config: Config,
+    set_: Set = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="Share the work with others that do the same on this run folder.")
+    ] = False,
+) -> None:
     """Tokenise the corpora of a run into token shards."""
-    _until("prepare", config, set_)
+    if not together:
+        _until("prepare", config, set_)
+        return
+    from elo.recipes.run import prepare_together
+
+    prepare_together(config, overrides=set_)
 
 
 @app.command()

@@ -41,8 +41,8 @@ class Workspace:
         self._skipped: dict[str, dict[str, Any]] = {}
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run folder for this run: its main process does.
+    def locked(self, *, shared: bool = False) -> Iterator[None]:
+        """Hold the run folder for this run: its main process does; `shared`, with others that hold it so.
 
         Raises:
             EloError: another run holds it, or it cannot be written.
@@ -59,7 +59,7 @@ class Workspace:
             raise EloError(f"{self.root}: cannot be written ({error.strerror}); choose another output") from None
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
                 raise EloError(
@@ -108,7 +108,7 @@ class Workspace:
             scratch: what the stage needs only until it is done, such as checkpoints; removed at the end.
             collective: every process of the launch does the work; otherwise the main one does and the others wait.
         """
-        fingerprint = sha256_json({"stage": name, "version": _STAGE_VERSION, "inputs": dict(inputs)})
+        fingerprint = _fingerprint(name, inputs)
         if collective:
             if not from_main(self._is_done(name, fingerprint, inputs, outputs, scratch) if is_main() else False):
                 record = self._timed(work)
@@ -119,6 +119,23 @@ class Workspace:
             self._finish(name, fingerprint, inputs, outputs, scratch, self._timed(work))
         wait_until(lambda: self._has_record(name, fingerprint))
         return Stage(name, fingerprint, read_json(self._stage_file(name))["record"])
+
+    def begin(self, name: str, inputs: Mapping[str, Any]) -> None:
+        """Mark a stage as begun with these inputs, so that whatever is made of it from now on is gone on with.
+
+        Raises:
+            EloError: it was begun or done with others.
+        """
+        fingerprint = _fingerprint(name, inputs)
+        for path in (self._stage_file(name), self._stage_file(name, begun=True)):
+            found = _read_record(path, ("fingerprint",))
+            if found is not None and found["fingerprint"] != fingerprint:
+                changed = _difference(found.get("inputs", {}), inputs)
+                raise EloError(
+                    f"{self.root}: {name} was begun there with other inputs (changed: {changed}); give all processes "
+                    "the same configuration, or choose another output"
+                )
+        write_json(self._stage_file(name, begun=True), {"fingerprint": fingerprint, "inputs": dict(inputs)})
 
     def _is_done(self, name: str, fingerprint: str, inputs: Mapping[str, Any], outputs: Paths, scratch: Paths) -> bool:
         """Whether the stage is done with these inputs; if not, what an earlier one with others left is cleared away."""
@@ -234,6 +251,10 @@ def _sizes(root: Path, outputs: tuple[Path, ...]) -> dict[str, int]:
 
 def _intact(root: Path, sizes: dict[str, int]) -> bool:
     return all((root / name).is_file() and (root / name).stat().st_size == size for name, size in sizes.items())
+
+
+def _fingerprint(name: str, inputs: Mapping[str, Any]) -> str:
+    return sha256_json({"stage": name, "version": _STAGE_VERSION, "inputs": dict(inputs)})
 
 
 def _difference(before: Any, now: Any, path: str = "") -> str:

@@ -15,7 +15,7 @@ from elo.data.sources import FileReader, InputFile, list_inputs
 from elo.data.tokenizer import TextTokenizer
 from elo.data.tokenizing import TokenizerPool, WorkerDied
 from elo.errors import EloError
-from elo.records import read_json, remove, sha256_json, write_json
+from elo.records import TEMPORARY_PREFIX, read_json, remove, sha256_json, write_json
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1 << 13
@@ -190,8 +190,12 @@ class Preparation:
         """The writer of a unit of `task`."""
         return UnitWriter(self.root, task.folder, task.heldout_folder, unit, self.tokenizer.dtype, self.shard_tokens)
 
-    def claim(self, task: CorpusTask) -> None:
-        """Make the corpus' folder; what is there from other inputs or settings is removed, and that is said."""
+    def claim(self, task: CorpusTask, *, start_over: bool = True) -> None:
+        """Make the corpus' folder; what is there from other inputs or settings is removed, and that is said.
+
+        Raises:
+            EloError: something is there and `start_over` is false: others may be at work on it.
+        """
         folder = self.root / task.folder
         plan = task.plan(self.tokenizer, self.shard_tokens, self.known_heldout)
         if (folder / PLAN).is_file():
@@ -199,6 +203,11 @@ class Preparation:
             if before == plan:
                 return
             changed = [key for key in plan if not isinstance(before, dict) or before.get(key) != plan[key]]
+            if not start_over:
+                raise EloError(
+                    f"{folder}: is being made from other {', '.join(changed)}; give all processes the same "
+                    "configuration, or prepare once without --together to start it over"
+                )
             self.tell(f"{folder}: made from other {', '.join(changed)}; starting it over")
         remove(folder)
         if task.threshold:
@@ -206,9 +215,16 @@ class Preparation:
         folder.mkdir(parents=True)
         write_json(folder / PLAN, plan)
 
-    def states(self, task: CorpusTask) -> list[UnitState]:
-        """What is on disk of each unit of a claimed corpus."""
-        return [self.writer(task, unit).resume(self.on_error != "skip") for unit in range(len(task.units))]
+    def states(self, task: CorpusTask, *, look: bool = False) -> list[UnitState]:
+        """What is on disk of each unit of a claimed corpus; with `look` nothing is touched, for others may write it."""
+        strict = self.on_error != "skip"
+        return [self.writer(task, unit).resume(strict, look=look) for unit in range(len(task.units))]
+
+    def sweep(self, task: CorpusTask, unit: int) -> None:
+        """Remove what a killed process was writing of a unit that this process has to itself."""
+        for folder in (task.folder, task.heldout_folder):
+            for leftover in (self.root / folder).glob(f"{TEMPORARY_PREFIX}{unit:05d}*"):
+                remove(leftover)
 
     def run_unit(self, task: CorpusTask, unit: int, pool: TokenizerPool) -> Iterator[tuple[int, int]]:
         """Tokenise what is missing of one unit; yield (bytes on disk read of it so far, tokens just written).

@@ -122,10 +122,10 @@ class UnitWriter:
         self.position = Position()
         self._latest = (self.position, self._counted)
 
-    def resume(self, strict: bool) -> UnitState:
+    def resume(self, strict: bool, *, look: bool = False) -> UnitState:
         """Find the finished segments and go on after them; with `strict`, only those that left nothing unreadable out.
 
-        Later leftovers are overwritten.
+        Later leftovers are overwritten; with `look` nothing is changed on disk.
         """
         segments: list[dict[str, Any]] = []
         while (record := self._read(self._record_path(len(segments)))) is not None:
@@ -135,7 +135,7 @@ class UnitWriter:
         end = self._read(self._end_path())
         finished = end is not None and end.get("segments") == len(segments)
         finished = finished and not (strict and end is not None and end["counts"]["skipped"])
-        if not finished:
+        if not finished and not look:
             self._end_path().unlink(missing_ok=True)
             number = len(segments)
             while self._record_path(number).exists():

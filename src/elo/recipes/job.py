@@ -20,7 +20,7 @@ from elo.recipes.identities import (
     tokenizer_identity,
 )
 from elo.recipes.preflight import check_inputs, check_model
-from elo.recipes.prepare import CorpusSource, prepare
+from elo.recipes.prepare import corpus_sources, prepare
 from elo.recipes.stand_in import choose_scale, write_bridge
 from elo.recipes.surgery import attach, detach, resolve_checkpoint
 from elo.records import write_json
@@ -79,18 +79,12 @@ class Job:
 
     # Data.
 
-    def prepare(self) -> "PreparedData":
-        """Token shards of all corpora."""
+    def prepare(self, *, together: bool = False) -> "PreparedData | None":
+        """Token shards of all corpora; `together` with other processes, None where those are still at work."""
         from elo.data.shards import PreparedData
 
         data = self.config.data
-        corpora = {
-            language: [CorpusSource(each.path, text_column=each.text_column) for each in sources]
-            for language, sources in data.corpora.items()
-        }
-        heldout = {
-            language: CorpusSource(each.path, text_column=each.text_column) for language, each in data.heldout.items()
-        }
+        corpora, heldout = corpus_sources(data)
         inputs = {
             "tokenizer": tokenizer_identity(self.tokenizer),
             "corpora": {name: [corpus_identity(each) for each in sources] for name, sources in corpora.items()},
@@ -102,7 +96,7 @@ class Job:
 
         def work() -> dict[str, Any]:
             self.say("prepare: tokenising the corpora")
-            prepare(
+            self.prepared = prepare(
                 self.tokenizer,
                 corpora,
                 output,
@@ -111,13 +105,18 @@ class Job:
                 workers=data.workers,
                 on_error=data.on_error,
                 vocab_size=int(self._base_config().vocab_size),
-                overwrite=True,
+                together=together,
+                overwrite=not together,
                 trust_remote_code=self.config.trust_remote_code,
             )
             return {}
 
-        self.workspace.stage("prepare", inputs, work, outputs=(output,))
-        self.prepared = PreparedData.open(output)
+        if together:
+            self.workspace.begin("prepare", inputs)
+            work()
+        else:
+            self.workspace.stage("prepare", inputs, work, outputs=(output,))
+            self.prepared = PreparedData.open(output)
         return self.prepared
 
     def plan_rows(self, prepared: "PreparedData") -> None:
@@ -459,8 +458,8 @@ class Job:
 
 
 @contextmanager
-def open_job(config: RunConfig) -> Iterator[Job]:
-    """Check a configuration against the disk, lock its run folder and yield the job.
+def open_job(config: RunConfig, *, shared: bool = False) -> Iterator[Job]:
+    """Check a configuration against the disk, lock its run folder, alone or `shared`, and yield the job.
 
     Raises:
         EloError: the base, a corpus, the layers or the run folder is not usable.
@@ -469,9 +468,10 @@ def open_job(config: RunConfig) -> Iterator[Job]:
     base = resolve_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
     workspace = Workspace(Path(config.output), lambda line: print(line, flush=True))
     layers = check_model(config, base)
-    with workspace.locked():
-        if is_main():
+    with workspace.locked(shared=shared):
+        if is_main() and not shared:
             workspace.sweep()
+        if is_main():
             write_json(workspace.path("config.json"), config.model_dump(mode="json"))
         yield Job(
             config,

@@ -19,6 +19,7 @@ from elo.recipes.prepare_manifest import is_whole, make_manifest, reopen, reweig
 from elo.records import TEMPORARY_PREFIX, remove, sha256_json, write_json
 
 if TYPE_CHECKING:
+    from elo.config import CorpusConfig, DataConfig
     from elo.data.corpora import CorpusTask, Preparation
     from elo.data.shards import PreparedData
     from elo.data.tokenizer import TextTokenizer
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 LANGUAGE = re.compile(r"[\w-]+")
 MARKER = "prepare.json"
 """Written first: the folder is prepare's own, so that no other folder's content is ever touched."""
+TURN = "turn.lock"
+"""Held by one of several that prepare together, while it looks at what all of them have made."""
 BYTES_PER_WORKER = 4 << 20
 """Input on disk that is worth the start of one more process."""
 CORES_OF_ONE_PROCESS = 8
@@ -56,6 +59,16 @@ def source_files(source: CorpusSource | str) -> list[Path]:
     return [Path(file.location) for file in list_inputs(str(path)) if not file.is_hub]
 
 
+def corpus_sources(data: "DataConfig") -> tuple[dict[str, list[CorpusSource]], dict[str, CorpusSource]]:
+    """The training and the held-out corpora of a configuration, by language."""
+
+    def source(given: "CorpusConfig") -> CorpusSource:
+        return CorpusSource(given.path, text_column=given.text_column)
+
+    corpora = {language: [source(each) for each in sources] for language, sources in data.corpora.items()}
+    return corpora, {language: source(each) for language, each in data.heldout.items()}
+
+
 def prepare(
     tokenizer: "str | Path | TextTokenizer",
     corpora: Mapping[str, Sequence[CorpusSource | str] | CorpusSource | str],
@@ -68,9 +81,10 @@ def prepare(
     shard_tokens: int = 1 << 26,
     vocab_size: int | None = None,
     progress: bool = True,
+    together: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-) -> "PreparedData":
+) -> "PreparedData | None":
     """Tokenise `corpora` ({language: corpora}) into `output`.
 
     Args:
@@ -81,7 +95,12 @@ def prepare(
         on_error: "stop" at the first document that cannot be read, or "skip" and count such documents.
         shard_tokens: tokens of a shard; what a killed run may have to do again.
         vocab_size: rows of the model's embedding; token ids beyond are refused.
+        together: other processes, on this machine or on others that share the folder, may do the same call at the same
+            time: each takes runs of input files that nobody works on, and whoever ends last writes the manifest.
         overwrite: replace finished data made from other inputs or settings.
+
+    Returns:
+        The data; with `together` None where others are still at work.
 
     Raises:
         EloError: bad input, named by file and line; or `output` holds something else.
@@ -109,26 +128,38 @@ def prepare(
 
     plan = sha256_json([[task.folder, task.plan(tokenizer, shard_tokens, known)] for task in tasks])
     existed = output.is_dir()
-    with _locked(output):
-        if (output / MANIFEST).is_file():
-            finished = reopen(output, plan, on_error)
-            if finished is not None:
-                return reweigh(finished, tasks)
-            if not overwrite and is_whole(output):
-                raise EloError(
-                    f"{output}: holds finished data made from other inputs or settings; "
-                    "choose another output, remove it, or pass overwrite"
-                )
-            remove(output / MANIFEST)
+    job = Preparation(output, tokenizer, shard_tokens, on_error, vocab_size, known, tell)
+    with _locked(output, shared=together):
+        with _one_at_a_time(output, together):
+            if (output / MANIFEST).is_file():
+                finished = reopen(output, plan, on_error)
+                if finished is not None:
+                    return reweigh(finished, tasks)
+                if not overwrite and is_whole(output):
+                    raise EloError(
+                        f"{output}: holds finished data made from other inputs or settings; "
+                        "choose another output, remove it, or pass overwrite"
+                    )
+                remove(output / MANIFEST)
+            if not together:
+                _sweep(output, tasks)
+            for task in tasks:
+                job.claim(task, start_over=not together)
         try:
-            _sweep(output, tasks)
-            job = Preparation(output, tokenizer, shard_tokens, on_error, vocab_size, known, tell)
-            _tokenize(job, tasks, workers, progress)
-            manifest = make_manifest(job, tasks, plan)
+            _tokenize(job, tasks, workers, progress, together)
+            with _one_at_a_time(output, together):
+                left = sum(not state.finished for task in tasks for state in job.states(task, look=together))
+                if left:
+                    tell(f"{output}: others are still at work on {left} runs of files; whoever ends last finishes")
+                    return None
+                manifest = make_manifest(job, tasks, plan)
+                write_json(output / MANIFEST, manifest)
+                for lock in output.rglob("*.lock"):
+                    remove(lock)
         except EloError:
-            _remove_if_nothing_finished(output, existed)
+            if not together:
+                _remove_if_nothing_finished(output, existed)
             raise
-        write_json(output / MANIFEST, manifest)
         tell_totals(manifest, tell)
     return PreparedData.open(output)
 
@@ -177,13 +208,15 @@ def _check_output(output: Path) -> None:
     """Raise EloError unless `output` is new, empty, or prepare's own."""
     if output.exists() and not output.is_dir():
         raise EloError(f"{output}: is a file; name a folder for the token shards")
-    if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
+    # Another process may be writing the marker at this moment.
+    begun = output.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX + MARKER) for path in output.iterdir())
+    if begun and not (output / MARKER).is_file():
         raise EloError(f"{output}: the folder holds other things; choose another output, or remove it")
 
 
 @contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Make `output` and hold it for this process."""
+def _locked(output: Path, *, shared: bool) -> Iterator[None]:
+    """Make `output` and hold it for this process, or for those that work together."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output, os.O_RDONLY)
@@ -191,7 +224,7 @@ def _locked(output: Path) -> Iterator[None]:
         raise EloError(f"{output}: cannot be written ({error.strerror}); choose another output") from None
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise EloError(f"{output}: another prepare is at work there; wait for it, or use another output") from None
         try:
@@ -202,6 +235,32 @@ def _locked(output: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _one_at_a_time(output: Path, together: bool) -> Iterator[None]:
+    """Within, no other process that works together on `output` is here."""
+    if not together:
+        yield
+        return
+    with (output / TURN).open("a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _taken(path: Path, together: bool) -> Iterator[bool]:
+    """Whether this process has the unit whose lock is `path` to itself."""
+    if not together:
+        yield True
+        return
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def _hashes_of_heldout(tasks: "list[CorpusTask]", on_error: str) -> frozenset[bytes]:
@@ -275,8 +334,8 @@ def _sweep(output: Path, tasks: "list[CorpusTask]") -> None:
         remove(leftover)
 
 
-def _tokenize(job: "Preparation", tasks: "list[CorpusTask]", workers: int | None, show: bool) -> None:
-    """Tokenise what is missing of every corpus."""
+def _tokenize(job: "Preparation", tasks: "list[CorpusTask]", workers: int | None, show: bool, together: bool) -> None:
+    """Tokenise what is missing of every corpus, but for what others are at work on."""
     from elo.data.tokenizing import TokenizerPool
 
     unknown = any(file.is_hub for task in tasks for file in task.files)
@@ -284,8 +343,7 @@ def _tokenize(job: "Preparation", tasks: "list[CorpusTask]", workers: int | None
     done = 0
     pending: list[tuple[CorpusTask, int, int]] = []
     for task in tasks:
-        job.claim(task)
-        for unit, state in enumerate(job.states(task)):
+        for unit, state in enumerate(job.states(task, look=together)):
             size = sum(file.size for file in task.units[unit])
             if state.finished:
                 done += size
@@ -303,9 +361,13 @@ def _tokenize(job: "Preparation", tasks: "list[CorpusTask]", workers: int | None
     with progress, TokenizerPool(tokenizer.backend, *frame, tokenizer.dtype, processes) as pool:
         tokens = 0
         for task, unit, size in pending:
-            for read, new_tokens in job.run_unit(task, unit, pool):
-                tokens += new_tokens
-                progress.update(done + read, f"{short(tokens)} tokens")
+            with _taken(job.root / task.folder / f"{unit:05d}.lock", together) as ours:
+                if ours:
+                    if together:
+                        job.sweep(task, unit)
+                    for read, new_tokens in job.run_unit(task, unit, pool):
+                        tokens += new_tokens
+                        progress.update(done + read, f"{short(tokens)} tokens")
             done += size
 
 

@@ -53,6 +53,17 @@ def run(model, ready, folder, settings=SETTINGS, before_step=None):
     )
 
 
+@pytest.mark.parametrize("head_loss", ["chunked", "plain", "model"])
+def test_the_head_loss_makes_no_difference(tmp_path, head_loss):
+    model, ready = prepared(new_rows(), extended_llama())
+    result = run(model, ready, tmp_path / "one", SETTINGS.model_copy(update={"head_loss": head_loss}))
+    other, ready = prepared(new_rows(), extended_llama())
+    expected = run(other, ready, tmp_path / "other")
+    assert result.losses[-1]["loss"] == pytest.approx(expected.losses[-1]["loss"], rel=1e-4)
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, other.state_dict()[name], atol=1e-4), name
+
+
 @pytest.mark.parametrize("optim", ["adamw", "adafactor"])
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("stand_in", ["none", "bridge", "forward_only"])

@@ -52,6 +52,19 @@ def test_equals_reference_with_gradients(implementation, bias, transform):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_only_the_rows_that_train_get_a_gradient(bias):
+    hidden, weight, labels, bias_V = _inputs(bias)
+    wanted = [hidden, weight] + ([bias_V] if bias else [])
+    whole = head_cross_entropy(hidden, weight, labels, bias_V=bias_V, implementation="chunked", chunk=8)
+    part = head_cross_entropy(hidden, weight, labels, bias_V=bias_V, implementation="chunked", chunk=8, first_row=9)
+    assert torch.equal(whole, part)
+    expected, got = torch.autograd.grad(whole, wanted), torch.autograd.grad(part, wanted)
+    assert torch.equal(got[0], expected[0])
+    assert not got[1][:9].any()
+    torch.testing.assert_close(got[1][9:], expected[1][9:])
+
+
 def test_frozen_head_gets_no_gradient_and_costs_none():
     hidden, weight, labels, _ = _inputs()
     loss = head_cross_entropy(hidden, weight.detach(), labels, implementation="chunked", chunk=8)

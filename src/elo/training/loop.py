@@ -145,7 +145,7 @@ def train(
     own_attention = model.config._attn_implementation
     if packed:
         _require_isolation(model, autocast_dtype)
-    restore_forward = install_head_loss(model, settings.head_loss, autocast_dtype)
+    restore_forward = install_head_loss(model, settings.head_loss, autocast_dtype, first_row)
     attention = (
         choose_attention(model, sequence_length, settings.attn_implementation, autocast_dtype)
         if packed

@@ -63,6 +63,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         transform: LogitTransform,
         chunk: int,
+        first_row: int,
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
@@ -100,7 +101,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_hidden_ND is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[piece])
             if grad_weight_VD is not None:
-                grad_weight_VD += grad_CV.t() @ hidden_CD
+                grad_weight_VD[first_row:] += grad_CV[:, first_row:].t() @ hidden_CD
         ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         return total
@@ -117,6 +118,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -129,6 +131,7 @@ def head_cross_entropy(
     transform: LogitTransform | None = None,
     implementation: HeadLoss = "auto",
     chunk: int | None = None,
+    first_row: int = 0,
 ) -> Tensor:
     """Summed cross-entropy in nats of next-token prediction.
 
@@ -141,6 +144,7 @@ def head_cross_entropy(
         implementation: `plain` (all logits at once), `chunked` (ours), `linear_cross_entropy` (PyTorch's; no softcap
             and no scale) or `auto` (by size, from benchmarks/head_loss.py).
         chunk: tokens a chunk of `chunked`.
+        first_row: the weight's gradient is wanted from this row on; `chunked` saves the work for those before it.
 
     Returns:
         float32 scalar: the sum over labelled tokens.
@@ -157,7 +161,9 @@ def head_cross_entropy(
     with torch.autocast(hidden_ND.device.type, enabled=False):
         if implementation == "chunked":
             chunk = chunk or (_CHUNK_CUDA if hidden_ND.is_cuda else _CHUNK_CPU)
-            total: Tensor = _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, transform, chunk)
+            total: Tensor = _ChunkedCrossEntropy.apply(
+                hidden_ND, weight_VD, bias_V, labels_N, transform, chunk, first_row
+            )
             return total
         if implementation == "linear_cross_entropy":
             if transform != LogitTransform():
@@ -175,7 +181,10 @@ def head_cross_entropy(
 
 
 def install_head_loss(
-    model: PreTrainedModel, implementation: HeadLoss = "auto", autocast_dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    implementation: HeadLoss = "auto",
+    autocast_dtype: torch.dtype | None = None,
+    first_row: int = 0,
 ) -> Callable[[], None]:
     """Let `model(input_ids=..., shift_labels=...)` return the summed loss without all logits.
 
@@ -187,6 +196,7 @@ def install_head_loss(
     Args:
         implementation: as for `head_cross_entropy`.
         autocast_dtype: what the model will run under; frozen parts may be in it while others are fp32.
+        first_row: of the head's weight, whose gradient is not wanted before it.
 
     Returns:
         A function that takes the change back.
@@ -200,7 +210,9 @@ def install_head_loss(
         if shift_labels is None:
             return original(*args, **inputs)
         hidden_BTD = decoder(**inputs, use_cache=False)[0]
-        return CausalLMOutput(loss=_eager_head_loss(hidden_BTD, head, shift_labels, transform, implementation))
+        return CausalLMOutput(
+            loss=_eager_head_loss(hidden_BTD, head, shift_labels, transform, implementation, first_row)
+        )
 
     def forward_model(*args: Any, shift_labels: Tensor | None = None, **inputs: Any) -> Any:
         if shift_labels is None:
@@ -221,7 +233,12 @@ def install_head_loss(
 
 @torch.compiler.disable
 def _eager_head_loss(
-    hidden_BTD: Tensor, head: nn.Module, labels_BT: Tensor, transform: LogitTransform, implementation: HeadLoss
+    hidden_BTD: Tensor,
+    head: nn.Module,
+    labels_BT: Tensor,
+    transform: LogitTransform,
+    implementation: HeadLoss,
+    first_row: int,
 ) -> Tensor:
     weight, bias = head.weight, getattr(head, "bias", None)
     assert isinstance(weight, Tensor)
@@ -232,6 +249,7 @@ def _eager_head_loss(
         bias_V=bias,
         transform=transform,
         implementation=implementation,
+        first_row=first_row,
     )
 
 

@@ -170,6 +170,23 @@ def test_a_model_without_new_rows_is_refused():
         prepared(new_rows(), tiny_llama())
 
 
+def test_old_rows_stay_through_a_full_alignment_too(tmp_path):
+    method = new_rows("bridge")
+    assert [phase.middle for phase in method.phases] == ["bridge", "computed"]
+    model = extended_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    run(model, method.prepare(model, method.phases[1], Setup(KEPT)), tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert not torch.equal(tensor, before[name]), name
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(model.state_dict()[name][:FIRST], before[name][:FIRST])
+
+
+def test_new_rows_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="name them in also_train"):
+        EloOptions(embedding_rows="new", also_train=("norm",))
+
+
 def test_embeddings_first_begins_with_new_rows_alone(tmp_path):
     method = find_method("embeddings_first")
     model = extended_llama()

@@ -5,12 +5,13 @@ import functools
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from bad_input_fixtures import assert_refused, run_elo, write_config
-from kill_fixtures import finish, forked
+from kill_fixtures import ended, finish, forked
 from run_fixtures import SOURCE, TARGET, write_documents, write_world
 
 import elo.data.corpora
@@ -91,18 +92,38 @@ def test_what_a_killed_process_left_is_gone_on_with(config, tmp_path):
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items()), "finished segments stay"
 
 
-def test_a_unit_that_another_works_on_is_left_to_it(config, tmp_path):
-    """The other is this process, which holds a unit's lock and does nothing."""
+def test_a_unit_that_another_works_on_is_left_to_it_until_it_dies(config, tmp_path):
+    """The other is a child that takes a unit's lock and does nothing."""
     finish(start(config, tmp_path / "run", "--together", dies=True))
     prepared = tmp_path / "run" / "prepared"
     unit = next(path for path in sorted(prepared.rglob("*.lock")) if not path.with_suffix(".json").exists())
-    with unit.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert finish(start(config, tmp_path / "run", "--together")) == 0, said(tmp_path)
-    assert "others are still at work on 1 runs of files" in said(tmp_path)
+
+    def hold() -> None:
+        with unit.open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (tmp_path / "held").touch()
+            time.sleep(60)
+
+    other = forked(hold, tmp_path / "other.txt")
+    until((tmp_path / "held").exists)
+    helper = start(config, tmp_path / "run", "--together")
+    until(lambda: "others are at work on 1 runs of files" in said(tmp_path))
+    assert not ended(helper)
     assert not (prepared / "manifest.json").exists()
-    assert finish(start(config, tmp_path / "run", "--together")) == 0, said(tmp_path)
+    os.kill(other, signal.SIGKILL)
+    finish(other)
+    until(lambda: ended(helper))
+    assert finish(helper) == 0, said(tmp_path)
     assert (prepared / "manifest.json").exists()
+
+
+def until(condition) -> None:
+    """Wait for something that comes within seconds, or fail."""
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come")
 
 
 def test_a_run_takes_what_was_prepared_together(config, tmp_path, capsys):
@@ -112,6 +133,8 @@ def test_a_run_takes_what_was_prepared_together(config, tmp_path, capsys):
     run(path, until="prepare")
     assert shards == {each: each.stat().st_mtime_ns for each in (tmp_path / "run" / "prepared").rglob("*.bin")}
     assert json.loads((tmp_path / "run" / "stages" / "prepare.json").read_text())["record"]
+    assert run_elo(["prepare", path, "--together"], capsys)[0] == 0, "once more"
+    content(tmp_path / "run" / "prepared")
 
 
 def test_another_configuration_is_refused(config, tmp_path, capsys):

@@ -83,7 +83,7 @@ def test_words_that_change_are_told_from_quotations():
 
 def test_one_training_gives_extensions_of_every_size():
     for backend in (byte_level(), byte_fallback()):
-        learner = PieceLearner(backend, TARGET, SOURCE, 60)
+        learner = PieceLearner(backend, TARGET, [SOURCE], 60)
         small = learner.extension(30)
         assert small == learn_extension(backend, TARGET, SOURCE, 30)
         assert learner.extension(60) == learn_extension(backend, TARGET, SOURCE, 60)
@@ -112,6 +112,28 @@ def test_old_ids_stay_even_of_special_tokens_after_the_vocabulary():
     require_old_ids(old, new, "new")
     assert new.encode("<|im_start|>the<|im_end|>").ids == old.encode("<|im_start|>the<|im_end|>").ids
     assert sorted(new.get_vocab().values()) == list(range(new.get_vocab_size())), "no id twice, no gap"
+
+
+def test_a_piece_never_takes_the_place_of_an_added_token():
+    old = byte_level()
+    old.add_tokens(["etxea", "zubian"])
+    new = extended(old, target=[text.replace(" ", "\n") for text in texts(BASQUE, 150, 5)])[1]
+    require_old_ids(old, new, "new")
+
+
+@pytest.mark.parametrize("character", ["々", "ー", "ª", "µ", "Ａ"])
+def test_letters_of_several_scripts_are_nobodys_quotation(character):
+    """They are rare in the source, but its own: the pairs they make stay as they are."""
+    source = [*SOURCE, f"the a{character}b sat"]
+    new = extended(byte_level(), target=[f"a{character}b" for _ in range(50)] + TARGET, source=source)[1]
+    for word in (f"a{character}b", f" a{character}b"):
+        assert new.encode(word).ids == byte_level().encode(word).ids
+
+
+def test_white_space_and_control_characters_become_no_pieces():
+    old = byte_fallback()
+    extension = learn_extension(old, [text.replace(" ", "\n\t") for text in TARGET], [" ".join(ENGLISH)] * 3, 60)
+    assert not {"\n", "\t", "\x00"} & set(extension.pieces)
 
 
 def test_another_tokenizer_is_no_extension():
@@ -151,6 +173,21 @@ def test_words_are_what_no_token_spans():
             words = list(split_words(backend, text))
             joined = [token.value for word in words for token in backend.model.tokenize(word)]
             assert joined == backend.encode(text, add_special_tokens=False).tokens
+
+
+def test_each_of_several_languages_keeps_its_words():
+    """However small one is beside the others: its script is its own."""
+    few = texts(KOREAN[:5], 2, 7)
+    old = byte_level()
+    new = extend_tokenizer(old, PieceLearner(old, TARGET, [SOURCE * 20, few], 60).extension(60))
+    for text in few:
+        assert new.encode(text).ids == old.encode(text).ids
+
+
+def test_text_without_any_token_is_told():
+    nothing = Tokenizer(models.BPE())
+    with pytest.raises(EloError, match="no token at all"):
+        measure_fertility(nothing, ["강물"])
 
 
 def test_fertility_counts():

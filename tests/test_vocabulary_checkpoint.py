@@ -72,6 +72,9 @@ def test_new_rows_begin_as_asked(how, tied, tmp_path):
         assert torch.equal(new[:64], tensor)
         assert torch.allclose(new[67:], tensor.mean(0).expand(5, -1), atol=1e-6)
         if how == "noise":
+            if not tied:
+                both = torch.stack([after[each][64:67].flatten() for each in sorted(names)])
+                assert abs(float(torch.corrcoef(both)[0, 1])) < 0.5, "embedding and head are drawn apart"
             assert not torch.equal(new[64], new[65])
             assert 0.5 < float((new[64:67] - tensor.mean(0)).std() / tensor.std()) < 2
             continue
@@ -99,6 +102,7 @@ def test_unused_rows_of_the_base_are_taken_before_more_are_made(tmp_path):
     assert weight.shape == (64, 32)
     assert torch.equal(weight[:60], before["model.embed_tokens.weight"][:60])
     assert torch.allclose(weight[61], before["model.embed_tokens.weight"][8:10].mean(0))
+    assert torch.equal(weight[63], before["model.embed_tokens.weight"][63]), "padding of the base stays"
 
 
 def test_a_tokenizer_with_tokens_beyond_the_embedding(tmp_path):

@@ -317,8 +317,8 @@ def vocab_measure(
 def vocab_extend(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    target: Annotated[Path | None, typer.Option(help="Text to learn pieces from.")] = None,
-    source: Annotated[Path | None, typer.Option(help="Text whose words must be cut up as before.")] = None,
+    target: Annotated[str | None, typer.Option(help="Text to learn pieces from.")] = None,
+    source: Annotated[str | None, typer.Option(help="Text whose words must be cut up as before.")] = None,
     pieces: Annotated[int, typer.Option(help="How many new pieces.")] = 8000,
     tokenizer: Annotated[str | None, typer.Option(help="Take this extended tokenizer instead of learning one.")] = None,
     init: Annotated[
@@ -354,7 +354,7 @@ def vocab_extend(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
-    typer.echo(f"{output}: {extension_line(record)}")
+    typer.echo(_one_line(f"{output}: {extension_line(record)}"))
 
 
 def _until(stage: str, config: Path, overrides: list[str] | None) -> None:
@@ -412,15 +412,15 @@ def _prompts(pairs: list[str] | None) -> dict[str, list[str]]:
     return found
 
 
-def _by_language(option: str, pairs: list[str] | None) -> dict[str, str | Path]:
-    found: dict[str, str | Path] = {}
+def _by_language(option: str, pairs: list[str] | None) -> dict[str, str]:
+    found: dict[str, str] = {}
     for pair in pairs or []:
         language, equals, path = pair.partition("=")
         if not equals or not language or not path:
             raise EloError(f"{option} {pair!r}: write LANGUAGE=FILE, for example {option} ko=heldout.jsonl")
         if language in found:
             raise EloError(f"{option}: {language!r} is given twice")
-        found[language] = Path(path)
+        found[language] = path
     return found
 
 

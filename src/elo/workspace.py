@@ -72,7 +72,7 @@ class Workspace:
             try:
                 yield
             except EloError:
-                if made and self._nothing_done():
+                if made and not shared and self._nothing_done():
                     remove(self.root)
                     for folder in made[1:]:
                         folder.rmdir()

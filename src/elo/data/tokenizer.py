@@ -124,17 +124,17 @@ def save_with_backend(
     for name in ("vocab.json", "merges.txt"):  # some classes write their old ones as well
         (folder / name).unlink(missing_ok=True)
     found = _load(str(folder), trust_remote_code).backend_tokenizer
-    if found.get_vocab() != backend.get_vocab() or _model_state(found) != _model_state(backend):
+    if found.get_vocab() != backend.get_vocab() or _what_cuts(found) != _what_cuts(backend):
         raise EloError(
             f"{path_or_id}: {type(tokenizer).__name__} does not keep an extended vocabulary when it is saved and "
             "loaded; extend it with the tool it was made with, and give the result with --tokenizer"
         )
 
 
-def _model_state(backend: Tokenizer) -> Any:
-    model = json.loads(backend.to_str())["model"]
-    merges = [tuple(each.split(" ")) if isinstance(each, str) else tuple(each) for each in model.get("merges", [])]
-    return model["vocab"], merges
+def _what_cuts(backend: Tokenizer) -> Any:
+    """The parts of a tokenizer that decide how text is cut up."""
+    state = json.loads(backend.to_str())
+    return state["model"], state["normalizer"], state["pre_tokenizer"]
 
 
 def _load(name: str, trust_remote_code: bool) -> Any:

@@ -8,6 +8,7 @@ pairs that do so in words of the source language are never joined.
 """
 
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -32,6 +33,16 @@ _OWN_SYMBOL = 1e-5
 # New characters are taken until they make up this share of all occurrences of unknown ones.
 _CHARACTER_COVERAGE = 0.999
 _REPEAT = 1000
+# First words of the names of letters that tell a script; other letters (ª, µ, 々, ー) belong to several.
+_SCRIPTS = frozenset(
+    re.split(
+        r"\s+",
+        """ADLAM ARABIC ARMENIAN BALINESE BAMUM BENGALI BOPOMOFO BUGINESE CANADIAN CHAM CHEROKEE CJK COPTIC CYRILLIC
+        DEVANAGARI ETHIOPIC GEORGIAN GLAGOLITIC GOTHIC GREEK GUJARATI GURMUKHI HANGUL HEBREW HIRAGANA JAVANESE KANNADA
+        KATAKANA KHMER LAO LATIN LEPCHA LIMBU LISU MALAYALAM MONGOLIAN MYANMAR NKO OGHAM OL ORIYA RUNIC SINHALA
+        SUNDANESE SYRIAC TAGALOG TAI TAMIL TELUGU THAANA THAI TIBETAN TIFINAGH VAI YI""",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ def learn_extension(
     Raises:
         EloError: as `PieceLearner`.
     """
-    return PieceLearner(backend, target, source, count, min_frequency=min_frequency).extension(count)
+    return PieceLearner(backend, target, [source], count, min_frequency=min_frequency).extension(count)
 
 
 class PieceLearner:
@@ -88,8 +99,8 @@ class PieceLearner:
     Args:
         backend: a byte-pair tokenizer: byte-level (Llama-3, Qwen) or with byte fallback (Llama-2, Mistral, Gemma).
         target: documents to learn on.
-        source: documents whose words must be cut up as before. Words that hold letters of other scripts than the
-            source's own (less than 1 % of its letters) do not count.
+        sources: by language, documents whose words must be cut up as before. Words that hold letters of other scripts
+            than their language's own (less than 1 % of its letters) do not count.
         most: pieces of the largest extension that will be asked for.
         min_frequency: a pair that occurs less often is not joined.
 
@@ -101,18 +112,26 @@ class PieceLearner:
         self,
         backend: Tokenizer,
         target: Iterable[str],
-        source: Iterable[str],
+        sources: Iterable[Iterable[str]],
         most: int,
         *,
         min_frequency: int = 2,
     ) -> None:
-        self._vocabulary: dict[str, int] = require_extendable(backend)["model"]["vocab"]
+        require_extendable(backend)
+        self._vocabulary = backend.get_vocab(with_added_tokens=False)
+        self._taken = backend.get_vocab(with_added_tokens=True)
         self._cutter = _Cutter(backend)
         target_words = Counter(word for text in target for word in split_words(backend, text))
-        source_words = Counter(word for text in source for word in split_words(backend, text))
         if not target_words:
             raise EloError("vocab: the target text is empty; give text to learn pieces from")
-        forbidden_pairs, forbidden_characters = _used_by(source_words, self._cutter)
+        forbidden_pairs: set[tuple[str, str]] = set()
+        forbidden_characters: set[str] = set()
+        for source in sources:
+            pairs, characters = _used_by(
+                Counter(word for text in source for word in split_words(backend, text)), self._cutter
+            )
+            forbidden_pairs |= pairs
+            forbidden_characters |= characters
         self._characters = _new_characters(target_words, self._vocabulary, forbidden_characters)
 
         letters: dict[str, str] = {}
@@ -133,7 +152,7 @@ class PieceLearner:
         Raises:
             EloError: the text gives no new piece.
         """
-        pieces = self._characters[: count // 2]
+        pieces = [character for character in self._characters if character not in self._taken][: count // 2]
         characters = len(pieces)
         known = {*self._vocabulary, *pieces}
         kept = []
@@ -141,6 +160,8 @@ class PieceLearner:
             piece = left + right
             if left not in known or right not in known or not self._cutter.is_wanted(piece):
                 continue
+            if piece in self._taken and piece not in self._vocabulary:
+                continue  # an added token, which no merge makes
             if piece not in known:
                 if len(pieces) == count:
                     break
@@ -164,8 +185,7 @@ def extend_tokenizer(backend: Tokenizer, extension: Extension) -> Tokenizer:
     next_id = max(model["vocab"].values()) + 1
     for number, piece in enumerate(extension.pieces):
         model["vocab"][piece] = next_id + number
-    as_text = bool(model["merges"]) and isinstance(model["merges"][0], str)
-    model["merges"] += [f"{a} {b}" if as_text else [a, b] for a, b in extension.merges]
+    model["merges"] += [[left, right] for left, right in extension.merges]
     return Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
 
 
@@ -305,7 +325,8 @@ def _script(character: str) -> str:
     """The script of a letter by its Unicode name (LATIN, HANGUL ...), a symbol itself; empty for what all share."""
     category = unicodedata.category(character)
     if category[0] == "L":
-        return unicodedata.name(character, "UNKNOWN").split()[0]
+        words = unicodedata.name(character, "UNKNOWN").removeprefix("HALFWIDTH ").removeprefix("FULLWIDTH ").split()
+        return words[0] if words[0] in _SCRIPTS and category != "Lm" else ""
     return character if category[0] in "PS" and not character.isascii() else ""
 
 
@@ -314,7 +335,7 @@ def _new_characters(words: Counter[str], vocabulary: Collection[str], forbidden:
     unknown: Counter[str] = Counter()
     for word, times in words.items():
         for character in word:
-            if character not in vocabulary and character not in forbidden:
+            if character not in vocabulary and character not in forbidden and not _is_blank(character):
                 unknown[character] += times
     chosen: list[str] = []
     covered, enough = 0, _CHARACTER_COVERAGE * sum(unknown.values())
@@ -324,6 +345,11 @@ def _new_characters(words: Counter[str], vocabulary: Collection[str], forbidden:
         chosen.append(character)
         covered += times
     return chosen
+
+
+def _is_blank(character: str) -> bool:
+    """Whether it is white space or a control character, which are the tokenizer's business and no language's."""
+    return unicodedata.category(character)[0] in "ZC"
 
 
 def _train(words: Counter[str], size: int, min_frequency: int) -> list[tuple[str, str]]:

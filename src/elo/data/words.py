@@ -9,6 +9,8 @@ from itertools import islice
 
 from tokenizers import Tokenizer
 
+from elo.errors import EloError
+
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """SentencePiece's sign for a space."""
 _AT_SPACES = re.compile(f"{_SPACE}*[^{_SPACE}]+|{_SPACE}+")
@@ -42,7 +44,11 @@ class Fertility:
 
 
 def measure_fertility(backend: Tokenizer, texts: Iterable[str]) -> Fertility:
-    """Count the tokens of texts, without special tokens."""
+    """Count the tokens of texts, without special tokens.
+
+    Raises:
+        EloError: there are none.
+    """
     documents = size = characters = words = tokens = 0
     remaining = iter(texts)
     while batch := list(islice(remaining, _BATCH)):
@@ -51,6 +57,10 @@ def measure_fertility(backend: Tokenizer, texts: Iterable[str]) -> Fertility:
         characters += sum(map(len, batch))
         words += sum(len(text.split()) for text in batch)
         tokens += sum(len(each.ids) for each in backend.encode_batch_fast(batch, add_special_tokens=False))
+    if not tokens:
+        raise EloError(
+            f"vocab: {documents:,} documents make no token at all; the text is empty, or the tokenizer drops all of it"
+        )
     return Fertility(documents, size, characters, words, tokens)
 
 

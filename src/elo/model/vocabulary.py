@@ -113,16 +113,17 @@ def extend_checkpoint(
             tensors.append(NewTensor(name, tensor.dtype, tensor.shape, tensor.size, tensor.chunks))
             continue
         how: Initialisation = embedding_rows if group == "embedding" or parts.tied else head_rows
-        make = _Rows(tensor, origins, first_id, min(first_id, old_rows), new_rows, how, seed)
+        own_seed = seed + (group == "head")  # else noise would make an untied head's rows those of the embedding
+        make = _Rows(tensor, origins, first_id, min(first_id, old_rows), new_rows, how, own_seed)
         values = (given or {}).get("embedding" if parts.tied else group)
         if values is not None and len(tensor.shape) == 2:
             make = make.with_values(values)
         tensors.append(NewTensor(name, tensor.dtype, (new_rows, *tensor.shape[1:]), make.size, make.chunks))
     _require_loadable(base, config_json, edits, tensors, trust_remote_code)
     with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
-        write_checkpoint(folder, tensors, max_shard_bytes)
         write_config(folder, config_json)
-        save_tokenizer(folder)
+        save_tokenizer(folder)  # which may refuse, so before gigabytes are written
+        write_checkpoint(folder, tensors, max_shard_bytes)
         copy_side_files(checkpoint, folder, python=trust_remote_code, leave_out=_TOKENIZER_FILES)
     return written
 
@@ -173,14 +174,15 @@ class _Rows:
         yield tensor_bytes(self._new())
 
     def _new(self) -> torch.Tensor:
-        """[W - kept, D]: rows before the first new token's and after the last one's are the mean of the old ones."""
-        stored = torch.frombuffer(
-            bytearray(self.tensor.read(0, self.kept * self.row_bytes)), dtype=self.tensor.torch_dtype
-        )
-        old = stored.view(self.kept, *self.tensor.shape[1:])
+        """[W - kept, D]; rows of no token, old or new, stay as they are where the base has them, or are the mean."""
+        stored = torch.frombuffer(bytearray(self.tensor.read()), dtype=self.tensor.torch_dtype)
+        every = stored.view(self.tensor.shape)
+        old = every[: self.kept]
         mean = _mean(old)
         new = mean.repeat(self.rows - self.kept, *[1] * (old.dim() - 1))
-        own = new[self.first_id - self.kept :][: len(self.origins)]
+        stop = self.first_id + len(self.origins)
+        new[stop - self.kept : len(every) - self.kept] = every[stop:]
+        own = new[self.first_id - self.kept : stop - self.kept]
         if self.values is not None:
             own.copy_(self.values)
         elif self.how == "noise":
@@ -260,9 +262,7 @@ def _require_loadable(
     try:
         config = read_edited_config(config_json, base.config, edits)
         hollow = build_hollow_causal_lm(config, trust_remote_code=trust_remote_code)
-    except UnsupportedArchitectureError:
-        raise
-    except Exception as error:  # a model class that cannot be built with this size, in its own way
+    except Exception as error:  # a configuration or model class that does not take this size, in its own way
         raise UnsupportedArchitectureError(
             f"model type {base.config.model_type!r}: cannot have {edits['vocab_size']} tokens ({error_line(error)})"
         ) from None

@@ -79,8 +79,8 @@ class Job:
 
     # Data.
 
-    def prepare(self, *, together: bool = False) -> "PreparedData | None":
-        """Token shards of all corpora; `together` with other processes, None where those are still at work."""
+    def prepare(self, *, together: bool = False) -> "PreparedData":
+        """Token shards of all corpora, made by this process or `together` with others."""
         from elo.data.shards import PreparedData
 
         data = self.config.data
@@ -96,7 +96,7 @@ class Job:
 
         def work() -> dict[str, Any]:
             self.say("prepare: tokenising the corpora")
-            self.prepared = prepare(
+            prepare(
                 self.tokenizer,
                 corpora,
                 output,
@@ -116,7 +116,7 @@ class Job:
             work()
         else:
             self.workspace.stage("prepare", inputs, work, outputs=(output,))
-            self.prepared = PreparedData.open(output)
+        self.prepared = PreparedData.open(output)
         return self.prepared
 
     def plan_rows(self, prepared: "PreparedData") -> None:

@@ -54,6 +54,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     from elo.model.refusals import require_detachable
     from elo.model.tensor_files import open_checkpoint
     from elo.training.methods import first_new_row
+    from elo.training.settings import check_also_train
 
     open_checkpoint(base)
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
@@ -67,6 +68,8 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
         raise EloError(
             f"layers: {config.layers!r} leaves out no layer, so there is nothing for elo.stand_in to replace"
         )
+    for method in methods_of(config):
+        check_also_train(method.also_train, tied=find_architecture(model).tied)
     if any(method.needs_new_rows for method in methods_of(config)):
         first_new_row(model)
     length, limit = config.data.sequence_length, longest_sequence(model)

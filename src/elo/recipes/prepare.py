@@ -7,6 +7,7 @@ is complete when it has its manifest; until then the same command goes on after 
 import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 LANGUAGE = re.compile(r"[\w-]+")
 MARKER = "prepare.json"
 """Written first: the folder is prepare's own, so that no other folder's content is ever touched."""
-TURN = "turn.lock"
-"""Held by one of several that prepare together, while it looks at what all of them have made."""
+SECONDS_BETWEEN_LOOKS = 2.0
+"""Of several that prepare together, at what the others are still at work on."""
 BYTES_PER_WORKER = 4 << 20
 """Input on disk that is worth the start of one more process."""
 CORES_OF_ONE_PROCESS = 8
@@ -84,7 +85,7 @@ def prepare(
     together: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-) -> "PreparedData | None":
+) -> "PreparedData":
     """Tokenise `corpora` ({language: corpora}) into `output`.
 
     Args:
@@ -96,11 +97,8 @@ def prepare(
         shard_tokens: tokens of a shard; what a killed run may have to do again.
         vocab_size: rows of the model's embedding; token ids beyond are refused.
         together: other processes, on this machine or on others that share the folder, may do the same call at the same
-            time: each takes runs of input files that nobody works on, and whoever ends last writes the manifest.
+            time: each takes runs of input files that nobody works on, and all wait until the last is done.
         overwrite: replace finished data made from other inputs or settings.
-
-    Returns:
-        The data; with `together` None where others are still at work.
 
     Raises:
         EloError: bad input, named by file and line; or `output` holds something else.
@@ -146,12 +144,13 @@ def prepare(
             for task in tasks:
                 job.claim(task, start_over=not together)
         try:
-            _tokenize(job, tasks, workers, progress, together)
+            told = False
+            while left := _tokenize(job, tasks, workers, progress, together):
+                if not told:
+                    tell(f"{output}: others are at work on {left} runs of files; waiting for them")
+                told = True
+                time.sleep(SECONDS_BETWEEN_LOOKS)  # what one of them leaves, because it died, is taken then
             with _one_at_a_time(output, together):
-                left = sum(not state.finished for task in tasks for state in job.states(task, look=together))
-                if left:
-                    tell(f"{output}: others are still at work on {left} runs of files; whoever ends last finishes")
-                    return None
                 manifest = make_manifest(job, tasks, plan)
                 write_json(output / MANIFEST, manifest)
                 for lock in output.rglob("*.lock"):
@@ -243,7 +242,7 @@ def _one_at_a_time(output: Path, together: bool) -> Iterator[None]:
     if not together:
         yield
         return
-    with (output / TURN).open("a") as turn:
+    with (output / MARKER).open("rb") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         yield
 
@@ -334,8 +333,8 @@ def _sweep(output: Path, tasks: "list[CorpusTask]") -> None:
         remove(leftover)
 
 
-def _tokenize(job: "Preparation", tasks: "list[CorpusTask]", workers: int | None, show: bool, together: bool) -> None:
-    """Tokenise what is missing of every corpus, but for what others are at work on."""
+def _tokenize(job: "Preparation", tasks: "list[CorpusTask]", workers: int | None, show: bool, together: bool) -> int:
+    """Tokenise what is missing of every corpus; returns how many units others are at work on."""
     from elo.data.tokenizing import TokenizerPool
 
     unknown = any(file.is_hub for task in tasks for file in task.files)
@@ -350,7 +349,7 @@ def _tokenize(job: "Preparation", tasks: "list[CorpusTask]", workers: int | None
             else:
                 pending.append((task, unit, size))
     if not pending:
-        return
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = workers or (1 if cores <= CORES_OF_ONE_PROCESS else cores)
     if not unknown:
@@ -359,9 +358,10 @@ def _tokenize(job: "Preparation", tasks: "list[CorpusTask]", workers: int | None
     frame = (tokenizer.prefix_token_id, tokenizer.eos_token_id)
     progress = Progress(None if unknown else total, "prepare" if show else None, "B", done)
     with progress, TokenizerPool(tokenizer.backend, *frame, tokenizer.dtype, processes) as pool:
-        tokens = 0
+        tokens, left = 0, 0
         for task, unit, size in pending:
             with _taken(job.root / task.folder / f"{unit:05d}.lock", together) as ours:
+                left += not ours
                 if ours:
                     if together:
                         job.sweep(task, unit)
@@ -369,6 +369,7 @@ def _tokenize(job: "Preparation", tasks: "list[CorpusTask]", workers: int | None
                         tokens += new_tokens
                         progress.update(done + read, f"{short(tokens)} tokens")
             done += size
+    return left
 
 
 def _remove_if_nothing_finished(output: Path, existed: bool) -> None:

@@ -19,17 +19,16 @@ if TYPE_CHECKING:
 Until = Literal["prepare", "detach", "elo_pretraining", "attach", "layer_alignment"]
 
 
-def prepare_together(config: str | Path | dict[str, Any], *, overrides: list[str] | None = None) -> bool:
+def prepare_together(config: str | Path | dict[str, Any], *, overrides: list[str] | None = None) -> None:
     """Tokenise a run's corpora beside other processes that do the same, on machines that share the run folder.
 
-    Returns:
-        Whether all is prepared; otherwise others are still at work, and whoever ends last finishes.
+    It returns when all is prepared, whoever did it.
 
     Raises:
         EloError: as `run`; or the folder is held by a run.
     """
     with open_job(load_config(config, overrides), shared=True) as job:
-        return job.prepare(together=True) is not None
+        job.prepare(together=True)
 
 
 class _ReachedError(Exception):
@@ -69,7 +68,6 @@ def _all_stages(job: Job, until: Until | None) -> dict[str, Any]:
     config = job.config
     _check_until(job.method(config.method), until)
     prepared = job.prepare()
-    assert prepared is not None
     reached("prepare")
     job.plan_rows(prepared)
     base = None if until else job.evaluate("base", job.base)

@@ -84,7 +84,7 @@ def measure_vocabulary(
     if target is not None:
         config = read_config(model, trust_remote_code=trust_remote_code)
         now = footprint(config)
-        learning = [text for language, (train, _) in texts.items() if language != target for text in train]
+        learning = [train for language, (train, _) in texts.items() if language != target]
         learner = PieceLearner(backend, texts[target][0], learning, max(pieces))
         found = {len(extension.pieces): extension for extension in map(learner.extension, pieces)}
         for count, extension in sorted(found.items()):
@@ -188,6 +188,7 @@ def extend_vocabulary(
         require_extendable(old)
         print(f"vocab: learning up to {pieces:,} pieces from {sum(map(len, of_target[0])):,} characters", flush=True)
         new = extend_tokenizer(old, learn_extension(old, of_target[0], of_source[0], pieces))
+        require_old_ids(old, new, "extended")
     else:
         new = _backend(tokenizer, trust_remote_code)
         require_old_ids(old, new, str(tokenizer))
@@ -202,6 +203,11 @@ def extend_vocabulary(
     for name, (_, heldout) in (("target", of_target), ("source", of_source)):
         if heldout:
             before, after = measure_fertility(old, heldout), measure_fertility(new, heldout)
+            if name == "target" and after.tokens >= before.tokens:
+                raise EloError(
+                    "vocab: the new pieces are never used on text that they were not learnt from; give more text, or "
+                    "see whether the tokenizer's added tokens take the words first"
+                )
             record[f"{name}_bytes_per_token"] = [round(before.bytes_per_token, 4), round(after.bytes_per_token, 4)]
     if of_source[1]:
         record["source_identity"] = _identity(compare_tokenizers(old, new, of_source[1]))
@@ -244,7 +250,10 @@ def _read(path: str | Path, text_column: str, limit: int, label: str) -> tuple[l
             progress.advance(len(text))
     train, heldout = documents
     if not train:
-        raise EloError(f"{path}: has less than two documents; give more text, to learn from and to measure on")
+        raise EloError(
+            f"{path}: has less than two documents{f' within {limit:,} characters' if heldout else ''}; give more text "
+            "(or a larger --max-characters), to learn from and to measure on"
+        )
     return train, heldout
 
 
@@ -257,8 +266,9 @@ def _until(texts: Iterator[str], limit: int) -> Iterator[str]:
 
 
 def _origin(old: "Tokenizer", token: str) -> list[int]:
-    """The old tokens that a new token's text is cut into, as its vocabulary spells it."""
-    return [each.id for each in old.model.tokenize(token)]
+    """The old tokens that a new token's text is cut into, as its vocabulary spells it; unknown parts left out."""
+    unknown = getattr(old.model, "unk_token", None)
+    return [each.id for each in old.model.tokenize(token) if each.value != unknown]
 
 
 def _read_rows(path: Path) -> "dict[str, torch.Tensor]":

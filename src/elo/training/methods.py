@@ -178,7 +178,8 @@ class Elo(Method):
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         if phase.middle == "computed":
-            return super().prepare(model, phase, setup)
+            super().prepare(model, phase, setup)
+            return Prepared(first_row=first_new_row(model) if self.needs_new_rows else 0)
         return self.prepare_kept_layers(model, phase, setup)
 
     def flops_per_token(self, phase: Phase, counted: Footprint, layers: Sequence[int], sequence_length: int) -> float:
@@ -273,6 +274,7 @@ class Lora(Method):
 
     def __init__(self, options: Options) -> None:
         self.settings = options.lora
+        self.also_train = options.lora.also_train
 
     def check(self) -> None:
         try:

@@ -6,7 +6,7 @@ Names are transformers' where transformers has one.
 from collections.abc import Collection
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from elo.errors import EloError
 
@@ -82,6 +82,14 @@ class EloOptions(BaseModel):
     alignment: Literal["auto", "full", "forward_only", "none"] = "auto"
     """What layer alignment trains: everything; the kept layers again, past a middle computed without a graph; or there
     is none. auto: full after a detached phase, none after a forward-only one, which has nothing to align."""
+
+    @model_validator(mode="after")
+    def _rows_of_something(self) -> "EloOptions":
+        if self.embedding_rows == "new" and not {"embedding", "head"} & set(self.also_train):
+            raise ValueError(
+                "embedding_rows: new says which rows of embedding and head train; name them in also_train, or write all"
+            )
+        return self
 
     @field_validator("scale")
     @classmethod

@@ -78,7 +78,7 @@ def facts(results: Setting, seeds: Sequence[int]) -> list[tuple[str, str]]:
     found = [("Model", model.name)]
     if model.layers:
         trained = f"; {model.trainable_parameters:,} parameters train" if model.trainable_parameters else ""
-        found.append(("Layers kept in the detached model", ", ".join(map(str, model.layers)) + trained))
+        found.append(("Layers that ELO trains", ", ".join(map(str, model.layers)) + trained))
     if model.vocabulary is not None:
         found.append(("Vocabulary", _extended(model.vocabulary)))
     if data.sequence_length is not None:

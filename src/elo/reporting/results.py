@@ -162,7 +162,7 @@ class Model(Record):
     parameters: Count | None = None
     num_layers: Count | None = None
     layers: tuple[int, ...] = ()
-    """0-based indices of the layers that were kept in the detached model."""
+    """0-based indices of the layers that ELO trains."""
     trainable_parameters: Count | None = None
     """Parameters that train in ELO pretraining."""
     vocabulary: Vocabulary | None = None

@@ -1,6 +1,7 @@
 """Detaching from and attaching to checkpoints on disk: what is written, what is kept, what is put back."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -329,3 +330,10 @@ def test_what_cannot_be_linked_is_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "hardlink_to", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
     assert copy_shared(tmp_path / "file", tmp_path / "copy", link=True) in ("cloned", "copied")
     assert (tmp_path / "copy").read_bytes() == b"weights"
+
+
+def test_text_that_utf8_cannot_hold_stays_in_the_configuration(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "other")
+    edit_config(tmp_path / "other", note="half a pair \ud800, 강물")
+    detach_checkpoint(tmp_path / "other", [0, -1], tmp_path / "small")
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["note"] == "half a pair \ud800, 강물"

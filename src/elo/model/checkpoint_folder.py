@@ -81,7 +81,8 @@ def read_edited_config(
 
 def write_config(folder: Path, config_json: dict[str, Any]) -> None:
     """Write a folder's config.json."""
-    (folder / CONFIG_FILE).write_text(json.dumps(config_json, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # In ASCII, as transformers writes it: JSON can hold half of a surrogate pair, UTF-8 cannot.
+    (folder / CONFIG_FILE).write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_side_files(source: Path, target: Path, *, python: bool, leave_out: Collection[str] = ()) -> None:

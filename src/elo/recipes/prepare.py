@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -207,9 +207,7 @@ def _check_output(output: Path) -> None:
     """Raise EloError unless `output` is new, empty, or prepare's own."""
     if output.exists() and not output.is_dir():
         raise EloError(f"{output}: is a file; name a folder for the token shards")
-    # Another process may be writing the marker at this moment.
-    begun = output.is_dir() and any(not path.name.startswith(TEMPORARY_PREFIX + MARKER) for path in output.iterdir())
-    if begun and not (output / MARKER).is_file():
+    if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
         raise EloError(f"{output}: the folder holds other things; choose another output, or remove it")
 
 
@@ -227,8 +225,9 @@ def _locked(output: Path, *, shared: bool) -> Iterator[None]:
         except BlockingIOError:
             raise EloError(f"{output}: another prepare is at work there; wait for it, or use another output") from None
         try:
-            if not (output / MARKER).is_file():
-                write_json(output / MARKER, {"made_by": "elo prepare"})
+            # Made once and never replaced: those that prepare together take turns by locking it.
+            with suppress(FileExistsError), (output / MARKER).open("x") as marker:
+                marker.write('{"made_by": "elo prepare"}\n')
         except OSError as error:
             raise EloError(f"{output}: cannot be written ({error.strerror}); choose another output") from None
         yield

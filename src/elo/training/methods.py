@@ -143,11 +143,14 @@ class Method:
             return count("forward_only").total + map_flops  # input gradient alone
         return count("frozen").total
 
+    def _first_row(self, model: PreTrainedModel) -> int:
+        return first_new_row(model) if self.needs_new_rows else 0
+
     def prepare_kept_layers(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         """Train the kept layers and `also_train`, with what `phase.middle` says for the others."""
         layers = range(len(setup.layers)) if phase.detached else setup.layers
         select_layers(model, layers, self.also_train)
-        first_row = first_new_row(model) if self.needs_new_rows else 0
+        first_row = self._first_row(model)
         if not phase.needs_bridge:
             return Prepared(first_row=first_row)
         assert setup.bridge is not None
@@ -178,8 +181,8 @@ class Elo(Method):
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         if phase.middle == "computed":
-            super().prepare(model, phase, setup)
-            return Prepared(first_row=first_new_row(model) if self.needs_new_rows else 0)
+            model.requires_grad_(True)
+            return Prepared(first_row=self._first_row(model))
         return self.prepare_kept_layers(model, phase, setup)
 
     def flops_per_token(self, phase: Phase, counted: Footprint, layers: Sequence[int], sequence_length: int) -> float:
@@ -231,7 +234,8 @@ class EmbeddingsFirst(Method):
         if phase.name == "full":
             return super().prepare(model, phase, setup)
         select_layers(model, (), self.also_train)
-        return Prepared(first_row=first_new_row(model) if has_new_rows(model) else 0)
+        rows = read_new_rows(model.config)
+        return Prepared(first_row=rows.start if rows else 0)
 
     def flops_per_token(self, phase: Phase, counted: Footprint, layers: Sequence[int], sequence_length: int) -> float:
         if phase.name == "full":
@@ -400,11 +404,6 @@ def train_parts(model: PreTrainedModel, also_train: Collection[Part]) -> None:
         path = paths[part]
         if path is not None:
             model.get_submodule(path).requires_grad_(True)
-
-
-def has_new_rows(model: PreTrainedModel) -> bool:
-    """Whether the model's vocabulary was extended by `elo vocab`."""
-    return read_new_rows(model.config) is not None
 
 
 def first_new_row(model: PreTrainedModel) -> int:

@@ -14,7 +14,7 @@ from elo.model.architecture import find_architecture
 from elo.model.checkpoint import attach_checkpoint, detach_checkpoint
 from elo.model.new_rows import VOCABULARY_KEY, NewRows, read_new_rows
 from elo.model.surgery import attach_layers, detach_layers
-from elo.model.vocabulary import INITIALISATIONS, extend_checkpoint
+from elo.model.vocabulary import INITIALISATIONS, NewTokens, RowInit, extend_checkpoint
 
 ORIGINS = [[5, 6, 7], [8, 9], [10]]
 # Tied and untied, with a biased head, other names on disk, scaled embeddings, experts, state spaces, multipliers.
@@ -25,8 +25,8 @@ SOME = [
 
 
 def extend(base: Path, output: Path, first_id: int = 64, **arguments) -> dict:
-    arguments = {"origins": ORIGINS, "save_tokenizer": lambda folder: None, "pad_to_multiple_of": 8} | arguments
-    return extend_checkpoint(base, output, first_id=first_id, **arguments)
+    arguments = {"save_tokenizer": lambda folder: None, "pad_to_multiple_of": 8} | arguments
+    return extend_checkpoint(base, output, NewTokens(first_id, ORIGINS), **arguments)
 
 
 def base_of(folder: Path, **arguments):
@@ -60,7 +60,7 @@ def test_every_family_keeps_its_logits_and_gains_rows(family, tmp_path):
 @pytest.mark.parametrize("how", INITIALISATIONS)
 def test_new_rows_begin_as_asked(how, tied, tmp_path):
     base_of(tmp_path / "base", tied=tied)
-    extend(tmp_path / "base", tmp_path / "new", embedding_rows=how, head_rows=how, seed=3)
+    extend(tmp_path / "base", tmp_path / "new", init=RowInit(how, how, seed=3))
     before, after = stored(tmp_path / "base"), stored(tmp_path / "new")
     names = {"model.embed_tokens.weight"} if tied else {"model.embed_tokens.weight", "lm_head.weight"}
     for name, tensor in before.items():
@@ -88,7 +88,7 @@ def test_new_rows_begin_as_asked(how, tied, tmp_path):
 
 def test_embedding_and_head_may_begin_differently(tmp_path):
     base_of(tmp_path / "base")
-    extend(tmp_path / "base", tmp_path / "new", head_rows="first")
+    extend(tmp_path / "base", tmp_path / "new", init=RowInit(head="first"))
     before, after = stored(tmp_path / "base"), stored(tmp_path / "new")
     assert torch.allclose(after["model.embed_tokens.weight"][64], before["model.embed_tokens.weight"][5:8].mean(0))
     assert torch.equal(after["lm_head.weight"][64], before["lm_head.weight"][5])
@@ -128,11 +128,11 @@ def test_bf16_and_several_shards(tmp_path):
 def test_rows_computed_elsewhere(tmp_path):
     base_of(tmp_path / "base")
     given = {"embedding": torch.randn(3, 32), "head": torch.randn(3, 32)}
-    record = extend(tmp_path / "base", tmp_path / "new", given=given)
+    record = extend(tmp_path / "base", tmp_path / "new", init=RowInit(given=given))
     after = stored(tmp_path / "new")
     assert torch.equal(after["model.embed_tokens.weight"][64:67], given["embedding"])
     assert torch.equal(after["lm_head.weight"][64:67], given["head"])
-    assert record["embedding_rows"] == "given"
+    assert record["embedding_init"] == "given"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_rows_computed_elsewhere(tmp_path):
 def test_rows_that_do_not_fit_are_refused(given, said, tmp_path):
     base_of(tmp_path / "base")
     with pytest.raises(EloError, match=said):
-        extend(tmp_path / "base", tmp_path / "new", given=given)
+        extend(tmp_path / "base", tmp_path / "new", init=RowInit(given=given))
     assert not (tmp_path / "new").exists()
 
 

@@ -16,6 +16,10 @@ from elo.model.tensor_files import Checkpoint, open_checkpoint
 from elo.records import read_json
 
 CONFIG_FILE = "config.json"
+TOKENIZER_PATTERNS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+)  # fmt: skip
+"""Globs of the files that a tokenizer may be made of, its chat template apart."""
 _SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _NOT_SIDE = {"config.json", "adapter_config.json", "trainer_state.json", "quantize_config.json"}
 
@@ -86,7 +90,7 @@ def write_config(folder: Path, config_json: dict[str, Any]) -> None:
 
 
 def copy_side_files(source: Path, target: Path, *, python: bool, leave_out: Collection[str] = ()) -> None:
-    """Tokenizer, generation settings, licence and the like; never weights, never what is already there."""
+    """Tokenizer, generation settings, licence and the like; never weights, what is already there, or these globs."""
     for path in sorted(source.iterdir()):
         wanted = path.suffix in _SIDE_SUFFIXES or path.name.upper().startswith(
             ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -94,7 +98,7 @@ def copy_side_files(source: Path, target: Path, *, python: bool, leave_out: Coll
         if (
             not (wanted or (python and path.suffix == ".py"))
             or path.name in _NOT_SIDE
-            or path.name in leave_out
+            or any(path.match(pattern) for pattern in leave_out)
             or path.name.endswith(".index.json")
         ):
             continue

@@ -66,8 +66,7 @@ def _vocabulary(model_config: Any) -> dict[str, Any]:
     """What `elo vocab extend` did to the base, if anything."""
     from elo.model.new_rows import VOCABULARY_KEY, read_new_rows
 
-    record = getattr(model_config, VOCABULARY_KEY) if read_new_rows(model_config) else None
-    return {} if record is None or "tokens" not in record else {"vocabulary": record}
+    return {"vocabulary": getattr(model_config, VOCABULARY_KEY)} if read_new_rows(model_config) else {}
 
 
 def hardware() -> dict[str, Any]:

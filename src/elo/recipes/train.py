@@ -17,11 +17,6 @@ if TYPE_CHECKING:
     from elo.training.methods import Method, Phase, Setup
     from elo.training.trainer import Evaluate
 
-_TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "*.model",
-    "*.tiktoken",
-)  # fmt: skip
-
 
 def train_checkpoint(
     checkpoint: Path,
@@ -108,13 +103,15 @@ def save_checkpoint(
     Args:
         gathered: the weights, where the model holds only pieces of them.
     """
+    from elo.model.checkpoint_folder import TOKENIZER_PATTERNS
+
     with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
         if gathered is None:
             model.to(dtype).save_pretrained(folder)
         else:
             model.config.dtype = dtype
             model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in gathered.items()})
-        for pattern in _TOKENIZER_FILES:
+        for pattern in (*TOKENIZER_PATTERNS, "chat_template*"):
             for file in side_files.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)

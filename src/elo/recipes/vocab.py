@@ -165,7 +165,7 @@ def extend_vocabulary(
         require_old_ids,
     )
     from elo.data.words import measure_fertility
-    from elo.model.vocabulary import INITIALISATIONS, extend_checkpoint
+    from elo.model.vocabulary import INITIALISATIONS, NewTokens, RowInit, extend_checkpoint
 
     for name, value in (("--init", init), ("--head-init", head_init or init)):
         if value not in INITIALISATIONS:
@@ -199,7 +199,7 @@ def extend_vocabulary(
             f"tokenizer {tokenizer}: its new tokens must be numbered from {first_id} on without a gap, and be at least "
             "one; it is not an extension of the model's"
         )
-    record: dict[str, Any] = {"base": str(model), "tokens": len(tokens)}
+    record: dict[str, Any] = {"base": str(model)}
     for name, (_, heldout) in (("target", of_target), ("source", of_source)):
         if heldout:
             before, after = measure_fertility(old, heldout), measure_fertility(new, heldout)
@@ -214,14 +214,10 @@ def extend_vocabulary(
     return extend_checkpoint(
         folder,
         Path(output),
-        origins=[_origin(old, token) for _, token in tokens],
-        first_id=first_id,
+        NewTokens(first_id, [_origin(old, token) for _, token in tokens]),
         save_tokenizer=lambda place: save_with_backend(folder, new, place, trust_remote_code),
-        embedding_rows=init,  # type: ignore[arg-type]
-        head_rows=head_init or init,  # type: ignore[arg-type]
-        given=given,
+        init=RowInit(init, head_init or init, given, seed),  # type: ignore[arg-type]
         pad_to_multiple_of=pad_to_multiple_of,
-        seed=seed,
         record=record,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,

@@ -41,7 +41,8 @@ def render_vocabulary(measured: Mapping[str, Any]) -> RenderableType:
 
 def extension_line(record: Mapping[str, Any]) -> str:
     """What `elo.recipes.vocab.extend_vocabulary` did, in a line."""
-    told = [f"{record['tokens']:,} new tokens, ids {record['rows']['start']:,} to {record['rows']['stop'] - 1:,}"]
+    start, stop = record["rows"]["start"], record["rows"]["stop"]
+    told = [f"{stop - start:,} new tokens, ids {start:,} to {stop - 1:,}"]
     for name in ("target", "source"):
         if rates := record.get(f"{name}_bytes_per_token"):
             told.append(f"{name} {rates[0]:.2f} -> {rates[1]:.2f} bytes a token")

@@ -101,7 +101,7 @@ def facts(results: Setting, seeds: Sequence[int]) -> list[tuple[str, str]]:
 
 
 def _extended(vocabulary: Vocabulary) -> str:
-    told = f"extended by {vocabulary.tokens:,} tokens"
+    told = f"extended by {len(vocabulary.rows):,} tokens"
     for name in ("target", "source"):
         if rates := getattr(vocabulary, f"{name}_bytes_per_token"):
             told += f"; {name} language {rates[0]:.2f} to {rates[1]:.2f} bytes a token"

@@ -142,16 +142,15 @@ class NewRows(Record):
     start: Count
     stop: Count
 
+    def __len__(self) -> int:
+        return self.stop - self.start
+
 
 class Vocabulary(Record):
     """What `elo vocab extend` did to the base model."""
 
-    tokens: Count
-    """New ones."""
     rows: NewRows
-    """Their ids."""
-    embedding_rows: str | None = None
-    """What new rows began as."""
+    """Ids of the new tokens."""
     target_bytes_per_token: tuple[float, float] | None = None
     """Before and after."""
     source_bytes_per_token: tuple[float, float] | None = None

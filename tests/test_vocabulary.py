@@ -8,13 +8,17 @@ from transformers import AutoTokenizer
 from vocabulary_fixtures import BASQUE, ENGLISH, KINDS, KOREAN, byte_fallback, byte_level, texts, tokenizer_of
 
 from elo.data.tokenizer import save_with_backend
-from elo.data.vocabulary import PieceLearner, compare_tokenizers, extend_tokenizer, learn_extension, require_old_ids
+from elo.data.vocabulary import PieceLearner, compare_tokenizers, extend_tokenizer, require_old_ids
 from elo.data.words import Spelling, measure_fertility, split_words
 from elo.errors import EloError
 
 TARGET = texts(KOREAN, 150, 1)
 SOURCE = texts(ENGLISH, 150, 2, quoted=KOREAN)
 NEW_TARGET, NEW_SOURCE = texts(KOREAN, 60, 3), texts(ENGLISH, 60, 4)
+
+
+def learn_extension(backend: Tokenizer, target, source, count: int):
+    return PieceLearner(backend, target, [source], count).extension(count)
 
 
 def extended(backend: Tokenizer, count: int = 60, target=TARGET, source=SOURCE):

@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 vocab = typer.Typer(
-    help="Measure how well a tokenizer cuts a language up, and extend its vocabulary.",
+    help="Measure how many tokens a language takes, and extend the vocabulary for it.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -318,7 +318,7 @@ def vocab_extend(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     target: Annotated[str | None, typer.Option(help="Text to learn pieces from.")] = None,
-    source: Annotated[str | None, typer.Option(help="Text whose words must be cut up as before.")] = None,
+    source: Annotated[str | None, typer.Option(help="Text whose words must be tokenised as before.")] = None,
     pieces: Annotated[int, typer.Option(help="How many new pieces.")] = 8000,
     tokenizer: Annotated[str | None, typer.Option(help="Take this extended tokenizer instead of learning one.")] = None,
     init: Annotated[
@@ -333,7 +333,7 @@ def vocab_extend(
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write a checkpoint with new pieces for a language, its words of the source language cut up as before."""
+    """Write a checkpoint with new pieces for a language, words of the source language tokenised as before."""
     from elo.recipes.vocab import extend_vocabulary
     from elo.recipes.vocab_table import extension_line
 

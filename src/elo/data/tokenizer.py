@@ -124,15 +124,15 @@ def save_with_backend(
     for name in ("vocab.json", "merges.txt"):  # some classes write their old ones as well
         (folder / name).unlink(missing_ok=True)
     found = _load(str(folder), trust_remote_code).backend_tokenizer
-    if found.get_vocab() != backend.get_vocab() or _what_cuts(found) != _what_cuts(backend):
+    if found.get_vocab() != backend.get_vocab() or _what_decides(found) != _what_decides(backend):
         raise EloError(
             f"{path_or_id}: {type(tokenizer).__name__} does not keep an extended vocabulary when it is saved and "
             "loaded; extend it with the tool it was made with, and give the result with --tokenizer"
         )
 
 
-def _what_cuts(backend: Tokenizer) -> Any:
-    """The parts of a tokenizer that decide how text is cut up."""
+def _what_decides(backend: Tokenizer) -> Any:
+    """The parts of a tokenizer that decide how text is tokenised."""
     state = json.loads(backend.to_str())
     return state["model"], state["normalizer"], state["pre_tokenizer"]
 

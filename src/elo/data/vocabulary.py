@@ -1,14 +1,13 @@
-"""New pieces for a byte-pair tokenizer: learnt on one language, without changing how another is cut up.
+"""New pieces for a byte-pair tokenizer: learnt on one language, without changing how another is tokenised.
 
 Training goes on where the tokenizer's own stopped: each word of the target text is taken as the tokens it has now, and
 byte-pair merges are learnt on top of those (continued BPE training, Purason et al. 2025, arXiv 2512.03989). The new
 merges rank behind all old ones, so that the first of them to fire in a word joins two old tokens that stand side by
-side in the old tokenisation. Text in which no such pair stands side by side is therefore cut up exactly as before;
+side in the old tokenisation. Text in which no such pair stands side by side is therefore tokenised exactly as before;
 pairs that do so in words of the source language are never joined.
 """
 
 import json
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -32,16 +31,17 @@ _OWN_SCRIPT = 0.01
 _OWN_SYMBOL = 1e-5
 # New characters are taken until they make up this share of all occurrences of unknown ones.
 _CHARACTER_COVERAGE = 0.999
+# What occurs less often, a pair or a character, is not learnt.
+_LEAST_TIMES = 2
 _REPEAT = 1000
 # First words of the names of letters that tell a script; other letters (ª, µ, 々, ー) belong to several.
 _SCRIPTS = frozenset(
-    re.split(
-        r"\s+",
-        """ADLAM ARABIC ARMENIAN BALINESE BAMUM BENGALI BOPOMOFO BUGINESE CANADIAN CHAM CHEROKEE CJK COPTIC CYRILLIC
-        DEVANAGARI ETHIOPIC GEORGIAN GLAGOLITIC GOTHIC GREEK GUJARATI GURMUKHI HANGUL HEBREW HIRAGANA JAVANESE KANNADA
-        KATAKANA KHMER LAO LATIN LEPCHA LIMBU LISU MALAYALAM MONGOLIAN MYANMAR NKO OGHAM OL ORIYA RUNIC SINHALA
-        SUNDANESE SYRIAC TAGALOG TAI TAMIL TELUGU THAANA THAI TIBETAN TIFINAGH VAI YI""",
-    )
+    """
+    ADLAM ARABIC ARMENIAN BALINESE BAMUM BENGALI BOPOMOFO BUGINESE CANADIAN CHAM CHEROKEE CJK COPTIC CYRILLIC DEVANAGARI
+    ETHIOPIC GEORGIAN GLAGOLITIC GOTHIC GREEK GUJARATI GURMUKHI HANGUL HEBREW HIRAGANA JAVANESE KANNADA KATAKANA KHMER
+    LAO LATIN LEPCHA LIMBU LISU MALAYALAM MONGOLIAN MYANMAR NKO OGHAM OL ORIYA RUNIC SINHALA SUNDANESE SYRIAC TAGALOG
+    TAI TAMIL TELUGU THAANA THAI TIBETAN TIFINAGH VAI YI
+    """.split()  # noqa: SIM905
 )
 
 
@@ -62,13 +62,13 @@ class Extension:
 
 @dataclass(frozen=True)
 class Identity:
-    """How far two tokenizers cut the same text up alike.
+    """How far two tokenizers agree on the same text.
 
     Attributes:
         documents: compared.
         identical: those with the same ids throughout.
         foreign: those that differ in words of other scripts than the text's own alone (names, quotations).
-        words: words of the text's own scripts that are cut up otherwise, the first few.
+        words: words of the text's own scripts that are tokenised otherwise, the first few.
     """
 
     documents: int
@@ -78,19 +78,8 @@ class Identity:
 
     @property
     def holds(self) -> bool:
-        """Whether the language's own words are all cut up as before."""
+        """Whether the language's own words are all tokenised as before."""
         return self.identical + self.foreign == self.documents
-
-
-def learn_extension(
-    backend: Tokenizer, target: Iterable[str], source: Iterable[str], count: int, *, min_frequency: int = 2
-) -> Extension:
-    """Learn up to `count` new pieces from target text that leave source text as it is; see `PieceLearner`.
-
-    Raises:
-        EloError: as `PieceLearner`.
-    """
-    return PieceLearner(backend, target, [source], count, min_frequency=min_frequency).extension(count)
 
 
 class PieceLearner:
@@ -99,10 +88,9 @@ class PieceLearner:
     Args:
         backend: a byte-pair tokenizer: byte-level (Llama-3, Qwen) or with byte fallback (Llama-2, Mistral, Gemma).
         target: documents to learn on.
-        sources: by language, documents whose words must be cut up as before. Words that hold letters of other scripts
-            than their language's own (less than 1 % of its letters) do not count.
+        sources: by language, documents whose words must be tokenised as before. Words that hold letters of scripts
+            other than their language's own (less than 1 % of its letters) do not count.
         most: pieces of the largest extension that will be asked for.
-        min_frequency: a pair that occurs less often is not joined.
 
     Raises:
         EloError: the tokenizer is of another kind, or the target text is empty.
@@ -114,13 +102,11 @@ class PieceLearner:
         target: Iterable[str],
         sources: Iterable[Iterable[str]],
         most: int,
-        *,
-        min_frequency: int = 2,
     ) -> None:
         require_extendable(backend)
         self._vocabulary = backend.get_vocab(with_added_tokens=False)
         self._taken = backend.get_vocab(with_added_tokens=True)
-        self._cutter = _Cutter(backend)
+        self._words = _WordTokenizer(backend)
         target_words = Counter(word for text in target for word in split_words(backend, text))
         if not target_words:
             raise EloError("vocab: the target text is empty; give text to learn pieces from")
@@ -128,20 +114,20 @@ class PieceLearner:
         forbidden_characters: set[str] = set()
         for source in sources:
             pairs, characters = _used_by(
-                Counter(word for text in source for word in split_words(backend, text)), self._cutter
+                Counter(word for text in source for word in split_words(backend, text)), self._words
             )
             forbidden_pairs |= pairs
             forbidden_characters |= characters
-        self._characters = _new_characters(target_words, self._vocabulary, forbidden_characters)
+        self._characters = _new_characters(target_words, self._taken, forbidden_characters)
 
         letters: dict[str, str] = {}
         words: Counter[str] = Counter()
         for word, times in target_words.items():
-            for part in self._cutter.joinable_parts(word, forbidden_pairs):
+            for part in self._words.joinable_parts(word, forbidden_pairs):
                 written = "".join(letters.setdefault(token, chr(_FIRST_CODE_POINT + len(letters))) for token in part)
                 words[written] += times
         spelled = {letter: token for token, letter in letters.items()}
-        merges = _train(words, len(letters) + int(_SURPLUS * most) + 1000, min_frequency)
+        merges = _train(words, len(letters) + int(_SURPLUS * most) + 1000)
         self._merges = [(_spell(left, spelled), _spell(right, spelled)) for left, right in merges]
 
     def extension(self, count: int) -> Extension:
@@ -152,13 +138,13 @@ class PieceLearner:
         Raises:
             EloError: the text gives no new piece.
         """
-        pieces = [character for character in self._characters if character not in self._taken][: count // 2]
+        pieces = self._characters[: count // 2]
         characters = len(pieces)
         known = {*self._vocabulary, *pieces}
         kept = []
         for left, right in self._merges:
             piece = left + right
-            if left not in known or right not in known or not self._cutter.is_wanted(piece):
+            if left not in known or right not in known or not self._words.is_wanted(piece):
                 continue
             if piece in self._taken and piece not in self._vocabulary:
                 continue  # an added token, which no merge makes
@@ -200,7 +186,7 @@ def require_extendable(backend: Tokenizer) -> dict[str, Any]:
     kind = model.get("type", type(backend.model).__name__)
     why = None
     if kind == "Unigram":
-        why = "a Unigram tokenizer cuts any text into its most probable pieces, so a new piece changes old text too"
+        why = "a Unigram tokenizer splits any text into its most probable pieces, so a new piece changes old text too"
     elif kind != "BPE":
         why = f"a {kind} tokenizer has no merges that could be continued"
     elif model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
@@ -216,16 +202,16 @@ def require_extendable(backend: Tokenizer) -> dict[str, Any]:
 
 
 def compare_tokenizers(old: Tokenizer, new: Tokenizer, texts: Sequence[str]) -> Identity:
-    """Cut texts of one language up with both and compare, id by id."""
+    """Tokenise texts of one language with both and compare, id by id."""
     before = old.encode_batch_fast(list(texts), add_special_tokens=False)
     after = new.encode_batch_fast(list(texts), add_special_tokens=False)
     changed = [text for text, a, b in zip(texts, before, after, strict=True) if a.ids != b.ids]
-    cut_old, cut_new = _Cutter(old), _Cutter(new)
-    scripts = cut_old.own_scripts(Counter(word for text in texts for word in split_words(old, text)))
+    words_old, words_new = _WordTokenizer(old), _WordTokenizer(new)
+    scripts = words_old.own_scripts(Counter(word for text in texts for word in split_words(old, text)))
     foreign, words = 0, dict[str, None]()
     for text in changed:
-        moved = [word for word in set(split_words(old, text)) if cut_old.cut(word) != cut_new.cut(word)]
-        ours = sorted(cut_old.text(word) for word in moved if cut_old.scripts(word) <= scripts)
+        moved = [word for word in set(split_words(old, text)) if words_old.tokenize(word) != words_new.tokenize(word)]
+        ours = sorted(words_old.text(word) for word in moved if words_old.scripts(word) <= scripts)
         # Nothing moved word by word: the words themselves are split otherwise, which is no quotation's fault.
         foreign += bool(moved) and not ours
         words.update(dict.fromkeys(ours or ([] if moved else [text[:40]])))
@@ -244,8 +230,8 @@ def require_old_ids(old: Tokenizer, new: Tokenizer, name: str) -> None:
             )
 
 
-class _Cutter:
-    """Cuts words of `split_words` into tokens as a tokenizer does, and tells what their letters are."""
+class _WordTokenizer:
+    """Tokenises words of `split_words`, and tells what their letters are."""
 
     def __init__(self, backend: Tokenizer) -> None:
         self._model = backend.model
@@ -253,7 +239,7 @@ class _Cutter:
         self.text = Spelling(backend).text
         self._joining: dict[tuple[str, bool], bool] = {}
 
-    def cut(self, word: str) -> list[str]:
+    def tokenize(self, word: str) -> list[str]:
         """The tokens of a word; characters that the vocabulary has not stand for themselves."""
         if all(each in self._vocabulary for each in word):
             return [token.value for token in self._model.tokenize(word)]
@@ -285,7 +271,7 @@ class _Cutter:
     def joinable_parts(self, word: str, forbidden: Collection[tuple[str, str]]) -> Iterator[list[str]]:
         """Runs of a word's tokens in which each may be joined to the next: letters and marks, no forbidden pair."""
         part: list[str] = []
-        for token in self.cut(word):
+        for token in self.tokenize(word):
             if part and ((part[-1], token) in forbidden or not (self._joins(part[-1]) and self._joins(token, False))):
                 if len(part) > 1:
                     yield part
@@ -307,14 +293,14 @@ class _Cutter:
         return self._joining[token, at_start]
 
 
-def _used_by(words: Counter[str], cutter: _Cutter) -> tuple[set[tuple[str, str]], set[str]]:
+def _used_by(words: Counter[str], tokenizer: _WordTokenizer) -> tuple[set[tuple[str, str]], set[str]]:
     """Neighbouring tokens, and characters, of the words in a text's own scripts."""
-    scripts = cutter.own_scripts(words)
+    scripts = tokenizer.own_scripts(words)
     pairs: set[tuple[str, str]] = set()
     characters: set[str] = set()
     for word in words:
-        if cutter.scripts(word) <= scripts:
-            tokens = cutter.cut(word)
+        if tokenizer.scripts(word) <= scripts:
+            tokens = tokenizer.tokenize(word)
             pairs.update(pairwise(tokens))
             characters.update(word)
     return pairs, characters
@@ -340,7 +326,7 @@ def _new_characters(words: Counter[str], vocabulary: Collection[str], forbidden:
     chosen: list[str] = []
     covered, enough = 0, _CHARACTER_COVERAGE * sum(unknown.values())
     for character, times in sorted(unknown.items(), key=lambda item: (-item[1], item[0])):
-        if covered >= enough or times < 2:
+        if covered >= enough or times < _LEAST_TIMES:
             break
         chosen.append(character)
         covered += times
@@ -352,10 +338,10 @@ def _is_blank(character: str) -> bool:
     return unicodedata.category(character)[0] in "ZC"
 
 
-def _train(words: Counter[str], size: int, min_frequency: int) -> list[tuple[str, str]]:
+def _train(words: Counter[str], size: int) -> list[tuple[str, str]]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=min_frequency, special_tokens=[], show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=_LEAST_TIMES, special_tokens=[], show_progress=False)
 
     def lines() -> Iterator[str]:
         for word, times in sorted(words.items()):

@@ -1,4 +1,4 @@
-"""Words as a tokenizer sees them before it looks at its vocabulary, and how well it cuts a language up."""
+"""Words as a tokenizer sees them before it looks at its vocabulary, and how many tokens a language takes."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from elo.errors import EloError
 
@@ -15,12 +15,13 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """SentencePiece's sign for a space."""
 _AT_SPACES = re.compile(f"{_SPACE}*[^{_SPACE}]+|{_SPACE}+")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_BYTE_LEVEL = decoders.ByteLevel()
 _BATCH = 256
 
 
 @dataclass(frozen=True)
 class Fertility:
-    """How a tokenizer cuts up some text.
+    """How many tokens some text takes.
 
     Attributes:
         words: runs of anything but white space.
@@ -95,21 +96,10 @@ class Spelling:
 
 @lru_cache(maxsize=1 << 18)
 def _byte_level_text(piece: str) -> str:
-    letters = _byte_letters()
-    if all(letter in letters for letter in piece):
-        return bytes(letters[letter] for letter in piece).decode(errors="ignore")
-    return piece  # an added token, which is spelled as it is
+    return _BYTE_LEVEL.decode([piece]).replace("\N{REPLACEMENT CHARACTER}", "")
 
 
 def _sentencepiece_text(piece: str) -> str:
     if match := _BYTE_TOKEN.fullmatch(piece):
         return bytes([int(match[1], 16)]).decode("ascii", errors="ignore")
     return piece.replace(_SPACE, " ")
-
-
-@lru_cache(maxsize=1)
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's letters for the 256 bytes: printable Latin-1 stands for itself, the others for U+0100 and on."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + number): byte for number, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""`elo vocab`: how well a tokenizer cuts languages up, and a checkpoint with new pieces for one of them."""
+"""`elo vocab`: how many tokens languages take, and a checkpoint with new pieces for one of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -39,7 +39,7 @@ def measure_vocabulary(
     output: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Measure how well a model's tokenizer cuts languages up and, with a `target`, what new pieces would change.
+    """Measure how many tokens a model's tokenizer makes of languages and, given a `target`, what new pieces bring.
 
     Args:
         model: checkpoint folder or hub id; its weights are not read.
@@ -135,7 +135,7 @@ def extend_vocabulary(
     Args:
         model: checkpoint folder or hub id.
         target: text of the language to learn pieces for, anything that `elo prepare` reads.
-        source: text of the language that must be cut up as before.
+        source: text of the language that must be tokenised as before.
         output: folder to write; it appears whole or not at all.
         pieces: how many new pieces.
         tokenizer: folder or hub id of an extended tokenizer to take instead of learning one; it must keep all old ids.
@@ -151,17 +151,16 @@ def extend_vocabulary(
 
     Returns:
         The record in config.json: which rows are new, how they were initialised, bytes a token before and after, and
-        how many source documents that were not learnt from are cut up as before.
+        how many source documents that were not learnt from are tokenised as before.
 
     Raises:
         EloError: something given cannot be read or does not fit, or the tokenizer cannot be extended.
     """
     from elo.data.tokenizer import save_with_backend
     from elo.data.vocabulary import (
+        PieceLearner,
         compare_tokenizers,
         extend_tokenizer,
-        learn_extension,
-        require_extendable,
         require_old_ids,
     )
     from elo.data.words import measure_fertility
@@ -185,9 +184,8 @@ def extend_vocabulary(
     of_target = none if target is None else _read(target, text_column, max_characters or _limit(True), "target")
     of_source = none if source is None else _read(source, text_column, max_characters or _limit(False), "source")
     if tokenizer is None:
-        require_extendable(old)
         print(f"vocab: learning up to {pieces:,} pieces from {sum(map(len, of_target[0])):,} characters", flush=True)
-        new = extend_tokenizer(old, learn_extension(old, of_target[0], of_source[0], pieces))
+        new = extend_tokenizer(old, PieceLearner(old, of_target[0], [of_source[0]], pieces).extension(pieces))
         require_old_ids(old, new, "extended")
     else:
         new = _backend(tokenizer, trust_remote_code)
@@ -262,7 +260,7 @@ def _until(texts: Iterator[str], limit: int) -> Iterator[str]:
 
 
 def _origin(old: "Tokenizer", token: str) -> list[int]:
-    """The old tokens that a new token's text is cut into, as its vocabulary spells it; unknown parts left out."""
+    """The old tokens that a new token's text is tokenised into, as its vocabulary spells it; unknown parts left out."""
     unknown = getattr(old.model, "unk_token", None)
     return [each.id for each in old.model.tokenize(token) if each.value != unknown]
 
@@ -305,7 +303,7 @@ def _flops_per_byte(config: Any, rows: int, measured: "Fertility") -> float:
 def _advice(target: str, now: "Fertility", candidates: Sequence[Mapping[str, Any]]) -> str:
     best = min(candidates, key=lambda each: each["flops_per_byte"])
     told = (
-        f"{best['pieces']:,} new pieces cut {target} into {best['tokens']:.0%} of the tokens "
+        f"{best['pieces']:,} new pieces bring {target} to {best['tokens']:.0%} of the tokens "
         f"({now.bytes_per_token:.2f} -> {best['bytes_per_token']:.2f} bytes a token), at {best['flops_per_byte']:.0%} "
         "of the training FLOPs for the same text"
     )

@@ -49,12 +49,12 @@ def extension_line(record: Mapping[str, Any]) -> str:
     if found := record.get("source_identity"):
         told.append(f"source text {_alike(found)}")
         if found["words"]:
-            told.append("cut up otherwise: " + ", ".join(found["words"][:5]))
+            told.append("tokenised otherwise: " + ", ".join(found["words"][:5]))
     return "; ".join(told)
 
 
 def _alike(found: Mapping[str, Any]) -> str:
-    """How many documents are cut up as before, but for names and quotations in other scripts."""
+    """How many documents are tokenised as before, but for names and quotations in other scripts."""
     alike = found["identical"] + found["foreign"]
     quoted = f", {found['foreign']} but for foreign words" if found["foreign"] else ""
     return f"{alike} of {found['documents']} documents as before{quoted}"

@@ -9,6 +9,7 @@ hide in the base it is measured on.
 """
 
 import argparse
+import copy
 import gzip
 import json
 import time
@@ -81,6 +82,41 @@ def token_stream(path: Path, tokenizer: PreTrainedTokenizerFast, count: int) -> 
     return np.concatenate([np.asarray(row, dtype=np.int32) for row in pieces])
 
 
+def fresh_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The config of a model that begins from nothing."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size or args.hidden_size * 8 // 3 // 32 * 32,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=args.tie,
+        initializer_range=args.init,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+
+
+def stacked(folder: Path, layers: int) -> LlamaForCausalLM:
+    """A deeper model of a trained one: its decoder layers, repeated in order (G_stack, Du et al. 2024, 2405.15319)."""
+    small = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    depth = small.config.num_hidden_layers
+    config = copy.deepcopy(small.config)
+    config.num_hidden_layers = layers
+    config.layer_types = None
+    config.dtype = torch.float32
+    deep = LlamaForCausalLM(config)
+    deep.model.embed_tokens.load_state_dict(small.model.embed_tokens.state_dict())
+    deep.model.norm.load_state_dict(small.model.norm.state_dict())
+    deep.lm_head.load_state_dict(small.lm_head.state_dict())
+    for index, layer in enumerate(deep.model.layers):
+        layer.load_state_dict(small.model.layers[index % depth].state_dict())
+    return deep
+
+
 def schedule(progress: float, peak: float) -> float:
     """Learning rate at `progress` in [0, 1]: 2 % warm-up, constant, linear decay over the last 30 % to 5 %."""
     if progress < 0.02:
@@ -103,6 +139,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--tie", action="store_true", help="tie the LM head to the embedding")
+    parser.add_argument(
+        "--stack",
+        type=Path,
+        help="begin from this shallower Llama instead, its layers one copy after the other up to --layers, with its "
+        "tokenizer; the other options of size do not count",
+    )
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
@@ -120,9 +162,12 @@ def main() -> None:
     main_language = next(iter(corpora))
     shares[main_language] = 1 - sum(shares.values())
 
-    tokenizer = train_tokenizer(
-        corpora, {name: max(int(2e7 * share), 100_000) for name, share in shares.items()}, args.vocab_size
-    )
+    if args.stack:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.stack)
+    else:
+        tokenizer = train_tokenizer(
+            corpora, {name: max(int(2e7 * share), 100_000) for name, share in shares.items()}, args.vocab_size
+        )
     streams = {
         name: token_stream(path, tokenizer, int(args.tokens * shares[name] * 1.02)) for name, path in corpora.items()
     }
@@ -134,22 +179,7 @@ def main() -> None:
     data = np.concatenate(rows)
     print(f"tokens {available}, {len(data)} rows of {args.sequence_length}", flush=True)
 
-    heads = args.heads
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size or args.hidden_size * 8 // 3 // 32 * 32,
-        num_hidden_layers=args.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=args.tie,
-        initializer_range=args.init,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
+    model = stacked(args.stack, args.layers) if args.stack else LlamaForCausalLM(fresh_config(args, tokenizer))
     print(f"parameters {sum(p.numel() for p in model.parameters()):,}", flush=True)
     forward = model if args.no_compile else torch.compile(model)
     matrices = [p for p in model.parameters() if p.ndim == 2]

@@ -49,6 +49,17 @@ def test_detach_attach_evaluate(world, capsys, tmp_path):
     assert f"{measured['xx']:.3f}" in out
 
 
+def test_evaluate_continues_prompts(world, capsys, tmp_path):
+    results = tmp_path / "results.json"
+    prompts = ["--prompt", "xx=one=two", "--prompt", "xx=three"]
+    status, out, err = _elo(capsys, "evaluate", world / "base", *prompts, "--output", results)
+    assert status == 0, err
+    found = json.loads(results.read_text())
+    assert [(each["language"], each["prompt"]) for each in found["samples"]] == [("xx", "one=two"), ("xx", "three")]
+    assert found["generation"]["xx"]["characters"] == sum(len(each["text"]) for each in found["samples"])
+    assert "three" in out
+
+
 def test_plan_reads_a_runs_configuration(world, capsys):
     status, out, err = _elo(capsys, "plan", world / "config.yaml")
     assert status == 0, err
@@ -64,6 +75,13 @@ def test_plan_takes_what_stands_in_and_what_trains_besides(world, capsys):
     status, out, err = _elo(capsys, "plan", world / "base", "--stand-in", "bridge", "--also-train", "none")
     assert status == 0, err
     assert "ELO pretraining, bridge" in out and "train: layers 0, 3\n" in out
+
+
+@pytest.mark.parametrize(("alignment", "stage"), [("full", True), ("none", False)])
+def test_plan_takes_what_alignment_trains(world, capsys, alignment, stage):
+    status, out, err = _elo(capsys, "plan", world / "base", "--alignment", alignment)
+    assert status == 0, err
+    assert ("layer alignment" in out) == stage
 
 
 def test_report_of_a_run(world, capsys):

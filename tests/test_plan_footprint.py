@@ -173,6 +173,13 @@ def test_what_also_trains_is_counted_once() -> None:
     assert untied.bridge_elements((1, 3)) == 3 * 64 * 64
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_more_rows_count_as_in_a_model_that_has_them(tied: bool) -> None:
+    small, large = (footprint(tiny_llama(vocab_size=rows, tie_word_embeddings=tied)) for rows in (512, 640))
+    assert small.with_vocabulary(640) == large
+    assert small.with_vocabulary(640).total == large.total
+
+
 def test_flops_of_a_detached_model() -> None:
     detached = tiny_llama(num_hidden_layers=2)
     measured = measured_flops(detached, [0, 1])

@@ -105,8 +105,10 @@ def test_learning_is_deterministic_and_never_makes_half_a_word_of_another_kind()
 def test_missing_characters_become_pieces_where_bytes_stood_for_them():
     old = byte_fallback()
     extension, new = extended(old, 120)
-    assert 0 < extension.characters <= 60
-    assert set(extension.pieces[: extension.characters]) <= set("".join(KOREAN))
+    characters = [piece for piece in extension.pieces if len(piece) == 1]
+    assert 0 < len(characters) <= 60, "at most half of the pieces"
+    assert set(characters) <= set("".join(KOREAN))
+    assert list(extension.pieces[: len(characters)]) == characters, "they come first"
     assert "<0x" not in "".join(new.encode("강물 돌다리").tokens)
 
 

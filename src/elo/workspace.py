@@ -135,6 +135,9 @@ class Workspace:
                     f"{self.root}: {name} was begun there with other inputs (changed: {changed}); give all processes "
                     "the same configuration, or choose another output"
                 )
+        self._mark_begun(name, fingerprint, inputs)
+
+    def _mark_begun(self, name: str, fingerprint: str, inputs: Mapping[str, Any]) -> None:
         write_json(self._stage_file(name, begun=True), {"fingerprint": fingerprint, "inputs": dict(inputs)})
 
     def _is_done(self, name: str, fingerprint: str, inputs: Mapping[str, Any], outputs: Paths, scratch: Paths) -> bool:
@@ -159,7 +162,7 @@ class Workspace:
         if begun is None or begun["fingerprint"] != fingerprint:
             for path in (*outputs, *scratch):
                 remove(path)
-            write_json(begun_path, {"fingerprint": fingerprint, "inputs": dict(inputs)})
+            self._mark_begun(name, fingerprint, inputs)
         return False
 
     def _check_what_is_used(self, inputs: Mapping[str, Any]) -> None:

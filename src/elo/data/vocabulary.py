@@ -52,12 +52,10 @@ class Extension:
     Attributes:
         pieces: new tokens as the vocabulary spells them.
         merges: pairs of tokens, old or new, in their order of rank; a merge may also lead to an old token.
-        characters: how many of `pieces`, the first ones, are characters that the vocabulary had not.
     """
 
     pieces: tuple[str, ...]
     merges: tuple[tuple[str, str], ...]
-    characters: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,6 @@ class PieceLearner:
             EloError: the text gives no new piece.
         """
         pieces = self._characters[: count // 2]
-        characters = len(pieces)
         known = {*self._vocabulary, *pieces}
         kept = []
         for left, right in self._merges:
@@ -158,7 +155,7 @@ class PieceLearner:
             raise EloError(
                 "vocab: the target text gives no new piece; the tokenizer has all its words, or give more text"
             )
-        return Extension(tuple(pieces), tuple(kept), characters)
+        return Extension(tuple(pieces), tuple(kept))
 
 
 def extend_tokenizer(backend: Tokenizer, extension: Extension) -> Tokenizer:

@@ -91,6 +91,7 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 
 def _ask(model: PreTrainedModel, method: str) -> nn.Module | None:
+    # Families without a part leave its getter out or let it fail; None lets the caller say what is missing.
     try:
         return getattr(model, method)()
     except (AttributeError, NotImplementedError):

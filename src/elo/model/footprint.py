@@ -118,6 +118,20 @@ class Footprint:
         """The footprint of the model with only these layers kept."""
         return replace(self, layers=tuple(self.layers[index] for index in layers))
 
+    def with_vocabulary(self, rows: int) -> "Footprint":
+        """The footprint with so many rows in embedding and head."""
+
+        def grown(elements: int) -> int:
+            return elements // self.vocab_size * rows
+
+        return replace(
+            self,
+            vocab_size=rows,
+            embedding=grown(self.embedding),
+            head=grown(self.head),
+            head_matmul=grown(self.head_matmul),
+        )
+
     def lora_parameters(self, rank: int) -> int:
         """Parameters of a LoRA of `rank` on every dense matrix of every layer: rank x (inputs + outputs)."""
         return rank * sum(layer.lora_width for layer in self.layers)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 
     from elo.data.vocabulary import Identity
     from elo.data.words import Fertility
+    from elo.model.footprint import Footprint
 
 DEFAULT_PIECES = (2000, 4000, 8000, 16000)
 # Characters read of a language: more hardly changes which pieces are learnt.
@@ -82,23 +82,22 @@ def measure_vocabulary(
         "advice": None,
     }
     if target is not None:
-        config = read_config(model, trust_remote_code=trust_remote_code)
-        now = footprint(config)
+        now = footprint(read_config(model, trust_remote_code=trust_remote_code))
+        spent_now = _flops_per_byte(now, measured[target])
         learning = [train for language, (train, _) in texts.items() if language != target]
         learner = PieceLearner(backend, texts[target][0], learning, max(pieces))
         found = {len(extension.pieces): extension for extension in map(learner.extension, pieces)}
         for count, extension in sorted(found.items()):
             extended = extend_tokenizer(backend, extension)
             after = measure_fertility(extended, texts[target][1])
-            rows = max(now.vocab_size, extended.get_vocab_size())
+            larger = now.with_vocabulary(max(now.vocab_size, extended.get_vocab_size()))
             results["candidates"].append(
                 {
                     "pieces": count,
                     "bytes_per_token": after.bytes_per_token,
                     "tokens": after.tokens / measured[target].tokens,
-                    "flops_per_byte": _flops_per_byte(config, rows, after)
-                    / _flops_per_byte(config, 0, measured[target]),
-                    "new_parameters": (rows - now.vocab_size) * now.hidden_size * (1 if now.tied else 2),
+                    "flops_per_byte": _flops_per_byte(larger, after) / spent_now,
+                    "new_parameters": larger.total - now.total,
                     "source": {
                         language: _identity(compare_tokenizers(backend, extended, heldout))
                         for language, (_, heldout) in texts.items()
@@ -288,15 +287,8 @@ def _identity(found: "Identity") -> dict[str, Any]:
     return asdict(found) | {"holds": found.holds, "words": list(found.words)}
 
 
-def _flops_per_byte(config: Any, rows: int, measured: "Fertility") -> float:
-    """Matmul FLOPs that full CPT spends on a byte of text, with so many rows (0: as it is)."""
-    from dataclasses import replace
-
-    from elo.model.footprint import footprint
-
-    counted = footprint(config)
-    if rows:
-        counted = replace(counted, head_matmul=counted.head_matmul * rows // counted.vocab_size, vocab_size=rows)
+def _flops_per_byte(counted: "Footprint", measured: "Fertility") -> float:
+    """Matmul FLOPs that full CPT spends on a byte of text."""
     return counted.flops_per_token("full", sequence_length=2048).total / measured.bytes_per_token
 
 
@@ -307,7 +299,6 @@ def _advice(target: str, now: "Fertility", candidates: Sequence[Mapping[str, Any
         f"({now.bytes_per_token:.2f} -> {best['bytes_per_token']:.2f} bytes a token), at {best['flops_per_byte']:.0%} "
         "of the training FLOPs for the same text"
     )
-    assert isfinite(best["flops_per_byte"])
     if best["flops_per_byte"] <= _WORTH_IT:
         return f"worth it: {told}"
     return f"not worth it: {told}, while every new row has to be learnt first"

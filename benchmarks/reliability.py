@@ -24,6 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from measuring import in_process, weights_size
+from surgery import make_checkpoint
+
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ELO_FUZZ="1", TRANSFORMERS_VERBOSITY="error")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -123,36 +126,16 @@ def fuzz(minutes: float, seed: int) -> dict[str, Any]:
     }
 
 
-def _measured(code: str) -> dict[str, Any]:
-    """Run Python code in a process of its own: seconds, and the peak of its resident memory."""
-    # Not getrusage: its maximum is inherited from the process that started this one.
-    tail = "\nimport re; print('PEAK', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
-    started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code + tail], capture_output=True, text=True, check=False)
-    match = re.search(r"PEAK (\d+)", done.stdout)
-    if match is None:
-        return {"failed": done.stderr[-800:]}
-    return {"seconds": round(time.monotonic() - started, 1), "peak_rss_mib": int(match[1]) >> 10}
-
-
 def large(megabytes: int, corpus_mb: int, scratch: Path) -> dict[str, Any]:
     """Detach and attach a checkpoint, and prepare a corpus, of about these sizes."""
     from run_fixtures import SOURCE, TARGET, write_base
 
     write_base(scratch / "small")
-    layers = max(3, megabytes // 50)
-    base = (
-        "import torch; from transformers import LlamaConfig, LlamaForCausalLM; import shutil, glob\n"
-        f"config = LlamaConfig(vocab_size=1000, hidden_size=1024, intermediate_size=6656, num_hidden_layers={layers}, "
-        "num_attention_heads=8, dtype='bfloat16')\n"
-        "torch.set_default_dtype(torch.bfloat16); model = LlamaForCausalLM(config)\n"
-        f"model.save_pretrained({str(scratch / 'base')!r}, max_shard_size='200MB')"
-    )
-    made = _measured(base)
-    size = sum(file.stat().st_size for file in (scratch / "base").glob("*.safetensors"))
+    make_checkpoint(scratch / "base", megabytes, vocabulary=1000, shard="200MB")
+    size = weights_size(scratch / "base")
     b, d, a = (repr(str(scratch / name)) for name in ("base", "detached", "attached"))
-    detached = _measured(f"import elo; elo.detach({b}, 'first:1,last:1', output={d})")
-    attached = _measured(f"import elo; elo.attach({d}, {b}, output={a})")
+    detached = in_process(f"import elo; elo.detach({b}, 'first:1,last:1', output={d})")
+    attached = in_process(f"import elo; elo.attach({d}, {b}, output={a})")
     rng, words = random.Random(0), [*SOURCE, *TARGET]
     with (scratch / "corpus.jsonl").open("w", encoding="utf-8") as file:
         while file.tell() < corpus_mb << 20:
@@ -164,13 +147,12 @@ def large(megabytes: int, corpus_mb: int, scratch: Path) -> dict[str, Any]:
         f"{str(scratch / 'data')!r}, progress=False)"
     )
     return {
-        "imports_alone": _measured("import elo.model.checkpoint"),
+        "imports_alone": in_process("import elo.model.checkpoint"),
         "checkpoint_mib": size >> 20,
-        "making_it": made,
         "detach": detached,
         "attach": attached,
         "corpus_mib": corpus >> 20,
-        "prepare": _measured(call),
+        "prepare": in_process(call),
     }
 
 

@@ -19,16 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measuring import synchronise
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from elo.data.mixture import Mixture
 from elo.data.packing import PackedStream
 from elo.data.shards import TokenCorpus
+from elo.model.devices import measure_matmul_rate
 from elo.model.footprint import footprint
 from elo.model.surgery import detach_layers
 from elo.recipes.results import hardware, versions
 from elo.training.bridge import fit_bridge
-from elo.training.loop import train, wants_bf16
+from elo.training.loop import TrainingResult, train, wants_bf16
 from elo.training.methods import Method, Options, Prepared, Setup, find_method
 from elo.training.settings import EloOptions, TrainingSettings
 
@@ -92,6 +94,7 @@ def ours(
     args: argparse.Namespace,
     settings: TrainingSettings,
     before_step: Callable[[int, Any], None] | None = None,
+    train: Callable[..., TrainingResult] = train,
 ) -> Callable[[], float]:
     """Tokens per second of ELO's own trainer, after `args.warmup` updates."""
     rows_per_step = args.batch * args.accumulate
@@ -126,7 +129,7 @@ def bare(model: LlamaForCausalLM, args: argparse.Namespace, settings: TrainingSe
         index = 0
         for step in range(args.warmup + args.steps):
             if step == args.warmup:
-                _synchronise()
+                synchronise()
                 started = time.perf_counter()
             for _ in range(args.accumulate):
                 batch = [rows[index + offset] for offset in range(args.batch)]
@@ -142,30 +145,10 @@ def bare(model: LlamaForCausalLM, args: argparse.Namespace, settings: TrainingSe
             torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        _synchronise()
+        synchronise()
         return args.steps * args.accumulate * args.batch * args.sequence_length / (time.perf_counter() - started)
 
     return measure
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def matmul_rate(bf16: bool) -> float:
-    """FLOP/s of a large square product here."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 8192 if device == "cuda" else 1024
-    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    best = 0.0
-    for _ in range(8):
-        _synchronise()
-        started = time.perf_counter()
-        matrix @ matrix
-        _synchronise()
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
 
 
 def main() -> None:
@@ -192,7 +175,7 @@ def main() -> None:
         save_steps=10**9,
         evaluations=0,
     )
-    rate = matmul_rate(wants_bf16(settings))
+    rate = measure_matmul_rate(precision="bf16" if wants_bf16(settings) else "fp32").matmul_flops
     print(f"matmul {rate / 1e9:,.0f} GFLOP/s ({'bf16' if wants_bf16(settings) else 'fp32'})", flush=True)
     arguments = {name: value for name, value in vars(args).items() if name != "output"}
     report = {

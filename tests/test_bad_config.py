@@ -199,7 +199,6 @@ TRAINING: list[tuple[str, Any, tuple[str, ...]]] = [
     ("adam_beta2", 1, ("less than 1",)),
     ("max_grad_norm", -1, ("got -1",)),
     ("optim", "sgd", ("'adamw'", "got 'sgd'")),
-    ("optim", "adamw_8bit", ("bitsandbytes",)),
     ("tokens_per_step", 0, ("greater than 0",)),
     ("tokens_per_step", 100, ("is not a multiple", "write for example")),
     ("tokens_per_step", 64.5, ("got 64.5",)),

@@ -64,7 +64,7 @@ def test_the_head_loss_makes_no_difference(tmp_path, head_loss):
         assert torch.allclose(tensor, other.state_dict()[name], atol=1e-4), name
 
 
-@pytest.mark.parametrize("optim", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optim", ["adamw", "adafactor", "adamw_8bit"])
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("stand_in", ["none", "bridge", "forward_only"])
 def test_old_rows_stay_bit_for_bit_and_new_ones_learn(tmp_path, stand_in, tie, optim):

@@ -266,6 +266,24 @@ def test_parts_add_up_and_each_setting_helps() -> None:
     assert plan_8b("lora").peak < plain.peak
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_8_bit_adamw_keeps_the_embedding_in_32_bits(tied: bool) -> None:
+    config = tiny_llama(tie_word_embeddings=tied)
+    counted = footprint(config)
+    saved = saved_activations(config, counted, precision="fp32")
+
+    def states(method: Any, *also_train: str) -> int:
+        return stage_memory(
+            counted, saved, method, (0, 4), tokens=64, sequence_length=64, precision="fp32", optimizer="adamw_8bit",
+            also_train=also_train,
+        ).parts["optimizer"]  # fmt: skip
+
+    assert states("full") == round(2.04 * (counted.total - counted.embedding) + 8 * counted.embedding)
+    layers = sum(counted.layers[index].parameters for index in (0, 4))
+    assert states("elo") == round(2.04 * layers)
+    assert states("forward_only", "embedding", "head") == round(2.04 * (layers + counted.head) + 8 * counted.embedding)
+
+
 def test_the_head_loss_is_that_of_training() -> None:
     assert losses._SMALL_LOGITS == memory.SMALL_LOGITS
     assert {"gpu": losses._CHUNK_CUDA, "cpu": losses._CHUNK_CPU} == memory.CHUNK

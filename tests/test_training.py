@@ -2,6 +2,7 @@
 
 import copy
 import signal
+import sys
 
 import pytest
 import torch
@@ -37,8 +38,8 @@ def _weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def _detached():
-    model = detach_layers(tiny_llama(), [0, 3])
+def _detached(width=16):
+    model = detach_layers(tiny_llama(width=width), [0, 3])
     select_layers(model, [0, 1])
     return model
 
@@ -67,6 +68,39 @@ def test_optimizer_has_no_state_for_what_is_frozen(tmp_path):
     assert held == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def test_8_bit_state_is_what_the_plan_counts_whatever_was_trained_before(tmp_path):
+    # bitsandbytes has 32-bit state below 4,096 elements: of a width of 64 the matrices are just large enough.
+    settings = SETTINGS.model_copy(update={"optim": "adamw_8bit"})
+
+    def bits(model, folder):
+        _train(model, folder, settings=settings, steps=2)
+        checkpoint, _ = latest_checkpoint(folder, print)
+        state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+        moments = [entry["__bnb_optimizer_quant_state__"]["state1"] for entry in state.values()]
+        return sorted((tuple(moment.shape), 8 * moment.element_size()) for moment in moments if moment.ndim == 2)
+
+    def of_layers(count):  # keys and values are too small
+        each = [((32, 64), 32)] * 2 + [((64, 64), 8)] * 2 + [((64, 96), 8)] + [((96, 64), 8)] * 2
+        return count * each
+
+    embedding, head = ((128, 64), 32), ((128, 64), 8)
+    whole = tiny_llama(width=64, vocab=128)
+    assert bits(whole, tmp_path / "whole") == sorted([*of_layers(4), embedding, head])
+    # Its first matrix stands where the embedding stood in the optimizer before.
+    model = detach_layers(whole, [0, 3])
+    select_layers(model, [0, 1])
+    assert bits(model, tmp_path / "after") == sorted(of_layers(2))
+
+
+def test_an_optimizer_that_is_not_installed_is_told_before_any_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    settings = SETTINGS.model_copy(update={"optim": "adamw_8bit"})
+    with pytest.raises(
+        EloError, match=r"full\.optim: adamw_8bit needs bitsandbytes.*pip install 'elo-cpt\[adamw8bit\]'"
+    ):
+        check_settings(settings, LENGTH, "full")
+
+
 class _StopError(Exception):
     pass
 
@@ -85,22 +119,26 @@ def _at_step(model, step, action):
     model.register_forward_pre_hook(count, with_kwargs=True)
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 7])
-def test_restarted_equals_uninterrupted(tmp_path, stop_at):
-    uninterrupted = _detached()
-    whole = _train(uninterrupted, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("stop_at", "optim", "width"),
+    [(1, "adamw", 16), (4, "adamw", 16), (7, "adamw", 16), (4, "adafactor", 16), (4, "adamw_8bit", 64)],
+)
+def test_restarted_equals_uninterrupted(tmp_path, stop_at, optim, width):
+    settings = SETTINGS.model_copy(update={"optim": optim})
+    uninterrupted = _detached(width)
+    whole = _train(uninterrupted, tmp_path / "whole", settings=settings)
 
-    victim = _detached()
+    victim = _detached(width)
 
     def die():
         raise _StopError
 
     _at_step(victim, stop_at + 1, die)
     with pytest.raises(_StopError):
-        _train(victim, tmp_path / "victim")
+        _train(victim, tmp_path / "victim", settings=settings)
 
-    restarted = _detached()
-    result = _train(restarted, tmp_path / "victim")
+    restarted = _detached(width)
+    result = _train(restarted, tmp_path / "victim", settings=settings)
     for name, tensor in uninterrupted.state_dict().items():
         assert torch.equal(tensor, restarted.state_dict()[name]), name
     assert [point["loss"] for point in result.losses] == [point["loss"] for point in whole.losses]

@@ -22,12 +22,14 @@ SETTINGS = TrainingSettings(
 )
 
 
-def tiny_llama(layers: int = 4, *, tie: bool = False, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(
+    layers: int = 4, *, tie: bool = False, seed: int = 0, width: int = 16, vocab: int = VOCAB
+) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=width * 3 // 2,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,

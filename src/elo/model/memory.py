@@ -28,7 +28,8 @@ HeadLoss = Literal["auto", "chunked", "plain", "linear_cross_entropy", "model"]
 
 OPTIMIZER_BYTES: dict[str, float] = {"adamw": 8.0, "adamw_8bit": 2.04, "adafactor": 0.02}
 """Bytes of state for one trained parameter. AdamW: two fp32 moments. 8-bit AdamW: two bytes and two fp32 scales for
-each 256 (bitsandbytes). Adafactor: a row and a column of each matrix, so next to nothing."""
+each 256 (bitsandbytes), but for the token embedding, tied or not, whose moments transformers keeps in fp32. Adafactor:
+a row and a column of each matrix, so next to nothing."""
 
 RUNTIME_BYTES = {"gpu": 700 * 2**20, "cpu": 600 * 2**20}
 """CUDA context, kernels and library workspaces; on a CPU the Python process with its libraries."""
@@ -328,6 +329,8 @@ def stage_memory(
     weights = (4 * trainable + (item if kind == "gpu" else 4) * frozen) * share + 4 * maps
     gradients = 4 * trainable * share
     states = OPTIMIZER_BYTES[optimizer] * trainable * share
+    if optimizer == "adamw_8bit" and trains_embedding:
+        states += (OPTIMIZER_BYTES["adamw"] - OPTIMIZER_BYTES["adamw_8bit"]) * counted.embedding * share
     copies = 0.0
     if precision == "bf16" and method != "lora":
         copies = saved.cast_weights * (len(layers) / counted.num_layers if method == "frozen" else 1.0)

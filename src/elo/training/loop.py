@@ -187,6 +187,9 @@ def train(
                     f"out of GPU memory: {str(error).splitlines()[0]} Lower per_device_train_batch_size, set "
                     "activation_checkpointing: true or optim: adamw_8bit; `elo plan` tells what fits"
                 ) from None
+            finally:
+                if settings.optim == "adamw_8bit":
+                    _forget_overrides()
             trainer.pause_clock()
     restore_forward()
     # accelerate leaves a model alone that it has prepared once: trained again it would run without autocast.
@@ -390,6 +393,17 @@ def _point(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _step(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _forget_overrides() -> None:
+    """Let bitsandbytes forget whose state is to be 32-bit.
+
+    It keeps that for the process, by place in the optimizer, and holds the modules themselves: the next phase would get
+    32-bit state for whatever stands in an embedding's place, which it would not after a restart.
+    """
+    from bitsandbytes.optim import GlobalOptimManager
+
+    GlobalOptimManager.get_instance().initialize()
 
 
 def _require_bitsandbytes() -> None:

@@ -1,0 +1,171 @@
+"""What training a whole model costs in time and memory, and what each way of paying less saves: beside `elo plan`.
+
+    python benchmarks/alignment_memory.py --layers 12 --hidden-size 768 --output alignment_memory.json
+
+Layer alignment and full CPT train every layer, which is the peak of a run that has such a phase. Each contestant trains
+a Llama of random weights for a few updates in a process of its own. Printed beside: what `elo plan --measure` says of
+memory and rate, and what the model's weights, gradients and AdamW state alone take, the floor of plain training.
+the same choices do to the loss is `elo compare benchmarks/compare_alignment.yaml`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from measuring import MIB, print_table
+from throughput import make_model, make_ready, ours
+
+from elo.model.footprint import footprint
+from elo.recipes.plan import plan
+from elo.recipes.results import hardware, versions
+from elo.training.loop import train
+from elo.training.methods import Options, find_method
+from elo.training.settings import EloOptions, TrainingSettings
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to train, and where `elo plan` tells about it."""
+
+    method: str
+    options: Options = field(default_factory=Options)
+    settings: dict[str, Any] = field(default_factory=dict)
+    planned: str | None = "layer_alignment"
+    """Its place among the stages or baselines of a plan; None: not planned."""
+
+    def plan_arguments(self) -> dict[str, Any]:
+        elo = self.options.elo
+        found: dict[str, Any] = {"stand_in": elo.stand_in, "also_train": elo.also_train, "alignment": "full"}
+        if optim := self.settings.get("optim"):
+            found |= {"optim": optim, "alignment_optim": optim}
+        return found | {"activation_checkpointing": self.settings.get("activation_checkpointing", False)}
+
+
+CHECKPOINTING = {"activation_checkpointing": True}
+EIGHT_BIT = {"optim": "adamw_8bit"}
+FORWARD_ONLY = Options(elo=EloOptions(stand_in="forward_only", alignment="full"))
+BRIDGE = Options(elo=EloOptions(stand_in="bridge", alignment="full"))
+CONTESTANTS = {
+    "full, AdamW": Contestant("full"),
+    "full, activation checkpointing": Contestant("full", settings=CHECKPOINTING),
+    "full, 8-bit AdamW": Contestant("full", settings=EIGHT_BIT),
+    "full, 8-bit AdamW, checkpointing": Contestant("full", settings=EIGHT_BIT | CHECKPOINTING),
+    "full, Adafactor, checkpointing": Contestant("full", settings={"optim": "adafactor"} | CHECKPOINTING),
+    "LISA": Contestant("lisa", planned=None),
+    "frozen middle": Contestant("frozen", planned="frozen"),
+    "LoRA, rank 16": Contestant("lora", planned="lora"),
+    "forward-only middle": Contestant("elo", FORWARD_ONLY, planned="elo_pretraining"),
+    "forward-only middle, 8-bit AdamW": Contestant("elo", FORWARD_ONLY, EIGHT_BIT, "elo_pretraining"),
+    "detached, bridge": Contestant("elo", BRIDGE, planned="elo_pretraining"),
+    "detached, bridge, 8-bit AdamW": Contestant("elo", BRIDGE, EIGHT_BIT, "elo_pretraining"),
+}
+
+
+def settings_of(args: argparse.Namespace, contestant: Contestant) -> TrainingSettings:
+    return TrainingSettings(
+        tokens_per_step=args.batch * args.accumulate * args.sequence_length,
+        per_device_train_batch_size=args.batch,
+        logging_steps=1,
+        save_steps=10**9,
+        save_total_limit=1,
+        evaluations=0,
+        **contestant.settings,
+    )
+
+
+def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any]:
+    """Train here, for a few updates: tokens/s after the first, and the peak of memory."""
+    layers = (0, args.layers - 1)
+    method = find_method(contestant.method, contestant.options)
+    model, prepared = make_ready(args, args.layers, method, layers)
+    settings = settings_of(args, contestant)
+    peaks = []
+
+    def kept(*arguments: Any, **keywords: Any) -> Any:
+        result = train(*arguments, **keywords)
+        peaks.append(result.peak_memory_bytes)
+        return result
+
+    rate = ours(model, args, settings, prepared.before_step, train=kept)()
+    return {"tokens_per_second": rate, "peak_memory_bytes": max(peaks)}
+
+
+def foretell(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any] | None:
+    """What `elo plan --measure` says of it."""
+    if contestant.planned is None:
+        return None
+    planned = plan(
+        make_model(args, args.layers).config,
+        tokens=1_000_000,
+        alignment_share=0.5,
+        sequence_length=args.sequence_length,
+        per_device_train_batch_size=args.batch,
+        tokens_per_step=args.batch * args.accumulate * args.sequence_length,
+        measure=True,
+        **contestant.plan_arguments(),
+    )
+    stage = (planned["stages"] | planned["baselines"])[contestant.planned]
+    return {"tokens_per_second": stage["tokens_per_second"], "peak_memory_bytes": stage["memory"]["peak"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden-size", type=int, default=768)
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--accumulate", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), help="contestants to run")
+    parser.add_argument("--one", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    if args.one:
+        print("MEASURED", json.dumps(measure(args, CONTESTANTS[args.one])))
+        return
+
+    counted = footprint(make_model(args, args.layers).config)
+    floor = 16 * counted.total
+    print(f"{counted.total / 1e6:.0f} M parameters; fp32 weights, gradients and AdamW state {floor // MIB:,} MiB")
+    rows, results = [], {}
+    for name in args.only or CONTESTANTS:
+        with tempfile.TemporaryDirectory() as scratch:
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--one", name],
+                capture_output=True,
+                text=True,
+                check=False,
+                env={**os.environ, "TMPDIR": scratch},
+            )
+        line = next((line for line in done.stdout.splitlines() if line.startswith("MEASURED ")), None)
+        if line is None:
+            raise SystemExit(f"{name}: {done.stderr[-1500:]}")
+        measured = json.loads(line.removeprefix("MEASURED "))
+        foretold = foretell(args, CONTESTANTS[name])
+        results[name] = {"measured": measured, "planned": foretold}
+        plain = results.get("full, AdamW", results[name])["measured"]
+        cells = [f"{measured['peak_memory_bytes'] // MIB:,}", f"{measured['tokens_per_second']:,.0f}"]
+        for key in ("peak_memory_bytes", "tokens_per_second"):
+            cells.append(f"{measured[key] / plain[key]:.2f}")
+        for key in ("peak_memory_bytes", "tokens_per_second"):
+            cells.append("" if foretold is None else f"{foretold[key] / measured[key]:.2f}")
+        rows.append([name, *cells])
+        print(f"{name}: {cells[0]} MiB, {cells[1]} tokens/s", file=sys.stderr, flush=True)
+    columns = ["", "peak MiB", "tokens/s", "memory / plain", "rate / plain", "planned / measured: memory", "rate"]
+    print_table(columns, rows)
+    if args.output:
+        arguments = {name: value for name, value in vars(args).items() if name not in ("output", "one")}
+        report = {"hardware": hardware(), "versions": versions(), "arguments": arguments, "contestants": results}
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -245,7 +245,24 @@ def write_checkpoint(folder: Path, tensors: list[NewTensor], max_shard_bytes: in
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(folder / name, shard)
         weight_map.update({tensor.name: name for tensor in shard})
-    index = {"metadata": {"total_size": sum(tensor.size for tensor in tensors)}, "weight_map": weight_map}
+    _write_index(folder, weight_map, sum(tensor.size for tensor in tensors))
+
+
+def join_files(folder: Path, files: list[Path]) -> None:
+    """Move safetensors files into a checkpoint folder, under the names of its shards and with an index."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, file in enumerate(files, 1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file.rename(folder / name)
+        tensors = read_header(folder / name)
+        weight_map |= {tensor.name: name for tensor in tensors}
+        total += sum(tensor.size for tensor in tensors)
+    _write_index(folder, weight_map, total)
+
+
+def _write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """One training phase on disk: a checkpoint folder in, a trained checkpoint folder out."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +55,9 @@ def train_checkpoint(
     if torch.cuda.is_available() and wants_bf16(settings) and dtype in (torch.bfloat16, torch.float16):
         _freeze_in(model, dtype)  # exactly as stored, so that what is saved is what was loaded
 
-    def save(trained: "PreTrainedModel", gathered: "dict[str, Tensor] | None") -> None:
+    def save(trained: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]] | None") -> None:
         prepared.fold()
-        save_checkpoint(trained, gathered, dtype, output, side_files=checkpoint)
+        save_checkpoint(trained, parts, dtype, output, side_files=checkpoint)
 
     result = train(
         model,
@@ -96,25 +96,52 @@ def load_trainable(checkpoint: Path, *, trust_remote_code: bool = False) -> "tup
 
 
 def save_checkpoint(
-    model: "PreTrainedModel", gathered: "dict[str, Tensor] | None", dtype: Any, output: Path, *, side_files: Path
+    model: "PreTrainedModel",
+    parts: "Iterator[dict[str, Tensor]] | None",
+    dtype: Any,
+    output: Path,
+    *,
+    side_files: Path,
 ) -> None:
     """Write a model in `dtype` with the tokenizer files of `side_files`; the folder appears whole or not at all.
 
     Args:
-        gathered: the weights, where the model holds only pieces of them.
+        parts: the weights, part by part, where the model holds only pieces of them; each becomes a file.
     """
     from elo.model.checkpoint_folder import TOKENIZER_PATTERNS
 
     with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
-        if gathered is None:
+        if parts is None:
             model.to(dtype).save_pretrained(folder)
         else:
-            model.config.dtype = dtype
-            model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in gathered.items()})
+            _write_parts(model, parts, dtype, folder)
         for pattern in (*TOKENIZER_PATTERNS, "chat_template*"):
             for file in side_files.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
+
+
+def _write_parts(model: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]]", dtype: Any, folder: Path) -> None:
+    """Write each part as a file of its own, under the names that transformers gives its tensors on disk."""
+    from elo.model.tensor_files import SINGLE_FILE, join_files
+
+    written: list[Path] = []
+    for number, part in enumerate(parts):
+        place = folder / f"part-{number}"
+        model.save_pretrained(
+            place,
+            state_dict={name: t.to(dtype) if t.is_floating_point() else t for name, t in part.items()},
+            max_shard_size=sum(t.nbytes for t in part.values()) + 1,
+        )
+        written.append(place / SINGLE_FILE)
+    for file in written[0].parent.iterdir():
+        if file.name != SINGLE_FILE:
+            file.rename(folder / file.name)
+    model.config.dtype = dtype  # transformers notes the model's own, in which it is trained
+    model.config.save_pretrained(folder)
+    join_files(folder, written)
+    for file in written:
+        shutil.rmtree(file.parent)
 
 
 def heldout_evaluator(

@@ -24,6 +24,7 @@ from elo.training.embedding_rows import rows_left_out
 from elo.training.losses import install_head_loss
 from elo.training.memory import peak_memory_bytes, reset_peak_memory
 from elo.training.settings import TrainingSettings
+from elo.training.sharded import require_same_sharding, whole_parts
 from elo.training.trainer import EloTrainer, Evaluate, PackedCollator
 
 _SET_HERE = {
@@ -105,7 +106,7 @@ def train(
     output_dir: Path,
     seed: int,
     evaluate: Evaluate | None = None,
-    save: Callable[[PreTrainedModel, dict[str, torch.Tensor] | None], None] | None = None,
+    save: Callable[[PreTrainedModel, Iterator[dict[str, torch.Tensor]] | None], None] | None = None,
     before_step: Callable[[int, Any], None] | None = None,
     first_row: int = 0,
     label: str | None = None,
@@ -118,8 +119,8 @@ def train(
         sequence_length: tokens a row.
         output_dir: checkpoints go here; the newest whole one found here is gone on from.
         evaluate: bits per byte of a model by language.
-        save: called in the main process with the trained model, and with its gathered weights where FSDP or DeepSpeed
-            has them in pieces.
+        save: called in the main process with the trained model, and with its weights, part by part, where FSDP or
+            DeepSpeed have them in pieces; it has to go through all of them.
         before_step: called before each update with its 0-based number and the optimizer (elo.training.methods).
         first_row: of a trained embedding and head, rows before this one stay as they are.
         label: shown with the progress; None is silent.
@@ -178,6 +179,8 @@ def train(
             first_row=first_row,
         )
         trainer.remove_callback(PrinterCallback)  # _Report says it
+        if checkpoint is not None:
+            require_same_sharding(checkpoint, trainer.is_fsdp_enabled)
         with stop.listening():
             trainer.resume_clock()
             try:
@@ -199,10 +202,15 @@ def train(
     if stop.number is not None:
         raise StoppedBySignalError(stop.number, trainer.state.global_step)
     if save is not None:
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+        parts: Iterator[dict[str, torch.Tensor]] | None = None
+        if trainer.is_fsdp_enabled:
+            parts = whole_parts(model)
+        elif trainer.is_deepspeed_enabled:
+            parts = iter([trainer.accelerator.get_state_dict(trainer.model_wrapped)])
         if is_main():
-            save(model, gathered)
+            save(model, parts)
+        for _ in parts or ():
+            pass  # the other processes' share of the work
     history = trainer.state.log_history
     return TrainingResult(
         steps=steps,
@@ -256,10 +264,19 @@ def _arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=settings.dataloader_num_workers,
-        **{"ddp_find_unused_parameters": False, **settings.training_arguments},
+        **{"ddp_find_unused_parameters": False, **_further_arguments(settings)},
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher would be nn.DataParallel
     return arguments
+
+
+def _further_arguments(settings: TrainingSettings) -> dict[str, Any]:
+    """The user's own arguments; checkpoints of FSDP stay in pieces unless they say otherwise."""
+    given = settings.training_arguments
+    fsdp_config = given.get("fsdp_config") or {}
+    if not given.get("fsdp") or not isinstance(fsdp_config, dict):
+        return given
+    return {**given, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT", **fsdp_config}}
 
 
 def check_settings(settings: TrainingSettings, sequence_length: int, section: str) -> None:

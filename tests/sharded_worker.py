@@ -1,0 +1,37 @@
+"""`elo` with FSDP2 on CPUs: accelerate engages it on accelerators alone, while PyTorch's own runs on gloo as well.
+
+With ELO_TEST_DIE_AT=STAGE:STEP all processes die right after that step's checkpoint is sealed.
+"""
+
+import os
+import sys
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+from elo.cli import main
+from elo.training.trainer import EloTrainer
+
+_init, _save = AcceleratorState.__init__, EloTrainer._save_checkpoint
+
+
+def _engage(self: AcceleratorState, *arguments: Any, fsdp_plugin: Any = None, **keywords: Any) -> None:
+    _init(self, *arguments, fsdp_plugin=fsdp_plugin, **keywords)
+    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+
+
+def _save_and_die(self: EloTrainer, *arguments: Any) -> None:
+    _save(self, *arguments)
+    stage, _, step = os.environ.get("ELO_TEST_DIE_AT", "::").partition(":")
+    if stage and f"{stage}-checkpoints" in str(self.args.output_dir) and self.state.global_step == int(step):
+        os._exit(9)
+
+
+AcceleratorState.__init__ = _engage  # type: ignore[method-assign]
+EloTrainer._save_checkpoint = _save_and_die  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""FSDP2 over two processes: what is trained, saved in pieces and put together is what one process makes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from run_fixtures import write_world
+from surgery_fixtures import stored
+from zoo import tiny_config, tiny_model
+
+from elo.errors import EloError
+from elo.recipes.run import run
+from elo.recipes.train import save_checkpoint
+from elo.training.sharded import whole_parts
+
+WORKER = Path(__file__).parent / "sharded_worker.py"
+STAGES = ("elo-elo_pretraining", "elo-layer_alignment", "full-full")
+
+
+def launch(config: dict[str, Any], path: Path, *, die_at: str = "") -> subprocess.CompletedProcess[str]:
+    path.write_text(yaml.safe_dump(config))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "ELO_TEST_DIE_AT": die_at, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(WORKER), "run", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+
+
+def sharded(config: dict[str, Any], output: Path) -> dict[str, Any]:
+    changed = {**config, "output": str(output)}
+    for section in ("elo_pretraining", "layer_alignment", "full"):
+        changed[section] = {**config[section], "training_arguments": {"fsdp": True}}
+    return changed
+
+
+def losses(root: Path, stage: str) -> list[float]:
+    record = json.loads((root / "stages" / f"{stage}.json").read_text())["record"]
+    return [point["loss"] for point in record["losses"]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run of one process, and one of two that share every weight, killed once and gone on with."""
+    root = tmp_path_factory.mktemp("sharded")
+    config = write_world(root)
+    config |= {"controls": ["full"], "elo": {"stand_in": "forward_only", "alignment": "full"}}
+    for section in ("elo_pretraining", "layer_alignment", "full"):
+        config[section] |= {"per_device_train_batch_size": 1, "embedding_learning_rate": 2e-3}
+    run(config)
+    shared = sharded(config, root / "shared")
+    killed = launch(shared, root / "shared.yaml", die_at="layer_alignment:2")
+    checkpoint = root / "shared" / "elo" / "layer_alignment-checkpoints" / "checkpoint-2"
+    assert killed.returncode != 0 and (checkpoint / "elo_checkpoint.json").is_file(), killed.stderr
+    assert not list(checkpoint.glob("*.bin")), "no process writes the whole model"
+    with pytest.raises(EloError, match=r"checkpoint-2: was written with FSDP.*go on with it"):
+        run({**config, "output": shared["output"]})
+    done = launch(shared, root / "shared.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {"root": root, "config": config}
+
+
+def test_the_losses_are_those_of_one_process(world: dict[str, Any]) -> None:
+    for stage in STAGES:
+        assert losses(world["root"] / "shared", stage) == pytest.approx(losses(world["root"] / "run", stage), abs=2e-5)
+
+
+def test_the_model_is_that_of_one_process(world: dict[str, Any]) -> None:
+    ours, theirs = (stored(world["root"] / name / "model") for name in ("shared", "run"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        assert (tensor.float() - theirs[name].float()).abs().max() < 2e-2, name  # bf16 on disk: a few of its steps
+    alone, together = (json.loads((world["root"] / name / "results.json").read_text()) for name in ("run", "shared"))
+    for one, other in zip(alone["methods"], together["methods"], strict=True):
+        assert other["bpb"] == pytest.approx(one["bpb"], abs=1e-3)
+    assert not [path for path in (world["root"] / "shared").rglob("*") if path.name.startswith((".tmp-", "part-"))]
+
+
+@pytest.mark.slow
+def test_never_killed_it_ends_in_the_same_weights(world: dict[str, Any]) -> None:
+    done = launch(sharded(world["config"], world["root"] / "whole"), world["root"] / "whole.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = stored(world["root"] / "shared" / "model")
+    for name, tensor in stored(world["root"] / "whole" / "model").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "qwen2_moe"])
+def test_parts_make_the_checkpoint_that_transformers_makes(family: str, tmp_path: Path) -> None:
+    for name, parts in (("whole", False), ("parts", True)):
+        model = tiny_model(tiny_config(family))
+        save_checkpoint(
+            model, whole_parts(model) if parts else None, torch.bfloat16, tmp_path / name, side_files=tmp_path
+        )
+    whole, parts = stored(tmp_path / "whole"), stored(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, parts[name]), name
+    names = {path.name for path in (tmp_path / "whole").glob("*.json")}
+    assert {path.name for path in (tmp_path / "parts").glob("*.json")} == {*names, "model.safetensors.index.json"}
+    assert json.loads((tmp_path / "parts" / "config.json").read_text()) == json.loads(
+        (tmp_path / "whole" / "config.json").read_text()
+    )

@@ -11,8 +11,10 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from measuring import synchronise
 
 from elo.recipes.results import hardware, versions
 from elo.training.losses import head_cross_entropy
@@ -45,20 +47,20 @@ def main() -> None:
             weight_VD = (0.05 * torch.randn(vocab, args.hidden_size, device=device)).to(dtype)
             labels_N = torch.randint(0, vocab, (tokens,), device=device)
 
-            def once(implementation: str, chunk: int | None, data=(hidden_ND, weight_VD, labels_N)) -> float:
+            def once(implementation: Any, chunk: int | None, data: Any = (hidden_ND, weight_VD, labels_N)) -> float:
                 hidden = data[0].detach().requires_grad_()
-                _synchronise()
+                synchronise()
                 started = time.perf_counter()
                 head_cross_entropy(hidden, data[1], data[2], implementation=implementation, chunk=chunk).backward()
-                _synchronise()
+                synchronise()
                 return time.perf_counter() - started
 
-            def floor(data=(hidden_ND, weight_VD)) -> float:
-                _synchronise()
+            def floor(data: Any = (hidden_ND, weight_VD)) -> float:
+                synchronise()
                 started = time.perf_counter()
                 logits = data[0] @ data[1].t()
                 logits @ data[1]
-                _synchronise()
+                synchronise()
                 return time.perf_counter() - started
 
             times: dict[str, list[float]] = {}
@@ -76,19 +78,14 @@ def main() -> None:
             base = statistics.median(times["plain"])
             print(f"\n{tokens} tokens x {args.hidden_size} x {vocab}, {dtype}")
             print(f"{'':24}{'ms':>9}{'plain /':>9}{'extra MiB':>11}")
-            for name, seconds in times.items():
-                median = statistics.median(seconds)
+            for name, measured in times.items():
+                median = statistics.median(measured)
                 extra = f"{memory[name] / 2**20:11.0f}" if name in memory else ""
                 print(f"{name:24}{1e3 * median:9.1f}{base / median:9.2f}{extra}", flush=True)
             report.append({"tokens": tokens, "vocab": vocab, "seconds": times, "extra_bytes": memory})
     if args.output:
         found = {"hardware": hardware(), "versions": versions(), "dtype": str(dtype), "sizes": report}
         args.output.write_text(json.dumps(found, indent=2) + "\n")
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

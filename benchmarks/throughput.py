@@ -64,7 +64,7 @@ def make_model(args: argparse.Namespace, depth: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def make_rows(args: argparse.Namespace, count: int):
+def make_rows(args: argparse.Namespace, count: int) -> Any:
     """Packed rows of random tokens in documents of some hundred tokens."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(100, 4 * args.sequence_length, size=count)
@@ -75,11 +75,10 @@ def make_rows(args: argparse.Namespace, count: int):
     return Mixture([("xx", 1.0, PackedStream(corpus, args.sequence_length, 0))]).rows(0, count)
 
 
-def make_ready(
-    args: argparse.Namespace, depth: int, method: Method, layers: tuple[int, int]
-) -> tuple[LlamaForCausalLM, Prepared]:
+def make_ready(args: argparse.Namespace, depth: int, method: Method, layers: tuple[int, int]) -> tuple[Any, Prepared]:
     """The model that a method's first phase trains, prepared for it."""
-    phase, model = method.phases[0], make_model(args, depth)
+    phase = method.phases[0]
+    model: Any = make_model(args, depth)
     bridge = None
     if phase.needs_bridge:
         rows = make_rows(args, 8)
@@ -90,7 +89,7 @@ def make_ready(
 
 
 def ours(
-    model: LlamaForCausalLM,
+    model: Any,
     args: argparse.Namespace,
     settings: TrainingSettings,
     before_step: Callable[[int, Any], None] | None = None,
@@ -116,7 +115,7 @@ def ours(
     return measure
 
 
-def bare(model: LlamaForCausalLM, args: argparse.Namespace, settings: TrainingSettings) -> Callable[[], float]:
+def bare(model: Any, args: argparse.Namespace, settings: TrainingSettings) -> Callable[[], float]:
     """Tokens per second of a hand-written loop on the same model: whole-model logits, PyTorch's cross-entropy."""
     forward = torch.compile(model, dynamic=False) if settings.torch_compile else model
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -151,6 +150,25 @@ def bare(model: LlamaForCausalLM, args: argparse.Namespace, settings: TrainingSe
     return measure
 
 
+def write_profile(measure: Callable[[], float], path: Path) -> None:
+    """Where the time of a contestant goes, by operation, its own time without that of what it calls."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        measure()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    spent_in = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    averages = profile.key_averages()
+    whole = sum(getattr(each, spent_in) for each in averages)
+    rows = sorted(averages, key=lambda each: -getattr(each, spent_in))[:15]
+    lines = [f"{'operation':48}{'calls':>8}{'seconds':>10}{'share':>8}"]
+    for each in rows:
+        spent = getattr(each, spent_in)
+        lines.append(f"{each.key[:46]:48}{each.count:8}{spent / 1e6:10.3f}{spent / whole:8.1%}")
+    path.write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[12])
@@ -163,6 +181,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--profile", type=Path, help="folder for a table of each contestant's most expensive operations"
+    )
     parser.add_argument("--only", nargs="+", help="contestants to run")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -177,8 +198,8 @@ def main() -> None:
     )
     rate = measure_matmul_rate(precision="bf16" if wants_bf16(settings) else "fp32").matmul_flops
     print(f"matmul {rate / 1e9:,.0f} GFLOP/s ({'bf16' if wants_bf16(settings) else 'fp32'})", flush=True)
-    arguments = {name: value for name, value in vars(args).items() if name != "output"}
-    report = {
+    arguments = {name: value for name, value in vars(args).items() if name not in ("output", "profile")}
+    report: dict[str, Any] = {
         "hardware": hardware(),
         "versions": versions(),
         "matmul_flops": rate,
@@ -206,6 +227,9 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, (measure, _) in contestants.items():
                 measured[name].append(measure())
+        if args.profile:
+            for name, (measure, _) in contestants.items():
+                write_profile(measure, args.profile / f"{depth}-layers-{name.replace(', ', '-').replace(' ', '-')}.txt")
         base = statistics.median(measured.get("full CPT", [1.0]))
         print(f"\n{depth} layers x {args.hidden_size}, vocabulary {args.vocab_size}")
         print(f"{'':36}{'tokens/s':>10}{'min':>9}{'max':>9}{'/ full':>8}{'MFLOP/token':>13}{'of matmul rate':>16}")

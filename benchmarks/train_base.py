@@ -211,7 +211,7 @@ def main() -> None:
             rate = seen / (time.time() - start)
             print(f"{seen / 1e6:.2f} M tokens  loss {loss.item():.3f}  {rate:,.0f} tokens/s", flush=True)
 
-    model.to(torch.bfloat16).save_pretrained(args.output)
+    model.bfloat16().save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(f"{args.output}: {seen / 1e6:.2f} M tokens in {(time.time() - start) / 60:.1f} min", flush=True)
 

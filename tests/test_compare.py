@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +18,8 @@ from elo.recipes import trial as trial_module
 from elo.recipes.compare import compare
 from elo.recipes.trial import TEST, VALIDATION
 from elo.reporting.pareto_results import read_comparison
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def _world(root):
@@ -232,3 +235,8 @@ def test_a_contestants_run_is_the_shared_one_with_its_changes(tmp_path):
     assert (run.method, run.elo.stand_in, run.tokens, run.seed) == ("elo", "bridge", 99, 7)
     assert run.layer_alignment.learning_rate == 0.5
     assert run.elo_pretraining.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("compare_*.yaml")), ids=lambda file: file.stem)
+def test_the_benchmarks_configurations_are_understood(file):
+    assert load_comparison(file).contestants

@@ -1,0 +1,208 @@
+"""From raw text to a trained checkpoint, imports and all: `elo run` beside what people run today, in the same minutes.
+
+    pip install trl; python benchmarks/end_to_end.py --tokens 120000 --output end_to_end.json
+
+Each contestant is a process of its own that starts from JSON lines and a base (the quickstart's by default) and ends
+with a checkpoint. All train on the same number of tokens, in updates of the same size, at the same learning rate (LoRA
+at half of it). Then `elo evaluate` measures all of them on the same held-out text. The floor is the matmul FLOPs of the
+tokens at the rate of a large matrix product here; what is above it is everything else.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from measuring import in_process, print_table
+
+from elo.layers import parse_layers
+from elo.model.devices import measure_matmul_rate
+from elo.model.footprint import footprint, read_config
+from elo.quickstart.corpus import write_corpus
+from elo.recipes.evaluate import evaluate
+from elo.recipes.quickstart import WORLD
+from elo.recipes.results import hardware, versions
+from elo.training.methods import Options, find_method
+from elo.training.settings import EloOptions
+
+ROOT = Path(__file__).parent
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "elo run, forward-only middle": ("elo", {"stand_in": "forward_only"}),
+    "elo run, detached, bridge": ("elo", {"stand_in": "bridge", "alignment": "none"}),
+    "elo run, as published": ("elo_paper", {}),
+    "elo run, full CPT": ("full", {}),
+}
+PEERS = {
+    "transformers.Trainer, full CPT": "full",
+    "transformers.Trainer, frozen middle": "frozen",
+    "transformers.Trainer, peft LoRA": "lora",
+    "TRL SFTTrainer, full": "trl",
+}
+LAYERS = "first:1,last:1"
+
+
+def our_code(args: argparse.Namespace, name: str, output: Path) -> str:
+    """`elo run` on the same text, nothing measured on the way but the base and the end, on little text."""
+    method, elo = OURS[name]
+    section = {
+        "learning_rate": args.learning_rate,
+        "tokens_per_step": args.batch * args.sequence_length,
+        "per_device_train_batch_size": args.batch,
+        "evaluations": 0,
+        "save_steps": 10**9,
+    }
+    config = {
+        "model": str(args.base),
+        "output": str(output),
+        "method": method,
+        "layers": LAYERS,
+        "tokens": args.tokens,
+        "data": {
+            "target": "target",
+            "source": "source",
+            "corpora": {"target": str(args.target), "source": str(args.source)},
+            "heldout": {"target": str(args.heldout_target), "source": str(args.heldout_source)},
+            "sequence_length": args.sequence_length,
+        },
+        "elo": elo,
+        "elo_pretraining": section,
+        "layer_alignment": section,
+        "full": section,
+        "evaluation": {"max_tokens": 1000},
+    }
+    return f"import elo; elo.run({config!r})"
+
+
+def peer_code(args: argparse.Namespace, name: str, output: Path) -> str:
+    rate = args.learning_rate / 2 if PEERS[name] == "lora" else args.learning_rate
+    words = [PEERS[name], args.base, args.target, args.source, output, "--tokens", args.tokens]
+    words += ["--sequence-length", args.sequence_length, "--batch", args.batch, "--learning-rate", rate]
+    argv = ["peer_trainers.py", *map(str, words)]
+    found = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {argv!r}"
+    return f"{found}\nimport peer_trainers; peer_trainers.main()"
+
+
+def seconds_of_training(printed: str, output: Path) -> float:
+    """The trainers' own clocks, all phases together."""
+    if "TRAINED" in printed:
+        return float(printed.rsplit("TRAINED", 1)[1].split()[0])
+    records = [json.loads(file.read_text())["record"] for file in (output / "stages").glob("*.json")]
+    return sum(record["seconds"] for record in records if "tokens_per_second" in record)
+
+
+def floor_flops(args: argparse.Namespace, name: str) -> float:
+    """Matmul FLOPs of all trained tokens."""
+    counted = footprint(read_config(args.base))
+    layers = parse_layers(LAYERS, counted.num_layers)
+    if name in OURS:
+        method_name, elo = OURS[name]
+        method = find_method(method_name, Options(elo=EloOptions(**elo)))
+        phases = {
+            phase.rows: method.flops_per_token(phase, counted, layers, args.sequence_length) for phase in method.phases
+        }
+        aligned = 0.1 * args.tokens if len(phases) > 1 else 0
+        shares = {"alignment": aligned, "pretraining": args.tokens - aligned, "all": args.tokens}
+        return sum(cost * shares[rows] for rows, cost in phases.items())
+    kind: Any = {"trl": "full"}.get(PEERS[name], PEERS[name])
+    also = ("embedding", "norm", "head") if kind == "frozen" else ()
+    cost = counted.flops_per_token(kind, layers, sequence_length=args.sequence_length, also_train=also)
+    return cost.total * args.tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=WORLD / "base")
+    for name in ("target", "source", "heldout-target", "heldout-source"):
+        parser.add_argument(f"--{name}", type=Path, help="JSON lines; by default the quickstart's corpus")
+    parser.add_argument("--tokens", type=int, default=120_000)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--heldout-tokens", type=int, default=10_000)
+    parser.add_argument("--only", nargs="+", help="contestants to run")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    scratch = Path(tempfile.mkdtemp(prefix="elo-end-to-end-"))
+    if args.target is None:
+        paths = write_corpus(scratch / "corpus")
+        args.target, args.source = paths.adapt_target, paths.adapt_source
+        args.heldout_target, args.heldout_source = paths.heldout_target, paths.heldout_source
+    names = [name for name in [*OURS, *PEERS] if not args.only or name in args.only]
+    if importlib.util.find_spec("trl") is None and "TRL SFTTrainer, full" in names:
+        print("TRL is not installed (pip install trl): left out", flush=True)
+        names.remove("TRL SFTTrainer, full")
+    rate = measure_matmul_rate().matmul_flops
+    heldout = {"target": args.heldout_target, "source": args.heldout_source}
+    quiet = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_DATASETS_CACHE": str(scratch / "cache"),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    results: dict[str, dict[str, Any]] = {name: {"rounds": []} for name in names}
+    try:
+        for number in range(args.rounds):
+            for name in names:
+                output = scratch / "trained"
+                code = (our_code if name in OURS else peer_code)(args, name, output)
+                found = in_process(code, env={**os.environ, **quiet})
+                if "failed" in found:
+                    raise SystemExit(f"{name}: {found['failed']}")
+                found["training_seconds"] = seconds_of_training(found.pop("printed"), output)
+                results[name]["rounds"].append(found)
+                if number == 0:
+                    model = output / "model" if name in OURS else output
+                    measured = evaluate(
+                        model, corpora=heldout, sequence_length=args.sequence_length,
+                        max_tokens=args.heldout_tokens, progress=False,
+                    )  # fmt: skip
+                    results[name] |= {"bpb": measured["bpb"], "floor_seconds": floor_flops(args, name) / rate}
+                shutil.rmtree(output)
+                shutil.rmtree(scratch / "cache", ignore_errors=True)
+                print(f"{name}: {found['seconds']:.0f} s", flush=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+    first = results.get("transformers.Trainer, full CPT", results[names[0]])
+    rows = []
+    for name, found in results.items():
+        wall, training = (
+            statistics.median(each[key] for each in found["rounds"]) for key in ("seconds", "training_seconds")
+        )
+        faster = statistics.median(
+            slow["seconds"] / each["seconds"] for slow, each in zip(first["rounds"], found["rounds"], strict=True)
+        )
+        peak = max(each["peak_rss_mib"] for each in found["rounds"])
+        bpb = [f"{found['bpb'][language]:.3f}" for language in ("target", "source")]
+        rows.append(
+            [
+                name,
+                f"{wall:.0f}",
+                f"{training:.0f}",
+                f"{found['floor_seconds']:.0f}",
+                f"{faster:.2f}",
+                f"{peak:,}",
+                *bpb,
+            ]
+        )
+    print(f"\n{args.tokens:,} tokens, {args.batch} x {args.sequence_length} an update; {rate / 1e9:,.0f} GFLOP/s")
+    print_table(["", "wall s", "training s", "floor s", "speed-up", "peak MiB", "target bpb", "source bpb"], rows)
+    if args.output:
+        arguments = {name: str(value) for name, value in vars(args).items() if name != "output"}
+        report = {
+            "hardware": hardware(),
+            "versions": versions(),
+            "matmul_flops": rate,
+            "arguments": arguments,
+            "contestants": results,
+        }
+        args.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -137,9 +137,9 @@ def train(
     found = from_main(latest_checkpoint(output_dir, lambda line: print(line, flush=True)) if is_main() else None)
     checkpoint, state = found if found else (None, {"seconds": 0.0})
 
-    on_gpu = torch.cuda.is_available()
     reset_peak_memory()
-    if on_gpu:
+    # What FSDP or DeepSpeed divide may not fit on one GPU whole: they take it there piece by piece.
+    if torch.cuda.is_available() and not {"fsdp", "deepspeed"} & set(settings.training_arguments):
         model.to("cuda")  # type: ignore[arg-type]
     packed = "attention_mask" not in rows[0]
     autocast_dtype = torch.bfloat16 if wants_bf16(settings) else None

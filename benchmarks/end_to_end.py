@@ -193,7 +193,7 @@ def main() -> None:
     print(f"\n{args.tokens:,} tokens, {args.batch} x {args.sequence_length} an update; {rate / 1e9:,.0f} GFLOP/s")
     print_table(["", "wall s", "training s", "floor s", "speed-up", "peak MiB", "target bpb", "source bpb"], rows)
     if args.output:
-        arguments = {name: str(value) for name, value in vars(args).items() if name != "output"}
+        arguments = {name: getattr(value, "name", value) for name, value in vars(args).items() if name != "output"}
         report = {
             "hardware": hardware(),
             "versions": versions(),

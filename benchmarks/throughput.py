@@ -162,10 +162,10 @@ def write_profile(measure: Callable[[], float], path: Path) -> None:
     averages = profile.key_averages()
     whole = sum(getattr(each, spent_in) for each in averages)
     rows = sorted(averages, key=lambda each: -getattr(each, spent_in))[:15]
-    lines = [f"{'operation':48}{'calls':>8}{'seconds':>10}{'share':>8}"]
+    lines = [f"{'operation':64}{'calls':>8}{'seconds':>10}{'share':>8}"]
     for each in rows:
         spent = getattr(each, spent_in)
-        lines.append(f"{each.key[:46]:48}{each.count:8}{spent / 1e6:10.3f}{spent / whole:8.1%}")
+        lines.append(f"{each.key[:62]:64}{each.count:8}{spent / 1e6:10.3f}{spent / whole:8.1%}")
     path.write_text("\n".join(lines) + "\n")
 
 

@@ -60,7 +60,12 @@ def write_documents(path: Path, words: list[str], count: int, seed: int) -> Path
 
 
 def write_base(
-    folder: Path, *, layers: int = 4, dtype: torch.dtype = torch.bfloat16, vocab_size: int | None = None
+    folder: Path,
+    *,
+    layers: int = 4,
+    dtype: torch.dtype = torch.bfloat16,
+    vocab_size: int | None = None,
+    tie: bool = False,
 ) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,6 +86,7 @@ def write_base(
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
+        tie_word_embeddings=tie,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=None,

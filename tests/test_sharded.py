@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from run_fixtures import write_world
+from run_fixtures import write_base, write_world
 from surgery_fixtures import stored
 from zoo import tiny_config, tiny_model
 
@@ -48,6 +48,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run of one process, and one of two that share every weight, killed once and gone on with."""
     root = tmp_path_factory.mktemp("sharded")
     config = write_world(root)
+    write_base(root / "base", tie=True)
     config |= {"controls": ["full"], "elo": {"stand_in": "forward_only", "alignment": "full"}}
     for section in ("elo_pretraining", "layer_alignment", "full"):
         config[section] |= {"per_device_train_batch_size": 1, "embedding_learning_rate": 2e-3}
@@ -72,6 +73,7 @@ def test_the_losses_are_those_of_one_process(world: dict[str, Any]) -> None:
 def test_the_model_is_that_of_one_process(world: dict[str, Any]) -> None:
     ours, theirs = (stored(world["root"] / name / "model") for name in ("shared", "run"))
     assert ours.keys() == theirs.keys()
+    assert "lm_head.weight" not in ours, "tied, so stored once"
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype
         assert (tensor.float() - theirs[name].float()).abs().max() < 2e-2, name  # bf16 on disk: a few of its steps

@@ -5,7 +5,7 @@
 Layer alignment and full CPT train every layer, which is the peak of a run that has such a phase. Each contestant trains
 a Llama of random weights for a few updates in a process of its own. Printed beside: what `elo plan --measure` says of
 memory and rate, and what the model's weights, gradients and AdamW state alone take, the floor of plain training.
-the same choices do to the loss is `elo compare benchmarks/compare_alignment.yaml`.
+What the same choices do to the loss is `elo compare benchmarks/compare_alignment.yaml`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import MIB, print_table
-from throughput import make_model, make_ready, ours
+from throughput import make_config, make_ready, ours
 
 from elo.model.footprint import footprint
 from elo.recipes.plan import plan
@@ -101,7 +101,7 @@ def foretell(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any]
     if contestant.planned is None:
         return None
     planned = plan(
-        make_model(args, args.layers).config,
+        make_config(args, args.layers),
         tokens=1_000_000,
         alignment_share=0.5,
         sequence_length=args.sequence_length,
@@ -132,10 +132,11 @@ def main() -> None:
         print("MEASURED", json.dumps(measure(args, CONTESTANTS[args.one])))
         return
 
-    counted = footprint(make_model(args, args.layers).config)
+    counted = footprint(make_config(args, args.layers))
     floor = 16 * counted.total
     print(f"{counted.total / 1e6:.0f} M parameters; fp32 weights, gradients and AdamW state {floor // MIB:,} MiB")
-    rows, results = [], {}
+    rows: list[list[str]] = []
+    results: dict[str, dict[str, Any]] = {}
     for name in args.only or CONTESTANTS:
         with tempfile.TemporaryDirectory() as scratch:
             done = subprocess.run(
@@ -146,12 +147,15 @@ def main() -> None:
                 env={**os.environ, "TMPDIR": scratch},
             )
         line = next((line for line in done.stdout.splitlines() if line.startswith("MEASURED ")), None)
-        if line is None:
-            raise SystemExit(f"{name}: {done.stderr[-1500:]}")
+        if line is None:  # most likely it does not fit; the others may
+            results[name] = {"failed": done.stderr[-1500:]}
+            rows.append([name, "failed", *[""] * 5])
+            print(f"{name}: {done.stderr[-300:]}", file=sys.stderr, flush=True)
+            continue
         measured = json.loads(line.removeprefix("MEASURED "))
         foretold = foretell(args, CONTESTANTS[name])
         results[name] = {"measured": measured, "planned": foretold}
-        plain = results.get("full, AdamW", results[name])["measured"]
+        plain = results.get("full, AdamW", {}).get("measured", measured)
         cells = [f"{measured['peak_memory_bytes'] // MIB:,}", f"{measured['tokens_per_second']:,.0f}"]
         for key in ("peak_memory_bytes", "tokens_per_second"):
             cells.append(f"{measured[key] / plain[key]:.2f}")

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measuring import in_process, print_table
+from measuring import finished, print_table
 
 from elo.layers import parse_layers
 from elo.model.devices import measure_matmul_rate
@@ -150,9 +150,7 @@ def main() -> None:
             for name in names:
                 output = scratch / "trained"
                 code = (our_code if name in OURS else peer_code)(args, name, output)
-                found = in_process(code, env={**os.environ, **quiet})
-                if "failed" in found:
-                    raise SystemExit(f"{name}: {found['failed']}")
+                found = finished(code, env={**os.environ, **quiet})
                 found["training_seconds"] = seconds_of_training(found.pop("printed"), output)
                 results[name]["rounds"].append(found)
                 if number == 0:

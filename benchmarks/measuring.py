@@ -38,6 +38,14 @@ def in_process(code: str, *, env: dict[str, str] | None = None) -> dict[str, Any
         return {"seconds": round(seconds, 2), "peak_rss_mib": peak >> 10, "printed": printed.read().strip()[-2000:]}
 
 
+def finished(code: str, *, env: dict[str, str] | None = None) -> dict[str, Any]:
+    """As `in_process`, but the end of everything where the code fails."""
+    found = in_process(code, env=env)
+    if "failed" in found:
+        raise SystemExit(found["failed"])
+    return found
+
+
 def _high_water_mark(process: int) -> int:
     try:
         match = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measuring import MIB, in_process, print_table, weights_size
+from measuring import MIB, finished, print_table, weights_size
 
 from elo.recipes.results import hardware, versions
 
@@ -51,18 +51,14 @@ LlamaForCausalLM(config).save_pretrained({folder!r}, max_shard_size={shard!r})
 def timed(code: str) -> dict[str, Any]:
     """Seconds of some code in a process of its own, without imports, and the process's peak memory."""
     clock = "import time, elo.model.checkpoint; started = time.perf_counter()"
-    found = in_process(f"{clock}\n{code}\nprint(time.perf_counter() - started)")
-    if "failed" in found:
-        raise SystemExit(found["failed"])
+    found = finished(f"{clock}\n{code}\nprint(time.perf_counter() - started)")
     return {"seconds": float(found["printed"].split()[-1]), "peak_rss_mib": found["peak_rss_mib"]}
 
 
 def make_checkpoint(folder: Path, megabytes: int, *, vocabulary: int = 32_000, shard: str = "500MB") -> None:
     """Random bf16 weights of about this size, in several files."""
     layers = max(3, (megabytes - vocabulary * 8192 // MIB) // 128)
-    made = in_process(MAKE.format(folder=str(folder), layers=layers, vocabulary=vocabulary, shard=shard))
-    if "failed" in made:
-        raise SystemExit(made["failed"])
+    finished(MAKE.format(folder=str(folder), layers=layers, vocabulary=vocabulary, shard=shard))
 
 
 def main() -> None:
@@ -80,9 +76,9 @@ def main() -> None:
         make_checkpoint(base, args.megabytes)
         detach = f"import elo; elo.detach({str(base)!r}, {LAYERS!r}, output={str(detached)!r})"
         attach = f"import elo; elo.attach({str(trained)!r}, {str(base)!r}, output={str(attached)!r}, include={ENDS!r}"
-        in_process(detach)
+        finished(detach)
         shutil.copytree(detached, trained)
-        in_process(TRAIN.format(folder=str(trained)))
+        finished(TRAIN.format(folder=str(trained)))
         sizes = {"base_mib": weights_size(base) // MIB, "detached_mib": weights_size(trained) // MIB}
         copy_detached = COPY.format(source=str(trained), target=str(copied))
         copy_base = COPY.format(source=str(base), target=str(copied))
@@ -96,7 +92,7 @@ def main() -> None:
         floors = {name: list(contestants)[0 if number < 2 else 2] for number, name in enumerate(contestants)}
         shutil.rmtree(detached)
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
-        start = in_process("import elo.model.checkpoint")
+        start = finished("import elo.model.checkpoint")
         for _ in range(args.rounds):
             for name, (code, made) in contestants.items():
                 measured[name].append(timed(code))
@@ -118,6 +114,7 @@ def main() -> None:
         report = {
             "hardware": hardware(),
             "versions": versions(),
+            "arguments": {"megabytes": args.megabytes, "rounds": args.rounds},
             "sizes": sizes,
             "imports_alone": start,
             "measured": measured,

@@ -92,6 +92,18 @@ def test_never_killed_it_ends_in_the_same_weights(world: dict[str, Any]) -> None
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
+def test_untied_weights_and_the_bridge(tmp_path: Path) -> None:
+    config = write_world(tmp_path) | {"elo": {"stand_in": "bridge", "alignment": "full"}}
+    for section in ("elo_pretraining", "layer_alignment"):
+        config[section] |= {"per_device_train_batch_size": 1}
+    run(config)
+    done = launch(sharded(config, tmp_path / "shared"), tmp_path / "shared.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in STAGES[:2]:
+        assert losses(tmp_path / "shared", stage) == pytest.approx(losses(tmp_path / "run", stage), abs=2e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "qwen2_moe"])
 def test_parts_make_the_checkpoint_that_transformers_makes(family: str, tmp_path: Path) -> None:
     for name, parts in (("whole", False), ("parts", True)):

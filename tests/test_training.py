@@ -92,6 +92,29 @@ def test_8_bit_state_is_what_the_plan_counts_whatever_was_trained_before(tmp_pat
     assert bits(model, tmp_path / "after") == sorted(of_layers(2))
 
 
+@pytest.mark.parametrize(
+    ("further", "arguments", "message"),
+    [
+        ({}, {"fsdp": True}, "divides weights among processes, and this is one"),
+        ({"optim": "adamw_8bit"}, {"fsdp": True}, "adamw_8bit does not take weights"),
+        ({}, {"fsdp": True, "fsdp_config": {"fsdp_version": 1}}, "version: got 1; only FSDP2"),
+        ({}, {"fsdp": True, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}, "state_dict_type: is set by ELO"),
+        ({}, {"fsdp": True, "fsdp_config": "fsdp.json"}, "fsdp_config: got 'fsdp.json'; write its keys out"),
+        (
+            {"activation_checkpointing": True},
+            {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
+            "is on here and in fsdp_config",
+        ),
+    ],
+)
+def test_what_fsdp_cannot_do_is_told_before_any_work(further, arguments, message):
+    settings = SETTINGS.model_copy(update={**further, "training_arguments": arguments})
+    with pytest.raises(EloError, match=f"full.*{message}"):
+        check_settings(settings, LENGTH, "full")
+    off = SETTINGS.model_copy(update={"training_arguments": {**arguments, "fsdp": False}})
+    assert not off.divides_model
+
+
 def test_an_optimizer_that_is_not_installed_is_told_before_any_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     settings = SETTINGS.model_copy(update={"optim": "adamw_8bit"})

@@ -251,7 +251,8 @@ def _check_given(
             f"rows: the file must hold {' and '.join(sorted(wanted))}, one row for each new token; it holds "
             f"{', '.join(sorted(given)) or 'nothing'}"
         )
-    width = next(base.weights.tensors[name].shape[1] for name, group in resized.items() if group == "embedding")
+    shapes = (base.weights.tensors[name].shape for name, group in resized.items() if group == "embedding")
+    width = next(shape[1] for shape in shapes if len(shape) == 2)  # a tied head's bias goes with the embedding
     for name, values in given.items():
         if values.shape != (count, width) or not bool(torch.isfinite(values).all()):
             found = f"is {list(values.shape)}" if values.shape != (count, width) else "has values that are not finite"

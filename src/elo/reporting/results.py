@@ -142,6 +142,12 @@ class NewRows(Record):
     start: Count
     stop: Count
 
+    @model_validator(mode="after")
+    def _in_order(self) -> "NewRows":
+        if self.stop < self.start:
+            raise ValueError(f"stop {self.stop} lies before start {self.start}")
+        return self
+
     def __len__(self) -> int:
         return self.stop - self.start
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
@@ -24,7 +25,7 @@ from elo.training.embedding_rows import rows_left_out
 from elo.training.losses import install_head_loss
 from elo.training.memory import peak_memory_bytes, reset_peak_memory
 from elo.training.settings import TrainingSettings
-from elo.training.sharded import require_same_sharding, whole_parts
+from elo.training.sharded import check_sharding, whole_parts
 from elo.training.trainer import EloTrainer, Evaluate, PackedCollator
 
 _SET_HERE = {
@@ -139,7 +140,8 @@ def train(
 
     reset_peak_memory()
     # What FSDP or DeepSpeed divide may not fit on one GPU whole: they take it there piece by piece.
-    if torch.cuda.is_available() and not {"fsdp", "deepspeed"} & set(settings.training_arguments):
+    on_gpu = torch.cuda.is_available() and not settings.divides_model
+    if on_gpu:
         model.to("cuda")  # type: ignore[arg-type]
     packed = "attention_mask" not in rows[0]
     autocast_dtype = torch.bfloat16 if wants_bf16(settings) else None
@@ -147,11 +149,10 @@ def train(
     if packed:
         _require_isolation(model, autocast_dtype)
     restore_forward = install_head_loss(model, settings.head_loss, autocast_dtype, first_row)
-    attention = (
-        choose_attention(model, sequence_length, settings.attn_implementation, autocast_dtype)
-        if packed
-        else "model's own"
-    )
+    requested = settings.attn_implementation
+    if requested == "auto" and torch.cuda.is_available() and not on_gpu:
+        requested = own_attention or "eager"  # another cannot be tried where it is going to run
+    attention = choose_attention(model, sequence_length, requested, autocast_dtype) if packed else "model's own"
     if packed and attention not in (VARLEN, "sdpa"):
         _require_isolation(model, autocast_dtype)  # with what was asked for by name
     if settings.torch_compile:
@@ -179,8 +180,7 @@ def train(
             first_row=first_row,
         )
         trainer.remove_callback(PrinterCallback)  # _Report says it
-        if checkpoint is not None:
-            require_same_sharding(checkpoint, trainer.is_fsdp_enabled)
+        check_sharding(trainer, checkpoint)
         with stop.listening():
             trainer.resume_clock()
             try:
@@ -266,17 +266,45 @@ def _arguments(
         dataloader_num_workers=settings.dataloader_num_workers,
         **{"ddp_find_unused_parameters": False, **_further_arguments(settings)},
     )
+    if arguments.fsdp and arguments.bf16:
+        # As with DDP: products in bf16; gradients are added up, and the summed loss comes out, in fp32.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher would be nn.DataParallel
     return arguments
 
 
 def _further_arguments(settings: TrainingSettings) -> dict[str, Any]:
-    """The user's own arguments; checkpoints of FSDP stay in pieces unless they say otherwise."""
+    """The user's own arguments; checkpoints of FSDP stay in pieces."""
     given = settings.training_arguments
-    fsdp_config = given.get("fsdp_config") or {}
-    if not given.get("fsdp") or not isinstance(fsdp_config, dict):
+    if not given.get("fsdp"):
         return given
-    return {**given, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT", **fsdp_config}}
+    return {**given, "fsdp_config": {**(given.get("fsdp_config") or {}), "state_dict_type": "SHARDED_STATE_DICT"}}
+
+
+def _check_fsdp(settings: TrainingSettings) -> None:
+    given = settings.training_arguments
+    if not given.get("fsdp"):
+        return
+    config = given.get("fsdp_config") or {}
+    if not isinstance(config, dict):
+        raise EloError(f"training_arguments.fsdp_config: got {config!r}; write its keys out")
+    keys = {str(key).removeprefix("fsdp_"): value for key, value in config.items()}
+    if str(keys.get("version", 2)) != "2":
+        raise EloError(
+            f"training_arguments.fsdp_config.version: got {keys['version']!r}; only FSDP2 is supported, write 2"
+        )
+    if "state_dict_type" in keys:
+        raise EloError("training_arguments.fsdp_config.state_dict_type: is set by ELO, whose checkpoints are in pieces")
+    if keys.get("activation_checkpointing") and settings.activation_checkpointing:
+        raise EloError("activation_checkpointing: is on here and in fsdp_config; leave it out of fsdp_config")
+    if settings.optim == "adamw_8bit":
+        raise EloError("optim: adamw_8bit does not take weights that FSDP has in pieces; write adamw or adafactor")
+    if world_size() == 1:
+        raise EloError(
+            "training_arguments.fsdp: divides weights among processes, and this is one; launch several "
+            "(torchrun --nproc_per_node N -m elo.cli run ...), or leave it out"
+        )
 
 
 def check_settings(settings: TrainingSettings, sequence_length: int, section: str) -> None:
@@ -288,6 +316,7 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
     """
     try:
         rows_per_step(sequence_length, settings)
+        _check_fsdp(settings)
         if settings.optim == "adamw_8bit":
             _require_bitsandbytes()
     except EloError as error:

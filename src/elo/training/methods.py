@@ -285,7 +285,7 @@ class Lora(Method):
             import peft  # noqa: F401
         except ImportError:
             raise EloError("method: lora needs peft, which is not installed; pip install 'elo-cpt[lora]'") from None
-        if {"fsdp", "deepspeed"} & set(self.settings.training_arguments):
+        if self.settings.divides_model:
             raise EloError(
                 "method: lora is merged in one process's memory; leave fsdp and deepspeed out of its section"
             )

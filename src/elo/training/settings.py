@@ -62,6 +62,11 @@ class TrainingSettings(BaseModel):
     training_arguments: dict[str, Any] = Field(default_factory=dict)
     """Further transformers.TrainingArguments (fsdp, deepspeed, ddp_backend, ...), passed on as they are."""
 
+    @property
+    def divides_model(self) -> bool:
+        """Whether FSDP or DeepSpeed divide what is trained among the processes."""
+        return any(self.training_arguments.get(key) for key in ("fsdp", "deepspeed"))
+
 
 class EloOptions(BaseModel):
     """What method `elo` does beyond its training arguments."""

@@ -12,10 +12,15 @@ from elo.errors import EloError
 from elo.model.architecture import find_architecture
 
 
-def require_same_sharding(checkpoint: Path, is_sharded: bool) -> None:
-    """Raise EloError where a training checkpoint was written with FSDP and is read without it, or the reverse."""
-    was = any(checkpoint.glob(f"{FSDP_MODEL_NAME}*"))
-    if was != is_sharded:
+def check_sharding(trainer: Any, checkpoint: Path | None) -> None:
+    """Raise EloError for FSDP of the first kind, or where a checkpoint was written with FSDP and is read without it."""
+    sharded = trainer.is_fsdp_enabled
+    if sharded and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise EloError("FSDP: the launcher asks for its first version; only FSDP2 is supported (fsdp_version: 2)")
+    if checkpoint is None:
+        return
+    was = (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir()
+    if was != sharded:
         way, other = ("with", "without") if was else ("without", "with")
         raise EloError(
             f"{checkpoint}: was written {way} FSDP, and this run is {other}; go on {way} it (training_arguments.fsdp), "

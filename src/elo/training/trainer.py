@@ -154,8 +154,8 @@ class EloTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.first_row and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise EloError(
-                "elo.embedding_rows: new needs whole embeddings, which FSDP and DeepSpeed take to pieces; write all, "
-                "or train without them"
+                "training new rows alone (elo.embedding_rows: new, method embeddings_first) needs whole embeddings, "
+                "which FSDP and DeepSpeed take to pieces; leave them out of this section's training_arguments"
             )
         made = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)

@@ -279,7 +279,10 @@ def _further_arguments(settings: TrainingSettings) -> dict[str, Any]:
     given = settings.training_arguments
     if not given.get("fsdp"):
         return given
-    return {**given, "fsdp_config": {**(given.get("fsdp_config") or {}), "state_dict_type": "SHARDED_STATE_DICT"}}
+    config = given.get("fsdp_config") or {}
+    if not isinstance(config, dict):
+        raise EloError(f"training_arguments.fsdp_config: got {config!r}; write its keys out")
+    return {**given, "fsdp_config": {**config, "state_dict_type": "SHARDED_STATE_DICT"}}
 
 
 def _check_fsdp(settings: TrainingSettings) -> None:
@@ -287,8 +290,6 @@ def _check_fsdp(settings: TrainingSettings) -> None:
     if not given.get("fsdp"):
         return
     config = given.get("fsdp_config") or {}
-    if not isinstance(config, dict):
-        raise EloError(f"training_arguments.fsdp_config: got {config!r}; write its keys out")
     keys = {str(key).removeprefix("fsdp_"): value for key, value in config.items()}
     if str(keys.get("version", 2)) != "2":
         raise EloError(
@@ -316,7 +317,6 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
     """
     try:
         rows_per_step(sequence_length, settings)
-        _check_fsdp(settings)
         if settings.optim == "adamw_8bit":
             _require_bitsandbytes()
     except EloError as error:
@@ -343,6 +343,9 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
             )
     try:
         _arguments(settings, rows_per_step(sequence_length, settings), 1, Path(), 0, evaluating=False)
+        _check_fsdp(settings)
+    except EloError as error:
+        raise EloError(f"{section}.{error}") from None
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise EloError(f"{section}: transformers refuses these training arguments: {error}") from None
 

@@ -51,8 +51,8 @@ STYLE: Any = {
     "svg.fonttype": "path",
 }
 _SIZE_INCHES = (5.8, 3.9)
-_LEGEND_CHARACTERS = 100
-"""Of legend text that fit side by side, each label's line counted as six."""
+_LEGEND_CHARACTERS = 90
+"""Of legend text that fit side by side, each label's line counted as eight."""
 _PNG_DPI = 200
 LABEL_MARGIN, _LABEL_GAP = 0.03, 0.07
 
@@ -140,7 +140,7 @@ def finish(figure: Figure, name: str, title: str, caption: str) -> Chart:
     ]
     handles, labels = [handles[index] for index in seen], [labels[index] for index in seen]
     if handles:
-        columns = max(1, min(3, _LEGEND_CHARACTERS // (max(len(label) for label in labels) + 6)))
+        columns = max(1, min(3, _LEGEND_CHARACTERS // (max(len(label) for label in labels) + 8)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.8)
     svg, png = io.BytesIO(), io.BytesIO()
     # No date and no version inside: the same results give the same bytes.

@@ -10,21 +10,16 @@ What the same choices do to the loss is `elo compare benchmarks/compare_alignmen
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from measuring import MIB, print_table
-from throughput import make_config, make_ready, ours
+from measuring import MIB, in_process, print_table, write_report
+from throughput import make_config, make_ready, train_some
 
 from elo.model.footprint import footprint
 from elo.recipes.plan import plan
-from elo.recipes.results import hardware, versions
-from elo.training.loop import train
 from elo.training.methods import Options, find_method
 from elo.training.settings import EloOptions, TrainingSettings
 
@@ -79,21 +74,24 @@ def settings_of(args: argparse.Namespace, contestant: Contestant) -> TrainingSet
     )
 
 
-def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any]:
-    """Train here, for a few updates: tokens/s after the first, and the peak of memory."""
-    layers = (0, args.layers - 1)
+def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float]:
+    """Train here, for a few updates: tokens/s after the first, and the peak of memory in bytes."""
     method = find_method(contestant.method, contestant.options)
-    model, prepared = make_ready(args, args.layers, method, layers)
-    settings = settings_of(args, contestant)
-    peaks = []
+    model, prepared = make_ready(args, args.layers, method, (0, args.layers - 1))
+    rate, peak = train_some(model, args, settings_of(args, contestant), prepared.before_step)
+    return {"tokens_per_second": rate, "peak_memory_bytes": peak}
 
-    def kept(*arguments: Any, **keywords: Any) -> Any:
-        result = train(*arguments, **keywords)
-        peaks.append(result.peak_memory_bytes)
-        return result
 
-    rate = ours(model, args, settings, prepared.before_step, train=kept)()
-    return {"tokens_per_second": rate, "peak_memory_bytes": max(peaks)}
+def measure_apart(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """`measure` in a process of its own; {"failed": why} where it fails, most likely for want of memory."""
+    size = {key: value for key, value in vars(args).items() if key not in ("only", "output")}
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import argparse, json; from alignment_memory import CONTESTANTS, measure\n"
+        f"print(json.dumps(measure(argparse.Namespace(**{size!r}), CONTESTANTS[{name!r}])))"
+    )
+    found = in_process(code)
+    return found if "failed" in found else json.loads(found["printed"].splitlines()[-1])
 
 
 def foretell(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any] | None:
@@ -125,12 +123,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), help="contestants to run")
-    parser.add_argument("--one", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    if args.one:
-        print("MEASURED", json.dumps(measure(args, CONTESTANTS[args.one])))
-        return
 
     counted = footprint(make_config(args, args.layers))
     floor = 16 * counted.total
@@ -138,21 +132,12 @@ def main() -> None:
     rows: list[list[str]] = []
     results: dict[str, dict[str, Any]] = {}
     for name in args.only or CONTESTANTS:
-        with tempfile.TemporaryDirectory() as scratch:
-            done = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--one", name],
-                capture_output=True,
-                text=True,
-                check=False,
-                env={**os.environ, "TMPDIR": scratch},
-            )
-        line = next((line for line in done.stdout.splitlines() if line.startswith("MEASURED ")), None)
-        if line is None:  # most likely it does not fit; the others may
-            results[name] = {"failed": done.stderr[-1500:]}
+        measured = measure_apart(args, name)
+        if "failed" in measured:
+            results[name] = measured
             rows.append([name, "failed", *[""] * 5])
-            print(f"{name}: {done.stderr[-300:]}", file=sys.stderr, flush=True)
+            print(f"{name}: {measured['failed'][-300:]}", file=sys.stderr, flush=True)
             continue
-        measured = json.loads(line.removeprefix("MEASURED "))
         foretold = foretell(args, CONTESTANTS[name])
         results[name] = {"measured": measured, "planned": foretold}
         plain = results.get("full, AdamW", {}).get("measured", measured)
@@ -165,10 +150,7 @@ def main() -> None:
         print(f"{name}: {cells[0]} MiB, {cells[1]} tokens/s", file=sys.stderr, flush=True)
     columns = ["", "peak MiB", "tokens/s", "memory / plain", "rate / plain", "planned / measured: memory", "rate"]
     print_table(columns, rows)
-    if args.output:
-        arguments = {name: value for name, value in vars(args).items() if name not in ("output", "one")}
-        report = {"hardware": hardware(), "versions": versions(), "arguments": arguments, "contestants": results}
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(args.output, vars(args), contestants=results)
 
 
 if __name__ == "__main__":

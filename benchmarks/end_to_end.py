@@ -11,14 +11,13 @@ tokens at the rate of a large matrix product here; what is above it is everythin
 import argparse
 import importlib.util
 import json
-import os
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from measuring import finished, print_table
+from measuring import finished, print_table, write_report
 
 from elo.layers import parse_layers
 from elo.model.devices import measure_matmul_rate
@@ -26,7 +25,6 @@ from elo.model.footprint import footprint, read_config
 from elo.quickstart.corpus import write_corpus
 from elo.recipes.evaluate import evaluate
 from elo.recipes.quickstart import WORLD
-from elo.recipes.results import hardware, versions
 from elo.training.methods import Options, find_method
 from elo.training.settings import EloOptions
 
@@ -150,7 +148,7 @@ def main() -> None:
             for name in names:
                 output = scratch / "trained"
                 code = (our_code if name in OURS else peer_code)(args, name, output)
-                found = finished(code, env={**os.environ, **quiet})
+                found = finished(code, env=quiet)
                 found["training_seconds"] = seconds_of_training(found.pop("printed"), output)
                 results[name]["rounds"].append(found)
                 if number == 0:
@@ -190,16 +188,7 @@ def main() -> None:
         )
     print(f"\n{args.tokens:,} tokens, {args.batch} x {args.sequence_length} an update; {rate / 1e9:,.0f} GFLOP/s")
     print_table(["", "wall s", "training s", "floor s", "speed-up", "peak MiB", "target bpb", "source bpb"], rows)
-    if args.output:
-        arguments = {name: getattr(value, "name", value) for name, value in vars(args).items() if name != "output"}
-        report = {
-            "hardware": hardware(),
-            "versions": versions(),
-            "matmul_flops": rate,
-            "arguments": arguments,
-            "contestants": results,
-        }
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(args.output, vars(args), matmul_flops=rate, contestants=results)
 
 
 if __name__ == "__main__":

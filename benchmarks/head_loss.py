@@ -7,16 +7,14 @@ elo.training.losses chooses between `plain` and `chunked` by these figures.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import synchronise
+from measuring import synchronise, write_report
 
-from elo.recipes.results import hardware, versions
 from elo.training.losses import head_cross_entropy
 from elo.training.memory import peak_memory_bytes, reset_peak_memory
 
@@ -83,9 +81,7 @@ def main() -> None:
                 extra = f"{memory[name] / 2**20:11.0f}" if name in memory else ""
                 print(f"{name:24}{1e3 * median:9.1f}{base / median:9.2f}{extra}", flush=True)
             report.append({"tokens": tokens, "vocab": vocab, "seconds": times, "extra_bytes": memory})
-    if args.output:
-        found = {"hardware": hardware(), "versions": versions(), "dtype": str(dtype), "sizes": report}
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
+    write_report(args.output, vars(args), dtype=str(dtype), sizes=report)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What several benchmarks need: a process of its own with its peak memory, a table."""
 
+import json
 import os
 import re
 import subprocess
@@ -65,6 +66,16 @@ def synchronise() -> None:
 def weights_size(folder: Path) -> int:
     """Bytes of a checkpoint's weight files."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def write_report(path: Path | None, arguments: dict[str, Any], **found: Any) -> None:
+    """Write what was found as JSON, with the machine, the versions and the command's arguments; nowhere if None."""
+    from elo.recipes.results import hardware, versions
+
+    if path is not None:
+        told = {name: getattr(each, "name", each) for name, each in arguments.items() if each is not path}
+        report = {"hardware": hardware(), "versions": versions(), "arguments": told, **found}
+        path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

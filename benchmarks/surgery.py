@@ -8,16 +8,13 @@ and the imports (which are given beside), ratios are medians of the rounds' rati
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from measuring import MIB, finished, print_table, weights_size
-
-from elo.recipes.results import hardware, versions
+from measuring import MIB, finished, print_table, weights_size, write_report
 
 LAYERS = "first:1,last:1"
 ENDS = ("embedding", "norm", "head")
@@ -110,16 +107,7 @@ def main() -> None:
         peak = max(each["peak_rss_mib"] for each in rounds)
         rows.append([name, f"{seconds:.1f}", f"{ratio:.2f}", f"{peak:,}"])
     print_table(["", "seconds", "/ copy", "peak MiB"], rows)
-    if args.output:
-        report = {
-            "hardware": hardware(),
-            "versions": versions(),
-            "arguments": {"megabytes": args.megabytes, "rounds": args.rounds},
-            "sizes": sizes,
-            "imports_alone": start,
-            "measured": measured,
-        }
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(args.output, vars(args), sizes=sizes, imports_alone=start, measured=measured)
 
 
 if __name__ == "__main__":

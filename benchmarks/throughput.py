@@ -8,7 +8,6 @@ this machine's measured matmul rate that makes. Random weights: speed does not d
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import synchronise
+from measuring import synchronise, write_report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from elo.data.mixture import Mixture
@@ -28,9 +27,8 @@ from elo.data.shards import TokenCorpus
 from elo.model.devices import measure_matmul_rate
 from elo.model.footprint import footprint
 from elo.model.surgery import detach_layers
-from elo.recipes.results import hardware, versions
 from elo.training.bridge import fit_bridge
-from elo.training.loop import TrainingResult, train, wants_bf16
+from elo.training.loop import train, wants_bf16
 from elo.training.methods import Method, Options, Prepared, Setup, find_method
 from elo.training.settings import EloOptions, TrainingSettings
 
@@ -91,31 +89,36 @@ def make_ready(args: argparse.Namespace, depth: int, method: Method, layers: tup
     return model, method.prepare(model, phase, Setup(layers, bridge))
 
 
+def train_some(
+    model: Any,
+    args: argparse.Namespace,
+    settings: TrainingSettings,
+    before_step: Callable[[int, Any], None] | None = None,
+) -> tuple[float, int]:
+    """Tokens per second of ELO's own trainer, after `args.warmup` updates, and its peak of memory in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(
+            model,
+            make_rows(args, (args.warmup + args.steps) * args.batch * args.accumulate),
+            sequence_length=args.sequence_length,
+            settings=settings,
+            output_dir=Path(folder),
+            seed=0,
+            before_step=before_step,
+        )
+    end = result.losses[-1]
+    begin = next(point for point in result.losses if point["tokens"] >= args.warmup * settings.tokens_per_step)
+    return (end["tokens"] - begin["tokens"]) / (end["seconds"] - begin["seconds"]), result.peak_memory_bytes
+
+
 def ours(
     model: Any,
     args: argparse.Namespace,
     settings: TrainingSettings,
     before_step: Callable[[int, Any], None] | None = None,
-    train: Callable[..., TrainingResult] = train,
 ) -> Callable[[], float]:
-    """Tokens per second of ELO's own trainer, after `args.warmup` updates."""
-    rows_per_step = args.batch * args.accumulate
-
-    def measure() -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            result = train(
-                model,
-                make_rows(args, (args.warmup + args.steps) * rows_per_step),
-                sequence_length=args.sequence_length,
-                settings=settings,
-                output_dir=Path(folder),
-                seed=0,
-                before_step=before_step,
-            )
-        begin = next(point for point in result.losses if point["tokens"] >= args.warmup * settings.tokens_per_step)
-        return (result.losses[-1]["tokens"] - begin["tokens"]) / (result.losses[-1]["seconds"] - begin["seconds"])
-
-    return measure
+    """Measures the tokens per second of ELO's own trainer."""
+    return lambda: train_some(model, args, settings, before_step)[0]
 
 
 def bare(model: Any, args: argparse.Namespace, settings: TrainingSettings) -> Callable[[], float]:
@@ -203,14 +206,7 @@ def main() -> None:
     )
     rate = measure_matmul_rate(precision="bf16" if wants_bf16(settings) else "fp32").matmul_flops
     print(f"matmul {rate / 1e9:,.0f} GFLOP/s ({'bf16' if wants_bf16(settings) else 'fp32'})", flush=True)
-    arguments = {name: value for name, value in vars(args).items() if name not in ("output", "profile")}
-    report: dict[str, Any] = {
-        "hardware": hardware(),
-        "versions": versions(),
-        "matmul_flops": rate,
-        "arguments": arguments,
-        "depths": {},
-    }
+    depths: dict[int, dict[str, Any]] = {}
     for depth in args.depths:
         layers = (0, depth - 1)
         counted = footprint(make_config(args, depth))
@@ -238,7 +234,7 @@ def main() -> None:
         base = statistics.median(measured.get("full CPT", [1.0]))
         print(f"\n{depth} layers x {args.hidden_size}, vocabulary {args.vocab_size}")
         print(f"{'':36}{'tokens/s':>10}{'min':>9}{'max':>9}{'/ full':>8}{'MFLOP/token':>13}{'of matmul rate':>16}")
-        rows = {}
+        rows = depths[depth] = {}
         for name, rates in measured.items():
             median, cost = statistics.median(rates), contestants[name][1]
             rows[name] = {"tokens_per_second": rates, "flops_per_token": cost}
@@ -247,9 +243,7 @@ def main() -> None:
                 f"{cost / 1e6:13.1f}{median * cost / rate:16.0%}",
                 flush=True,
             )
-        report["depths"][depth] = rows
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+    write_report(args.output, vars(args), matmul_flops=rate, depths=depths)
 
 
 if __name__ == "__main__":

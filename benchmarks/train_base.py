@@ -101,7 +101,7 @@ def fresh_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -
 
 
 def stacked(folder: Path, layers: int) -> LlamaForCausalLM:
-    """A deeper model of a trained one: its decoder layers, repeated in order (G_stack, Du et al. 2024, 2405.15319)."""
+    """A deeper model of a trained one: its layers, repeated in order (G_stack, Du et al. 2024, arXiv 2405.15319)."""
     small = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     depth = small.config.num_hidden_layers
     config = copy.deepcopy(small.config)

@@ -1,6 +1,7 @@
 """`elo` with FSDP2 on CPUs: accelerate engages it on accelerators alone, while PyTorch's own runs on gloo as well.
 
-With ELO_TEST_DIE_AT=STAGE:STEP all processes die right after that step's checkpoint is sealed.
+With ELO_TEST_DIE_AT=STAGE:STEP all processes die right after that step's checkpoint is sealed. What is frozen stays in
+the dtype it is stored in, as on a GPU, with ELO_TEST_FROZEN_AS_STORED=1.
 """
 
 import os
@@ -11,6 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from elo.cli import main
+from elo.recipes import train
 from elo.training.trainer import EloTrainer
 
 _init, _save = AcceleratorState.__init__, EloTrainer._save_checkpoint
@@ -32,6 +34,8 @@ def _save_and_die(self: EloTrainer, *arguments: Any) -> None:
 
 AcceleratorState.__init__ = _engage  # type: ignore[method-assign]
 EloTrainer._save_checkpoint = _save_and_die  # type: ignore[method-assign]
+if os.environ.get("ELO_TEST_FROZEN_AS_STORED"):
+    train._keeps_frozen_in = lambda *_: True
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,10 +23,17 @@ WORKER = Path(__file__).parent / "sharded_worker.py"
 STAGES = ("elo-elo_pretraining", "elo-layer_alignment", "full-full")
 
 
-def launch(config: dict[str, Any], path: Path, *, die_at: str = "") -> subprocess.CompletedProcess[str]:
+def launch(
+    config: dict[str, Any], path: Path, *, die_at: str = "", frozen_as_stored: str = ""
+) -> subprocess.CompletedProcess[str]:
     path.write_text(yaml.safe_dump(config))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "ELO_TEST_DIE_AT": die_at, "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "ELO_TEST_DIE_AT": die_at,
+        "ELO_TEST_FROZEN_AS_STORED": frozen_as_stored,
+        "OMP_NUM_THREADS": "1",
+    }
     command = [*launcher, str(WORKER), "run", str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
 
@@ -102,6 +109,19 @@ def test_untied_weights_and_the_bridge(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for stage in STAGES[:2]:
         assert losses(tmp_path / "shared", stage) == pytest.approx(losses(tmp_path / "run", stage), abs=2e-5)
+
+
+@pytest.mark.parametrize("frozen_as_stored", ["", "1"])
+def test_in_bf16_the_losses_are_those_of_one_process(frozen_as_stored: str, tmp_path: Path) -> None:
+    config = write_world(tmp_path) | {"elo": {"stand_in": "forward_only", "alignment": "none"}}
+    config["elo_pretraining"] |= {"per_device_train_batch_size": 1, "bf16": True}
+    run(config)
+    done = launch(sharded(config, tmp_path / "shared"), tmp_path / "shared.yaml", frozen_as_stored=frozen_as_stored)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "shared", STAGES[0]) == pytest.approx(losses(tmp_path / "run", STAGES[0]), abs=1e-2)
+    base, model, alone = (stored(tmp_path / name) for name in ("base", "shared/model", "run/model"))
+    trained = [name for name in base if not torch.equal(base[name], model[name])]
+    assert trained == [name for name in base if not torch.equal(base[name], alone[name])]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "qwen2_moe"])

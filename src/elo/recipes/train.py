@@ -46,14 +46,12 @@ def train_checkpoint(
     """
     from dataclasses import asdict
 
-    import torch
-
-    from elo.training.loop import train, wants_bf16
+    from elo.training.loop import train
 
     model, dtype = load_trainable(checkpoint, trust_remote_code=trust_remote_code)
     prepared = method.prepare(model, phase, setup)
-    if torch.cuda.is_available() and wants_bf16(settings) and dtype in (torch.bfloat16, torch.float16):
-        _freeze_in(model, dtype)  # exactly as stored, so that what is saved is what was loaded
+    if _keeps_frozen_in(dtype, settings):
+        _freeze_in(model, dtype)
 
     def save(trained: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]] | None") -> None:
         prepared.fold()
@@ -170,6 +168,15 @@ def heldout_evaluator(
         }
 
     return evaluate
+
+
+def _keeps_frozen_in(dtype: Any, settings: TrainingSettings) -> bool:
+    """Whether frozen parameters stay exactly as they are stored, so that what is saved is what was loaded."""
+    import torch
+
+    from elo.training.loop import wants_bf16
+
+    return torch.cuda.is_available() and wants_bf16(settings) and dtype in (torch.bfloat16, torch.float16)
 
 
 def _freeze_in(model: "PreTrainedModel", dtype: Any) -> None:

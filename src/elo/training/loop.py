@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
@@ -25,7 +24,7 @@ from elo.training.embedding_rows import rows_left_out
 from elo.training.losses import install_head_loss
 from elo.training.memory import peak_memory_bytes, reset_peak_memory
 from elo.training.settings import TrainingSettings
-from elo.training.sharded import check_sharding, whole_parts
+from elo.training.sharded import check_fsdp, check_sharding, fsdp_arguments, set_precision, whole_parts
 from elo.training.trainer import EloTrainer, Evaluate, PackedCollator
 
 _SET_HERE = {
@@ -264,48 +263,11 @@ def _arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=settings.dataloader_num_workers,
-        **{"ddp_find_unused_parameters": False, **_further_arguments(settings)},
+        **{"ddp_find_unused_parameters": False, **fsdp_arguments(settings.training_arguments)},
     )
-    if arguments.fsdp and arguments.bf16:
-        # As with DDP: products in bf16; gradients are added up, and the summed loss comes out, in fp32.
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
+    set_precision(arguments)
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher would be nn.DataParallel
     return arguments
-
-
-def _further_arguments(settings: TrainingSettings) -> dict[str, Any]:
-    """The user's own arguments; checkpoints of FSDP stay in pieces."""
-    given = settings.training_arguments
-    if not given.get("fsdp"):
-        return given
-    config = given.get("fsdp_config") or {}
-    if not isinstance(config, dict):
-        raise EloError(f"training_arguments.fsdp_config: got {config!r}; write its keys out")
-    return {**given, "fsdp_config": {**config, "state_dict_type": "SHARDED_STATE_DICT"}}
-
-
-def _check_fsdp(settings: TrainingSettings) -> None:
-    given = settings.training_arguments
-    if not given.get("fsdp"):
-        return
-    config = given.get("fsdp_config") or {}
-    keys = {str(key).removeprefix("fsdp_"): value for key, value in config.items()}
-    if str(keys.get("version", 2)) != "2":
-        raise EloError(
-            f"training_arguments.fsdp_config.version: got {keys['version']!r}; only FSDP2 is supported, write 2"
-        )
-    if "state_dict_type" in keys:
-        raise EloError("training_arguments.fsdp_config.state_dict_type: is set by ELO, whose checkpoints are in pieces")
-    if keys.get("activation_checkpointing") and settings.activation_checkpointing:
-        raise EloError("activation_checkpointing: is on here and in fsdp_config; leave it out of fsdp_config")
-    if settings.optim == "adamw_8bit":
-        raise EloError("optim: adamw_8bit does not take weights that FSDP has in pieces; write adamw or adafactor")
-    if world_size() == 1:
-        raise EloError(
-            "training_arguments.fsdp: divides weights among processes, and this is one; launch several "
-            "(torchrun --nproc_per_node N -m elo.cli run ...), or leave it out"
-        )
 
 
 def check_settings(settings: TrainingSettings, sequence_length: int, section: str) -> None:
@@ -343,7 +305,7 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
             )
     try:
         _arguments(settings, rows_per_step(sequence_length, settings), 1, Path(), 0, evaluating=False)
-        _check_fsdp(settings)
+        check_fsdp(settings)
     except EloError as error:
         raise EloError(f"{section}.{error}") from None
     except (ValueError, TypeError, RuntimeError, ImportError) as error:

@@ -4,12 +4,61 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
 from transformers.trainer import FSDP_MODEL_NAME
 
 from elo.errors import EloError
 from elo.model.architecture import find_architecture
+from elo.processes import world_size
+from elo.training.settings import TrainingSettings
+
+
+def fsdp_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """A user's `training_arguments`; where they ask for FSDP, its checkpoints stay in pieces.
+
+    Raises:
+        EloError: `fsdp_config` is not written out.
+    """
+    if not given.get("fsdp"):
+        return given
+    config = given.get("fsdp_config") or {}
+    if not isinstance(config, dict):
+        raise EloError(f"training_arguments.fsdp_config: got {config!r}; write its keys out")
+    return {**given, "fsdp_config": {**config, "state_dict_type": "SHARDED_STATE_DICT"}}
+
+
+def set_precision(arguments: TrainingArguments) -> None:
+    """Under FSDP what DDP does: products in bf16; gradients are added up, and the summed loss comes out, in fp32."""
+    if arguments.fsdp and arguments.bf16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
+
+
+def check_fsdp(settings: TrainingSettings) -> None:
+    """Raise EloError for what a phase's settings ask of FSDP and cannot have; `fsdp_arguments` has accepted them."""
+    given = settings.training_arguments
+    if not given.get("fsdp"):
+        return
+    keys = {str(key).removeprefix("fsdp_"): value for key, value in (given.get("fsdp_config") or {}).items()}
+    if str(keys.get("version", 2)) != "2":
+        raise EloError(
+            f"training_arguments.fsdp_config.version: got {keys['version']!r}; only FSDP2 is supported, write 2"
+        )
+    if "state_dict_type" in keys:
+        raise EloError("training_arguments.fsdp_config.state_dict_type: is set by ELO, whose checkpoints are in pieces")
+    if keys.get("activation_checkpointing") and settings.activation_checkpointing:
+        raise EloError("activation_checkpointing: is on here and in fsdp_config; leave it out of fsdp_config")
+    if settings.optim == "adamw_8bit":
+        raise EloError("optim: adamw_8bit does not take weights that FSDP has in pieces; write adamw or adafactor")
+    if world_size() == 1:
+        raise EloError(
+            "training_arguments.fsdp: divides weights among processes, and this is one; launch several "
+            "(torchrun --nproc_per_node N -m elo.cli run ...), or leave it out"
+        )
 
 
 def check_sharding(trainer: Any, checkpoint: Path | None) -> None:
@@ -38,23 +87,13 @@ def whole_parts(model: Any) -> Iterator[dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        part = prefix + name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else name
-        parts.setdefault(part, {})[name] = tensor
-
-    def gather() -> Iterator[dict[str, Tensor]]:
-        while parts:
-            yield {name: _whole(tensor) for name, tensor in parts.pop(next(iter(parts))).items()}
-
-    return gather()
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            part = prefix + name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else name
+            parts.setdefault(part, {})[name] = tensor
+    return ({name: _whole(tensor) for name, tensor in part.items()} for part in parts.values())
 
 
 def _whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-        if hasattr(tensor, "wait"):  # gathered without waiting for it
-            tensor = tensor.wait()
-    return tensor.to("cpu")
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu")

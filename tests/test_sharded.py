@@ -24,10 +24,10 @@ STAGES = ("elo-elo_pretraining", "elo-layer_alignment", "full-full")
 
 
 def launch(
-    config: dict[str, Any], path: Path, *, die_at: str = "", frozen_as_stored: str = ""
+    config: dict[str, Any], path: Path, *, processes: int = 2, die_at: str = "", frozen_as_stored: str = ""
 ) -> subprocess.CompletedProcess[str]:
     path.write_text(yaml.safe_dump(config))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {
         **os.environ,
         "ELO_TEST_DIE_AT": die_at,
@@ -109,6 +109,19 @@ def test_untied_weights_and_the_bridge(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for stage in STAGES[:2]:
         assert losses(tmp_path / "shared", stage) == pytest.approx(losses(tmp_path / "run", stage), abs=2e-5)
+
+
+@pytest.mark.slow
+def test_fewer_processes_go_on(tmp_path: Path) -> None:
+    config = write_world(tmp_path) | {"elo": {"stand_in": "forward_only", "alignment": "none"}, "tokens": 1920}
+    config["elo_pretraining"] |= {"per_device_train_batch_size": 1, "tokens_per_step": 192}
+    run(config)
+    shared = sharded(config, tmp_path / "shared")
+    killed = launch(shared, tmp_path / "shared.yaml", processes=3, die_at="elo_pretraining:4")
+    assert (tmp_path / "shared" / "elo" / "elo_pretraining-checkpoints" / "checkpoint-4").is_dir(), killed.stderr
+    done = launch(shared, tmp_path / "shared.yaml", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(tmp_path / "shared", STAGES[0]) == pytest.approx(losses(tmp_path / "run", STAGES[0]), abs=2e-5)
 
 
 @pytest.mark.parametrize("frozen_as_stored", ["", "1"])

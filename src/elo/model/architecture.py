@@ -91,10 +91,11 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 
 def _ask(model: PreTrainedModel, method: str) -> nn.Module | None:
-    # Families without a part leave its getter out or let it fail; None lets the caller say what is missing.
+    # Families without a part leave its getter out or say that there is none; the caller tells what is missing.
+    getter = getattr(model, method, None)
     try:
-        return getattr(model, method)()
-    except (AttributeError, NotImplementedError):
+        return None if getter is None else getter()
+    except NotImplementedError:
         return None
 
 

@@ -69,6 +69,18 @@ def layer_edits(text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str,
     return edits
 
 
+def with_layers(text_config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
+    """A copy of a decoder's configuration for its layers `kept` alone, to build a model of their shapes.
+
+    Raises:
+        UnsupportedArchitectureError: as `layer_edits`.
+    """
+    small = copy.deepcopy(text_config)
+    for key, value in layer_edits(small, kept).items():
+        setattr(small, key, value)
+    return small
+
+
 def edit_json(config_json: dict[str, Any], config: PretrainedConfig, edits: dict[str, Any]) -> dict[str, Any]:
     """A copy of the configuration as stored, with the decoder's keys in `edits` replaced and nothing else touched."""
     edited = copy.deepcopy(config_json)

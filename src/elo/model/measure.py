@@ -1,12 +1,11 @@
 """What this machine really reaches on a given model: one decoder layer trained for some seconds."""
 
-import copy
 import time
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from elo.model.config_surgery import layer_edits
+from elo.model.config_surgery import with_layers
 from elo.model.devices import Device
 from elo.model.footprint import footprint, text_config
 
@@ -40,9 +39,7 @@ def measure_utilisation(
     Returns:
         Above 0; may pass 1 where the layer's products run faster than the square ones that were measured.
     """
-    small = copy.deepcopy(text_config(config))
-    for key, value in layer_edits(small, [layer]).items():
-        setattr(small, key, value)
+    small = with_layers(text_config(config), [layer])
     small.vocab_size = min(_VOCABULARY, small.vocab_size)
     small.pad_token_id = None
     where = torch.device("cuda" if device.kind == "gpu" else "cpu")

@@ -5,7 +5,6 @@ run on fake tensors (shapes without memory), and every storage they save is adde
 what its norms upcast and its activation function keeps.
 """
 
-import copy
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from transformers.masking_utils import AttentionMaskInterface
 
 from elo.errors import EloError
-from elo.model.architecture import find_architecture
+from elo.model.architecture import find_architecture, layers_of
+from elo.model.config_surgery import with_layers
 from elo.model.footprint import Footprint, Method, text_config
 
 Precision = Literal["bf16", "fp32"]
@@ -191,14 +191,10 @@ def _trace(
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     arguments["dtype"] = torch.float32 if precision else torch.bfloat16
     with mode, torch.device("cpu"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(text_config(config)), **arguments)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(with_layers(text_config(config), layers), **arguments)
     model.train()
     architecture = find_architecture(model)
-    every = model.get_submodule(architecture.layers_path)
-    assert isinstance(every, nn.ModuleList)
-    kept = nn.ModuleList([every[index] for index in layers])
-    parent, _, name = architecture.layers_path.rpartition(".")
-    setattr(model.get_submodule(parent), name, kept)
+    kept = layers_of(model)
     if frozen_but_for is not None:
         model.requires_grad_(False)
         kept.requires_grad_(True)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -38,10 +39,10 @@ def launch(
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
 
 
-def sharded(config: dict[str, Any], output: Path) -> dict[str, Any]:
+def sharded(config: dict[str, Any], output: Path, arguments: Any = MappingProxyType({"fsdp": True})) -> dict[str, Any]:
     changed = {**config, "output": str(output)}
     for section in ("elo_pretraining", "layer_alignment", "full"):
-        changed[section] = {**config[section], "training_arguments": {"fsdp": True}}
+        changed[section] = {**config[section], "training_arguments": dict(arguments)}
     return changed
 
 
@@ -65,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checkpoint = root / "shared" / "elo" / "layer_alignment-checkpoints" / "checkpoint-2"
     assert killed.returncode != 0 and (checkpoint / "elo_checkpoint.json").is_file(), killed.stderr
     assert not list(checkpoint.glob("*.bin")), "no process writes the whole model"
-    with pytest.raises(EloError, match=r"checkpoint-2: was written with FSDP.*go on with it"):
+    with pytest.raises(EloError, match=r"checkpoint-2: was written with FSDP, .*without.*go on as it began"):
         run({**config, "output": shared["output"]})
     done = launch(shared, root / "shared.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -135,6 +136,34 @@ def test_in_bf16_the_losses_are_those_of_one_process(frozen_as_stored: str, tmp_
     base, model, alone = (stored(tmp_path / name) for name in ("base", "shared/model", "run/model"))
     trained = [name for name in base if not torch.equal(base[name], model[name])]
     assert trained == [name for name in base if not torch.equal(base[name], alone[name])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_killed_and_gone_on_with_ends_as_one_process(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("deepspeed", reason="pip install deepspeed; it compiles an operation when it is first used")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    config = write_world(tmp_path) | {"elo": {"stand_in": "forward_only", "alignment": "full"}}
+    for section in ("elo_pretraining", "layer_alignment"):
+        config[section] |= {"per_device_train_batch_size": 1}
+    run(config)
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+    divided = sharded(config, tmp_path / "shared", {"deepspeed": {"zero_optimization": {"stage": stage}, **auto}})
+    killed = launch(divided, tmp_path / "shared.yaml", die_at="layer_alignment:2")
+    with pytest.raises(EloError, match=r"checkpoint-2: was written with DeepSpeed, .*without.*go on as it began"):
+        run({**config, "output": divided["output"]})
+    fewer = launch(divided, tmp_path / "shared.yaml", processes=1)
+    assert "written by 2 processes, and these are 1" in fewer.stdout + fewer.stderr, killed.stderr + fewer.stderr
+    done = launch(divided, tmp_path / "shared.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in STAGES[:2]:
+        assert losses(tmp_path / "shared", name) == pytest.approx(losses(tmp_path / "run", name), abs=2e-5)
+    ours, theirs = (stored(tmp_path / name / "model") for name in ("shared", "run"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert (tensor.float() - theirs[name].float()).abs().max() < 2e-2, name
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "qwen2_moe"])

@@ -67,7 +67,8 @@ def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the input embedding: token ids must be below."""
-    return int(embedding_weight(model).shape[0])
+    weight = embedding_weight(model)
+    return int(getattr(weight, "ds_shape", weight.shape)[0])  # DeepSpeed's ZeRO-3 leaves an empty tensor in its place
 
 
 def longest_sequence(model: PreTrainedModel) -> int | None:

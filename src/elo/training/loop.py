@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from elo.errors import EloError
 from elo.evaluation.bits_per_byte import isolates_documents
@@ -192,6 +193,7 @@ def train(
             finally:
                 if settings.optim == "adamw_8bit":
                     _forget_overrides()
+                unset_hf_deepspeed_config()  # or one process alone could load no model afterwards: ZeRO-3 divides it
             trainer.pause_clock()
     restore_forward()
     # accelerate leaves a model alone that it has prepared once: trained again it would run without autocast.
@@ -201,11 +203,8 @@ def train(
     if stop.number is not None:
         raise StoppedBySignalError(stop.number, trainer.state.global_step)
     if save is not None:
-        parts: Iterator[dict[str, torch.Tensor]] | None = None
-        if trainer.is_fsdp_enabled:
-            parts = whole_parts(model)
-        elif trainer.is_deepspeed_enabled:
-            parts = iter([trainer.accelerator.get_state_dict(trainer.model_wrapped)])
+        divided = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        parts = whole_parts(model) if divided else None
         if is_main():
             save(model, parts)
         for _ in parts or ():

@@ -1,4 +1,4 @@
-"""Weights that FSDP holds in pieces, one part of the model at a time: no process ever holds the whole."""
+"""Weights that FSDP or DeepSpeed have in pieces, one part of the model at a time: no process ever holds the whole."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,18 +62,23 @@ def check_fsdp(settings: TrainingSettings) -> None:
 
 
 def check_sharding(trainer: Any, checkpoint: Path | None) -> None:
-    """Raise EloError for FSDP of the first kind, or where a checkpoint was written with FSDP and is read without it."""
-    sharded = trainer.is_fsdp_enabled
-    if sharded and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+    """Raise EloError for FSDP of the first kind, or where `checkpoint` is of a launch that this one cannot go on from."""
+    now = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
+    if now == "FSDP" and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise EloError("FSDP: the launcher asks for its first version; only FSDP2 is supported (fsdp_version: 2)")
     if checkpoint is None:
         return
-    was = (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir()
-    if was != sharded:
-        way, other = ("with", "without") if was else ("without", "with")
+    anew = f"or remove {checkpoint.parent} to begin the phase anew"
+    by_deepspeed = (checkpoint / "latest").is_file()
+    was = "FSDP" if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir() else "DeepSpeed" if by_deepspeed else None
+    if was != now:
+        written, running = (f"with {each}" if each else "without FSDP or DeepSpeed" for each in (was, now))
+        raise EloError(f"{checkpoint}: was written {written}, and this run is {running}; go on as it began, {anew}")
+    optimizer_states = list(checkpoint.glob("global_step*/*_optim_states.pt"))
+    if optimizer_states and len(optimizer_states) != world_size():
         raise EloError(
-            f"{checkpoint}: was written {way} FSDP, and this run is {other}; go on {way} it (training_arguments.fsdp), "
-            f"or remove {checkpoint.parent} to begin the phase anew"
+            f"{checkpoint}: was written by {len(optimizer_states)} processes, and these are {world_size()}, which "
+            f"DeepSpeed cannot go on from; launch {len(optimizer_states)}, {anew}"
         )
 
 
@@ -95,5 +100,10 @@ def whole_parts(model: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
+    if hasattr(tensor, "ds_id"):  # DeepSpeed's ZeRO-3
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().to("cpu", copy=True)
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu")

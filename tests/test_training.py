@@ -143,15 +143,22 @@ def _at_step(model, step, action):
 
 
 @pytest.mark.parametrize(
-    ("stop_at", "optim", "width"),
-    [(1, "adamw", 16), (4, "adamw", 16), (7, "adamw", 16), (4, "adafactor", 16), (4, "adamw_8bit", 64)],
+    ("stop_at", "optim", "make"),
+    [
+        (1, "adamw", _detached),
+        (4, "adamw", _detached),
+        (7, "adamw", _detached),
+        (4, "adafactor", _detached),
+        (4, "adamw_8bit", lambda: _detached(64)),
+        (4, "adamw_8bit", lambda: tiny_llama(width=64, vocab=128)),  # the embedding's state is 32-bit, the head's 8-bit
+    ],
 )
-def test_restarted_equals_uninterrupted(tmp_path, stop_at, optim, width):
+def test_restarted_equals_uninterrupted(tmp_path, stop_at, optim, make):
     settings = SETTINGS.model_copy(update={"optim": optim})
-    uninterrupted = _detached(width)
+    uninterrupted = make()
     whole = _train(uninterrupted, tmp_path / "whole", settings=settings)
 
-    victim = _detached(width)
+    victim = make()
 
     def die():
         raise _StopError
@@ -160,7 +167,7 @@ def test_restarted_equals_uninterrupted(tmp_path, stop_at, optim, width):
     with pytest.raises(_StopError):
         _train(victim, tmp_path / "victim", settings=settings)
 
-    restarted = _detached(width)
+    restarted = make()
     result = _train(restarted, tmp_path / "victim", settings=settings)
     for name, tensor in uninterrupted.state_dict().items():
         assert torch.equal(tensor, restarted.state_dict()[name]), name

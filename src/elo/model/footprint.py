@@ -119,7 +119,7 @@ class Footprint:
         return replace(self, layers=tuple(self.layers[index] for index in layers))
 
     def with_vocabulary(self, rows: int) -> "Footprint":
-        """The footprint with so many rows in embedding and head."""
+        """The footprint with so many rows in embedding and head, which have as many as each other."""
 
         def grown(elements: int) -> int:
             return elements // self.vocab_size * rows

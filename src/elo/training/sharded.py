@@ -62,7 +62,7 @@ def check_fsdp(settings: TrainingSettings) -> None:
 
 
 def check_sharding(trainer: Any, checkpoint: Path | None) -> None:
-    """Raise EloError for FSDP of the first kind, or where `checkpoint` is of a launch that this one cannot go on from."""
+    """Raise EloError for FSDP of the first kind, or where this launch cannot go on from `checkpoint`."""
     now = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
     if now == "FSDP" and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise EloError("FSDP: the launcher asks for its first version; only FSDP2 is supported (fsdp_version: 2)")

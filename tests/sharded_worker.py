@@ -1,7 +1,8 @@
 """`elo` with FSDP2 on CPUs: accelerate engages it on accelerators alone, while PyTorch's own runs on gloo as well.
 
 With ELO_TEST_DIE_AT=STAGE:STEP all processes die right after that step's checkpoint is sealed. What is frozen stays in
-the dtype it is stored in, as on a GPU, with ELO_TEST_FROZEN_AS_STORED=1.
+the dtype it is stored in, as on a GPU, with ELO_TEST_FROZEN_AS_STORED=1. A process other than
+the main one that reads weights is an error, but for DeepSpeed.
 """
 
 import os
@@ -12,10 +13,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from elo.cli import main
+from elo.evaluation import loading
+from elo.processes import is_main
 from elo.recipes import train
 from elo.training.trainer import EloTrainer
 
-_init, _save = AcceleratorState.__init__, EloTrainer._save_checkpoint
+_init, _save, _load = AcceleratorState.__init__, EloTrainer._save_checkpoint, loading.load_model
 
 
 def _engage(self: AcceleratorState, *arguments: Any, fsdp_plugin: Any = None, **keywords: Any) -> None:
@@ -32,8 +35,14 @@ def _save_and_die(self: EloTrainer, *arguments: Any) -> None:
         os._exit(9)
 
 
+def _load_in_main_alone(*arguments: Any) -> Any:
+    assert is_main() or os.environ.get("DS_ACCELERATOR"), "another process reads the weights"
+    return _load(*arguments)
+
+
 AcceleratorState.__init__ = _engage  # type: ignore[method-assign]
 EloTrainer._save_checkpoint = _save_and_die  # type: ignore[method-assign]
+loading.load_model = _load_in_main_alone
 if os.environ.get("ELO_TEST_FROZEN_AS_STORED"):
     train._keeps_frozen_in = lambda *_: True
 

@@ -13,12 +13,14 @@ import torch
 import yaml
 from run_fixtures import write_base, write_world
 from surgery_fixtures import stored
-from zoo import tiny_config, tiny_model
+from zoo import logits_of, tiny_config, tiny_model
 
 from elo.errors import EloError
+from elo.model.architecture import find_architecture
 from elo.recipes.run import run
 from elo.recipes.train import save_checkpoint
-from elo.training.sharded import whole_parts
+from elo.training.settings import TrainingSettings
+from elo.training.sharded import main_alone_loads, whole_parts, without_weights
 
 WORKER = Path(__file__).parent / "sharded_worker.py"
 STAGES = ("elo-elo_pretraining", "elo-layer_alignment", "full-full")
@@ -164,6 +166,21 @@ def test_deepspeed_killed_and_gone_on_with_ends_as_one_process(
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert (tensor.float() - theirs[name].float()).abs().max() < 2e-2, name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "mixtral", "olmo2", "deepseek_v3"])
+def test_a_model_without_weights_takes_those_of_the_main_process(family: str) -> None:
+    whole = tiny_model(tiny_config(family))
+    whole.config.dtype = torch.bfloat16
+    empty = without_weights(whole.config, torch.float32)
+    assert whole.config.dtype == torch.bfloat16, "what is given is left as it is"
+    assert find_architecture(empty) == find_architecture(whole)
+    settings = TrainingSettings(training_arguments={"fsdp": True})
+    # Its router has a buffer on disk, which accelerate would not hand out.
+    assert main_alone_loads(settings, empty) == main_alone_loads(settings, whole) == (family != "deepseek_v3")
+    if family != "deepseek_v3":
+        empty.load_state_dict(whole.state_dict())
+        assert torch.equal(logits_of(empty), logits_of(whole))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "qwen2_moe"])

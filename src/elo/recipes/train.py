@@ -48,7 +48,7 @@ def train_checkpoint(
 
     from elo.training.loop import train
 
-    model, dtype = load_trainable(checkpoint, trust_remote_code=trust_remote_code)
+    model, dtype = load_trainable(checkpoint, settings, trust_remote_code=trust_remote_code)
     prepared = method.prepare(model, phase, setup)
     if _keeps_frozen_in(dtype, settings):
         _freeze_in(model, dtype)
@@ -74,8 +74,13 @@ def train_checkpoint(
     return record | {"tokens_per_second": result.tokens / result.seconds, "precision": _precision(settings)}
 
 
-def load_trainable(checkpoint: Path, *, trust_remote_code: bool = False) -> "tuple[PreTrainedModel, Any]":
+def load_trainable(
+    checkpoint: Path, settings: TrainingSettings, *, trust_remote_code: bool = False
+) -> "tuple[PreTrainedModel, Any]":
     """Load a checkpoint in fp32, so that what trains has fp32 master weights; and the dtype it is stored in.
+
+    Under FSDP the main process alone reads the weights, where it can; the others have memory for them that is never
+    touched, so never taken, until they get their pieces.
 
     Raises:
         EloError: the folder holds no checkpoint in safetensors that transformers can load.
@@ -85,11 +90,17 @@ def load_trainable(checkpoint: Path, *, trust_remote_code: bool = False) -> "tup
 
     from elo.evaluation.loading import load_model
     from elo.model.footprint import read_config, text_config
+    from elo.processes import is_main
+    from elo.training.sharded import main_alone_loads, without_weights
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = read_config(str(checkpoint), trust_remote_code=trust_remote_code)
-    model = load_model(str(checkpoint), "cpu", torch.float32, None, trust_remote_code)
+    model: PreTrainedModel | None = None
+    if settings.training_arguments.get("fsdp") and not is_main():
+        model = without_weights(config, torch.float32, trust_remote_code=trust_remote_code)
+    if model is None or not main_alone_loads(settings, model):
+        model = load_model(str(checkpoint), "cpu", torch.float32, None, trust_remote_code)
     return model, text_config(config).dtype or config.dtype or torch.float32
 
 

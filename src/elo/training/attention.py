@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from elo.errors import EloError
+from elo.processes import from_main, is_main
 
 VARLEN = "elo_varlen"
 # On a CPU at 256 tokens a row the mask is as fast; at 512 documents alone take half, at 2048 a quarter of its time.
@@ -124,7 +125,7 @@ def choose_attention(
     """
     current = model.config._attn_implementation or "eager"
     if requested != "auto":
-        if requested == VARLEN and not _varlen_agrees(model, sequence_length, autocast_dtype):
+        if requested == VARLEN and not _agrees(model, sequence_length, autocast_dtype):
             raise EloError(
                 f"attn_implementation: {VARLEN} does not compute what {model.config.model_type} computes (soft-capped "
                 "scores, attention sinks, other masks); write auto"
@@ -137,10 +138,15 @@ def choose_attention(
             ) from None
         return requested
     pays = autocast_dtype is not None if model.device.type == "cuda" else sequence_length >= _CPU_VARLEN_FROM
-    if current in ("sdpa", "eager") and pays and _varlen_agrees(model, sequence_length, autocast_dtype):
+    if current in ("sdpa", "eager") and pays and _agrees(model, sequence_length, autocast_dtype):
         model.set_attn_implementation(VARLEN)
         return VARLEN
     return current
+
+
+def _agrees(model: PreTrainedModel, sequence_length: int, autocast_dtype: torch.dtype | None) -> bool:
+    """What the main process finds; the others may have no weights yet."""
+    return from_main(is_main() and _varlen_agrees(model, sequence_length, autocast_dtype))
 
 
 @torch.no_grad()

@@ -25,7 +25,15 @@ from elo.training.embedding_rows import rows_left_out
 from elo.training.losses import install_head_loss
 from elo.training.memory import peak_memory_bytes, reset_peak_memory
 from elo.training.settings import TrainingSettings
-from elo.training.sharded import check_fsdp, check_sharding, fsdp_arguments, set_precision, whole_parts
+from elo.training.sharded import (
+    check_fsdp,
+    check_sharding,
+    fsdp_arguments,
+    launch_kept,
+    main_alone_loads,
+    set_precision,
+    whole_parts,
+)
 from elo.training.trainer import EloTrainer, Evaluate, PackedCollator
 
 _SET_HERE = {
@@ -98,6 +106,7 @@ def wants_bf16(settings: TrainingSettings) -> bool:
     return bf16_pays("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@launch_kept()
 def train(
     model: PreTrainedModel,
     rows: Dataset,
@@ -166,7 +175,7 @@ def train(
         stop = _StopOnSignal()
         trainer = EloTrainer(
             model=model,
-            args=_arguments(settings, per_step, steps, output_dir, seed, evaluating=evaluate is not None),
+            args=_arguments(settings, per_step, steps, output_dir, seed, model, evaluating=evaluate is not None),
             train_dataset=rows,
             eval_dataset=rows,  # Trainer insists on one; EloTrainer.evaluate measures held-out text instead
             data_collator=PackedCollator(varlen=attention == VARLEN, position_ids=takes_position_ids(model)),
@@ -228,8 +237,16 @@ def train(
 
 
 def _arguments(
-    settings: TrainingSettings, per_step: int, steps: int, output_dir: Path, seed: int, *, evaluating: bool
+    settings: TrainingSettings,
+    per_step: int,
+    steps: int,
+    output_dir: Path,
+    seed: int,
+    model: PreTrainedModel | None = None,
+    *,
+    evaluating: bool = False,
 ) -> TrainingArguments:
+    from_main = model is not None and main_alone_loads(settings, model)
     warmup = settings.warmup_steps
     evaluations = settings.evaluations if evaluating else 0
     arguments = TrainingArguments(
@@ -262,13 +279,14 @@ def _arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=settings.dataloader_num_workers,
-        **{"ddp_find_unused_parameters": False, **fsdp_arguments(settings.training_arguments)},
+        **{"ddp_find_unused_parameters": False, **fsdp_arguments(settings.training_arguments, from_main=from_main)},
     )
     set_precision(arguments)
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher would be nn.DataParallel
     return arguments
 
 
+@launch_kept()
 def check_settings(settings: TrainingSettings, sequence_length: int, section: str) -> None:
     """Find before any work what would stop a phase.
 
@@ -303,7 +321,7 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
                 f"use {section}'s own keys (docs/configuration.md)"
             )
     try:
-        _arguments(settings, rows_per_step(sequence_length, settings), 1, Path(), 0, evaluating=False)
+        _arguments(settings, rows_per_step(sequence_length, settings), 1, Path(), 0)
         check_fsdp(settings)
     except EloError as error:
         raise EloError(f"{section}.{error}") from None
@@ -324,8 +342,9 @@ def _any_process(number: int | None) -> int | None:
 
 def _require_isolation(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> None:
     with evaluating(model, None, autocast_dtype) as device:
-        if takes_position_ids(model) and isolates_documents(model, device):
-            return
+        isolates = is_main() and takes_position_ids(model) and isolates_documents(model, device)
+    if from_main(isolates):  # the others may have no weights yet
+        return
     raise EloError(
         f"data.packing: {model.config.model_type} does not keep packed documents apart here (it has layers other than "
         f"attention, takes no position ids, or its attention {model.config._attn_implementation!r} does not see them); "

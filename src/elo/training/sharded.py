@@ -1,14 +1,18 @@
 """Weights that FSDP or DeepSpeed have in pieces, one part of the model at a time: no process ever holds the whole."""
 
+import copy
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments
+from transformers import AutoModelForCausalLM, PretrainedConfig, TrainingArguments
 from transformers.trainer import FSDP_MODEL_NAME
 
 from elo.errors import EloError
@@ -16,9 +20,15 @@ from elo.model.architecture import find_architecture
 from elo.processes import world_size
 from elo.training.settings import TrainingSettings
 
+_NOTED = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
 
-def fsdp_arguments(given: dict[str, Any]) -> dict[str, Any]:
+
+def fsdp_arguments(given: dict[str, Any], *, from_main: bool) -> dict[str, Any]:
     """A user's `training_arguments`; where they ask for FSDP, its checkpoints stay in pieces.
+
+    Args:
+        given: as in the configuration.
+        from_main: the main process alone holds the weights, and the others get their pieces from it.
 
     Raises:
         EloError: `fsdp_config` is not written out.
@@ -28,7 +38,40 @@ def fsdp_arguments(given: dict[str, Any]) -> dict[str, Any]:
     config = given.get("fsdp_config") or {}
     if not isinstance(config, dict):
         raise EloError(f"training_arguments.fsdp_config: got {config!r}; write its keys out")
-    return {**given, "fsdp_config": {**config, "state_dict_type": "SHARDED_STATE_DICT"}}
+    ours = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": from_main}
+    return {**given, "fsdp_config": {**config, **ours}}
+
+
+def main_alone_loads(settings: TrainingSettings, model: nn.Module) -> bool:
+    """Whether under FSDP the main process alone reads the weights: accelerate hands out parameters, but no buffers."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return bool(settings.training_arguments.get("fsdp")) and model.state_dict().keys() <= parameters
+
+
+def without_weights(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """The causal language model of `config` with its buffers, and parameters on the CPU of no particular values."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    model.tie_weights()
+    return model.eval()
+
+
+@contextmanager
+def launch_kept() -> Iterator[None]:
+    """Put back afterwards what accelerate notes in the environment of FSDP: later phases would run under it, too."""
+    before = {name: os.environ.get(name) for name in _NOTED}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def set_precision(arguments: TrainingArguments) -> None:
@@ -50,6 +93,10 @@ def check_fsdp(settings: TrainingSettings) -> None:
         )
     if "state_dict_type" in keys:
         raise EloError("training_arguments.fsdp_config.state_dict_type: is set by ELO, whose checkpoints are in pieces")
+    if "cpu_ram_efficient_loading" in keys:
+        raise EloError(
+            "training_arguments.fsdp_config.cpu_ram_efficient_loading: is set by ELO, which does so where it can"
+        )
     if keys.get("activation_checkpointing") and settings.activation_checkpointing:
         raise EloError("activation_checkpointing: is on here and in fsdp_config; leave it out of fsdp_config")
     if settings.optim == "adamw_8bit":

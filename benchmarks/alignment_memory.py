@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from measuring import MIB, in_process, print_table, write_report
 from throughput import make_config, make_ready, train_some
 
@@ -74,6 +75,10 @@ def settings_of(args: argparse.Namespace, contestant: Contestant) -> TrainingSet
     )
 
 
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
+"""glibc then gives freed memory of 1 MiB and more back at once: it takes time, and what is left is what is in use."""
+
+
 def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float]:
     """Train here, for a few updates: tokens/s after the first, and the peak of memory in bytes."""
     method = find_method(contestant.method, contestant.options)
@@ -82,15 +87,16 @@ def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float
     return {"tokens_per_second": rate, "peak_memory_bytes": peak}
 
 
-def measure_apart(args: argparse.Namespace, name: str) -> dict[str, Any]:
+def measure_apart(args: argparse.Namespace, name: str, **other: Any) -> dict[str, Any]:
     """`measure` in a process of its own; {"failed": why} where it fails, most likely for want of memory."""
-    size = {key: value for key, value in vars(args).items() if key not in ("only", "output")}
+    env = other.pop("env", None)
+    size = {key: value for key, value in (vars(args) | other).items() if key not in ("only", "output")}
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import argparse, json; from alignment_memory import CONTESTANTS, measure\n"
         f"print(json.dumps(measure(argparse.Namespace(**{size!r}), CONTESTANTS[{name!r}])))"
     )
-    found = in_process(code)
+    found = in_process(code, env=env)
     return found if "failed" in found else json.loads(found["printed"].splitlines()[-1])
 
 
@@ -135,20 +141,25 @@ def main() -> None:
         measured = measure_apart(args, name)
         if "failed" in measured:
             results[name] = measured
-            rows.append([name, "failed", *[""] * 5])
+            rows.append([name, "failed", *[""] * 6])
             print(f"{name}: {measured['failed'][-300:]}", file=sys.stderr, flush=True)
             continue
+        in_use = measured
+        if not torch.cuda.is_available():
+            in_use = measure_apart(args, name, steps=1, env=GIVES_BACK)
+        measured["in_use_bytes"] = in_use["peak_memory_bytes"]
         foretold = foretell(args, CONTESTANTS[name])
         results[name] = {"measured": measured, "planned": foretold}
         plain = results.get("full, AdamW", {}).get("measured", measured)
-        cells = [f"{measured['peak_memory_bytes'] // MIB:,}", f"{measured['tokens_per_second']:,.0f}"]
-        for key in ("peak_memory_bytes", "tokens_per_second"):
+        cells = [f"{measured[key] // MIB:,}" for key in ("peak_memory_bytes", "in_use_bytes")]
+        cells.append(f"{measured['tokens_per_second']:,.0f}")
+        for key in ("in_use_bytes", "tokens_per_second"):
             cells.append(f"{measured[key] / plain[key]:.2f}")
-        for key in ("peak_memory_bytes", "tokens_per_second"):
-            cells.append("" if foretold is None else f"{foretold[key] / measured[key]:.2f}")
+        for key, planned in (("in_use_bytes", "peak_memory_bytes"), ("tokens_per_second", "tokens_per_second")):
+            cells.append("" if foretold is None else f"{foretold[planned] / measured[key]:.2f}")
         rows.append([name, *cells])
-        print(f"{name}: {cells[0]} MiB, {cells[1]} tokens/s", file=sys.stderr, flush=True)
-    columns = ["", "peak MiB", "tokens/s", "memory / plain", "rate / plain", "planned / measured: memory", "rate"]
+        print(f"{name}: {cells[0]} MiB, {cells[2]} tokens/s", file=sys.stderr, flush=True)
+    columns = ["", "peak MiB", "in use", "tokens/s", "in use / plain", "rate / plain", "planned / in use", "rate"]
     print_table(columns, rows)
     write_report(args.output, vars(args), contestants=results)
 

@@ -24,35 +24,14 @@ def _losses(root: Path, stage: str) -> list[float]:
     return [point["loss"] for point in record["losses"]]
 
 
-def test_two_processes_train_what_one_trains(tmp_path):
+def test_a_killed_run_of_one_process_goes_on_with_two_and_ends_as_that_of_one(tmp_path):
     config = write_world(tmp_path)
     for section in ("elo_pretraining", "layer_alignment", "full"):
         config[section]["per_device_train_batch_size"] = 1
     alone = run(config)
     shared = {**config, "output": str(tmp_path / "shared")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(shared))
-    done = _launch(tmp_path / "config.yaml")
-    assert done.returncode == 0, done.stdout + done.stderr
-    for stage in ("elo-elo_pretraining", "elo-layer_alignment"):
-        assert _losses(tmp_path / "shared", stage) == pytest.approx(_losses(tmp_path / "run", stage), abs=1e-5)
-    results = json.loads((tmp_path / "shared" / "results.json").read_text())
-    assert results["methods"][0]["bpb"] == pytest.approx(alone["methods"][0]["bpb"], abs=1e-3)
-    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "shared"))
-    for name, tensor in ours.items():
-        assert (tensor - theirs[name]).abs().max() < 2e-2, name  # bf16 on disk: a few of its steps
-    assert done.stdout.count("elo elo_pretraining: 1,024 tokens, pretraining part") == 1, "only one process speaks"
-    assert not [path for path in (tmp_path / "shared").rglob("*") if path.name.startswith(".tmp-")]
-
-
-def test_a_run_of_one_process_goes_on_with_two(tmp_path):
-    config = write_world(tmp_path)
-    for section in ("elo_pretraining", "layer_alignment", "full"):
-        config[section]["per_device_train_batch_size"] = 1
-    run(config)
-    shared = {**config, "output": str(tmp_path / "shared")}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(shared))
-    run(shared, until="detach")
-    # Leave training checkpoints as a kill would: pretraining stops at its second save.
+    # Die as by a kill right after pretraining's second checkpoint, a quarter of the way.
     code = (
         "import sys, os; import elo.training.trainer as t; from elo.recipes.run import run\n"
         "save = t.EloTrainer._save_checkpoint\n"
@@ -67,8 +46,15 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path):
     assert list((tmp_path / "shared" / "elo" / "elo_pretraining-checkpoints").glob("checkpoint-4"))
     done = _launch(tmp_path / "config.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
-    stage = "elo-elo_pretraining"
-    assert _losses(tmp_path / "shared", stage) == pytest.approx(_losses(tmp_path / "run", stage), abs=1e-5)
+    for stage in ("elo-elo_pretraining", "elo-layer_alignment"):
+        assert _losses(tmp_path / "shared", stage) == pytest.approx(_losses(tmp_path / "run", stage), abs=1e-5)
+    results = json.loads((tmp_path / "shared" / "results.json").read_text())
+    assert results["methods"][0]["bpb"] == pytest.approx(alone["methods"][0]["bpb"], abs=1e-3)
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "shared"))
+    for name, tensor in ours.items():
+        assert (tensor - theirs[name]).abs().max() < 2e-2, name  # bf16 on disk: a few of its steps
+    assert done.stdout.count("elo elo_pretraining: 1,024 tokens, pretraining part") == 1, "only one process speaks"
+    assert not [path for path in (tmp_path / "shared").rglob("*") if path.name.startswith(".tmp-")]
 
 
 @pytest.mark.slow

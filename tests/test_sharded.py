@@ -127,7 +127,7 @@ def test_fewer_processes_go_on(tmp_path: Path) -> None:
     assert losses(tmp_path / "shared", STAGES[0]) == pytest.approx(losses(tmp_path / "run", STAGES[0]), abs=2e-5)
 
 
-@pytest.mark.parametrize("frozen_as_stored", ["", "1"])
+@pytest.mark.parametrize("frozen_as_stored", ["1", pytest.param("", marks=pytest.mark.slow)])
 def test_in_bf16_the_losses_are_those_of_one_process(frozen_as_stored: str, tmp_path: Path) -> None:
     config = write_world(tmp_path) | {"elo": {"stand_in": "forward_only", "alignment": "none"}}
     config["elo_pretraining"] |= {"per_device_train_batch_size": 1, "bf16": True}

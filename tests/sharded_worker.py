@@ -1,8 +1,8 @@
 """`elo` with FSDP2 on CPUs: accelerate engages it on accelerators alone, while PyTorch's own runs on gloo as well.
 
 With ELO_TEST_DIE_AT=STAGE:STEP all processes die right after that step's checkpoint is sealed. What is frozen stays in
-the dtype it is stored in, as on a GPU, with ELO_TEST_FROZEN_AS_STORED=1. A process other than
-the main one that reads weights is an error, but for DeepSpeed.
+the dtype it is stored in, as on a GPU, with ELO_TEST_FROZEN_AS_STORED=1. Under FSDP a
+process other than the main one that reads weights for training is an error.
 """
 
 import os
@@ -19,6 +19,7 @@ from elo.recipes import train
 from elo.training.trainer import EloTrainer
 
 _init, _save, _load = AcceleratorState.__init__, EloTrainer._save_checkpoint, loading.load_model
+_load_trainable = train.load_trainable
 
 
 def _engage(self: AcceleratorState, *arguments: Any, fsdp_plugin: Any = None, **keywords: Any) -> None:
@@ -35,14 +36,26 @@ def _save_and_die(self: EloTrainer, *arguments: Any) -> None:
         os._exit(9)
 
 
-def _load_in_main_alone(*arguments: Any) -> Any:
-    assert is_main() or os.environ.get("DS_ACCELERATOR"), "another process reads the weights"
+_reads = 0
+
+
+def _count_and_load(*arguments: Any) -> Any:
+    global _reads
+    _reads += 1
     return _load(*arguments)
+
+
+def _load_in_main_alone(checkpoint: Any, settings: Any, **keywords: Any) -> Any:
+    before = _reads
+    loaded = _load_trainable(checkpoint, settings, **keywords)
+    assert is_main() or not settings.training_arguments.get("fsdp") or _reads == before, "another process reads weights"
+    return loaded
 
 
 AcceleratorState.__init__ = _engage  # type: ignore[method-assign]
 EloTrainer._save_checkpoint = _save_and_die  # type: ignore[method-assign]
-loading.load_model = _load_in_main_alone
+loading.load_model = _count_and_load
+train.load_trainable = _load_in_main_alone
 if os.environ.get("ELO_TEST_FROZEN_AS_STORED"):
     train._keeps_frozen_in = lambda *_: True
 

@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -41,10 +41,15 @@ def launch(
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
 
 
-def sharded(config: dict[str, Any], output: Path, arguments: Any = MappingProxyType({"fsdp": True})) -> dict[str, Any]:
+def sharded(
+    config: dict[str, Any],
+    output: Path,
+    sections: Sequence[str] = ("elo_pretraining", "layer_alignment"),
+    **arguments: Any,
+) -> dict[str, Any]:
     changed = {**config, "output": str(output)}
-    for section in ("elo_pretraining", "layer_alignment", "full"):
-        changed[section] = {**config[section], "training_arguments": dict(arguments)}
+    for section in sections:
+        changed[section] = {**config[section], "training_arguments": arguments or {"fsdp": True}}
     return changed
 
 
@@ -55,7 +60,7 @@ def losses(root: Path, stage: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run of one process, and one of two that share every weight, killed once and gone on with."""
+    """A run of one process, and one of two that share weights but in its control, killed once and gone on with."""
     root = tmp_path_factory.mktemp("sharded")
     config = write_world(root)
     write_base(root / "base", tie=True)
@@ -152,9 +157,10 @@ def test_deepspeed_killed_and_gone_on_with_ends_as_one_process(
         config[section] |= {"per_device_train_batch_size": 1}
     run(config)
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
-    divided = sharded(config, tmp_path / "shared", {"deepspeed": {"zero_optimization": {"stage": stage}, **auto}})
-    killed = launch(divided, tmp_path / "shared.yaml", die_at="layer_alignment:2")
-    with pytest.raises(EloError, match=r"checkpoint-2: was written with DeepSpeed, .*without.*go on as it began"):
+    deepspeed = {"zero_optimization": {"stage": stage}, **auto}
+    divided = sharded(config, tmp_path / "shared", ["elo_pretraining"], deepspeed=deepspeed)
+    killed = launch(divided, tmp_path / "shared.yaml", die_at="elo_pretraining:4")
+    with pytest.raises(EloError, match=r"checkpoint-4: was written with DeepSpeed, .*without.*go on as it began"):
         run({**config, "output": divided["output"]})
     fewer = launch(divided, tmp_path / "shared.yaml", processes=1)
     assert "written by 2 processes, and these are 1" in fewer.stdout + fewer.stderr, killed.stderr + fewer.stderr

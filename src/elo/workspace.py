@@ -110,9 +110,9 @@ class Workspace:
         """
         fingerprint = _fingerprint(name, inputs)
         if collective:
-            if not from_main(self._is_done(name, fingerprint, inputs, outputs, scratch) if is_main() else False):
+            if not from_main(lambda: self._is_done(name, fingerprint, inputs, outputs, scratch)):
                 record = self._timed(work)
-                from_main(None)  # everybody is through before the stage counts as done
+                from_main(lambda: None)  # everybody is through before the stage counts as done
                 if is_main():
                     self._finish(name, fingerprint, inputs, outputs, scratch, record)
         elif is_main() and not self._is_done(name, fingerprint, inputs, outputs, scratch):

@@ -91,11 +91,10 @@ def is_recurrent(model: PreTrainedModel) -> bool:
 
 
 def _ask(model: PreTrainedModel, method: str) -> nn.Module | None:
-    # Families without a part leave its getter out or say that there is none; the caller tells what is missing.
-    getter = getattr(model, method, None)
+    # Families without a part leave its getter out or let it fail; None lets the caller say what is missing.
     try:
-        return None if getter is None else getter()
-    except NotImplementedError:
+        return getattr(model, method)()
+    except (AttributeError, NotImplementedError):
         return None
 
 

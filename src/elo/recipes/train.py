@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elo.errors import EloError
+from elo.processes import from_main, is_main
 from elo.records import atomic_directory, disk_errors_told
 from elo.training.settings import TrainingSettings
 
@@ -48,10 +50,10 @@ def train_checkpoint(
 
     from elo.training.loop import train
 
-    model, dtype = load_trainable(checkpoint, settings, trust_remote_code=trust_remote_code)
+    model, dtype, main_alone = load_trainable(checkpoint, settings, trust_remote_code=trust_remote_code)
     prepared = method.prepare(model, phase, setup)
     if _keeps_frozen_in(dtype, settings):
-        _freeze_in(model, dtype)
+        _freeze_in(model, dtype, empty=main_alone and not is_main())
 
     def save(trained: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]] | None") -> None:
         prepared.fold()
@@ -68,6 +70,7 @@ def train_checkpoint(
         save=save,
         before_step=prepared.before_step,
         first_row=prepared.first_row,
+        main_alone=main_alone,
         label=label,
     )
     record = asdict(result)
@@ -76,11 +79,12 @@ def train_checkpoint(
 
 def load_trainable(
     checkpoint: Path, settings: TrainingSettings, *, trust_remote_code: bool = False
-) -> "tuple[PreTrainedModel, Any]":
-    """Load a checkpoint in fp32, so that what trains has fp32 master weights; and the dtype it is stored in.
+) -> "tuple[PreTrainedModel, Any, bool]":
+    """Load a checkpoint in fp32, so that what trains has fp32 master weights.
 
-    Under FSDP the main process alone reads the weights, where it can; the others have memory for them that is never
-    touched, so never taken, until they get their pieces.
+    Returns:
+        The model; the dtype it is stored in; whether the main process alone has its weights: under FSDP, where that can
+        be, the others have memory for them that is never touched, so never taken, until they get their pieces.
 
     Raises:
         EloError: the folder holds no checkpoint in safetensors that transformers can load.
@@ -90,18 +94,29 @@ def load_trainable(
 
     from elo.evaluation.loading import load_model
     from elo.model.footprint import read_config, text_config
-    from elo.processes import is_main
+    from elo.training.loop import wants_bf16
     from elo.training.sharded import main_alone_loads, without_weights
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = read_config(str(checkpoint), trust_remote_code=trust_remote_code)
-    model: PreTrainedModel | None = None
-    if settings.training_arguments.get("fsdp") and not is_main():
+    dtype = text_config(config).dtype or config.dtype or torch.float32
+    if settings.training_arguments.get("deepspeed") and wants_bf16(settings) and dtype == torch.float32:
+        raise EloError(
+            f"{checkpoint}: is stored in fp32, and DeepSpeed in bf16 would round its weights; write bf16: false"
+        )
+    loaded: list[PreTrainedModel] = []
+
+    def load() -> None:
+        loaded.append(load_model(str(checkpoint), "cpu", torch.float32, None, trust_remote_code))
+
+    if settings.training_arguments.get("fsdp"):
         model = without_weights(config, torch.float32, trust_remote_code=trust_remote_code)
-    if model is None or not main_alone_loads(settings, model):
-        model = load_model(str(checkpoint), "cpu", torch.float32, None, trust_remote_code)
-    return model, text_config(config).dtype or config.dtype or torch.float32
+        if main_alone_loads(settings, model):
+            from_main(load)
+            return (loaded[0] if loaded else model), dtype, True
+    load()
+    return loaded[0], dtype, False
 
 
 def save_checkpoint(
@@ -190,11 +205,13 @@ def _keeps_frozen_in(dtype: Any, settings: TrainingSettings) -> bool:
     return torch.cuda.is_available() and wants_bf16(settings) and dtype in (torch.bfloat16, torch.float16)
 
 
-def _freeze_in(model: "PreTrainedModel", dtype: Any) -> None:
-    """Keep frozen parameters in `dtype`: they need no master weights."""
+def _freeze_in(model: "PreTrainedModel", dtype: Any, *, empty: bool = False) -> None:
+    """Keep frozen parameters in `dtype`: they need no master weights. `empty` ones have no values and get none."""
+    import torch
+
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = torch.empty_like(parameter, dtype=dtype) if empty else parameter.data.to(dtype)
 
 
 def _precision(settings: TrainingSettings) -> str:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from elo.errors import EloError
-from elo.processes import from_main, is_main
+from elo.processes import from_main
 
 VARLEN = "elo_varlen"
 # On a CPU at 256 tokens a row the mask is as fast; at 512 documents alone take half, at 2048 a quarter of its time.
@@ -146,7 +146,7 @@ def choose_attention(
 
 def _agrees(model: PreTrainedModel, sequence_length: int, autocast_dtype: torch.dtype | None) -> bool:
     """What the main process finds; the others may have no weights yet."""
-    return from_main(is_main() and _varlen_agrees(model, sequence_length, autocast_dtype))
+    return from_main(lambda: _varlen_agrees(model, sequence_length, autocast_dtype))
 
 
 @torch.no_grad()

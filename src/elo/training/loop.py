@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from elo.errors import EloError
 from elo.evaluation.bits_per_byte import isolates_documents
@@ -30,7 +29,6 @@ from elo.training.sharded import (
     check_sharding,
     fsdp_arguments,
     launch_kept,
-    main_alone_loads,
     set_precision,
     whole_parts,
 )
@@ -42,6 +40,8 @@ _SET_HERE = {
     "data_seed", "disable_tqdm", "remove_unused_columns", "torch_compile", "full_determinism", "auto_find_batch_size",
     "resume_from_checkpoint", "ignore_data_skip", "train_sampling_strategy", "label_smoothing_factor",
 }  # fmt: skip
+# The others wait in a collective while the main process reads weights and seals checkpoints: hours, for large models.
+_LAUNCH = {"ddp_find_unused_parameters": False, "ddp_timeout": 4 * 3600}
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
 
 
@@ -119,6 +119,7 @@ def train(
     save: Callable[[PreTrainedModel, Iterator[dict[str, torch.Tensor]] | None], None] | None = None,
     before_step: Callable[[int, Any], None] | None = None,
     first_row: int = 0,
+    main_alone: bool = False,
     label: str | None = None,
 ) -> TrainingResult:
     """Train what requires gradients in `model`, in place, once over `rows` in their order.
@@ -133,6 +134,7 @@ def train(
             DeepSpeed have them in pieces; it has to go through all of them.
         before_step: called before each update with its 0-based number and the optimizer (elo.training.methods).
         first_row: of a trained embedding and head, rows before this one stay as they are.
+        main_alone: the main process alone has the weights in `model` (elo.training.sharded.main_alone_loads).
         label: shown with the progress; None is silent.
 
     Raises:
@@ -144,7 +146,7 @@ def train(
     per_step = rows_per_step(sequence_length, settings)
     steps = len(rows) // per_step  # type: ignore[arg-type]
     output_dir.mkdir(parents=True, exist_ok=True)
-    found = from_main(latest_checkpoint(output_dir, lambda line: print(line, flush=True)) if is_main() else None)
+    found = from_main(lambda: latest_checkpoint(output_dir, lambda line: print(line, flush=True)))
     checkpoint, state = found if found else (None, {"seconds": 0.0})
 
     reset_peak_memory()
@@ -175,7 +177,15 @@ def train(
         stop = _StopOnSignal()
         trainer = EloTrainer(
             model=model,
-            args=_arguments(settings, per_step, steps, output_dir, seed, model, evaluating=evaluate is not None),
+            args=_arguments(
+                settings,
+                per_step,
+                steps,
+                output_dir,
+                seed,
+                main_alone=main_alone,
+                evaluating=evaluate is not None,
+            ),
             train_dataset=rows,
             eval_dataset=rows,  # Trainer insists on one; EloTrainer.evaluate measures held-out text instead
             data_collator=PackedCollator(varlen=attention == VARLEN, position_ids=takes_position_ids(model)),
@@ -189,7 +199,7 @@ def train(
             first_row=first_row,
         )
         trainer.remove_callback(PrinterCallback)  # _Report says it
-        check_sharding(trainer, checkpoint)
+        check_sharding(trainer, settings, checkpoint)
         with stop.listening():
             trainer.resume_clock()
             try:
@@ -202,7 +212,6 @@ def train(
             finally:
                 if settings.optim == "adamw_8bit":
                     _forget_overrides()
-                unset_hf_deepspeed_config()  # or one process alone could load no model afterwards: ZeRO-3 divides it
             trainer.pause_clock()
     restore_forward()
     # accelerate leaves a model alone that it has prepared once: trained again it would run without autocast.
@@ -242,11 +251,10 @@ def _arguments(
     steps: int,
     output_dir: Path,
     seed: int,
-    model: PreTrainedModel | None = None,
     *,
+    main_alone: bool = False,
     evaluating: bool = False,
 ) -> TrainingArguments:
-    from_main = model is not None and main_alone_loads(settings, model)
     warmup = settings.warmup_steps
     evaluations = settings.evaluations if evaluating else 0
     arguments = TrainingArguments(
@@ -279,7 +287,7 @@ def _arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=settings.dataloader_num_workers,
-        **{"ddp_find_unused_parameters": False, **fsdp_arguments(settings.training_arguments, from_main=from_main)},
+        **(_LAUNCH | fsdp_arguments(settings.training_arguments, main_alone=main_alone)),
     )
     set_precision(arguments)
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher would be nn.DataParallel
@@ -342,9 +350,9 @@ def _any_process(number: int | None) -> int | None:
 
 def _require_isolation(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> None:
     with evaluating(model, None, autocast_dtype) as device:
-        isolates = is_main() and takes_position_ids(model) and isolates_documents(model, device)
-    if from_main(isolates):  # the others may have no weights yet
-        return
+        # The others may have no weights yet.
+        if from_main(lambda: takes_position_ids(model) and isolates_documents(model, device)):
+            return
     raise EloError(
         f"data.packing: {model.config.model_type} does not keep packed documents apart here (it has layers other than "
         f"attention, takes no position ids, or its attention {model.config._attn_implementation!r} does not see them); "

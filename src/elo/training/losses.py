@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from elo.data.packing import IGNORE_INDEX
-from elo.processes import from_main, is_main
+from elo.processes import from_main
 
 HeadLoss = Literal["auto", "chunked", "plain", "linear_cross_entropy", "model"]
 
@@ -225,7 +225,7 @@ def install_head_loss(
     with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
         # The others may have no weights yet.
         own_path = implementation != "model" and from_main(
-            is_main() and _head_is_separable(model, original, decoder, head, transform)
+            lambda: _head_is_separable(model, original, decoder, head, transform)
         )
     model.forward = forward if own_path else forward_model
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import FSDP_MODEL_NAME
 
 from elo.errors import EloError
@@ -20,15 +21,15 @@ from elo.model.architecture import find_architecture
 from elo.processes import world_size
 from elo.training.settings import TrainingSettings
 
-_NOTED = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+_NOTED = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING", "ACCELERATE_USE_DEEPSPEED")
 
 
-def fsdp_arguments(given: dict[str, Any], *, from_main: bool) -> dict[str, Any]:
+def fsdp_arguments(given: dict[str, Any], *, main_alone: bool) -> dict[str, Any]:
     """A user's `training_arguments`; where they ask for FSDP, its checkpoints stay in pieces.
 
     Args:
         given: as in the configuration.
-        from_main: the main process alone holds the weights, and the others get their pieces from it.
+        main_alone: the main process alone has the weights, and the others get their pieces from it.
 
     Raises:
         EloError: `fsdp_config` is not written out.
@@ -38,7 +39,7 @@ def fsdp_arguments(given: dict[str, Any], *, from_main: bool) -> dict[str, Any]:
     config = given.get("fsdp_config") or {}
     if not isinstance(config, dict):
         raise EloError(f"training_arguments.fsdp_config: got {config!r}; write its keys out")
-    ours = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": from_main}
+    ours = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": main_alone}
     return {**given, "fsdp_config": {**config, **ours}}
 
 
@@ -63,11 +64,15 @@ def without_weights(config: PretrainedConfig, dtype: torch.dtype, *, trust_remot
 
 @contextmanager
 def launch_kept() -> Iterator[None]:
-    """Put back afterwards what accelerate notes in the environment of FSDP: later phases would run under it, too."""
+    """Put back afterwards what is noted for the process of FSDP and DeepSpeed: later phases would be under them, too.
+
+    Under ZeRO-3 one process alone could load no model any more.
+    """
     before = {name: os.environ.get(name) for name in _NOTED}
     try:
         yield
     finally:
+        unset_hf_deepspeed_config()
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
@@ -108,11 +113,16 @@ def check_fsdp(settings: TrainingSettings) -> None:
         )
 
 
-def check_sharding(trainer: Any, checkpoint: Path | None) -> None:
-    """Raise EloError for FSDP of the first kind, or where this launch cannot go on from `checkpoint`."""
+def check_sharding(trainer: Any, settings: TrainingSettings, checkpoint: Path | None) -> None:
+    """Raise EloError for FSDP1, for what the launcher alone asks for, or where `checkpoint` cannot be gone on from."""
     now = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
     if now == "FSDP" and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise EloError("FSDP: the launcher asks for its first version; only FSDP2 is supported (fsdp_version: 2)")
+    if now and not settings.divides_model:
+        raise EloError(
+            f"{now}: is asked for by the launcher alone; write it in this section's training_arguments "
+            "(docs/launching.md), and launch with torchrun"
+        )
     if checkpoint is None:
         return
     anew = f"or remove {checkpoint.parent} to begin the phase anew"

@@ -87,10 +87,9 @@ def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float
     return {"tokens_per_second": rate, "peak_memory_bytes": peak}
 
 
-def measure_apart(args: argparse.Namespace, name: str, **other: Any) -> dict[str, Any]:
+def measure_apart(args: argparse.Namespace, name: str, *, env: dict[str, str] | None = None) -> dict[str, Any]:
     """`measure` in a process of its own; {"failed": why} where it fails, most likely for want of memory."""
-    env = other.pop("env", None)
-    size = {key: value for key, value in (vars(args) | other).items() if key not in ("only", "output")}
+    size = {key: value for key, value in vars(args).items() if key not in ("only", "output")}
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import argparse, json; from alignment_memory import CONTESTANTS, measure\n"
@@ -144,10 +143,8 @@ def main() -> None:
             rows.append([name, "failed", *[""] * 6])
             print(f"{name}: {measured['failed'][-300:]}", file=sys.stderr, flush=True)
             continue
-        in_use = measured
-        if not torch.cuda.is_available():
-            in_use = measure_apart(args, name, steps=1, env=GIVES_BACK)
-        measured["in_use_bytes"] = in_use["peak_memory_bytes"]
+        in_use = {} if torch.cuda.is_available() else measure_apart(args, name, env=GIVES_BACK)
+        measured["in_use_bytes"] = in_use.get("peak_memory_bytes", measured["peak_memory_bytes"])
         foretold = foretell(args, CONTESTANTS[name])
         results[name] = {"measured": measured, "planned": foretold}
         plain = results.get("full, AdamW", {}).get("measured", measured)

@@ -1,8 +1,8 @@
 """`elo` with FSDP2 on CPUs: accelerate engages it on accelerators alone, while PyTorch's own runs on gloo as well.
 
 With ELO_TEST_DIE_AT=STAGE:STEP all processes die right after that step's checkpoint is sealed. What is frozen stays in
-the dtype it is stored in, as on a GPU, with ELO_TEST_FROZEN_AS_STORED=1. Under FSDP a
-process other than the main one that reads weights for training is an error.
+the dtype it is stored in, as on a GPU, with ELO_TEST_FROZEN_AS_STORED=1. Under FSDP a process other than the main one
+that reads weights for training is an error.
 """
 
 import os

@@ -57,6 +57,22 @@ def test_a_killed_run_of_one_process_goes_on_with_two_and_ends_as_that_of_one(tm
     assert not [path for path in (tmp_path / "shared").rglob("*") if path.name.startswith(".tmp-")]
 
 
+def test_what_fails_in_the_main_process_is_told_to_the_others(tmp_path):
+    (tmp_path / "worker.py").write_text(
+        "from elo.errors import EloError; from elo.processes import from_main, is_main\n"
+        "def read(): raise EloError('shard 3 is damaged')\n"
+        "assert from_main(lambda: is_main()) is True\n"
+        "try: from_main(read)\n"
+        "except EloError as error: print('told' if not is_main() else 'raised', error)\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(tmp_path / "worker.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = sorted(line for line in done.stdout.splitlines() if "shard 3" in line)
+    assert told == ["raised shard 3 is damaged", "told the main process stopped: shard 3 is damaged"]
+
+
 @pytest.mark.slow
 def test_one_of_two_processes_is_killed_and_one_goes_on(tmp_path):
     config = write_world(tmp_path)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ from zoo import logits_of, tiny_config, tiny_model
 from elo.errors import EloError
 from elo.model.architecture import find_architecture
 from elo.recipes.run import run
-from elo.recipes.train import save_checkpoint
+from elo.recipes.train import load_trainable, save_checkpoint
 from elo.training.settings import TrainingSettings
-from elo.training.sharded import main_alone_loads, whole_parts, without_weights
+from elo.training.sharded import check_sharding, main_alone_loads, whole_parts, without_weights
 
 WORKER = Path(__file__).parent / "sharded_worker.py"
 STAGES = ("elo-elo_pretraining", "elo-layer_alignment", "full-full")
@@ -172,6 +173,34 @@ def test_deepspeed_killed_and_gone_on_with_ends_as_one_process(
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert (tensor.float() - theirs[name].float()).abs().max() < 2e-2, name
+
+
+@pytest.mark.parametrize(
+    ("asked", "version", "settings", "message"),
+    [
+        ("fsdp", 1, {"fsdp": True}, "FSDP: the launcher asks for its first version"),
+        ("fsdp", 2, {}, "FSDP: is asked for by the launcher alone"),
+        ("deepspeed", 2, {}, "DeepSpeed: is asked for by the launcher alone"),
+    ],
+)
+def test_what_the_launcher_asks_for_is_refused(asked: str, version: int, settings: Any, message: str) -> None:
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=asked == "fsdp",
+        is_deepspeed_enabled=asked == "deepspeed",
+        accelerator=SimpleNamespace(state=state),
+    )
+    with pytest.raises(EloError, match=message):
+        check_sharding(trainer, TrainingSettings(training_arguments=settings), None)
+
+
+def test_deepspeed_in_bf16_is_refused_where_it_would_round_what_is_stored(tmp_path: Path) -> None:
+    settings = TrainingSettings(bf16=True, training_arguments={"deepspeed": {"zero_optimization": {"stage": 2}}})
+    for dtype in (torch.bfloat16, torch.float32):
+        tiny_model(tiny_config("llama")).to(dtype).save_pretrained(tmp_path / str(dtype))
+    assert load_trainable(tmp_path / "torch.bfloat16", settings)[1] == torch.bfloat16
+    with pytest.raises(EloError, match=r"float32: is stored in fp32, and DeepSpeed in bf16 would round"):
+        load_trainable(tmp_path / "torch.float32", settings)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "mixtral", "olmo2", "deepseek_v3"])

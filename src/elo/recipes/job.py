@@ -1,6 +1,5 @@
 """A run's stages, bound to its configuration and its run folder."""
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elo.config import RunConfig
-from elo.errors import EloError
 from elo.processes import is_main
+from elo.recipes.budget import RowBudget, divide_budget
 from elo.recipes.identities import (
     HOW,
     checkpoint_identity,
@@ -27,14 +26,12 @@ from elo.records import write_json
 from elo.workspace import Stage, Workspace, file_identity
 
 if TYPE_CHECKING:
-    from elo.data.mixture import Mixture, MixtureRows
+    from elo.data.mixture import MixtureRows
     from elo.data.shards import PreparedData
     from elo.training.methods import Method, Phase
 
-# Tokens for the fit of a bridge (and 16 for each hidden dimension); of each language for the search of a scale, a 400th
-# of the budget within these: six forward passes of the whole model should cost little beside the training.
+# Tokens for the fit of a bridge (and 16 for each hidden dimension).
 _BRIDGE_TOKENS = 8192
-_SCALE_TOKENS = (2048, 32_768)
 
 
 @dataclass
@@ -55,9 +52,7 @@ class Job:
     prepared: "PreparedData | None" = None
     heldout: slice = field(default_factory=lambda: slice(None))
     """Which held-out documents are measured on."""
-    _mixture: "Mixture | None" = None
-    _pretraining_rows: int = 0
-    _alignment_rows: int = 0
+    _budget: RowBudget | None = None
 
     def path(self, *parts: str) -> Path:
         """A path in the run folder."""
@@ -119,87 +114,21 @@ class Job:
         self.prepared = PreparedData.open(output)
         return self.prepared
 
-    def plan_rows(self, prepared: "PreparedData") -> None:
-        """Split the token budget into the rows of ELO pretraining and, after them, those of layer alignment.
+    def divide_budget(self, prepared: "PreparedData") -> None:
+        """Decide which rows each phase trains on.
 
         Raises:
             EloError: the budget is less than one update.
         """
-        from elo.data.mixture import build_mixture
+        names = (self.config.method, *self.config.controls)
+        phases = [phase for name in names for phase in self.method(name).phases]
+        self._budget = divide_budget(self.config, prepared, phases, self.say)
 
-        config, data = self.config, self.config.data
-        weights = {
-            language: {corpus.name: each.weight for corpus, each in zip(prepared.train(language), sources, strict=True)}
-            for language, sources in data.corpora.items()
-        }
-        self._mixture = build_mixture(
-            prepared,
-            data.target,
-            data.source,
-            data.replay_ratio,
-            data.sequence_length,
-            config.seed,
-            data.packing,
-            weights,
-        )
-        available = self._mixture.epoch_rows(data.target)
-        total = available if config.tokens is None else config.tokens // data.sequence_length
-        self._tell_of_repeats(total)
-        share = config.layer_alignment.share
-        per_step = config.elo_pretraining.tokens_per_step // data.sequence_length
-        align_step = config.layer_alignment.tokens_per_step // data.sequence_length
-        self._alignment_rows = max(1, round(total * share / align_step)) * align_step if share else 0
-        self._pretraining_rows = (total - self._alignment_rows) // per_step * per_step
-        if self._pretraining_rows <= 0:
-            raise EloError(
-                f"tokens: the budget of {total * data.sequence_length:,} tokens is less than one step of ELO "
-                f"pretraining ({per_step * data.sequence_length:,}) and one of layer alignment "
-                f"({align_step * data.sequence_length:,}); give more text or tokens, or lower tokens_per_step"
-            )
-
-    def _tell_of_repeats(self, rows: int) -> None:
-        assert self._mixture is not None
-        for language in self.languages if self.config.data.replay_ratio else self.languages[:1]:
-            once = self._mixture.epoch_rows(language)
-            if rows > once:
-                self.say(
-                    f"note: the budget of {rows * self.config.data.sequence_length:,} tokens passes over the "
-                    f"{language!r} text {rows / once:.1f} times"
-                )
-
-    def rows_of(self, phase: "Phase", method: "Method", earlier: dict[str, dict[str, Any]]) -> "MixtureRows":
-        """The mixture's rows that a phase trains on."""
-        from elo.training.loop import rows_per_step
-
-        assert self._mixture is not None
-        total = self._pretraining_rows + self._alignment_rows
-        start, stop = {
-            "pretraining": (0, self._pretraining_rows),
-            "alignment": (self._pretraining_rows, total),
-            "all": (0, total),
-        }[phase.rows]
-        if method.name == "full_at_wall_time":
-            stop = self._rows_at_wall_time(earlier)
-        length = self.config.data.sequence_length
-        per_step = rows_per_step(length, getattr(self.config, phase.settings))
-        if 0 < stop - start < per_step:
-            raise EloError(
-                f"tokens: {method.name} has {(stop - start) * length:,} tokens for {phase.name}, less than one step of "
-                f"{phase.settings}.tokens_per_step {per_step * length:,}; give more tokens, or lower it"
-            )
-        return self._mixture.rows(start, start + (stop - start) // per_step * per_step)
-
-    def _rows_at_wall_time(self, earlier: dict[str, dict[str, Any]]) -> int:
-        """Rows that full CPT gets through in ELO's wall time, by its measured rate; decided once in a run."""
-        from elo.recipes.run import wall_seconds
-        from elo.training.loop import rows_per_step
-
-        full = earlier["full"]["stages"]["full"]
-        seconds = wall_seconds(earlier[self.config.method])
-        length = self.config.data.sequence_length
-        per_step = rows_per_step(length, self.config.full)
-        # Rounded up: the control is never given less time than ELO took.
-        return math.ceil(seconds * full["tokens_per_second"] / length / per_step) * per_step
+    @property
+    def rows(self) -> RowBudget:
+        """The token budget, once it is divided."""
+        assert self._budget is not None
+        return self._budget
 
     # Surgery.
 
@@ -224,11 +153,10 @@ class Job:
 
     def bridge(self, method: "Method") -> Stage:
         """The linear bridge over what the layers leave out, fitted on the first rows of the run."""
-        assert self._mixture is not None
         output = self.path(method.name, "bridge", "elo_bridge.safetensors")
         tokens = max(_BRIDGE_TOKENS, 16 * int(self._base_config().hidden_size))
-        rows = self._mixture.rows(0, -(-tokens // self.config.data.sequence_length))
-        inputs = {"base": self.base_identity, "layers": list(self.layers), **self._rows_inputs(rows.start, rows.stop)}
+        rows = self.rows.mixture.rows(0, -(-tokens // self.config.data.sequence_length))
+        inputs = {"base": self.base_identity, "layers": list(self.layers), **self.rows.inputs(rows.start, rows.stop)}
 
         def work() -> dict[str, Any]:
             fitted = write_bridge(self.base, self.layers, rows, output, trust_remote_code=self.config.trust_remote_code)
@@ -246,15 +174,15 @@ class Job:
         inputs: dict[str, Any] = {"base": self.base_identity, "trained": trained_stage.fingerprint, "include": include}
         unseen = None
         if method.scale == "search":
-            unseen = self._unseen_rows(method)
-            inputs |= {"scale": "search", **self._rows_inputs(*unseen)}
+            unseen = self.rows.unseen(method)
+            inputs |= {"scale": "search", **self.rows.inputs(*unseen)}
         elif method.scale != 1.0:
             inputs |= {"scale": method.scale}
 
         def work() -> dict[str, Any]:
             scale, tried = method.scale, None
             if unseen is not None:
-                rows = self._mixture.rows_by_language(*unseen)  # type: ignore[union-attr]
+                rows = self.rows.mixture.rows_by_language(*unseen)
                 trust = self.config.trust_remote_code
                 scale, tried = choose_scale(self.base, trained, rows, include, trust_remote_code=trust)
             assert not isinstance(scale, str)
@@ -273,13 +201,6 @@ class Job:
         if unseen is not None:
             self.say(f"{method.name} attach: scale {stage.record['scale']:g} predicts unseen rows best")
         return stage
-
-    def _unseen_rows(self, method: "Method") -> tuple[int, int]:
-        """Where the rows begin that follow those of a method's first phase, and how many of each language to take."""
-        length = self.config.data.sequence_length
-        total = (self._pretraining_rows + self._alignment_rows) * length
-        count = -(-min(max(total // 400, _SCALE_TOKENS[0]), _SCALE_TOKENS[1]) // length)
-        return self.rows_of(method.phases[0], method, {}).stop, count
 
     # Training.
 
@@ -308,7 +229,7 @@ class Job:
         output, scratch = self.path(method.name, phase.name), self.path(method.name, f"{phase.name}-checkpoints")
         inputs = {
             "model": before.fingerprint if before else self.base_identity,
-            **self._rows_inputs(rows.start, rows.stop),
+            **self.rows.inputs(rows.start, rows.stop),
             "method": method.name,
             "layers": list(self.layers),
             "middle": phase.middle,
@@ -358,27 +279,6 @@ class Job:
             f"({stage.record['tokens_per_second']:,.0f} tokens/s)"
         )
         return stage
-
-    def _rows_inputs(self, first: int, last: int) -> dict[str, Any]:
-        """What decides the content of rows: where they begin, and where they end or how many there are."""
-        assert self.prepared is not None
-        return {
-            "data": self.prepared.fingerprint,
-            "mixture": self._mixture_inputs(),
-            "rows": [first, last],
-            "row_seed": self.config.seed,
-        }
-
-    def _mixture_inputs(self) -> dict[str, Any]:
-        data = self.config.data
-        return {
-            "target": data.target,
-            "source": data.source,
-            "replay_ratio": data.replay_ratio,
-            "sequence_length": data.sequence_length,
-            "packing": data.packing,
-            "weights": {language: [each.weight for each in sources] for language, sources in data.corpora.items()},
-        }
 
     # Evaluation and report.
 

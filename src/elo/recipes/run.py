@@ -69,7 +69,7 @@ def _all_stages(job: Job, until: Until | None) -> dict[str, Any]:
     _check_until(job.method(config.method), until)
     prepared = job.prepare()
     reached("prepare")
-    job.plan_rows(prepared)
+    job.divide_budget(prepared)
     base = None if until else job.evaluate("base", job.base)
 
     methods: dict[str, dict[str, Any]] = {}
@@ -110,7 +110,7 @@ def adapt(job: Job, name: str, earlier: dict[str, dict[str, Any]], *, reached: A
     stages: dict[str, dict[str, Any]] = {}
     before_alignment = bridge = None
     for phase in method.phases:
-        rows = job.rows_of(phase, method, earlier)
+        rows = job.rows.of(phase, method, earlier)
         if len(rows) == 0:
             reached(phase.name)
             continue

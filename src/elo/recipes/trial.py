@@ -70,7 +70,7 @@ class Trials:
             heldout=TEST,
         )
         assert job.prepared is not None
-        job.plan_rows(job.prepared)
+        job.divide_budget(job.prepared)
         record: dict[str, Any] = {"seed": run.seed, "failed": None}
         try:
             adapted = adapt(job, run.method, {})

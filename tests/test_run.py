@@ -123,8 +123,8 @@ def test_the_scale_that_predicts_unseen_rows_best_is_attached(finished):
     root, _, _ = finished
     stage = json.loads((root / "run" / "stages" / "elo-attach.json").read_text())
     tried = {float(scale): nats for scale, nats in stage["record"]["scales_tried"].items()}
-    assert {0.0, 0.25, 0.5, 0.75, 1.0} <= set(tried)
-    assert stage["record"]["scale"] == min((scale for scale in tried if scale), key=tried.__getitem__)
+    assert {0.5, 0.75} < set(tried)
+    assert stage["record"]["scale"] == min(tried, key=tried.__getitem__)
     assert stage["inputs"]["rows"][0] == 32, "rows that pretraining did not see"
 
 

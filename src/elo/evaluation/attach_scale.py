@@ -1,6 +1,7 @@
 """How much of the trained change to attach: the scale at which the whole model predicts unseen rows best."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf, isnan
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from elo.evaluation.scoring import evaluating, forward_logits, takes_position_id
 from elo.model.provenance import PROVENANCE_KEY
 from elo.model.surgery import attach_layers, detach_layers
 
-_COARSE = (0.25, 0.5, 0.75, 1.0)
-_FINE = 0.125
+_COARSE, _FINE = 0.25, 0.125
 
 
 def search_scale(
@@ -21,7 +21,7 @@ def search_scale(
     rows: Mapping[str, Sequence[dict[str, Any]]],
     include: Sequence[str] = (),
 ) -> tuple[float, dict[float, float]]:
-    """Try scales of `attach_layers` by forward passes: quarters first, then the eighths beside the best.
+    """Try scales of `attach_layers`, eighths above 0 up to 1, each by a forward pass over `rows`.
 
     Training layers in a shallow model moves them further than the whole model wants them: an interpolation between
     where they were and where they went is often better than either (compare WiSE-FT, arXiv 2109.01903).
@@ -34,33 +34,45 @@ def search_scale(
         include: parts outside the layers that are attached with them.
 
     Returns:
-        The best scale, and nats per token by scale, the mean over languages; 0 is the base itself.
+        The best scale, and nats per token by scale that was tried, the mean over languages.
     """
     original = detach_layers(model, getattr(detached.config, PROVENANCE_KEY)["layers"])
+
+    def attempt(scale: float) -> float:
+        attach_layers(model, detached, scale=scale, include=include)
+        try:
+            return sum(_nats_per_token(model, each) for each in rows.values()) / len(rows)
+        finally:
+            attach_layers(model, original, include=include)
+
+    return lowest_scale(attempt)
+
+
+def lowest_scale(nats: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """The eighth above 0 and up to 1 where `nats` is lowest, and its value wherever it was asked for.
+
+    Between where layers were and where they went the loss falls and then rises (in every search that was looked at), so
+    the quarters are walked downhill from the middle, and then the eighth on the lower side of the best is tried: four
+    values, five at the least. Not a number counts as infinite.
+    """
     tried: dict[float, float] = {}
 
-    def attempt(scale: float) -> None:
-        if scale > 0:
-            attach_layers(model, detached, scale=scale, include=include)
-        try:
-            tried[scale] = sum(_nats_per_token(model, each) for each in rows.values()) / len(rows)
-        finally:
-            if scale > 0:
-                attach_layers(model, original, include=include)
+    def at(scale: float) -> float:
+        if scale not in tried:
+            value = nats(scale)
+            tried[scale] = inf if isnan(value) else value
+        return tried[scale]
 
-    for scale in (0.0, *_COARSE):
-        attempt(scale)
-    best = _best(tried)
-    for scale in (best - _FINE, best + _FINE):
-        if 0 < scale < max(_COARSE):
-            attempt(scale)
-    # Nothing better than the base may be found; what was trained is then attached at the smallest scale all the same.
-    return _best({scale: nats for scale, nats in tried.items() if scale > 0}), dict(sorted(tried.items()))
-
-
-def _best(tried: dict[float, float]) -> float:
-    key: Callable[[float], float] = tried.__getitem__
-    return min(tried, key=key)
+    best, step = (0.75, _COARSE) if at(0.75) < at(0.5) else (0.5, -_COARSE)
+    while 0 < best + step <= 1 and at(best + step) < at(best):
+        best += step
+    beside: tuple[float, ...] = (best + _FINE, best - _FINE)
+    # The side whose quarter is lower. Of the least quarter either: 0, the base itself, is never tried.
+    if best > _COARSE:
+        lower = min((best - _COARSE, best + _COARSE), key=lambda scale: tried.get(scale, inf))
+        beside = ((best + lower) / 2,)
+    best = next((scale for scale in beside if at(scale) < at(best)), best)
+    return best, dict(sorted(tried.items()))
 
 
 def _nats_per_token(model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> float:

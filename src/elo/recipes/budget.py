@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from elo.data.shards import PreparedData
     from elo.training.methods import Method, Phase
 
-# Tokens of each language for the search of a scale, a 400th of the budget within these: six forward passes of the whole
-# model should cost little beside the training.
+# Tokens of each language for the search of a scale, a 400th of the budget within these: four forward passes of the
+# whole model should cost little beside the training.
 _SCALE_TOKENS = (2048, 32_768)
 
 

@@ -1,0 +1,37 @@
+"""The scale at which what was trained is attached is found in few forward passes, and leaves the base as it was."""
+
+import pytest
+import torch
+from run_fixtures import write_base
+from transformers import AutoModelForCausalLM
+
+from elo.evaluation.attach_scale import lowest_scale, search_scale
+from elo.model.surgery import detach_layers
+
+
+@pytest.mark.parametrize("lowest", [0.02, 0.1, 0.2, 0.3, 0.36, 0.45, 0.55, 0.6, 0.7, 0.8, 0.9, 0.96, 1.0, 1.3])
+def test_the_lowest_eighth_is_found(lowest):
+    best, tried = lowest_scale(lambda scale: (scale - lowest) ** 2)
+    eighths = [index / 8 for index in range(1, 9)]
+    assert best == min(eighths, key=lambda scale: (scale - lowest) ** 2)
+    assert set(tried) <= set(eighths)
+    assert len(tried) <= (5 if best < 0.5 else 4)
+
+
+def test_what_is_not_a_number_is_never_the_lowest():
+    assert lowest_scale(lambda scale: scale if scale < 0.6 else float("nan"))[0] == 0.125
+
+
+def test_it_is_that_of_the_attached_model_and_the_base_stays(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(write_base(tmp_path, dtype=torch.float32))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = [{"input_ids": torch.arange(40, 72), "shift_labels": torch.arange(41, 73), "position_ids": torch.arange(32)}]
+    trained = detach_layers(model, (0, 3))
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if name.endswith("q_proj.weight"):
+                parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    best, tried = search_scale(model, trained, {"en": rows, "xx": rows})
+    assert all(before[name].equal(tensor) for name, tensor in model.state_dict().items())
+    assert len(set(tried.values())) == len(tried), "scales were attached"
+    assert best == min(tried, key=tried.__getitem__)

@@ -6,7 +6,7 @@ from run_fixtures import write_base
 from transformers import AutoModelForCausalLM
 
 from elo.evaluation.attach_scale import lowest_scale, search_scale
-from elo.model.surgery import detach_layers
+from elo.model.surgery import attach_layers, detach_layers
 
 
 @pytest.mark.parametrize("lowest", [0.02, 0.1, 0.2, 0.3, 0.36, 0.45, 0.55, 0.6, 0.7, 0.8, 0.9, 0.96, 1.0, 1.3])
@@ -25,13 +25,25 @@ def test_what_is_not_a_number_is_never_the_lowest():
 def test_it_is_that_of_the_attached_model_and_the_base_stays(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(write_base(tmp_path, dtype=torch.float32))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rows = [{"input_ids": torch.arange(40, 72), "shift_labels": torch.arange(41, 73), "position_ids": torch.arange(32)}]
+    rows = [
+        {"input_ids": ids, "shift_labels": ids + 1, "position_ids": torch.arange(32)}
+        for ids in torch.arange(40, 136).view(3, 32)
+    ]
     trained = detach_layers(model, (0, 3))
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
             if name.endswith("q_proj.weight"):
                 parameter.add_(torch.randn_like(parameter), alpha=0.5)
-    best, tried = search_scale(model, trained, {"en": rows, "xx": rows})
+    best, tried = search_scale(model, trained, {"en": rows, "xx": rows[:1]})
     assert all(before[name].equal(tensor) for name, tensor in model.state_dict().items())
     assert len(set(tried.values())) == len(tried), "scales were attached"
     assert best == min(tried, key=tried.__getitem__)
+    attach_layers(model, trained, scale=best)
+    nats = [_nats(model, row) for row in rows]
+    assert tried[best] == pytest.approx((sum(nats) / 3 + nats[0]) / 2, rel=1e-5)
+
+
+def _nats(model, row):
+    with torch.no_grad():
+        logits = model(input_ids=row["input_ids"][None]).logits[0]
+    return float(torch.nn.functional.cross_entropy(logits, row["shift_labels"]))

@@ -8,11 +8,12 @@ import torch
 from transformers import PreTrainedModel
 
 from elo.data.packing import IGNORE_INDEX
-from elo.evaluation.scoring import evaluating, forward_logits, takes_position_ids, token_nats
+from elo.evaluation.scoring import batch_tokens, evaluating, forward_logits, takes_position_ids, token_nats
 from elo.model.provenance import PROVENANCE_KEY
 from elo.model.surgery import attach_layers, detach_layers
 
 _COARSE, _FINE = 0.25, 0.125
+_BATCH_TOKENS = 2048
 
 
 def search_scale(
@@ -76,14 +77,18 @@ def lowest_scale(nats: Callable[[float], float]) -> tuple[float, dict[float, flo
 
 
 def _nats_per_token(model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> float:
-    names = ["input_ids", *(["position_ids"] if takes_position_ids(model) else [])]
+    names = ["input_ids", "attention_mask", *(["position_ids"] if takes_position_ids(model) else [])]
+    names = [name for name in names if name in rows[0]]
+    together = max(1, min(_BATCH_TOKENS, batch_tokens(model)) // len(rows[0]["input_ids"]))
     nats, tokens = 0.0, 0
     with evaluating(model) as device:
-        for row in rows:
-            inputs = {name: torch.as_tensor(row[name]).unsqueeze(0).to(device) for name in names}
-            if "attention_mask" in row:
-                inputs["attention_mask"] = torch.as_tensor(row["attention_mask"]).unsqueeze(0).to(device)
-            labels = torch.as_tensor(row["shift_labels"]).unsqueeze(0).to(device)
-            nats += float(token_nats(forward_logits(model, **inputs), labels).sum())
+        for start in range(0, len(rows), together):
+            batch = rows[start : start + together]
+            *inputs, labels = (
+                torch.stack([torch.as_tensor(row[name]) for row in batch]).to(device)
+                for name in (*names, "shift_labels")
+            )
+            logits = forward_logits(model, **dict(zip(names, inputs, strict=True)))
+            nats += float(token_nats(logits, labels).sum())
             tokens += int((labels != IGNORE_INDEX).sum())
     return nats / tokens

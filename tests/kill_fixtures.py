@@ -1,4 +1,4 @@
-"""Runs killed at random instants: children forked from a process that has everything imported already."""
+"""Runs killed at random instants."""
 
 import contextlib
 import hashlib
@@ -6,16 +6,13 @@ import json
 import os
 import random
 import signal
-import sys
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from fork_fixtures import ended, finish, forked
 from run_fixtures import write_world
 
 WEIGHTS = ("elo/detached", "elo/elo_pretraining", "elo/attached", "elo/layer_alignment")
@@ -34,35 +31,6 @@ def small_world(root: Path) -> dict[str, Any]:
     return config
 
 
-def forked(work: Callable[[], Any], log: Path) -> int:
-    """Start `work` in a child process of its own group; its output goes to `log`. Returns the process id."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    process = os.fork()
-    if process:
-        return process
-    status = 70
-    try:
-        os.setsid()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        # The pool of threads did not come along: it is made anew before several threads ask for it at once.
-        torch.set_num_threads(1)
-        sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
-        work()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 0
-    except BaseException:
-        traceback.print_exc()
-        status = 71
-    finally:
-        os._exit(status)
-
-
 def run_forked(config: dict[str, Any], log: Path) -> int:
     """Start `elo run` with this configuration in a child, as the command line does."""
 
@@ -74,16 +42,6 @@ def run_forked(config: dict[str, Any], log: Path) -> int:
         main(["run", str(path)])
 
     return forked(work, log)
-
-
-def finish(process: int) -> int:
-    """Wait for a child; its exit status, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-
-def ended(process: int) -> bool:
-    """Whether a child has ended; its exit status can still be asked for."""
-    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def weights(run: Path) -> dict[str, str]:

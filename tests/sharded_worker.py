@@ -6,13 +6,12 @@ that reads weights for training is an error.
 """
 
 import os
-import sys
 from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from elo.cli import main
+from elo.cli import main as main
 from elo.evaluation import loading
 from elo.processes import is_main
 from elo.recipes import train
@@ -58,6 +57,3 @@ loading.load_model = _count_and_load
 train.load_trainable = _load_in_main_alone
 if os.environ.get("ELO_TEST_FROZEN_AS_STORED"):
     train._keeps_frozen_in = lambda *_: True
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from bad_input_fixtures import assert_refused, run_elo, write_config
-from kill_fixtures import ended, finish, forked
+from fork_fixtures import ended, finish, forked
 from run_fixtures import SOURCE, TARGET, write_documents, write_world
 
 import elo.data.corpora

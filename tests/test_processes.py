@@ -1,15 +1,19 @@
 """Two processes train what one trains, and go on from where one was killed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from fork_fixtures import finish, forked, launched
 from run_fixtures import write_world
 from safetensors.torch import load_file
 
+from elo.errors import EloError
+from elo.processes import from_main, is_main
 from elo.recipes.run import run
 
 
@@ -31,18 +35,21 @@ def test_a_killed_run_of_one_process_goes_on_with_two_and_ends_as_that_of_one(tm
     alone = run(config)
     shared = {**config, "output": str(tmp_path / "shared")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(shared))
-    # Die as by a kill right after pretraining's second checkpoint, a quarter of the way.
-    code = (
-        "import sys, os; import elo.training.trainer as t; from elo.recipes.run import run\n"
-        "save = t.EloTrainer._save_checkpoint\n"
-        "def dying(self, *a):\n"
-        "    save(self, *a)\n"
-        "    if self.state.global_step == 4: os._exit(9)\n"
-        "t.EloTrainer._save_checkpoint = dying\n"
-        "run(sys.argv[1])"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "config.yaml")], check=False)
-    assert killed.returncode == 9
+
+    def killed() -> None:
+        import elo.training.trainer as trainer
+
+        save = trainer.EloTrainer._save_checkpoint
+
+        def dying(self, *arguments):
+            save(self, *arguments)
+            if self.state.global_step == 4:  # pretraining's second checkpoint, a quarter of the way
+                os._exit(9)
+
+        trainer.EloTrainer._save_checkpoint = dying
+        run(shared)
+
+    assert finish(forked(killed, tmp_path / "killed.txt")) == 9
     assert list((tmp_path / "shared" / "elo" / "elo_pretraining-checkpoints").glob("checkpoint-4"))
     done = _launch(tmp_path / "config.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,18 +65,20 @@ def test_a_killed_run_of_one_process_goes_on_with_two_and_ends_as_that_of_one(tm
 
 
 def test_what_fails_in_the_main_process_is_told_to_the_others(tmp_path):
-    (tmp_path / "worker.py").write_text(
-        "from elo.errors import EloError; from elo.processes import from_main, is_main\n"
-        "def read(): raise EloError('shard 3 is damaged')\n"
-        "assert from_main(lambda: is_main()) is True\n"
-        "try: from_main(read)\n"
-        "except EloError as error: print('told' if not is_main() else 'raised', error)\n"
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, str(tmp_path / "worker.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    told = sorted(line for line in done.stdout.splitlines() if "shard 3" in line)
+    def work() -> None:
+        def read() -> None:
+            raise EloError("shard 3 is damaged")
+
+        assert from_main(lambda: is_main()) is True
+        try:
+            from_main(read)
+        except EloError as error:
+            print("told" if not is_main() else "raised", error)
+
+    statuses = launched(work, tmp_path / "log.txt")
+    said = (tmp_path / "log.txt").read_text()
+    assert statuses == [0, 0], said
+    told = sorted(line for line in said.splitlines() if "shard 3" in line)
     assert told == ["raised shard 3 is damaged", "told the main process stopped: shard 3 is damaged"]
 
 

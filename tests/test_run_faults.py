@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from bad_input_fixtures import change, run_elo, write_config
-from kill_fixtures import Tally, ended, finish, finished_stages, forked, kill_until_done, small_world, weights
+from fork_fixtures import ended, finish, forked
+from kill_fixtures import Tally, finished_stages, kill_until_done, small_world, weights
 
 import elo.reporting.drawing as drawing
 from elo.recipes.run import run

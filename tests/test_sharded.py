@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from fork_fixtures import launched
 from run_fixtures import write_base, write_world
 from surgery_fixtures import stored
 from zoo import logits_of, tiny_config, tiny_model
@@ -23,23 +22,22 @@ from elo.recipes.train import load_trainable, save_checkpoint
 from elo.training.settings import TrainingSettings
 from elo.training.sharded import check_sharding, main_alone_loads, whole_parts, without_weights
 
-WORKER = Path(__file__).parent / "sharded_worker.py"
 STAGES = ("elo-elo_pretraining", "elo-layer_alignment", "full-full")
 
 
-def launch(
-    config: dict[str, Any], path: Path, *, processes: int = 2, die_at: str = "", frozen_as_stored: str = ""
-) -> subprocess.CompletedProcess[str]:
+def launch(config: dict[str, Any], path: Path, *, processes: int = 2, **environment: str) -> tuple[int, str]:
+    """Run `config` in several processes with what sharded_worker.py adds; the worst exit status, and what was said."""
     path.write_text(yaml.safe_dump(config))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {
-        **os.environ,
-        "ELO_TEST_DIE_AT": die_at,
-        "ELO_TEST_FROZEN_AS_STORED": frozen_as_stored,
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [*launcher, str(WORKER), "run", str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    log = path.with_suffix(f".{len(list(path.parent.iterdir()))}.txt")
+
+    def work() -> None:
+        os.environ |= {f"ELO_TEST_{name.upper()}": value for name, value in environment.items()}
+        import sharded_worker
+
+        sharded_worker.main(["run", str(path)])
+
+    statuses = launched(work, log, processes)
+    return max(map(abs, statuses)), log.read_text()
 
 
 def sharded(
@@ -70,14 +68,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         config[section] |= {"per_device_train_batch_size": 1, "embedding_learning_rate": 2e-3}
     run(config)
     shared = sharded(config, root / "shared")
-    killed = launch(shared, root / "shared.yaml", die_at="layer_alignment:2")
+    status, said = launch(shared, root / "shared.yaml", die_at="layer_alignment:2")
     checkpoint = root / "shared" / "elo" / "layer_alignment-checkpoints" / "checkpoint-2"
-    assert killed.returncode != 0 and (checkpoint / "elo_checkpoint.json").is_file(), killed.stderr
+    assert status != 0 and (checkpoint / "elo_checkpoint.json").is_file(), said
     assert not list(checkpoint.glob("*.bin")), "no process writes the whole model"
     with pytest.raises(EloError, match=r"checkpoint-2: was written with FSDP, .*without.*go on as it began"):
         run({**config, "output": shared["output"]})
-    done = launch(shared, root / "shared.yaml")
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, said = launch(shared, root / "shared.yaml")
+    assert status == 0, said
     return {"root": root, "config": config}
 
 
@@ -101,8 +99,8 @@ def test_the_model_is_that_of_one_process(world: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_never_killed_it_ends_in_the_same_weights(world: dict[str, Any]) -> None:
-    done = launch(sharded(world["config"], world["root"] / "whole"), world["root"] / "whole.yaml")
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, said = launch(sharded(world["config"], world["root"] / "whole"), world["root"] / "whole.yaml")
+    assert status == 0, said
     expected = stored(world["root"] / "shared" / "model")
     for name, tensor in stored(world["root"] / "whole" / "model").items():
         assert torch.equal(tensor, expected[name]), name
@@ -114,8 +112,8 @@ def test_untied_weights_and_the_bridge(tmp_path: Path) -> None:
     for section in ("elo_pretraining", "layer_alignment"):
         config[section] |= {"per_device_train_batch_size": 1}
     run(config)
-    done = launch(sharded(config, tmp_path / "shared"), tmp_path / "shared.yaml")
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, said = launch(sharded(config, tmp_path / "shared"), tmp_path / "shared.yaml")
+    assert status == 0, said
     for stage in STAGES[:2]:
         assert losses(tmp_path / "shared", stage) == pytest.approx(losses(tmp_path / "run", stage), abs=2e-5)
 
@@ -126,10 +124,10 @@ def test_fewer_processes_go_on(tmp_path: Path) -> None:
     config["elo_pretraining"] |= {"per_device_train_batch_size": 1, "tokens_per_step": 192}
     run(config)
     shared = sharded(config, tmp_path / "shared")
-    killed = launch(shared, tmp_path / "shared.yaml", processes=3, die_at="elo_pretraining:4")
-    assert (tmp_path / "shared" / "elo" / "elo_pretraining-checkpoints" / "checkpoint-4").is_dir(), killed.stderr
-    done = launch(shared, tmp_path / "shared.yaml", processes=2)
-    assert done.returncode == 0, done.stdout + done.stderr
+    _, said = launch(shared, tmp_path / "shared.yaml", processes=3, die_at="elo_pretraining:4")
+    assert (tmp_path / "shared" / "elo" / "elo_pretraining-checkpoints" / "checkpoint-4").is_dir(), said
+    status, said = launch(shared, tmp_path / "shared.yaml", processes=2)
+    assert status == 0, said
     assert losses(tmp_path / "shared", STAGES[0]) == pytest.approx(losses(tmp_path / "run", STAGES[0]), abs=2e-5)
 
 
@@ -138,8 +136,10 @@ def test_in_bf16_the_losses_are_those_of_one_process(frozen_as_stored: str, tmp_
     config = write_world(tmp_path) | {"elo": {"stand_in": "forward_only", "alignment": "none"}}
     config["elo_pretraining"] |= {"per_device_train_batch_size": 1, "bf16": True}
     run(config)
-    done = launch(sharded(config, tmp_path / "shared"), tmp_path / "shared.yaml", frozen_as_stored=frozen_as_stored)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, said = launch(
+        sharded(config, tmp_path / "shared"), tmp_path / "shared.yaml", frozen_as_stored=frozen_as_stored
+    )
+    assert status == 0, said
     assert losses(tmp_path / "shared", STAGES[0]) == pytest.approx(losses(tmp_path / "run", STAGES[0]), abs=1e-2)
     base, model, alone = (stored(tmp_path / name) for name in ("base", "shared/model", "run/model"))
     trained = [name for name in base if not torch.equal(base[name], model[name])]
@@ -160,13 +160,13 @@ def test_deepspeed_killed_and_gone_on_with_ends_as_one_process(
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
     deepspeed = {"zero_optimization": {"stage": stage}, **auto}
     divided = sharded(config, tmp_path / "shared", ["elo_pretraining"], deepspeed=deepspeed)
-    killed = launch(divided, tmp_path / "shared.yaml", die_at="elo_pretraining:4")
+    _, killed = launch(divided, tmp_path / "shared.yaml", die_at="elo_pretraining:4")
     with pytest.raises(EloError, match=r"checkpoint-4: was written with DeepSpeed, .*without.*go on as it began"):
         run({**config, "output": divided["output"]})
-    fewer = launch(divided, tmp_path / "shared.yaml", processes=1)
-    assert "written by 2 processes, and these are 1" in fewer.stdout + fewer.stderr, killed.stderr + fewer.stderr
-    done = launch(divided, tmp_path / "shared.yaml")
-    assert done.returncode == 0, done.stdout + done.stderr
+    _, fewer = launch(divided, tmp_path / "shared.yaml", processes=1)
+    assert "written by 2 processes, and these are 1" in fewer, killed + fewer
+    status, said = launch(divided, tmp_path / "shared.yaml")
+    assert status == 0, said
     for name in STAGES[:2]:
         assert losses(tmp_path / "shared", name) == pytest.approx(losses(tmp_path / "run", name), abs=2e-5)
     ours, theirs = (stored(tmp_path / name / "model") for name in ("shared", "run"))

@@ -65,6 +65,21 @@ def test_a_frozen_embedding_saves_in_the_first_layer() -> None:
     assert planned.per_layer[0] < planned.per_layer[1]
 
 
+@pytest.mark.parametrize(("layers", "also_train"), [((0, 4), ()), ((0, 4), ("embedding",)), ((2, 4), ())])
+def test_a_frozen_middle_keeps_what_its_input_gradients_need(layers: Any, also_train: Any) -> None:
+    config, tokens = tiny_llama(), 96
+    planned = saved_activations(
+        config, footprint(config), layers, precision="fp32", also_train=also_train, in_place=True
+    )
+    model = build(config)
+    select_layers(model, layers, also_train)
+    expected = tokens * (sum(planned.per_layer) + planned.outside)
+    assert expected == pytest.approx(kept_for_backward(model, tokens, "fp32"), rel=0.02)
+    assert planned.per_layer[3] < planned.per_layer[4], "a frozen layer needs less"
+    if layers == (2, 4):
+        assert planned.per_layer[:2] == (0.0, 0.0), "no gradient reaches these"
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -113,6 +128,8 @@ def allocated_at_peak(
     elif method == "forward_only":
         select_layers(model, layers, also_train)
         pass_forward_only(model, maps)
+    elif method == "frozen":
+        select_layers(model, layers, also_train)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     losses.install_head_loss(model, head_loss)
@@ -142,10 +159,12 @@ def planned_and_measured(
 ) -> tuple[memory.StageMemory, int]:
     layers, rows, length = (0, config.num_hidden_layers - 1), 4, 128
     counted = footprint(config)
-    kept = layers if method in ("elo", "forward_only") else None
+    kept = None if method == "full" else layers
     planned = stage_memory(
         counted,
-        saved_activations(config, counted, kept, precision="fp32", kind="cpu", also_train=also_train),
+        saved_activations(
+            config, counted, kept, precision="fp32", kind="cpu", also_train=also_train, in_place=method == "frozen"
+        ),
         method,
         layers,
         tokens=rows * length,
@@ -209,6 +228,9 @@ def test_peak_memory_is_within_a_tenth(method: Any, checkpointing: bool, head_lo
         ("elo", ENDS, {}, {"micro_steps": 2}),
         ("elo", ENDS, {}, {"bridge": True, "checkpointing": True, "head_loss": "plain"}),
         ("elo", ("head", "norm"), {}, {"bridge": True}),
+        ("frozen", ENDS, {}, {"micro_steps": 2}),
+        ("frozen", ENDS, {"num_hidden_layers": 12}, {}),
+        ("frozen", (), {}, {"checkpointing": True}),
     ],
 )
 def test_peak_memory_of_what_a_run_can_choose_is_within_a_tenth(

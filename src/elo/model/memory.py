@@ -110,6 +110,7 @@ def saved_activations(
     precision: Precision = "bf16",
     kind: Literal["gpu", "cpu"] = "gpu",
     also_train: Collection[str] = (),
+    in_place: bool = False,
 ) -> SavedActivations:
     """Measure what a training forward keeps, on fake tensors.
 
@@ -123,20 +124,27 @@ def saved_activations(
             kept, grouped keys and values are repeated, and all weights are fp32.
         also_train: parts that train with `layers`: embedding, norm, head. An embedding that trains is in fp32 on a GPU
             too, and so are all hidden states after it.
+        in_place: the other layers, frozen, are computed and differentiated too.
     """
-    chosen = list(range(counted.num_layers) if layers is None else layers)
-    # One layer of each kind is enough; the first differs, since its input may need no gradient.
+    chosen = list(range(counted.num_layers) if layers is None or in_place else layers)
+    trained = set(chosen if layers is None else layers)
+    lowest = -1 if layers is None or "embedding" in also_train else min(trained)
+    # One layer of each kind is enough: what it keeps depends on whether it trains, and whether its input needs a
+    # gradient.
     kinds: dict[Any, int] = {}
-    for position, index in enumerate(chosen):
-        kinds.setdefault((position == 0, counted.layers[index]), index)
-    key_of = [(position == 0, counted.layers[index]) for position, index in enumerate(chosen)]
+    key_of = [
+        (position == 0, index in trained, index > lowest, counted.layers[index])
+        for position, index in enumerate(chosen)
+    ]
+    for key, index in zip(key_of, chosen, strict=True):
+        kinds.setdefault(key, index)
     representatives = list(kinds.values())
     item = 2 if precision == "bf16" else 4
     mask = float(item) if kind == "cpu" else 0.0
     for as_trained, attention in ((True, _PROBE), (False, _PROBE), (True, None), (False, None)):
         try:
             with _quiet():
-                frozen_but_for = None if layers is None else also_train
+                frozen_but_for = None if layers is None else (trained, also_train)
                 short, long = _trace(
                     config, representatives, precision if as_trained else None, kind, attention, frozen_but_for
                 )
@@ -150,7 +158,7 @@ def saved_activations(
         constant = {i: max(0.0, scale * short[i] - slope[i] * _LENGTHS[0]) for i in short}
         by_kind = {key: (slope.get(i, 0.0), constant.get(i, 0.0)) for i, key in enumerate(kinds)}
         if precision == "bf16" and not as_trained:
-            by_kind = {key: (kept, 2.0 * key[1].matmul) for key, (kept, _) in by_kind.items()}
+            by_kind = {key: (kept, 2.0 * key[-1].matmul) for key, (kept, _) in by_kind.items()}
         return SavedActivations(
             per_layer=tuple(by_kind[key][0] for key in key_of),
             outside=slope.get(_OUTSIDE, 0.0),
@@ -180,12 +188,12 @@ def _trace(
     precision: Precision | None,
     kind: str,
     attention: str | None,
-    frozen_but_for: Collection[str] | None,
+    frozen_but_for: tuple[Collection[int], Collection[str]] | None,
 ) -> list[dict[int, float]]:
     """For each of _LENGTHS: bytes saved by `layers` (by position), outside them, and the size of a layer's input.
 
     `precision` None traces a model in bf16 throughout; `frozen_but_for` None one that trains as a whole, otherwise one
-    that trains `layers` and these parts.
+    that trains those of `layers` and these parts.
     """
     mode = FakeTensorMode()
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
@@ -197,13 +205,15 @@ def _trace(
     kept = layers_of(model)
     if frozen_but_for is not None:
         model.requires_grad_(False)
-        kept.requires_grad_(True)
+        trained, also_train = frozen_but_for
+        for layer, index in zip(kept, layers, strict=True):
+            layer.requires_grad_(index in trained)
         paths = {
             "embedding": architecture.embedding_path,
             "norm": architecture.norm_path,
             "head": architecture.head_path,
         }
-        for part in frozen_but_for:
+        for part in also_train:
             path = paths[part]
             if path is not None:
                 model.get_submodule(path).requires_grad_(True)
@@ -294,7 +304,7 @@ def stage_memory(
     Args:
         counted: the base model's footprint.
         saved: as `saved_activations` measured it for this stage (a LoRA keeps what full training keeps, and
-            `forward_only` what `elo` keeps).
+            `forward_only` what `elo` keeps; for `frozen` with `in_place`).
         method: `elo`, `forward_only`, `full` (also layer alignment), `frozen` or `lora`.
         layers: the layers that `elo`, `forward_only` and `frozen` train.
         tokens: in one micro-step of one device.
@@ -329,8 +339,7 @@ def stage_memory(
         states += (OPTIMIZER_BYTES["adamw"] - OPTIMIZER_BYTES["adamw_8bit"]) * counted.embedding * share
     copies = 0.0
     if precision == "bf16" and method != "lora":
-        copies = saved.cast_weights * (len(layers) / counted.num_layers if method == "frozen" else 1.0)
-        copies += 2 * counted.head_matmul if trains_head or kind == "cpu" else 0
+        copies = saved.cast_weights + (2 * counted.head_matmul if trains_head or kind == "cpu" else 0)
         copies += 2 * maps if bridge else 0
     if sharded_over > 1:
         copies = item * max(layer.parameters for layer in held.layers) + item * counted.head_matmul

@@ -139,18 +139,13 @@ def plan(
         "tokens": per_device_train_batch_size * sequence_length,
         "sequence_length": sequence_length,
     }
+    trace: dict[str, Any] = {"precision": found.precision, "kind": found.kind}
     job = PlanJob(
         counted=counted,
         layers=chosen,
-        kept=saved_activations(
-            config,
-            counted,
-            chosen,
-            precision=found.precision,
-            kind=found.kind,
-            also_train=options.also_train,
-        ),
-        whole=saved_activations(config, counted, precision=found.precision, kind=found.kind),
+        kept=saved_activations(config, counted, chosen, also_train=options.also_train, **trace),
+        frozen=saved_activations(config, counted, chosen, also_train=options.also_train, in_place=True, **trace),
+        whole=saved_activations(config, counted, **trace),
         device=found,
         devices=devices,
         utilisation=utilisation or (measure_utilisation(config, found, **measured) if measure else UTILISATION),
@@ -356,7 +351,7 @@ def _assumptions(
         f"memory: fp32 master weights for what trains, {device.precision if device.kind == 'gpu' else 'fp32'} for what "
         "is frozen; "
         f"at most {USABLE_MEMORY:.0%} of the device is planned for",
-        "memory of frozen middle and LoRA: their activations are taken to be those of full training, an upper bound",
+        "memory of LoRA: its activations are taken to be those of full training, an upper bound",
         f"activations of {whole} are {recompute}; full CPT is given both ways",
         f"optimizer: an update every {job.tokens_per_step:,} tokens, bound by memory bandwidth",
     ]

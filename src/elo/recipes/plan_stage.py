@@ -53,6 +53,8 @@ class PlanJob:
     layers: tuple[int, ...]
     kept: "SavedActivations"
     """Of the chosen layers and what trains with them."""
+    frozen: "SavedActivations"
+    """Of the same training, with all other layers computed and differentiated."""
     whole: "SavedActivations"
     device: "Device"
     devices: int
@@ -116,7 +118,7 @@ def _memory(job: PlanJob, stage: Stage) -> "StageMemory":
     tokens = choices.per_device_train_batch_size * choices.sequence_length
     return stage_memory(
         job.counted,
-        job.kept if stage.method in ("elo", "forward_only") else job.whole,
+        {"elo": job.kept, "forward_only": job.kept, "frozen": job.frozen}.get(stage.method, job.whole),
         stage.method,
         job.layers,
         tokens=tokens,

@@ -19,7 +19,7 @@ import torch
 from measuring import MIB, in_process, print_table, write_report
 from throughput import make_config, make_ready, train_some
 
-from elo.model.footprint import footprint
+from elo.model.counting import footprint
 from elo.recipes.plan import plan
 from elo.training.methods import Options, find_method
 from elo.training.settings import EloOptions, TrainingSettings

@@ -20,8 +20,8 @@ from typing import Any
 from measuring import finished, print_table, write_report
 
 from elo.layers import parse_layers
+from elo.model.counting import footprint, read_config
 from elo.model.devices import measure_matmul_rate
-from elo.model.footprint import footprint, read_config
 from elo.quickstart.corpus import write_corpus
 from elo.recipes.evaluate import evaluate
 from elo.recipes.quickstart import WORLD

@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from elo.data.mixture import Mixture
 from elo.data.packing import PackedStream
 from elo.data.shards import TokenCorpus
+from elo.model.counting import footprint
 from elo.model.devices import measure_matmul_rate
-from elo.model.footprint import footprint
 from elo.model.surgery import detach_layers
 from elo.training.bridge import fit_bridge
 from elo.training.loop import train, wants_bf16

@@ -2,12 +2,15 @@
 
 import gc
 import os
+import tempfile
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_cache = tempfile.TemporaryDirectory(prefix="elo-tests-")
+os.environ["ELO_CACHE"] = _cache.name
 
 
 @pytest.fixture(autouse=True, scope="module")

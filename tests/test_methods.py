@@ -9,7 +9,7 @@ from training_fixtures import LENGTH, SETTINGS, rows, tiny_llama
 
 import elo.training.methods
 from elo.errors import EloError
-from elo.model.footprint import footprint
+from elo.model.counting import footprint
 from elo.model.surgery import detach_layers
 from elo.training.bridge import fit_bridge
 from elo.training.loop import StoppedBySignalError, rows_per_step, train

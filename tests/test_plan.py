@@ -14,8 +14,8 @@ from plan_fixtures import LLAMA_8B, tiny_llama
 from rich.console import Console
 
 from elo.errors import EloError, UnsupportedArchitectureError
+from elo.model.counting import footprint, read_config
 from elo.model.devices import DEVICES, find_device, measure_matmul_rate
-from elo.model.footprint import footprint, read_config
 from elo.recipes.plan import plan
 from elo.recipes.plan_stage import Choices
 from elo.recipes.plan_table import render_plan

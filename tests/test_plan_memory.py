@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config, PretrainedConfig, P
 from elo.errors import EloError
 from elo.layers import gaps_between
 from elo.model import memory
-from elo.model.footprint import footprint
-from elo.model.memory import check_optimizer, saved_activations, stage_memory
+from elo.model.activations import saved_activations
+from elo.model.counting import footprint
+from elo.model.memory import check_optimizer, stage_memory
 from elo.model.surgery import detach_layers
 from elo.training import losses
 from elo.training.bridge import Bridge, install_bridge, pass_forward_only

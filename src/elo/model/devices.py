@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from elo.errors import EloError
 
 GIB = 2**30
@@ -91,6 +89,8 @@ def measure_matmul_rate(
     Returns:
         A device with the best rates seen (others may be using the machine) and the memory of this one.
     """
+    import torch
+
     gpu = torch.cuda.is_available()
     where = torch.device("cuda" if gpu else "cpu")
     side = size or (8192 if gpu else 1024)

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from elo.model.config_surgery import with_layers
+from elo.model.counting import footprint, text_config
 from elo.model.devices import Device
-from elo.model.footprint import footprint, text_config
 
 _VOCABULARY = 1024
 _MOST_FLOPS = 2e12

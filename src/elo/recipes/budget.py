@@ -11,7 +11,8 @@ from elo.errors import EloError
 if TYPE_CHECKING:
     from elo.data.mixture import Mixture, MixtureRows
     from elo.data.shards import PreparedData
-    from elo.training.methods import Method, Phase
+    from elo.training.methods import Method
+    from elo.training.phases import Phase
 
 # Tokens of each language for the search of a scale, a 400th of the budget within these: four forward passes of the
 # whole model should cost little beside the training.

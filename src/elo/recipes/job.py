@@ -28,7 +28,8 @@ from elo.workspace import Stage, Workspace, file_identity
 if TYPE_CHECKING:
     from elo.data.mixture import MixtureRows
     from elo.data.shards import PreparedData
-    from elo.training.methods import Method, Phase
+    from elo.training.methods import Method
+    from elo.training.phases import Phase
 
 # Tokens for the fit of a bridge (and 16 for each hidden dimension).
 _BRIDGE_TOKENS = 8192
@@ -68,7 +69,7 @@ class Job:
         return self.config.data.target, self.config.data.source
 
     def _base_config(self) -> Any:
-        from elo.model.footprint import read_config, text_config
+        from elo.model.counting import read_config, text_config
 
         return text_config(read_config(str(self.base), trust_remote_code=self.config.trust_remote_code))
 

@@ -10,14 +10,15 @@ from pydantic import ValidationError
 
 from elo.errors import EloError
 from elo.layers import DEFAULT_LAYERS, parse_layers
+from elo.model.devices import Device, find_device
+from elo.model.memory import check_head_loss, check_optimizer
+from elo.recipes.plan_outline import draw_outline, keep_outline, kept_outline
 from elo.recipes.plan_stage import USABLE_MEMORY, Choices, PlanJob, Stage, plan_stage
-from elo.training.settings import EloOptions, check_also_train
+from elo.training.phases import Phase, elo_phases
+from elo.training.settings import EloOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-    from elo.model.devices import Device
-    from elo.training.methods import Phase
 
 DEFAULT_DEVICE = "H100"
 UTILISATION = 0.40
@@ -114,46 +115,53 @@ def plan(
     if measure and device is not None:
         raise EloError(f"device: got {device!r} together with measure; name a device or measure this machine, not both")
 
-    from elo.model.devices import find_device
-    from elo.model.footprint import footprint, read_config
-    from elo.model.measure import measure_utilisation
-    from elo.model.memory import check_head_loss, check_optimizer, saved_activations
-    from elo.model.refusals import require_detachable
-    from elo.training.methods import Options, find_method
-
     options = _options(stand_in, also_train, alignment)
     found = _this_machine() if measure else find_device(device or DEFAULT_DEVICE)
     optim, alignment_optim = check_optimizer(optim), check_optimizer(alignment_optim or optim)
     check_head_loss(head_loss)
-    if isinstance(model, str | Path):
-        config = read_config(model, revision=revision, trust_remote_code=trust_remote_code)
-        name = str(model)
-    else:
-        config, name = model, model.model_type
-    require_detachable(config)
-    counted = footprint(config)
-    check_also_train(options.also_train, tied=counted.tied)
-    chosen = parse_layers(layers, counted.num_layers)
-    measured = {
-        "layer": chosen[-1],
-        "tokens": per_device_train_batch_size * sequence_length,
-        "sequence_length": sequence_length,
+    # What is measured, or comes from elsewhere, needs torch and transformers in any case.
+    asked: dict[str, Any] = {
+        "layers": layers,
+        "also_train": options.also_train,
+        "precision": found.precision,
+        "kind": found.kind,
     }
-    trace: dict[str, Any] = {"precision": found.precision, "kind": found.kind}
+    named = isinstance(model, str | Path)
+    keeps = named and not trust_remote_code
+    seen = kept_outline(model, **asked) if keeps and not measure else None  # type: ignore[arg-type]
+    if seen is None:
+        from elo.model.counting import read_config
+
+        if isinstance(model, str | Path):
+            config = read_config(model, revision=revision, trust_remote_code=trust_remote_code)
+        else:
+            config = model
+        seen = draw_outline(config, **asked)
+        if keeps:
+            keep_outline(seen, model, **asked)  # type: ignore[arg-type]
+    counted = seen.counted
+    chosen = parse_layers(layers, counted.num_layers)
+    if measure:
+        from elo.model.measure import measure_utilisation
+
+        utilisation = utilisation or measure_utilisation(
+            config,
+            found,
+            layer=chosen[-1],
+            tokens=per_device_train_batch_size * sequence_length,
+            sequence_length=sequence_length,
+        )
     job = PlanJob(
-        counted=counted,
+        seen=seen,
         layers=chosen,
-        kept=saved_activations(config, counted, chosen, also_train=options.also_train, **trace),
-        frozen=saved_activations(config, counted, chosen, also_train=options.also_train, in_place=True, **trace),
-        whole=saved_activations(config, counted, **trace),
         device=found,
         devices=devices,
-        utilisation=utilisation or (measure_utilisation(config, found, **measured) if measure else UTILISATION),
+        utilisation=utilisation or UTILISATION,
         tokens_per_step=tokens_per_step,
         price_per_hour=price_per_hour,
         lora_rank=lora_rank,
     )
-    phases = find_method("elo", Options(elo=options)).phases
+    phases = elo_phases(options)
     if len(phases) == 1:
         alignment_share = 0.0
     aligned = round(tokens * alignment_share)
@@ -208,7 +216,7 @@ def plan(
     return {
         "schema": 1,
         "model": {
-            "name": name,
+            "name": str(model) if named else counted.model_type,
             "model_type": counted.model_type,
             "num_layers": counted.num_layers,
             "layers": list(chosen),
@@ -256,7 +264,7 @@ def plan(
             "elo_pretraining": _speed_ups(pretraining, baselines),
             "whole_run": _speed_ups(elo, baselines),
         },
-        "assumptions": _assumptions(job, config, options, pretraining_choices, whole_choices, aligned > 0),
+        "assumptions": _assumptions(job, options, pretraining_choices, whole_choices, aligned > 0),
     }
 
 
@@ -282,7 +290,7 @@ _MIDDLES: dict[str, tuple[str, str]] = {
 """What a phase does with the middle: the method that counts it, and how its label says it."""
 
 
-def _stage(phase: "Phase", options: EloOptions, tokens: int, choices: Choices) -> Stage:
+def _stage(phase: Phase, options: EloOptions, tokens: int, choices: Choices) -> Stage:
     method, how = _MIDDLES[phase.middle]
     label = {"elo_pretraining": "ELO pretraining", "layer_alignment": "layer alignment"}[phase.name]
     return Stage(
@@ -296,7 +304,7 @@ def _stage(phase: "Phase", options: EloOptions, tokens: int, choices: Choices) -
     )
 
 
-def _this_machine() -> "Device":
+def _this_machine() -> Device:
     """This machine as training here would use it."""
     import torch
 
@@ -321,14 +329,11 @@ def _speed_ups(ours: dict[str, Any], baselines: dict[str, dict[str, Any]]) -> di
 
 def _assumptions(
     job: PlanJob,
-    config: "PretrainedConfig",
     options: EloOptions,
     choices: Choices,
     alignment: Choices,
     aligned: bool,
 ) -> list[str]:
-    from elo.model.footprint import text_config
-
     device = job.device
     source = "measured here" if device.measured else "data sheet, dense"
     middle = {
@@ -357,15 +362,15 @@ def _assumptions(
     ]
     if job.devices > 1 and not choices.sharded:
         notes.append("devices: each holds the whole model (data parallel)")
-    if not (job.whole.traced and job.kept.traced):
+    if not (job.seen.whole.traced and job.seen.kept.traced):
         notes.append("activations: this model's modules could not be traced, so they are a rule of thumb (within 50 %)")
-    if job.counted.active != job.counted.total:
+    if job.seen.counted.active != job.seen.counted.total:
         notes.append("experts: FLOPs are those of the experts a token is sent to; all of them are in memory and train")
-    longest = getattr(text_config(config), "max_position_embeddings", None)
-    if isinstance(longest, int) and choices.sequence_length > longest:
+    longest = job.seen.longest
+    if longest is not None and choices.sequence_length > longest:
         notes.append(
             f"warning: sequence_length {choices.sequence_length} is above the model's max_position_embeddings {longest}"
         )
-    if text_config(config) is not config:
+    if job.seen.multimodal:
         notes.append("multimodal model: the text decoder alone is planned")
     return notes

@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from elo.model.devices import Device
-    from elo.model.footprint import Footprint
-    from elo.model.memory import SavedActivations, StageMemory
+from elo.model.devices import DEVICES, Device
+from elo.model.memory import StageMemory, stage_memory
+from elo.recipes.plan_outline import Outline
 
 USABLE_MEMORY = 0.95
 """Share of a device's memory that can be planned for; the rest goes to the allocator's gaps."""
@@ -49,14 +48,9 @@ class Stage:
 class PlanJob:
     """What all stages share."""
 
-    counted: "Footprint"
+    seen: Outline
     layers: tuple[int, ...]
-    kept: "SavedActivations"
-    """Of the chosen layers and what trains with them."""
-    frozen: "SavedActivations"
-    """Of the same training, with all other layers computed and differentiated."""
-    whole: "SavedActivations"
-    device: "Device"
+    device: Device
     devices: int
     utilisation: float
     tokens_per_step: int
@@ -66,7 +60,7 @@ class PlanJob:
 
 def plan_stage(job: PlanJob, stage: Stage) -> dict[str, Any]:
     choices = stage.choices
-    flops = job.counted.flops_per_token(
+    flops = job.seen.counted.flops_per_token(
         stage.method,
         job.layers,
         sequence_length=choices.sequence_length,
@@ -74,11 +68,13 @@ def plan_stage(job: PlanJob, stage: Stage) -> dict[str, Any]:
         lora_rank=job.lora_rank,
         also_train=stage.also_train,
     )
-    map_flops = 2.0 * job.counted.bridge_elements(job.layers)
+    map_flops = 2.0 * job.seen.counted.bridge_elements(job.layers)
     forward = flops.forward + (map_flops if stage.bridge else 0.0)
     backward = flops.backward + (map_flops if stage.bridge or stage.method == "forward_only" else 0.0)
     flops = replace(flops, forward=forward, backward=backward)
-    trainable = job.counted.trainable(stage.method, job.layers, lora_rank=job.lora_rank, also_train=stage.also_train)
+    trainable = job.seen.counted.trainable(
+        stage.method, job.layers, lora_rank=job.lora_rank, also_train=stage.also_train
+    )
     rate = job.device.matmul_flops * job.utilisation * job.devices
     updated = trainable / (job.devices if choices.sharded else 1)
     update_seconds = _OPTIMIZER_TRAFFIC[choices.optim] * updated / job.device.bandwidth
@@ -111,14 +107,12 @@ def plan_stage(job: PlanJob, stage: Stage) -> dict[str, Any]:
     }
 
 
-def _memory(job: PlanJob, stage: Stage) -> "StageMemory":
-    from elo.model.memory import stage_memory
-
-    choices = stage.choices
+def _memory(job: PlanJob, stage: Stage) -> StageMemory:
+    seen, choices = job.seen, stage.choices
     tokens = choices.per_device_train_batch_size * choices.sequence_length
     return stage_memory(
-        job.counted,
-        {"elo": job.kept, "forward_only": job.kept, "frozen": job.frozen}.get(stage.method, job.whole),
+        job.seen.counted,
+        {"elo": seen.kept, "forward_only": seen.kept, "frozen": seen.frozen}.get(stage.method, seen.whole),
         stage.method,
         job.layers,
         tokens=tokens,
@@ -186,8 +180,6 @@ def _with(stage: Stage, values: dict[str, Any]) -> Stage:
 
 
 def _other_devices(job: PlanJob, stage: Stage) -> dict[str, Any]:
-    from elo.model.devices import DEVICES
-
     choices = stage.choices
     lean: dict[str, Any] = {"per_device_train_batch_size": 1}
     if choices.head_loss in ("plain", "model"):
@@ -213,7 +205,7 @@ def _other_devices(job: PlanJob, stage: Stage) -> dict[str, Any]:
     return {"set": {}, "device": None, "devices": None, "peak": None, "text": "no setting or device known here fits it"}
 
 
-def _moved(job: PlanJob, device: "Device", devices: int) -> PlanJob:
+def _moved(job: PlanJob, device: Device, devices: int) -> PlanJob:
     return replace(job, device=device, devices=devices)
 
 

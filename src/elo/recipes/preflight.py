@@ -50,7 +50,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     """The layers to train, once the model is known to take them, the rows and their length; weights are not read."""
     from elo.evaluation.scoring import longest_sequence, takes_position_ids
     from elo.model.architecture import find_architecture, is_recurrent
-    from elo.model.footprint import build_on_meta, read_config
+    from elo.model.counting import build_on_meta, read_config
     from elo.model.refusals import require_detachable
     from elo.model.tensor_files import open_checkpoint
     from elo.training.methods import first_new_row

@@ -34,7 +34,7 @@ def write_results(job: Job, base: dict[str, Any], methods: dict[str, dict[str, A
 
 def circumstances(job: Job) -> dict[str, Any]:
     """What results.json and comparison.json both tell: when, with which command, on what, from which model and text."""
-    from elo.model.footprint import build_on_meta, parameter_counts, read_config
+    from elo.model.counting import build_on_meta, parameter_counts, read_config
 
     config = job.config
     assert job.prepared is not None

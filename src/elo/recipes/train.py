@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from elo.data.shards import PreparedData
-    from elo.training.methods import Method, Phase, Setup
+    from elo.training.methods import Method, Setup
+    from elo.training.phases import Phase
     from elo.training.trainer import Evaluate
 
 
@@ -93,7 +94,7 @@ def load_trainable(
     from transformers.utils import logging as transformers_logging
 
     from elo.evaluation.loading import load_model
-    from elo.model.footprint import read_config, text_config
+    from elo.model.counting import read_config, text_config
     from elo.training.loop import wants_bf16
     from elo.training.sharded import main_alone_loads, without_weights
 

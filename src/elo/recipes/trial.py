@@ -106,7 +106,7 @@ class Trials:
 
 def training_flops(job: Job, stages: dict[str, dict[str, Any]]) -> float:
     """Matmul FLOPs of a method's training; what fitting a bridge and searching a scale add is not counted."""
-    from elo.model.footprint import footprint, read_config
+    from elo.model.counting import footprint, read_config
 
     method: Method = job.method(job.config.method)
     counted = footprint(read_config(str(job.base), trust_remote_code=job.config.trust_remote_code))

@@ -60,7 +60,7 @@ def measure_vocabulary(
     """
     from elo.data.vocabulary import PieceLearner, compare_tokenizers, extend_tokenizer
     from elo.data.words import measure_fertility
-    from elo.model.footprint import footprint, read_config
+    from elo.model.counting import footprint, read_config
 
     if not corpora:
         raise EloError("vocab: nothing to measure on; give --corpus LANGUAGE=FILE")

@@ -20,41 +20,8 @@ from elo.model.footprint import Method as FootprintMethod
 from elo.model.new_rows import read_new_rows
 from elo.processes import world_size
 from elo.training.bridge import Bridge, install_bridge, pass_forward_only
+from elo.training.phases import Phase, elo_phases
 from elo.training.settings import PUBLISHED, EloOptions, LisaSettings, LoraSettings, Part, check_also_train
-
-Rows = Literal["pretraining", "alignment", "all"]
-Middle = Literal["absent", "bridge", "forward_only", "computed"]
-Section = Literal["elo_pretraining", "layer_alignment", "full", "lora", "lisa"]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One training of one model.
-
-    Attributes:
-        name: as it stands in records and folder names.
-        middle: what is done with the layers that are not among the trained ones. `absent`: they are detached, and what
-            is kept is joined end to end. `bridge`: detached, and a linear bridge stands where they stood.
-            `forward_only`: computed without a graph, while the gradient passes by the bridge's Jacobian. `computed`:
-            like any other layer.
-        rows: which part of the run's token budget it sees. `all` is `pretraining` followed by `alignment`.
-        settings: section of the configuration that holds its training arguments.
-    """
-
-    name: str
-    middle: Middle
-    rows: Rows
-    settings: Section
-
-    @property
-    def detached(self) -> bool:
-        """Whether it trains a detached model, which is attached afterwards."""
-        return self.middle in ("absent", "bridge")
-
-    @property
-    def needs_bridge(self) -> bool:
-        """Whether a bridge has to be fitted on the base before."""
-        return self.middle in ("bridge", "forward_only")
 
 
 @dataclass(frozen=True)
@@ -169,15 +136,7 @@ class Elo(Method):
         self.also_train = elo.also_train
         self.needs_new_rows = elo.embedding_rows == "new"
         self.scale = elo.scale
-        middles: dict[str, Middle] = {"none": "absent", "bridge": "bridge", "forward_only": "forward_only"}
-        alignment = elo.alignment
-        if alignment == "auto":
-            alignment = "none" if elo.stand_in == "forward_only" else "full"
-        rows: Rows = "all" if alignment == "none" else "pretraining"
-        self.phases = (Phase("elo_pretraining", middles[elo.stand_in], rows, settings="elo_pretraining"),)
-        if alignment != "none":
-            aligned: Middle = "computed" if alignment == "full" else "forward_only"
-            self.phases += (Phase("layer_alignment", aligned, rows="alignment", settings="layer_alignment"),)
+        self.phases = elo_phases(elo)
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         if phase.middle == "computed":

@@ -1,6 +1,7 @@
 """From raw text to a trained checkpoint, imports and all: `elo run` beside what people run today, in the same minutes.
 
     pip install trl; python benchmarks/end_to_end.py --tokens 120000 --output end_to_end.json
+    python -m venv LF && LF/bin/pip install llamafactory && python benchmarks/end_to_end.py --llamafactory LF/bin/python
 
 Each contestant is a process of its own that starts from JSON lines and a base (the quickstart's by default) and ends
 with a checkpoint. All train on the same number of tokens, in updates of the same size, at the same learning rate (LoRA
@@ -13,6 +14,7 @@ import importlib.util
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,11 @@ PEERS = {
     "transformers.Trainer, frozen middle": "frozen",
     "transformers.Trainer, peft LoRA": "lora",
     "TRL SFTTrainer, full": "trl",
+}
+LLAMA_FACTORY = {
+    "LLaMA-Factory, full": "full",
+    "LLaMA-Factory, freeze: last two layers": "freeze",
+    "LLaMA-Factory, LoRA": "lora",
 }
 LAYERS = "first:1,last:1"
 
@@ -77,12 +84,13 @@ def our_code(args: argparse.Namespace, name: str, output: Path) -> str:
 
 
 def peer_code(args: argparse.Namespace, name: str, output: Path) -> str:
-    rate = args.learning_rate / 2 if PEERS[name] == "lora" else args.learning_rate
-    words = [PEERS[name], args.base, args.target, args.source, output, "--tokens", args.tokens]
+    kind, script = (PEERS | LLAMA_FACTORY)[name], "peer_llamafactory" if name in LLAMA_FACTORY else "peer_trainers"
+    rate = args.learning_rate / 2 if kind == "lora" else args.learning_rate
+    words = [kind, args.base, args.target, args.source, output, "--tokens", args.tokens]
     words += ["--sequence-length", args.sequence_length, "--batch", args.batch, "--learning-rate", rate]
-    argv = ["peer_trainers.py", *map(str, words)]
+    argv = [f"{script}.py", *map(str, words)]
     found = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = {argv!r}"
-    return f"{found}\nimport peer_trainers; peer_trainers.main()"
+    return f"{found}\nimport {script}; {script}.main()"
 
 
 def seconds_of_training(printed: str, output: Path) -> float:
@@ -106,8 +114,11 @@ def floor_flops(args: argparse.Namespace, name: str) -> float:
         aligned = 0.1 * args.tokens if len(phases) > 1 else 0
         shares = {"alignment": aligned, "pretraining": args.tokens - aligned, "all": args.tokens}
         return sum(cost * shares[rows] for rows, cost in phases.items())
-    kind: Any = {"trl": "full"}.get(PEERS[name], PEERS[name])
+    kind: Any = (PEERS | LLAMA_FACTORY)[name]
     also = ("embedding", "norm", "head") if kind == "frozen" else ()
+    if kind == "freeze":
+        kind, layers = "frozen", parse_layers("last:2", counted.num_layers)
+    kind = "full" if kind == "trl" else kind
     cost = counted.flops_per_token(kind, layers, sequence_length=args.sequence_length, also_train=also)
     return cost.total * args.tokens
 
@@ -124,6 +135,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--heldout-tokens", type=int, default=10_000)
     parser.add_argument("--only", nargs="+", help="contestants to run")
+    parser.add_argument("--llamafactory", metavar="PYTHON", help="of an environment with LLaMA-Factory; else left out")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="elo-end-to-end-"))
@@ -131,7 +143,8 @@ def main() -> None:
         paths = write_corpus(scratch / "corpus")
         args.target, args.source = paths.adapt_target, paths.adapt_source
         args.heldout_target, args.heldout_source = paths.heldout_target, paths.heldout_source
-    names = [name for name in [*OURS, *PEERS] if not args.only or name in args.only]
+    peers = PEERS | (LLAMA_FACTORY if args.llamafactory else {})
+    names = [name for name in [*OURS, *peers] if not args.only or name in args.only]
     if importlib.util.find_spec("trl") is None and "TRL SFTTrainer, full" in names:
         print("TRL is not installed (pip install trl): left out", flush=True)
         names.remove("TRL SFTTrainer, full")
@@ -148,7 +161,8 @@ def main() -> None:
             for name in names:
                 output = scratch / "trained"
                 code = (our_code if name in OURS else peer_code)(args, name, output)
-                found = finished(code, env=quiet)
+                python = args.llamafactory if name in LLAMA_FACTORY else sys.executable
+                found = finished(code, env=quiet, python=python)
                 found["training_seconds"] = seconds_of_training(found.pop("printed"), output)
                 results[name]["rounds"].append(found)
                 if number == 0:

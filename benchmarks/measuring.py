@@ -14,8 +14,8 @@ from typing import Any
 MIB = 1 << 20
 
 
-def in_process(code: str, *, env: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run Python code in a process of its own.
+def in_process(code: str, *, env: dict[str, str] | None = None, python: str = sys.executable) -> dict[str, Any]:
+    """Run Python code in a process of its own, by another environment's `python` if need be.
 
     Returns:
         {"seconds", "peak_rss_mib", "printed"}: wall time with the interpreter's start, peak of its resident memory, and
@@ -24,7 +24,7 @@ def in_process(code: str, *, env: dict[str, str] | None = None) -> dict[str, Any
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=printed, stderr=errors, env={**os.environ, **(env or {})}
+            [python, "-c", code], stdout=printed, stderr=errors, env={**os.environ, **(env or {})}
         )
         peak = 0
         # Asked for again and again: training sets the kernel's mark back when a phase begins.
@@ -39,9 +39,9 @@ def in_process(code: str, *, env: dict[str, str] | None = None) -> dict[str, Any
         return {"seconds": round(seconds, 2), "peak_rss_mib": peak >> 10, "printed": printed.read().strip()[-2000:]}
 
 
-def finished(code: str, *, env: dict[str, str] | None = None) -> dict[str, Any]:
+def finished(code: str, *, env: dict[str, str] | None = None, python: str = sys.executable) -> dict[str, Any]:
     """As `in_process`, but the end of everything where the code fails."""
-    found = in_process(code, env=env)
+    found = in_process(code, env=env, python=python)
     if "failed" in found:
         raise SystemExit(found["failed"])
     return found

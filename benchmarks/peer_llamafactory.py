@@ -1,0 +1,74 @@
+"""LLaMA-Factory's continual pretraining (`stage: pt`): raw JSON lines in, a trained checkpoint out.
+
+    PYTHON benchmarks/peer_llamafactory.py full BASE TARGET.jsonl SOURCE.jsonl OUTPUT --tokens 120000
+
+PYTHON is that of an environment with `pip install llamafactory`, which needs older libraries than ELO. `full` trains
+everything, `freeze` the last two layers (it has no way to name the first and the last), `lora` adapters on every linear
+layer. Nothing of ELO is used.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["full", "freeze", "lora"])
+    for name in ("base", "target", "source", "output"):
+        parser.add_argument(name)
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=42)
+    args = parser.parse_args()
+
+    import torch
+    from llamafactory.train.tuner import run_exp
+
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    texts = {name: {"file_name": getattr(args, name), "columns": {"prompt": "text"}} for name in ("target", "source")}
+    (output / "dataset_info.json").write_text(json.dumps(texts))
+    run_exp(
+        {
+            "stage": "pt",
+            "do_train": True,
+            "model_name_or_path": args.base,
+            "finetuning_type": args.kind,
+            "lora_rank": 16,
+            "lora_alpha": 32,
+            "lora_target": "all",
+            "dataset_dir": args.output,
+            "dataset": "target,source",
+            "mix_strategy": "interleave_under",
+            "interleave_probs": "0.9,0.1",
+            "template": "empty",
+            "cutoff_len": args.sequence_length,
+            "overwrite_cache": True,
+            "output_dir": args.output,
+            "overwrite_output_dir": True,
+            "max_steps": args.tokens // (args.batch * args.sequence_length),
+            "per_device_train_batch_size": args.batch,
+            "learning_rate": args.learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_ratio": 0.03,
+            "adam_beta2": 0.95,
+            "weight_decay": 0.1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": not torch.cuda.is_available(),
+            "bf16": torch.cuda.is_available(),
+            "disable_tqdm": True,
+            "logging_steps": 10,
+            "seed": args.seed,
+            "trust_remote_code": False,
+        }
+    )
+    results = json.loads((output / "train_results.json").read_text())
+    print("TRAINED", results["train_runtime"])
+
+
+if __name__ == "__main__":
+    main()

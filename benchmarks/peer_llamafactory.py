@@ -25,10 +25,16 @@ def main() -> None:
     args = parser.parse_args()
 
     import torch
-    from llamafactory.train.tuner import run_exp
+    from llamafactory.train.tuner import export_model, run_exp
 
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    if not torch.cuda.is_available():  # without bf16 its frozen layers cannot be in bf16, as they are stored
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).save_pretrained(output / "base")
+        AutoTokenizer.from_pretrained(args.base).save_pretrained(output / "base")
+        args.base = str(output / "base")
     texts = {name: {"file_name": getattr(args, name), "columns": {"prompt": "text"}} for name in ("target", "source")}
     (output / "dataset_info.json").write_text(json.dumps(texts))
     run_exp(
@@ -66,6 +72,18 @@ def main() -> None:
             "trust_remote_code": False,
         }
     )
+    if args.kind == "lora":
+        export_model(
+            {
+                "model_name_or_path": args.base,
+                "adapter_name_or_path": args.output,
+                "finetuning_type": "lora",
+                "template": "empty",
+                "export_dir": args.output,
+                "export_device": "cpu",
+                "trust_remote_code": False,
+            }
+        )
     results = json.loads((output / "train_results.json").read_text())
     print("TRAINED", results["train_runtime"])
 

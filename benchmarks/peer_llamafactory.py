@@ -84,6 +84,8 @@ def main() -> None:
                 "trust_remote_code": False,
             }
         )
+        for file in output.glob("adapter_*"):  # or transformers would put the adapter on what it is merged into
+            file.unlink()
     results = json.loads((output / "train_results.json").read_text())
     print("TRAINED", results["train_runtime"])
 

@@ -1,5 +1,6 @@
 """Child processes forked from one that has everything imported already: a launch that does not cost seconds."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -52,8 +53,12 @@ def ended(process: int) -> bool:
     return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def launched(work: Callable[[], Any], log: Path, processes: int = 2) -> list[int]:
-    """Call `work` in several processes as torchrun launches them: one that fails ends all. Returns exit statuses."""
+def launched(work: Callable[[], Any], log: Path, processes: int = 2, seconds: float = 300) -> list[int]:
+    """Call `work` in several processes as torchrun launches them: one that fails ends all, and so does the time-out.
+
+    Returns:
+        Exit statuses, negative for a signal.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,12 +78,17 @@ def launched(work: Callable[[], Any], log: Path, processes: int = 2) -> list[int
 
     children = [forked(ranked(rank), log) for rank in range(processes)]
     running, statuses = set(children), dict.fromkeys(children, 0)
-    while running:
-        for child in [each for each in running if ended(each)]:
-            running.remove(child)
+    deadline = time.monotonic() + seconds
+    try:
+        while running and time.monotonic() < deadline and not any(statuses.values()):
+            for child in [each for each in running if ended(each)]:
+                running.remove(child)
+                statuses[child] = finish(child)
+            time.sleep(0.02)
+    finally:
+        for child in running:
+            for kill in (os.killpg, os.kill):  # before it had a group of its own
+                with contextlib.suppress(ProcessLookupError):
+                    kill(child, signal.SIGKILL)
             statuses[child] = finish(child)
-            if statuses[child]:
-                for other in running:
-                    os.kill(other, signal.SIGKILL)
-        time.sleep(0.02)
     return list(statuses.values())

@@ -33,8 +33,16 @@ def test_the_steps_of_what_does_not_train_do_not_matter(world):
         _divided(world, method="full", **{"full.tokens_per_step": 4096})
 
 
-def test_a_control_that_aligns_keeps_its_share(world):
-    assert _divided(world, **{"elo.alignment": "none"}) == [("elo_pretraining", 0, 40)]
+def test_a_control_that_aligns_keeps_its_share_and_changes_nothing_else(world):
+    alone = {"elo.alignment": "none", "elo_pretraining.tokens_per_step": 64, "layer_alignment.tokens_per_step": 192}
+    assert _divided(world, **alone) == [("elo_pretraining", 0, 40)]
+    assert _divided(world, **alone, controls="[align_only]") == [("elo_pretraining", 0, 40)]
+    assert _divided(world, **alone, method="align_only") == [("layer_alignment", 30, 36)]
     changes = {"elo.alignment": "none", "controls": "[align_only]", "layer_alignment.tokens_per_step": 4096}
     with pytest.raises(EloError, match=r"elo_pretraining \(64\) and one of layer_alignment \(4,096\)"):
         _divided(world, **changes)
+
+
+def test_a_section_is_named_once(world):
+    with pytest.raises(EloError, match=r"is less than one step of layer_alignment \(4,096\); give"):
+        _divided(world, method="align_only", **{"layer_alignment.tokens_per_step": 4096})

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, PretrainedConfig, P
 
 from elo.errors import EloError
 from elo.layers import gaps_between
-from elo.model import memory
+from elo.model import activations, memory
 from elo.model.activations import saved_activations
 from elo.model.counting import footprint
 from elo.model.memory import check_optimizer, stage_memory
@@ -21,6 +21,7 @@ from elo.training.bridge import Bridge, install_bridge, pass_forward_only
 from elo.training.methods import select_layers
 
 GIB = 2**30
+_TRACED, _AS_STORED = "under autocast", "in bf16 throughout"
 
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
@@ -239,6 +240,27 @@ def test_peak_memory_of_what_a_run_can_choose_is_within_a_tenth(
 ) -> None:
     planned, measured = planned_and_measured(tiny_llama(**SMALL | changes), method, also_train=also_train, **settings)
     assert planned.peak - memory.RUNTIME_BYTES["cpu"] == pytest.approx(measured, rel=0.10), planned
+
+
+@pytest.mark.parametrize("fails", [(_TRACED,), (_TRACED, _AS_STORED)], ids=["in bf16", "not at all"])
+@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+def test_what_is_not_traced_copies_what_is_in_fp32_alone(
+    fails: Any, kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = activations._trace
+
+    def failing(config: Any, layers: Any, precision: Any, *rest: Any) -> Any:
+        if (_TRACED if precision else _AS_STORED) in fails:
+            raise NotImplementedError
+        return trace(config, layers, precision, *rest)
+
+    monkeypatch.setattr(activations, "_trace", failing)
+    config = tiny_llama()
+    counted = footprint(config)
+    saved = saved_activations(config, counted, (0, 4), kind=kind, in_place=True)
+    assert saved.traced == (len(fails) == 1) and len(saved.per_layer) == counted.num_layers
+    copied = range(counted.num_layers) if kind == "cpu" else (0, 4)
+    assert saved.cast_weights == 2 * sum(counted.layers[index].matmul for index in copied)
 
 
 def test_hidden_states_are_in_fp32_behind_an_embedding_that_trains() -> None:

@@ -95,6 +95,19 @@ def test_what_is_damaged_is_made_again(model: Path, drawn: list[Any], content: b
     assert kept.read_bytes() == whole
 
 
+def test_a_config_that_sends_on_to_another_is_counted_anew(model: Path, drawn: list[Any]) -> None:
+    model.write_text(json.dumps(SMALL | {"configuration_files": ["config.json", "config.5.0.0.json"]}))
+    for layers in (8, 10):
+        (model.parent / "config.5.0.0.json").write_text(json.dumps(SMALL | {"num_hidden_layers": layers}))
+        assert plan(model.parent)["model"]["num_layers"] == layers
+    assert len(drawn) == 2
+
+
+def test_a_name_that_no_file_has_is_told() -> None:
+    with pytest.raises(EloError, match="model"):
+        plan("a\0b")
+
+
 def test_a_folder_that_cannot_be_written_is_no_hindrance(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ELO_CACHE", str(model))  # a file
     assert plan(model)["model"]["num_layers"] == 6

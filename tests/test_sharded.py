@@ -1,5 +1,6 @@
 """FSDP2 over two processes: what is trained, saved in pieces and put together is what one process makes."""
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -22,13 +23,14 @@ from elo.recipes.train import load_trainable, save_checkpoint
 from elo.training.settings import TrainingSettings
 from elo.training.sharded import check_sharding, main_alone_loads, whole_parts, without_weights
 
+_launches = itertools.count()
 STAGES = ("elo-elo_pretraining", "elo-layer_alignment", "full-full")
 
 
 def launch(config: dict[str, Any], path: Path, *, processes: int = 2, **environment: str) -> tuple[int, str]:
     """Run `config` in several processes with what sharded_worker.py adds; the worst exit status, and what was said."""
     path.write_text(yaml.safe_dump(config))
-    log = path.with_suffix(f".{len(list(path.parent.iterdir()))}.txt")
+    log = path.with_suffix(f".{next(_launches)}.txt")
 
     def work() -> None:
         os.environ |= {f"ELO_TEST_{name.upper()}": value for name, value in environment.items()}

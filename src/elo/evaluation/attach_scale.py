@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from elo.data.packing import IGNORE_INDEX
+from elo.errors import EloError
 from elo.evaluation.scoring import batch_tokens, evaluating, forward_logits, takes_position_ids, token_nats
 from elo.model.provenance import PROVENANCE_KEY
 from elo.model.surgery import attach_layers, detach_layers
@@ -35,7 +36,10 @@ def search_scale(
         include: parts outside the layers that are attached with them.
 
     Returns:
-        The best scale, and nats per token by scale that was tried, the mean over languages.
+        The best scale, and nats per token by scale that was tried, the mean over languages; finite ones alone.
+
+    Raises:
+        EloError: the attached model's loss is finite at no scale.
     """
     original = detach_layers(model, getattr(detached.config, PROVENANCE_KEY)["layers"])
 
@@ -50,11 +54,14 @@ def search_scale(
 
 
 def lowest_scale(nats: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """The eighth above 0 and up to 1 where `nats` is lowest, and its value wherever it was asked for.
+    """A scale, in eighths above 0 and up to 1, where `nats` is low, and its value wherever it was asked for.
 
     Between where layers were and where they went the loss falls and then rises (in every search that was looked at), so
     the quarters are walked downhill from the middle, and then the eighth on the lower side of the best is tried: four
-    values, five at the least. Not a number counts as infinite.
+    values, or five where the first quarter is the best. Not a number counts as infinite.
+
+    Raises:
+        EloError: no value is finite.
     """
     tried: dict[float, float] = {}
 
@@ -72,8 +79,16 @@ def lowest_scale(nats: Callable[[float], float]) -> tuple[float, dict[float, flo
     if best > _COARSE:
         lower = min((best - _COARSE, best + _COARSE), key=lambda scale: tried.get(scale, inf))
         beside = ((best + lower) / 2,)
-    best = next((scale for scale in beside if at(scale) < at(best)), best)
-    return best, dict(sorted(tried.items()))
+    for scale in beside:
+        if at(scale) < at(best):
+            break
+    finite = {scale: value for scale, value in sorted(tried.items()) if value < inf}
+    if not finite:
+        raise EloError(
+            "elo.scale: with what was trained attached the model's loss is not finite, at none of the scales "
+            f"{', '.join(f'{scale:g}' for scale in sorted(tried))}; lower elo_pretraining.learning_rate"
+        )
+    return min(finite, key=finite.__getitem__), finite
 
 
 def _nats_per_token(model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> float:

@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from elo.model.architecture import find_architecture, layers_of
 from elo.model.config_surgery import with_layers
 from elo.model.counting import text_config
-from elo.model.footprint import Footprint
+from elo.model.footprint import Footprint, LayerFootprint
 from elo.model.memory import Precision, SavedActivations
 
 _PROBE = "elo_footprint"
@@ -115,7 +115,7 @@ def saved_activations(
         constant = {i: max(0.0, scale * short[i] - slope[i] * _LENGTHS[0]) for i in short}
         by_kind = {key: (slope.get(i, 0.0), constant.get(i, 0.0)) for i, key in enumerate(kinds)}
         if precision == "bf16" and not as_trained:
-            by_kind = {key: (kept, 2.0 * key[-1].matmul) for key, (kept, _) in by_kind.items()}
+            by_kind = {key: (kept, _copies(key, kind)) for key, (kept, _) in by_kind.items()}
         return SavedActivations(
             per_layer=tuple(by_kind[key][0] for key in key_of),
             outside=slope.get(_OUTSIDE, 0.0),
@@ -124,10 +124,18 @@ def saved_activations(
             mask=mask,
             traced=True,
         )
-    return _rule_of_thumb(counted, chosen, item, mask)
+    copies = sum(_copies(key, kind) for key in key_of) if precision == "bf16" else 0.0
+    return _rule_of_thumb(counted, chosen, item, mask, copies)
 
 
-def _rule_of_thumb(counted: Footprint, chosen: Sequence[int], item: int, mask: float) -> SavedActivations:
+def _copies(key: tuple[bool, bool, bool, LayerFootprint], kind: str) -> float:
+    """Bytes of a layer's bf16 copies under autocast: of what is in fp32, which on a GPU is what trains."""
+    return 2.0 * key[-1].matmul if key[1] or kind == "cpu" else 0.0
+
+
+def _rule_of_thumb(
+    counted: Footprint, chosen: Sequence[int], item: int, mask: float, copies: float
+) -> SavedActivations:
     """Inputs and outputs of every product once, and four norms' worth of fp32."""
     per_layer = []
     for index in chosen:
@@ -135,7 +143,6 @@ def _rule_of_thumb(counted: Footprint, chosen: Sequence[int], item: int, mask: f
         density = layer.active_matmul / max(1, layer.matmul)
         width = max(layer.lora_width, density * layer.matmul / counted.hidden_size)
         per_layer.append(item * width + 16.0 * counted.hidden_size)
-    copies = 2.0 * sum(counted.layers[index].matmul for index in chosen) if item == 2 else 0.0
     return SavedActivations(tuple(per_layer), 8.0 * counted.hidden_size, 4.0 * counted.hidden_size, copies, mask, False)
 
 

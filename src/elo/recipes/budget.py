@@ -1,7 +1,7 @@
 """Which packed rows of a run's mixture each phase trains on: the token budget, divided."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,12 @@ class RowBudget:
     """A run's rows: those of ELO pretraining first, then those of layer alignment; a phase takes either or all.
 
     Attributes:
+        config: of the run.
+        prepared: the shards that the mixture is drawn from.
         mixture: row i is the same whatever is asked for before it.
         pretraining: rows of ELO pretraining.
-        alignment: rows of layer alignment.
+        alignment: rows of layer alignment, which follow.
+        all: rows of what has no such parts, and of full CPT beside it.
     """
 
     config: RunConfig
@@ -34,6 +37,7 @@ class RowBudget:
     mixture: "Mixture"
     pretraining: int
     alignment: int
+    all: int
 
     def of(self, phase: "Phase", method: "Method", earlier: dict[str, dict[str, Any]]) -> "MixtureRows":
         """The rows that a phase trains on, a whole number of its steps.
@@ -44,11 +48,10 @@ class RowBudget:
         Raises:
             EloError: there are some, but less than a step's.
         """
-        total = self.pretraining + self.alignment
         start, stop = {
             "pretraining": (0, self.pretraining),
-            "alignment": (self.pretraining, total),
-            "all": (0, total),
+            "alignment": (self.pretraining, self.pretraining + self.alignment),
+            "all": (0, self.all),
         }[phase.rows]
         if method.name == "full_at_wall_time":
             stop = self._at_wall_time(earlier)
@@ -73,8 +76,7 @@ class RowBudget:
     def unseen(self, method: "Method") -> tuple[int, int]:
         """Where the rows begin that follow those of a method's first phase, and how many of each language to take."""
         length = self.config.data.sequence_length
-        total = (self.pretraining + self.alignment) * length
-        count = -(-min(max(total // 400, _SCALE_TOKENS[0]), _SCALE_TOKENS[1]) // length)
+        count = -(-min(max(self.all * length // 400, _SCALE_TOKENS[0]), _SCALE_TOKENS[1]) // length)
         return self.of(method.phases[0], method, {}).stop, count
 
     def inputs(self, first: int, last: int) -> dict[str, Any]:
@@ -96,17 +98,21 @@ class RowBudget:
 
 
 def divide_budget(
-    config: RunConfig, prepared: "PreparedData", phases: "list[Phase]", say: Callable[[str], None]
+    config: RunConfig,
+    prepared: "PreparedData",
+    own: Sequence["Phase"],
+    controls: Sequence["Phase"],
+    say: Callable[[str], None],
 ) -> RowBudget:
     """Divide the token budget in whole steps of the run's own method.
 
     Args:
-        phases: of that method, then those of its controls. A share is kept for layer alignment if one of them has such
-            a phase.
+        own: the method's phases.
+        controls: those of its controls. A share is kept for layer alignment if any phase at all is one.
         say: is told which text the budget passes over more than once.
 
     Raises:
-        EloError: the budget is less than one update.
+        EloError: the budget is less than one update of a phase.
     """
     from elo.data.mixture import build_mixture
 
@@ -133,22 +139,29 @@ def divide_budget(
                 f"note: the budget of {total * data.sequence_length:,} tokens passes over the {language!r} text "
                 f"{total / once:.1f} times"
             )
-    sections = [phases[0].settings]
+    phases = [*own, *controls]
+    sections = [own[0].settings]
     alignment = 0
     aligning = next((phase.settings for phase in phases if phase.rows == "alignment"), None)
     if aligning and config.layer_alignment.share:
         sections.append(aligning)
         step = _rows_per_step(config, aligning)
         alignment = max(1, round(total * config.layer_alignment.share / step)) * step
-    step = _rows_per_step(config, phases[0].settings)
-    pretraining = (total - alignment) // step * step
-    if pretraining <= 0:
-        steps = " and one of ".join(f"{name} ({getattr(config, name).tokens_per_step:,})" for name in sections)
+    step = _rows_per_step(config, own[0].settings)
+    pretraining = max(0, total - alignment) // step * step
+    # What a control needs does not change what the method itself trains on.
+    parted = any(phase.rows == "alignment" for phase in own)
+    everything = pretraining + alignment if parted else total // step * step
+    too_short = {"all": everything == 0, "pretraining": pretraining == 0, "alignment": alignment > total}
+    if any(too_short[phase.rows] for phase in phases):
+        steps = " and one of ".join(
+            f"{section} ({getattr(config, section).tokens_per_step:,})" for section in dict.fromkeys(sections)
+        )
         raise EloError(
             f"tokens: the budget of {total * data.sequence_length:,} tokens is less than one step of {steps}; give "
             "more text or tokens, or lower tokens_per_step"
         )
-    return RowBudget(config, prepared, mixture, pretraining, alignment)
+    return RowBudget(config, prepared, mixture, pretraining, alignment, everything)
 
 
 def _rows_per_step(config: RunConfig, section: str) -> int:

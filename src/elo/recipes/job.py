@@ -121,9 +121,9 @@ class Job:
         Raises:
             EloError: the budget is less than one update.
         """
-        names = (self.config.method, *self.config.controls)
-        phases = [phase for name in names for phase in self.method(name).phases]
-        self._budget = divide_budget(self.config, prepared, phases, self.say)
+        own = self.method(self.config.method).phases
+        controls = [phase for name in self.config.controls for phase in self.method(name).phases]
+        self._budget = divide_budget(self.config, prepared, own, controls, self.say)
 
     @property
     def rows(self) -> RowBudget:

@@ -12,7 +12,7 @@ from elo.errors import EloError
 from elo.layers import DEFAULT_LAYERS, parse_layers
 from elo.model.devices import Device, find_device
 from elo.model.memory import check_head_loss, check_optimizer
-from elo.recipes.plan_outline import draw_outline, keep_outline, kept_outline
+from elo.recipes.plan_outline import draw_outline, keep_outline, kept_outline, outline_place
 from elo.recipes.plan_stage import USABLE_MEMORY, Choices, PlanJob, Stage, plan_stage
 from elo.training.phases import Phase, elo_phases
 from elo.training.settings import EloOptions
@@ -55,6 +55,8 @@ def plan(
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Work out parameters, FLOPs, memory, time, cost and speed-ups of an ELO run from the model's config alone.
+
+    What is counted of a model on this disk is kept for its next plan, in $ELO_CACHE or ~/.cache/elo (docs/plan.md).
 
     Args:
         model: checkpoint folder, config.json, Hugging Face id, or a config.
@@ -119,27 +121,26 @@ def plan(
     found = _this_machine() if measure else find_device(device or DEFAULT_DEVICE)
     optim, alignment_optim = check_optimizer(optim), check_optimizer(alignment_optim or optim)
     check_head_loss(head_loss)
-    # What is measured, or comes from elsewhere, needs torch and transformers in any case.
     asked: dict[str, Any] = {
         "layers": layers,
         "also_train": options.also_train,
         "precision": found.precision,
         "kind": found.kind,
     }
-    named = isinstance(model, str | Path)
-    keeps = named and not trust_remote_code
-    seen = kept_outline(model, **asked) if keeps and not measure else None  # type: ignore[arg-type]
-    if seen is None:
+    place = outline_place(model, **asked) if isinstance(model, str | Path) and not trust_remote_code else None
+    # What measures this machine needs the config, torch and transformers in any case.
+    outline = kept_outline(place) if place is not None and not measure else None
+    if outline is None:
         from elo.model.counting import read_config
 
         if isinstance(model, str | Path):
             config = read_config(model, revision=revision, trust_remote_code=trust_remote_code)
         else:
             config = model
-        seen = draw_outline(config, **asked)
-        if keeps:
-            keep_outline(seen, model, **asked)  # type: ignore[arg-type]
-    counted = seen.counted
+        outline = draw_outline(config, **asked)
+        if place is not None:
+            keep_outline(outline, place)
+    counted = outline.counted
     chosen = parse_layers(layers, counted.num_layers)
     if measure:
         from elo.model.measure import measure_utilisation
@@ -152,7 +153,7 @@ def plan(
             sequence_length=sequence_length,
         )
     job = PlanJob(
-        seen=seen,
+        outline=outline,
         layers=chosen,
         device=found,
         devices=devices,
@@ -216,7 +217,7 @@ def plan(
     return {
         "schema": 1,
         "model": {
-            "name": str(model) if named else counted.model_type,
+            "name": str(model) if isinstance(model, str | Path) else model.model_type,
             "model_type": counted.model_type,
             "num_layers": counted.num_layers,
             "layers": list(chosen),
@@ -334,7 +335,7 @@ def _assumptions(
     alignment: Choices,
     aligned: bool,
 ) -> list[str]:
-    device = job.device
+    device, outline = job.device, job.outline
     source = "measured here" if device.measured else "data sheet, dense"
     middle = {
         "none": "the kept layers are joined end to end",
@@ -362,15 +363,15 @@ def _assumptions(
     ]
     if job.devices > 1 and not choices.sharded:
         notes.append("devices: each holds the whole model (data parallel)")
-    if not (job.seen.whole.traced and job.seen.kept.traced):
+    if not (all(each.traced for each in (outline.kept, outline.frozen, outline.whole))):
         notes.append("activations: this model's modules could not be traced, so they are a rule of thumb (within 50 %)")
-    if job.seen.counted.active != job.seen.counted.total:
+    if outline.counted.active != outline.counted.total:
         notes.append("experts: FLOPs are those of the experts a token is sent to; all of them are in memory and train")
-    longest = job.seen.longest
+    longest = outline.longest
     if longest is not None and choices.sequence_length > longest:
         notes.append(
             f"warning: sequence_length {choices.sequence_length} is above the model's max_position_embeddings {longest}"
         )
-    if job.seen.multimodal:
+    if outline.multimodal:
         notes.append("multimodal model: the text decoder alone is planned")
     return notes

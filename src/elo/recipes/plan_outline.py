@@ -9,7 +9,7 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,18 +75,38 @@ def draw_outline(config: "PretrainedConfig", layers: Any, also_train: tuple[str,
     )
 
 
-def kept_outline(model: str | Path, **asked: Any) -> Outline | None:
-    """The outline of a model on this disk that an earlier plan has kept, or None.
+def outline_place(model: str | Path, **asked: Any) -> Path | None:
+    """The file to keep a model's outline in, named by all that decides it.
 
     Args:
-        model: checkpoint folder or config.json.
-        asked: all else that the outline depends on.
+        model: checkpoint folder or config.json; None is returned for what is not on this disk.
+        asked: what else the outline depends on.
     """
-    path = _place(model, asked)
-    if path is None:
+    try:
+        config = Path(model).expanduser()
+        config = config / "config.json" if config.is_dir() else config
+        content = config.read_bytes()
+        if b'"configuration_files"' in content:  # by which transformers is sent on to other files
+            return None
+        package = Path(__file__).parents[1]
+        code = [*sorted((package / "model").glob("*.py")), package / "layers.py", Path(__file__)]
+        decides = {
+            **asked,
+            "versions": [version(name) for name in ("torch", "transformers")],
+            "code": [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in code],
+        }
+        key = hashlib.sha256(content + json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
+        folder = Path(os.environ.get("ELO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "elo")
+        return folder.expanduser() / "plans" / f"{key[:32]}.json"
+    except (OSError, ValueError, RuntimeError, PackageNotFoundError):  # no such file, no home, no name of one
         return None
-    with suppress(OSError, ValueError, TypeError, KeyError):  # whatever is wrong with it: it is made again
-        value = json.loads(path.read_text())
+
+
+def kept_outline(place: Path) -> Outline | None:
+    """The outline that an earlier plan has kept there, or None."""
+    # Whatever is wrong with it: it is made again.
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        value = json.loads(place.read_text())
         counted = value["counted"]
         counted["layers"] = tuple(LayerFootprint(**layer) for layer in counted["layers"])
         saved = {name: value[name] for name in ("kept", "frozen", "whole")}
@@ -101,29 +121,8 @@ def kept_outline(model: str | Path, **asked: Any) -> Outline | None:
     return None
 
 
-def keep_outline(outline: Outline, model: str | Path, **asked: Any) -> None:
-    """Keep an outline for `kept_outline`, where there is a folder for it; it is never needed."""
-    path = _place(model, asked)
-    if path is not None:
-        with suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, asdict(outline))
-
-
-def _place(model: str | Path, asked: dict[str, Any]) -> Path | None:
-    """The file of an outline, named by all that decides it; None for a model that is not on this disk."""
-    config = Path(model).expanduser()
-    config = config / "config.json" if config.is_dir() else config
-    try:
-        content = hashlib.sha256(config.read_bytes())
-    except OSError:
-        return None
-    code = sorted((Path(__file__).parents[1] / "model").glob("*.py"))
-    decides = {
-        **asked,
-        "versions": [version(name) for name in ("torch", "transformers")],
-        "code": [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in code],
-    }
-    content.update(json.dumps(decides, sort_keys=True, default=str).encode())
-    folder = Path(os.environ.get("ELO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "elo")
-    return folder.expanduser() / "plans" / f"{content.hexdigest()[:32]}.json"
+def keep_outline(outline: Outline, place: Path) -> None:
+    """Keep an outline for `kept_outline`, where a file can be written; it is never needed."""
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, asdict(outline))

@@ -48,7 +48,7 @@ class Stage:
 class PlanJob:
     """What all stages share."""
 
-    seen: Outline
+    outline: Outline
     layers: tuple[int, ...]
     device: Device
     devices: int
@@ -59,8 +59,8 @@ class PlanJob:
 
 
 def plan_stage(job: PlanJob, stage: Stage) -> dict[str, Any]:
-    choices = stage.choices
-    flops = job.seen.counted.flops_per_token(
+    counted, choices = job.outline.counted, stage.choices
+    flops = counted.flops_per_token(
         stage.method,
         job.layers,
         sequence_length=choices.sequence_length,
@@ -68,13 +68,11 @@ def plan_stage(job: PlanJob, stage: Stage) -> dict[str, Any]:
         lora_rank=job.lora_rank,
         also_train=stage.also_train,
     )
-    map_flops = 2.0 * job.seen.counted.bridge_elements(job.layers)
+    map_flops = 2.0 * counted.bridge_elements(job.layers)
     forward = flops.forward + (map_flops if stage.bridge else 0.0)
     backward = flops.backward + (map_flops if stage.bridge or stage.method == "forward_only" else 0.0)
     flops = replace(flops, forward=forward, backward=backward)
-    trainable = job.seen.counted.trainable(
-        stage.method, job.layers, lora_rank=job.lora_rank, also_train=stage.also_train
-    )
+    trainable = counted.trainable(stage.method, job.layers, lora_rank=job.lora_rank, also_train=stage.also_train)
     rate = job.device.matmul_flops * job.utilisation * job.devices
     updated = trainable / (job.devices if choices.sharded else 1)
     update_seconds = _OPTIMIZER_TRAFFIC[choices.optim] * updated / job.device.bandwidth
@@ -108,11 +106,11 @@ def plan_stage(job: PlanJob, stage: Stage) -> dict[str, Any]:
 
 
 def _memory(job: PlanJob, stage: Stage) -> StageMemory:
-    seen, choices = job.seen, stage.choices
+    outline, choices = job.outline, stage.choices
     tokens = choices.per_device_train_batch_size * choices.sequence_length
     return stage_memory(
-        job.seen.counted,
-        {"elo": seen.kept, "forward_only": seen.kept, "frozen": seen.frozen}.get(stage.method, seen.whole),
+        outline.counted,
+        {"elo": outline.kept, "forward_only": outline.kept, "frozen": outline.frozen}.get(stage.method, outline.whole),
         stage.method,
         job.layers,
         tokens=tokens,

@@ -1,4 +1,4 @@
-"""Few threads for every test: tiny models gain nothing from more. And cheap garbage collection."""
+"""What all tests run with: few threads, since tiny models gain nothing from more, and no GPU."""
 
 import gc
 import os
@@ -7,6 +7,9 @@ import tempfile
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Children are forked, which CUDA does not survive. ELO_TEST_CUDA=1 is for the tests that fork nothing.
+if "ELO_TEST_CUDA" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _cache = tempfile.TemporaryDirectory(prefix="elo-tests-")

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from elo.model.architecture import find_architecture, layers_of
+from elo.model.architecture import layers_of, modules_of
 from elo.model.config_surgery import with_layers
 from elo.model.counting import text_config
 from elo.model.footprint import Footprint, LayerFootprint
@@ -165,22 +165,14 @@ def _trace(
     with mode, torch.device("cpu"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(with_layers(text_config(config), layers), **arguments)
     model.train()
-    architecture = find_architecture(model)
     kept = layers_of(model)
     if frozen_but_for is not None:
         model.requires_grad_(False)
         trained, also_train = frozen_but_for
         for layer, index in zip(kept, layers, strict=True):
             layer.requires_grad_(index in trained)
-        paths = {
-            "embedding": architecture.embedding_path,
-            "norm": architecture.norm_path,
-            "head": architecture.head_path,
-        }
-        for part in also_train:
-            path = paths[part]
-            if path is not None:
-                model.get_submodule(path).requires_grad_(True)
+        for module in modules_of(model, also_train):
+            module.requires_grad_(True)
         if precision == "bf16" and kind == "gpu":
             # As training does: what is frozen is kept in bf16.
             with mode, torch.device("cpu"):

@@ -1,6 +1,7 @@
 """Where a model keeps its embedding, decoder layers, final norm and head: found by asking the model."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -67,6 +68,13 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     layers = model.get_submodule(find_architecture(model).layers_path)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def modules_of(model: PreTrainedModel, parts: Collection[str]) -> list[nn.Module]:
+    """The modules of these parts outside the decoder layers: "embedding", "norm", "head"; those that the model has."""
+    found = find_architecture(model)
+    paths = {"embedding": found.embedding_path, "norm": found.norm_path, "head": found.head_path}
+    return [model.get_submodule(path) for part in parts if (path := paths[part]) is not None]
 
 
 def group_of(name: str, parts: Architecture) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from elo.errors import EloError
-from elo.model.architecture import find_architecture, layers_of
+from elo.model.architecture import find_architecture, layers_of, modules_of
 from elo.model.footprint import Flops, Footprint
 from elo.model.footprint import Method as FootprintMethod
 from elo.model.new_rows import read_new_rows
@@ -352,17 +352,9 @@ def train_parts(model: PreTrainedModel, also_train: Collection[Part]) -> None:
     Raises:
         EloError: `also_train` names one of two tied parts without the other.
     """
-    architecture = find_architecture(model)
-    check_also_train(also_train, tied=architecture.tied)
-    paths = {
-        "embedding": architecture.embedding_path,
-        "norm": architecture.norm_path,
-        "head": architecture.head_path,
-    }
-    for part in also_train:
-        path = paths[part]
-        if path is not None:
-            model.get_submodule(path).requires_grad_(True)
+    check_also_train(also_train, tied=find_architecture(model).tied)
+    for module in modules_of(model, also_train):
+        module.requires_grad_(True)
 
 
 def first_new_row(model: PreTrainedModel) -> int:

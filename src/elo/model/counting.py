@@ -134,16 +134,7 @@ def parameter_counts(
         EloError: as `footprint` and `parse_layers`.
     """
     counted = footprint(model)
-    counts: dict[str, Any] = {
-        "total": counted.total,
-        "active": counted.active,
-        "embedding": counted.embedding,
-        "head": counted.head,
-        "norm": counted.norm,
-        "other": counted.other,
-        "layers": [layer.parameters for layer in counted.layers],
-        "tied": counted.tied,
-    }
+    counts: dict[str, Any] = {**counted.parameters(), "tied": counted.tied}
     if layers is not None:
         chosen = parse_layers(layers, counted.num_layers)
         counts["detached"] = counted.detached(chosen).total

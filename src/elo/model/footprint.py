@@ -118,6 +118,18 @@ class Footprint:
             head_matmul=grown(self.head_matmul),
         )
 
+    def parameters(self) -> dict[str, int | list[int]]:
+        """Counts for a record: total, active (per token), embedding, head (0 when tied), norm, other, one a layer."""
+        return {
+            "total": self.total,
+            "active": self.active,
+            "embedding": self.embedding,
+            "head": self.head,
+            "norm": self.norm,
+            "other": self.other,
+            "layers": [layer.parameters for layer in self.layers],
+        }
+
     def lora_parameters(self, rank: int) -> int:
         """Parameters of a LoRA of `rank` on every dense matrix of every layer: rank x (inputs + outputs)."""
         return rank * sum(layer.lora_width for layer in self.layers)

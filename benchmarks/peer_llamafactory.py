@@ -7,23 +7,14 @@ everything, `freeze` the last two layers (it has no way to name the first and th
 layer. Nothing of ELO is used.
 """
 
-import argparse
 import json
 from pathlib import Path
 
+from peer_trainers import arguments_of, parsed
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["full", "freeze", "lora"])
-    for name in ("base", "target", "source", "output"):
-        parser.add_argument(name)
-    parser.add_argument("--tokens", type=int, required=True)
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=42)
-    args = parser.parse_args()
-
+    args = parsed(__doc__, ["full", "freeze", "lora"])
     import torch
     from llamafactory.train.tuner import export_model, run_exp
 
@@ -53,22 +44,8 @@ def main() -> None:
             "template": "empty",
             "cutoff_len": args.sequence_length,
             "overwrite_cache": True,
-            "output_dir": args.output,
+            **arguments_of(args),
             "overwrite_output_dir": True,
-            "max_steps": args.tokens // (args.batch * args.sequence_length),
-            "per_device_train_batch_size": args.batch,
-            "learning_rate": args.learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_ratio": 0.03,
-            "adam_beta2": 0.95,
-            "weight_decay": 0.1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": not torch.cuda.is_available(),
-            "bf16": torch.cuda.is_available(),
-            "disable_tqdm": True,
-            "logging_steps": 10,
-            "seed": args.seed,
             "trust_remote_code": False,
         }
     )

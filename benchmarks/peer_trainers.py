@@ -8,6 +8,7 @@ SFTTrainer, packing. Nothing of ELO is used. Target and replay text are mixed 9 
 """
 
 import argparse
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -59,9 +60,10 @@ def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["full", "frozen", "lora", "trl"])
+def parsed(description: str | None, kinds: Sequence[str]) -> argparse.Namespace:
+    """The command line of a peer: what it trains, on which text, how much and how."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=kinds)
     for name in ("base", "target", "source", "output"):
         parser.add_argument(name)
     parser.add_argument("--tokens", type=int, required=True)
@@ -69,8 +71,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=42)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = parsed(__doc__, ["full", "frozen", "lora", "trl"])
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     text = mixed(args)
     model: Any = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32)

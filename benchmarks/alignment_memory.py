@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float
     """Train here, for a few updates: tokens/s after the first, and the peak of memory in bytes."""
     method = find_method(contestant.method, contestant.options)
     model, prepared = make_ready(args, args.layers, method, (0, args.layers - 1))
-    rate, peak = train_some(model, args, settings_of(args, contestant), prepared.before_step)
+    rate, peak = train_some(model, args, settings_of(args, contestant), prepared)
     return {"tokens_per_second": rate, "peak_memory_bytes": peak}
 
 

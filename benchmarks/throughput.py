@@ -93,18 +93,17 @@ def train_some(
     model: Any,
     args: argparse.Namespace,
     settings: TrainingSettings,
-    before_step: Callable[[int, Any], None] | None = None,
+    prepared: Prepared,
 ) -> tuple[float, int]:
     """Tokens per second of ELO's own trainer, after `args.warmup` updates, and its peak of memory in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         result = train(
             model,
             make_rows(args, (args.warmup + args.steps) * args.batch * args.accumulate),
-            sequence_length=args.sequence_length,
             settings=settings,
             output_dir=Path(folder),
             seed=0,
-            before_step=before_step,
+            prepared=prepared,
         )
     end = result.losses[-1]
     begin = next(point for point in result.losses if point["tokens"] >= args.warmup * settings.tokens_per_step)
@@ -115,10 +114,10 @@ def ours(
     model: Any,
     args: argparse.Namespace,
     settings: TrainingSettings,
-    before_step: Callable[[int, Any], None] | None = None,
+    prepared: Prepared,
 ) -> Callable[[], float]:
     """Measures the tokens per second of ELO's own trainer."""
-    return lambda: train_some(model, args, settings, before_step)[0]
+    return lambda: train_some(model, args, settings, prepared)[0]
 
 
 def bare(model: Any, args: argparse.Namespace, settings: TrainingSettings) -> Callable[[], float]:
@@ -218,7 +217,7 @@ def main() -> None:
             phase = method.phases[0]
             cost = method.flops_per_token(phase, counted, layers, args.sequence_length)
             model, prepared = make_ready(args, depth, method, layers)
-            contestants[label] = ours(model, args, settings, prepared.before_step), cost
+            contestants[label] = ours(model, args, settings, prepared), cost
             if label in BARE:
                 model, _ = make_ready(args, depth, method, layers)
                 contestants[f"{label}, bare loop"] = bare(model, args, settings), cost

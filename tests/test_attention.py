@@ -100,7 +100,6 @@ def test_training_gives_the_same_losses(tmp_path):
         result = train(
             model,
             rows(6 * rows_per_step(LENGTH, settings)),
-            sequence_length=LENGTH,
             settings=settings,
             output_dir=tmp_path / name,
             seed=0,

@@ -129,7 +129,6 @@ def test_bridge_is_frozen_and_its_layers_learn(tmp_path):
     result = train(
         detached,
         rows(8 * rows_per_step(LENGTH, settings)),
-        sequence_length=LENGTH,
         settings=settings,
         output_dir=tmp_path,
         seed=0,

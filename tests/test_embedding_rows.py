@@ -1,10 +1,11 @@
 """Training new rows alone: old rows bit for bit, whatever the optimizer does; own learning rates; restarts."""
 
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
-from training_fixtures import LENGTH, SETTINGS, VOCAB, rows, tiny_llama
+from training_fixtures import SETTINGS, VOCAB, rows, tiny_llama
 
 from elo.errors import EloError
 from elo.model.new_rows import VOCABULARY_KEY
@@ -44,12 +45,10 @@ def run(model, ready, folder, settings=SETTINGS, before_step=None):
     return train(
         model,
         rows(4 * STEPS),
-        sequence_length=LENGTH,
         settings=settings,
         output_dir=folder,
         seed=5,
-        before_step=before_step or ready.before_step,
-        first_row=ready.first_row,
+        prepared=replace(ready, before_step=before_step) if before_step else ready,
     )
 
 

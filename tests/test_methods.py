@@ -1,6 +1,7 @@
 """Training methods: what trains, what is added for it, and that it folds back into a plain model."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,15 +36,14 @@ def _ready(method, phase, model=None):
     return model, method.prepare(model, phase, Setup(KEPT, bridge, seed=7))
 
 
-def _train(model, folder, prepared, *, steps=6, settings=QUICK, before_step=None):
+def _train(model, folder, prepared, *, steps=6, settings=QUICK):
     return train(
         model,
         rows(steps * rows_per_step(LENGTH, settings)),
-        sequence_length=LENGTH,
         settings=settings,
         output_dir=folder,
         seed=5,
-        before_step=before_step or prepared.before_step,
+        prepared=prepared,
     )
 
 
@@ -167,7 +167,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, name):
             then(step, optimizer)
 
     with pytest.raises(StoppedBySignalError):
-        _train(stopped, tmp_path / "stopped", prepared, before_step=stop_at_three)
+        _train(stopped, tmp_path / "stopped", replace(prepared, before_step=stop_at_three))
     resumed, prepared = _ready(method, phase)
     _train(resumed, tmp_path / "stopped", prepared)
     prepared.fold()

@@ -26,7 +26,6 @@ def _train(model, folder, *, settings=SETTINGS, evaluate=None, steps=STEPS):
     return train(
         model,
         rows(steps * rows_per_step(LENGTH, settings)),
-        sequence_length=LENGTH,
         settings=settings,
         output_dir=folder,
         seed=5,
@@ -428,5 +427,5 @@ def test_models_that_cannot_isolate_documents_train_unpacked_only(tmp_path, fami
         _train(model, tmp_path / "packed")
     stream = PaddedStream(corpus(1), LENGTH, 1)
     unpacked = Mixture([("xx", 1.0, stream)]).rows(0, 6 * 4)
-    result = train(model, unpacked, sequence_length=LENGTH, settings=SETTINGS, output_dir=tmp_path / "unpacked", seed=0)
+    result = train(model, unpacked, settings=SETTINGS, output_dir=tmp_path / "unpacked", seed=0)
     assert result.losses[-1]["loss"] < result.losses[0]["loss"]

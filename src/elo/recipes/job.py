@@ -265,8 +265,6 @@ class Job:
                     config.seed,
                 ),
                 settings=settings,
-                sequence_length=data.sequence_length,
-                seed=config.seed,
                 scratch=scratch,
                 evaluate=evaluate,
                 trust_remote_code=config.trust_remote_code,

@@ -23,6 +23,7 @@ from elo.training.checkpoints import latest_checkpoint
 from elo.training.embedding_rows import rows_left_out
 from elo.training.losses import install_head_loss
 from elo.training.memory import peak_memory_bytes, reset_peak_memory
+from elo.training.methods import Prepared
 from elo.training.settings import TrainingSettings
 from elo.training.sharded import (
     check_fsdp,
@@ -111,14 +112,12 @@ def train(
     model: PreTrainedModel,
     rows: Dataset,
     *,
-    sequence_length: int,
     settings: TrainingSettings,
     output_dir: Path,
     seed: int,
+    prepared: Prepared | None = None,
     evaluate: Evaluate | None = None,
     save: Callable[[PreTrainedModel, Iterator[dict[str, torch.Tensor]] | None], None] | None = None,
-    before_step: Callable[[int, Any], None] | None = None,
-    first_row: int = 0,
     main_alone: bool = False,
     label: str | None = None,
 ) -> TrainingResult:
@@ -126,55 +125,39 @@ def train(
 
     Args:
         model: fp32 where it trains; frozen parameters may be of any floating type.
-        rows: map-style, of rows (elo.data.packing), packed or not; a multiple of `rows_per_step` long.
-        sequence_length: tokens a row.
+        rows: map-style, of rows (elo.data.packing) of one length, packed or not; a multiple of `rows_per_step` long.
         output_dir: checkpoints go here; the newest whole one found here is gone on from.
+        prepared: what the method that prepared `model` asks for while it trains; `fold` is left to the caller.
         evaluate: bits per byte of a model by language.
         save: called in the main process with the trained model, and with its weights, part by part, where FSDP or
             DeepSpeed have them in pieces; it has to go through all of them.
-        before_step: called before each update with its 0-based number and the optimizer (elo.training.methods).
-        first_row: of a trained embedding and head, rows before this one stay as they are.
         main_alone: the main process alone has the weights in `model` (elo.training.sharded.main_alone_loads).
         label: shown with the progress; None is silent.
 
     Raises:
-        EloError: the rows are packed and the model does not keep packed documents apart, or `first_row` is asked for
+        EloError: the rows are packed and the model does not keep packed documents apart, or a first row is asked for
             where FSDP or DeepSpeed have the embedding in pieces.
         TrainingDivergedError: the loss is not finite or has jumped and stayed up.
         StoppedBySignalError: SIGTERM or SIGINT came; a checkpoint was written first.
     """
+    prepared = prepared or Prepared()
+    sequence_length = len(rows[0]["input_ids"])
     per_step = rows_per_step(sequence_length, settings)
     steps = len(rows) // per_step  # type: ignore[arg-type]
+    tokens_per_step = per_step * sequence_length
     output_dir.mkdir(parents=True, exist_ok=True)
     found = from_main(lambda: latest_checkpoint(output_dir, lambda line: print(line, flush=True)))
     checkpoint, state = found if found else (None, {"seconds": 0.0})
 
     reset_peak_memory()
-    # What FSDP or DeepSpeed divide may not fit on one GPU whole: they take it there piece by piece.
-    on_gpu = torch.cuda.is_available() and not settings.divides_model
-    if on_gpu:
-        model.to("cuda")  # type: ignore[arg-type]
-    packed = "attention_mask" not in rows[0]
-    autocast_dtype = torch.bfloat16 if wants_bf16(settings) else None
-    own_attention = model.config._attn_implementation
-    if packed:
-        _require_isolation(model, autocast_dtype)
-    restore_forward = install_head_loss(model, settings.head_loss, autocast_dtype, first_row)
-    requested = settings.attn_implementation
-    if requested == "auto" and torch.cuda.is_available() and not on_gpu:
-        requested = own_attention or "eager"  # another cannot be tried where it is going to run
-    attention = choose_attention(model, sequence_length, requested, autocast_dtype) if packed else "model's own"
-    if packed and attention not in (VARLEN, "sdpa"):
-        _require_isolation(model, autocast_dtype)  # with what was asked for by name
-    if settings.torch_compile:
-        for layer in layers_of(model):
-            layer.compile()
-    tokens_per_step = per_step * sequence_length
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    trainable -= rows_left_out(model, first_row) if first_row else 0
+    stop = _StopOnSignal()
     shown = label if is_main() else None
-    with Progress(steps * tokens_per_step, shown, "tokens", done=_step(checkpoint) * tokens_per_step) as progress:
-        stop = _StopOnSignal()
+    with (
+        _fitted(model, rows, settings, prepared.first_row) as attention,
+        Progress(steps * tokens_per_step, shown, "tokens", done=_step(checkpoint) * tokens_per_step) as progress,
+    ):
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trainable -= rows_left_out(model, prepared.first_row) if prepared.first_row else 0
         trainer = EloTrainer(
             model=model,
             args=_arguments(
@@ -189,14 +172,14 @@ def train(
             train_dataset=rows,
             eval_dataset=rows,  # Trainer insists on one; EloTrainer.evaluate measures held-out text instead
             data_collator=PackedCollator(varlen=attention == VARLEN, position_ids=takes_position_ids(model)),
-            callbacks=[_Report(progress, tokens_per_step), stop, _BeforeStep(before_step)],
+            callbacks=[_Report(progress, tokens_per_step), stop, _BeforeStep(prepared.before_step)],
             tokens_per_step=tokens_per_step,
             evaluate_bits_per_byte=evaluate,
             loss_spike=settings.loss_spike,
             keep_checkpoints=settings.save_total_limit,
             seconds=state["seconds"],
             embedding_learning_rate=settings.embedding_learning_rate,
-            first_row=first_row,
+            first_row=prepared.first_row,
         )
         trainer.remove_callback(PrinterCallback)  # _Report says it
         check_sharding(trainer, settings, checkpoint)
@@ -213,11 +196,6 @@ def train(
                 if settings.optim == "adamw_8bit":
                     _forget_overrides()
             trainer.pause_clock()
-    restore_forward()
-    # accelerate leaves a model alone that it has prepared once: trained again it would run without autocast.
-    vars(model).pop("_is_accelerate_prepared", None)
-    if model.config._attn_implementation != own_attention:
-        model.set_attn_implementation(own_attention or "eager")
     if stop.number is not None:
         raise StoppedBySignalError(stop.number, trainer.state.global_step)
     if save is not None:
@@ -243,6 +221,43 @@ def train(
             if any(key.startswith("eval_bpb_") for key in entry)
         ],
     )
+
+
+@contextmanager
+def _fitted(model: PreTrainedModel, rows: Dataset, settings: TrainingSettings, first_row: int) -> Iterator[str]:
+    """Put a model where it trains, with the head's loss and the attention that its rows and settings ask for.
+
+    Yields the attention's name; the model has its own forward and attention back afterwards.
+    """
+    # What FSDP or DeepSpeed divide may not fit on one GPU whole: they take it there piece by piece.
+    on_gpu = torch.cuda.is_available() and not settings.divides_model
+    if on_gpu:
+        model.to("cuda")  # type: ignore[arg-type]
+    packed = "attention_mask" not in rows[0]
+    autocast_dtype = torch.bfloat16 if wants_bf16(settings) else None
+    own_attention = model.config._attn_implementation
+    if packed:
+        _require_isolation(model, autocast_dtype)
+    restore_forward = install_head_loss(model, settings.head_loss, autocast_dtype, first_row)
+    try:
+        requested = settings.attn_implementation
+        if requested == "auto" and torch.cuda.is_available() and not on_gpu:
+            requested = own_attention or "eager"  # another cannot be tried where it is going to run
+        attention = "model's own"
+        if packed:
+            attention = choose_attention(model, len(rows[0]["input_ids"]), requested, autocast_dtype)
+        if packed and attention not in (VARLEN, "sdpa"):
+            _require_isolation(model, autocast_dtype)  # with what was asked for by name
+        if settings.torch_compile:
+            for layer in layers_of(model):
+                layer.compile()
+        yield attention
+    finally:
+        restore_forward()
+        # accelerate leaves a model alone that it has prepared once: trained again it would run without autocast.
+        vars(model).pop("_is_accelerate_prepared", None)
+        if model.config._attn_implementation != own_attention:
+            model.set_attn_implementation(own_attention or "eager")
 
 
 def _arguments(

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from elo.model.tensor_files import (
     StoredTensor,
     write_checkpoint,
 )
-from elo.records import atomic_directory, disk_errors_told
+from elo.records import atomic_directory, disk_errors_told, fsync_tree
 
 
 def detach_checkpoint(
@@ -93,11 +94,17 @@ def detach_checkpoint(
     require_same_layers(hollow, build_hollow(type(hollow), small_config), kept)
     renamed = _small_tensors(base.weights, names, kept, type(hollow), small_config)
 
-    record = _provenance(base, names, kept, renamed, base_name or str(base.folder.resolve()), revision)
-    config_json[PROVENANCE_KEY] = record
-    with disk_errors_told(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
+    with (
+        disk_errors_told(Path(output)),
+        atomic_directory(Path(output), overwrite=overwrite) as folder,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        # Digests take about as long as writing and waiting for the disk, and all three leave Python's lock free.
+        made = beside.submit(_provenance, base, names, kept, renamed, base_name or str(base.folder.resolve()), revision)
         tensors = [NewTensor(name, t.dtype, t.shape, t.size, t.chunks) for name, t in renamed.items()]
         write_checkpoint(folder, tensors, max_shard_bytes)
+        fsync_tree(folder)
+        record = config_json[PROVENANCE_KEY] = made.result()
         write_config(folder, config_json)
         copy_side_files(base.folder, folder, python=trust_remote_code)
     return record

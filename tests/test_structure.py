@@ -24,7 +24,7 @@ ALLOWED = {
     "model": {"base"},
     "base": {"base"},
 }  # fmt: skip
-BASE = {"errors", "layers", "processes", "progress", "records"}
+BASE = {"cli_values", "errors", "layers", "processes", "progress", "records"}
 
 
 def _package(module: str) -> str:

@@ -10,6 +10,7 @@ from elo.errors import EloError
 
 if TYPE_CHECKING:
     from elo.model.surgery import attach_layers, detach_layers
+    from elo.recipes.chat_vector import chat_vector
     from elo.recipes.compare import compare
     from elo.recipes.evaluate import evaluate
     from elo.recipes.plan import plan
@@ -24,6 +25,7 @@ __all__ = [
     "EloError",
     "attach",
     "attach_layers",
+    "chat_vector",
     "compare",
     "detach",
     "detach_layers",
@@ -39,6 +41,7 @@ __all__ = [
 _HOMES = {
     "attach": "elo.recipes.surgery",
     "attach_layers": "elo.model.surgery",
+    "chat_vector": "elo.recipes.chat_vector",
     "compare": "elo.recipes.compare",
     "detach": "elo.recipes.surgery",
     "detach_layers": "elo.model.surgery",

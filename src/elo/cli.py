@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from elo.cli_values import files_by_language, names, numbers, texts_by_language
 from elo.errors import EloError
 from elo.records import disk_problem
 
@@ -112,7 +113,7 @@ def attach(
         base,
         output=output,
         scale=scale,
-        include=_names(include),
+        include=names(include),
         link=link,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
@@ -128,6 +129,41 @@ def attach(
 def align(config: Config, set_: Set = None) -> None:
     """Fine-tune the attached model of a run briefly (and what comes before, where it is not done)."""
     _until("layer_alignment", config, set_)
+
+
+@app.command("chat-vector")
+def chat_vector(
+    adapted: Annotated[str, typer.Argument(help="Adapted model, trained from the base: folder or hub id.")],
+    base: Annotated[str, typer.Option(help="The base of both: checkpoint folder or hub id.")],
+    chat: Annotated[str, typer.Option(help="The base's chat (instruct) model: checkpoint folder or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    scale: Annotated[float, typer.Option(help="Add scale x (chat - base).")] = 1.0,
+    leave_out: Annotated[
+        str, typer.Option(help="What nothing is added to: embedding, norm, head, joined by commas.")
+    ] = "",
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Add what chat training changed in the base to an adapted model, and its chat template; nothing is trained."""
+    from elo.recipes.chat_vector import chat_vector
+
+    record = chat_vector(
+        adapted,
+        base,
+        chat,
+        output=output,
+        scale=scale,
+        leave_out=names(leave_out),
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    told = f", {record['rows_kept']:,} rows of embedding and head as they were" if record["rows_kept"] else ""
+    typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{told}")
+    if record["differs"]:
+        typer.echo(
+            f"note: the chat model's configuration differs from the base's in {', '.join(record['differs'])}; "
+            "the adapted model's stays"
+        )
 
 
 @app.command()
@@ -153,8 +189,8 @@ def evaluate(
     """Measure bits per byte and cloze accuracy of any Hugging Face causal LM, by language."""
     from elo.recipes.evaluate import evaluate
 
-    corpora, items = _by_language("--corpus", corpus), _by_language("--cloze", cloze)
-    prompts = _prompts(prompt)
+    corpora, items = files_by_language("--corpus", corpus), files_by_language("--cloze", cloze)
+    prompts = texts_by_language(prompt)
     if not corpora and not items and not prompts:
         raise EloError("evaluate: nothing to measure on; give --corpus LANGUAGE=FILE or --cloze LANGUAGE=FILE")
     evaluate(
@@ -228,7 +264,7 @@ def plan(
     arguments: dict[str, Any] = {
         "layers": layers,
         "stand_in": stand_in,
-        "also_train": [] if also_train == "none" else _names(also_train),
+        "also_train": [] if also_train == "none" else names(also_train),
         "alignment": alignment,
         "tokens": int(tokens) if tokens == tokens and abs(tokens) < 1e18 else 0,
         "alignment_share": alignment_share,
@@ -301,9 +337,9 @@ def vocab_measure(
 
     measured = measure_vocabulary(
         model,
-        _by_language("--corpus", corpus),
+        files_by_language("--corpus", corpus),
         target=target,
-        pieces=_numbers("--pieces", pieces),
+        pieces=numbers("--pieces", pieces),
         tokenizer=tokenizer,
         text_column=text_column,
         max_characters=max_characters,
@@ -389,39 +425,6 @@ def _planned_run(config: str, overrides: list[str] | None, default_tokens: int) 
         "head_loss": pretraining.head_loss,
         "trust_remote_code": run.trust_remote_code,
     }
-
-
-def _names(joined: str) -> list[str]:
-    return [name.strip() for name in joined.split(",") if name.strip()]
-
-
-def _numbers(option: str, joined: str) -> list[int]:
-    try:
-        return [int(number) for number in _names(joined)]
-    except ValueError:
-        raise EloError(f"{option} {joined!r}: write whole numbers joined by commas, such as 4000,8000") from None
-
-
-def _prompts(pairs: list[str] | None) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for pair in pairs or []:
-        language, equals, text = pair.partition("=")
-        if not equals or not language or not text:
-            raise EloError(f"--prompt {pair!r}: write LANGUAGE=TEXT, for example --prompt 'ko=강 건너 마을에는'")
-        found.setdefault(language, []).append(text)
-    return found
-
-
-def _by_language(option: str, pairs: list[str] | None) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for pair in pairs or []:
-        language, equals, path = pair.partition("=")
-        if not equals or not language or not path:
-            raise EloError(f"{option} {pair!r}: write LANGUAGE=FILE, for example {option} ko=heldout.jsonl")
-        if language in found:
-            raise EloError(f"{option}: {language!r} is given twice")
-        found[language] = path
-    return found
 
 
 # typer brings its own copy of click from some version on, so its exception is asked of typer.

@@ -89,6 +89,14 @@ def write_config(folder: Path, config_json: dict[str, Any]) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
 
 
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files and its chat template."""
+    for pattern in (*TOKENIZER_PATTERNS, "chat_template*"):
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
 def copy_side_files(source: Path, target: Path, *, python: bool, leave_out: Collection[str] = ()) -> None:
     """Tokenizer, generation settings, licence and the like; never weights, what is already there, or these globs."""
     for path in sorted(source.iterdir()):

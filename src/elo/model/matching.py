@@ -36,11 +36,11 @@ def match_tensors(
     Raises:
         EloError: a tensor is missing, or there is one that the base has not, or a tied head is not the embedding.
     """
-    matched, absent = _by_name(wanted, trained)
-    if absent and not _redundant(wanted, absent, model_class, config):
+    matched, absent = match_names(wanted, trained)
+    if absent and not redundant(wanted, absent, model_class, config):
         trained = _under_base_names(wanted, trained, model_class, config, scratch)
-        matched, absent = _by_name(wanted, trained)
-        if absent and not _redundant(wanted, absent, model_class, config):
+        matched, absent = match_names(wanted, trained)
+        if absent and not redundant(wanted, absent, model_class, config):
             raise EloError(f"{trained.folder}: {min(absent)} is missing, so it cannot be attached")
     used = {tensor.name for tensor in matched.values()}
     extra = trained.tensors.keys() - used
@@ -89,8 +89,12 @@ def _require_copy(extra: StoredTensor, matched: Iterable[StoredTensor]) -> None:
         )
 
 
-def _by_name(wanted: dict[str, StoredTensor], trained: Checkpoint) -> tuple[dict[str, StoredTensor], set[str]]:
-    """Match equal names, or names that differ by one prefix throughout (`h.0...`, `transformer.h.0...`)."""
+def match_names(wanted: dict[str, StoredTensor], trained: Checkpoint) -> tuple[dict[str, StoredTensor], set[str]]:
+    """Match equal names, or names that differ by one prefix throughout (`h.0...`, `transformer.h.0...`).
+
+    Returns:
+        What was found, by the names in `wanted`, and the names there that have no match.
+    """
     prefix = _extra_prefix(wanted, trained)
     matched = {}
     for name in wanted:
@@ -111,7 +115,7 @@ def _extra_prefix(wanted: dict[str, StoredTensor], trained: Checkpoint) -> str:
     return ""
 
 
-def _redundant(
+def redundant(
     wanted: dict[str, StoredTensor], absent: set[str], model_class: type[PreTrainedModel], config: PretrainedConfig
 ) -> bool:
     """Whether the model is whole without `absent`: tied heads, buffers that older versions saved."""

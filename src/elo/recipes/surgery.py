@@ -40,7 +40,7 @@ def detach(
     check_replaceable(Path(output), overwrite)
     folder = resolve_checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     name = str(checkpoint) if not Path(checkpoint).is_dir() else None
-    with _readable_errors():
+    with readable_errors():
         return detach_checkpoint(
             folder,
             layers,
@@ -89,7 +89,7 @@ def attach(
             f"scale: {scale} is not a number within 100 of 0; 1 puts the trained weights back, 0.5 half of the change"
         )
 
-    with _readable_errors():
+    with readable_errors():
         return attach_checkpoint(
             resolve_checkpoint(detached, trust_remote_code=trust_remote_code),
             resolve_checkpoint(base, revision=revision, trust_remote_code=trust_remote_code),
@@ -103,7 +103,8 @@ def attach(
 
 
 @contextmanager
-def _readable_errors() -> Iterator[None]:
+def readable_errors() -> Iterator[None]:
+    """Turn what the file system raises into one message."""
     try:
         yield
     except OSError as error:  # a full disk, a file without read permission

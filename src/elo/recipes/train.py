@@ -129,17 +129,14 @@ def save_checkpoint(
     Args:
         parts: the weights, part by part, where the model holds only pieces of them; each becomes a file.
     """
-    from elo.model.checkpoint_folder import TOKENIZER_PATTERNS
+    from elo.model.checkpoint_folder import copy_tokenizer
 
     with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
         if parts is None:
             model.to(dtype).save_pretrained(folder)
         else:
             _write_parts(model, parts, dtype, folder)
-        for pattern in (*TOKENIZER_PATTERNS, "chat_template*"):
-            for file in side_files.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+        copy_tokenizer(side_files, folder)
 
 
 def _write_parts(model: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]]", dtype: Any, folder: Path) -> None:

@@ -1,0 +1,250 @@
+"""Chat vector: adapted + scale * (chat - base), exactly, whatever vocabulary, dtype, files and tokenizer there are."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from surgery_fixtures import assert_same, edit_config, llama, store, stored
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vocabulary_fixtures import ENGLISH, KOREAN, texts, tokenizer_of, write_texts
+from zoo import FAMILIES, tiny_config, tiny_model
+
+import elo
+from elo.cli import main
+from elo.errors import EloError
+from elo.model.chat_vector import add_chat_vector
+from elo.model.checkpoint import detach_checkpoint
+from elo.model.new_rows import VOCABULARY_KEY, NewRows
+from elo.model.vocabulary import NewTokens, extend_checkpoint
+
+SOME = ["llama-untied", "llama-tied", "gpt2", "gemma3", "opt", "phi", "qwen3_moe", "gpt_oss", "mamba", "gpt_neox"]
+
+
+def changed(model, folder, seed):
+    """Save a model whose every weight was changed a little."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, dtype=parameter.dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
+def three(folder, dtype=torch.float32, **arguments):
+    """Folders of an adapted model, its base and a chat model of it."""
+    llama(**arguments).to(dtype).save_pretrained(folder / "base")
+    adapted = changed(llama(**arguments).to(dtype), folder / "adapted", 1)
+    return adapted, folder / "base", changed(llama(**arguments).to(dtype), folder / "chat", 2)
+
+
+def add(adapted, base, chat, output, **arguments):
+    return add_chat_vector(adapted, base, chat, output, **{"save_tokenizer": lambda folder: None} | arguments)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_every_family_becomes_the_sum(family, tmp_path):
+    model_type, particular = FAMILIES[family]
+    for name, seed in (("base", None), ("adapted", 1), ("chat", 2)):
+        model = tiny_model(tiny_config(model_type, **particular))
+        changed(model, tmp_path / name, seed) if seed else model.save_pretrained(tmp_path / name)
+    record = add(tmp_path / "adapted", tmp_path / "base", tmp_path / "chat", tmp_path / "sum")
+    models = {}
+    for name in ("base", "adapted", "chat", "sum"):
+        models[name], info = AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+    assert record["tensors"] > 0
+    assert record["rows_kept"] == 0
+    assert record["differs"] == []
+    states = {name: model.state_dict() for name, model in models.items()}
+    for name, summed in states["sum"].items():
+        if summed.is_floating_point():
+            expected = states["adapted"][name].double() + states["chat"][name].double() - states["base"][name].double()
+            torch.testing.assert_close(summed, expected.to(summed.dtype), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_where_nothing_was_adapted_the_sum_is_the_chat_model_and_the_other_way_round(dtype, tied, tmp_path):
+    _, base, chat = three(tmp_path, dtype, tied=tied)
+    assert stored(base)["model.norm.weight"].dtype == dtype
+    add(base, base, chat, tmp_path / "sum")
+    assert_same(stored(tmp_path / "sum"), stored(chat))
+    add(chat, base, base, tmp_path / "same")
+    assert_same(stored(tmp_path / "same"), stored(chat))
+    add(chat, base, base, tmp_path / "none", scale=0.0)
+    assert_same(stored(tmp_path / "none"), stored(chat))
+
+
+def test_scale_and_what_is_left_out(tmp_path):
+    adapted, base, chat = three(tmp_path)
+    record = add(adapted, base, chat, tmp_path / "sum", scale=0.5, leave_out=["embedding", "head"])
+    ours, theirs, chats, summed = (stored(folder) for folder in (adapted, base, chat, tmp_path / "sum"))
+    for name, tensor in summed.items():
+        left = name in ("model.embed_tokens.weight", "lm_head.weight")
+        change = 0 if left else 0.5 * (chats[name].double() - theirs[name].double())
+        assert torch.equal(tensor, (ours[name].double() + change).float()), name
+    assert record["tensors"] == len(summed) - 2
+
+
+def test_several_files_and_another_dtype(tmp_path):
+    adapted, base, chat = three(tmp_path)
+    expected = {
+        name: (tensor.double() + stored(chat)[name].bfloat16().double() - stored(base)[name].double()).float()
+        for name, tensor in stored(adapted).items()
+    }
+    chats = AutoModelForCausalLM.from_pretrained(chat, dtype=torch.bfloat16)
+    chats.save_pretrained(tmp_path / "chat16", max_shard_size="20KB")
+    assert len(list((tmp_path / "chat16").glob("*.safetensors"))) > 2
+    add(adapted, base, tmp_path / "chat16", tmp_path / "sum", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "sum").glob("*.safetensors"))) > 2
+    assert_same(stored(tmp_path / "sum"), expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("first", [64, 60])
+def test_rows_of_new_tokens_stay_as_they_are(tied, first, tmp_path):
+    """From 60 on: unused rows of the base were taken, and the chat model changed them as well."""
+    _, base, chat = three(tmp_path, tied=tied)
+    new = NewTokens(first, [[5, 6], [7], [8]])
+    extend_checkpoint(base, tmp_path / "new", new, save_tokenizer=lambda folder: None, pad_to_multiple_of=8)
+    adapted = changed(AutoModelForCausalLM.from_pretrained(tmp_path / "new"), tmp_path / "adapted2", 3)
+    record = add(adapted, base, chat, tmp_path / "sum")
+    ours, theirs, chats, summed = (stored(folder) for folder in (adapted, base, chat, tmp_path / "sum"))
+    for name in [each for each in summed if summed[each].shape[0] == len(ours["model.embed_tokens.weight"])]:
+        change = chats[name][:first].double() - theirs[name][:first].double()
+        assert torch.equal(summed[name][:first], (ours[name][:first].double() + change).float()), name
+        assert torch.equal(summed[name][first:], ours[name][first:]), name
+    assert record["rows_kept"] == len(ours["model.embed_tokens.weight"]) - first
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sum")
+    assert NewRows(**getattr(model.config, VOCABULARY_KEY)["rows"]) == NewRows(first, first + 3)
+
+
+def test_a_tied_head_that_one_of_them_stores(tmp_path):
+    adapted, base, chat = three(tmp_path, tied=True)
+    for folder in (adapted, base):
+        tensors = stored(folder)
+        store(folder, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+        add(adapted, base, chat, tmp_path / f"sum-{folder.name}")
+        summed = stored(tmp_path / f"sum-{folder.name}")
+        assert torch.equal(summed["lm_head.weight"], summed["model.embed_tokens.weight"])
+
+
+def test_settings_come_from_the_chat_model(tmp_path):
+    adapted, base, chat = three(tmp_path)
+    edit_config(chat, eos_token_id=[7, 9], rope_theta=5e5)
+    (chat / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "temperature": 0.6}))
+    (adapted / "README.txt").write_text("adapted")
+    record = add(adapted, base, chat, tmp_path / "sum")
+    config = json.loads((tmp_path / "sum" / "config.json").read_text())
+    assert config["eos_token_id"] == [7, 9]
+    assert "rope_theta" in record["differs"]
+    assert config.get("rope_theta") != 5e5
+    assert json.loads((tmp_path / "sum" / "generation_config.json").read_text())["temperature"] == 0.6
+    assert (tmp_path / "sum" / "README.txt").read_text() == "adapted"
+
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """Base, chat model and adapted model with Qwen's kind of tokenizer; the adapted model once with new pieces too."""
+    root = tmp_path_factory.mktemp("talking")
+    tokenizer = tokenizer_of("qwen")
+    model = llama()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for name in ("base", "adapted", "chat"):
+        changed(model, root / name, 1)
+        tokenizer.save_pretrained(root / name)
+    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", TEMPLATE
+    tokenizer.save_pretrained(root / "chat")
+    ko, en = (
+        write_texts(root / f"{name}.jsonl", texts(words, 60, 0)) for name, words in (("ko", KOREAN), ("en", ENGLISH))
+    )
+    elo.extend_vocabulary(root / "adapted", ko, en, output=root / "extended", pieces=30, pad_to_multiple_of=8)
+    return root
+
+
+def rendered(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer, tokenizer.apply_chat_template([{"role": "user", "content": " ".join(KOREAN)}], tokenize=False)
+
+
+def test_the_sum_talks_with_the_chat_models_template(talking, tmp_path, capsys):
+    main(
+        [
+            "chat-vector",
+            str(talking / "adapted"),
+            "--base",
+            str(talking / "base"),
+            "--chat",
+            str(talking / "chat"),
+            "-o",
+            str(tmp_path / "sum"),
+        ]
+    )
+    tokenizer, prompt = rendered(tmp_path / "sum")
+    assert prompt == f"<|im_start|>{' '.join(KOREAN)}<|im_end|>"
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer(prompt)["input_ids"] == AutoTokenizer.from_pretrained(talking / "chat")(prompt)["input_ids"]
+    assert "added to" in capsys.readouterr().out
+
+
+def test_new_pieces_and_the_template_go_together(talking, tmp_path):
+    elo.chat_vector(talking / "extended", talking / "base", talking / "chat", output=tmp_path / "sum")
+    tokenizer, prompt = rendered(tmp_path / "sum")
+    ours = AutoTokenizer.from_pretrained(talking / "extended")
+    ids = tokenizer(prompt)["input_ids"]
+    assert ids == ours(prompt)["input_ids"]
+    assert ids[-1] == tokenizer.eos_token_id == ours.convert_tokens_to_ids("<|im_end|>")
+    assert len(ids) < len(AutoTokenizer.from_pretrained(talking / "chat")(prompt)["input_ids"])
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "sum")
+        assert torch.isfinite(model(input_ids=torch.tensor([ids])).logits).all()
+
+
+def test_a_token_of_the_chat_model_that_is_another_piece_now_is_refused(talking, tmp_path):
+    chat = shutil.copytree(talking / "chat", tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(chat)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    tokenizer.save_pretrained(chat)
+    with pytest.raises(EloError, match=r"at id \d+, where .* has '<\|tool\|>'"):
+        elo.chat_vector(talking / "extended", talking / "base", chat, output=tmp_path / "sum")
+    assert not (tmp_path / "sum").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda root: detach_checkpoint(root / "base", "0,1", root / "adapted", overwrite=True), "detached"),
+        (lambda root: llama(layers=3).save_pretrained(root / "chat"), "has model.layers.3.*which .*chat has not"),
+        (lambda root: llama(layers=5).save_pretrained(root / "base"), "base: has model.layers.4"),
+        (lambda root: tiny_model(tiny_config("gpt2")).save_pretrained(root / "chat"), "is a gpt2"),
+        (lambda root: widened(root / "chat"), "leave embedding and head out"),
+        (lambda root: shutil.rmtree(root / "base"), "no such folder"),
+    ],
+    ids=["detached", "fewer layers", "more layers", "another family", "more rows", "missing"],
+)
+def test_what_does_not_belong_together_is_refused(spoil, said, tmp_path):
+    folders = three(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(EloError, match=said):
+        elo.chat_vector(*folders, output=tmp_path / "sum")
+    assert not (tmp_path / "sum").exists()
+
+
+def widened(folder):
+    model = llama()
+    model.resize_token_embeddings(70, mean_resizing=False)
+    model.save_pretrained(folder)
+
+
+def test_more_rows_in_the_chat_model_are_left_out(tmp_path):
+    adapted, base, chat = three(tmp_path)
+    widened(chat)
+    add(adapted, base, chat, tmp_path / "sum", leave_out=["embedding", "head"])
+    assert torch.equal(stored(tmp_path / "sum")["lm_head.weight"], stored(adapted)["lm_head.weight"])
+    with pytest.raises(EloError, match="choose among embedding, norm, head"):
+        add(adapted, base, chat, tmp_path / "other", leave_out=["lm_head"])

@@ -12,6 +12,7 @@ from surgery_fixtures import assert_same, edit_config, llama, store, stored
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mamba2Config, Qwen3MoeConfig
 from zoo import logits_of, tiny_config, tiny_model
 
+import elo
 from elo.model.checkpoint import attach_checkpoint, detach_checkpoint
 from elo.model.shared_files import copy_shared
 from elo.model.surgery import attach_layers, detach_layers
@@ -337,3 +338,17 @@ def test_text_that_utf8_cannot_hold_stays_in_the_configuration(base: Path, tmp_p
     edit_config(tmp_path / "other", note="half a pair \ud800, 강물")
     detach_checkpoint(tmp_path / "other", [0, -1], tmp_path / "small")
     assert json.loads((tmp_path / "small" / "config.json").read_text())["note"] == "half a pair \ud800, 강물"
+
+
+def test_writing_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("elo.progress.SECONDS_BETWEEN_LINES", -1.0)
+    llama().save_pretrained(tmp_path / "base")
+    capsys.readouterr()
+    elo.detach(tmp_path / "base", output=tmp_path / "detached")
+    elo.attach(tmp_path / "detached", tmp_path / "base", output=tmp_path / "attached")
+    elo.chat_vector(tmp_path / "attached", tmp_path / "base", tmp_path / "base", output=tmp_path / "sum")
+    last = {line.split(":")[0]: line for line in capsys.readouterr().err.splitlines()}
+    for label, folder in (("detach", "detached"), ("attach", "attached"), ("chat vector", "sum")):
+        size = sum(each.numel() * each.element_size() for each in stored(tmp_path / folder).values())
+        written = last[label].split(": ")[1].split(" of ")[0]
+        assert float(written.split()[0]) == pytest.approx(size / 1000, rel=0.05), last[label]

@@ -48,6 +48,7 @@ def add_chat_vector(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    label: str | None = None,
 ) -> dict[str, Any]:
     """Write adapted + scale * (chat - base), tensor by tensor, without ever holding a model in memory.
 
@@ -67,6 +68,7 @@ def add_chat_vector(
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoints' own Python code to define the model.
         max_shard_bytes: size above which the weights are written as several files.
+        label: shown with the progress; None is silent.
 
     Returns:
         {"adapted", "base", "chat", "scale", "leave_out", "tensors" (number that the vector was added to), "rows_kept"
@@ -107,7 +109,7 @@ def add_chat_vector(
     with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
         write_config(folder, config_json)
         save_tokenizer(folder)  # which may refuse, so before gigabytes are written
-        write_checkpoint(folder, [each.tensor() for each in sums], max_shard_bytes)
+        write_checkpoint(folder, [each.tensor() for each in sums], max_shard_bytes, label)
         for source in (chats, ours):
             copy_side_files(source.folder, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
     return {

@@ -45,6 +45,7 @@ from elo.model.tensor_files import (
     StoredTensor,
     write_checkpoint,
 )
+from elo.progress import Progress
 from elo.records import atomic_directory, disk_errors_told, fsync_tree
 
 
@@ -58,6 +59,7 @@ def detach_checkpoint(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    label: str | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint of the embedding, the chosen decoder layers, the final norm and the head.
 
@@ -70,6 +72,7 @@ def detach_checkpoint(
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
         max_shard_bytes: size above which the weights are written as several files.
+        label: shown with the progress; None is silent.
 
     Returns:
         The provenance record, as written to config.json.
@@ -102,7 +105,7 @@ def detach_checkpoint(
         # Digests take about as long as writing and waiting for the disk, and all three leave Python's lock free.
         made = beside.submit(_provenance, base, names, kept, renamed, base_name or str(base.folder.resolve()), revision)
         tensors = [NewTensor(name, t.dtype, t.shape, t.size, t.chunks) for name, t in renamed.items()]
-        write_checkpoint(folder, tensors, max_shard_bytes)
+        write_checkpoint(folder, tensors, max_shard_bytes, label)
         fsync_tree(folder)
         record = config_json[PROVENANCE_KEY] = made.result()
         write_config(folder, config_json)
@@ -120,6 +123,7 @@ def attach_checkpoint(
     link: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    label: str | None = None,
 ) -> dict[str, Any]:
     """Write the base with a detached checkpoint's layers at their places.
 
@@ -136,6 +140,7 @@ def attach_checkpoint(
         link: weight files that hold nothing of what is put back become hard links to the base's, where that can be.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
+        label: shown with the progress; None is silent.
 
     Returns:
         {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors" (number put back), "files" (how
@@ -167,10 +172,12 @@ def attach_checkpoint(
         updates = _updates(wanted, matched, small, names, parts, include)
         with disk_errors_told(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
             written = {tensor.file.name for tensor, _ in updates}
-            sharing = Counter(
-                copy_shared(whole.folder / name, folder / name, link=link and name not in written)
-                for name in whole.weights.files
-            )
+            sizes = {name: (whole.folder / name).stat().st_size for name in whole.weights.files}
+            sharing: Counter[str] = Counter()
+            with Progress(sum(sizes.values()), label, "B") as progress:
+                for name, size in sizes.items():
+                    sharing[copy_shared(whole.folder / name, folder / name, link=link and name not in written)] += 1
+                    progress.advance(size)
             if whole.weights.indexed:
                 shutil.copyfile(whole.folder / INDEX_FILE, folder / INDEX_FILE)
             for tensor, trained in updates:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from elo.errors import EloError, UnfinishedError
+from elo.progress import Progress
 from elo.records import read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -227,8 +228,14 @@ class NewTensor:
     chunks: Callable[[], Iterable[bytes]]
 
 
-def write_checkpoint(folder: Path, tensors: list[NewTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write tensors as one safetensors file, or as several with an index when they are more than `max_shard_bytes`."""
+def write_checkpoint(
+    folder: Path, tensors: list[NewTensor], max_shard_bytes: int = MAX_SHARD_BYTES, label: str | None = None
+) -> None:
+    """Write tensors as one safetensors file, or as several with an index when they are more than `max_shard_bytes`.
+
+    Args:
+        label: shown with the progress; None is silent.
+    """
     shards: list[list[NewTensor]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -237,15 +244,17 @@ def write_checkpoint(folder: Path, tensors: list[NewTensor], max_shard_bytes: in
             filled = 0
         shards[-1].append(tensor)
         filled += tensor.size
-    if len(shards) == 1:
-        _write_file(folder / SINGLE_FILE, shards[0])
-        return
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / name, shard)
-        weight_map.update({tensor.name: name for tensor in shard})
-    _write_index(folder, weight_map, sum(tensor.size for tensor in tensors))
+    total = sum(tensor.size for tensor in tensors)
+    with Progress(total, label, "B") as progress:
+        if len(shards) == 1:
+            _write_file(folder / SINGLE_FILE, shards[0], progress)
+            return
+        weight_map = {}
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            _write_file(folder / name, shard, progress)
+            weight_map.update({tensor.name: name for tensor in shard})
+    _write_index(folder, weight_map, total)
 
 
 def join_files(folder: Path, files: list[Path]) -> None:
@@ -266,7 +275,7 @@ def _write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> N
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, tensors: list[NewTensor]) -> None:
+def _write_file(path: Path, tensors: list[NewTensor], progress: Progress) -> None:
     # Wide dtypes first, as the safetensors library does, so that every tensor is aligned to its item size.
     tensors = sorted(tensors, key=lambda tensor: -_DTYPES[tensor.dtype].itemsize if tensor.dtype in _DTYPES else 0)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -286,5 +295,6 @@ def _write_file(path: Path, tensors: list[NewTensor]) -> None:
             written = 0
             for chunk in tensor.chunks():
                 written += file.write(chunk)
+                progress.advance(len(chunk))
             if written != tensor.size:
                 raise UnfinishedError(f"{path}: {tensor.name} gave {written} bytes instead of {tensor.size}")

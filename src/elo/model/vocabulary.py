@@ -85,6 +85,7 @@ def extend_checkpoint(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    label: str | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint with rows for more tokens.
 
@@ -99,6 +100,7 @@ def extend_checkpoint(
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
         max_shard_bytes: size above which the weights are written as several files.
+        label: shown with the progress; None is silent.
 
     Returns:
         The record in config.json: {"rows": {"start", "stop"}, "embedding_init", "head_init" (None if tied), ...}
@@ -134,7 +136,7 @@ def extend_checkpoint(
             makers[name].tensor() if name in makers else NewTensor(name, each.dtype, each.shape, each.size, each.chunks)
             for name, each in base.weights.tensors.items()
         ]
-        write_checkpoint(folder, tensors, max_shard_bytes)
+        write_checkpoint(folder, tensors, max_shard_bytes, label)
         copy_side_files(checkpoint, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
     return written
 

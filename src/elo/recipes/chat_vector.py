@@ -58,6 +58,7 @@ def chat_vector(
             leave_out=leave_out,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            label="chat vector",
         )
 
 

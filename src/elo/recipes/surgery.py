@@ -49,6 +49,7 @@ def detach(
             revision=revision,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            label="detach",
         )
 
 
@@ -99,6 +100,7 @@ def attach(
             link=link,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            label="attach",
         )
 
 

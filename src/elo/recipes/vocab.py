@@ -218,6 +218,7 @@ def extend_vocabulary(
         record=record,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        label="vocab: writing",
     )
 
 

@@ -131,6 +131,17 @@ def test_a_tied_head_that_one_of_them_stores(tmp_path):
         assert torch.equal(summed["lm_head.weight"], summed["model.embed_tokens.weight"])
 
 
+def test_tied_parts_are_left_out_together(tmp_path):
+    adapted, base, chat = three(tmp_path, tied=True)
+    for folder in (adapted, base, chat):
+        tensors = stored(folder)
+        store(folder, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    add(adapted, base, chat, tmp_path / "sum", leave_out=["embedding"])
+    ours, summed = stored(adapted), stored(tmp_path / "sum")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(summed[name], ours[name]), name
+
+
 def test_settings_come_from_the_chat_model(tmp_path):
     adapted, base, chat = three(tmp_path)
     edit_config(chat, eos_token_id=[7, 9], rope_theta=5e5)

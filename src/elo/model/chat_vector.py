@@ -64,7 +64,7 @@ def add_chat_vector(
         output: folder to write; it appears whole or not at all.
         save_tokenizer: writes the tokenizer's files and chat template into a folder.
         scale: of the vector.
-        leave_out: of "embedding", "norm" and "head", what nothing is added to.
+        leave_out: of "embedding", "norm" and "head", what nothing is added to; of tied parts both or neither.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoints' own Python code to define the model.
         max_shard_bytes: size above which the weights are written as several files.
@@ -93,6 +93,9 @@ def add_chat_vector(
         refuse_overlap(output, each.folder)
     hollow = build_hollow_causal_lm(ours.config, trust_remote_code=trust_remote_code)
     parts = find_architecture(hollow)
+    left_out = {*leave_out}
+    if parts.tied and left_out & {"embedding", "head"}:
+        left_out |= {"embedding", "head"}
     in_base, in_chat = (_matched(ours, each, hollow, parts) for each in (theirs, chats))
     sums = [
         _Sum.of(
@@ -101,7 +104,7 @@ def add_chat_vector(
             in_chat.get(name),
             ours,
             parts,
-            0.0 if group_of(name, parts) in leave_out else scale,
+            0.0 if group_of(name, parts) in left_out else scale,
         )
         for name, tensor in ours.weights.tensors.items()
     ]

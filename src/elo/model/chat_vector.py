@@ -194,8 +194,8 @@ class _Sum:
                 torch.frombuffer(bytearray(chunk), dtype=each.torch_dtype)
                 for chunk, each in zip(chunks, (self.adapted, self.base, self.chat), strict=True)
             )
-            change = chat[:count].double() - base[:count].double()
-            adapted[:count] = (adapted[:count].double() + self.scale * change).to(adapted.dtype)
+            change = chat[:count].double().sub_(base[:count]).mul_(self.scale)
+            adapted[:count] = change.add_(adapted[:count])  # rounded here
             left -= count
             yield tensor_bytes(adapted)
 

@@ -203,8 +203,12 @@ def test_the_sum_talks_with_the_chat_models_template(talking, tmp_path, capsys):
     assert "added to" in capsys.readouterr().out
 
 
-def test_new_pieces_and_the_template_go_together(talking, tmp_path):
-    elo.chat_vector(talking / "extended", talking / "base", talking / "chat", output=tmp_path / "sum")
+@pytest.mark.parametrize("recorded", [True, False], ids=["by elo vocab", "by another tool"])
+def test_new_pieces_and_the_template_go_together(talking, recorded, tmp_path):
+    adapted = shutil.copytree(talking / "extended", tmp_path / "adapted")
+    if not recorded:
+        edit_config(adapted, **{VOCABULARY_KEY: None})
+    elo.chat_vector(adapted, talking / "base", talking / "chat", output=tmp_path / "sum")
     tokenizer, prompt = rendered(tmp_path / "sum")
     ours = AutoTokenizer.from_pretrained(talking / "extended")
     ids = tokenizer(prompt)["input_ids"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from surgery_fixtures import assert_same, edit_config, llama, store, stored
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mamba2Config, Qwen3MoeConfig
+from vocabulary_fixtures import tokenizer_of
 from zoo import logits_of, tiny_config, tiny_model
 
 import elo
@@ -343,6 +344,7 @@ def test_text_that_utf8_cannot_hold_stays_in_the_configuration(base: Path, tmp_p
 def test_writing_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("elo.progress.SECONDS_BETWEEN_LINES", -1.0)
     llama().save_pretrained(tmp_path / "base")
+    tokenizer_of("qwen").save_pretrained(tmp_path / "base")
     capsys.readouterr()
     elo.detach(tmp_path / "base", output=tmp_path / "detached")
     elo.attach(tmp_path / "detached", tmp_path / "base", output=tmp_path / "attached")

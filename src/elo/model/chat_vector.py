@@ -31,7 +31,6 @@ from elo.records import atomic_directory, disk_errors_told
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SAYS_NOTHING = {
     *_TOKEN_IDS, "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
-    "vocab_size", "max_position_embeddings", "max_window_layers",
 }  # fmt: skip
 """Keys of config.json in which a base and its chat model may differ without computing something else."""
 

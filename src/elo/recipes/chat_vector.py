@@ -22,7 +22,7 @@ def chat_vector(
 ) -> dict[str, Any]:
     """Write adapted + scale * (chat - base) (arXiv 2310.04799), with the chat model's template.
 
-    The tokenizer is the chat model's or, where `elo vocab` has extended the adapted model's, that one with the chat
+    The tokenizer is the chat model's or, where the adapted model's has more tokens, that one with the chat
     model's settings and template.
 
     Args:
@@ -73,12 +73,13 @@ def _save_tokenizer(adapted: Path, chat: Path, folder: Path, trust_remote_code: 
     from elo.model.counting import read_config
     from elo.model.new_rows import read_new_rows
 
-    if read_new_rows(read_config(str(adapted), trust_remote_code=trust_remote_code)) is None:
+    ours, theirs = (load_tokenizer(each, trust_remote_code).backend for each in (adapted, chat))
+    ids, chat_ids = (each.get_vocab(with_added_tokens=True) for each in (ours, theirs))
+    recorded = read_new_rows(read_config(str(adapted), trust_remote_code=trust_remote_code))
+    if recorded is None and set(ids.values()) <= set(chat_ids.values()):  # other tools keep no record
         copy_tokenizer(chat, folder)
         return
-    ours, theirs = (load_tokenizer(each, trust_remote_code).backend for each in (adapted, chat))
-    ids = ours.get_vocab(with_added_tokens=True)
-    for token, number in sorted(theirs.get_vocab(with_added_tokens=True).items(), key=lambda pair: pair[1]):
+    for token, number in sorted(chat_ids.items(), key=lambda pair: pair[1]):
         if ids.get(token) != number:
             found = ours.id_to_token(number)
             raise EloError(

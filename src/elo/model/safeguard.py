@@ -23,16 +23,24 @@ from elo.model.config_surgery import error_line
 
 _SCALARS = (bool, int, float, str, type(None), torch.dtype)
 _FACTORIES = {torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
+_FILLERS = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"}
 _SMALL = 1 << 16
 
 
 class _WithoutLargeTensors(TorchFunctionMode):
-    """Uninitialised and large tensors are created on the meta device; small constants stay real, to be compared."""
+    """Uninitialised and large tensors are created on the meta device; small constants stay real, to be compared.
+
+    Filling what has no data would do nothing but take half of the time.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__name__", None) in _FILLERS:
+            filled = args[0] if args else kwargs["tensor"]  # torch.nn.init passes it on by name
+            if filled.is_meta:
+                return filled
         if func is torch.empty or (func in _FACTORIES and _numel(args, kwargs) > _SMALL):
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)

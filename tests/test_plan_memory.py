@@ -330,7 +330,6 @@ def test_8_bit_adamw_keeps_the_embedding_in_32_bits(tied: bool) -> None:
 
 
 def test_the_head_loss_is_that_of_training() -> None:
-    assert losses._SMALL_LOGITS == memory.SMALL_LOGITS
     assert {"gpu": losses._CHUNK_CUDA, "cpu": losses._CHUNK_CPU} == memory.CHUNK
     assert losses.HeadLoss == memory.HeadLoss
 

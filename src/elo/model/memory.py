@@ -13,7 +13,7 @@ from elo.model.footprint import Footprint, Method
 
 Precision = Literal["bf16", "fp32"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor"]
-HeadLoss = Literal["auto", "chunked", "plain", "linear_cross_entropy", "model"]
+HeadLoss = Literal["chunked", "plain", "linear_cross_entropy", "model"]
 
 OPTIMIZER_BYTES: dict[str, float] = {"adamw": 8.0, "adamw_8bit": 2.04, "adafactor": 0.02}
 """Bytes of state for one trained parameter. AdamW: two fp32 moments. 8-bit AdamW: two bytes and two fp32 scales for
@@ -24,7 +24,6 @@ RUNTIME_BYTES = {"gpu": 700 * 2**20, "cpu": 600 * 2**20}
 """CUDA context, kernels and library workspaces; on a CPU the Python process with its libraries."""
 
 # What elo.training.losses does; tests compare.
-SMALL_LOGITS = 4_000_000
 CHUNK = {"gpu": 2048, "cpu": 256}
 
 
@@ -66,7 +65,7 @@ def stage_memory(
     kind: Literal["gpu", "cpu"] = "gpu",
     optimizer: Optimizer = "adamw",
     activation_checkpointing: bool = False,
-    head_loss: HeadLoss = "auto",
+    head_loss: HeadLoss = "chunked",
     accumulates: bool = True,
     sharded_over: int = 1,
     lora_rank: int = 16,
@@ -168,19 +167,18 @@ def head_loss_bytes(
     """Bytes of the LM head's cross-entropy at its largest.
 
     All logits at once: three fp32 numbers each (log-probabilities and two gradients), as PyTorch's cross-entropy keeps
-    them. Chunked: one chunk's fp32 logits and what logsumexp makes of them, and the hidden states' gradient for all
-    tokens. A head that trains has its fp32 gradient beside them, then also a chunk's part of it, and in the backward,
-    when no logits are left, a scaled copy.
+    them. Chunked: one chunk's fp32 logits, under bf16 their gradient once more, and the hidden states' gradient for all
+    tokens. A head that trains has its fp32 gradient beside them; a CPU also makes a chunk's part of it in bf16.
     """
     logits = tokens * counted.vocab_size
-    if head_loss == "auto":
-        head_loss = "plain" if logits <= SMALL_LOGITS else "chunked"
     if head_loss in ("plain", "model"):
         return 12.0 * logits
     item = 2 if precision == "bf16" else 4
     chunk = float(min(tokens, CHUNK[kind]) * counted.vocab_size)
     head = counted.head_matmul if trains_head else 0
-    most = max(8 * chunk + 4 * head, (8 - item) * chunk + (4 + item) * head, 8 * head)
+    most = (4 if precision == "fp32" else 6) * chunk + 4 * head
+    if precision == "bf16" and kind == "cpu":
+        most += 2 * head
     return most + 2.0 * item * tokens * counted.hidden_size
 
 

@@ -46,7 +46,7 @@ def plan(
     alignment_optim: str | None = None,
     activation_checkpointing: bool = False,
     pretraining_activation_checkpointing: bool = False,
-    head_loss: str = "auto",
+    head_loss: str = "chunked",
     sharded: bool = False,
     lora_rank: int = 16,
     utilisation: float | None = None,
@@ -80,7 +80,7 @@ def plan(
         alignment_optim: the same for layer alignment and the baselines, when it differs.
         activation_checkpointing: in layer alignment and LoRA. Full CPT is planned with and without.
         pretraining_activation_checkpointing: in ELO pretraining.
-        head_loss: as in elo.training.losses: auto, plain, chunked, linear_cross_entropy or model.
+        head_loss: as in elo.training.losses: chunked, plain, linear_cross_entropy or model.
         sharded: weights, gradients and optimizer states are divided among the devices (FSDP).
         lora_rank: of the LoRA baseline, on every dense matrix of every layer.
         utilisation: share of the device's matrix-product rate that training reaches (0 to 1).

@@ -182,18 +182,23 @@ def _hold(undo: ExitStack, module: nn.Module, **tensors: Tensor) -> None:
 
 
 class _PastTheMiddle(torch.autograd.Function):
-    """Forward: what leaves the middle. Backward: its gradient times the bridge's Jacobian (I + W), to what entered."""
+    """Forward: what leaves the middle. Backward: its gradient times the bridge's Jacobian (I + W), to what entered.
+
+    The product is in autocast's dtype, as those of the layers around it are.
+    """
 
     @staticmethod
     def forward(ctx: Any, leaving: Tensor, entering: Tensor, weight_DD: Tensor) -> Tensor:
         ctx.save_for_backward(weight_DD)
+        device = leaving.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_DD.dtype
         return leaving.view_as(leaving)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = outputs
         (weight_DD,) = ctx.saved_tensors
-        return None, grad + (grad.to(weight_DD.dtype) @ weight_DD).to(grad.dtype), None
+        return None, grad + (grad.to(ctx.dtype) @ weight_DD.to(ctx.dtype)).to(grad.dtype), None
 
 
 class _Regression:

@@ -17,13 +17,12 @@ from transformers.modeling_outputs import CausalLMOutput
 from elo.data.packing import IGNORE_INDEX
 from elo.processes import from_main
 
-HeadLoss = Literal["auto", "chunked", "plain", "linear_cross_entropy", "model"]
+HeadLoss = Literal["chunked", "plain", "linear_cross_entropy", "model"]
 
-# benchmarks/head_loss.py: below this many logits a chunk loop costs more than it saves.
-_SMALL_LOGITS = 4_000_000
 # Tokens a chunk: 256 x 8192 x 4 bytes = 8 MiB of logits stay in a CPU's last-level cache; a GPU wants larger chunks.
 _CHUNK_CPU = 256
 _CHUNK_CUDA = 2048
+_SUMS_IN_FP32 = torch.__version__ >= "2.12"  # CUDA's products of bf16 matrices, out as they were summed
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy in nats with both gradients computed during forward, a chunk of tokens at a time.
 
     Each chunk's logits are made once, turned into their own gradient in place and dropped: the matmul FLOPs are the
-    floor (head forward, input gradient, and the weight gradient only for a head that trains).
+    floor (head forward, input gradient, and the weight gradient only for a head that trains). Products are in the
+    hidden states' dtype; the weight's gradient is summed in float32 and never copied. One backward only.
     """
 
     @staticmethod
@@ -67,6 +67,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         first_row: int,
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        own_dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        weight_VD = weight_VD.to(hidden_ND.dtype)
+        bias_V = None if bias_V is None else bias_V.to(hidden_ND.dtype)
         grad_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
@@ -74,53 +77,66 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden_ND.shape[0], chunk):
             piece = slice(start, start + chunk)
             hidden_CD, labels_C = hidden_ND[piece], labels_N[piece]
-            kept_C = labels_C != IGNORE_INDEX
+            kept_C1 = (labels_C != IGNORE_INDEX).unsqueeze(1)
             index_C1 = labels_C.clamp(min=0).unsqueeze(1)
-            logits_CV = F.linear(hidden_CD, weight_VD, bias_V).float()
+            logits_CV = _logits(hidden_CD, weight_VD, bias_V)
             if transform.scale != 1.0:
                 logits_CV *= transform.scale
             capped_CV = None
             if transform.softcap is not None:
                 capped_CV = torch.tanh(logits_CV / transform.softcap)
                 logits_CV = transform.softcap * capped_CV
-            normaliser_C1 = torch.logsumexp(logits_CV, dim=-1, keepdim=True)
-            nats_C = (normaliser_C1 - logits_CV.gather(1, index_C1)).squeeze(1)
-            total += torch.where(kept_C, nats_C, 0.0).sum()
-            if not (wants_hidden or wants_weight):
-                continue
-            # d(nats)/d(logits) = softmax - one-hot, then back through the softcap (1 - tanh^2) and the scale.
-            grad_CV = logits_CV.sub_(normaliser_C1).exp_()
-            grad_CV.scatter_add_(1, index_C1, grad_CV.new_full(index_C1.shape, -1.0))
-            grad_CV *= kept_C.unsqueeze(1)
-            if capped_CV is not None:
-                grad_CV *= 1 - capped_CV.square_()
-            if transform.scale != 1.0:
-                grad_CV *= transform.scale
-            if grad_bias_V is not None:
-                grad_bias_V += grad_CV.sum(0)
-            grad_CV = grad_CV.to(weight_VD.dtype)
-            if grad_hidden_ND is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[piece])
-            if grad_weight_VD is not None:
-                grad_weight_VD[first_row:] += grad_CV[:, first_row:].t() @ hidden_CD
-        ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+            target_C1 = logits_CV.gather(1, index_C1)
+            largest_C1 = logits_CV.amax(-1, keepdim=True)
+            grad_CV = logits_CV.sub_(largest_C1).exp_()
+            mass_C1 = grad_CV.sum(-1, keepdim=True)
+            total += torch.where(kept_C1, mass_C1.log() + largest_C1 - target_C1, 0.0).sum()
+            if wants_hidden or wants_weight:
+                # d(nats)/d(logits) = softmax - one-hot, then back through the softcap (1 - tanh^2) and the scale.
+                factor_C1 = kept_C1 * transform.scale
+                grad_CV *= factor_C1 / mass_C1
+                grad_CV.scatter_add_(1, index_C1, -factor_C1.to(grad_CV.dtype))
+                if capped_CV is not None:
+                    grad_CV *= 1 - capped_CV.square_()
+                if grad_bias_V is not None:
+                    grad_bias_V += grad_CV.sum(0)
+                grad_CV = grad_CV.to(weight_VD.dtype)
+                if grad_hidden_ND is not None:
+                    torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[piece])
+                if grad_weight_VD is not None:
+                    _add_product(grad_weight_VD[first_row:], grad_CV[:, first_row:].t(), hidden_CD)
+            del logits_CV, capped_CV, grad_CV  # else they are there while the next chunk's are made
+        # Not saved by autograd, which would keep them until the whole backward is over.
+        ctx.gradients = [(grad_hidden_ND, hidden_ND.dtype)]
+        ctx.gradients += zip((grad_weight_VD, grad_bias_V), own_dtypes, strict=True)
         return total
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = outputs
-        grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            None if grad_hidden_ND is None else grad_hidden_ND * grad_output,
-            None if grad_weight_VD is None else (grad_weight_VD * grad_output).to(weight_dtype),
-            None if grad_bias_V is None else (grad_bias_V * grad_output).to(bias_dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the chunked head loss goes backward once")
+        scaled = [None if each is None else each.mul_(grad_output).to(dtype) for each, dtype in gradients]
+        return *scaled, None, None, None, None
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """The chunk's logits in float32."""
+    if hidden_CD.dtype != torch.float32 and hidden_CD.is_cuda and _SUMS_IN_FP32:
+        logits_CV = torch.mm(hidden_CD, weight_VD.t(), out_dtype=torch.float32)
+        return logits_CV if bias_V is None else logits_CV.add_(bias_V)
+    return F.linear(hidden_CD, weight_VD, bias_V).float()
+
+
+def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
+    """`total += left @ right` in float32, without another [V, D] beside it where the device can."""
+    if left_VC.dtype == total_VD.dtype:
+        total_VD.addmm_(left_VC, right_CD)
+    elif _SUMS_IN_FP32 and total_VD.is_cuda:
+        torch.addmm(total_VD, left_VC, right_CD, out_dtype=torch.float32, out=total_VD)
+    else:
+        total_VD += left_VC @ right_CD
 
 
 def head_cross_entropy(
@@ -130,7 +146,7 @@ def head_cross_entropy(
     *,
     bias_V: Tensor | None = None,
     transform: LogitTransform | None = None,
-    implementation: HeadLoss = "auto",
+    implementation: HeadLoss = "chunked",
     chunk: int | None = None,
     first_row: int = 0,
 ) -> Tensor:
@@ -142,8 +158,8 @@ def head_cross_entropy(
         labels_N: the token that follows each position; -100 where there is none to predict.
         bias_V: the LM head's bias, if it has one.
         transform: what the model does to its logits.
-        implementation: `plain` (all logits at once), `chunked` (ours), `linear_cross_entropy` (PyTorch's; no softcap
-            and no scale) or `auto` (by size, from benchmarks/head_loss.py).
+        implementation: `chunked` (ours, the fastest at every size in benchmarks/head_loss.py), `plain` (all logits at
+            once) or `linear_cross_entropy` (PyTorch's; no softcap and no scale).
         chunk: tokens a chunk of `chunked`.
         first_row: the weight's gradient is wanted from this row on; `chunked` saves the work for those before it.
 
@@ -152,13 +168,9 @@ def head_cross_entropy(
     """
     transform = transform or LogitTransform()
     if torch.is_autocast_enabled(hidden_ND.device.type):
-        dtype = torch.get_autocast_dtype(hidden_ND.device.type)
-        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-        bias_V = None if bias_V is None else bias_V.to(dtype)
+        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(hidden_ND.device.type))
     elif hidden_ND.dtype != weight_VD.dtype:
         hidden_ND = hidden_ND.to(weight_VD.dtype)
-    if implementation == "auto":
-        implementation = "plain" if hidden_ND.shape[0] * weight_VD.shape[0] <= _SMALL_LOGITS else "chunked"
     with torch.autocast(hidden_ND.device.type, enabled=False):
         if implementation == "chunked":
             chunk = chunk or (_CHUNK_CUDA if hidden_ND.is_cuda else _CHUNK_CPU)
@@ -166,6 +178,8 @@ def head_cross_entropy(
                 hidden_ND, weight_VD, bias_V, labels_N, transform, chunk, first_row
             )
             return total
+        weight_VD = weight_VD.to(hidden_ND.dtype)
+        bias_V = None if bias_V is None else bias_V.to(hidden_ND.dtype)
         if implementation == "linear_cross_entropy":
             if transform != LogitTransform():
                 raise ValueError("linear_cross_entropy cannot scale or soft-cap logits; use 'chunked'")
@@ -183,7 +197,7 @@ def head_cross_entropy(
 
 def install_head_loss(
     model: PreTrainedModel,
-    implementation: HeadLoss = "auto",
+    implementation: HeadLoss = "chunked",
     autocast_dtype: torch.dtype | None = None,
     first_row: int = 0,
 ) -> Callable[[], None]:

@@ -46,7 +46,7 @@ class TrainingSettings(BaseModel):
     """bf16 autocast over fp32 weights; auto: where the hardware multiplies bf16 matrices."""
     attn_implementation: str = "auto"
     """auto: the fastest that keeps packed documents apart on this device."""
-    head_loss: Literal["auto", "chunked", "plain", "linear_cross_entropy", "model"] = "auto"
+    head_loss: Literal["chunked", "plain", "linear_cross_entropy", "model"] = "chunked"
     """How the LM head's cross-entropy is computed; see elo.training.losses."""
     logging_steps: int = Field(10, gt=0)
     save_steps: int = Field(500, gt=0)

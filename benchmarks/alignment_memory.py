@@ -22,7 +22,7 @@ from throughput import make_config, make_ready, train_some
 from elo.model.counting import footprint
 from elo.recipes.plan import plan
 from elo.training.methods import Options, find_method
-from elo.training.settings import EloOptions, TrainingSettings
+from elo.training.settings import PUBLISHED, EloOptions, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ CONTESTANTS = {
     "forward-only middle, 8-bit AdamW": Contestant("elo", FORWARD_ONLY, EIGHT_BIT, "elo_pretraining"),
     "detached, bridge": Contestant("elo", BRIDGE, planned="elo_pretraining"),
     "detached, bridge, 8-bit AdamW": Contestant("elo", BRIDGE, EIGHT_BIT, "elo_pretraining"),
+    "detached, as published": Contestant("elo_paper", Options(elo=PUBLISHED), planned="elo_pretraining"),
 }
 
 

@@ -1,0 +1,178 @@
+"""Peak GPU memory of training at full size, beside `elo plan`: on a GPU, or on one that computes nothing.
+
+    python benchmarks/gpu_memory.py --output gpu_memory.json
+
+Each contestant trains a model of random weights, by default of the shape of Llama-3.1-8B, for a few updates in a
+process of its own; what is told is PyTorch's allocator's. That takes no arithmetic, so it can be had without a GPU:
+
+    python -m venv CUDA && CUDA/bin/pip install 'torch==2.13.0' 'nvidia-cuda-crt<13.1' -e '.[lora]'    # a CUDA build
+    CUDA/bin/python benchmarks/null_gpu/build.py NULL
+    NULL_GPU_GIB=400 LD_PRELOAD=NULL/null_gpu.so LD_LIBRARY_PATH=NULL CUDA/bin/python benchmarks/gpu_memory.py
+
+There, the host's part of an update is told beside the floor of its matrix products: what a GPU would wait for.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from alignment_memory import CONTESTANTS, Contestant, settings_of
+from measuring import in_process, print_table, write_report
+from throughput import make_rows
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from elo.layers import gaps_between
+from elo.model.counting import footprint
+from elo.model.surgery import detach_layers
+from elo.recipes.plan import plan
+from elo.training import attention, loop, losses
+from elo.training.bridge import Bridge
+from elo.training.methods import Method, Prepared, Setup, find_method
+from elo.training.trainer import EloTrainer
+
+GIB = 1 << 30
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+    bos_token_id=None,
+    eos_token_id=0,
+)
+DEVICE = "H200"
+
+
+def config_of(args: argparse.Namespace) -> Any:
+    return AutoConfig.from_pretrained(args.config) if args.config else LLAMA_8B
+
+
+def on_a_null_gpu() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_name().startswith("null GPU")
+
+
+def answer_for_it() -> None:
+    """Where nothing is computed, say yes to what is asked of computed values: these are Llamas, which pass on a CPU."""
+    losses._head_is_separable = lambda *_: True
+    attention._varlen_agrees = lambda *_: True
+    loop._require_isolation = lambda *_: None
+
+
+def make_ready(args: argparse.Namespace, method: Method) -> tuple[Any, Prepared]:
+    """The model that a method's first phase trains, on the GPU: what trains in fp32, all else in bf16."""
+    phase, config = method.phases[0], config_of(args)
+    layers = (0, config.num_hidden_layers - 1)
+    with torch.device("cuda"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    bridge = None
+    if phase.needs_bridge:
+        width, gaps = config.hidden_size, tuple(gaps_between(layers, config.num_hidden_layers))
+        zeros = tuple(torch.zeros(width, width) for _ in gaps), tuple(torch.zeros(width) for _ in gaps)
+        bridge = Bridge(gaps, *zeros, tuple(0.0 for _ in gaps))
+    if phase.detached:
+        model = detach_layers(model, list(layers))
+    prepared = method.prepare(model, phase, Setup(layers, bridge))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    torch.cuda.empty_cache()
+    return model, prepared
+
+
+def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float]:
+    """Train here, for a few updates: peaks of memory allocated and reserved, in bytes, and the last one's seconds."""
+    if on_a_null_gpu():
+        answer_for_it()
+    EloTrainer._save_checkpoint = lambda *_: None  # type: ignore[method-assign]  # tens of GB of what nobody wants
+    model, prepared = make_ready(args, find_method(contestant.method, contestant.options))
+    args.vocab_size = model.config.vocab_size
+    rows = make_rows(args, args.steps * args.batch * args.accumulate)
+    with tempfile.TemporaryDirectory() as folder:
+        result = loop.train(
+            model, rows, settings=settings_of(args, contestant), output_dir=Path(folder), seed=0, prepared=prepared
+        )
+    seconds = [point["seconds"] for point in result.losses]
+    return {
+        "peak_bytes": result.peak_memory_bytes,
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "seconds_per_update": seconds[-1] - seconds[-2],
+    }
+
+
+def measure_apart(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """`measure` in a process of its own; {"failed": why} where it fails, most likely for want of memory."""
+    given = {key: value for key, value in vars(args).items() if key not in ("only", "output")}
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import argparse, json; from gpu_memory import CONTESTANTS, measure\n"
+        f"print(json.dumps(measure(argparse.Namespace(**{given!r}), CONTESTANTS[{name!r}])))"
+    )
+    found = in_process(code)
+    return found if "failed" in found else json.loads(found["printed"].splitlines()[-1])
+
+
+def foretell(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any] | None:
+    """What `elo plan` says of its stage: what PyTorch allocates (without CUDA's own), and seconds of an update."""
+    if contestant.planned is None:
+        return None
+    planned = plan(
+        config_of(args),
+        alignment_share=0.5,
+        sequence_length=args.sequence_length,
+        per_device_train_batch_size=args.batch,
+        tokens_per_step=args.batch * args.accumulate * args.sequence_length,
+        device=DEVICE,
+        **contestant.plan_arguments(),
+    )
+    stage = (planned["stages"] | planned["baselines"])[contestant.planned]
+    memory = stage["memory"]
+    return {
+        "peak_bytes": memory["peak"] - memory["parts"]["runtime"],
+        "seconds_per_update": args.batch * args.accumulate * args.sequence_length / stage["tokens_per_second"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="folder or hub id of another model's config.json")
+    parser.add_argument("--sequence-length", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--accumulate", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=list(CONTESTANTS), help="contestants to run")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU, and no null GPU either: see --help")
+
+    print(f"{footprint(config_of(args)).total / 1e9:.2f} B parameters on {torch.cuda.get_device_name()}")
+    rows: list[list[str]] = []
+    results: dict[str, dict[str, Any]] = {}
+    for name in args.only or CONTESTANTS:
+        measured, planned = measure_apart(args, name), foretell(args, CONTESTANTS[name])
+        results[name] = {"measured": measured, "planned": planned}
+        if "failed" in measured:
+            rows.append([name, "failed", *[""] * 5])
+            print(f"{name}: {measured['failed'][-300:]}", file=sys.stderr, flush=True)
+            continue
+        plain = results.get("full, AdamW", {}).get("measured", {}).get("peak_bytes")
+        cells = [f"{measured[key] / GIB:.1f}" for key in ("peak_bytes", "reserved_bytes")]
+        cells.append(f"{measured['peak_bytes'] / plain:.3f}" if plain else "")
+        cells.append("" if planned is None else f"{planned['peak_bytes'] / measured['peak_bytes']:.3f}")
+        cells.append(f"{measured['seconds_per_update']:.2f}")
+        cells.append("" if planned is None else f"{planned['seconds_per_update']:.2f}")
+        rows.append([name, *cells])
+        print(f"{name}: {cells[0]} GiB", file=sys.stderr, flush=True)
+    update = "s an update, host alone" if on_a_null_gpu() else "s an update"
+    print_table(["", "peak GiB", "reserved", "/ plain", "planned / peak", update, f"planned, {DEVICE}"], rows)
+    write_report(args.output, vars(args), contestants=results)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,11 +5,13 @@
 Each contestant trains a model of random weights, by default of the shape of Llama-3.1-8B, for a few updates in a
 process of its own; what is told is PyTorch's allocator's. That takes no arithmetic, so it can be had without a GPU:
 
-    python -m venv CUDA && CUDA/bin/pip install 'torch==2.13.0' 'nvidia-cuda-crt<13.1' -e '.[lora]'    # a CUDA build
-    CUDA/bin/python benchmarks/null_gpu/build.py NULL
-    NULL_GPU_GIB=400 LD_PRELOAD=NULL/null_gpu.so LD_LIBRARY_PATH=NULL CUDA/bin/python benchmarks/gpu_memory.py
+    python -m venv cuda    # for a CUDA build of PyTorch
+    cuda/bin/pip install 'torch==2.13.0' 'nvidia-cuda-crt<13.1' -e '.[lora,adamw8bit]'
+    cuda/bin/python benchmarks/null_gpu/build.py null
+    NULL_GPU_GIB=400 LD_PRELOAD=$PWD/null/null_gpu.so LD_LIBRARY_PATH=$PWD/null \\
+        cuda/bin/python benchmarks/gpu_memory.py --output gpu_memory.json
 
-There, the host's part of an update is told beside the floor of its matrix products: what a GPU would wait for.
+There the seconds of an update are the host's alone, without what CUDA itself takes to start a kernel.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from alignment_memory import CONTESTANTS, Contestant, settings_of
 from measuring import in_process, print_table, write_report
+from null_gpu.answers import answer_for_it, on_a_null_gpu
 from throughput import make_rows
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
@@ -29,7 +32,7 @@ from elo.layers import gaps_between
 from elo.model.counting import footprint
 from elo.model.surgery import detach_layers
 from elo.recipes.plan import plan
-from elo.training import attention, loop, losses
+from elo.training import loop
 from elo.training.bridge import Bridge
 from elo.training.methods import Method, Prepared, Setup, find_method
 from elo.training.trainer import EloTrainer
@@ -51,17 +54,6 @@ DEVICE = "H200"
 
 def config_of(args: argparse.Namespace) -> Any:
     return AutoConfig.from_pretrained(args.config) if args.config else LLAMA_8B
-
-
-def on_a_null_gpu() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_name().startswith("null GPU")
-
-
-def answer_for_it() -> None:
-    """Where nothing is computed, say yes to what is asked of computed values: these are Llamas, which pass on a CPU."""
-    losses._head_is_separable = lambda *_: True
-    attention._varlen_agrees = lambda *_: True
-    loop._require_isolation = lambda *_: None
 
 
 def make_ready(args: argparse.Namespace, method: Method) -> tuple[Any, Prepared]:

@@ -3,7 +3,7 @@
     python benchmarks/head_loss.py --tokens 4096 --vocab-sizes 2048 8192 32768 --hidden-size 256 --output head_loss.json
 
 The floor is two matrix products of tokens x hidden x vocabulary (logits, input gradient), measured beside.
-elo.training.losses chooses between `plain` and `chunked` by these figures.
+The default of elo.training.losses rests on these figures.
 """
 
 import argparse

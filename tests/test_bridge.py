@@ -12,7 +12,7 @@ from zoo import FAMILIES, tiny_config, tiny_model
 from elo.errors import EloError
 from elo.model.architecture import layers_of
 from elo.model.surgery import detach_layers
-from elo.training.bridge import Bridge, Gap, fit_bridge, gaps_between, install_bridge, pass_forward_only
+from elo.training.bridge import Bridge, Gap, _PastTheMiddle, fit_bridge, gaps_between, install_bridge, pass_forward_only
 from elo.training.loop import rows_per_step, train
 from elo.training.methods import select_layers
 
@@ -163,6 +163,22 @@ def test_forward_only_computes_the_whole_model_and_the_bridges_gradient():
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
     handle.remove(), hooked.remove(), undo()
     assert not [name for name, _ in model.named_buffers() if "elo" in name]
+
+
+def test_past_the_middle_multiplies_in_autocasts_dtype():
+    generator = torch.Generator().manual_seed(0)
+    entering, leaving, seen = (torch.randn(5, 7, 64, generator=generator) for _ in range(3))
+    weight = torch.randn(64, 64, generator=generator) / 8
+    entering.requires_grad_()
+    exact = seen + seen @ weight
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            passed = _PastTheMiddle.apply(leaving, entering, weight)
+        (got,) = torch.autograd.grad(passed, entering, seen)
+        assert torch.equal(passed, leaving)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, exact, rtol=0.0, atol=0.03 if bf16 else 1e-5)
+        assert torch.equal(got, seen + (seen.bfloat16() @ weight.bfloat16()).float()) == bf16
 
 
 def test_round_trip_through_a_file(tmp_path):

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 from plan_fixtures import LiveBytes, known_configs, tiny_gpt2, tiny_llama
-from transformers import AutoModelForCausalLM, Gemma2Config, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 from elo.errors import EloError
 from elo.layers import gaps_between
@@ -215,6 +222,14 @@ def test_peak_memory_is_within_a_tenth(method: Any, checkpointing: bool, head_lo
         tiny_llama(**SMALL), method, checkpointing=checkpointing, head_loss=head_loss, micro_steps=micro_steps
     )
     assert planned.peak - memory.RUNTIME_BYTES["cpu"] == pytest.approx(measured, rel=0.10), planned
+
+
+def test_a_softcap_keeps_the_logits_twice() -> None:
+    size = SMALL | {"vocab_size": 32768, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32}
+    for softcap in (None, 30.0):
+        config = Gemma3TextConfig(**size, num_key_value_heads=2, final_logit_softcapping=softcap)
+        planned, measured = planned_and_measured(config, "elo")
+        assert planned.peak - memory.RUNTIME_BYTES["cpu"] == pytest.approx(measured, rel=0.10), planned
 
 
 @pytest.mark.parametrize(

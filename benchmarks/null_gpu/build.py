@@ -1,7 +1,7 @@
-"""Build a GPU that computes nothing, for this environment's PyTorch (a CUDA 13 build of it, and a C compiler).
+"""Build a GPU that computes nothing, for this environment's PyTorch (a CUDA 13 build of it; takes `cc` and `nm`).
 
     python benchmarks/null_gpu/build.py FOLDER
-    LD_PRELOAD=FOLDER/null_gpu.so LD_LIBRARY_PATH=FOLDER python ...
+    LD_PRELOAD=$PWD/FOLDER/null_gpu.so LD_LIBRARY_PATH=$PWD/FOLDER python ...
 
 To PyTorch it is an H100 with as much memory as NULL_GPU_GIB says (141). Results are whatever was in memory, mostly
 zeros; what is true on it are allocations, so peak memory, and whether the host's side of a program runs.
@@ -34,7 +34,7 @@ def wanted_by(library: Path) -> set[str]:
 
 def build(output: Path, source: Path, names: set[str], *flags: str) -> None:
     """Compile `source`, with a function that returns 0 for each name that it lacks."""
-    there = set(re.findall(r"\b(\w+)\(", source.read_text()))
+    there = set(re.findall(r"^[a-z].*?\b(\w+)\(", source.read_text(), re.MULTILINE))
     rest = output.with_suffix(".c")
     rest.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(names - there)))
     subprocess.run(
@@ -54,8 +54,10 @@ def main() -> None:
     called = set().union(*map(wanted_by, [*libraries.glob("lib*cuda*.so"), libraries / "libtorch_python.so"]))
     runtime = {name for name in called if re.match(r"cuda[A-Z]|__cuda|cublas", name)}
     runtime = {name for name in runtime - KEPT if "egister" not in name or not name.startswith("__")}
-    headers = next(path for path in package("nvidia").glob("*/include") if (path / "cuda_runtime_api.h").exists())
-    build(folder / "null_gpu.so", HERE / "runtime.c", runtime, f"-I{headers}")
+    headers = [path for path in package("nvidia").glob("*/include") if (path / "crt" / "host_defines.h").exists()]
+    if not headers:
+        raise SystemExit("CUDA's headers are not there; pip install 'nvidia-cuda-crt<13.1'")
+    build(folder / "null_gpu.so", HERE / "runtime.c", runtime, f"-I{headers[0]}")
     driver = {name for name in wanted_by(libraries / "libcaffe2_nvrtc.so") if re.match(r"cu[A-Z]", name)}
     triton = package("triton") / "backends" / "nvidia" / "driver.c"
     driver |= set(re.findall(r"\b(cu[A-Z]\w+)\(", triton.read_text()))

@@ -13,7 +13,8 @@
 
 #define COPIED (8ul << 20) /* bytes; larger copies are left out */
 static const size_t page = 1 << 21;
-static struct { char *start; size_t size; int host; } ranges[65536];
+#define MOST 65536
+static struct { char *start; size_t size; int host; } ranges[MOST];
 static int num_ranges;
 static size_t used;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -25,11 +26,14 @@ static cudaError_t hand_out(void **out, size_t size, int host) {
     size_t rounded = (size + page - 1) / page * page;
     pthread_mutex_lock(&lock);
     cudaError_t result = cudaErrorMemoryAllocation;
-    if (host || used + rounded <= total()) {
+    if (size == 0) {
+        *out = NULL;
+        result = cudaSuccess;
+    } else if (host || used + rounded <= total()) {
         char *start = mmap(NULL, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (start != MAP_FAILED) {
-            int i = 0;
-            while (i < num_ranges && ranges[i].start) i++;
+        int i = 0;
+        while (i < num_ranges && ranges[i].start) i++;
+        if (start != MAP_FAILED && i < MOST) {
             if (i == num_ranges) num_ranges++;
             ranges[i].start = start, ranges[i].size = rounded, ranges[i].host = host;
             if (!host) used += rounded;

@@ -115,6 +115,7 @@ def footprint(model: PreTrainedModel | PretrainedConfig) -> Footprint:
         norm=norm,
         other=count(model.parameters()),
         layers=layers,
+        softcaps=getattr(config, "final_logit_softcapping", None) is not None,
     )
 
 

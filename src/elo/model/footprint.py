@@ -81,6 +81,8 @@ class Footprint:
     other: int
     """Parameters outside layers, token embedding, final norm and head: position embeddings, projections."""
     layers: tuple[LayerFootprint, ...]
+    softcaps: bool = False
+    """Whether the logits are soft-capped, for which the head's loss keeps them twice."""
 
     @cached_property
     def total(self) -> int:

@@ -167,8 +167,9 @@ def head_loss_bytes(
     """Bytes of the LM head's cross-entropy at its largest.
 
     All logits at once: three fp32 numbers each (log-probabilities and two gradients), as PyTorch's cross-entropy keeps
-    them. Chunked: one chunk's fp32 logits, under bf16 their gradient once more, and the hidden states' gradient for all
-    tokens. A head that trains has its fp32 gradient beside them; a CPU also makes a chunk's part of it in bf16.
+    them. Chunked: one chunk's fp32 logits, twice under a softcap, under bf16 their gradient once more, and the hidden
+    states' gradient for all tokens. A head that trains has its fp32 gradient beside them; a CPU also makes a chunk's
+    part of it in bf16.
     """
     logits = tokens * counted.vocab_size
     if head_loss in ("plain", "model"):
@@ -177,6 +178,8 @@ def head_loss_bytes(
     chunk = float(min(tokens, CHUNK[kind]) * counted.vocab_size)
     head = counted.head_matmul if trains_head else 0
     most = (4 if precision == "fp32" else 6) * chunk + 4 * head
+    if counted.softcaps:
+        most += 4 * chunk
     if precision == "bf16" and kind == "cpu":
         most += 2 * head
     return most + 2.0 * item * tokens * counted.hidden_size

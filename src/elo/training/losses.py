@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -52,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     Each chunk's logits are made once, turned into their own gradient in place and dropped: the matmul FLOPs are the
     floor (head forward, input gradient, and the weight gradient only for a head that trains). Products are in the
-    hidden states' dtype; the weight's gradient is summed in float32 and never copied. One backward only.
+    hidden states' dtype; the weight's gradient is summed and handed on in float32. One backward only.
     """
 
     @staticmethod
@@ -84,7 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits_CV *= transform.scale
             capped_CV = None
             if transform.softcap is not None:
-                capped_CV = torch.tanh(logits_CV / transform.softcap)
+                capped_CV = logits_CV.div_(transform.softcap).tanh_()
                 logits_CV = transform.softcap * capped_CV
             target_C1 = logits_CV.gather(1, index_C1)
             largest_C1 = logits_CV.amax(-1, keepdim=True)
@@ -97,7 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_CV *= factor_C1 / mass_C1
                 grad_CV.scatter_add_(1, index_C1, -factor_C1.to(grad_CV.dtype))
                 if capped_CV is not None:
-                    grad_CV *= 1 - capped_CV.square_()
+                    grad_CV *= capped_CV.square_().neg_().add_(1)
                 if grad_bias_V is not None:
                     grad_bias_V += grad_CV.sum(0)
                 grad_CV = grad_CV.to(weight_VD.dtype)
@@ -112,6 +113,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = outputs
         gradients, ctx.gradients = ctx.gradients, None
@@ -158,8 +160,8 @@ def head_cross_entropy(
         labels_N: the token that follows each position; -100 where there is none to predict.
         bias_V: the LM head's bias, if it has one.
         transform: what the model does to its logits.
-        implementation: `chunked` (ours, the fastest at every size in benchmarks/head_loss.py), `plain` (all logits at
-            once) or `linear_cross_entropy` (PyTorch's; no softcap and no scale).
+        implementation: `chunked` (ours; see benchmarks/head_loss.py), `plain` (all logits at once) or
+            `linear_cross_entropy` (PyTorch's; no softcap and no scale).
         chunk: tokens a chunk of `chunked`.
         first_row: the weight's gradient is wanted from this row on; `chunked` saves the work for those before it.
 

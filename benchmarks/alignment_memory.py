@@ -88,12 +88,14 @@ def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float
     return {"tokens_per_second": rate, "peak_memory_bytes": peak}
 
 
-def measure_apart(args: argparse.Namespace, name: str, *, env: dict[str, str] | None = None) -> dict[str, Any]:
-    """`measure` in a process of its own; {"failed": why} where it fails, most likely for want of memory."""
+def measure_apart(
+    args: argparse.Namespace, name: str, *, module: str = "alignment_memory", env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """A module's `measure` in a process of its own; {"failed": why} where it fails, most likely for want of memory."""
     size = {key: value for key, value in vars(args).items() if key not in ("only", "output")}
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import argparse, json; from alignment_memory import CONTESTANTS, measure\n"
+        f"import argparse, json; from {module} import CONTESTANTS, measure\n"
         f"print(json.dumps(measure(argparse.Namespace(**{size!r}), CONTESTANTS[{name!r}])))"
     )
     found = in_process(code, env=env)

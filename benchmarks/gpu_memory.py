@@ -15,15 +15,14 @@ There the seconds of an update are the host's alone, without what CUDA itself ta
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from alignment_memory import CONTESTANTS, Contestant, settings_of
-from measuring import in_process, print_table, write_report
+from alignment_memory import CONTESTANTS, Contestant, measure_apart, settings_of
+from measuring import print_table, write_report
 from null_gpu.answers import answer_for_it, on_a_null_gpu
 from throughput import make_rows
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
@@ -97,18 +96,6 @@ def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float
     }
 
 
-def measure_apart(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """`measure` in a process of its own; {"failed": why} where it fails, most likely for want of memory."""
-    given = {key: value for key, value in vars(args).items() if key not in ("only", "output")}
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import argparse, json; from gpu_memory import CONTESTANTS, measure\n"
-        f"print(json.dumps(measure(argparse.Namespace(**{given!r}), CONTESTANTS[{name!r}])))"
-    )
-    found = in_process(code)
-    return found if "failed" in found else json.loads(found["printed"].splitlines()[-1])
-
-
 def foretell(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any] | None:
     """What `elo plan` says of its stage: what PyTorch allocates (without CUDA's own), and seconds of an update."""
     if contestant.planned is None:
@@ -147,7 +134,7 @@ def main() -> None:
     rows: list[list[str]] = []
     results: dict[str, dict[str, Any]] = {}
     for name in args.only or CONTESTANTS:
-        measured, planned = measure_apart(args, name), foretell(args, CONTESTANTS[name])
+        measured, planned = measure_apart(args, name, module="gpu_memory"), foretell(args, CONTESTANTS[name])
         results[name] = {"measured": measured, "planned": planned}
         if "failed" in measured:
             rows.append([name, "failed", *[""] * 5])

@@ -1,5 +1,6 @@
 """What several benchmarks need: a process of its own with its peak memory, a table."""
 
+import datetime
 import json
 import os
 import re
@@ -69,12 +70,13 @@ def weights_size(folder: Path) -> int:
 
 
 def write_report(path: Path | None, arguments: dict[str, Any], **found: Any) -> None:
-    """Write what was found as JSON, with the machine, the versions and the command's arguments; nowhere if None."""
+    """Write what was found as JSON, with date, machine, versions and the command's arguments; nowhere if None."""
     from elo.recipes.results import hardware, versions
 
     if path is not None:
         told = {name: getattr(each, "name", each) for name, each in arguments.items() if each is not path}
-        report = {"hardware": hardware(), "versions": versions(), "arguments": told, **found}
+        today = datetime.date.today().isoformat()
+        report = {"date": today, "hardware": hardware(), "versions": versions(), "arguments": told, **found}
         path.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from measuring import MIB, in_process, print_table, write_report
 from throughput import make_config, make_ready, train_some
+from transformers import PretrainedConfig
 
 from elo.model.counting import footprint
 from elo.recipes.plan import plan
@@ -102,21 +103,31 @@ def measure_apart(
     return found if "failed" in found else json.loads(found["printed"].splitlines()[-1])
 
 
-def foretell(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any] | None:
-    """What `elo plan --measure` says of it."""
+def planned_stage(
+    args: argparse.Namespace, contestant: Contestant, config: PretrainedConfig, **where: Any
+) -> dict[str, Any] | None:
+    """What `elo plan` says of it; `where` is the device or how to measure this one."""
     if contestant.planned is None:
         return None
     planned = plan(
-        make_config(args, args.layers),
+        config,
         tokens=1_000_000,
         alignment_share=0.5,
         sequence_length=args.sequence_length,
         per_device_train_batch_size=args.batch,
         tokens_per_step=args.batch * args.accumulate * args.sequence_length,
-        measure=True,
+        **where,
         **contestant.plan_arguments(),
     )
-    stage = (planned["stages"] | planned["baselines"])[contestant.planned]
+    found: dict[str, Any] = (planned["stages"] | planned["baselines"])[contestant.planned]
+    return found
+
+
+def foretell(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any] | None:
+    """Tokens per second and peak of memory in bytes by `elo plan --measure`."""
+    stage = planned_stage(args, contestant, make_config(args, args.layers), measure=True)
+    if stage is None:
+        return None
     return {"tokens_per_second": stage["tokens_per_second"], "peak_memory_bytes": stage["memory"]["peak"]}
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from alignment_memory import CONTESTANTS, Contestant, measure_apart, settings_of
+from alignment_memory import CONTESTANTS, Contestant, measure_apart, planned_stage, settings_of
 from measuring import print_table, write_report
 from null_gpu.answers import answer_for_it, on_a_null_gpu
 from throughput import make_rows
@@ -30,7 +30,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from elo.layers import gaps_between
 from elo.model.counting import footprint
 from elo.model.surgery import detach_layers
-from elo.recipes.plan import plan
 from elo.training import loop
 from elo.training.bridge import Bridge
 from elo.training.methods import Method, Prepared, Setup, find_method
@@ -98,18 +97,9 @@ def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float
 
 def foretell(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any] | None:
     """What `elo plan` says of its stage: what PyTorch allocates (without CUDA's own), and seconds of an update."""
-    if contestant.planned is None:
+    stage = planned_stage(args, contestant, config_of(args), device=DEVICE)
+    if stage is None:
         return None
-    planned = plan(
-        config_of(args),
-        alignment_share=0.5,
-        sequence_length=args.sequence_length,
-        per_device_train_batch_size=args.batch,
-        tokens_per_step=args.batch * args.accumulate * args.sequence_length,
-        device=DEVICE,
-        **contestant.plan_arguments(),
-    )
-    stage = (planned["stages"] | planned["baselines"])[contestant.planned]
     memory = stage["memory"]
     return {
         "peak_bytes": memory["peak"] - memory["parts"]["runtime"],

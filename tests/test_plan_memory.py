@@ -344,11 +344,6 @@ def test_8_bit_adamw_keeps_the_embedding_in_32_bits(tied: bool) -> None:
     assert states("forward_only", "embedding", "head") == round(2.04 * (layers + counted.head) + 8 * counted.embedding)
 
 
-def test_the_head_loss_is_that_of_training() -> None:
-    assert {"gpu": losses._CHUNK_CUDA, "cpu": losses._CHUNK_CPU} == memory.CHUNK
-    assert losses.HeadLoss == memory.HeadLoss
-
-
 def test_an_unknown_optimizer_is_told() -> None:
     with pytest.raises(EloError, match="optim: 'sgd' is unknown; choose one of adamw, adamw_8bit, adafactor"):
         check_optimizer("sgd")

@@ -6,7 +6,7 @@ most of the activation memory. Shapes: N tokens, D hidden width, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from elo.data.packing import IGNORE_INDEX
+from elo.model.memory import CHUNK, HeadLoss
 from elo.processes import from_main
 
-HeadLoss = Literal["chunked", "plain", "linear_cross_entropy", "model"]
-
-# Tokens a chunk: 256 x 8192 x 4 bytes = 8 MiB of logits stay in a CPU's last-level cache; a GPU wants larger chunks.
-_CHUNK_CPU = 256
-_CHUNK_CUDA = 2048
 _SUMS_IN_FP32 = torch.__version__ >= "2.12"  # CUDA's products of bf16 matrices, out as they were summed
 
 
@@ -175,7 +171,7 @@ def head_cross_entropy(
         hidden_ND = hidden_ND.to(weight_VD.dtype)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         if implementation == "chunked":
-            chunk = chunk or (_CHUNK_CUDA if hidden_ND.is_cuda else _CHUNK_CPU)
+            chunk = chunk or CHUNK["gpu" if hidden_ND.is_cuda else "cpu"]
             total: Tensor = _ChunkedCrossEntropy.apply(
                 hidden_ND, weight_VD, bias_V, labels_N, transform, chunk, first_row
             )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from elo.errors import EloError
+from elo.model.memory import HeadLoss
 
 Part = Literal["embedding", "norm", "head"]
 """A part of a model outside its decoder layers."""
@@ -46,7 +47,7 @@ class TrainingSettings(BaseModel):
     """bf16 autocast over fp32 weights; auto: where the hardware multiplies bf16 matrices."""
     attn_implementation: str = "auto"
     """auto: the fastest that keeps packed documents apart on this device."""
-    head_loss: Literal["chunked", "plain", "linear_cross_entropy", "model"] = "chunked"
+    head_loss: HeadLoss = "chunked"
     """How the LM head's cross-entropy is computed; see elo.training.losses."""
     logging_steps: int = Field(10, gt=0)
     save_steps: int = Field(500, gt=0)

@@ -12,6 +12,7 @@ the checkpoints before any comparison (benchmarks/heal_smollm2.yaml, benchmarks/
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,7 +32,7 @@ def assemble_gguf(packages: Path, output: Path) -> dict[str, Path]:
 
 def dequantise(gguf: Path, output: Path) -> str:
     """Write a bf16 checkpoint with tokenizer; returns how it continues a prompt."""
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,4 +1,8 @@
-"""How much of the trained change to attach: the scale at which the whole model predicts unseen rows best."""
+"""How much of the trained change to keep: the scale at which the whole model predicts unseen text best.
+
+Training moves weights further than the whole model wants them when it sees a part of the model, or little text: an
+interpolation between where they were and where they went is often better than either (WiSE-FT, arXiv 2109.01903).
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import inf, isnan
@@ -7,48 +11,49 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from elo.checkpoint.architecture import find_architecture, modules_of
+from elo.checkpoint.new_rows import read_new_rows
 from elo.data.packing import IGNORE_INDEX
 from elo.errors import EloError
 from elo.evaluate.scoring import batch_tokens, evaluating, forward_logits, takes_position_ids, token_nats
-from elo.surgery.in_memory import attach_layers, detach_layers
-from elo.surgery.provenance import PROVENANCE_KEY
+from elo.surgery.in_memory import blend
 
 _COARSE, _FINE = 0.25, 0.125
 _BATCH_TOKENS = 2048
 
 
 def search_scale(
-    model: PreTrainedModel,
-    detached: PreTrainedModel,
-    rows: Mapping[str, Sequence[dict[str, Any]]],
-    include: Sequence[str] = (),
+    base: PreTrainedModel, trained: PreTrainedModel, sequences: Mapping[str, Sequence[dict[str, Any]]]
 ) -> tuple[float, dict[float, float]]:
-    """Try scales of `attach_layers`, eighths above 0 up to 1, each by a forward pass over `rows`.
-
-    Training layers in a shallow model moves them further than the whole model wants them: an interpolation between
-    where they were and where they went is often better than either (compare WiSE-FT, arXiv 2109.01903).
+    """Try scales of base + scale x (trained - base), eighths above 0 up to 1, each by a forward pass.
 
     Args:
-        model: the base; as it was afterwards.
-        detached: its trained layers.
-        rows: by language, packed rows that `detached` was not trained on, `input_ids`, `shift_labels` and
+        base: the model before training.
+        trained: the model after training, with the same parameters; its weights are changed by this function.
+        sequences: by language, packed sequences that training did not see: `input_ids`, `shift_labels` and
             `position_ids` of [T]. Each language counts alike: what is forgotten weighs as much as what is learned.
-        include: parts outside the layers that are attached with them.
 
     Returns:
         The best scale, and nats per token by scale that was tried, the mean over languages; finite ones alone.
 
     Raises:
-        EloError: the attached model's loss is finite at no scale.
+        EloError: the loss is finite at no scale.
     """
-    original = detach_layers(model, getattr(detached.config, PROVENANCE_KEY)["layers"])
+    before = dict(base.named_parameters())
+    rows = read_new_rows(trained.config)
+    find_architecture(trained)
+    embeddings = {id(each) for module in modules_of(trained, ("embedding", "head")) for each in module.parameters()}
+    moved = [
+        (parameter, before[name].detach(), parameter.detach().clone(), id(parameter) in embeddings)
+        for name, parameter in trained.named_parameters()
+        if not torch.equal(parameter, before[name])
+    ]
 
     def attempt(scale: float) -> float:
-        attach_layers(model, detached, scale=scale, include=include)
-        try:
-            return sum(_nats_per_token(model, each) for each in rows.values()) / len(rows)
-        finally:
-            attach_layers(model, original, include=include)
+        with torch.no_grad():
+            for parameter, old, new, is_embedding in moved:
+                parameter.copy_(blend(old, new, scale, rows.start if rows and is_embedding else None))
+        return sum(_nats_per_token(trained, each) for each in sequences.values()) / len(sequences)
 
     return lowest_scale(attempt)
 
@@ -85,20 +90,20 @@ def lowest_scale(nats: Callable[[float], float]) -> tuple[float, dict[float, flo
     finite = {scale: value for scale, value in sorted(tried.items()) if value < inf}
     if not finite:
         raise EloError(
-            "elo.scale: with what was trained attached the model's loss is not finite, at none of the scales "
-            f"{', '.join(f'{scale:g}' for scale in sorted(tried))}; lower elo_pretraining.learning_rate"
+            "method.scale: the model's loss is not finite at any of the scales "
+            f"{', '.join(f'{scale:g}' for scale in sorted(tried))}; lower training.learning_rate"
         )
     return min(finite, key=finite.__getitem__), finite
 
 
-def _nats_per_token(model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> float:
+def _nats_per_token(model: PreTrainedModel, sequences: Sequence[dict[str, Any]]) -> float:
     names = ["input_ids", "attention_mask", *(["position_ids"] if takes_position_ids(model) else [])]
-    names = [name for name in names if name in rows[0]]
-    together = max(1, min(_BATCH_TOKENS, batch_tokens(model)) // len(rows[0]["input_ids"]))
+    names = [name for name in names if name in sequences[0]]
+    together = max(1, min(_BATCH_TOKENS, batch_tokens(model)) // len(sequences[0]["input_ids"]))
     nats, tokens = 0.0, 0
     with evaluating(model) as device:
-        for start in range(0, len(rows), together):
-            batch = rows[start : start + together]
+        for start in range(0, len(sequences), together):
+            batch = sequences[start : start + together]
             *inputs, labels = (
                 torch.stack([torch.as_tensor(row[name]) for row in batch]).to(device)
                 for name in (*names, "shift_labels")

@@ -26,10 +26,13 @@ from elo.records import write_json
 from elo.workspace import Stage, Workspace, file_identity
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from elo.data.mixture import MixtureRows
-    from elo.data.shards import PreparedData
+    from elo.data.shards import PreparedData, TokenCorpus
     from elo.training.methods import Method
     from elo.training.phases import Phase
+    from elo.training.trainer import Evaluate
 
 # Tokens for the fit of a bridge (and 16 for each hidden dimension).
 _BRIDGE_TOKENS = 8192
@@ -51,8 +54,8 @@ class Job:
     layers: tuple[int, ...]
     base_identity: dict[str, Any] = field(default_factory=dict)
     prepared: "PreparedData | None" = None
-    heldout: slice = field(default_factory=lambda: slice(None))
-    """Which held-out documents are measured on."""
+    base_bpb: dict[str, float] = field(default_factory=dict)
+    """Bits per byte of the base, once measured: a target language that gets worse than that is warned of."""
     _budget: RowBudget | None = None
 
     def path(self, *parts: str) -> Path:
@@ -86,6 +89,7 @@ class Job:
             "corpora": {name: [corpus_identity(each) for each in sources] for name, sources in corpora.items()},
             "heldout": {name: corpus_identity(each) for name, each in heldout.items()},
             "heldout_share": data.heldout_share,
+            "validation_share": data.validation_share,
             "on_error": data.on_error,
         }
         output = self.path("prepared")
@@ -98,6 +102,7 @@ class Job:
                 output,
                 heldout=heldout or None,
                 heldout_share=data.heldout_share,
+                validation_share=data.validation_share,
                 workers=data.workers,
                 on_error=data.on_error,
                 vocab_size=int(self._base_config().vocab_size),
@@ -221,6 +226,7 @@ class Job:
         bridge: Stage | None = None,
     ) -> Stage:
         """Train `checkpoint`, the outcome of stage `before` (None: the base), on `rows`."""
+        from elo.data.tokenizer import load_tokenizer
         from elo.recipes.train import heldout_evaluator, train_checkpoint
         from elo.training.bridge import Bridge
         from elo.training.methods import Setup
@@ -239,7 +245,7 @@ class Job:
             "bridge": bridge.fingerprint if bridge else None,
             "settings": settings.model_dump(mode="json", exclude=HOW) | further_arguments(settings),
             "seed": config.seed,
-            "evaluation": config.evaluation.max_tokens,
+            "evaluation": config.evaluation.max_bytes,
         }
         label = f"{method.name} {phase.name}" if phase.name != method.name else method.name
 
@@ -249,10 +255,13 @@ class Job:
             evaluate = heldout_evaluator(
                 self.prepared,  # type: ignore[arg-type]
                 self.languages,
+                load_tokenizer(self.tokenizer, config.trust_remote_code),
                 sequence_length=data.sequence_length,
-                max_tokens=config.evaluation.max_tokens,
+                max_bytes=config.evaluation.max_bytes,
                 settings=settings,
             )
+            if not phase.detached:  # a detached model is no model of its language yet
+                evaluate = self._warning(evaluate, label)
             return train_checkpoint(
                 checkpoint,
                 output,
@@ -279,6 +288,18 @@ class Job:
         )
         return stage
 
+    def _warning(self, evaluate: "Evaluate", label: str) -> "Evaluate":
+        """`evaluate`, with a warning each time the target language is worse than the base's."""
+        from elo.evaluation.warnings import worse_than_base
+
+        def measure(model: "PreTrainedModel") -> dict[str, float]:
+            bpb = evaluate(model)
+            if line := worse_than_base(self.config.data.target, bpb, self.base_bpb):
+                self.say(f"warning: {label}: {line}")
+            return bpb
+
+        return measure
+
     # Evaluation and report.
 
     def evaluate(
@@ -288,22 +309,28 @@ class Job:
         before: Stage | None = None,
         *,
         brief: bool = False,
-        heldout: slice | None = None,
+        validation: bool = False,
     ) -> Stage:
-        """Bits per byte of both languages; unless `brief`, cloze accuracy and samples too."""
+        """Bits per byte of both languages; unless `brief`, cloze accuracy and samples too.
+
+        Args:
+            validation: measure on validation text, of the languages that have some, instead of held-out text.
+
+        Raises:
+            EloError: there is no validation text of the target language.
+        """
         from elo.recipes.evaluate import evaluate
 
         assert self.prepared is not None
         settings, data = self.config.evaluation, self.config.data
         cloze = {} if brief else {language: Path(path) for language, path in settings.cloze.items()}
         prompts = {} if brief else settings.prompts
-        documents = heldout or self.heldout
+        corpora = self._validation_text() if validation else self._heldout_text()
         inputs = {
             "model": before.fingerprint if before else self.base_identity,
-            "documents": str(documents),
-            "heldout": {language: self.prepared.heldout(language).fingerprint for language in self.languages},
+            "validation" if validation else "heldout": {name: each.fingerprint for name, each in corpora.items()},
             "sequence_length": data.sequence_length,
-            "max_tokens": settings.max_tokens,
+            "max_bytes": settings.max_bytes,
             "cloze": {language: file_identity(path) for language, path in cloze.items()},
             "prompts": prompts,
             "max_new_tokens": settings.max_new_tokens,
@@ -314,12 +341,11 @@ class Job:
             measured = evaluate(
                 str(model),
                 tokenizer=self.tokenizer,
-                corpora={language: self.prepared.heldout(language) for language in self.languages},  # type: ignore[union-attr]
+                corpora=corpora,
                 cloze=cloze,
                 prompts=prompts,
                 sequence_length=data.sequence_length,
-                max_tokens=settings.max_tokens,
-                documents=documents,
+                max_bytes=settings.max_bytes,
                 max_new_tokens=settings.max_new_tokens,
                 trust_remote_code=self.config.trust_remote_code,
                 progress=False,
@@ -330,6 +356,18 @@ class Job:
         shown = ", ".join(f"{language} {value:.4f}" for language, value in stage.record["bpb"].items())
         self.say(f"{name}: bits per byte {shown}")
         return stage
+
+    def _heldout_text(self) -> "dict[str, TokenCorpus]":
+        assert self.prepared is not None
+        return {language: self.prepared.heldout(language) for language in self.languages}
+
+    def _validation_text(self) -> "dict[str, TokenCorpus]":
+        assert self.prepared is not None
+        target, source = self.languages
+        found = {target: self.prepared.validation(target)}
+        if self.prepared.summary()["validation"][source]["documents"]:  # none without replayed text
+            found[source] = self.prepared.validation(source)
+        return found
 
     def link_model(self, model: Path) -> None:
         """Let RUN/model name the final model."""

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 from elo.config import CompareConfig, RunConfig, contestant_run
 from elo.errors import TrainingDivergedError
 from elo.recipes.job import Job
+from elo.recipes.results import MEASURED
 from elo.workspace import Stage, Workspace
 
 if TYPE_CHECKING:
     from elo.training.methods import Method
-
-# Held-out documents are dealt out in turn: what is reported is never measured on what chose the learning rates.
-TEST, VALIDATION = slice(0, None, 2), slice(1, None, 2)
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,8 @@ class Trials:
         Args:
             name: of the contestant.
             rates: learning rate by section.
-            validated: measure on the validation documents too, under "validation_bpb".
+            validated: measure on validation text too, under "validation_bpb": it chooses the learning rates, and comes
+                out of the training corpora, so that held-out text is for reported values alone.
         """
         workspace = self.shared.workspace
         identity = f"{name}-{tokens}-{seed}-" + "-".join(f"{rate:g}" for rate in rates.values())
@@ -67,7 +66,6 @@ class Trials:
             layers=self.layers[name],
             base_identity=self.shared.base_identity,
             prepared=self.shared.prepared,
-            heldout=TEST,
         )
         assert job.prepared is not None
         job.divide_budget(job.prepared)
@@ -75,13 +73,13 @@ class Trials:
         try:
             adapted = adapt(job, run.method, {})
         except TrainingDivergedError as error:
-            return {**record, "bpb": {}, "validation_bpb": None, "before_alignment": None, "scale": None, "tokens": 0,
-                    "wall_seconds": 0.0, "flops": None, "peak_memory_bytes": None, "stages": [], "failed": str(error),
+            return {**record, **{key: {} for key in MEASURED}, "validation_bpb": None, "before_alignment": None,
+                    "scale": None, "tokens": 0, "wall_seconds": 0.0, "flops": None, "peak_memory_bytes": None, "stages": [], "failed": str(error),
                     "seconds": 0.0}  # fmt: skip
         stages = adapted["stages"]
         before = adapted["before_alignment"]
         record |= {
-            "bpb": adapted["evaluation"]["bpb"],
+            **{key: adapted["evaluation"][key] for key in MEASURED},
             "validation_bpb": self._validation(job, adapted) if validated else None,
             "before_alignment": None if before is None else {"bpb": before["bpb"]},
             "scale": stages["attach"]["scale"] if "attach" in stages else None,
@@ -99,7 +97,7 @@ class Trials:
 
     def _validation(self, job: Job, adapted: dict[str, Any]) -> dict[str, float]:
         last = Stage("", str(adapted["model"]), {})  # a trial's folder holds one model of that name
-        measured = job.evaluate("validation", adapted["model"], last, brief=True, heldout=VALIDATION)
+        measured = job.evaluate("validation", adapted["model"], last, brief=True, validation=True)
         bpb: dict[str, float] = measured.record["bpb"]
         return bpb
 

@@ -11,9 +11,13 @@ from typing import Any
 
 from elo.config import Budget, CompareConfig, RunConfig, contestant_run, load_comparison
 from elo.errors import EloError
-from elo.job import Job, open_job
+from elo.store.processes import is_main
 from elo.log import duration
+from elo.job import Job, open_job
 from elo.preflight import check_inputs, check_model
+from elo.results import MEASURED
+from elo.trial import Trials
+from elo.store.files import write_json
 from elo.reporting.pareto_results import FILE_NAME
 from elo.store.files import write_json
 from elo.store.processes import is_main
@@ -62,13 +66,15 @@ class _Comparison:
 
     def all(self) -> dict[str, Any]:
         self.shared.prepare()
-        base = {
-            part: self.shared.evaluate(f"base-{part}", self.shared.base, brief=True, heldout=documents).record
-            for part, documents in (("test", TEST), ("validation", VALIDATION))
-        }
+        base = self.shared.evaluate("base-test", self.shared.base, brief=True).record
+        # Before anything is trained, so that missing validation text is noticed.
+        validation = self.shared.evaluate("base-validation", self.shared.base, brief=True, validation=True).record
+        self._check_validation(validation)
+        for line in base["warnings"]:
+            self.say(f"warning: {line}")
         entries: list[dict[str, Any]] = []
         sweeps: list[dict[str, Any]] = []
-        results = self._results(base["test"]["bpb"], entries, sweeps)
+        results = self._results(base, entries, sweeps)
         for index, budget in enumerate(self.config.budgets):
             for name in self.config.contestants:
                 tokens = self._tokens(name, budget)
@@ -181,7 +187,17 @@ class _Comparison:
 
     def _score(self, bpb: dict[str, float]) -> float | None:
         target, source = self.shared.languages
-        return bpb[target] + self.config.source_weight * bpb[source] if bpb else None
+        weight = self.config.source_weight
+        return bpb[target] + (weight * bpb[source] if weight else 0.0) if bpb else None
+
+    def _check_validation(self, record: dict[str, Any]) -> None:
+        source = self.shared.languages[1]
+        if self.config.source_weight and source not in record["bpb"]:
+            raise EloError(
+                f"source_weight: {self.config.source_weight:g} counts {source!r} when rates are chosen, but it has "
+                "no validation text; give data.corpora text of it and a data.validation_share above 0, or set "
+                "source_weight to 0"
+            )
 
     def _trial(self, name: str, rates: dict[str, float], tokens: int, seed: int) -> dict[str, Any]:
         tuning = seed == self.config.seeds[0]  # one trial serves for tuning and for the report
@@ -204,9 +220,9 @@ class _Comparison:
 
     # What is written.
 
-    def _results(self, base: dict[str, float], entries: list[Any], sweeps: list[Any]) -> dict[str, Any]:
-        from elo.methods.methods import METHODS
+    def _results(self, base: dict[str, Any], entries: list[Any], sweeps: list[Any]) -> dict[str, Any]:
         from elo.results import circumstances
+        from elo.methods.methods import METHODS
 
         run, config = self.shared.config, self.config
         return {
@@ -216,7 +232,8 @@ class _Comparison:
             "seeds": config.seeds,
             "source_weight": config.source_weight,
             "config": config.model_dump(mode="json"),
-            "base": {"bpb": base},
+            "base": {key: base[key] for key in MEASURED},
+            "warnings": base["warnings"],
             "budgets": [
                 {
                     "name": budget.name,

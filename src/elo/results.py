@@ -12,6 +12,8 @@ from elo.job import Job
 from elo.store.files import write_json
 from elo.store.processes import is_main
 
+MEASURED = ("bpb", "heldout", "documents_nats", "documents_bytes")
+"""What is kept of a measurement of held-out text."""
 _PACKAGES = ("elo-cpt", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
 
 
@@ -25,6 +27,7 @@ def write_results(job: Job, base: dict[str, Any], methods: dict[str, dict[str, A
         "seed": config.seed,
         "config": config.model_dump(mode="json"),
         "base": _evaluation(base),
+        "warnings": base["warnings"] + _harm(job, base["bpb"], methods),
         "methods": [_method(name, adapted) for name, adapted in methods.items()],
     }
     if is_main():
@@ -112,9 +115,31 @@ def _trainable(methods: dict[str, dict[str, Any]]) -> int:
     return next((int(stage["trainable_parameters"]) for stage in stages if "trainable_parameters" in stage), 0)
 
 
+def _harm(job: Job, base: dict[str, float], methods: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each method whose target language was worse than the base's, at the end or during training."""
+    from elo.evaluation.warnings import worse_than_base
+
+    target = job.config.data.target
+    lines = []
+    for name, adapted in methods.items():
+        detached = {phase.name for phase in job.method(name).phases if phase.detached}
+        points = [
+            point["bpb"]
+            for stage, record in adapted["stages"].items()
+            if stage not in detached  # a detached model is no model of its language yet
+            for point in record.get("evaluations", [])
+        ]
+        worse = sum(worse_than_base(target, bpb, base) is not None for bpb in points)
+        if line := worse_than_base(target, adapted["evaluation"]["bpb"], base):
+            lines.append(f"{name}: {line}")
+        elif worse:
+            lines.append(f"{name}: {target} was worse than the base model at {worse} of {len(points)} evaluations")
+    return lines
+
+
 def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
     return {
-        "bpb": record["bpb"],
+        **{key: record[key] for key in MEASURED},
         "cloze": record.get("cloze", {}),
         "samples": record.get("samples", []),
         "generation": record.get("generation", {}),

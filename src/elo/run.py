@@ -71,6 +71,10 @@ def _all_stages(job: Job, until: Until | None) -> dict[str, Any]:
     reached("prepare")
     job.divide_budget(prepared)
     base = None if until else job.evaluate("base", job.base)
+    if base is not None:
+        job.base_bpb = base.record["bpb"]
+        for line in base.record["warnings"]:
+            job.say(f"warning: {line}")
 
     methods: dict[str, dict[str, Any]] = {}
     # full_at_wall_time is matched with what the others took, so it comes last.
@@ -80,6 +84,8 @@ def _all_stages(job: Job, until: Until | None) -> dict[str, Any]:
     assert base is not None
     job.link_model(methods[config.method]["model"])
     results = write_results(job, base.record, methods)
+    for line in results["warnings"][len(base.record["warnings"]) :]:
+        job.say(f"warning: {line}")
     job.report(results)
     return results
 

@@ -60,7 +60,7 @@ _ELSEWHERE = {
     "alignment": "method.alignment",
     "controls": "contestants of a comparison (elo compare)",
     "loss_spike": "max_loss_spike_nats",
-    "max_tokens": "max_bytes",
+    "max_tokens": "evaluation.max_bytes",
 }
 
 

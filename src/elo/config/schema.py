@@ -17,7 +17,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 def _whole_number(value: Any) -> Any:
     """1e9 is text to YAML 1.1, and true is 1 to Python: take the first for a number, and the second for a mistake."""
     if isinstance(value, bool):
-        raise ValueError("must be a number of tokens, not true or false")
+        raise ValueError("must be a whole number, not true or false")
     if isinstance(value, str | float):
         try:
             number = float(value)
@@ -68,6 +68,9 @@ class DataConfig(_Section):
     heldout: dict[str, CorpusConfig] = Field(default_factory=dict)
     """Text to measure on, by language. A language without it has `heldout_share` of its documents cut out."""
     heldout_share: float = Field(0.005, gt=0, lt=0.5)
+    """Share of a language's documents cut out to measure on, where `heldout` names no text of it."""
+    validation_share: float = Field(0.005, ge=0, lt=0.5)
+    """Share of each language's training documents cut out for choosing learning rates."""
     replay_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of training tokens in the source language."""
     sequence_length: int = Field(2048, ge=8, le=1 << 24)
@@ -111,8 +114,8 @@ class DataConfig(_Section):
 class EvaluationConfig(_Section):
     """What is measured before and after."""
 
-    max_tokens: int | None = Field(100_000, gt=0)
-    """Held-out tokens a language, in whole documents, during training as well; null takes all."""
+    max_bytes: Annotated[int | None, BeforeValidator(_whole_number)] = Field(400_000, ge=1000)
+    """Held-out bytes a language, shared among its documents, during training as well; null takes all."""
     cloze: dict[str, str] = Field(default_factory=dict)
     """Cloze items (.jsonl) by language."""
     prompts: dict[str, list[str]] = Field(default_factory=dict)

@@ -18,6 +18,7 @@ from elo.reporting.results import (
     Seconds,
     Setting,
     Stage,
+    TextSize,
     checked,
     read_source,
 )
@@ -35,6 +36,9 @@ class Base(Record):
     """The base model, before anything."""
 
     bpb: BitsPerByteOf = Field(default_factory=dict)
+    heldout: dict[str, TextSize] = Field(default_factory=dict)
+    documents_nats: dict[str, tuple[Seconds, ...]] = Field(default_factory=dict)
+    documents_bytes: dict[str, tuple[Count, ...]] = Field(default_factory=dict)
 
 
 class Budget(Record):
@@ -65,6 +69,9 @@ class Trial(Record):
     seed: int
     bpb: BitsPerByteOf = Field(default_factory=dict)
     """Of the final model on held-out text; empty when the trial failed."""
+    heldout: dict[str, TextSize] = Field(default_factory=dict)
+    documents_nats: dict[str, tuple[Seconds, ...]] = Field(default_factory=dict)
+    documents_bytes: dict[str, tuple[Count, ...]] = Field(default_factory=dict)
     before_alignment: BeforeAlignment | None = None
     scale: Number | None = None
     """Factor on what was learned when it was put back."""

@@ -61,11 +61,27 @@ class Generation(Record):
         return self.characters / self.seconds if self.seconds else None
 
 
+class TextSize(Record):
+    tokens: Count | None = None
+    bytes: Count | None = None
+    documents: Count | None = None
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """What a token stands for: the more, the less there is to compute."""
+        return self.bytes / self.tokens if self.bytes and self.tokens else None
+
+
 class Measurement(Record):
     """What a model can do: the base, or a method's final model."""
 
     bpb: BitsPerByteOf = {}
     """Bits per byte of held-out text by language; lower is better."""
+    heldout: dict[Language, TextSize] = {}
+    """What that was measured on."""
+    documents_nats: dict[Language, tuple[Seconds, ...]] = {}
+    """Nats of each held-out document, in the same order for every model."""
+    documents_bytes: dict[Language, tuple[Count, ...]] = {}
     cloze: dict[Language, Cloze] = {}
     samples: tuple[Sample, ...] = ()
     generation: dict[Language, Generation] = {}
@@ -178,17 +194,6 @@ class Languages(Record):
     source: Language
 
 
-class TextSize(Record):
-    tokens: Count | None = None
-    bytes: Count | None = None
-    documents: Count | None = None
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        """What a token stands for: the more, the less there is to compute."""
-        return self.bytes / self.tokens if self.bytes and self.tokens else None
-
-
 class Data(Record):
     train: dict[Language, TextSize] = {}
     heldout: dict[Language, TextSize] = {}
@@ -208,6 +213,8 @@ class Setting(Record):
     hardware: dict[str, Any] = {}
     versions: dict[str, Any] = {}
     data: Data = Data()
+    warnings: tuple[str, ...] = ()
+    """What a reader has to know before the values are believed."""
     config: dict[str, Any] = {}
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from elo.data.shards import PreparedData
+    from elo.data.tokenizer import TextTokenizer
     from elo.methods.methods import Method, Setup
     from elo.methods.phases import Phase
     from elo.train.trainer import Evaluate
@@ -165,24 +166,29 @@ def _write_parts(model: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]]",
 def heldout_evaluator(
     prepared: "PreparedData",
     languages: Sequence[str],
+    tokenizer: "TextTokenizer",
     *,
     sequence_length: int,
-    max_tokens: int | None,
+    max_bytes: int | None,
     settings: TrainingSettings,
 ) -> "Evaluate":
-    """Bits per byte of the held-out text of each language, for the measurements during training."""
+    """Bits per byte of the held-out text of each language, for the measurements during training.
+
+    It is the text, cut in the same way, that `evaluate` measures on, so that curves can be compared with final values.
+    """
     import torch
 
+    from elo.data.heldout import cut_corpus
     from elo.evaluate.bits_per_byte import bits_per_byte
     from elo.train.loop import wants_bf16
 
-    corpora = {language: prepared.heldout(language) for language in languages}
+    corpora = {language: cut_corpus(prepared.heldout(language), tokenizer, max_bytes) for language in languages}
     autocast = torch.bfloat16 if wants_bf16(settings) else None
 
     def evaluate(model: "PreTrainedModel") -> dict[str, float]:
         return {
             language: bits_per_byte(
-                model, corpus, sequence_length=sequence_length, max_tokens=max_tokens, autocast_dtype=autocast
+                model, corpus, sequence_length=sequence_length, autocast_dtype=autocast
             ).bits_per_byte
             for language, corpus in corpora.items()
         }

@@ -67,9 +67,7 @@ def divide_budget(config: RunConfig, data: PreparedData, say: Callable[[str], No
     """
     length = config.data.sequence_length
     mixture = _mixture(config, data)
-    total = (
-        mixture.epoch_rows(config.data.target) if config.tokens is None else config.tokens // length
-    )
+    total = mixture.epoch_rows(config.data.target) if config.tokens is None else config.tokens // length
     for language in (config.data.target, config.data.source) if config.data.replay_ratio else (config.data.target,):
         once = mixture.epoch_rows(language)
         if total > once:
@@ -110,5 +108,3 @@ def _mixture(config: RunConfig, data: PreparedData) -> Mixture:
         section.packing,
         weights,
     )
-
-

@@ -5,7 +5,7 @@ argument has changed.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from elo import stages
 from elo.budget import Sequences, divide_budget
 from elo.checkpoint.counting import read_config, text_config
+from elo.circumstances import circumstances
 from elo.config import RunConfig, load_config
 from elo.data.prepare import corpus_sources
 from elo.data.shards import PreparedData, TokenCorpus
@@ -21,6 +22,9 @@ from elo.errors import EloError
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.methods import Method
 from elo.preflight import check_inputs, check_model
+from elo.report import collect, schema
+from elo.report.files import judged, write_results
+from elo.report.write import report, show
 from elo.store.files import write_json
 from elo.store.processes import is_main
 from elo.store.run_folder import Artifact, RunFolder, file_identity
@@ -212,9 +216,7 @@ def adapt(
             sample = settings.vocabulary_sample
             name = f"vocabulary-{phase.name}"
             vocabulary = done(
-                folder.once(
-                    name, stages.cut_vocabulary, data=shards, sample=sample, seed=config.seed, base=base
-                ),
+                folder.once(name, stages.cut_vocabulary, data=shards, sample=sample, seed=config.seed, base=base),
                 name,
             )
         trained = done(
@@ -335,9 +337,43 @@ def write_report(
     inputs: Inputs, data: PreparedData, base: dict[str, Any], adapted: Adapted, final: dict[str, Any]
 ) -> dict[str, Any]:
     """Write results.json and the report, and show the table."""
-    from elo.results import write_results
-
-    return write_results(inputs, data, base, adapted, final)
+    config, method, folder = inputs.config, inputs.config.method, inputs.folder
+    tokens = sum(record["tokens"] for record in adapted.records.values())
+    budget = {"name": f"{tokens:,} tokens", "kind": "tokens", "value": tokens}
+    rates = {phase.name: config.settings(phase).learning_rate for phase in method.phases}
+    trial = collect.trial(
+        method.name,
+        budget["name"],
+        config.seed,
+        adapted,
+        final,
+        learning_rates=rates,
+    )
+    results = judged(
+        schema.Results.model_validate(
+            {
+                **circumstances(config, inputs.base.path, inputs.layers, data),
+                "schema_version": schema.SCHEMA_VERSION,
+                "kind": "run",
+                "title": config.title or f"{Path(config.model).name} learns {config.data.target}",
+                "config": config.model_dump(mode="json"),
+                "base": collect.measured(base),
+                "contestants": [
+                    {"name": method.name, "label": method.label, "method": method.name, "layers": inputs.layers}
+                ],
+                "budgets": [budget],
+                "seeds": [config.seed],
+                "trials": [trial],
+            }
+        )
+    )
+    if is_main():
+        write_results(folder.path(schema.FILE_NAME), results)
+        report(results, folder.root)
+        show(results)
+        folder.say(f"report: {folder.path('report.html')}")
+        folder.say(f"model: {folder.path('model')}")
+    return results.model_dump(mode="json")
 
 
 def stage_names(method: Method) -> list[str]:
@@ -358,5 +394,3 @@ def _check_until(method: Method, until: str | None) -> None:
 def _hidden_size(inputs: Inputs) -> int:
     config = read_config(str(inputs.base.path), trust_remote_code=inputs.config.trust_remote_code)
     return int(text_config(config).hidden_size)
-
-

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from elo.config import DataConfig, EvaluationConfig
 from elo.data.mixture import MixtureRows
 from elo.data.prepare import corpus_sources, prepare
@@ -111,13 +109,9 @@ def fit_middle(
 
 
 @_measured
-def detach_layers(
-    output: Path, *, base: Artifact, layers: Sequence[int], trust_remote_code: bool
-) -> dict[str, Any]:
+def detach_layers(output: Path, *, base: Artifact, layers: Sequence[int], trust_remote_code: bool) -> dict[str, Any]:
     """Write the detached model: the chosen layers with embedding, norm and head."""
-    return detach(
-        str(base.path), list(layers), output=output, overwrite=True, trust_remote_code=trust_remote_code
-    )
+    return detach(str(base.path), list(layers), output=output, overwrite=True, trust_remote_code=trust_remote_code)
 
 
 @_measured
@@ -147,11 +141,9 @@ def keep_share(
     trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Write base + scale x (trained - base); with scale `search`, the scale that predicts `rows` best."""
-    tried = {}
+    tried: dict[float, float] = {}
     if isinstance(scale, str):
-        before, after = (
-            load_model(str(each.path), None, None, None, trust_remote_code) for each in (base, trained)
-        )
+        before, after = (load_model(str(each.path), None, None, None, trust_remote_code) for each in (base, trained))
         assert rows is not None
         scale, tried = search_scale(before, after, rows)
         del before, after
@@ -180,7 +172,7 @@ def train(
     vocabulary: Artifact | None,
     settings: TrainingSettings,
     seed: int,
-    evaluation: EvaluationConfig,
+    evaluation: int | None,
     data: Artifact,
     languages: Sequence[str],
     base_bpb: Mapping[str, float],
@@ -192,6 +184,7 @@ def train(
     """Train a checkpoint on `rows`, in one phase of a method.
 
     Args:
+        evaluation: held-out bytes a language for the measurements during training.
         base_bpb: bits per byte of the base by language: a target that gets worse than that is warned of.
         say: shows the user a line.
     """
@@ -202,7 +195,7 @@ def train(
         languages,
         load_tokenizer(tokenizer, trust_remote_code),
         sequence_length=rows.mixture.sequence_length,
-        max_bytes=evaluation.max_bytes,
+        max_bytes=evaluation,
         settings=settings,
     )
 
@@ -213,13 +206,13 @@ def train(
             say(f"warning: {label}: {line}")
         return bpb
 
+    setup = Setup(layers, Bridge.load(bridge.path / BRIDGE_FILE) if bridge else None, seed)
     return train_checkpoint(
         checkpoint.path,
         output,
         rows=rows,  # type: ignore[arg-type]
-        method=method,
-        phase=phase,
-        setup=Setup(layers, Bridge.load(bridge.path / BRIDGE_FILE) if bridge else None, seed),
+        prepare=lambda model: method.prepare(model, phase, setup),
+        seed=seed,
         settings=settings,
         scratch=output.with_name(f"{output.name}-checkpoints"),
         vocabulary=vocabulary.path / "rows.json" if vocabulary else None,
@@ -235,12 +228,17 @@ def measure(
     model: Artifact,
     corpora: Mapping[str, TokenCorpus],
     evaluation: EvaluationConfig,
+    cloze: Any,
     brief: bool,
     sequence_length: int,
     tokenizer: str,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """Measure a model: bits per byte by language and, unless `brief`, cloze accuracy and samples."""
+    """Measure a model: bits per byte by language and, unless `brief`, cloze accuracy and samples.
+
+    Args:
+        cloze: identities of the files with cloze items.
+    """
     started = time.perf_counter()
     measured = evaluate(
         str(model.path),

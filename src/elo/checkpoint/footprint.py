@@ -16,8 +16,8 @@ from elo.checkpoint.layers import gaps_between
 Middle = Literal["removed", "bridged", "frozen", "adapted", "trained"]
 """What becomes of the decoder layers that are not chosen to train.
 
-`removed`: they are detached, and what is kept is joined end to end. `bridged`: they are detached, and a frozen linear map
-stands in each gap. `frozen`: they are computed and do not train. `adapted`: every layer is frozen and has trainable
+`removed`: they are detached, and what is kept is joined end to end. `bridged`: they are detached, and a frozen linear
+map stands in each gap. `frozen`: they are computed and do not train. `adapted`: every layer is frozen and has trainable
 low-rank adapters. `trained`: every parameter trains.
 """
 

@@ -74,8 +74,8 @@ def evaluate(
     from elo.data.sources import list_inputs
     from elo.evaluate.bits_per_byte import BitsPerByte, bits_per_byte
     from elo.evaluate.cloze import ClozeItem, cloze_accuracy, read_cloze
-    from elo.evaluate.samples import generate_samples
     from elo.evaluate.loading import load_model, move
+    from elo.evaluate.samples import generate_samples
     from elo.evaluate.scoring import longest_sequence, vocabulary_size
     from elo.evaluation.warnings import few_documents
     from elo.results import hardware, versions

@@ -4,8 +4,8 @@ A method is one file in this package: a class with a `name`, settings as fields,
 imports every file here, and the configuration, the plan, the report and the tests read `METHODS`.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -16,6 +16,7 @@ from elo.checkpoint.footprint import Flops, Footprint, Middle
 from elo.checkpoint.new_rows import read_new_rows
 from elo.errors import EloError
 from elo.train.bridge import Bridge, install_bridge
+from elo.train.prepared import Prepared
 from elo.train.settings import Part, check_also_train
 
 Rows = Literal["pretraining", "alignment", "all"]
@@ -47,6 +48,10 @@ class Phase:
         """Whether it trains a detached model, which is attached afterwards."""
         return self.middle in ("removed", "bridged")
 
+    def decisive(self) -> dict[str, Any]:
+        """What decides its outcome, for a stage's fingerprint."""
+        return asdict(self)
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -61,21 +66,6 @@ class Setup:
     layers: Sequence[int] = ()
     bridge: Bridge | None = None
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A model made ready for a phase.
-
-    Attributes:
-        before_step: called before each update with its 0-based number and the optimizer, after a restart too.
-        first_row: rows of embedding and head before this one do not train; 0 trains all.
-        fold: takes out what was added and leaves a plain Hugging Face model that holds what was trained.
-    """
-
-    before_step: Callable[[int, Any], None] | None = None
-    first_row: int = 0
-    fold: Callable[[], None] = lambda: None
 
 
 class Method(BaseModel):
@@ -96,6 +86,10 @@ class Method(BaseModel):
         if not isinstance(value, str) and not 0 < value <= 2:
             raise ValueError(f"must be above 0 and at most 2, or search; got {value}")
         return value
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what a training comes to, for its fingerprint."""
+        return self.model_dump(mode="json", exclude={"scale"})
 
     @property
     def phases(self) -> tuple[Phase, ...]:

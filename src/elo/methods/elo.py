@@ -5,8 +5,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
-from elo.methods.base import Method, Phase, Prepared, Scale, Setup, register
+from elo.methods.base import Method, Phase, Scale, Setup, register
 from elo.methods.lora import add_adapters, require_peft
+from elo.train.prepared import Prepared
 from elo.train.settings import Part
 
 
@@ -77,11 +78,11 @@ class EloPaper(Elo):
 
     label: ClassVar[str] = "ELO as published"
     name: Literal["elo_paper"] = "elo_paper"  # type: ignore[assignment]
-    middle: Literal["removed"] = "removed"  # type: ignore[assignment]
+    middle: Literal["removed"] = "removed"
     also_train: tuple[Part, ...] = ()
-    embedding_rows: Literal["all"] = "all"  # type: ignore[assignment]
+    embedding_rows: Literal["all"] = "all"
     scale: Scale = 1.0
-    alignment: Literal["full"] = "full"  # type: ignore[assignment]
+    alignment: Literal["full"] = "full"
     share: float = Field(0.1, gt=0, lt=1)
     """Share of the run's tokens that layer alignment trains on; 1 GB of 10 GB in the paper."""
 

@@ -6,7 +6,8 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from elo.checkpoint.new_rows import read_new_rows
-from elo.methods.base import Method, Phase, Prepared, Setup, register, select_layers
+from elo.methods.base import Method, Phase, Setup, register, select_layers
+from elo.train.prepared import Prepared
 
 
 @register

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.footprint import Flops, Footprint
 from elo.errors import EloError
-from elo.methods.base import Method, Phase, Prepared, Setup, register
+from elo.methods.base import Method, Phase, Setup, register
 from elo.methods.gradient_floor import GradientFloor
 from elo.store.processes import world_size
+from elo.train.prepared import Prepared
 from elo.train.settings import Part
 
 

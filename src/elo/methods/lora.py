@@ -7,7 +7,8 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from elo.errors import EloError
-from elo.methods.base import Method, Phase, Prepared, Setup, register, train_parts
+from elo.methods.base import Method, Phase, Setup, register, train_parts
+from elo.train.prepared import Prepared
 from elo.train.settings import Part
 
 
@@ -43,7 +44,7 @@ def require_peft() -> None:
         raise EloError("method: lora needs peft, which is not installed; pip install 'elo-cpt[lora]'") from None
 
 
-def add_adapters(model: PreTrainedModel, phase: Phase, seed: int, *, alpha: float, dropout: float = 0.0) -> Prepared:
+def add_adapters(model: PreTrainedModel, phase: Phase, seed: int, *, alpha: int, dropout: float = 0.0) -> Prepared:
     """Freeze `model`, add trainable adapters of `phase.lora_rank` and train `phase.also_train`; `fold` merges them."""
     from peft import LoraConfig, LoraModel
 
@@ -51,7 +52,7 @@ def add_adapters(model: PreTrainedModel, phase: Phase, seed: int, *, alpha: floa
         r=phase.lora_rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules="all-linear",  # type: ignore[arg-type]
+        target_modules="all-linear",
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # a restart makes the same adapters before it loads its checkpoint

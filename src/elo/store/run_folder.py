@@ -122,8 +122,8 @@ class RunFolder:
             TypeError: an argument has no identity.
         """
         output = self.path(name)
-        scratch = (self.path(f"{name}-checkpoints"),)
-        outputs, scratch = ((output,), scratch) if keep else ((), (output, *scratch))
+        outputs: Paths = (output,) if keep else ()
+        scratch: Paths = (self.path(f"{name}-checkpoints"), *(() if keep else (output,)))
         inputs = {key: identity(value) for key, value in arguments.items()}
 
         def work() -> dict[str, Any]:

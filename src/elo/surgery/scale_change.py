@@ -40,7 +40,7 @@ def scale_change(
         if other is None or (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
             found = "is missing" if other is None else f"is {other.dtype} {list(other.shape)}"
             raise EloError(
-                f"{base}: {name} {found}, but {tensor.dtype} {list(tensor.shape)} in {trained}; give the model's own base"
+                f"{base}: {name} {found}, but {tensor.dtype} {list(tensor.shape)} in {trained}; give its own base"
             )
     parts = find_architecture(build_hollow_causal_lm(after.config, trust_remote_code=trust_remote_code))
     with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:

@@ -3,7 +3,7 @@
 Detached layers that are joined end to end learn to do without the middle, and then no longer fit it. The bridge is a
 frozen affine map, fitted on the base in closed form, from what enters the middle to what leaves it, so that the
 detached model computes roughly what the whole one does and its layers stay usable in it. It stands in for the forward
-pass of the middle alone: as a stand-in for its gradient it is noise on real models (dev/LOG.md), and nothing uses it so.
+pass of the middle alone: as a stand-in for its gradient it is noise on real models (dev/LOG.md).
 Shapes: N tokens, D hidden width.
 """
 
@@ -116,7 +116,7 @@ def fit_bridge(
     parts = find_architecture(model)
     gaps = gaps_between(layers, parts.num_layers)
     if not gaps:
-        raise EloError("method.middle: no layer is left out, so there is nothing to bridge; write method.middle: removed")
+        raise EloError("method.middle: no layer is left out, so there is nothing to bridge; write middle: removed")
     fits = [_Regression() for _ in gaps]
     with evaluating(model) as device, ExitStack() as hooks:
         entering: dict[int, Tensor] = {}

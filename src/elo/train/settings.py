@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.config import JsonDict
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -17,7 +18,7 @@ Part = Literal["embedding", "norm", "head"]
 """A part of a model outside its decoder layers."""
 HeadLoss = Literal["chunked", "plain", "linear_cross_entropy", "model"]
 
-EXECUTION = {"execution": True}
+EXECUTION: JsonDict = {"execution": True}
 """Mark of execution settings, for `Field(json_schema_extra=EXECUTION)`."""
 _SHORT_NAMES = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 
@@ -27,8 +28,8 @@ class TrainingSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
-    learning_rate: float | None = Field(None, gt=0, le=1)
-    """Peak learning rate; null is the method's own (docs/methods.md)."""
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    """Peak learning rate."""
     embedding_learning_rate: float | None = Field(None, gt=0, le=1)
     """Peak learning rate of embedding and LM head, where they train; null is `learning_rate`."""
     lr_scheduler_type: str = "cosine"
@@ -119,6 +120,8 @@ _EXECUTION_ARGUMENTS = ("fsdp", "deepspeed", "ddp_", "dataloader_", "accelerator
 class TrainingSection(TrainingSettings):
     """Training settings of all phases, with what is different in some."""
 
+    learning_rate: float | None = Field(None, gt=0, le=1)  # type: ignore[assignment]
+    """Peak learning rate; null is the method's own (docs/methods.md)."""
     phases: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Settings by phase, such as layer_alignment: {learning_rate: 1.0e-5}."""
 

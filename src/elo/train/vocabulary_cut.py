@@ -87,7 +87,8 @@ class VocabularyCut:
         """Let the modules compute with the chosen rows."""
         for module, name, whole in self._whole:
             if id(whole) not in self._cut:
-                rows = nn.Parameter(whole.detach()[self.ids.to(whole.device)].clone(), requires_grad=whole.requires_grad)
+                chosen = whole.detach()[self.ids.to(whole.device)].clone()
+                rows = nn.Parameter(chosen, requires_grad=whole.requires_grad)
                 self._cut[id(whole)] = rows
             setattr(module, name, self._cut[id(whole)])
         if self._padding_idx is not None:
@@ -104,7 +105,7 @@ class VocabularyCut:
                 whole.data[self.ids.to(rows.device)] = rows.detach().to(whole.dtype)
                 setattr(module, name, whole)
         if self._padding_idx is not None:
-            self._embedding.padding_idx = self._padding_idx  # type: ignore[assignment]
+            self._embedding.padding_idx = self._padding_idx
 
     @contextmanager
     def whole(self) -> Iterator[None]:

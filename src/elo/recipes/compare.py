@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from elo.config import Budget, CompareConfig, RunConfig, contestant_run, load_comparison
+from elo.config import Budget as BudgetConfig
+from elo.config import CompareConfig, RunConfig, contestant_run, load_comparison
 from elo.errors import EloError
 from elo.processes import is_main
 from elo.progress import duration
 from elo.recipes.job import Job, open_job
 from elo.recipes.preflight import check_inputs, check_model
 from elo.recipes.trial import TEST, VALIDATION, Trials
-from elo.records import write_json
-from elo.reporting.pareto_results import FILE_NAME
+from elo.report.schema import FILE_NAME, Budget, Contestant, Endpoint, Results, Trial
 
 # Steps of the first look at a contestant's speed, and the share of a wall-time budget that the second look takes.
 _FIRST_LOOK_STEPS = 6
@@ -38,7 +38,7 @@ def compare(
         overrides: `key.path=value`, applied to a file or dict.
 
     Returns:
-        The results, as in comparison.json (docs/results.md), which is also written after every contestant.
+        The results, as in results.json (docs/results.md), which is also written after every contestant.
 
     Raises:
         EloError: a mistake of the user's: what, where, what was got, what to do.
@@ -61,34 +61,31 @@ class _Comparison:
         ) * len(config.budgets)
 
     def all(self) -> dict[str, Any]:
+        from elo.report.files import write_results
+
         self.shared.prepare()
         base = {
             part: self.shared.evaluate(f"base-{part}", self.shared.base, brief=True, heldout=documents).record
             for part, documents in (("test", TEST), ("validation", VALIDATION))
         }
-        entries: list[dict[str, Any]] = []
-        sweeps: list[dict[str, Any]] = []
-        results = self._results(base["test"]["bpb"], entries, sweeps)
-        for index, budget in enumerate(self.config.budgets):
+        trials: list[dict[str, Any]] = []
+        results = self._results(base, trials)
+        for budget in self.config.budgets:
             for name in self.config.contestants:
                 tokens = self._tokens(name, budget)
-                rates, sweep = self._tune(name, tokens)
-                sweeps.append({"contestant": name, "budget": index, "trials": sweep})
-                entry: dict[str, Any] = {
-                    "contestant": name,
-                    "budget": index,
-                    "learning_rates": rates,
-                    "trials": [self._trial(name, rates, tokens, seed) for seed in self.config.seeds],
-                }
-                entries.append(entry)
+                rates, tried = self._tune(name, tokens)
+                reported = [self._trial(name, rates, tokens, seed) for seed in self.config.seeds]
+                trials += [{**trial, "budget": budget.name, "tuning": True} for trial in tried]
+                trials += [{**trial, "budget": budget.name} for trial in reported]
+                results = self._results(base, trials)
                 if is_main():
-                    write_json(self.shared.path(FILE_NAME), results)
+                    write_results(self.shared.path(FILE_NAME), results)
         self._report(results)
-        return results
+        return results.model_dump(mode="json")
 
     # Budgets.
 
-    def _tokens(self, name: str, budget: Budget) -> int:
+    def _tokens(self, name: str, budget: BudgetConfig) -> int:
         """Tokens of a contestant's run within a budget: for wall time, by its own measured rates."""
         if budget.tokens is not None:
             return budget.tokens
@@ -108,7 +105,7 @@ class _Comparison:
             for wanted in (_SECOND_LOOK_SHARE * seconds, seconds):
                 tokens = max(shortest, _tokens_within(looked(tokens), tokens, wanted)) // step * step
             whole = looked(tokens)  # tuning starts from this very trial, if it filled the budget
-            if abs(whole["wall_seconds"] / seconds - 1) > _TOLERANCE:
+            if abs(_wall_seconds(whole) / seconds - 1) > _TOLERANCE:
                 tokens = max(shortest, _tokens_within(whole, tokens, seconds)) // step * step
             return {"tokens": tokens}
 
@@ -137,7 +134,11 @@ class _Comparison:
         return {section: sorted(set(chosen.get(section) or self.config.learning_rates)) for section in sections}
 
     def _tune(self, name: str, tokens: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """The learning rates with the lowest score on validation text, one section after the other."""
+        """The learning rates with the lowest score on validation text, one section after the other.
+
+        Returns:
+            The rates by section, and the trials with other rates.
+        """
         grids = self._grids(name)
         rates = _middle(grids)
         tried: dict[tuple[float, ...], dict[str, Any]] = {}
@@ -146,17 +147,9 @@ class _Comparison:
             attempt = {**rates, section: rate}
             key = tuple(attempt.values())
             if key not in tried:
-                trial = self._trial(name, attempt, tokens, self.config.seeds[0])
-                bpb = trial["validation_bpb"] or {}
-                tried[key] = {
-                    "learning_rates": attempt,
-                    "bpb": bpb,
-                    "score": self._score(bpb),
-                    "failed": trial["failed"],
-                    "chosen": False,
-                }
-            value = tried[key]["score"]
-            return float("inf") if value is None else float(value)
+                tried[key] = self._trial(name, attempt, tokens, self.config.seeds[0])
+            validation = tried[key]["validation"]
+            return self._score(validation["bpb"]) if validation else float("inf")
 
         for section, grid in grids.items():
             if len(grid) == 1:
@@ -175,20 +168,20 @@ class _Comparison:
                     break
                 scores[float(f"{beyond:.3g}")] = score(section, float(f"{beyond:.3g}"))
             rates[section] = min(scores, key=scores.__getitem__)
-        if tuple(rates.values()) in tried:
-            tried[tuple(rates.values())]["chosen"] = True
-        return rates, list(tried.values())
+        return rates, [trial for key, trial in tried.items() if key != tuple(rates.values())]
 
-    def _score(self, bpb: dict[str, float]) -> float | None:
+    def _score(self, bpb: dict[str, float]) -> float:
         target, source = self.shared.languages
-        return bpb[target] + self.config.source_weight * bpb[source] if bpb else None
+        return bpb[target] + self.config.source_weight * bpb[source]
 
     def _trial(self, name: str, rates: dict[str, float], tokens: int, seed: int) -> dict[str, Any]:
         tuning = seed == self.config.seeds[0]  # one trial serves for tuning and for the report
         trial = self.trials.run(name, rates=rates, tokens=tokens, seed=seed, validated=tuning)
         self.seconds[name, tuple(rates.items()), tokens, seed] = trial["seconds"]
         done = len(self.seconds)
-        shown = ", ".join(f"{language} {value:.4f}" for language, value in trial["bpb"].items()) or trial["failed"]
+        shown = trial["failed"] or ", ".join(
+            f"{language} {value:.4f}" for language, value in trial["measured"]["bpb"].items()
+        )
         at = ", ".join(f"{rate:g}" for rate in rates.values())
         left = (self.expected - done) * sum(self.seconds.values()) / done
         self.say(
@@ -204,52 +197,50 @@ class _Comparison:
 
     # What is written.
 
-    def _results(self, base: dict[str, float], entries: list[Any], sweeps: list[Any]) -> dict[str, Any]:
+    def _results(self, base: dict[str, Any], trials: list[dict[str, Any]]) -> Results:
         from elo.recipes.results import circumstances
+        from elo.report import collect
+        from elo.report.files import judged
         from elo.training.methods import METHODS
 
         run, config = self.shared.config, self.config
-        return {
-            **circumstances(self.shared),
-            "kind": "comparison",
-            "title": config.title or f"{Path(run.model).name} learns {run.data.target}: methods compared",
-            "seeds": config.seeds,
-            "source_weight": config.source_weight,
-            "config": config.model_dump(mode="json"),
-            "base": {"bpb": base},
-            "budgets": [
-                {
-                    "name": budget.name,
-                    "kind": "tokens" if budget.tokens is not None else "seconds",
-                    "value": budget.tokens if budget.tokens is not None else budget.seconds,
-                }
-                for budget in config.budgets
-            ],
-            "contestants": [
-                {
-                    "name": name,
-                    "label": each.label or (METHODS[name].label if config.method(name) == name else name),
-                    "method": config.method(name),
-                    "changes": each.changes,
-                }
-                for name, each in config.contestants.items()
-            ],
-            "entries": entries,
-            "sweeps": sweeps,
-        }
+        return judged(
+            Results(
+                **circumstances(self.shared),
+                kind="comparison",
+                title=config.title or f"{Path(run.model).name} learns {run.data.target}: methods compared",
+                config=config.model_dump(mode="json"),
+                endpoint=Endpoint(source_weight=config.source_weight),
+                base=collect.measured(base["test"]),
+                base_validation=collect.measured(base["validation"]),
+                contestants=tuple(
+                    Contestant(
+                        name=name,
+                        label=each.label or (METHODS[name].label if config.method(name) == name else name),
+                        method=config.method(name),
+                        layers=self.trials.layers[name],
+                        changes=each.changes,
+                    )
+                    for name, each in config.contestants.items()
+                ),
+                budgets=tuple(
+                    Budget(name=each.name, kind="tokens", value=each.tokens)
+                    if each.tokens is not None
+                    else Budget(name=each.name, kind="seconds", value=each.seconds or 0)
+                    for each in config.budgets
+                ),
+                seeds=tuple(config.seeds),
+                trials=tuple(Trial.model_validate(trial) for trial in trials),
+            )
+        )
 
-    def _report(self, results: dict[str, Any]) -> None:
+    def _report(self, results: Results) -> None:
         if not is_main():
             return
-        from rich.console import Console
-
-        from elo.recipes.report import report
-        from elo.reporting.pareto_terminal import render_pareto
+        from elo.recipes.report import report, show
 
         report(results, self.shared.workspace.root)
-        console = Console()
-        console.width = max(console.width, 118)  # a table that wraps in a log file cannot be read
-        console.print(render_pareto(results))
+        show(results)
         self.say(f"report: {self.shared.path('report.html')}")
 
 
@@ -297,8 +288,12 @@ def _shares(run: RunConfig) -> Iterator[float]:
             yield part
 
 
+def _wall_seconds(trial: dict[str, Any]) -> float:
+    return float(sum(stage["seconds"] for stage in trial["stages"]))
+
+
 def _tokens_within(trial: dict[str, Any], tokens: int, seconds: float) -> int:
     """Tokens of a run that takes `seconds`, by the rates and the fixed costs of a trial with `tokens`."""
     training = sum(stage["seconds"] for stage in trial["stages"] if stage["tokens"])
-    fixed = trial["wall_seconds"] - training
+    fixed = _wall_seconds(trial) - training
     return int(max(0.0, seconds - fixed) / training * tokens) if training else tokens

@@ -240,7 +240,7 @@ def _print_table(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from elo.reporting.comparison import count
+    from elo.format import count
 
     corpora, cloze = results["corpora"], results["cloze"]
     table = Table(title=results["model"]["name"], title_justify="left")

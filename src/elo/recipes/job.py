@@ -343,15 +343,10 @@ class Job:
         """Write report.html, report.md and the charts beside results.json, and show the comparison."""
         if not is_main():
             return
-        from rich.console import Console
-
-        from elo.recipes.report import report
-        from elo.reporting.terminal import render_comparison
+        from elo.recipes.report import report, show
 
         report(results, self.workspace.root)
-        console = Console()
-        console.width = max(console.width, 118)  # a table that wraps in a log file cannot be read
-        console.print(render_comparison(results))
+        show(results)
         self.say(f"report: {self.path('report.html')}")
         self.say(f"model: {self.path('model')}")
 

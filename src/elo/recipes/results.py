@@ -1,4 +1,4 @@
-"""results.json of a run: everything that the report shows, and nothing that it has to compute from models."""
+"""Assemble results.json of a run, and what every results file says about its circumstances."""
 
 import datetime
 import os
@@ -10,30 +10,64 @@ from typing import Any
 
 from elo.processes import is_main
 from elo.recipes.job import Job
-from elo.records import write_json
+from elo.report.schema import FILE_NAME, SCHEMA_VERSION
 
 _PACKAGES = ("elo-cpt", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
 
 
 def write_results(job: Job, base: dict[str, Any], methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Assemble and write results.json (schema: docs/results.md)."""
-    config, about = job.config, circumstances(job)
-    about["model"]["trainable_parameters"] = _trainable(methods)
-    results = {
-        "title": config.title or f"{Path(config.model).name} learns {config.data.target}",
-        **about,
-        "seed": config.seed,
-        "config": config.model_dump(mode="json"),
-        "base": _evaluation(base),
-        "methods": [_method(name, adapted) for name, adapted in methods.items()],
-    }
+    """Assemble and write results.json (schema: docs/results.md).
+
+    Args:
+        job: the run.
+        base: evaluation record of the base model.
+        methods: what `adapt` returned, by method.
+    """
+    from elo.recipes.trial import training_flops
+    from elo.report import collect
+    from elo.report.files import judged, write_results
+    from elo.report.schema import Budget, Contestant, Results
+    from elo.training.methods import METHODS
+
+    config = job.config
+    tokens = sum(record["tokens"] for record in methods[config.method]["stages"].values())
+    budget = Budget(name=f"{tokens:,} tokens", kind="tokens", value=tokens)
+    results = judged(
+        Results(
+            **circumstances(job),
+            kind="run",
+            title=config.title or f"{Path(config.model).name} learns {config.data.target}",
+            config=config.model_dump(mode="json"),
+            base=collect.measured(base),
+            contestants=tuple(
+                Contestant(name=name, label=METHODS[name].label, method=name, layers=job.layers) for name in methods
+            ),
+            budgets=(budget,),
+            seeds=(config.seed,),
+            trials=tuple(
+                collect.trial(
+                    name,
+                    budget.name,
+                    config.seed,
+                    adapted,
+                    learning_rates={
+                        phase.settings: getattr(config, phase.settings).learning_rate
+                        for phase in job.method(name).phases
+                        if phase.name in adapted["stages"]
+                    },
+                    flops=training_flops(job, name, adapted["stages"]),
+                )
+                for name, adapted in methods.items()
+            ),
+        )
+    )
     if is_main():
-        write_json(job.path("results.json"), results)
-    return results
+        write_results(job.path(FILE_NAME), results)
+    return results.model_dump(mode="json")
 
 
 def circumstances(job: Job) -> dict[str, Any]:
-    """What results.json and comparison.json both tell: when, with which command, on what, from which model and text."""
+    """Fields of `Results` that runs and comparisons share: time, command, base model, languages, machine and data."""
     from elo.model.counting import build_on_meta, parameter_counts, read_config
 
     config = job.config
@@ -41,17 +75,16 @@ def circumstances(job: Job) -> dict[str, Any]:
     model_config = read_config(str(job.base), trust_remote_code=config.trust_remote_code)
     counts = parameter_counts(build_on_meta(model_config, trust_remote_code=config.trust_remote_code), job.layers)
     return {
-        "schema": 1,
+        "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command_line(),
         "model": {
             "name": config.model,
             "parameters": counts["total"],
             "num_layers": len(counts["layers"]),
-            "layers": list(job.layers),
             **_vocabulary(model_config),
         },
-        "languages": {"target": config.data.target, "source": config.data.source},
+        "languages": {"targets": [config.data.target], "sources": [config.data.source]},
         "hardware": hardware(),
         "versions": versions(),
         "data": {
@@ -104,64 +137,3 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _trainable(methods: dict[str, dict[str, Any]]) -> int:
-    """Parameters that train in the first training stage of the run's own method."""
-    stages = next(iter(methods.values()))["stages"].values()
-    return next((int(stage["trainable_parameters"]) for stage in stages if "trainable_parameters" in stage), 0)
-
-
-def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "bpb": record["bpb"],
-        "cloze": record.get("cloze", {}),
-        "samples": record.get("samples", []),
-        "generation": record.get("generation", {}),
-    }
-
-
-def _method(name: str, adapted: dict[str, Any]) -> dict[str, Any]:
-    from elo.recipes.run import wall_seconds
-    from elo.training.methods import METHODS
-
-    stages = adapted["stages"]
-    before = adapted["before_alignment"]
-    losses, evaluations = _curves(stages)
-    return {
-        "name": name,
-        "label": METHODS[name].label,
-        "note": None,
-        "tokens": sum(record["tokens"] for record in stages.values()),
-        "wall_seconds": wall_seconds(adapted),
-        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in stages.values()),
-        "stages": [
-            {
-                "name": stage,
-                "seconds": record["seconds"],
-                "tokens": record["tokens"],
-                "tokens_per_second": record["tokens_per_second"],
-                "peak_memory_bytes": record["peak_memory_bytes"],
-            }
-            for stage, record in stages.items()
-        ],
-        **_evaluation(adapted["evaluation"]),
-        "before_alignment": None if before is None else {"bpb": before["bpb"]},
-        "losses": losses,
-        "evaluations": evaluations,
-    }
-
-
-def _curves(stages: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Loss and bits-per-byte curves over the method's whole run: tokens and seconds add up over its stages."""
-    losses: list[dict[str, Any]] = []
-    evaluations: list[dict[str, Any]] = []
-    tokens, seconds = 0, 0.0
-    for stage, record in stages.items():
-        for points, curve in ((record.get("losses", []), losses), (record.get("evaluations", []), evaluations)):
-            for point in points:
-                moved = {"tokens": point["tokens"] + tokens, "seconds": point["seconds"] + seconds}
-                curve.append({"stage": stage, **point, **moved})
-        tokens += record["tokens"]
-        seconds += record["seconds"]
-    return losses, evaluations

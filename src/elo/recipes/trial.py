@@ -30,12 +30,12 @@ class Trials:
     layers: dict[str, tuple[int, ...]]
 
     def run(self, name: str, *, rates: dict[str, float], tokens: int, seed: int, validated: bool) -> dict[str, Any]:
-        """Train a contestant, measure it, and return what comparison.json holds of it (docs/results.md).
+        """Train a contestant, measure it, and return its trial (`elo.report.schema.Trial`) without a budget.
 
         Args:
             name: of the contestant.
             rates: learning rate by section.
-            validated: measure on the validation documents too, under "validation_bpb".
+            validated: measure on the validation documents too.
         """
         workspace = self.shared.workspace
         identity = f"{name}-{tokens}-{seed}-" + "-".join(f"{rate:g}" for rate in rates.values())
@@ -55,7 +55,9 @@ class Trials:
         return workspace.stage(f"trial-{identity}", inputs, work, scratch=(folder,), collective=True).record
 
     def _train(self, run: RunConfig, folder: Path, name: str, validated: bool) -> dict[str, Any]:
-        from elo.recipes.run import adapt, wall_seconds
+        from elo.recipes.run import adapt
+        from elo.report import collect
+        from elo.report.schema import Trial
 
         workspace = Workspace(folder, lambda _: None)
         (folder / "stages").mkdir(parents=True, exist_ok=True)
@@ -71,48 +73,39 @@ class Trials:
         )
         assert job.prepared is not None
         job.divide_budget(job.prepared)
-        record: dict[str, Any] = {"seed": run.seed, "failed": None}
+        rates: dict[str, float] = {
+            phase.settings: getattr(run, phase.settings).learning_rate for phase in job.method(run.method).phases
+        }
         try:
             adapted = adapt(job, run.method, {})
         except TrainingDivergedError as error:
-            return {**record, "bpb": {}, "validation_bpb": None, "before_alignment": None, "scale": None, "tokens": 0,
-                    "wall_seconds": 0.0, "flops": None, "peak_memory_bytes": None, "stages": [], "failed": str(error),
-                    "seconds": 0.0}  # fmt: skip
-        stages = adapted["stages"]
-        before = adapted["before_alignment"]
-        record |= {
-            "bpb": adapted["evaluation"]["bpb"],
-            "validation_bpb": self._validation(job, adapted) if validated else None,
-            "before_alignment": None if before is None else {"bpb": before["bpb"]},
-            "scale": stages["attach"]["scale"] if "attach" in stages else None,
-            "tokens": sum(stage["tokens"] for stage in stages.values()),
-            "wall_seconds": wall_seconds(adapted),
-            "flops": training_flops(job, stages),
-            "peak_memory_bytes": max(stage["peak_memory_bytes"] for stage in stages.values()),
-            "stages": [
-                {key: stage.get(key) for key in ("seconds", "tokens", "tokens_per_second", "peak_memory_bytes")}
-                | {"name": stage_name}
-                for stage_name, stage in stages.items()
-            ],
-        }
-        return record
+            failed = Trial(contestant=name, budget="", seed=run.seed, learning_rates=rates, failed=str(error))
+            return failed.model_dump(mode="json") | {"seconds": 0.0}
+        trial = collect.trial(
+            name,
+            "",
+            run.seed,
+            adapted,
+            learning_rates=rates,
+            validation=self._validation(job, adapted) if validated else None,
+            flops=training_flops(job, run.method, adapted["stages"]),
+        )
+        return trial.model_dump(mode="json")
 
-    def _validation(self, job: Job, adapted: dict[str, Any]) -> dict[str, float]:
+    def _validation(self, job: Job, adapted: dict[str, Any]) -> dict[str, Any]:
         last = Stage("", str(adapted["model"]), {})  # a trial's folder holds one model of that name
-        measured = job.evaluate("validation", adapted["model"], last, brief=True, heldout=VALIDATION)
-        bpb: dict[str, float] = measured.record["bpb"]
-        return bpb
+        return job.evaluate("validation", adapted["model"], last, brief=True, heldout=VALIDATION).record
 
 
-def training_flops(job: Job, stages: dict[str, dict[str, Any]]) -> float:
-    """Matmul FLOPs of a method's training; what fitting a bridge and searching a scale add is not counted."""
+def training_flops(job: Job, name: str, stages: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Matmul FLOPs of a method's training by stage, without fitting a bridge or searching a scale."""
     from elo.model.counting import footprint, read_config
 
-    method: Method = job.method(job.config.method)
+    method: Method = job.method(name)
     counted = footprint(read_config(str(job.base), trust_remote_code=job.config.trust_remote_code))
-    return sum(
-        stages[phase.name]["tokens"]
+    return {
+        phase.name: stages[phase.name]["tokens"]
         * method.flops_per_token(phase, counted, job.layers, job.config.data.sequence_length)
         for phase in method.phases
         if phase.name in stages
-    )
+    }

@@ -1,13 +1,12 @@
-"""How every chart of a report looks: palette, fonts, axes, labels; drawn once, as SVG for the page and as PNG.
+"""The look of every chart: palette, fonts, axes. Each chart is drawn once and saved as SVG for the page and as PNG.
 
-Only what matplotlib's own font can draw is drawn (it has no Hangul, kana or kanji): other labels give way to plain
-names.
+Matplotlib's own font has no Hangul, kana or kanji; `drawable` replaces labels that it cannot draw.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,14 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette, told apart with any colour vision.
-COLOURS = {
-    "elo": "#0072B2",
-    "full": "#D55E00",
-    "full_at_wall_time": "#E69F00",
-    "align_only": "#009E73",
-    "frozen": "#CC79A7",
-}
-SPARE_COLOURS = ("#56B4E9", "#000000", "#8C6D31", "#7B4FA3")
+COLOURS = {"elo": "#0072B2", "full": "#D55E00", "lora": "#009E73", "lisa": "#CC79A7", "frozen": "#E69F00"}
+SPARE_COLOURS = ("#56B4E9", "#000000", "#8C6D31", "#7B4FA3", "#5D6B7A")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "h")
 INK, FAINT, _GRID = "#1f2933", "#7b8794", "#e8ebef"
 STYLE: Any = {
@@ -52,11 +45,9 @@ STYLE: Any = {
 }
 _SIZE_INCHES = (5.8, 3.9)
 _LEGEND_CHARACTERS = 90
-"""Of legend text that fit side by side, each label's line counted as eight."""
+"""Characters of legend text that fit side by side; each label's line counts as eight."""
 _PNG_DPI = 200
-LABEL_MARGIN, _LABEL_GAP = 0.03, 0.07
 
-Clock = Literal["seconds", "tokens"]
 Point = tuple[float, float]
 
 
@@ -74,6 +65,8 @@ class Chart:
 
 @dataclass(frozen=True)
 class Style:
+    """How a contestant is drawn."""
+
     label: str
     colour: str
     marker: str
@@ -85,46 +78,22 @@ def lighter(colour: str, share: float) -> str:
     return "#" + "".join(f"{round(channel + (255 - channel) * share):02x}" for channel in channels)
 
 
-def axis_of(clock: Clock, points: Sequence[Point]) -> tuple[str, float]:
-    """Unit of the horizontal axis and what to divide by."""
-    longest = max((at for at, _ in points), default=0.0)
-    if clock == "tokens" or longest <= 240:
+def time_axis(seconds: Iterable[float]) -> tuple[str, float]:
+    """Unit of a time axis, and the seconds in it."""
+    longest = max(seconds, default=0.0)
+    if longest <= 240:
         return "s", 1.0
     return ("min", 60.0) if longest <= 4 * 3600 else ("h", 3600.0)
 
 
-def text_width(text: str) -> float:
-    """Width of a label as a share of the axes', roughly."""
-    return 0.0125 * len(text)
-
-
-def place_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write each label to the right of its point (axes fractions), lifted until it covers no label below it."""
-    placed: list[tuple[float, float, float]] = []  # from, to, height
-    for x, y, text, colour in sorted(labels, key=lambda label: label[1]):
-        start, end = x + LABEL_MARGIN, x + LABEL_MARGIN + text_width(text)
-        below = [height for left, right, height in placed if left < end and start < right]
-        height = max([y, *(other + _LABEL_GAP for other in below if other + _LABEL_GAP > y)])
-        placed.append((start, end, height))
-        axes.annotate(
-            text,
-            (x, y),
-            (start, height),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            va="center",
-            fontsize=8,
-            color=INK,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8} if height - y > 0.02 else None,
-        )
-
-
 def drawable(text: str, otherwise: str) -> str:
+    """`text` if the font has all of its characters."""
     known = get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap()
     return text if text and all(ord(character) in known for character in text) else otherwise
 
 
 def new_figure() -> tuple[Figure, Axes]:
+    """An empty figure with one pair of axes."""
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     axes = figure.add_subplot()
     axes.xaxis.set_major_locator(MaxNLocator(7))
@@ -133,6 +102,7 @@ def new_figure() -> tuple[Figure, Axes]:
 
 
 def finish(figure: Figure, name: str, title: str, caption: str) -> Chart:
+    """Add the legend and save the figure in both formats."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     top = figure.axes[0].get_ylim()[1]
     seen = [

@@ -114,7 +114,7 @@ def test_a_contestant_that_loses_the_source_is_not_ranked():
     assert verdict.best == "lora"
     assert "elo" in verdict.sentences[1]
     found = warnings(read_results(results))
-    assert "elo: the source language en is +0.027 bpb off the base, limit 0.02." in found
+    assert "elo: the source language en is 0.027 bpb above the base model, limit 0.02." in found
     results["endpoint"] = {"source_limit_bpb": 0.05}
     assert verdict_of(results).best == "elo"
 

@@ -223,17 +223,16 @@ class NewRows(Record):
     start: Count = Field(description="First new token id.")
     stop: Count = Field(description="One past the last new token id.")
 
-    @model_validator(mode="after")
-    def _in_order(self) -> "NewRows":
-        if self.stop < self.start:
-            raise ValueError(f"stop {self.stop} is before start {self.start}")
-        return self
-
 
 class Vocabulary(Record):
     """What `elo vocab extend` did to the base model."""
 
     rows: NewRows = Field(description="New vocabulary rows.")
+    embedding_init: str | None = Field(None, description="Initialisation of the new embedding rows.")
+    head_init: str | None = Field(None, description="Initialisation of the new LM head rows; null if they are tied.")
+    source_identity: dict[str, Any] | None = Field(
+        None, description="Comparison of both tokenizers on text of the source language."
+    )
     target_bytes_per_token: tuple[float, float] | None = Field(
         None, description="Bytes per token of the target language, before and after."
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from elo.format import count, duration, flops, learning_rate, memory, signed
 from elo.report.schema import Budget, BudgetVerdict, Contestant, Data, Measured, Results, TextSize, Trial, mean
-from elo.report.verdict import BASE, contestant_warnings, title_of
+from elo.report.verdict import BASE, contestant_warnings, score, title_of, tuned
 
 NOTHING = "–"
 
@@ -216,20 +216,42 @@ def stages_table(results: Results, trials: Sequence[Trial]) -> Table | None:
     )
 
 
-def rates_table(results: Results) -> Table | None:
-    """Learning rates of the reported trials, and how many were tried."""
+def tuning_table(results: Results) -> Table | None:
+    """Learning rates of the reported trials, and every setting that was tried with its validation score."""
     rows = []
     for budget in results.budgets:
         for contestant in results.contestants:
             reported = results.reported(contestant.name, budget.name)
-            own = [t for t in results.trials if (t.contestant, t.budget) == (contestant.name, budget.name)]
-            if reported and reported[0].learning_rates:
-                rates = [f"{name} {learning_rate(rate)}" for name, rate in reported[0].learning_rates.items()]
-                tried = len({tuple(trial.learning_rates.items()) for trial in own})
-                name = Cell(contestant.title, swatch=contestant.name)
-                rows.append((name, Cell(budget.name), Cell(", ".join(rates)), Cell(str(tried))))
-    columns = [Column(title, is_text=True) for title in ("Contestant", "Budget", "Learning rates used")]
-    return Table((*columns, Column("Settings tried")), tuple(rows)) if rows else None
+            if not reported or not reported[0].learning_rates:
+                continue
+            tried = sorted(
+                tuned(results, contestant.name, budget.name), key=lambda trial: list(trial.learning_rates.values())
+            )
+            cells = (
+                Cell(contestant.title, budget.name, swatch=contestant.name),
+                Cell(" / ".join(reported[0].learning_rates).replace("_", " ")),
+                Cell(_rates(reported[0])),
+                Cell(", ".join(f"{_rates(trial)}: {_score(results, trial)}" for trial in tried) or NOTHING),
+            )
+            rows.append(cells)
+    weight = results.endpoint.source_weight
+    unit = "validation bpb ↓" + (f", target + {weight:g} × source" if weight else "")
+    columns = (
+        Column("Contestant", is_text=True),
+        Column("Learning rate of", is_text=True),
+        Column("Used"),
+        Column("Tried", unit, is_text=True),
+    )
+    return Table(columns, tuple(rows)) if rows else None
+
+
+def _rates(trial: Trial) -> str:
+    return " / ".join(map(learning_rate, trial.learning_rates.values()))
+
+
+def _score(results: Results, trial: Trial) -> str:
+    value = score(results, trial.validation)
+    return "failed" if value is None or trial.failed else f"{value:.3f}"
 
 
 def data_table(data: Data, base: Measured) -> Table | None:

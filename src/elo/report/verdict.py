@@ -276,7 +276,7 @@ def _harm(results: Results, contestant: Contestant, budget: Budget) -> list[str]
         limit = results.endpoint.source_limit_bpb
         if language in results.languages.sources and after - before > limit:
             found.append(
-                f"the source language {language} is {signed(after - before)} bpb off the base, limit {limit:g}"
+                f"the source language {language} is {after - before:.3f} bpb above the base model, limit {limit:g}"
             )
     return found
 

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from elo.errors import EloError, UnfinishedError
 from elo.format import count, duration, flops, learning_rate, memory, signed
-from elo.recipes.report import report
 from elo.report import collect, schema
 from elo.report.charts import bpb_segments, contestant_styles, draw_charts
 from elo.report.files import judged, read_results, write_results
@@ -21,6 +20,7 @@ from elo.report.page import changes_text, html_page, markdown_page, terminal
 from elo.report.schema_markdown import results_schema_markdown
 from elo.report.tables import results_table
 from elo.report.verdict import judge
+from elo.report.write import report
 
 ROOT = Path(__file__).parent.parent
 
@@ -345,24 +345,28 @@ def test_stage_records_become_a_trial():
         **record, "tokens": 8, "losses": [{**point, "loss": 3.0}], "evaluations": [{**point, "bpb": {"ko": 2.0}}],
         "trainable_parameters": 7, "warnings": ["loss jumped"],
     }  # fmt: skip
-    adapted = {
-        "stages": {
-            "detach": record, "elo_pretraining": trained,
-            "attach": {**record, "scale": 0.5}, "layer_alignment": trained,
-        },
-        "evaluation": {"bpb": {"ko": 1.5}},
-        "before_alignment": {"bpb": {"ko": 1.9}},
+    stages = {
+        "detach": record, "vocabulary-elo_pretraining": record, "elo_pretraining": trained, "attach": record,
+        "scale": {**record, "scale": 0.5}, "layer_alignment": trained,
     }  # fmt: skip
-    trial = collect.trial("elo", "b", 3, adapted, flops={"elo_pretraining": 10.0, "layer_alignment": 5.0})
-    assert (trial.tokens, trial.seconds, trial.flops, trial.peak_memory_bytes) == (16, 8.0, 15.0, 5)
+    trial = collect.trial(
+        "elo",
+        "b",
+        3,
+        stages,
+        {"bpb": {"ko": 1.5}},
+        before_alignment={"bpb": {"ko": 1.9}},
+        flops={"elo_pretraining": 10.0, "layer_alignment": 5.0},
+    )
+    assert (trial.tokens, trial.seconds, trial.flops, trial.peak_memory_bytes) == (16, 12.0, 15.0, 5)
     assert trial.cpu_seconds is None
     assert [stage.name for stage in trial.stages if stage.detached] == ["elo_pretraining"]
     assert [(each.stage, each.tokens, each.seconds) for each in trial.losses] == [
-        ("elo_pretraining", 4, 3.0), ("layer_alignment", 12, 7.0),
+        ("elo_pretraining", 4, 5.0), ("layer_alignment", 12, 11.0),
     ]  # fmt: skip
     assert trial.evaluations[1].tokens == 12
     assert (trial.attach_scale, trial.before_alignment.bpb["ko"]) == (0.5, 1.9)
-    assert trial.stages[1].trainable_parameters == 7
+    assert trial.stages[2].trainable_parameters == 7
     assert trial.warnings == ("loss jumped", "loss jumped")
 
 

@@ -218,13 +218,13 @@ def bpb_segments(results: Results, trial: Trial, language: str) -> list[Segment]
     measured = [(each.seconds, each.bpb[language], each.stage) for each in trial.evaluations if language in each.bpb]
     detached = [(at, bpb) for at, bpb, stage in measured if stage in detached_stages]
     whole = [(at, bpb) for at, bpb, stage in measured if stage not in detached_stages]
-    start, first = 0.0, results.base.bpb.get(language)
-    if detached_stages:
-        first = trial.before_alignment.bpb.get(language) if trial.before_alignment else None
-        for stage in trial.stages:
-            start += stage.seconds
-            if stage.name == "attach":
-                break
+    start = 0.0
+    for stage in trial.stages:
+        if stage.tokens and not stage.detached:
+            break
+        start += stage.seconds
+    before = trial.before_alignment if detached_stages else results.base
+    first = before.bpb.get(language) if before else None
     if first is not None and (not whole or whole[0][0] > start):
         whole.insert(0, (start, first))
     final, end = trial.measured.bpb.get(language), trial.seconds

@@ -41,8 +41,10 @@ def trial(
     contestant: str,
     budget: str,
     seed: int,
-    adapted: Mapping[str, Any],
+    stages: Stages,
+    final: Mapping[str, Any],
     *,
+    before_alignment: Mapping[str, Any] | None = None,
     learning_rates: Mapping[str, float] | None = None,
     validation: Mapping[str, Any] | None = None,
     flops: Mapping[str, float] | None = None,
@@ -53,23 +55,23 @@ def trial(
         contestant: its name.
         budget: name of the budget.
         seed: of the run.
-        adapted: what `adapt` returned: `stages`, `evaluation`, `before_alignment`.
+        stages: records of the stages that cost time.
+        final: evaluation record of the final model on held-out text.
+        before_alignment: evaluation record of the attached model before layer alignment.
         learning_rates: peak learning rate by training section.
         validation: evaluation record on validation text.
         flops: training FLOPs by stage.
     """
-    stages: Stages = adapted["stages"]
-    before = adapted["before_alignment"]
     losses, evaluations = curves(stages)
     return Trial(
         contestant=contestant,
         budget=budget,
         seed=seed,
         learning_rates=dict(learning_rates or {}),
-        measured=measured(adapted["evaluation"]),
-        before_alignment=None if before is None else measured(before),
+        measured=measured(final),
+        before_alignment=None if before_alignment is None else measured(before_alignment),
         validation=None if validation is None else measured(validation),
-        attach_scale=stages.get("attach", {}).get("scale"),
+        attach_scale=stages.get("scale", {}).get("scale"),
         stages=stage_costs(stages, flops or {}),
         losses=losses,
         evaluations=evaluations,
@@ -78,19 +80,14 @@ def trial(
 
 
 def stage_costs(stages: Stages, flops: Mapping[str, float]) -> tuple[StageCost, ...]:
-    """Costs of the stages; those between `detach` and `attach` train a detached model."""
+    """Costs of the stages; what trains between `detach` and `attach` is a detached model."""
     found = []
     detached = False
     for name, record in stages.items():
         detached = (detached or name == "detach") and name != "attach"
-        found.append(
-            StageCost(
-                name=name,
-                flops=flops.get(name),
-                detached=detached and name != "detach",
-                **{key: record[key] for key in _COSTS if record.get(key) is not None},
-            )
-        )
+        costs = {key: record[key] for key in _COSTS if record.get(key) is not None}
+        trains = bool(record.get("tokens"))
+        found.append(StageCost(name=name, flops=flops.get(name), detached=detached and trains, **costs))
     return tuple(found)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from elo.errors import EloError, UnfinishedError
-from elo.records import read_json, write_text
 from elo.report.schema import FILE_NAME, SCHEMA_VERSION, Results
 from elo.report.verdict import judge
+from elo.store.files import read_json, write_text
 
 _NUMBERS = re.compile(r"\[\n[\s\d.,eE+-]+\]")
 

@@ -103,7 +103,7 @@ def _groups(
 def _cost_chart(results: Results) -> Chart | None:
     """Target bits per byte over cost, all budgets."""
     name, cost = cost_of(results)
-    groups = _groups(results, cost, lambda trial: results.target_bpb(trial.measured), results.budgets)
+    groups = _groups(results, cost, lambda trial: mean_bpb(trial.measured, results.languages.targets), results.budgets)
     if len(groups) < 2:
         return None
     figure, axes = new_figure()
@@ -111,7 +111,9 @@ def _cost_chart(results: Results) -> Chart | None:
     unit, scale = time_axis(costs)
     groups = [_Group(group.contestant, tuple((x / scale, y) for x, y in group.points)) for group in groups]
     caption = f"Lower and further left is better. {_dots(results)}"
-    caption += _draw_base(axes, results.target_bpb(results.base), [y for group in groups for _, y in group.points])
+    caption += _draw_base(
+        axes, mean_bpb(results.base, results.languages.targets), [y for group in groups for _, y in group.points]
+    )
     _draw_groups(axes, results, groups, joined=True)
     axes.set_xlabel(f"training {name} ({unit})")
     axes.set_ylabel(f"{_targets(results)}: bits per byte")
@@ -169,15 +171,15 @@ def _retention_chart(results: Results, budget: Budget, number: int) -> Chart | N
     if base_source is None or base_target is None:
         return None
 
-    def loss(trial: Trial) -> float | None:
-        value = mean_bpb(trial.measured, sources)
-        return None if value is None else value - base_source
-
-    def gain(trial: Trial) -> float | None:
-        value = mean_bpb(trial.measured, targets)
-        return None if value is None else base_target - value
-
-    groups = _groups(results, loss, gain, [budget])
+    groups = [
+        _Group(group.contestant, tuple((x - base_source, base_target - y) for x, y in group.points))
+        for group in _groups(
+            results,
+            lambda trial: mean_bpb(trial.measured, sources),
+            lambda trial: mean_bpb(trial.measured, targets),
+            [budget],
+        )
+    ]
     if len(groups) < 2:
         return None
     figure, axes = new_figure()

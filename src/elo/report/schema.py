@@ -316,17 +316,16 @@ class BudgetVerdict(Record):
     differences: tuple[Difference, ...] = Field(
         (), description="Each contestant against the reference in each language; one family for Holm's correction."
     )
-    holds_source: tuple[str, ...] = Field(
-        (), description="Contestants whose source languages stay within `endpoint.source_limit_bpb` of the base model."
-    )
-    best: str | None = Field(
-        None, description="Of the contestants in `holds_source`, the one with the lowest mean target bits per byte."
+    ranked: tuple[str, ...] = Field(
+        (),
+        description="Contestants without a failed seed whose source languages stay within `endpoint.source_limit_bpb` "
+        "of the base model, lowest mean target bits per byte first.",
     )
     best_against: tuple[Difference, ...] = Field(
-        (), description="`best` against each other contestant in `holds_source`, in the target languages; one family."
+        (), description="The first of `ranked` against each other one, in the target languages; one family."
     )
     best_is_supported: bool = Field(
-        False, description="Whether `best` is significantly below every other contestant in `holds_source`."
+        False, description="Whether the first of `ranked` is significantly below every other one."
     )
     sentences: tuple[str, ...] = Field((), description="The same in words.")
 
@@ -411,9 +410,15 @@ class Results(Record):
         """Trials of the results table that have a result."""
         return [trial for trial in self.reported(contestant, budget) if trial.failed is None]
 
-    def target_bpb(self, measured: Measured) -> float | None:
-        """Mean bits per byte over the target languages."""
-        return mean_bpb(measured, self.languages.targets)
+    def mean_bpb(self, contestant: str, budget: str, languages: tuple[str, ...]) -> float | None:
+        """Mean bits per byte over the contestant's finished trials, and over `languages`."""
+        values = [mean_bpb(trial.measured, languages) for trial in self.finished(contestant, budget)]
+        return mean([value for value in values if value is not None])
+
+    def change(self, contestant: str, budget: str, language: str) -> float | None:
+        """Mean bits per byte less the base model's."""
+        before, after = self.base.bpb.get(language), self.mean_bpb(contestant, budget, (language,))
+        return None if before is None or after is None else after - before
 
 
 def mean_bpb(measured: Measured, languages: tuple[str, ...]) -> float | None:

@@ -146,6 +146,12 @@ def test_without_values_per_document_nothing_is_tested():
     assert any("No values per document" in warning for warning in warnings(read_results(results)))
 
 
+def test_a_few_documents_support_nothing():
+    few, enough = ({"full": [1.90, 1.91], "elo": [1.80, 1.81], "documents": number} for number in (29, 30))
+    assert not verdict_of(duel(**few)).best_is_supported
+    assert verdict_of(duel(**enough)).best_is_supported
+
+
 def test_several_target_languages_are_averaged():
     results = duel(full=[1.90, 1.91], elo=[1.80, 1.81])
     results["languages"] = {"targets": ["ko", "ja"], "sources": ["en"]}

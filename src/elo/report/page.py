@@ -148,7 +148,7 @@ def _sections(results: Results, verdict: Verdict, charts: Sequence[Chart]) -> li
         *found,
         Section("Cost by stage", table=stages_table(results, last)),
         Section("Samples", tuple(_writing(results, last)), samples=tuple(_samples(results, last))),
-        Section("Tuning", table=tuning_table(results)),
+        Section("Learning rates", table=tuning_table(results)),
         Section("Data", table=data_table(results.data, results.base)),
         Section("How this was measured", paragraphs=(verdict.rule, _BPB)),
         Section("How to reproduce", facts=tuple(_setting(results)), code=tuple(filter(None, (results.command,)))),

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FILE_NAME = "results.json"
 SCHEMA_VERSION = 2
+MIN_DOCUMENTS = 30
+"""Held-out documents below which a difference supports nothing."""
 
 Count = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -297,12 +299,12 @@ class Difference(Record):
     seeds: Count = Field(
         description="Seeds that both have in common; with one seed the interval covers documents alone."
     )
-    documents: Count = Field(description="Held-out documents.")
+    documents: Count = Field(description="Held-out documents, of the language with the fewest.")
 
     @property
     def is_supported(self) -> bool:
-        """Whether the difference is significant at 5 % after correction."""
-        return self.adjusted_p_value < 0.05
+        """Whether the difference is significant at 5 % after correction, on enough documents."""
+        return self.adjusted_p_value < 0.05 and self.documents >= MIN_DOCUMENTS
 
 
 class BudgetVerdict(Record):

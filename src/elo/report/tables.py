@@ -205,31 +205,28 @@ def stages_table(results: Results, trials: Sequence[Trial]) -> Table | None:
 
 def tuning_table(results: Results) -> Table | None:
     """Learning rates of the reported trials, and every setting that was tried with its validation score."""
-    rows = []
+    parts: list[tuple[Cell, Cell, Cell, Cell]] = []
     for budget in results.budgets:
         for contestant in results.contestants:
             reported = results.reported(contestant.name, budget.name)
             if not reported or not reported[0].learning_rates:
                 continue
-            tried = sorted(
-                tuned(results, contestant.name, budget.name), key=lambda trial: list(trial.learning_rates.values())
-            )
-            cells = (
+            tried = tuned(results, contestant.name, budget.name)
+            tried.sort(key=lambda trial: list(trial.learning_rates.values()))
+            parts.append((
                 Cell(contestant.title, budget.name, swatch=contestant.name),
                 Cell(" / ".join(reported[0].learning_rates).replace("_", " ")),
                 Cell(_rates(reported[0])),
                 Cell(", ".join(f"{_rates(trial)}: {_score(results, trial)}" for trial in tried) or NOTHING),
-            )
-            rows.append(cells)
+            ))  # fmt: skip
+    if not parts:
+        return None
     weight = results.endpoint.source_weight
     unit = "validation bpb ↓" + (f", target + {weight:g} × source" if weight else "")
-    columns = (
-        Column("Contestant", is_text=True),
-        Column("Learning rate of", is_text=True),
-        Column("Used"),
-        Column("Tried", unit, is_text=True),
-    )
-    return Table(columns, tuple(rows)) if rows else None
+    columns = (Column("Contestant", is_text=True), Column("Learning rate of", is_text=True), Column("Used"))
+    if all(row[3].text == NOTHING for row in parts):
+        return Table(columns, tuple(row[:3] for row in parts))
+    return Table((*columns, Column("Tried", unit, is_text=True)), tuple(parts))
 
 
 def _rates(trial: Trial) -> str:

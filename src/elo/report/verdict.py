@@ -7,6 +7,7 @@ import numpy as np
 
 from elo.format import count, duration, learning_rate, listed, signed
 from elo.report.schema import (
+    MIN_DOCUMENTS,
     Budget,
     BudgetVerdict,
     Contestant,
@@ -22,13 +23,13 @@ from elo.report.statistics import Floats, bits_per_byte, estimate, holm, resampl
 BASE = "base"
 Pair = tuple[str, str, tuple[str, ...]]
 """Contestant, reference, languages."""
-FEW_DOCUMENTS = 30
 OFF_BUDGET = 0.1
 """Relative distance from a budget above which a trial is reported."""
 RULE = (
     "Differences are paired by seed and document. Intervals cover 95 %: documents are resampled 10,000 times, and the "
     "error over seeds is drawn from Student's t distribution. p-values are two-sided and corrected by Holm's method "
-    "over contestants and languages, budget by budget. Bold: significant at 5 % after correction."
+    "over contestants and languages, budget by budget. Bold: significant at 5 % after correction, on at least "
+    f"{MIN_DOCUMENTS} documents."
 )
 
 
@@ -105,7 +106,7 @@ def compare(results: Results, budget: str, pairs: Sequence[Pair]) -> tuple[Diffe
                 **asdict(value),
                 adjusted_p_value=value.p_value,
                 seeds=per_seed.size,
-                documents=sum(sizes.size for _, sizes in known),
+                documents=min(sizes.size for _, sizes in known),
             )
         )
     adjusted = holm([each.p_value for each in found])
@@ -218,9 +219,9 @@ def _heldout_warnings(results: Results) -> list[str]:
     found = []
     for language in results.languages.all:
         size = results.base.heldout.get(language) or results.data.heldout.get(language)
-        if size is not None and size.documents is not None and size.documents < FEW_DOCUMENTS:
+        if size is not None and size.documents is not None and size.documents < MIN_DOCUMENTS:
             found.append(
-                f"{language}: {size.documents} held-out documents; {FEW_DOCUMENTS} is the least that can carry a claim."
+                f"{language}: {size.documents} held-out documents; {MIN_DOCUMENTS} is the least that can carry a claim."
             )
     if not any(trial.measured.document_nats for trial in results.trials) and results.trials:
         found.append("No values per document: differences have no intervals, and nothing is marked as significant.")

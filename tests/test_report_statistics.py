@@ -25,7 +25,7 @@ def simulated(generator, seeds, documents, seed_spread, document_spread):
     [(3, 0.01, 0.02), (3, 0.0005, 0.05), (5, 0.01, 0.02), (2, 0.01, 0.02), (1, 0.0, 0.05)],
 )
 def test_intervals_cover_the_truth_19_times_in_20(seeds, seed_spread, document_spread):
-    """Whether seeds or documents make most of the error; of three seeds that are merely resampled, 83 % would cover."""
+    """Whether seeds or documents make most of the error; with three seeds that are merely resampled, 85 % would."""
     generator = np.random.default_rng(seeds)
     covered = rejected = 0
     for _ in range(300):

@@ -2,5 +2,5 @@
 
 from pathlib import Path
 
-# A Hugging Face checkpoint with its tokenizer, made by benchmarks/train_quickstart_base.py.
+# A Hugging Face checkpoint with its tokenizer, made by examples/tavuni/train_quickstart_base.py.
 BASE = Path(__file__).with_name("base")

@@ -22,7 +22,6 @@ from tavuni_lexicon import BACK, ROOTS, VOWELS, respell, to_script
 from world import DAYS, ELDERS, PEOPLE, RIVERS, TOWNS, Fact
 
 NAMED = frozenset(PEOPLE) | frozenset(TOWNS) | frozenset(RIVERS)
-PEOPLE_SET = frozenset(PEOPLE)
 QUESTION = "zo"
 
 # A and I harmonise with the last vowel: a/e, u/i. A bracketed sound appears after a vowel (consonants) only.

@@ -26,7 +26,6 @@ from elo.evaluation.scoring import evaluating, takes_position_ids
 from elo.layers import Gap, gaps_between
 from elo.model.architecture import find_architecture, layers_of
 
-BRIDGE_FILE = "elo_bridge.safetensors"
 _BATCH_TOKENS = 4096
 _CHECKED_SHARE = 0.2
 

@@ -21,13 +21,13 @@ from typing import Any
 
 from measuring import finished, print_table, write_report
 
-from elo.layers import parse_layers
-from elo.model.counting import footprint, read_config
-from elo.model.devices import measure_matmul_rate
-from elo.recipes.evaluate import evaluate
-from elo.recipes.quickstart import WORLD, unpack_corpus
-from elo.training.methods import Options, find_method
-from elo.training.settings import EloOptions
+from elo.checkpoint.counting import footprint, read_config
+from elo.checkpoint.layers import parse_layers
+from elo.evaluate.evaluate import evaluate
+from elo.methods.methods import Options, find_method
+from elo.plan.devices import measure_matmul_rate
+from elo.quickstart.quickstart import WORLD, unpack_corpus
+from elo.train.settings import EloOptions
 
 ROOT = Path(__file__).parent
 OURS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from elo.recipes import trial as trial_module
 from run_fixtures import write_world
 
+from elo.compare import compare
 from elo.config import contestant_run, load_comparison
 from elo.errors import EloError, TrainingDivergedError
-from elo.recipes import trial as trial_module
-from elo.recipes.compare import compare
-from elo.recipes.trial import TEST, VALIDATION
 from elo.reporting.pareto_results import read_comparison
+from elo.trial import TEST, VALIDATION
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -161,16 +161,16 @@ def test_a_wall_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypat
 def test_a_diverged_trial_is_a_result(tmp_path, monkeypatch):
     config = _world(tmp_path)
     config |= {"contestants": ["full"], "seeds": [1], "learning_rates": [1e-3, 2e-3]}
-    import elo.recipes.run
+    import elo.run
 
-    original = elo.recipes.run.adapt
+    original = elo.run.adapt
 
     def adapt(job, *args, **kwargs):
         if job.config.full.learning_rate > 1.5e-3:
             raise TrainingDivergedError("training diverged at step 3")
         return original(job, *args, **kwargs)
 
-    monkeypatch.setattr(elo.recipes.run, "adapt", adapt)
+    monkeypatch.setattr(elo.run, "adapt", adapt)
     results = compare(config)
     assert results["entries"][0]["learning_rates"]["full"] <= 1e-3
     failed = [trial for trial in results["sweeps"][0]["trials"] if trial["failed"]]

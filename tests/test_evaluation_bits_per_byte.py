@@ -7,8 +7,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from elo.errors import EloError
-from elo.evaluation.bits_per_byte import bits_per_byte, isolates_documents
-from elo.evaluation.scoring import takes_position_ids, token_nats
+from elo.evaluate.bits_per_byte import bits_per_byte, isolates_documents
+from elo.evaluate.scoring import takes_position_ids, token_nats
 
 TOKENIZER = tiny_tokenizer()
 CORPUS = memory_corpus(TEXTS, TOKENIZER)
@@ -128,7 +128,7 @@ def test_token_nats_in_chunks(monkeypatch):
     logits, labels = torch.randn(2, 9, 50), torch.randint(50, (2, 9))
     labels[0, 3] = -100
     whole = token_nats(logits, labels)
-    monkeypatch.setattr("elo.evaluation.scoring._CHUNK_BYTES", 4 * 50 * 4)
+    monkeypatch.setattr("elo.evaluate.scoring._CHUNK_BYTES", 4 * 50 * 4)
     assert torch.equal(whole, token_nats(logits, labels))
     assert whole[0, 3] == 0
     assert whole[1, 8].item() == pytest.approx(-torch.log_softmax(logits[1, 8], -1)[labels[1, 8]].item(), rel=1e-5)

@@ -6,10 +6,10 @@ import torch
 from evaluation_fixtures import TEXTS, memory_corpus, text_tokenizer, tiny_model, tiny_tokenizer
 
 from elo.errors import EloError
-from elo.evaluation.bits_per_byte import bits_per_byte
-from elo.recipes.evaluate import evaluate
-from elo.recipes.results import _evaluation
+from elo.evaluate.bits_per_byte import bits_per_byte
+from elo.evaluate.evaluate import evaluate
 from elo.reporting.results import Measurement
+from elo.results import _evaluation
 
 TOKENIZER = tiny_tokenizer()
 

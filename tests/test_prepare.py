@@ -10,9 +10,9 @@ from data_fixtures import decoded, make_corpus, make_texts, make_tokenizer, tree
 
 from elo.data.corpora import tokenize_source
 from elo.data.mixture import build_mixture
+from elo.data.prepare import CorpusSource, prepare, source_files
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.errors import EloError, UnfinishedError
-from elo.recipes.prepare import CorpusSource, prepare, source_files
 
 KO, EN, HELD = make_texts(60, 1), make_texts(40, 2), make_texts(10, 3)
 TOKENIZER = make_tokenizer()
@@ -92,7 +92,7 @@ def test_held_out_documents_in_training_text_are_counted(
 def test_the_outcome_does_not_depend_on_the_number_of_workers(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("elo.recipes.prepare.BYTES_PER_WORKER", 1)
+    monkeypatch.setattr("elo.data.prepare.BYTES_PER_WORKER", 1)
     monkeypatch.setattr("elo.data.corpora.BATCH_BYTES", 300)
     run(tmp_path / "two", inputs, workers=2)
     monkeypatch.undo()

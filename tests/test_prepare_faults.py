@@ -14,12 +14,12 @@ import pytest
 from data_fixtures import make_backend, make_texts, make_tokenizer, tree, write_jsonl
 
 from elo.data import shard_writer
+from elo.data.prepare import prepare
 from elo.errors import EloError
-from elo.recipes.prepare import prepare
 
 SCRIPT = """
     import sys, time
-    import elo.data.corpora as corpora, elo.data.shard_writer as writer, elo.recipes.prepare as recipe
+    import elo.data.corpora as corpora, elo.data.shard_writer as writer, elo.data.prepare as recipe
     from tokenizers import Tokenizer
     from elo.data.tokenizer import wrap_tokenizer
 

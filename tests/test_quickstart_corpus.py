@@ -17,10 +17,9 @@ from tavuni_lexicon import LETTERS, ROOTS, to_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import GROUPS, RELATIONS, Fact, build_world
 
-from elo.quickstart import BASE
-from elo.recipes.quickstart import WORLD, unpack_corpus
+from elo.quickstart.quickstart import WORLD, unpack_corpus
 
-DATA = WORLD / "data"
+BASE, DATA = WORLD / "base", WORLD / "data"
 SIZES = {
     "pretrain_source_bytes": 300_000,
     "pretrain_target_bytes": 30_000,

@@ -9,7 +9,7 @@ from report_fixtures import TITLE, Page, example_results, grouped_results
 from rich.console import Console
 
 from elo.errors import EloError, UnfinishedError
-from elo.recipes.report import report
+from elo.report.write import report
 from elo.reporting import results as schema
 from elo.reporting.charts import bpb_segments, draw_charts
 from elo.reporting.comparison import (

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import elo
 from elo.errors import EloError
-from elo.recipes.run import run
+from elo.run import run
 
 
 def _tensors(folder: Path) -> dict:

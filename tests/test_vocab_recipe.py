@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from vocabulary_fixtures import tokenizer_of
 
 from elo import extend_vocabulary, measure_vocabulary, run
-from elo.model.new_rows import VOCABULARY_KEY
+from elo.checkpoint.new_rows import VOCABULARY_KEY
 from elo.reporting.results import read_results
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from elo.checkpoint.layers import DEFAULT_LAYERS
 from elo.errors import EloError
-from elo.layers import DEFAULT_LAYERS
-from elo.training.settings import EloOptions, LisaSettings, LoraSettings, TrainingSettings
+from elo.train.settings import EloOptions, LisaSettings, LoraSettings, TrainingSettings
 
 _TRAINING_SECTIONS = ("elo_pretraining", "layer_alignment", "full", "lora", "lisa")
 # Spellings of other tools, answered with ours.

@@ -15,7 +15,7 @@ from elo.data.sources import FileReader, InputFile, list_inputs
 from elo.data.tokenizer import TextTokenizer
 from elo.data.tokenizing import TokenizerPool, WorkerDied
 from elo.errors import EloError
-from elo.records import TEMPORARY_PREFIX, read_json, remove, sha256_json, write_json
+from elo.store.files import TEMPORARY_PREFIX, read_json, remove, sha256_json, write_json
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1 << 13

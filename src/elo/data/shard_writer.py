@@ -14,7 +14,7 @@ import numpy as np
 
 from elo.data.shards import SPECIALS_PER_DOCUMENT, shard_paths
 from elo.errors import UnfinishedError
-from elo.records import TEMPORARY_PREFIX, read_json, write_json
+from elo.store.files import TEMPORARY_PREFIX, read_json, write_json
 
 COUNTS = ("skipped", "empty", "overlapping")
 """What a segment counts beside its documents: unreadable, without text, and also in held-out text."""

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from elo.errors import EloError, UnfinishedError
-from elo.records import read_json, sha256_file, sha256_json
+from elo.store.files import read_json, sha256_file, sha256_json
 
 MANIFEST = "manifest.json"
 SCHEMA = 1

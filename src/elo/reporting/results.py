@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from elo.errors import EloError, UnfinishedError
-from elo.records import read_json
+from elo.store.files import read_json
 
 FILE_NAME = "results.json"
 SCHEMA = 1

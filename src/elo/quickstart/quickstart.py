@@ -10,7 +10,7 @@ from elo.config import load_config
 from elo.errors import EloError
 from elo.store.files import TEMPORARY_PREFIX, atomic_directory, write_text
 
-# Beside this file: config.yaml, base/ (a checkpoint, made by examples/tavuni/train_quickstart_base.py), data/ (the corpus).
+# Holds config.yaml, base/ (a checkpoint, made by examples/tavuni/train_quickstart_base.py) and data/ (the corpus).
 WORLD = Path(__file__).parent
 
 

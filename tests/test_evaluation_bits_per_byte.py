@@ -76,13 +76,18 @@ def test_context_counts_and_neighbours_do_not():
     assert bits_per_byte(model, both, sequence_length=128).nats == pytest.approx(apart, rel=1e-6)
 
 
-def test_max_tokens_takes_whole_documents_from_the_start():
-    model = tiny_model("llama", len(TOKENIZER))
-    first = len(CORPUS.document(0)) - 2
-    for max_tokens, documents in [(1, 1), (first, 1), (first + len(CORPUS.document(1)) - 2, 2), (10**9, len(TEXTS))]:
-        result = bits_per_byte(model, CORPUS, sequence_length=64, max_tokens=max_tokens)
-        assert result.documents == documents
-        assert result.bytes == sum(len(text.encode()) for text in TEXTS[:documents])
+@pytest.mark.parametrize("model_type", ["llama", "mamba"])
+def test_each_documents_nats_are_those_of_it_alone_and_sum_to_the_whole(model_type):
+    model = tiny_model(model_type, len(TOKENIZER))
+    result = bits_per_byte(model, CORPUS, sequence_length=24, batch_size=3)
+    alone = [
+        bits_per_byte(model, memory_corpus([text], TOKENIZER), sequence_length=24).nats
+        for text in TEXTS  # one of which is cut into pieces, which are packed into different rows
+    ]
+    assert result.document_nats == pytest.approx(alone, rel=1e-5)
+    assert result.document_bytes == tuple(len(text.encode()) for text in TEXTS)
+    assert sum(result.document_nats) == result.nats
+    assert sum(result.document_bytes) == result.bytes
 
 
 def test_model_is_left_as_it_was():

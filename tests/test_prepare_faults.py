@@ -34,8 +34,8 @@ SCRIPT = """
     tokenizer, source, output, workers = sys.argv[1:]
     tokenizer = wrap_tokenizer(Tokenizer.from_file(tokenizer), 0, 1, "made")
     print("ready", flush=True)
-    recipe.prepare(tokenizer, {"ko": source}, output, heldout_share=0.05, shard_tokens=1500, workers=int(workers),
-                   on_error="skip", progress=False)
+    recipe.prepare(tokenizer, {"ko": source}, output, heldout_share=0.05, validation_share=0.05,
+                   shard_tokens=1500, workers=int(workers), on_error="skip", progress=False)
 """
 
 

@@ -1,18 +1,17 @@
-"""Which packed rows of a run's mixture each phase trains on: the token budget, divided."""
+"""The token budget of a run, divided: which packed sequences each phase trains on."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from elo.config import RunConfig
+from elo.data.mixture import Mixture, MixtureRows, build_mixture
+from elo.data.shards import PreparedData
 from elo.errors import EloError
-
-if TYPE_CHECKING:
-    from elo.data.mixture import Mixture, MixtureRows
-    from elo.data.shards import PreparedData
-    from elo.methods.methods import Method
-    from elo.methods.phases import Phase
+from elo.methods import Phase
+from elo.train.loop import rows_per_step
 
 # Tokens of each language for the search of a scale, a 400th of the budget within these: four forward passes of the
 # whole model should cost little beside the training.
@@ -20,151 +19,92 @@ _SCALE_TOKENS = (2048, 32_768)
 
 
 @dataclass(frozen=True)
-class RowBudget:
-    """A run's rows: those of ELO pretraining first, then those of layer alignment; a phase takes either or all.
+class Sequences:
+    """A run's packed sequences: those of ELO pretraining first, then those of layer alignment.
 
     Attributes:
-        config: of the run.
-        prepared: the shards that the mixture is drawn from.
-        mixture: row i is the same whatever is asked for before it.
-        pretraining: rows of ELO pretraining.
-        alignment: rows of layer alignment, which follow.
-        all: rows of what has no such parts, and of full CPT beside it.
+        mixture: sequence i is the same whatever was asked for before it.
+        pretraining: number of sequences of the phases with rows `pretraining`.
+        alignment: number of sequences of the phases with rows `alignment`, which follow.
     """
 
-    config: RunConfig
-    prepared: "PreparedData"
-    mixture: "Mixture"
+    mixture: Mixture
     pretraining: int
     alignment: int
-    all: int
 
-    def of(self, phase: "Phase", method: "Method", earlier: dict[str, dict[str, Any]]) -> "MixtureRows":
-        """The rows that a phase trains on, a whole number of its steps.
-
-        Args:
-            earlier: what `elo.run.adapt` returned for the methods before.
-
-        Raises:
-            EloError: there are some, but less than a step's.
-        """
+    def of(self, phase: Phase) -> MixtureRows:
+        """The sequences that a phase trains on."""
         start, stop = {
             "pretraining": (0, self.pretraining),
             "alignment": (self.pretraining, self.pretraining + self.alignment),
-            "all": (0, self.all),
+            "all": (0, self.pretraining + self.alignment),
         }[phase.rows]
-        if method.name == "full_at_wall_time":
-            stop = self._at_wall_time(earlier)
-        step = _rows_per_step(self.config, phase.settings)
-        if 0 < stop - start < step:
-            length = self.config.data.sequence_length
-            raise EloError(
-                f"tokens: {method.name} has {(stop - start) * length:,} tokens for {phase.name}, less than one step of "
-                f"{phase.settings}.tokens_per_step {step * length:,}; give more tokens, or lower it"
-            )
-        return self.mixture.rows(start, start + (stop - start) // step * step)
+        return self.mixture.rows(start, stop)
 
-    def _at_wall_time(self, earlier: dict[str, dict[str, Any]]) -> int:
-        """Rows that full CPT gets through in ELO's wall time, by its measured rate; decided once in a run."""
-        from elo.run import wall_seconds
+    def first(self, tokens: int) -> MixtureRows:
+        """The first sequences, with at least so many tokens."""
+        return self.mixture.rows(0, -(-tokens // self.mixture.sequence_length))
 
-        rate = earlier["full"]["stages"]["full"]["tokens_per_second"] / self.config.data.sequence_length
-        step = _rows_per_step(self.config, "full")
-        # Rounded up: the control is never given less time than ELO took.
-        return math.ceil(wall_seconds(earlier[self.config.method]) * rate / step) * step
+    def unseen(self) -> dict[str, list[dict[str, np.ndarray]]]:
+        """By language, sequences that follow all that are trained on."""
+        return self.mixture.rows_by_language(*self.unseen_identity()["rows"])
 
-    def unseen(self, method: "Method") -> tuple[int, int]:
-        """Where the rows begin that follow those of a method's first phase, and how many of each language to take."""
-        length = self.config.data.sequence_length
-        count = -(-min(max(self.all * length // 400, _SCALE_TOKENS[0]), _SCALE_TOKENS[1]) // length)
-        return self.of(method.phases[0], method, {}).stop, count
-
-    def inputs(self, first: int, last: int) -> dict[str, Any]:
-        """What decides the content of rows: where they begin, and where they end or how many there are."""
-        data = self.config.data
-        return {
-            "data": self.prepared.fingerprint,
-            "mixture": {
-                "target": data.target,
-                "source": data.source,
-                "replay_ratio": data.replay_ratio,
-                "sequence_length": data.sequence_length,
-                "packing": data.packing,
-                "weights": {language: [each.weight for each in sources] for language, sources in data.corpora.items()},
-            },
-            "rows": [first, last],
-            "row_seed": self.config.seed,
-        }
+    def unseen_identity(self) -> dict[str, Any]:
+        """What decides `unseen`."""
+        length, total = self.mixture.sequence_length, self.pretraining + self.alignment
+        count = -(-min(max(total * length // 400, _SCALE_TOKENS[0]), _SCALE_TOKENS[1]) // length)
+        return {"mixture": self.mixture.origin, "rows": [total, count]}
 
 
-def divide_budget(
-    config: RunConfig,
-    prepared: "PreparedData",
-    own: Sequence["Phase"],
-    controls: Sequence["Phase"],
-    say: Callable[[str], None],
-) -> RowBudget:
-    """Divide the token budget in whole steps of the run's own method.
+def divide_budget(config: RunConfig, data: PreparedData, say: Callable[[str], None]) -> Sequences:
+    """Divide the token budget in whole updates of the phases.
 
     Args:
-        own: the method's phases.
-        controls: those of its controls. A share is kept for layer alignment if any phase at all is one.
-        say: is told which text the budget passes over more than once.
+        say: shows the user which text the budget passes over more than once.
 
     Raises:
         EloError: the budget is less than one update of a phase.
     """
-    from elo.data.mixture import build_mixture
-
-    data = config.data
-    weights = {
-        language: {corpus.name: each.weight for corpus, each in zip(prepared.train(language), sources, strict=True)}
-        for language, sources in data.corpora.items()
-    }
-    mixture = build_mixture(
-        prepared,
-        data.target,
-        data.source,
-        data.replay_ratio,
-        data.sequence_length,
-        config.seed,
-        data.packing,
-        weights,
-    )
-    total = mixture.epoch_rows(data.target) if config.tokens is None else config.tokens // data.sequence_length
-    for language in (data.target, data.source) if data.replay_ratio else (data.target,):
+    length = config.data.sequence_length
+    mixture = _mixture(config, data)
+    total = mixture.epoch_rows(config.data.target) if config.tokens is None else config.tokens // length
+    for language in (config.data.target, config.data.source) if config.data.replay_ratio else (config.data.target,):
         once = mixture.epoch_rows(language)
         if total > once:
             say(
-                f"note: the budget of {total * data.sequence_length:,} tokens passes over the {language!r} text "
+                f"note: the budget of {total * length:,} tokens passes over the {language!r} text "
                 f"{total / once:.1f} times"
             )
-    phases = [*own, *controls]
-    sections = [own[0].settings]
+    steps = {phase.rows: rows_per_step(length, config.settings(phase)) for phase in config.method.phases}
     alignment = 0
-    aligning = next((phase.settings for phase in phases if phase.rows == "alignment"), None)
-    if aligning and config.layer_alignment.share:
-        sections.append(aligning)
-        step = _rows_per_step(config, aligning)
-        alignment = max(1, round(total * config.layer_alignment.share / step)) * step
-    step = _rows_per_step(config, own[0].settings)
+    if "alignment" in steps:
+        step = steps["alignment"]
+        alignment = max(1, round(total * config.method.alignment_share / step)) * step
+    step = steps.get("pretraining", steps.get("all", 1))
     pretraining = max(0, total - alignment) // step * step
-    # What a control needs does not change what the method itself trains on.
-    parted = any(phase.rows == "alignment" for phase in own)
-    everything = pretraining + alignment if parted else total // step * step
-    too_short = {"all": everything == 0, "pretraining": pretraining == 0, "alignment": alignment > total}
-    if any(too_short[phase.rows] for phase in phases):
-        steps = " and one of ".join(
-            f"{section} ({getattr(config, section).tokens_per_step:,})" for section in dict.fromkeys(sections)
-        )
+    too_short = alignment > total or (pretraining == 0 and len(steps) > ("alignment" in steps))
+    if too_short:
+        needed = " and ".join(f"{count * length:,} ({rows})" for rows, count in steps.items())
         raise EloError(
-            f"tokens: the budget of {total * data.sequence_length:,} tokens is less than one step of {steps}; give "
-            "more text or tokens, or lower tokens_per_step"
+            f"tokens: the budget of {total * length:,} tokens is less than one update of each phase, which takes "
+            f"{needed}; give more text or tokens, or lower training.tokens_per_step"
         )
-    return RowBudget(config, prepared, mixture, pretraining, alignment, everything)
+    return Sequences(mixture, pretraining, alignment)
 
 
-def _rows_per_step(config: RunConfig, section: str) -> int:
-    from elo.train.loop import rows_per_step
-
-    return rows_per_step(config.data.sequence_length, getattr(config, section))
+def _mixture(config: RunConfig, data: PreparedData) -> Mixture:
+    section = config.data
+    weights: dict[str, dict[str, float]] = {
+        language: {corpus.name: each.weight for corpus, each in zip(data.train(language), sources, strict=True)}
+        for language, sources in section.corpora.items()
+    }
+    return build_mixture(
+        data,
+        section.target,
+        section.source,
+        section.replay_ratio,
+        section.sequence_length,
+        config.seed,
+        section.packing,
+        weights,
+    )

@@ -6,28 +6,6 @@ from typing import Any
 from elo.data.prepare import CorpusSource, source_files
 from elo.store.run_folder import file_identity
 
-# Settings that say how the work is done, not what comes out (but for float noise): they may change between restarts.
-HOW = {
-    "per_device_train_batch_size",
-    "activation_checkpointing",
-    "torch_compile",
-    "attn_implementation",
-    "head_loss",
-    "save_steps",
-    "save_total_limit",
-    "loss_spike",
-    "dataloader_num_workers",
-    "report_to",
-    "training_arguments",
-}
-# Of the further transformers.TrainingArguments, those that say how: the others count.
-_HOW_ARGUMENTS = ("fsdp", "deepspeed", "ddp_", "dataloader_", "accelerator_config", "log", "run_name", "tf32")
-
-
-def further_arguments(settings: Any) -> dict[str, Any]:
-    """Further training arguments that change what comes out."""
-    return {key: value for key, value in settings.training_arguments.items() if not key.startswith(_HOW_ARGUMENTS)}
-
 
 def checkpoint_identity(base: Path) -> dict[str, Any]:
     """What of a checkpoint decides the result: its configuration and weights."""

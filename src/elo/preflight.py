@@ -10,21 +10,18 @@ from elo.errors import EloError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from elo.methods.methods import Method
-
 
 def check_inputs(config: RunConfig) -> None:
     """Find what is missing before anything is loaded."""
     from elo.evaluate.cloze import read_cloze
     from elo.train.loop import check_settings
 
-    for section in _sections(config):
-        check_settings(getattr(config, section), config.data.sequence_length, section)
-    for method in methods_of(config):
-        method.check()
+    for phase in config.method.phases:
+        check_settings(config.settings(phase), config.data.sequence_length, "training")
+    config.method.check()
     output = Path(config.output)
     if output.is_dir() and any(output.iterdir()) and not (output / "stages").is_dir():
-        raise EloError(f"output: {output}: the folder holds other things than a run of ELO's; choose another")
+        raise EloError(f"output: {output}: the folder is not empty and is not an ELO run; choose another")
     for language, path in config.evaluation.cloze.items():
         if language not in (config.data.target, config.data.source):
             raise EloError(f"evaluation.cloze: {language!r} is neither the target nor the source language")
@@ -38,14 +35,6 @@ def check_inputs(config: RunConfig) -> None:
         raise EloError(f"output: {config.output}: is a file; name a folder for the run")
 
 
-def methods_of(config: RunConfig) -> "list[Method]":
-    """The run's own method and its controls."""
-    from elo.methods.methods import Options, find_method
-
-    options = Options(config.elo, config.lora, config.lisa)
-    return [find_method(name, options) for name in (config.method, *config.controls)]
-
-
 def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     """The layers to train, once the model is known to take them, the rows and their length; weights are not read."""
     from elo.checkpoint.architecture import find_architecture, is_recurrent
@@ -53,24 +42,24 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     from elo.checkpoint.refusals import require_detachable
     from elo.checkpoint.tensor_files import open_checkpoint
     from elo.evaluate.scoring import longest_sequence, takes_position_ids
-    from elo.methods.methods import first_new_row
+    from elo.methods.base import first_new_row
     from elo.train.settings import check_also_train
 
     open_checkpoint(base)
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
-    if any(phase.detached for method in methods_of(config) for phase in method.phases):
+    if any(phase.detached for phase in config.method.phases):
         require_detachable(model_config)
     model = build_on_meta(model_config, trust_remote_code=config.trust_remote_code)
     _check_attention(config, model)
     layers = parse_layers(config.layers, find_architecture(model).num_layers)
-    bridged = any(phase.needs_bridge for method in methods_of(config) for phase in method.phases)
-    if bridged and len(layers) == find_architecture(model).num_layers:
-        raise EloError(
-            f"layers: {config.layers!r} leaves out no layer, so there is nothing for elo.stand_in to replace"
-        )
-    for method in methods_of(config):
-        check_also_train(method.also_train, tied=find_architecture(model).tied)
-    if any(method.needs_new_rows for method in methods_of(config)):
+    if (
+        any(phase.middle == "bridged" for phase in config.method.phases)
+        and len(layers) == find_architecture(model).num_layers
+    ):
+        raise EloError(f"layers: {config.layers!r} leaves out no layer, so there is nothing to bridge; choose fewer")
+    for phase in config.method.phases:
+        check_also_train(phase.also_train, tied=find_architecture(model).tied)
+    if config.method.needs_new_rows:
         first_new_row(model)
     length, limit = config.data.sequence_length, longest_sequence(model)
     if limit is not None and length > limit:
@@ -83,23 +72,17 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     return layers
 
 
-def _sections(config: RunConfig) -> list[str]:
-    """Sections of the configuration whose training settings this run uses."""
-    return sorted({phase.settings for method in methods_of(config) for phase in method.phases})
-
-
 def _check_attention(config: RunConfig, model: "PreTrainedModel") -> None:
     """Raise EloError where an attention that is asked for by name cannot be had; `model` is on the meta device."""
     from elo.train.attention import VARLEN
 
-    for section in _sections(config):
-        name = getattr(config, section).attn_implementation
+    for name in {config.settings(phase).attn_implementation for phase in config.method.phases}:
         if name in ("auto", VARLEN):
             continue
         try:
             model.set_attn_implementation(name)
         except (ValueError, ImportError, OSError) as error:
             raise EloError(
-                f"{section}.attn_implementation: this model cannot use {name!r} here "
+                f"training.attn_implementation: this model cannot use {name!r} here "
                 f"({' '.join(str(error).split())[:300]}); write auto, sdpa or eager"
             ) from None

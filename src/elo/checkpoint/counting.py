@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from elo.checkpoint.architecture import find_architecture
-from elo.checkpoint.footprint import Footprint, LayerFootprint, Method
+from elo.checkpoint.footprint import Footprint, LayerFootprint, Middle
 from elo.checkpoint.layers import parse_layers
 from elo.errors import EloError
 
@@ -139,13 +139,13 @@ def parameter_counts(
     if layers is not None:
         chosen = parse_layers(layers, counted.num_layers)
         counts["detached"] = counted.detached(chosen).total
-        counts["trainable"] = counted.trainable("elo", chosen)
+        counts["trainable"] = counted.trainable("removed", chosen)
     return counts
 
 
 def training_flops_per_token(
     model: PreTrainedModel | PretrainedConfig,
-    method: Method = "full",
+    middle: Middle = "trained",
     *,
     layers: str | Sequence[int] | None = None,
     sequence_length: int = 0,
@@ -154,15 +154,15 @@ def training_flops_per_token(
 ) -> float:
     """FLOPs of one trained token, forward and backward; see `Footprint.flops_per_token` for what is counted.
 
-    For a detached model give `method="elo"` and no `layers`: all it has are trained, embedding and head are frozen.
+    For a detached model give `middle="removed"` and no `layers`: all it has are trained, embedding and head are frozen.
 
     Raises:
-        EloError: an unknown method, or as `footprint` and `parse_layers`.
+        EloError: as `footprint` and `parse_layers`.
     """
     counted = footprint(model)
     chosen = None if layers is None else parse_layers(layers, counted.num_layers)
     return counted.flops_per_token(
-        method,
+        middle,
         chosen,
         sequence_length=sequence_length,
         activation_checkpointing=activation_checkpointing,

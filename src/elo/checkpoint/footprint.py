@@ -7,15 +7,19 @@ weights) are not counted. Neither torch nor transformers is imported here: a pla
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 from elo.checkpoint.layers import gaps_between
-from elo.errors import EloError
 
-Method = Literal["full", "frozen", "lora", "elo", "forward_only"]
-METHODS: tuple[str, ...] = get_args(Method)
+Middle = Literal["removed", "bridged", "frozen", "adapted", "trained"]
+"""What becomes of the decoder layers that are not chosen to train.
+
+`removed`: they are detached, and what is kept is joined end to end. `bridged`: they are detached, and a frozen linear
+map stands in each gap. `frozen`: they are computed and do not train. `adapted`: every layer is frozen and has trainable
+low-rank adapters. `trained`: every parameter trains.
+"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,15 @@ class Flops:
     @property
     def total(self) -> float:
         return self.forward + self.backward + self.recompute
+
+    def mixed(self, other: "Flops", share: float) -> "Flops":
+        """The mean where this is the count of a `share` of the tokens, and `other` that of the rest."""
+        return Flops(*(share * a + (1 - share) * b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @classmethod
+    def mean(cls, counts: Sequence["Flops"]) -> "Flops":
+        """The mean of several counts."""
+        return cls(*(sum(values) / len(counts) for values in zip(*map(astuple, counts), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -142,45 +155,43 @@ class Footprint:
 
     def trainable(
         self,
-        method: Method,
+        middle: Middle,
         layers: Sequence[int] | None = None,
         *,
-        lora_rank: int = 16,
+        lora_rank: int = 0,
         also_train: Collection[str] = (),
     ) -> int:
-        """Parameters that `method` trains; `layers` and `also_train` as in `flops_per_token`."""
-        if method == "full":
+        """Parameters that train; arguments as in `flops_per_token`."""
+        if middle == "trained":
             return self.total
-        if method == "lora":
-            return self.lora_parameters(lora_rank)
-        chosen = range(self.num_layers) if layers is None else layers
         # A tied head's own count is 0, so that it is not counted twice.
         parts = {"embedding": self.embedding, "head": self.head, "norm": self.norm}
-        return sum(self.layers[index].parameters for index in chosen) + sum(parts[part] for part in set(also_train))
+        outside = sum(parts[part] for part in set(also_train))
+        if middle == "adapted":
+            return self.lora_parameters(lora_rank) + outside
+        chosen = range(self.num_layers) if layers is None else layers
+        return sum(self.layers[index].parameters for index in chosen) + outside
 
     def flops_per_token(
         self,
-        method: Method,
+        middle: Middle,
         layers: Sequence[int] | None = None,
         *,
         sequence_length: int = 0,
         activation_checkpointing: bool = False,
-        lora_rank: int = 16,
+        lora_rank: int = 0,
         also_train: Collection[str] = (),
     ) -> Flops:
         """Matmul FLOPs of one trained token.
 
         Args:
-            method: `full` trains everything (continual pretraining, layer alignment); `frozen` trains `layers` and
-                computes all; `elo` computes and trains `layers` alone; `forward_only` trains `layers` and computes the
-                others without a graph (what the bridge's Jacobian costs is not in it, see `bridge_elements`); `lora`
-                trains adapters (Hu et al. 2021) on every dense matrix of every layer.
-            layers: indices of what `elo`, `frozen` and `forward_only` train; all when None (a model that is detached
-                already).
+            middle: what becomes of the layers that are not in `layers`.
+            layers: indices of the decoder layers that train; all when None (a model that is detached already).
             sequence_length: T of the attention scores; 0 counts the weights alone.
             activation_checkpointing: each layer's forward is computed again before its backward. (PyTorch then skips
                 the layer's last product, whose output nothing keeps: up to 7 % less than counted here.)
-            lora_rank: rank of the adapters of `lora`.
+            lora_rank: rank of the adapters (Hu et al. 2021) on every dense matrix of every layer, where the middle is
+                `adapted`.
             also_train: parts that train with `layers`. With `embedding` an input gradient has to reach it; with `head`
                 the head's weight gradient is computed too; `norm` costs nothing that is counted.
 
@@ -188,30 +199,29 @@ class Footprint:
         gradient where it trains; the scores' backward is twice their forward. Nothing below the lowest trained layer
         has a backward. That layer pays for its input gradients although the frozen embedding below needs none: its
         input norm has a weight, whose gradient comes through the query, key and value products. (Where the norm comes
-        after, as in OLMo 2, this counts about 1 % too much.) A frozen head has a forward and an input gradient.
-
-        Raises:
-            EloError: an unknown method.
+        after, as in OLMo 2, this counts about 1 % too much.) A frozen head has a forward and an input gradient. A
+        bridge has a forward and an input gradient.
         """
-        if method not in METHODS:
-            raise EloError(f"method: {method!r} is not one of {', '.join(METHODS)}")
         everything = range(self.num_layers)
-        chosen = set(everything if layers is None or method in ("full", "lora") else layers)
-        computed = sorted(chosen) if method == "elo" else list(everything)
+        chosen = set(everything if layers is None or middle in ("trained", "adapted") else layers)
+        computed = sorted(chosen) if middle in ("removed", "bridged") else list(everything)
         forward = backward = recompute = 0.0
-        gradient_below = method == "full" or "embedding" in also_train
+        gradient_below = middle == "trained" or "embedding" in also_train
         for index in computed:
             layer = self.layers[index]
             scores = layer.score_flops(sequence_length)
-            weights, adapters = 2.0 * layer.active_matmul, 0.0
-            if method == "lora":
-                adapters = 2.0 * lora_rank * layer.lora_width
+            weights = 2.0 * layer.active_matmul
+            adapters = 2.0 * lora_rank * layer.lora_width if middle == "adapted" else 0.0
             gradient_below = gradient_below or index in chosen
             forward += weights + adapters + scores
-            if gradient_below and (index in chosen or method != "forward_only"):
-                trains_weights = index in chosen and method != "lora"
+            if gradient_below:
+                trains_weights = index in chosen and middle != "adapted"
                 backward += weights * (2 if trains_weights else 1) + 2 * adapters + 2 * scores
                 recompute += (weights + adapters + scores) if activation_checkpointing else 0.0
+        if middle == "bridged":
+            maps = 2.0 * self.bridge_elements(sorted(chosen))
+            forward, backward = forward + maps, backward + maps
         head_forward = 2.0 * self.head_matmul
-        head_backward = head_forward * (int(gradient_below) + int(method == "full" or "head" in also_train))
+        gradient_at_head = gradient_below or "norm" in also_train
+        head_backward = head_forward * (int(gradient_at_head) + int(middle == "trained" or "head" in also_train))
         return Flops(forward + head_forward, backward + head_backward, recompute, head_forward + head_backward)

@@ -20,18 +20,18 @@ def make_manifest(job: "Preparation", tasks: "list[CorpusTask]", plan: str) -> d
     Raises:
         EloError: a language came out without training text.
     """
-    from elo.data.shards import SCHEMA
+    from elo.data.shards import SCHEMA, SPLITS
 
     languages: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for task in sorted(tasks, key=lambda task: task.split != "train"):
-        splits = languages.setdefault(task.language, {"train": [], "heldout": []})
+        splits = languages.setdefault(task.language, {split: [] for split in SPLITS})
         segments = [segment for state in job.states(task) for segment in state.segments]
         counts = {name: sum(segment["counts"][name] for segment in segments) for name in segments[0]["counts"]}
         files = [[file.location, file.size] for file in task.files]
         # A corpus given as held-out text is written through the "train" side of its segments: nothing is cut from it.
         splits[task.split].append(_corpus(task, segments, "train", {**counts, "files": files}))
-        if task.threshold:
-            splits["heldout"].append(_corpus(task, segments, "heldout", {"files": files}))
+        for split in task.cut_splits:
+            splits[split].append(_corpus(task, segments, split, {"files": files}))
     tokenizer = job.tokenizer
     manifest = {
         "schema": SCHEMA,
@@ -64,9 +64,13 @@ def _check_not_empty(languages: dict[str, Any], tasks: "list[CorpusTask]") -> No
             continue
         files = ", ".join(task.files[0].location for task in tasks if (task.split, task.language) == (split, language))
         cut = sum(corpus["documents"] for corpus in languages[language]["heldout"]) if split == "train" else 0
+        chosen = sum(corpus["documents"] for corpus in languages[language]["validation"]) if split == "train" else 0
         why = (
             f"all {cut} documents were held out; lower heldout_share or give more text"
-            if cut
+            if cut and not chosen
+            else f"all {cut + chosen} documents were held out or cut out as validation text; lower heldout_share and "
+            "validation_share, or give more text"
+            if chosen
             else "no document with text; check the files and text_column"
         )
         raise EloError(f"{files}: {split} text for {language!r}: {why}")
@@ -75,7 +79,7 @@ def _check_not_empty(languages: dict[str, Any], tasks: "list[CorpusTask]") -> No
 def tell_totals(manifest: dict[str, Any], tell: "Callable[[str], None]") -> None:
     """Say what came out, by language, and warn of held-out documents that are trained on too."""
     for language, splits in manifest["languages"].items():
-        train, heldout = splits["train"], splits["heldout"]
+        train, heldout, validation = splits["train"], splits["heldout"], splits["validation"]
 
         def total(corpora: list[dict[str, Any]], key: str) -> int:
             return sum(corpus.get(key, 0) for corpus in corpora)
@@ -85,6 +89,7 @@ def tell_totals(manifest: dict[str, Any], tell: "Callable[[str], None]") -> None
             f"{language}: {total(train, 'documents'):,} documents, {short(total(train, 'tokens'))} tokens, "
             f"{short(size)} bytes of text ({size / max(tokens, 1):.2f} bytes a token); "
             f"held out {total(heldout, 'documents'):,} documents, {short(total(heldout, 'tokens'))} tokens"
+            + (f"; for validation {total(validation, 'documents'):,} documents" if validation else "")
         )
         both = [*train, *heldout]
         for key, said in (("skipped", "could not be read and were left out"), ("empty", "hold no text")):
@@ -130,7 +135,7 @@ def reweigh(prepared: "PreparedData", tasks: "list[CorpusTask]") -> "PreparedDat
     """Write names and weights that have changed into the manifest; nothing is tokenised for that."""
     changed = False
     for task in tasks:
-        for split in {task.split, *(["heldout"] if task.threshold else [])}:
+        for split in (task.split, *task.cut_splits):
             corpus = prepared.manifest["languages"][task.language][split][task.index]
             changed |= (corpus["name"], corpus["weight"]) != (task.name, task.weight)
             corpus.update(name=task.name, weight=task.weight)

@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import time
+from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ MARKER = "prepare.json"
 """Written first: the folder is prepare's own, so that no other folder's content is ever touched."""
 SECONDS_BETWEEN_LOOKS = 2.0
 """Of several that prepare together, at what the others are still at work on."""
+MIN_VALIDATION_DOCUMENTS = 30
 BYTES_PER_WORKER = 4 << 20
 """Input on disk that is worth the start of one more process."""
 CORES_OF_ONE_PROCESS = 8
@@ -77,6 +79,7 @@ def prepare(
     *,
     heldout: Mapping[str, CorpusSource | str] | None = None,
     heldout_share: float = 0.005,
+    validation_share: float = 0.0,
     workers: int | None = None,
     on_error: str = "stop",
     shard_tokens: int = 1 << 26,
@@ -92,6 +95,8 @@ def prepare(
         tokenizer: checkpoint folder, hub id, or a loaded `TextTokenizer`.
         heldout: text to measure on, by language; a language without it has `heldout_share` of its documents cut out,
             chosen by a hash of their text so that copies of a document stay together (at least one document).
+        validation_share: share of each language's documents cut out of its training text for choices such as learning
+            rates, by the same hash: at least one in a hundred documents, up to 30 of them. 0 cuts none.
         workers: processes that tokenise; by default this one alone (with threads) up to 8 cores, then one a core.
         on_error: "stop" at the first document that cannot be read, or "skip" and count such documents.
         shard_tokens: tokens of a shard; what a killed run may have to do again.
@@ -113,6 +118,8 @@ def prepare(
         raise EloError(f"shard_tokens and workers must be at least 1, got {shard_tokens} and {workers}")
     if not 0 <= heldout_share < 1:
         raise EloError(f"heldout_share is a share of documents, at least 0 and below 1; got {heldout_share}")
+    if not 0 <= validation_share < 1:
+        raise EloError(f"validation_share is a share of documents, at least 0 and below 1; got {validation_share}")
     output = Path(output)
     tasks = _list_tasks(corpora, heldout or {})
     _check_output(output)
@@ -122,7 +129,7 @@ def prepare(
         tokenizer.check_embedding(vocab_size)
     tell = Progress(None, "prepare" if progress else None, "B").say
     known = _hashes_of_heldout(tasks, on_error)
-    tasks = _with_thresholds(tasks, heldout_share, on_error)
+    tasks = _with_thresholds(tasks, heldout_share, validation_share, known, on_error)
 
     plan = sha256_json([[task.folder, task.plan(tokenizer, shard_tokens, known)] for task in tasks])
     existed = output.is_dir()
@@ -278,43 +285,74 @@ def _texts(task: "CorpusTask", on_error: str) -> Iterator[bytes]:
         yield from batch.texts
 
 
-def _with_thresholds(tasks: "list[CorpusTask]", share: float, on_error: str) -> "list[CorpusTask]":
-    """Set which documents are cut out of the languages that have no held-out text of their own."""
+def _with_thresholds(
+    tasks: "list[CorpusTask]", heldout_share: float, validation_share: float, known: frozenset[bytes], on_error: str
+) -> "list[CorpusTask]":
+    """Set which documents are held out of languages without held-out text, and which are cut out as validation text."""
     from dataclasses import replace
 
     given = {task.language for task in tasks if task.split == "heldout"}
-    cut = {task.language for task in tasks if task.split == "train"} - given if share > 0 else set()
-    thresholds = {
-        language: _threshold(language, [task for task in tasks if task.language == language], share, on_error)
-        for language in sorted(cut)
-    }
-    return [replace(task, threshold=thresholds.get(task.language, 0)) for task in tasks]
+    thresholds: dict[str, tuple[int, int]] = {}
+    for language in sorted({task.language for task in tasks if task.split == "train"}):
+        share = 0.0 if language in given else heldout_share
+        if share or validation_share:
+            own = [task for task in tasks if task.language == language and task.split == "train"]
+            thresholds[language] = _thresholds(language, own, share, validation_share, known, on_error)
+
+    def threshold(task: "CorpusTask", which: int) -> int:
+        return thresholds.get(task.language, (0, 0))[which] if task.split == "train" else 0
+
+    return [replace(task, threshold=threshold(task, 0), validation_threshold=threshold(task, 1)) for task in tasks]
 
 
-def _threshold(language: str, tasks: "list[CorpusTask]", share: float, on_error: str) -> int:
-    """The hash below which documents are held out: `share` of all hashes, or what it takes to have one document.
+def _thresholds(
+    language: str,
+    tasks: "list[CorpusTask]",
+    heldout_share: float,
+    validation_share: float,
+    known: frozenset[bytes],
+    on_error: str,
+) -> tuple[int, int]:
+    """The hash below which documents are held out, and from there the hash below which they are validation text.
 
-    Reading ends at the first document below the share, so in a large corpus it costs nothing.
+    Each is its share of all hashes, or what it takes to have enough: one held-out document; one validation document in
+    a hundred documents, but at least one and at most `MIN_VALIDATION_DOCUMENTS`. Some text is always left to train on.
+    Reading ends when that is certain, so in a large corpus it costs nothing.
     """
     from elo.data.corpora import text_hash
 
-    threshold = int(share * 2**64)
-    lowest, distinct = 2**64, 0
+    bound, span = int(heldout_share * 2**64), int(validation_share * 2**64)
+    lowest, first, documents, several = 2**64, None, 0, False
+    above: list[int] = []  # the lowest hashes from `bound` up: a held-out document, validation text, one to train on
     for task in tasks:
         for text in _texts(task, on_error):
-            value = int.from_bytes(text_hash(text), "big")
-            distinct += value != lowest
+            digest = text_hash(text)
+            value = int.from_bytes(digest, "big")
+            first = value if first is None else first
+            documents, several = documents + 1, several or value != first
             lowest = min(lowest, value)
-            if lowest < threshold and distinct > 1:
-                return threshold
-    if distinct == 0:
+            new = value >= bound and digest not in known and value not in above
+            if new and (len(above) < MIN_VALIDATION_DOCUMENTS + 2 or value < above[-1]):
+                insort(above, value)
+                del above[MIN_VALIDATION_DOCUMENTS + 2 :]
+            held = not heldout_share or lowest < bound
+            chosen = len(above) > MIN_VALIDATION_DOCUMENTS and above[MIN_VALIDATION_DOCUMENTS - 1] < bound + span
+            if held and several and (chosen or not span):
+                return bound, bound + span
+    if not documents:
         raise EloError(f"{_paths(tasks)}: no document with text for {language!r}; check the files and text_column")
-    if distinct == 1:
+    if heldout_share and not several:
         raise EloError(
             f"{_paths(tasks)}: a single document for {language!r}, so none can be held out of it to measure on; "
             "give held-out text (heldout), or text in more documents"
         )
-    return max(lowest + 1, threshold) if lowest >= threshold else threshold
+    if heldout_share and lowest >= bound:
+        bound = lowest + 1
+        above = [value for value in above if value >= bound]
+    wanted = min(max(1, min(MIN_VALIDATION_DOCUMENTS, documents // 100)), len(above) - 1)
+    if not span or wanted < 1:
+        return bound, bound
+    return bound, max(bound + span, above[wanted - 1] + 1)
 
 
 def _paths(tasks: "list[CorpusTask]") -> str:
@@ -323,8 +361,10 @@ def _paths(tasks: "list[CorpusTask]") -> str:
 
 def _sweep(output: Path, tasks: "list[CorpusTask]") -> None:
     """Remove corpora that are asked for no more, and what a killed run was writing."""
-    wanted = {output / task.folder for task in tasks} | {output / t.heldout_folder for t in tasks if t.threshold}
-    for split in ("train", "heldout"):
+    from elo.data.shards import SPLITS
+
+    wanted = {output / folder for task in tasks for folder in task.own_folders}
+    for split in SPLITS:
         for folder in output.glob(f"*/{split}/*"):
             if folder not in wanted:
                 remove(folder)

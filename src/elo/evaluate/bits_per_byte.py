@@ -52,6 +52,10 @@ class BitsPerByte:
     """UTF-8 bytes of the text they spell."""
     documents: int
     """Documents evaluated."""
+    document_nats: tuple[float, ...]
+    """`nats` by document, in the order of the corpus: for statistics over documents."""
+    document_bytes: tuple[int, ...]
+    """`bytes` by document."""
 
     @property
     def bits_per_byte(self) -> float:
@@ -76,8 +80,6 @@ def bits_per_byte(
     *,
     sequence_length: int,
     batch_size: int | None = None,
-    max_tokens: int | None = None,
-    documents: slice = slice(None),
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
     progress: str | None = None,
@@ -89,12 +91,10 @@ def bits_per_byte(
 
     Args:
         model: any causal LM, in any mode and dtype; left as it was.
-        corpus: documents as token ids, on disk or in memory (`TokenCorpus.from_documents`).
+        corpus: documents as token ids, on disk or in memory (`TokenCorpus.from_documents`); all of it is evaluated
+            (`elo.data.heldout.cut_corpus` takes the part of a larger one).
         sequence_length: positions a row; at most what the model was made for.
         batch_size: rows of `sequence_length` a forward pass; by default as many as keep fp32 logits within 1 GiB.
-        max_tokens: evaluate whole documents from the start of the corpus while their text tokens stay within this
-            number (one document at least).
-        documents: which documents of the corpus are looked at.
         device: where to run; by default where the model is.
         autocast_dtype: compute dtype, for models kept in another one.
         progress: a label shows progress under it; None shows nothing.
@@ -109,11 +109,12 @@ def bits_per_byte(
             f"sequence_length: got {sequence_length}, but the model takes 1 to {limit or 'any number of'} positions; "
             "choose a sequence_length within"
         )
-    pieces, text_tokens, num_bytes, count = _pieces(corpus, sequence_length, max_tokens, documents)
+    pieces = _pieces(corpus, sequence_length)
+    text_tokens, num_bytes, count = corpus.num_text_tokens, corpus.num_bytes, corpus.num_documents
     if not pieces or not num_bytes:
         raise EloError(f"the corpus to evaluate holds no text ({count} documents, {num_bytes} bytes)")
     tokens_per_batch = batch_size * sequence_length if batch_size else batch_tokens(model)
-    nats = 0.0
+    document_nats = np.zeros(count)
     with evaluating(model, device, autocast_dtype) as place, Progress(text_tokens, progress, "tokens") as bar:
         packed = takes_position_ids(model) and isolates_documents(model, place)
         rows = _packed_rows(pieces, sequence_length) if packed else [[piece] for piece in pieces]
@@ -123,9 +124,16 @@ def bits_per_byte(
             tensors = {name: torch.from_numpy(array).to(place) for name, array in arrays.items()}
             labels_BT = tensors.pop("labels")
             tensors.pop("attention_mask" if packed else "position_ids")
-            nats += float(token_nats(forward_logits(model, **tensors), labels_BT).sum())
+            nats_BT = token_nats(forward_logits(model, **tensors), labels_BT).numpy()
+            for row, nats_T in zip(batch, nats_BT, strict=True):
+                at = 0
+                for piece in row:
+                    document_nats[piece.document] += nats_T[at : at + piece.length].sum()
+                    at += piece.length
             bar.advance(int((arrays["labels"] != IGNORE_INDEX).sum()))
-    return BitsPerByte(nats, text_tokens, num_bytes, count)
+    by_document = tuple(document_nats.tolist())
+    sizes = tuple(corpus.document_sizes.tolist())
+    return BitsPerByte(sum(by_document), text_tokens, num_bytes, count, by_document, sizes)
 
 
 def isolates_documents(model: PreTrainedModel, device: torch.device) -> bool:
@@ -148,24 +156,16 @@ def isolates_documents(model: PreTrainedModel, device: torch.device) -> bool:
     return leak <= 2 * rounding * scale and shift <= 32 * rounding * scale
 
 
-def _pieces(
-    corpus: TokenCorpus, sequence_length: int, max_tokens: int | None, taken: slice
-) -> tuple[list[_Piece], int, int, int]:
-    """Pieces of at most `sequence_length` predictions, longest first; text tokens; bytes; documents."""
+def _pieces(corpus: TokenCorpus, sequence_length: int) -> list[_Piece]:
+    """Pieces of at most `sequence_length` predictions, longest first."""
     pieces: list[_Piece] = []
-    text_tokens = num_bytes = documents = 0
-    for index in range(corpus.num_documents)[taken]:
+    for index in range(corpus.num_documents):
         length = len(corpus.document(index)) - SPECIALS_PER_DOCUMENT
-        if max_tokens is not None and documents and text_tokens + length > max_tokens:
-            break
-        documents += 1
-        text_tokens += length
-        num_bytes += corpus.document_bytes(index)
         pieces += [
             _Piece(index, start, min(start + sequence_length, length)) for start in range(0, length, sequence_length)
         ]
     pieces.sort(key=lambda piece: (-piece.length, piece.document, piece.start))
-    return pieces, text_tokens, num_bytes, documents
+    return pieces
 
 
 def _packed_rows(pieces: list[_Piece], sequence_length: int) -> list[list[_Piece]]:

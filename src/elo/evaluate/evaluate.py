@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from elo.evaluate.cloze import ClozeItem
 
 DEFAULT_SEQUENCE_LENGTH = 2048
-_DOCUMENTS_A_BATCH = 256
 
 
 def evaluate(
@@ -32,8 +30,7 @@ def evaluate(
     cloze: "Mapping[str, str | Path | Sequence[ClozeItem]] | None" = None,
     prompts: Mapping[str, Sequence[str]] | None = None,
     sequence_length: int | None = None,
-    max_tokens: int | None = None,
-    documents: slice = slice(None),
+    max_bytes: int | None = None,
     max_new_tokens: int = 64,
     batch_size: int | None = None,
     text_column: str = "text",
@@ -54,8 +51,8 @@ def evaluate(
         cloze: items by language, or their JSON-lines file: gives cloze accuracy.
         prompts: texts by language to continue greedily: gives samples.
         sequence_length: context in tokens; by default what the model was made for, 2048 at most.
-        max_tokens: text tokens a language to measure on, in whole documents from the start; None measures on all.
-        documents: which documents of each corpus are looked at, as in `slice(0, None, 2)`.
+        max_bytes: UTF-8 bytes a language to measure on, shared among its documents (`elo.data.heldout.choose_bytes`):
+            the same text for every tokenizer. None measures on all.
         max_new_tokens: length of a sample, in tokens.
         batch_size: rows a forward pass; by default as many as keep logits within 1 GiB.
         text_column: key or column that holds a document's text.
@@ -73,12 +70,14 @@ def evaluate(
     Raises:
         EloError: something given cannot be read or does not fit the model: what, where, and what to do.
     """
+    from elo.data.heldout import cut_corpus
     from elo.data.sources import list_inputs
-    from elo.evaluate.bits_per_byte import bits_per_byte
+    from elo.evaluate.bits_per_byte import BitsPerByte, bits_per_byte
     from elo.evaluate.cloze import ClozeItem, cloze_accuracy, read_cloze
     from elo.evaluate.loading import load_model, move
     from elo.evaluate.samples import generate_samples
     from elo.evaluate.scoring import longest_sequence, vocabulary_size
+    from elo.evaluation.warnings import few_documents
     from elo.results import hardware, versions
 
     # What can be wrong without the model is found before it is loaded.
@@ -92,7 +91,11 @@ def evaluate(
             list_inputs(str(given))
     name = str(model) if isinstance(model, str | Path) else model.config.name_or_path or type(model).__name__
     encoder = None
-    if tokenizer is not None or items or prompts or any(isinstance(c, str | Path) for c in (corpora or {}).values()):
+    tokenised = [
+        isinstance(given, str | Path) or (max_bytes is not None and max_bytes < given.num_bytes)
+        for given in (corpora or {}).values()
+    ]
+    if tokenizer is not None or items or prompts or any(tokenised):
         encoder = _tokenizer(tokenizer if tokenizer is not None else name, trust_remote_code)
 
     if isinstance(model, str | Path):
@@ -105,12 +108,15 @@ def evaluate(
     if sequence_length is None:
         sequence_length = min(limit or DEFAULT_SEQUENCE_LENGTH, DEFAULT_SEQUENCE_LENGTH)
 
-    measured = {}
+    measured: dict[str, BitsPerByte] = {}
+    seconds: dict[str, float] = {}
     for language, given in (corpora or {}).items():
         corpus = given
         if isinstance(corpus, str | Path):
             assert encoder is not None
-            corpus = _tokenise(corpus, encoder, max_tokens, text_column, on_error)
+            corpus = _tokenise(corpus, encoder, max_bytes, text_column, on_error)
+        elif encoder is not None:
+            corpus = cut_corpus(corpus, encoder, max_bytes)
         label = f"bits per byte {language}" if progress else None
         started = time.perf_counter()
         result = bits_per_byte(
@@ -118,19 +124,14 @@ def evaluate(
             corpus,
             sequence_length=sequence_length,
             batch_size=batch_size,
-            max_tokens=max_tokens,
-            documents=documents,
             progress=label,
         )
         if not math.isfinite(result.nats):
             raise EloError(
                 f"{name}: its logits on {given} are not finite; the checkpoint is damaged, or needs dtype float32"
             )
-        measured[language] = {
-            "bits_per_byte": result.bits_per_byte,
-            **asdict(result),
-            "seconds": time.perf_counter() - started,
-        }
+        measured[language] = result
+        seconds[language] = time.perf_counter() - started
     answered = {}
     for language, questions in items.items():
         assert encoder is not None
@@ -159,6 +160,10 @@ def evaluate(
             {"language": language, "prompt": prompt, "text": text} for prompt, text in zip(texts, written, strict=True)
         ]
 
+    heldout = {
+        language: {"documents": result.documents, "tokens": result.text_tokens, "bytes": result.bytes}
+        for language, result in measured.items()
+    }
     results = {
         "schema": 1,
         "kind": "evaluation",
@@ -172,8 +177,22 @@ def evaluate(
         "sequence_length": sequence_length,
         "hardware": hardware(),
         "versions": versions(),
-        "bpb": {language: values["bits_per_byte"] for language, values in measured.items()},
-        "corpora": measured,
+        "bpb": {language: result.bits_per_byte for language, result in measured.items()},
+        "heldout": heldout,
+        "documents_nats": {language: list(result.document_nats) for language, result in measured.items()},
+        "documents_bytes": {language: list(result.document_bytes) for language, result in measured.items()},
+        "warnings": few_documents(heldout),
+        "corpora": {
+            language: {
+                "bits_per_byte": result.bits_per_byte,
+                "nats": result.nats,
+                "text_tokens": result.text_tokens,
+                "bytes": result.bytes,
+                "documents": result.documents,
+                "seconds": seconds[language],
+            }
+            for language, result in measured.items()
+        },
         "cloze": answered,
         "samples": samples,
         "generation": generation,
@@ -214,26 +233,23 @@ def _tokenizer(
 
 
 def _tokenise(
-    path: str | Path, encoder: "TextTokenizer", max_tokens: int | None, text_column: str, on_error: str
+    path: str | Path, encoder: "TextTokenizer", max_bytes: int | None, text_column: str, on_error: str
 ) -> "TokenCorpus":
-    """Documents of `path` as token ids in memory; reading ends where `max_tokens` text tokens are surely covered."""
-    from elo.data.shards import SPECIALS_PER_DOCUMENT, TokenCorpus
+    """The documents of `path` that are measured on, as token ids in memory. It is read twice where it is cut."""
+    from elo.data.heldout import choose_bytes, cut_text, tokenize_texts
     from elo.data.sources import read_documents
 
-    texts = read_documents(path, text_column, on_error)
-    documents: list[Any] = []
-    sizes: list[int] = []
-    text_tokens = 0
-    while batch := list(islice(texts, _DOCUMENTS_A_BATCH)):
-        ids = encoder.encode_documents(batch)
-        documents += ids
-        sizes += [len(text.encode()) for text in batch]
-        text_tokens += sum(map(len, ids)) - SPECIALS_PER_DOCUMENT * len(ids)
-        if max_tokens is not None and text_tokens > max_tokens:
-            break
-    if not documents:
+    if max_bytes is None:
+        corpus = tokenize_texts(read_documents(path, text_column, on_error), encoder, str(path))
+    else:
+        sizes = [len(text.encode()) for text in read_documents(path, text_column, on_error)]
+        chosen = choose_bytes(sizes, max_bytes)
+        texts = enumerate(read_documents(path, text_column, on_error))
+        cut = (cut_text(text, chosen[index]) for index, text in texts if index in chosen)
+        corpus = tokenize_texts(cut, encoder, str(path))
+    if not corpus.num_documents:
         raise EloError(f"{path}: holds no text to evaluate on")
-    return TokenCorpus.from_documents(documents, sizes, str(path))
+    return corpus
 
 
 def _print_table(results: dict[str, Any]) -> None:
@@ -245,7 +261,7 @@ def _print_table(results: dict[str, Any]) -> None:
     corpora, cloze = results["corpora"], results["cloze"]
     table = Table(title=results["model"]["name"], title_justify="left")
     table.add_column("language")
-    headings = ["bits per byte", "text tokens", "bytes"] if corpora else []
+    headings = ["bits per byte", "documents", "text tokens", "bytes"] if corpora else []
     headings += ["cloze accuracy", "chance", "items"] if cloze else []
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -254,7 +270,14 @@ def _print_table(results: dict[str, Any]) -> None:
         if corpora:
             text = corpora.get(language)
             cells += (
-                [f"{text['bits_per_byte']:.4f}", f"{text['text_tokens']:,}", count(text["bytes"])] if text else [""] * 3
+                [
+                    f"{text['bits_per_byte']:.4f}",
+                    f"{text['documents']:,}",
+                    f"{text['text_tokens']:,}",
+                    count(text["bytes"]),
+                ]
+                if text
+                else [""] * 4
             )
         if cloze:
             asked = cloze.get(language)
@@ -265,6 +288,8 @@ def _print_table(results: dict[str, Any]) -> None:
     console = Console()
     if table.row_count:
         console.print(table)
+    for line in results["warnings"]:
+        console.print(f"warning: {line}", markup=False, highlight=False)
     for sample in results["samples"]:
         console.print(f"{sample['language']}: {sample['prompt']}|{sample['text']}", markup=False, highlight=False)
     for language, written in results["generation"].items():

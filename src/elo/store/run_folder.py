@@ -5,9 +5,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from elo.errors import EloError, UnfinishedError
 from elo.store.files import TEMPORARY_PREFIX, read_json, remove, sha256_file, sha256_json, write_json
@@ -15,27 +17,33 @@ from elo.store.processes import from_main, is_main, wait_until
 
 Paths = tuple[Path, ...]
 # Raise when a stage's meaning changes, so that results of older code are not taken for today's.
-_STAGE_VERSION = 1
+_STAGE_VERSION = 2
 _CHECKED = (".safetensors", "config.json")
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A finished stage: its fingerprint, which later stages take as input, and what it recorded."""
+class Artifact:
+    """What a stage left, or a checkpoint that was there before.
 
-    name: str
-    fingerprint: str
-    record: dict[str, Any]
+    Attributes:
+        path: file or folder.
+        fingerprint: decides whether what is made from it has to be made again.
+        record: what the stage recorded; empty for what no stage made.
+    """
+
+    path: Path
+    fingerprint: Any
+    record: dict[str, Any] = field(default_factory=dict)
 
 
-class Workspace:
-    """A run folder.
+class RunFolder:
+    """A folder in which stages are done once, skipped while nothing they depend on has changed, and redone otherwise.
 
     `stages/<name>.json` is written last, so its existence means the stage is complete. It holds the stage's inputs,
     their fingerprint, its output files with sizes, and its record.
     """
 
-    def __init__(self, root: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, root: Path, say: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
         self.root = root
         self.say = say if is_main() else lambda _: None
         self._skipped: dict[str, dict[str, Any]] = {}
@@ -87,27 +95,54 @@ class Workspace:
         """A path inside the run folder."""
         return self.root.joinpath(*parts)
 
-    def stage(
+    def once(
+        self,
+        name: str,
+        function: Callable[..., dict[str, Any]],
+        *,
+        execution: Mapping[str, Any] | None = None,
+        keep: bool = True,
+        collective: bool = False,
+        **arguments: Any,
+    ) -> Artifact:
+        """Call `function(folder / name, **arguments, **execution)` unless it was done with these arguments already.
+
+        The arguments are the stage's fingerprint, so that none can be forgotten: numbers, texts, lists, artifacts of
+        earlier stages, settings (`decisive()` of theirs), and whatever has an `identity()`.
+
+        Args:
+            name: of the stage, unique in the folder, and of its output.
+            function: makes its output at the path it is given and returns a JSON record. After a kill it is called
+                again with the same arguments and may find what the earlier call left; otherwise it finds nothing.
+            execution: further arguments, which say how the work is done and do not count.
+            keep: the output stays; otherwise it is scratch, such as a model that is measured and dropped.
+            collective: every process of the launch does the work; otherwise the main one does and the others wait.
+
+        Raises:
+            TypeError: an argument has no identity.
+        """
+        output = self.path(name)
+        outputs: Paths = (output,) if keep else ()
+        scratch: Paths = (self.path(f"{name}-checkpoints"), *(() if keep else (output,)))
+        inputs = {key: identity(value) for key, value in arguments.items()}
+
+        def work() -> dict[str, Any]:
+            return function(output, **arguments, **(execution or {}))
+
+        fingerprint = self._stage(name, inputs, work, outputs=outputs, scratch=scratch, collective=collective)
+        return Artifact(output, fingerprint, read_json(self._stage_file(name))["record"])
+
+    def _stage(
         self,
         name: str,
         inputs: Mapping[str, Any],
         work: Callable[[], dict[str, Any]],
         *,
-        outputs: Paths = (),
-        scratch: Paths = (),
-        collective: bool = False,
-    ) -> Stage:
-        """Do `work` unless it is done already, and return its record.
-
-        Args:
-            name: of the stage, unique in the run.
-            inputs: everything the result depends on (JSON): settings, file identities, fingerprints of earlier stages.
-            work: makes `outputs` and returns a JSON record. After a kill it is called again with the same inputs and
-                may find what the earlier call left; otherwise it finds neither outputs nor scratch.
-            outputs: files or folders that the stage leaves.
-            scratch: what the stage needs only until it is done, such as checkpoints; removed at the end.
-            collective: every process of the launch does the work; otherwise the main one does and the others wait.
-        """
+        outputs: Paths,
+        scratch: Paths,
+        collective: bool,
+    ) -> str:
+        """Do `work` unless it is done with these inputs already, and return the fingerprint."""
         fingerprint = _fingerprint(name, inputs)
         if collective:
             if not from_main(lambda: self._is_done(name, fingerprint, inputs, outputs, scratch)):
@@ -118,14 +153,15 @@ class Workspace:
         elif is_main() and not self._is_done(name, fingerprint, inputs, outputs, scratch):
             self._finish(name, fingerprint, inputs, outputs, scratch, self._timed(work))
         wait_until(lambda: self._has_record(name, fingerprint))
-        return Stage(name, fingerprint, read_json(self._stage_file(name))["record"])
+        return fingerprint
 
-    def begin(self, name: str, inputs: Mapping[str, Any]) -> None:
-        """Mark a stage as begun with these inputs, so that whatever is made of it from now on is gone on with.
+    def begin(self, name: str, **arguments: Any) -> None:
+        """Mark a stage as begun with these arguments, so that `once` later resumes what was made of it.
 
         Raises:
             EloError: it was begun or done with others.
         """
+        inputs = {key: identity(value) for key, value in arguments.items()}
         fingerprint = _fingerprint(name, inputs)
         for path in (self._stage_file(name), self._stage_file(name, begun=True)):
             found = _read_record(path, ("fingerprint",))
@@ -221,6 +257,30 @@ class Workspace:
 
     def _stage_file(self, name: str, *, begun: bool = False) -> Path:
         return self.root / "stages" / (f"{name}.begun.json" if begun else f"{name}.json")
+
+
+def identity(value: Any) -> Any:
+    """What decides whether `value` is the same as before, as JSON.
+
+    Raises:
+        TypeError: it is nothing that could be compared.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Artifact):
+        return value.fingerprint
+    for way in ("identity", "decisive"):
+        if hasattr(value, way):
+            return getattr(value, way)()
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): identity(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | range):
+        return [identity(item) for item in value]
+    raise TypeError(f"{type(value).__name__} has no identity that a stage could depend on")
 
 
 def file_identity(path: Path) -> dict[str, Any]:

@@ -182,7 +182,8 @@ def attach_checkpoint(
                 shutil.copyfile(whole.folder / INDEX_FILE, folder / INDEX_FILE)
             for tensor, trained in updates:
                 whole_from = first_new_row_of(whole.config, group_of(tensor.name, parts))
-                _patch(folder / tensor.file.name, tensor, trained, scale, whole_from)
+                path = folder / tensor.file.name
+                patch_tensor(path, tensor, base=tensor, trained=trained, scale=scale, whole_from=whole_from)
             shutil.copyfile(whole.folder / CONFIG_FILE, folder / CONFIG_FILE)
             copy_side_files(whole.folder, folder, python=trust_remote_code)
     return {
@@ -357,12 +358,24 @@ def _updates(
     return updates
 
 
-def _patch(path: Path, tensor: StoredTensor, trained: StoredTensor, scale: float, whole_from: int | None) -> None:
-    """Overwrite a tensor in a copy of the base's file; rows from `whole_from` on are taken as trained."""
-    whole = None if whole_from is None else whole_from * math.prod(tensor.shape[1:])
+def patch_tensor(
+    path: Path,
+    place: StoredTensor,
+    *,
+    base: StoredTensor,
+    trained: StoredTensor,
+    scale: float = 1.0,
+    whole_from: int | None = None,
+) -> None:
+    """Overwrite tensor `place` in its file at `path` with base + scale x (trained - base).
+
+    Args:
+        whole_from: rows from this one on are taken as trained, whatever the scale.
+    """
+    whole = None if whole_from is None else whole_from * math.prod(place.shape[1:])
     with path.open("r+b", buffering=0) as file:
-        file.seek(tensor.start)
-        for base_chunk, trained_chunk in paired_chunks(tensor, trained):
+        file.seek(place.start)
+        for base_chunk, trained_chunk in paired_chunks(base, trained):
             file.write(tensor_bytes(blend(base_chunk, trained_chunk, scale, whole)))
             if whole is not None:
                 whole = max(0, whole - base_chunk.numel())

@@ -2,8 +2,8 @@
 
 Detached layers that are joined end to end learn to do without the middle, and then no longer fit it. The bridge is a
 frozen affine map, fitted on the base in closed form, from what enters the middle to what leaves it, so that the
-detached model computes roughly what the whole one does and its layers stay usable in it. Its Jacobian can also carry
-the gradient past a middle that is computed without a graph (`pass_forward_only`).
+detached model computes roughly what the whole one does and its layers stay usable in it. It stands in for the forward
+pass of the middle alone: as a stand-in for its gradient it is noise on real models (dev/LOG.md).
 Shapes: N tokens, D hidden width.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from elo.evaluate.scoring import evaluating, takes_position_ids
 
 _BATCH_TOKENS = 4096
 _CHECKED_SHARE = 0.2
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,31 @@ class Bridge:
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
     explained: tuple[float, ...]
+    cosine: tuple[float, ...] = ()
+    """Cosine between the map's change of the hidden states and the middle's, on the same tokens; a gap each."""
+    ridge: tuple[float, ...] = ()
+    """Penalty with which each map explains most."""
+
+    def require(self, share: float) -> None:
+        """Raise EloError where a map explains less than `share` on unseen tokens."""
+        for gap, explained, cosine in zip(self.gaps, self.explained, self.cosine, strict=True):
+            if explained < share:
+                raise EloError(
+                    f"method.middle: bridged: the map over layers {gap.start} to {gap.stop - 1} explains "
+                    f"{explained:.1%} of what they do to unseen text (cosine {cosine:.2f}), less than {share:.0%}; "
+                    "choose more layers, write method.middle: removed, or take another method"
+                )
 
     def save(self, path: Path) -> None:
         """Write to one safetensors file."""
         tensors = {f"{i}.weight": weight.contiguous() for i, weight in enumerate(self.weights)}
         tensors |= {f"{i}.bias": bias.contiguous() for i, bias in enumerate(self.biases)}
-        record = {"gaps": [list(gap) for gap in self.gaps], "explained": list(self.explained)}
+        record = {
+            "gaps": [list(gap) for gap in self.gaps],
+            "explained": list(self.explained),
+            "cosine": list(self.cosine),
+            "ridge": list(self.ridge),
+        }
         save_file(tensors, path, metadata={"elo_bridge": json.dumps(record)})
 
     @classmethod
@@ -66,7 +86,8 @@ class Bridge:
                 gaps = tuple(Gap(*map(int, gap)) for gap in record["gaps"])
                 weights = tuple(file.get_tensor(f"{i}.weight") for i in range(len(gaps)))
                 biases = tuple(file.get_tensor(f"{i}.bias") for i in range(len(gaps)))
-                return cls(gaps, weights, biases, tuple(map(float, record["explained"])))
+                measured = (tuple(map(float, record[name])) for name in ("explained", "cosine", "ridge"))
+                return cls(gaps, weights, biases, *measured)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise EloError(
                 f"{path}: cannot be read as a bridge ({type(error).__name__}: {error}); detach again"
@@ -74,7 +95,7 @@ class Bridge:
 
 
 def fit_bridge(
-    model: PreTrainedModel, layers: Sequence[int], rows: Iterable[dict[str, Any]], *, ridge: float = 1e-3
+    model: PreTrainedModel, layers: Sequence[int], rows: Iterable[dict[str, Any]], *, ridges: Sequence[float] = RIDGES
 ) -> Bridge:
     """Fit a bridge over each gap that `layers` leaves in `model`, by ridge regression towards the identity.
 
@@ -85,7 +106,8 @@ def fit_bridge(
         model: the whole base, on any device in any dtype.
         rows: `input_ids` and `position_ids` of packed rows, or `input_ids` and `attention_mask` of padded ones, [T]
             each; some thousand tokens, better 16 D of them. Every fifth batch is kept to measure on.
-        ridge: penalty on the squared change, relative to the squared size of each input dimension.
+        ridges: penalties on the squared change, relative to the squared size of each input dimension; the one that
+            explains most on unseen tokens is taken.
 
     Raises:
         EloError: there is no gap, or the model's layers do not pass hidden states on as one tensor.
@@ -93,7 +115,7 @@ def fit_bridge(
     parts = find_architecture(model)
     gaps = gaps_between(layers, parts.num_layers)
     if not gaps:
-        raise EloError("elo.stand_in: no layer is left out, so there is nothing to bridge; write elo.stand_in: none")
+        raise EloError("method.middle: no layer is left out, so there is nothing to bridge; write middle: removed")
     fits = [_Regression() for _ in gaps]
     with evaluating(model) as device, ExitStack() as hooks:
         entering: dict[int, Tensor] = {}
@@ -113,12 +135,14 @@ def fit_bridge(
             for index, fit in enumerate(fits):
                 x, y = (hidden.pop(index)[text] for hidden in (entering, leaving))
                 fit.add(x, y, checked=number % round(1 / _CHECKED_SHARE) == 1)
-    solved = [fit.solve(ridge) for fit in fits]
+    solved = [max((fit.solve(ridge) for ridge in ridges), key=lambda each: each.explained) for fit in fits]
     return Bridge(
         tuple(gaps),
-        tuple(weight for weight, _, _ in solved),
-        tuple(bias for _, bias, _ in solved),
-        tuple(explained for _, _, explained in solved),
+        tuple(each.weight for each in solved),
+        tuple(each.bias for each in solved),
+        tuple(each.explained for each in solved),
+        tuple(each.cosine for each in solved),
+        tuple(each.ridge for each in solved),
     )
 
 
@@ -145,59 +169,11 @@ def install_bridge(detached: PreTrainedModel, bridge: Bridge) -> Callable[[], No
     return undo.close
 
 
-def pass_forward_only(model: PreTrainedModel, bridge: Bridge) -> Callable[[], None]:
-    """Compute the layers in the bridge's gaps without a graph; the gradient goes past them by the bridge's Jacobian.
-
-    The forward pass is exact. The layers in the gaps must not require gradients.
-
-    Returns:
-        A function that undoes it.
-    """
-    undo = ExitStack()
-    for gap, weight in zip(bridge.gaps, bridge.weights, strict=True):
-        after = _module_at(model, gap.stop)
-        held: list[Tensor] = []
-
-        def enter(_: nn.Module, args: Any, kwargs: Any, held: list[Tensor] = held) -> Any:
-            hidden = _hidden(args, kwargs)
-            held[:] = [hidden]
-            return _with_hidden(args, kwargs, hidden.detach())
-
-        def leave(module: nn.Module, args: Any, kwargs: Any, held: list[Tensor] = held) -> Any:
-            passed = _PastTheMiddle.apply(_hidden(args, kwargs), held[0], module.elo_bridge_weight)
-            return _with_hidden(args, kwargs, passed)
-
-        _hold(undo, after, elo_bridge_weight=weight)
-        undo.callback(_module_at(model, gap.start).register_forward_pre_hook(enter, with_kwargs=True).remove)
-        undo.callback(after.register_forward_pre_hook(leave, with_kwargs=True).remove)
-    return undo.close
-
-
 def _hold(undo: ExitStack, module: nn.Module, **tensors: Tensor) -> None:
     device = next((parameter.device for parameter in module.parameters()), None)
     for name, tensor in tensors.items():
         module.register_buffer(name, tensor.to(device), persistent=False)
         undo.callback(delattr, module, name)
-
-
-class _PastTheMiddle(torch.autograd.Function):
-    """Forward: what leaves the middle. Backward: its gradient times the bridge's Jacobian (I + W), to what entered.
-
-    The product is in autocast's dtype, as those of the layers around it are.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, leaving: Tensor, entering: Tensor, weight_DD: Tensor) -> Tensor:
-        ctx.save_for_backward(weight_DD)
-        device = leaving.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_DD.dtype
-        return leaving.view_as(leaving)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = outputs
-        (weight_DD,) = ctx.saved_tensors
-        return None, grad + (grad.to(ctx.dtype) @ weight_DD.to(ctx.dtype)).to(grad.dtype), None
 
 
 class _Regression:
@@ -213,8 +189,8 @@ class _Regression:
         y = leaving.detach().reshape(-1, leaving.shape[-1]).double()
         if x.shape != y.shape:
             raise EloError(
-                f"elo.stand_in: hidden states of {list(entering.shape)} enter the middle and {list(leaving.shape)} "
-                "leave it, which no linear bridge can join; write elo.stand_in: none"
+                f"method.middle: hidden states of {list(entering.shape)} enter the middle and {list(leaving.shape)} "
+                "leave it, which no linear bridge can join; write method.middle: removed"
             )
         weight = y.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
         ones = torch.ones_like(weight)
@@ -230,18 +206,34 @@ class _Regression:
         ):
             sums[name] = sums[name] + value if name in sums else value
 
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor, float]:
-        """Weight [D, D], bias [D] (float32, on CPU) and the share of variance explained on the checked tokens."""
+    def solve(self, ridge: float) -> "_Solution":
+        """The map for one penalty, and how well it does on the checked tokens."""
         gram, cross = self.fitted["gram"].cpu(), self.fitted["cross"].cpu()
         penalty = ridge * gram.diagonal().clone()
         penalty[-1] = 0.0  # the bias is free
         floor = 1e-9 * gram.diagonal().max()
         solution = torch.linalg.solve(gram + torch.diag(penalty + floor), cross)
         sums = {name: value.cpu() for name, value in (self.checked or self.fitted).items()}
-        error = sums["power"] - 2 * (solution * sums["cross"]).sum() + (solution * (sums["gram"] @ solution)).sum()
+        along, size = (solution * sums["cross"]).sum(), (solution * (sums["gram"] @ solution)).sum()
+        error = sums["power"] - 2 * along + size
         variance = sums["power"] - sums["total"].square().sum() / sums["mass"]
-        explained = float(1 - error / variance) if variance > 0 else 1.0
-        return solution[:-1].T.float().contiguous(), solution[-1].float().contiguous(), explained
+        return _Solution(
+            weight=solution[:-1].T.float().contiguous(),
+            bias=solution[-1].float().contiguous(),
+            explained=float(1 - error / variance) if variance > 0 else 1.0,
+            cosine=float(along / (size * sums["power"]).sqrt()) if size > 0 and sums["power"] > 0 else 0.0,
+            ridge=ridge,
+        )
+
+
+class _Solution(NamedTuple):
+    """Weight [D, D] and bias [D] (float32, on CPU), and what they do on unseen tokens."""
+
+    weight: Tensor
+    bias: Tensor
+    explained: float
+    cosine: float
+    ridge: float
 
 
 def _batches(rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Tensor]]:
@@ -272,7 +264,7 @@ def _module_at(model: PreTrainedModel, place: int) -> nn.Module:
         return layers[place]
     path = find_architecture(model).norm_path
     if path is None:
-        raise EloError("elo.stand_in: no final norm follows the last layer; keep that layer (last:1)")
+        raise EloError("method.middle: no final norm follows the last layer; keep that layer (last:1)")
     return model.get_submodule(path)
 
 
@@ -286,7 +278,7 @@ def _record_input(module: nn.Module, kept: dict[int, Tensor], index: int) -> Any
 def _hidden(args: Any, kwargs: Any) -> Tensor:
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
-        raise EloError("elo.stand_in: this model's layers do not take one tensor; write elo.stand_in: none")
+        raise EloError("method.middle: this model's layers do not take one tensor; write method.middle: removed")
     return hidden
 
 

@@ -35,7 +35,7 @@ def check_checkpoint(checkpoint: Path) -> dict[str, Any]:
                 raise UnfinishedError(f"{checkpoint / MANIFEST}: names {name!r}, which is not in its folder")
             if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
                 raise UnfinishedError(f"{path}: missing or damaged")
-        return {"seconds": float(manifest["state"]["seconds"])}
+        return {key: float(manifest["state"][key]) for key in ("seconds", "cpu_seconds")}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UnfinishedError):
             raise

@@ -17,7 +17,6 @@ from elo.errors import EloError
 from elo.evaluate.bits_per_byte import isolates_documents
 from elo.evaluate.scoring import evaluating, takes_position_ids
 from elo.log import Progress
-from elo.methods.methods import Prepared
 from elo.store.processes import from_main, is_main, world_size
 from elo.train.attention import VARLEN, choose_attention
 from elo.train.checkpoints import latest_checkpoint
@@ -32,6 +31,7 @@ from elo.train.distributed import (
 from elo.train.embedding_rows import rows_left_out
 from elo.train.loss import install_head_loss
 from elo.train.peak_memory import peak_memory_bytes, reset_peak_memory
+from elo.train.prepared import Prepared
 from elo.train.settings import TrainingSettings
 from elo.train.trainer import EloTrainer, Evaluate, PackedCollator
 
@@ -43,7 +43,6 @@ _SET_HERE = {
 }  # fmt: skip
 # The others wait in a collective while the main process reads weights and seals checkpoints: hours, for large models.
 _LAUNCH = {"ddp_find_unused_parameters": False, "ddp_timeout": 4 * 3600}
-_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ class TrainingResult:
     """What a phase did.
 
     Attributes:
-        seconds: time in training, across restarts, without evaluation and checkpoints.
+        seconds: wall time in training, across restarts, without evaluation and checkpoints.
+        cpu_seconds: CPU time of this process in the same, summed over cores.
         tokens: positions trained on; packed rows hold nothing but tokens, unpacked ones padding too.
         losses: {"tokens", "seconds", "loss"} by logging interval; loss in nats per token.
         evaluations: {"tokens", "seconds", "bpb": {language: bits per byte}}.
@@ -60,6 +60,7 @@ class TrainingResult:
     steps: int
     tokens: int
     seconds: float
+    cpu_seconds: float
     peak_memory_bytes: int
     trainable_parameters: int
     attention: str
@@ -147,7 +148,7 @@ def train(
     tokens_per_step = per_step * sequence_length
     output_dir.mkdir(parents=True, exist_ok=True)
     found = from_main(lambda: latest_checkpoint(output_dir, lambda line: print(line, flush=True)))
-    checkpoint, state = found if found else (None, {"seconds": 0.0})
+    checkpoint, state = found if found else (None, {"seconds": 0.0, "cpu_seconds": 0.0})
 
     reset_peak_memory()
     stop = _StopOnSignal()
@@ -175,9 +176,10 @@ def train(
             callbacks=[_Report(progress, tokens_per_step), stop, _BeforeStep(prepared.before_step)],
             tokens_per_step=tokens_per_step,
             evaluate_bits_per_byte=evaluate,
-            loss_spike=settings.loss_spike,
+            loss_spike=settings.max_loss_spike_nats,
             keep_checkpoints=settings.save_total_limit,
             seconds=state["seconds"],
+            cpu_seconds=state["cpu_seconds"],
             embedding_learning_rate=settings.embedding_learning_rate,
             first_row=prepared.first_row,
         )
@@ -193,7 +195,7 @@ def train(
                     "activation_checkpointing: true or optim: adamw_8bit; `elo plan` tells what fits"
                 ) from None
             finally:
-                if settings.optim == "adamw_8bit":
+                if settings.optimizer_name == "adamw_bnb_8bit":
                     _forget_overrides()
             trainer.pause_clock()
     if stop.number is not None:
@@ -210,6 +212,7 @@ def train(
         steps=steps,
         tokens=steps * tokens_per_step,
         seconds=trainer.seconds,
+        cpu_seconds=trainer.cpu_seconds,
         peak_memory_bytes=peak_memory_bytes(),
         trainable_parameters=trainable,
         attention=attention,
@@ -282,7 +285,9 @@ def _arguments(
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
         max_grad_norm=settings.max_grad_norm,
-        optim=_OPTIMIZERS[settings.optim],
+        optim=settings.optimizer_name,
+        optim_args=",".join(f"{key}={value}" for key, value in settings.optim_args.items()) or None,
+        lr_scheduler_kwargs=settings.lr_scheduler_kwargs or None,
         per_device_train_batch_size=settings.per_device_train_batch_size,
         gradient_accumulation_steps=per_step // (settings.per_device_train_batch_size * world_size()),
         activation_checkpointing=settings.activation_checkpointing,
@@ -319,7 +324,7 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
     """
     try:
         rows_per_step(sequence_length, settings)
-        if settings.optim == "adamw_8bit":
+        if settings.optimizer_name == "adamw_bnb_8bit":
             _require_bitsandbytes()
     except EloError as error:
         raise EloError(f"{section}.{error}") from None

@@ -1,14 +1,17 @@
 """One training phase on disk: a checkpoint folder in, a trained checkpoint folder out."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elo.errors import EloError
 from elo.store.files import atomic_directory, disk_errors_told
 from elo.store.processes import from_main, is_main
+from elo.train.prepared import Prepared
 from elo.train.settings import TrainingSettings
+from elo.train.vocabulary_cut import CutSequences, VocabularyCut
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,8 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from elo.data.shards import PreparedData
-    from elo.methods.methods import Method, Setup
-    from elo.methods.phases import Phase
+    from elo.data.tokenizer import TextTokenizer
     from elo.train.trainer import Evaluate
 
 
@@ -26,35 +28,43 @@ def train_checkpoint(
     output: Path,
     *,
     rows: "Dataset",
-    method: "Method",
-    phase: "Phase",
-    setup: "Setup",
+    prepare: "Callable[[PreTrainedModel], Prepared]",
+    seed: int,
     settings: TrainingSettings,
     scratch: Path,
+    vocabulary: Path | None = None,
     evaluate: "Evaluate | None" = None,
     trust_remote_code: bool = False,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Train the checkpoint in folder `checkpoint` as `method` says and write it to `output` in its own dtype.
+    """Train the checkpoint in folder `checkpoint` and write it to `output` in its own dtype.
 
     Args:
-        rows: packed rows, as many as the phase trains on.
-        setup: what the method prepares the model with.
-        scratch: folder for training checkpoints, from which an interrupted call goes on.
+        rows: packed sequences, as many as the phase trains on.
+        prepare: makes the model ready: says what trains, and adds what the phase needs.
+        scratch: folder for training checkpoints, from which an interrupted call resumes.
+        vocabulary: file that lists the rows of the vocabulary that training computes with; None is all.
 
     Returns:
         The stage's record: tokens, steps, seconds, tokens_per_second, peak_memory_bytes, losses, evaluations, ...
     """
-    from dataclasses import asdict
-
     from elo.train.loop import train
 
     model, dtype, main_alone = load_trainable(checkpoint, settings, trust_remote_code=trust_remote_code)
-    prepared = method.prepare(model, phase, setup)
+    prepared = prepare(model)
+    cut = None
+    if vocabulary is not None:
+        cut = VocabularyCut(model, vocabulary)
+        rows = CutSequences(rows, cut)
+        prepared = replace(prepared, first_row=cut.first_row(prepared.first_row))
+        if evaluate is not None:
+            evaluate = _on_whole_vocabulary(evaluate, cut)
     if _keeps_frozen_in(dtype, settings):
         _freeze_in(model, dtype, empty=main_alone and not is_main())
 
     def save(trained: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]] | None") -> None:
+        if cut is not None:
+            cut.restore()
         prepared.fold()
         save_checkpoint(trained, parts, dtype, output, side_files=checkpoint)
 
@@ -63,7 +73,7 @@ def train_checkpoint(
         rows,
         settings=settings,
         output_dir=scratch,
-        seed=setup.seed,
+        seed=seed,
         prepared=prepared,
         evaluate=evaluate,
         save=save,
@@ -72,6 +82,14 @@ def train_checkpoint(
     )
     record = asdict(result)
     return record | {"tokens_per_second": result.tokens / result.seconds, "precision": _precision(settings)}
+
+
+def _on_whole_vocabulary(evaluate: "Evaluate", cut: VocabularyCut) -> "Evaluate":
+    def measure(model: "PreTrainedModel") -> dict[str, float]:
+        with cut.whole():
+            return evaluate(model)
+
+    return measure
 
 
 def load_trainable(
@@ -165,24 +183,29 @@ def _write_parts(model: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]]",
 def heldout_evaluator(
     prepared: "PreparedData",
     languages: Sequence[str],
+    tokenizer: "TextTokenizer",
     *,
     sequence_length: int,
-    max_tokens: int | None,
+    max_bytes: int | None,
     settings: TrainingSettings,
 ) -> "Evaluate":
-    """Bits per byte of the held-out text of each language, for the measurements during training."""
+    """Bits per byte of the held-out text of each language, for the measurements during training.
+
+    It is the text, cut in the same way, that `evaluate` measures on, so that curves can be compared with final values.
+    """
     import torch
 
+    from elo.data.heldout import cut_corpus
     from elo.evaluate.bits_per_byte import bits_per_byte
     from elo.train.loop import wants_bf16
 
-    corpora = {language: prepared.heldout(language) for language in languages}
+    corpora = {language: cut_corpus(prepared.heldout(language), tokenizer, max_bytes) for language in languages}
     autocast = torch.bfloat16 if wants_bf16(settings) else None
 
     def evaluate(model: "PreTrainedModel") -> dict[str, float]:
         return {
             language: bits_per_byte(
-                model, corpus, sequence_length=sequence_length, max_tokens=max_tokens, autocast_dtype=autocast
+                model, corpus, sequence_length=sequence_length, autocast_dtype=autocast
             ).bits_per_byte
             for language, corpus in corpora.items()
         }

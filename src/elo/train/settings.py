@@ -1,134 +1,155 @@
-"""Settings of one training phase: a section of the configuration, and the plain argument of `elo.train.loop.train`.
+"""Training settings: the section `training` of the configuration, and what `elo.train.loop.train` takes.
 
-Names are transformers' where transformers has one.
+Names are transformers' where transformers has one. A field marked as an execution setting says how the work is done,
+not what comes out but for rounding: it may change between restarts of the same run.
 """
 
 from collections.abc import Collection
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.config import JsonDict
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from elo.errors import EloError
-from elo.plan.memory import HeadLoss
 
 Part = Literal["embedding", "norm", "head"]
 """A part of a model outside its decoder layers."""
+HeadLoss = Literal["chunked", "plain", "linear_cross_entropy", "model"]
+
+EXECUTION: JsonDict = {"execution": True}
+"""Mark of execution settings, for `Field(json_schema_extra=EXECUTION)`."""
+_SHORT_NAMES = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 
 
 class TrainingSettings(BaseModel):
     """How one phase trains."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     learning_rate: float = Field(1e-4, gt=0, le=1)
     """Peak learning rate."""
     embedding_learning_rate: float | None = Field(None, gt=0, le=1)
-    """Peak learning rate of embedding and LM head, where they train; null: `learning_rate`."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    """Schedule over the phase's own steps."""
+    """Peak learning rate of embedding and LM head, where they train; null is `learning_rate`."""
+    lr_scheduler_type: str = "cosine"
+    """Schedule over the phase's own updates: any that transformers knows by name."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the schedule, such as num_decay_steps of warmup_stable_decay."""
     warmup_steps: float = Field(0.03, ge=0)
-    """Below 1: share of the phase's steps; otherwise a number of steps."""
+    """Below 1 a share of the phase's updates, otherwise a number of updates."""
     weight_decay: float = Field(0.0, ge=0, le=1)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.95, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are clipped to this norm; 0 does not clip."""
-    optim: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
-    """`adamw_8bit` needs bitsandbytes (pip install 'elo-cpt[adamw8bit]')."""
+    optim: str = "adamw"
+    """Optimizer: adamw, adamw_8bit (needs bitsandbytes), adafactor, or any other that transformers knows by name."""
+    optim_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimizer, passed on by transformers."""
     tokens_per_step: int = Field(65536, gt=0)
-    """Tokens an optimizer update over all processes; gradients are accumulated to reach it."""
-    per_device_train_batch_size: int = Field(1, gt=0)
-    """Rows of sequence_length tokens in one forward-backward on one device."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a third more time, far less memory."""
-    torch_compile: bool = False
-    """Compile each decoder layer; needs a C++ compiler on CPU, and some seconds to a minute at the start."""
-    bf16: bool | Literal["auto"] = "auto"
-    """bf16 autocast over fp32 weights; auto: where the hardware multiplies bf16 matrices."""
-    attn_implementation: str = "auto"
-    """auto: the fastest that keeps packed documents apart on this device."""
-    head_loss: HeadLoss = "chunked"
-    """How the LM head's cross-entropy is computed; see elo.train.loss."""
-    logging_steps: int = Field(10, gt=0)
-    save_steps: int = Field(500, gt=0)
-    """Updates between checkpoints: what a kill can cost."""
-    save_total_limit: int = Field(2, gt=0)
+    """Tokens of an optimizer update over all processes; gradients are accumulated to reach it."""
+    vocabulary: Literal["all", "corpus"] = "all"
+    """Rows of embedding and LM head that training computes with. `corpus`: those that the training text uses, the
+    special tokens and `vocabulary_sample` others; when the phase ends all rows are back, unused ones unchanged."""
+    vocabulary_sample: int = Field(1024, ge=0)
+    """Rows that the training text does not use, drawn at random, kept under `vocabulary: corpus`."""
     evaluations: int = Field(4, ge=0)
     """Times that bits per byte are measured within the phase, evenly spaced, the last at its end."""
-    loss_spike: float = Field(2.0, gt=0)
-    """Stop when the logged loss stays this many nats above its recent median."""
-    dataloader_num_workers: int = Field(0, ge=0)
-    report_to: str | list[str] = "none"
-    """wandb, tensorboard, ... as transformers knows them."""
-    training_arguments: dict[str, Any] = Field(default_factory=dict)
-    """Further transformers.TrainingArguments (fsdp, deepspeed, ddp_backend, ...), passed on as they are."""
+    logging_steps: int = Field(10, gt=0)
+    """Updates between logged losses."""
+    per_device_train_batch_size: int = Field(1, gt=0, json_schema_extra=EXECUTION)
+    """Sequences in one forward-backward on one device."""
+    activation_checkpointing: bool = Field(False, json_schema_extra=EXECUTION)
+    """Recompute activations in the backward pass: about a third more time, far less memory."""
+    torch_compile: bool = Field(False, json_schema_extra=EXECUTION)
+    """Compile each decoder layer; needs a C++ compiler on a CPU, and up to a minute at the start."""
+    bf16: bool | Literal["auto"] = "auto"
+    """bf16 autocast over fp32 weights; auto: where the hardware multiplies bf16 matrices."""
+    attn_implementation: str = Field("auto", json_schema_extra=EXECUTION)
+    """Attention kernel; auto: the fastest that keeps packed documents apart on this device."""
+    head_loss: HeadLoss = Field("chunked", json_schema_extra=EXECUTION)
+    """How the LM head's cross-entropy is computed; see elo.train.loss."""
+    save_steps: int = Field(500, gt=0, json_schema_extra=EXECUTION)
+    """Updates between checkpoints: what a kill can cost."""
+    save_total_limit: int = Field(2, gt=0, json_schema_extra=EXECUTION)
+    """Checkpoints that are kept."""
+    max_loss_spike_nats: float = Field(2.0, gt=0, json_schema_extra=EXECUTION)
+    """Stop when the logged loss stays this far above its recent median."""
+    dataloader_num_workers: int = Field(0, ge=0, json_schema_extra=EXECUTION)
+    """Processes that read sequences."""
+    report_to: str | list[str] = Field("none", json_schema_extra=EXECUTION)
+    """Trackers as transformers knows them: wandb, tensorboard, mlflow, trackio, ..."""
+    training_arguments: dict[str, Any] = Field(default_factory=dict, json_schema_extra=EXECUTION)
+    """Further transformers.TrainingArguments (fsdp, deepspeed, ddp_backend, ...), passed on unchanged."""
+
+    @field_validator("optim")
+    @classmethod
+    def _known_optimizer(cls, value: str) -> str:
+        return _one_of(value, [*_SHORT_NAMES, *(each.value for each in OptimizerNames)])
+
+    @field_validator("lr_scheduler_type")
+    @classmethod
+    def _known_schedule(cls, value: str) -> str:
+        return _one_of(value, [each.value for each in SchedulerType])
+
+    @property
+    def optimizer_name(self) -> str:
+        """The optimizer as transformers names it."""
+        return _SHORT_NAMES.get(self.optim, self.optim)
 
     @property
     def divides_model(self) -> bool:
-        """Whether FSDP or DeepSpeed divide what is trained among the processes."""
+        """Whether FSDP or DeepSpeed divide the trained weights among the processes."""
         return any(self.training_arguments.get(key) for key in ("fsdp", "deepspeed"))
 
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what comes out, for a stage's fingerprint."""
+        fields = type(self).model_fields
+        how = {name for name, field in fields.items() if field.json_schema_extra == EXECUTION}
+        further = {
+            key: value for key, value in self.training_arguments.items() if not key.startswith(_EXECUTION_ARGUMENTS)
+        }
+        return self.model_dump(mode="json", exclude=how) | further
 
-class EloOptions(BaseModel):
-    """What method `elo` does beyond its training arguments."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+# Further transformers.TrainingArguments that say how the work is done.
+_EXECUTION_ARGUMENTS = ("fsdp", "deepspeed", "ddp_", "dataloader_", "accelerator_config", "log", "run_name", "tf32")
 
-    stand_in: Literal["none", "bridge", "forward_only"] = "forward_only"
-    """What stands for the middle layers in ELO pretraining. `none`: nothing, as published. `bridge`: a linear map
-    fitted on the base. `forward_only`: they are computed, but not differentiated; nothing is detached then."""
-    also_train: tuple[Part, ...] = ("embedding", "head")
-    """Parts outside the layers that train and are attached with them; none in the published method."""
-    embedding_rows: Literal["all", "new"] = "all"
-    """Which rows of a trained embedding and head train; `new`: those that elo vocab added, while the others stay as
-    they are, bit for bit."""
-    scale: float | Literal["search"] = "search"
-    """How much of a detached model's change is attached, of new rows always all; search: as much as predicts unseen
-    rows of both languages best."""
-    alignment: Literal["auto", "full", "forward_only", "none"] = "auto"
-    """What layer alignment trains: everything; the kept layers again, past a middle computed without a graph; or there
-    is none. auto: full after a detached phase, none after a forward-only one, which has nothing to align."""
 
-    @model_validator(mode="after")
-    def _rows_of_something(self) -> "EloOptions":
-        if self.embedding_rows == "new" and not {"embedding", "head"} & set(self.also_train):
-            raise ValueError(
-                "embedding_rows: new says which rows of embedding and head train; name them in also_train, or write all"
-            )
-        return self
+class TrainingSection(TrainingSettings):
+    """Training settings of all phases, with what is different in some."""
 
-    @field_validator("scale")
+    learning_rate: float | None = Field(None, gt=0, le=1)  # type: ignore[assignment]
+    """Peak learning rate; null is the method's own (docs/methods.md)."""
+    phases: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings by phase, such as layer_alignment: {learning_rate: 1.0e-5}."""
+
+    @field_validator("phases")
     @classmethod
-    def _within_reach(cls, value: float | str) -> float | str:
-        if not isinstance(value, str) and not 0 < value <= 2:
-            raise ValueError(f"scale must be above 0 and at most 2, or search; got {value}")
+    def _each_is_right(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, settings in value.items():
+            try:
+                TrainingSettings.model_validate(settings)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join([name, *map(str, first["loc"])])
+                known = sorted(TrainingSettings.model_fields)
+                what = f"unknown key; known keys here: {', '.join(known)}" if first["type"] == "extra_forbidden" else ""
+                raise ValueError(f"{where}: {what or first['msg'].removeprefix('Value error, ')}") from None
         return value
 
+    def for_phase(self, name: str, default_learning_rate: float) -> TrainingSettings:
+        """The settings of one phase.
 
-PUBLISHED = EloOptions(stand_in="none", also_train=(), scale=1.0, alignment="full")
-"""ELO as published (arXiv 2601.03648)."""
-
-
-class LoraSettings(TrainingSettings):
-    """How method `lora` trains."""
-
-    learning_rate: float = Field(2e-4, gt=0, le=1)
-    """Peak learning rate."""
-    rank: int = Field(16, gt=0)
-    alpha: int = Field(32, gt=0)
-    """The adapters' product is scaled by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    also_train: tuple[Part, ...] = ()
-    """Parts outside the layers that train in full beside the adapters: a new vocabulary needs embedding and head."""
-
-
-class LisaSettings(TrainingSettings):
-    """How method `lisa` trains."""
-
-    layers: int = Field(2, gt=0)
-    """Decoder layers that train at a time."""
-    period: int = Field(20, gt=0)
-    """Updates between draws."""
+        Args:
+            default_learning_rate: where the configuration names none.
+        """
+        shared = self.model_dump(exclude={"phases"})
+        merged = shared | self.phases.get(name, {})
+        if merged["learning_rate"] is None:
+            merged["learning_rate"] = default_learning_rate
+        return TrainingSettings.model_validate(merged)
 
 
 def check_also_train(also_train: Collection[Part], *, tied: bool) -> None:
@@ -139,6 +160,12 @@ def check_also_train(also_train: Collection[Part], *, tied: bool) -> None:
     """
     if tied and ("embedding" in also_train) != ("head" in also_train):
         raise EloError(
-            "also_train: this model ties its LM head to its embedding, so they train together or not at all; "
+            "method.also_train: this model ties its LM head to its embedding, so they train together or not at all; "
             f"got {sorted(also_train)}, name both embedding and head or neither"
         )
+
+
+def _one_of(value: str, known: list[str]) -> str:
+    if value not in known:
+        raise ValueError(f"must be one of {', '.join(sorted(known))}; got {value!r}")
+    return value

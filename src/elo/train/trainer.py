@@ -65,7 +65,7 @@ class EloTrainer(Trainer):
         evaluate_bits_per_byte: called at each evaluation.
         loss_spike: nats above the recent median at which training stops.
         keep_checkpoints: how many sealed checkpoints stay.
-        seconds: training time spent before this process (on resume).
+        seconds, cpu_seconds: training time spent before this process (on resume).
         embedding_learning_rate: of embedding and LM head, if not that of the rest.
         first_row: of a trained embedding and head, rows before this one stay as they are.
     """
@@ -78,6 +78,7 @@ class EloTrainer(Trainer):
         loss_spike: float,
         keep_checkpoints: int,
         seconds: float = 0.0,
+        cpu_seconds: float = 0.0,
         embedding_learning_rate: float | None = None,
         first_row: int = 0,
         **kwargs: Any,
@@ -90,8 +91,9 @@ class EloTrainer(Trainer):
         self.loss_spike = loss_spike
         self.keep_checkpoints = keep_checkpoints
         self.loss_is_scaled_for_ga = True
-        self._seconds = seconds
+        self._seconds, self._cpu_seconds = seconds, cpu_seconds
         self._running_since: float | None = None
+        self._cpu_since = 0.0
         self._gradient_norm: Any = None
 
     # Time: training alone, without evaluation and checkpoints.
@@ -102,13 +104,19 @@ class EloTrainer(Trainer):
         running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
         return self._seconds + running
 
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU time in training so far, in seconds summed over cores, across restarts."""
+        running = 0.0 if self._running_since is None else time.process_time() - self._cpu_since
+        return self._cpu_seconds + running
+
     def resume_clock(self) -> None:
-        self._running_since = time.perf_counter()
+        self._running_since, self._cpu_since = time.perf_counter(), time.process_time()
 
     def pause_clock(self) -> None:
         if torch.cuda.is_available() and self._running_since is not None:
             torch.cuda.synchronize()
-        self._seconds, self._running_since = self.seconds, None
+        self._cpu_seconds, self._seconds, self._running_since = self.cpu_seconds, self.seconds, None
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         control = self.control
@@ -229,6 +237,6 @@ class EloTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             with disk_errors_told(checkpoint):
-                seal_checkpoint(checkpoint, {"seconds": self.seconds})
+                seal_checkpoint(checkpoint, {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds})
             rotate_checkpoints(folder, self.keep_checkpoints)
         self.accelerator.wait_for_everyone()

@@ -290,7 +290,7 @@ def _identity(found: "Identity") -> dict[str, Any]:
 
 def _flops_per_byte(counted: "Footprint", measured: "Fertility") -> float:
     """Matmul FLOPs that full CPT spends on a byte of text."""
-    return counted.flops_per_token("full", sequence_length=2048).total / measured.bytes_per_token
+    return counted.flops_per_token("trained", sequence_length=2048).total / measured.bytes_per_token
 
 
 def _advice(target: str, now: "Fertility", candidates: Sequence[Mapping[str, Any]]) -> str:

@@ -19,12 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from elo.methods.methods import Options, find_method
 from measuring import finished, print_table, write_report
 
 from elo.checkpoint.counting import footprint, read_config
 from elo.checkpoint.layers import parse_layers
 from elo.evaluate.evaluate import evaluate
-from elo.methods.methods import Options, find_method
 from elo.plan.devices import measure_matmul_rate
 from elo.quickstart.quickstart import WORLD, unpack_corpus
 from elo.train.settings import EloOptions

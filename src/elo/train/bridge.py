@@ -26,6 +26,7 @@ from elo.checkpoint.layers import Gap, gaps_between
 from elo.errors import EloError
 from elo.evaluate.scoring import evaluating, takes_position_ids
 
+BRIDGE_FILE = "elo_bridge.safetensors"
 _BATCH_TOKENS = 4096
 _CHECKED_SHARE = 0.2
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)

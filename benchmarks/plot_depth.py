@@ -1,6 +1,6 @@
 """Draw what depth does: bits per byte and peak memory of each contestant over the number of decoder layers.
 
-    python benchmarks/plot_depth.py 16=RUN 32=RUN 64=RUN --output docs/depth.png
+    python benchmarks/plot_depth.py 16=RUN 32=RUN 64=RUN --output dev/depth.png
 
 Each RUN is a folder of `elo compare benchmarks/compare_depth.yaml`. Points are seeds, lines go through their means.
 """

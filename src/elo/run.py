@@ -13,7 +13,7 @@ from typing import Any
 
 from elo import stages
 from elo.budget import Sequences, divide_budget
-from elo.checkpoint.counting import read_config, text_config
+from elo.checkpoint.counting import footprint, read_config, text_config
 from elo.circumstances import circumstances
 from elo.config import RunConfig, load_config
 from elo.data.prepare import corpus_sources
@@ -186,6 +186,7 @@ def adapt(
         ReachedError: the stage `until` is done.
     """
     config, folder, method, base = inputs.config, inputs.folder, inputs.config.method, inputs.base
+    layers = inputs.layers if method.uses_layers else ()
     trust = {"trust_remote_code": config.trust_remote_code}
     shards = Artifact(data.path, data.fingerprint)
     adapted = Adapted(base)
@@ -203,14 +204,14 @@ def adapt(
         if phase.middle == "bridged":
             rows = sequences.first(max(_BRIDGE_TOKENS, 16 * _hidden_size(inputs)))
             bridge = done(
-                folder.once("bridge", stages.fit_middle, base=base, layers=inputs.layers, rows=rows, execution=trust),
+                folder.once("bridge", stages.fit_middle, base=base, layers=layers, rows=rows, execution=trust),
                 "bridge",
             )
             shown = ", ".join(f"{share:.0%}" for share in bridge.record["explained"])
             folder.say(f"bridge: explains {shown} of what the middle does to the hidden states, on unseen tokens")
         if phase.detached:
             start = done(
-                folder.once("detach", stages.detach_layers, base=base, layers=inputs.layers, execution=trust), "detach"
+                folder.once("detach", stages.detach_layers, base=base, layers=layers, execution=trust), "detach"
             )
         if settings.vocabulary == "corpus":
             sample = settings.vocabulary_sample
@@ -228,7 +229,7 @@ def adapt(
                 rows=sequences.of(phase),
                 method=method,
                 phase=phase,
-                layers=inputs.layers,
+                layers=layers,
                 bridge=bridge,
                 vocabulary=vocabulary,
                 settings=settings,
@@ -349,6 +350,7 @@ def write_report(
         final,
         before_alignment=adapted.before_alignment,
         learning_rates=rates,
+        flops=training_flops(inputs, adapted),
     )
     results = judged(
         schema.Results.model_validate(
@@ -360,7 +362,12 @@ def write_report(
                 "config": config.model_dump(mode="json"),
                 "base": collect.measured(base),
                 "contestants": [
-                    {"name": method.name, "label": method.label, "method": method.name, "layers": inputs.layers}
+                    {
+                        "name": method.name,
+                        "label": method.label,
+                        "method": method.name,
+                        "layers": inputs.layers if method.uses_layers else (),
+                    }
                 ],
                 "budgets": [budget],
                 "seeds": [config.seed],
@@ -375,6 +382,19 @@ def write_report(
         folder.say(f"report: {folder.path('report.html')}")
         folder.say(f"model: {folder.path('model')}")
     return results.model_dump(mode="json")
+
+
+def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:
+    """Matmul FLOPs of training by phase, without fitting a bridge or searching a scale."""
+    config = inputs.config
+    counted = footprint(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
+    found = {}
+    for phase in config.method.phases:
+        rows = adapted.records.get(f"vocabulary-{phase.name}", {}).get("rows")
+        of_phase = counted.with_vocabulary(rows) if rows else counted
+        per_token = config.method.flops_per_token(phase, of_phase, inputs.layers, config.data.sequence_length)
+        found[phase.name] = adapted.records[phase.name]["tokens"] * per_token.total
+    return found
 
 
 def stage_names(method: Method) -> list[str]:

@@ -75,6 +75,8 @@ class Method(BaseModel):
 
     label: ClassVar[str]
     """Name in reports."""
+    uses_layers: ClassVar[bool] = True
+    """Whether the layers that the configuration chooses matter to it."""
     name: str
     scale: Scale = 1.0
     """Share of the trained change that is kept, base + scale x (trained - base). `search` tries scales on text that

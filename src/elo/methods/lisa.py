@@ -25,6 +25,7 @@ class Lisa(Method):
     """
 
     label: ClassVar[str] = "LISA"
+    uses_layers: ClassVar[bool] = False
     name: Literal["lisa"] = "lisa"
     layers: int = Field(4, gt=0)
     """Decoder layers that train at a time."""

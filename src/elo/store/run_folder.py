@@ -88,7 +88,7 @@ class RunFolder:
 
     def _nothing_done(self) -> bool:
         """Whether the run folder holds nothing but what every start writes."""
-        begun = all(path.name.endswith(".begun.json") for path in (self.root / "stages").iterdir())
+        begun = all(path.name.endswith(".begun.json") for path in (self.root / "stages").rglob("*.json"))
         return begun and {path.name for path in self.root.iterdir()} <= {"stages", "run.lock", "config.json"}
 
     def path(self, *parts: str) -> Path:
@@ -108,11 +108,10 @@ class RunFolder:
         """Call `function(folder / name, **arguments, **execution)` unless it was done with these arguments already.
 
         The arguments are the stage's fingerprint, so that none can be forgotten: numbers, texts, lists, artifacts of
-        earlier stages, whatever has a
-        `fingerprint`, and settings and objects with `decisive()` or `identity()`.
+        earlier stages, whatever has a `fingerprint`, and settings and objects with `decisive()` or `identity()`.
 
         Args:
-            name: of the stage, unique in the folder, and of its output.
+            name: of the stage, unique in the folder, and path of its output there.
             function: makes its output at the path it is given and returns a JSON record. After a kill it is called
                 again with the same arguments and may find what the earlier call left; otherwise it finds nothing.
             execution: further arguments, which say how the work is done and do not count.
@@ -175,7 +174,9 @@ class RunFolder:
         self._mark_begun(name, fingerprint, inputs)
 
     def _mark_begun(self, name: str, fingerprint: str, inputs: Mapping[str, Any]) -> None:
-        write_json(self._stage_file(name, begun=True), {"fingerprint": fingerprint, "inputs": dict(inputs)})
+        path = self._stage_file(name, begun=True)
+        path.parent.mkdir(parents=True, exist_ok=True)  # a name may have parts, such as trials/full-1
+        write_json(path, {"fingerprint": fingerprint, "inputs": dict(inputs)})
 
     def _is_done(self, name: str, fingerprint: str, inputs: Mapping[str, Any], outputs: Paths, scratch: Paths) -> bool:
         """Whether the stage is done with these inputs; if not, what an earlier one with others left is cleared away."""

@@ -82,7 +82,9 @@ def test_each_phase_learns_changes_what_it_may_and_leaves_a_plain_model(tmp_path
     changed = {name for name, tensor in plain.state_dict().items() if not torch.equal(tensor, model.state_dict()[name])}
     if case.method.name == "lisa":
         drawn = {int(name.split(".")[2]) for name in changed if ".layers." in name}
-        assert changed >= {name for name in plain.state_dict() if ".layers." in name and int(name.split(".")[2]) in drawn}
+        assert changed >= {
+            name for name in plain.state_dict() if ".layers." in name and int(name.split(".")[2]) in drawn
+        }
         return
     assert changed == case.may_change(model)
 
@@ -190,7 +192,9 @@ def test_the_mean_of_a_share_of_backward_passes_is_the_exact_gradient(tie):
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("settings", [{"name": "frozen", "backward_share": 0}, {"name": "lisa", "window": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"name": "frozen", "backward_share": 0}, {"name": "lisa", "window": True}], ids=str
+)
 def test_below_the_floor_there_is_no_gradient_at_all(settings, tie):
     chosen = method(**settings)
     case = Case(chosen.name, chosen, chosen.phases[0])
@@ -240,7 +244,9 @@ def test_layers_below_the_floor_keep_nothing_for_a_backward_pass():
     assert not [module for module in model.modules() if module._forward_pre_hooks]
 
 
-@pytest.mark.parametrize(("layers", "top"), [((0, 3), 3), ((0, 2, 3), 2), ((1, 2, 3), 1), ((0,), 0), ((0, 1, 5, 7, 8), 7)])
+@pytest.mark.parametrize(
+    ("layers", "top"), [((0, 3), 3), ((0, 2, 3), 2), ((1, 2, 3), 1), ((0,), 0), ((0, 1, 5, 7, 8), 7)]
+)
 def test_topmost_block(layers, top):
     assert topmost_block(layers) == top
 

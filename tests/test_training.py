@@ -12,7 +12,7 @@ from elo.data.mixture import Mixture
 from elo.data.packing import PaddedStream
 from elo.errors import EloError, TrainingDivergedError
 from elo.evaluate.bits_per_byte import bits_per_byte
-from elo.methods.methods import select_layers
+from elo.methods.base import select_layers
 from elo.surgery.in_memory import attach_layers, detach_layers
 from elo.train.checkpoints import MANIFEST, check_checkpoint, latest_checkpoint
 from elo.train.loop import StoppedBySignalError, check_settings, rows_per_step, train
@@ -329,7 +329,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
 
 
 def test_spike_stops_the_run(tmp_path):
-    settings = SETTINGS.model_copy(update={"loss_spike": 1.0})
+    settings = SETTINGS.model_copy(update={"max_loss_spike_nats": 1.0})
     model = _detached()
 
     def spoil():

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from elo.errors import EloError
-from elo.model.architecture import Architecture, find_architecture, group_of
+from elo.model.architecture import find_architecture
 from elo.model.checkpoint_folder import (
     TOKENIZER_PATTERNS,
     CheckpointFolder,
@@ -21,6 +21,7 @@ from elo.model.checkpoint_folder import (
     write_config,
 )
 from elo.model.matching import match_names, redundant, tensor_bytes
+from elo.model.naming import NameMap, map_names
 from elo.model.new_rows import first_new_row_of
 from elo.model.provenance import PROVENANCE_KEY
 from elo.model.safeguard import build_hollow_causal_lm
@@ -91,19 +92,19 @@ def add_chat_vector(
             )
         refuse_overlap(output, each.folder)
     hollow = build_hollow_causal_lm(ours.config, trust_remote_code=trust_remote_code)
-    parts = find_architecture(hollow)
+    names, tied = map_names(hollow, ours.weights.meta_state_dict()), find_architecture(hollow).tied
     left_out = {*leave_out}
-    if parts.tied and left_out & {"embedding", "head"}:
+    if tied and left_out & {"embedding", "head"}:
         left_out |= {"embedding", "head"}
-    in_base, in_chat = (_matched(ours, each, hollow, parts) for each in (theirs, chats))
+    in_base, in_chat = (_matched(ours, each, hollow, names) for each in (theirs, chats))
     sums = [
         _Sum.of(
             tensor,
             in_base.get(name),
             in_chat.get(name),
             ours,
-            parts,
-            0.0 if group_of(name, parts) in left_out else scale,
+            names.group(name),
+            0.0 if names.group(name) in left_out else scale,
         )
         for name, tensor in ours.weights.tensors.items()
     ]
@@ -147,13 +148,12 @@ class _Sum:
         base: StoredTensor | None,
         chat: StoredTensor | None,
         ours: CheckpointFolder,
-        parts: Architecture,
+        group: str | None,
         scale: float,
     ) -> "_Sum":
         """Add `scale` times what chat training changed, as far as the three have the same rows."""
         if base is None or chat is None or scale == 0 or not adapted.torch_dtype.is_floating_point:
             return cls(adapted, adapted, adapted, 0.0, 0)
-        group = group_of(adapted.name, parts)
         longer = group in ("embedding", "head") and adapted.shape[0] >= base.shape[0]
         if base.shape != chat.shape or adapted.shape[longer:] != base.shape[longer:]:
             raise EloError(
@@ -200,17 +200,17 @@ class _Sum:
 
 
 def _matched(
-    ours: CheckpointFolder, other: CheckpointFolder, hollow: PreTrainedModel, parts: Architecture
+    ours: CheckpointFolder, other: CheckpointFolder, hollow: PreTrainedModel, names: NameMap
 ) -> dict[str, StoredTensor]:
     """Tensors of another checkpoint of the same model, by their names in ours; none for what a model can go without."""
-    found, absent = match_names(ours.weights.tensors, other.weights)
-    embedding = next((found[name] for name in found if group_of(name, parts) == "embedding"), None)
+    found, absent = match_names(ours.weights.tensors, other.weights, hollow)
+    embedding = next((found[name] for name in found if names.group(name) == "embedding"), None)
     extra = other.weights.tensors.keys() - {tensor.name for tensor in found.values()}
-    for folder, without, names in ((ours, other, absent), (other, ours, extra)):
-        if names and not redundant(folder.weights.tensors, names, type(hollow), folder.config):
+    for folder, without, alone in ((ours, other, absent), (other, ours, extra)):
+        if alone and not redundant(folder.weights.tensors, alone, type(hollow), folder.config):
             raise EloError(
-                f"{folder.folder}: has {min(names)}, which {without.folder} has not; adapted model, base and chat "
+                f"{folder.folder}: has {min(alone)}, which {without.folder} has not; adapted model, base and chat "
                 "model must be of one model (merge adapters first)"
             )
-    tied = {name for name in absent if parts.tied and group_of(name, parts) == "head"}
+    tied = {name for name in absent if find_architecture(hollow).tied and names.group(name) == "head"}
     return found | (dict.fromkeys(tied, embedding) if embedding else {})

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from elo.errors import EloError, UnsupportedArchitectureError
 from elo.layers import parse_layers
-from elo.model.architecture import Architecture, find_architecture, group_of
+from elo.model.architecture import Architecture, find_architecture, tensor_groups
 from elo.model.config_surgery import (
     apply_edits,
     edit_json,
@@ -104,7 +104,7 @@ def attach_layers(
         raise EloError(
             f"attach: the detached model should have {len(kept)} layers, but has {num_layers_of(detached.config)}"
         )
-    theirs = dict(_named_tensors(detached))
+    theirs, groups = dict(_named_tensors(detached)), tensor_groups(model)
     updates: list[tuple[torch.Tensor, torch.Tensor, int | None]] = []
     for name, ours in _named_tensors(model):
         source_name, layer = _name_in_detached(name, parts, kept)
@@ -114,8 +114,8 @@ def attach_layers(
         if new is None or new.shape != ours.shape:
             found = "is missing" if new is None else f"is {list(new.shape)} instead of {list(ours.shape)}"
             raise EloError(f"attach: {source_name or name} {found} in the detached model; it is not from this base")
-        if layer is not None or group_of(name, parts) in include:
-            updates.append((ours, new, first_new_row_of(model.config, group_of(name, parts))))
+        if layer is not None or groups.get(name) in include:
+            updates.append((ours, new, first_new_row_of(model.config, groups.get(name))))
         elif not same_values(ours, new):
             raise EloError(
                 f"attach: {name} is not in a detached layer, but differs from the base's; give the base that the "

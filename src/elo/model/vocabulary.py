@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from elo.errors import EloError, UnsupportedArchitectureError
-from elo.model.architecture import find_architecture, group_of
+from elo.model.architecture import find_architecture
 from elo.model.checkpoint_folder import (
     TOKENIZER_PATTERNS,
     CheckpointFolder,
@@ -24,7 +24,7 @@ from elo.model.checkpoint_folder import (
 )
 from elo.model.config_surgery import edit_json, error_line
 from elo.model.matching import tensor_bytes
-from elo.model.naming import load_hollow
+from elo.model.naming import load_hollow, map_names
 from elo.model.new_rows import VOCABULARY_KEY, NewRows
 from elo.model.provenance import PROVENANCE_KEY
 from elo.model.safeguard import build_hollow_causal_lm
@@ -223,16 +223,11 @@ def _resized(base: CheckpointFolder, hollow: PreTrainedModel) -> dict[str, str]:
     embedding = hollow.get_submodule(parts.embedding_path).weight
     assert isinstance(embedding, torch.Tensor)
     rows = embedding.shape[0]
+    names = map_names(hollow, tensors)
     found: dict[str, str] = {}
     for name, tensor in tensors.items():
-        if tensor.shape[:1] != (rows,):
-            continue
-        group = group_of(name, parts)
-        if group is None:  # the file may call it otherwise than the model: see which module another shape offends
-            longer = torch.empty((rows + 1, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
-            _, report = load_hollow(type(hollow), base.config, tensors | {name: longer})
-            group = next((group_of(module, parts) for module in sorted(report.mismatched)), None)
-        if group in ("embedding", "head"):
+        group = names.group(name)
+        if tensor.shape[:1] == (rows,) and group in ("embedding", "head"):
             found[name] = "embedding" if parts.tied else group
     if "embedding" not in found.values():
         raise UnsupportedArchitectureError(

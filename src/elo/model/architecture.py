@@ -86,9 +86,7 @@ def tensor_groups(model: PreTrainedModel) -> dict[str, str]:
     parts = find_architecture(model)
     paths = {"embedding": parts.embedding_path, "head": parts.head_path, "norm": parts.norm_path}
     state = model.state_dict(keep_vars=True)
-    groups = {
-        name: group for name in state for group, path in paths.items() if path and name.startswith(f"{path}.")
-    }
+    groups = {name: group for name in state for group, path in paths.items() if path and name.startswith(f"{path}.")}
     shared = {id(state[name]): group for name, group in groups.items()}
     return {name: groups.get(name) or shared[id(t)] for name, t in state.items() if name in groups or id(t) in shared}
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from elo.errors import EloError
 from elo.model.architecture import find_architecture
 from elo.model.checkpoint_folder import (
+    TEMPLATE_PATTERNS,
     TOKENIZER_PATTERNS,
     CheckpointFolder,
     copy_side_files,
@@ -113,8 +114,9 @@ def add_chat_vector(
         write_config(folder, config_json)
         save_tokenizer(folder)  # which may refuse, so before gigabytes are written
         write_checkpoint(folder, [each.tensor() for each in sums], max_shard_bytes, label)
-        for source in (chats, ours):
-            copy_side_files(source.folder, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
+        copy_side_files(chats.folder, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
+        without = (*TOKENIZER_PATTERNS, *TEMPLATE_PATTERNS)
+        copy_side_files(ours.folder, folder, python=trust_remote_code, leave_out=without)
     return {
         "adapted": str(adapted),
         "base": str(base),

@@ -18,6 +18,7 @@ from elo.model.checkpoint_folder import (
     CONFIG_FILE,
     CheckpointFolder,
     copy_side_files,
+    copy_unlisted_weights,
     open_folder,
     read_edited_config,
     refuse_overlap,
@@ -184,6 +185,7 @@ def attach_checkpoint(
                 whole_from = first_new_row_of(whole.config, mapped.group(tensor.name))
                 _patch(folder / tensor.file.name, tensor, trained, scale, whole_from)
             shutil.copyfile(whole.folder / CONFIG_FILE, folder / CONFIG_FILE)
+            copy_unlisted_weights(whole.weights, folder)
             copy_side_files(whole.folder, folder, python=trust_remote_code)
     return {
         "base": str(base),

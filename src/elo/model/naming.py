@@ -106,7 +106,7 @@ class NameMap:
             UnsupportedArchitectureError: transformers cannot undo what it did when it loaded them.
         """
         if not link.converted:
-            return {name: loaded[link.loaded[0]] for name in link.stored}
+            return dict.fromkeys(link.stored, loaded[link.loaded[0]])
         model = self._used
         try:
             reverted = revert_weight_conversion(model, {name: loaded[name] for name in link.loaded})

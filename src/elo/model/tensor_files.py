@@ -97,6 +97,15 @@ class Checkpoint:
     indexed: bool
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
+    def main_dtype(self) -> torch.dtype:
+        """The floating dtype that most bytes are stored in; float32 where there is none."""
+        sizes: dict[torch.dtype, int] = {torch.float32: 0}
+        for tensor in self.tensors.values():
+            dtype = _DTYPES.get(tensor.dtype)
+            if dtype is not None and dtype.is_floating_point:
+                sizes[dtype] = sizes.get(dtype, 0) + tensor.size
+        return max(sizes, key=sizes.__getitem__)
+
     def meta_state_dict(self) -> dict[str, torch.Tensor]:
         """Every tensor without its data."""
         return {name: tensor.meta() for name, tensor in self.tensors.items()}
@@ -254,19 +263,6 @@ def write_checkpoint(
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             _write_file(folder / name, shard, progress)
             weight_map.update({tensor.name: name for tensor in shard})
-    _write_index(folder, weight_map, total)
-
-
-def join_files(folder: Path, files: list[Path]) -> None:
-    """Move safetensors files into a checkpoint folder, under the names of its shards and with an index."""
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, file in enumerate(files, 1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        file.rename(folder / name)
-        tensors = read_header(folder / name)
-        weight_map |= {tensor.name: name for tensor in tensors}
-        total += sum(tensor.size for tensor in tensors)
     _write_index(folder, weight_map, total)
 
 

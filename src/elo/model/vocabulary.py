@@ -120,13 +120,14 @@ def extend_checkpoint(
     old_rows = next(base.weights.tensors[name].shape[0] for name in resized)
     rows = max(old_rows, -(-new.rows.stop // pad_to_multiple_of) * pad_to_multiple_of)
     makers = {name: _RowMaker(base.weights.tensors[name], group, new, init, rows) for name, group in resized.items()}
-    config_json = edit_json(base.config_json, base.config, {"vocab_size": rows})
     written = {
         "rows": asdict(new.rows),
         "embedding_init": "given" if init.given else init.embedding,
         "head_init": None if tied else "given" if init.given else init.head,
         **(record or {}),
     }
+    # Of a wrapper in the decoder's part too: transformers may load that alone.
+    config_json = edit_json(base.config_json, base.config, {"vocab_size": rows, VOCABULARY_KEY: written})
     config_json[VOCABULARY_KEY] = written
     _require_loadable(base, config_json, rows, makers.keys(), trust_remote_code)
     with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:

@@ -51,6 +51,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     from elo.evaluation.scoring import longest_sequence, takes_position_ids
     from elo.model.architecture import find_architecture, is_recurrent
     from elo.model.counting import build_on_meta, read_config
+    from elo.model.new_rows import share_record
     from elo.model.refusals import require_detachable
     from elo.model.tensor_files import open_checkpoint
     from elo.training.methods import first_new_row
@@ -61,6 +62,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     if any(phase.detached for method in methods_of(config) for phase in method.phases):
         require_detachable(model_config)
     model = build_on_meta(model_config, trust_remote_code=config.trust_remote_code)
+    share_record(model_config, model.config)
     _check_attention(config, model)
     layers = parse_layers(config.layers, find_architecture(model).num_layers)
     bridged = any(phase.needs_bridge for method in methods_of(config) for phase in method.phases)

@@ -64,9 +64,9 @@ def circumstances(job: Job) -> dict[str, Any]:
 
 def _vocabulary(model_config: Any) -> dict[str, Any]:
     """What `elo vocab extend` did to the base, if anything."""
-    from elo.model.new_rows import VOCABULARY_KEY, read_new_rows
+    from elo.model.new_rows import read_new_rows, record_of
 
-    return {"vocabulary": getattr(model_config, VOCABULARY_KEY)} if read_new_rows(model_config) else {}
+    return {"vocabulary": record_of(model_config)} if read_new_rows(model_config) else {}
 
 
 def hardware() -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """One training phase on disk: a checkpoint folder in, a trained checkpoint folder out."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from elo.data.shards import PreparedData
+    from elo.model.trained_files import TrainedFiles
     from elo.training.methods import Method, Setup
     from elo.training.phases import Phase
     from elo.training.trainer import Evaluate
@@ -35,7 +35,7 @@ def train_checkpoint(
     trust_remote_code: bool = False,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Train the checkpoint in folder `checkpoint` as `method` says and write it to `output` in its own dtype.
+    """Train the checkpoint in folder `checkpoint` as `method` says and write it to `output` with what changed.
 
     Args:
         rows: packed rows, as many as the phase trains on.
@@ -47,16 +47,20 @@ def train_checkpoint(
     """
     from dataclasses import asdict
 
+    from elo.model.trained_files import TrainedFiles
     from elo.training.loop import train
 
-    model, dtype, main_alone = load_trainable(checkpoint, settings, trust_remote_code=trust_remote_code)
+    model, _, main_alone = load_trainable(checkpoint, settings, trust_remote_code=trust_remote_code)
+    files = TrainedFiles(checkpoint, model)
+    stored = files.stored_dtypes(model)
     prepared = method.prepare(model, phase, setup)
-    if _keeps_frozen_in(dtype, settings):
-        _freeze_in(model, dtype, empty=main_alone and not is_main())
+    files.set_trained(model)
+    if _keeps_frozen_as_stored(settings):
+        _freeze_in(model, stored, empty=main_alone and not is_main())
 
     def save(trained: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]] | None") -> None:
         prepared.fold()
-        save_checkpoint(trained, parts, dtype, output, side_files=checkpoint)
+        save_checkpoint(trained, parts, files, output, python=trust_remote_code)
 
     result = train(
         model,
@@ -80,8 +84,9 @@ def load_trainable(
     """Load a checkpoint in fp32, so that what trains has fp32 master weights.
 
     Returns:
-        The model; the dtype it is stored in; whether the main process alone has its weights: under FSDP, where that can
-        be, the others have memory for them that is never touched, so never taken, until they get their pieces.
+        The model; the dtype that most of it is stored in; whether the main process alone has its weights: under FSDP,
+        where that can be, the others have memory for them that is never touched, so never taken, until they get their
+        pieces.
 
     Raises:
         EloError: the folder holds no checkpoint in safetensors that transformers can load.
@@ -90,14 +95,16 @@ def load_trainable(
     from transformers.utils import logging as transformers_logging
 
     from elo.evaluation.loading import load_model
-    from elo.model.counting import read_config, text_config
+    from elo.model.counting import read_config
+    from elo.model.new_rows import share_record
+    from elo.model.tensor_files import open_checkpoint
     from elo.training.loop import wants_bf16
     from elo.training.sharded import main_alone_loads, without_weights
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = read_config(str(checkpoint), trust_remote_code=trust_remote_code)
-    dtype = text_config(config).dtype or config.dtype or torch.float32
+    dtype = open_checkpoint(checkpoint).main_dtype()  # what config.json says may be another, or nothing
     if settings.training_arguments.get("deepspeed") and wants_bf16(settings) and dtype == torch.float32:
         raise EloError(
             f"{checkpoint}: is stored in fp32, and DeepSpeed in bf16 would round its weights; write bf16: false"
@@ -106,9 +113,11 @@ def load_trainable(
 
     def load() -> None:
         loaded.append(load_model(str(checkpoint), "cpu", torch.float32, None, trust_remote_code))
+        share_record(config, loaded[0].config)
 
     if settings.training_arguments.get("fsdp"):
         model = without_weights(config, torch.float32, trust_remote_code=trust_remote_code)
+        share_record(config, model.config)
         if main_alone_loads(settings, model):
             from_main(load)
             return (loaded[0] if loaded else model), dtype, True
@@ -119,47 +128,21 @@ def load_trainable(
 def save_checkpoint(
     model: "PreTrainedModel",
     parts: "Iterator[dict[str, Tensor]] | None",
-    dtype: Any,
+    files: "TrainedFiles",
     output: Path,
     *,
-    side_files: Path,
+    python: bool = False,
 ) -> None:
-    """Write a model in `dtype` with the tokenizer files of `side_files`; the folder appears whole or not at all.
+    """Write a trained model as its base with what changed; the folder appears whole or not at all.
 
     Args:
-        parts: the weights, part by part, where the model holds only pieces of them; each becomes a file.
+        parts: the weights, part by part, where the model holds only pieces of them.
+        python: copy the base's Python files too.
     """
-    from elo.model.checkpoint_folder import copy_tokenizer
+    from elo.training.sharded import whole_parts
 
     with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
-        if parts is None:
-            model.to(dtype).save_pretrained(folder)
-        else:
-            _write_parts(model, parts, dtype, folder)
-        copy_tokenizer(side_files, folder)
-
-
-def _write_parts(model: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]]", dtype: Any, folder: Path) -> None:
-    """Write each part as a file of its own, under the names that transformers gives its tensors on disk."""
-    from elo.model.tensor_files import SINGLE_FILE, join_files
-
-    written: list[Path] = []
-    for number, part in enumerate(parts):
-        place = folder / f"part-{number}"
-        model.save_pretrained(
-            place,
-            state_dict={name: t.to(dtype) if t.is_floating_point() else t for name, t in part.items()},
-            max_shard_size=sum(t.nbytes for t in part.values()) + 1,
-        )
-        written.append(place / SINGLE_FILE)
-    for file in written[0].parent.iterdir():
-        if file.name != SINGLE_FILE:
-            file.rename(folder / file.name)
-    model.config.dtype = dtype  # transformers notes the model's own, in which it is trained
-    model.config.save_pretrained(folder)
-    join_files(folder, written)
-    for file in written:
-        shutil.rmtree(file.parent)
+        files.write(folder, model, whole_parts(model) if parts is None else parts, python=python)
 
 
 def heldout_evaluator(
@@ -190,21 +173,27 @@ def heldout_evaluator(
     return evaluate
 
 
-def _keeps_frozen_in(dtype: Any, settings: TrainingSettings) -> bool:
-    """Whether frozen parameters stay exactly as they are stored, so that what is saved is what was loaded."""
+def _keeps_frozen_as_stored(settings: TrainingSettings) -> bool:
+    """Whether frozen parameters stay in the dtypes that they are stored in, which saves memory."""
     import torch
 
     from elo.training.loop import wants_bf16
 
-    return torch.cuda.is_available() and wants_bf16(settings) and dtype in (torch.bfloat16, torch.float16)
+    return torch.cuda.is_available() and wants_bf16(settings)
 
 
-def _freeze_in(model: "PreTrainedModel", dtype: Any, *, empty: bool = False) -> None:
-    """Keep frozen parameters in `dtype`: they need no master weights. `empty` ones have no values and get none."""
+def _freeze_in(model: "PreTrainedModel", stored: "dict[int, Any]", *, empty: bool = False) -> None:
+    """Keep frozen parameters in their stored half precision: they need no master weights.
+
+    Args:
+        stored: dtype by the parameter's `id`.
+        empty: they have no values, and get none.
+    """
     import torch
 
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        dtype = stored.get(id(parameter))
+        if not parameter.requires_grad and dtype in (torch.bfloat16, torch.float16):
             parameter.data = torch.empty_like(parameter, dtype=dtype) if empty else parameter.data.to(dtype)
 
 

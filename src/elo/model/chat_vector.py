@@ -17,6 +17,7 @@ from elo.model.checkpoint_folder import (
     TOKENIZER_PATTERNS,
     CheckpointFolder,
     copy_side_files,
+    copy_unlisted_weights,
     open_folder,
     refuse_overlap,
     write_config,
@@ -114,6 +115,7 @@ def add_chat_vector(
         write_config(folder, config_json)
         save_tokenizer(folder)  # which may refuse, so before gigabytes are written
         write_checkpoint(folder, [each.tensor() for each in sums], max_shard_bytes, label)
+        copy_unlisted_weights(ours.weights, folder)
         copy_side_files(chats.folder, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
         without = (*TOKENIZER_PATTERNS, *TEMPLATE_PATTERNS)
         copy_side_files(ours.folder, folder, python=trust_remote_code, leave_out=without)

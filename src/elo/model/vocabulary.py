@@ -17,6 +17,7 @@ from elo.model.checkpoint_folder import (
     TOKENIZER_PATTERNS,
     CheckpointFolder,
     copy_side_files,
+    copy_unlisted_weights,
     open_folder,
     read_edited_config,
     refuse_overlap,
@@ -138,6 +139,7 @@ def extend_checkpoint(
             for name, each in base.weights.tensors.items()
         ]
         write_checkpoint(folder, tensors, max_shard_bytes, label)
+        copy_unlisted_weights(base.weights, folder)
         copy_side_files(checkpoint, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
     return written
 

@@ -142,6 +142,31 @@ def test_tied_parts_are_left_out_together(tmp_path):
         assert torch.equal(summed[name], ours[name]), name
 
 
+def test_parts_of_a_wrapper_are_left_out(tmp_path):
+    """In the files of a Gemma 3 with a vision tower the embedding has another name than in the model."""
+    text = tiny_config("gemma3_text").to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    model = tiny_model(tiny_config("gemma3", text_config=text, vision_config=vision))
+    model.save_pretrained(tmp_path / "base")
+    for name, seed in (("adapted", 1), ("chat", 2)):
+        changed(model, tmp_path / name, seed)
+    add(*(tmp_path / name for name in ("adapted", "base", "chat")), tmp_path / "sum", leave_out=["embedding", "norm"])
+    ours, summed = stored(tmp_path / "adapted"), stored(tmp_path / "sum")
+    same = {name for name in ours if torch.equal(ours[name], summed[name])}
+    assert same == {"language_model.model.embed_tokens.weight", "language_model.model.norm.weight"}
+
+
+def test_chat_templates_are_the_chat_models_alone(tmp_path):
+    adapted, base, chat = three(tmp_path)
+    for folder, name in ((adapted, "old"), (chat, "rag")):
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(name)
+    (adapted / "chat_template.jinja").write_text("adapted")
+    add(adapted, base, chat, tmp_path / "sum")
+    assert [path.name for path in (tmp_path / "sum").rglob("*.jinja")] == ["rag.jinja"]
+
+
 def test_settings_come_from_the_chat_model(tmp_path):
     adapted, base, chat = three(tmp_path)
     edit_config(chat, eos_token_id=[7, 9], rope_theta=5e5)

@@ -4,18 +4,23 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from surgery_fixtures import edit_config, stored
+from surgery_fixtures import edit_config, llama, store, stored
 from training_fixtures import LENGTH, SETTINGS, rows
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Llama4Config, Llama4ForConditionalGeneration, PreTrainedModel
 from zoo import tiny_config, tiny_model
 
+from elo.errors import EloError, UnsupportedArchitectureError
 from elo.model.checkpoint import attach_checkpoint, detach_checkpoint
+from elo.model.checkpoint_folder import copy_side_files
+from elo.model.naming import map_names
 from elo.model.new_rows import VOCABULARY_KEY
-from elo.recipes.train import train_checkpoint
+from elo.model.trained_files import TrainedFiles
+from elo.recipes.train import save_checkpoint, train_checkpoint
 from elo.training.bridge import fit_bridge
 from elo.training.loop import rows_per_step
 from elo.training.methods import METHODS, Method, Options, Setup, find_method
@@ -36,7 +41,7 @@ _OPTIONS = {
         Options(elo=EloOptions(stand_in="forward_only", alignment="forward_only")),
     ],
 }
-CASES = [
+PHASES = [
     (find_method(name, options), phase)
     for name in METHODS
     for options in _OPTIONS.get(name, [Options()])
@@ -50,11 +55,18 @@ def _model(kind: str) -> PreTrainedModel:
         text = tiny_config("gemma3_text", **_TEXT).to_dict()
         vision = {**_VISION, "image_size": 28, "patch_size": 14}
         return tiny_model(tiny_config("gemma3", text_config=text, vision_config=vision))
+    if kind == "decoder of a wrapper":  # Llama 4 with a vision tower, of which transformers loads the decoder alone
+        vision = {**_VISION, "vision_output_dim": 16, "image_size": 28, "patch_size": 14}
+        config = Llama4Config(text_config=tiny_config("llama4_text").to_dict(), vision_config=vision)
+        torch.manual_seed(0)
+        return Llama4ForConditionalGeneration(config)
     particular = {"num_key_value_heads": 4} if kind == "deepseek_v3" else {}
     return tiny_model(tiny_config(kind.removesuffix("-tied"), tie_word_embeddings=kind.endswith("-tied"), **particular))
 
 
-KINDS = ("llama", "wrapper", "mixtral", "gpt2-tied", "llama-tied", "qwen3_moe", "deepseek_v3")
+KINDS = (
+    "llama", "wrapper", "mixtral", "gpt2-tied", "llama-tied", "decoder of a wrapper", "qwen3_moe", "deepseek_v3",
+)  # fmt: skip
 """mixtral, qwen3_moe and deepseek_v3 store each expert alone, where the model has them in one tensor."""
 
 
@@ -62,12 +74,12 @@ def write_random_base(folder: Path, kind: str, seed: int) -> Path:
     """A checkpoint of random dtypes, shards and extras, whose config.json says a dtype of its own or none."""
     draw = random.Random(seed)
     _model(kind).save_pretrained(folder, max_shard_size=draw.choice(["20KB", "10MB"]))
-    for file in folder.glob("*.safetensors"):
+    for number, file in enumerate(sorted(folder.glob("*.safetensors"))):
         tensors = {
             name: tensor.to(draw.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32, torch.float64]))
             for name, tensor in load_file(file).items()
         }
-        if file.name in ("model.safetensors", "model-00002-of-00002.safetensors"):
+        if number == 0:
             tensors["mtp.fc.weight"] = torch.randn(3, 5).to(torch.bfloat16)
             tensors["v_head.counts"] = torch.arange(7)
         if kind == "gpt2-tied":  # as on the hub
@@ -114,12 +126,16 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{CASES[n][0].name}-{CASES[n][1].name}-{n}")
-@pytest.mark.parametrize("turn", [0, 3])
-def test_what_did_not_train_is_bit_identical(number: int, turn: int, tmp_path: Path) -> None:
-    method, phase = CASES[number]
-    kind = KINDS[(number + turn) % len(KINDS)]
-    base = start = write_random_base(tmp_path / "base", kind, seed=100 * turn + number)
+CASES = [(number, KINDS[(number + turn) % len(KINDS)]) for number in range(len(PHASES)) for turn in (0, 3)]
+CASES += [(0, "wrapper"), (2, "wrapper")]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), CASES, ids=lambda each: each if isinstance(each, str) else f"{PHASES[each][0].name}-{each}"
+)
+def test_what_did_not_train_is_bit_identical(number: int, kind: str, tmp_path: Path) -> None:
+    method, phase = PHASES[number]
+    base = start = write_random_base(tmp_path / "base", kind, seed=100 * number + KINDS.index(kind))
     bridge = None
     if phase.needs_bridge:
         whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -174,3 +190,117 @@ def test_what_did_not_train_is_bit_identical(number: int, turn: int, tmp_path: P
         assert {str(p.relative_to(base)) for p in base.rglob("*")} <= {
             str(p.relative_to(tmp_path / "attached")) for p in (tmp_path / "attached").rglob("*")
         }
+
+
+def _trained_by(base: Path, change: Any) -> tuple[PreTrainedModel, TrainedFiles]:
+    """A model loaded from `base`, all of whose parameters train, after `change`."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    files = TrainedFiles(base, model)
+    files.set_trained(model)
+    with torch.no_grad():
+        change(model)
+    return model, files
+
+
+@pytest.mark.parametrize("said", ["float16", "bfloat16", None])
+def test_what_config_json_says_of_the_dtype_changes_nothing(said: str | None, tmp_path: Path) -> None:
+    """3e-9 is zero in float16, which a merge's config.json may say of bfloat16 weights."""
+    llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tensors = stored(tmp_path / "base")
+    tensors["model.layers.1.mlp.up_proj.weight"][0] = 3e-9
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float() * 1.0001
+    store(tmp_path / "base", tensors)
+    edit_config(tmp_path / "base", dtype=said)
+    size = (tmp_path / "base" / "model.safetensors").stat().st_size
+    model, files = _trained_by(tmp_path / "base", lambda model: model.model.layers[3].mlp.up_proj.weight.add_(1))
+    save_checkpoint(model, None, files, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == size
+    after = stored(tmp_path / "out")
+    name = "model.layers.3.mlp.up_proj.weight"
+    assert {each for each in tensors if not torch.equal(tensors[each], after[each])} == {name}
+    assert torch.equal(after[name], (tensors[name].float() + 1).bfloat16())
+
+
+def test_a_head_stored_beside_the_embedding_it_is_tied_to_follows_it(tmp_path: Path) -> None:
+    llama(tied=True).save_pretrained(tmp_path / "base")
+    tensors = stored(tmp_path / "base")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    store(tmp_path / "base", tensors)
+    model, files = _trained_by(tmp_path / "base", lambda model: model.model.embed_tokens.weight.add_(1))
+    save_checkpoint(model, None, files, tmp_path / "out")
+    after = stored(tmp_path / "out")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(after[name], tensors[name] + 1)
+
+
+def test_values_that_the_stored_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
+    llama().to(torch.float16).save_pretrained(tmp_path / "base")
+    model, files = _trained_by(tmp_path / "base", lambda model: model.lm_head.weight.fill_(1e5))
+    with pytest.raises(EloError, match=r"lm_head.weight has values after training that torch.float16 cannot hold"):
+        save_checkpoint(model, None, files, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_trained_tensors_that_did_not_arrive_are_an_error(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model, files = _trained_by(tmp_path / "base", lambda model: None)
+    part = {name: t for name, t in model.state_dict().items() if name != "model.norm.weight"}
+    with pytest.raises(EloError, match=r"model.norm.weight was trained, but not given"):
+        save_checkpoint(model, iter([part]), files, tmp_path / "out")
+
+
+def test_what_cannot_be_converted_back_is_found_before_training(tmp_path: Path, monkeypatch: Any) -> None:
+    _model("mixtral").save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    files = TrainedFiles(tmp_path / "base", model)
+    monkeypatch.setattr("elo.model.naming.revert_weight_conversion", lambda model, tensors: tensors)
+    with pytest.raises(UnsupportedArchitectureError, match="cannot convert it back"):
+        files.set_trained(model)
+    for layer in model.model.layers:  # what is not trained is not converted
+        layer.mlp.experts.requires_grad_(False)
+    files.set_trained(model)
+
+
+def test_what_lies_beside_the_weights_and_what_does_not_come_along(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    carried = {"LICENSE", "preprocessor_config.json", "additional_chat_templates/rag.jinja", "assets/logo.png"}
+    left = {
+        "adapter_config.json", "adapter_model.safetensors", "consolidated.safetensors", "pytorch_model.bin",
+        "trainer_state.json", ".gitattributes", "modeling_ours.py", "checkpoint-5/optimizer.pt",
+        "checkpoint-5/config.json", "model.gguf",
+    }  # fmt: skip
+    for name in carried | left:
+        (tmp_path / "base" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "base" / name).write_text("{}")
+    save_file({"draft.weight": torch.ones(1)}, tmp_path / "base" / "mtp.safetensors")
+    save_file({"lm_head.weight": torch.ones(1)}, tmp_path / "base" / "old.safetensors")  # the same tensor
+    model = llama()  # transformers would load the adapter
+    save_checkpoint(model, None, TrainedFiles(tmp_path / "base", model), tmp_path / "out")
+    own = {path.name for path in (tmp_path / "base").glob("*-of-*.safetensors")} | {
+        "config.json", "generation_config.json", "model.safetensors.index.json",
+    }  # fmt: skip
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert found == own | carried | {"mtp.safetensors"}
+    (tmp_path / "trusted").mkdir()
+    copy_side_files(tmp_path / "base", tmp_path / "trusted", python=True)
+    assert (tmp_path / "trusted" / "modeling_ours.py").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_a_file_are_known_by_what_they_become(kind: str, tmp_path: Path) -> None:
+    base = write_random_base(tmp_path / "base", kind, seed=1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tensors = {name: tensor.to("meta") for name, tensor in stored(base).items()}
+    names = map_names(model, tensors)
+    outside = {"embedding", "norm", "head"}
+    assert {name: names.group(name) for name in tensors if names.group(name)} == {
+        name: _part(name) for name in tensors if _part(name) in outside
+    }
+    assert {"mtp.fc.weight", "v_head.counts", "draft.weight"} <= names.unknown.keys()
+    linked = [name for link in names.links for name in link.stored]
+    assert sorted([*linked, *names.unknown]) == sorted(tensors)
+    loaded = {name for link in names.links for name in link.loaded}
+    assert loaded | {"lm_head.weight"} == model.state_dict().keys() | {"lm_head.weight"}
+    for link in names.links:
+        for name, tensor in names.revert(link, {each: model.state_dict()[each] for each in link.loaded}).items():
+            assert torch.equal(tensor, stored(base)[name].float()), name

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from elo.errors import UnfinishedError, UnsupportedArchitectureError
 from elo.model.architecture import find_architecture, tensor_groups
-from elo.model.config_surgery import error_line
+from elo.model.config_surgery import config_of_class, error_line
 from elo.model.tensor_files import Checkpoint
 
 _NUMBER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
@@ -222,7 +222,7 @@ def load_hollow(
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             loaded: Any = model_class.from_pretrained(
                 None,
-                config=config,
+                config=config_of_class(model_class, config),
                 state_dict=state_dict,
                 device_map={"": "meta"},
                 output_loading_info=True,

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from elo.errors import UnsupportedArchitectureError
 from elo.model import quirks
 from elo.model.architecture import Architecture, find_architecture
-from elo.model.config_surgery import error_line
+from elo.model.config_surgery import config_of_class, error_line
 
 _SCALARS = (bool, int, float, str, type(None), torch.dtype)
 _FACTORIES = {torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
@@ -74,6 +74,7 @@ def build_hollow(model_class: type[PreTrainedModel], config: PretrainedConfig) -
         UnsupportedArchitectureError: it cannot be built.
     """
     with _hollow_construction(config.model_type):
+        config = config_of_class(model_class, config)
         return model_class._from_config(copy.deepcopy(config), dtype=config.dtype or torch.float32)
 
 

@@ -233,6 +233,28 @@ def test_a_head_stored_beside_the_embedding_it_is_tied_to_follows_it(tmp_path: P
         assert torch.equal(after[name], tensors[name] + 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_elements_that_did_not_change_keep_their_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also those that the fp32 of training cannot hold, and negative zeros that a sum makes positive."""
+    llama().to(dtype).save_pretrained(tmp_path / "base")
+    tensors = stored(tmp_path / "base")
+    name = "model.embed_tokens.weight"
+    tensors[name][5] = -0.0
+    store(tmp_path / "base", tensors)
+
+    def change(model: PreTrainedModel) -> None:
+        weight = model.get_input_embeddings().weight
+        weight.add_(torch.zeros_like(weight))
+        weight[3] += 1
+
+    model, files = _trained_by(tmp_path / "base", change)
+    save_checkpoint(model, None, files, tmp_path / "out")
+    before, after = tensors[name], stored(tmp_path / "out")[name]
+    others = torch.arange(len(before)) != 3
+    assert torch.equal(_bits(before[others]), _bits(after[others]))
+    assert torch.equal(after[3], (before[3].float() + 1).to(dtype))
+
+
 def test_values_that_the_stored_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
     llama().to(torch.float16).save_pretrained(tmp_path / "base")
     model, files = _trained_by(tmp_path / "base", lambda model: model.lm_head.weight.fill_(1e5))

@@ -63,6 +63,6 @@ def read_new_rows(config: PretrainedConfig) -> NewRows | None:
 
 
 def first_new_row_of(config: PretrainedConfig, group: str | None) -> int | None:
-    """The first new row of a tensor of this group (elo.model.architecture.group_of); None where it has none."""
+    """The first new row of a tensor of this group (elo.model.naming.NameMap.group); None where it has none."""
     rows = read_new_rows(config) if group in ("embedding", "head") else None
     return None if rows is None else rows.start

@@ -39,12 +39,15 @@ def choose_scale(
 
     from elo.evaluation.attach_scale import search_scale
     from elo.evaluation.loading import load_model
+    from elo.model.counting import read_config
+    from elo.model.new_rows import share_record
     from elo.model.provenance import PROVENANCE_KEY
     from elo.records import read_json
 
     model = load_model(str(base), None, None, None, trust_remote_code)
     trained = load_model(str(detached), "cpu", torch.float32, None, trust_remote_code)
-    # The decoder of a wrapper is loaded without what the wrapper's configuration records.
+    # Where transformers loads the decoder of a wrapper alone, what the wrapper's configuration records is missing.
+    share_record(read_config(base, trust_remote_code=trust_remote_code), model.config)
     setattr(trained.config, PROVENANCE_KEY, read_json(detached / "config.json").get(PROVENANCE_KEY))
     scale, tried = search_scale(model, trained, rows, include)
     return scale, {f"{each:g}": nats for each, nats in tried.items()}

@@ -21,14 +21,14 @@ from typing import Any
 
 from measuring import finished, print_table, write_report
 
-from elo.layers import parse_layers
-from elo.model.counting import footprint, read_config
-from elo.model.devices import measure_matmul_rate
+from elo.checkpoint.counting import footprint, read_config
+from elo.checkpoint.layers import parse_layers
+from elo.evaluate.evaluate import evaluate
+from elo.methods.methods import Options, find_method
+from elo.plan.devices import measure_matmul_rate
 from elo.quickstart.corpus import write_corpus
-from elo.recipes.evaluate import evaluate
-from elo.recipes.quickstart import WORLD
-from elo.training.methods import Options, find_method
-from elo.training.settings import EloOptions
+from elo.quickstart.quickstart import WORLD
+from elo.train.settings import EloOptions
 
 ROOT = Path(__file__).parent
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -78,7 +78,7 @@ def our_code(args: argparse.Namespace, name: str, output: Path) -> str:
         "elo_pretraining": section,
         "layer_alignment": section,
         "full": section,
-        "evaluation": {"max_tokens": 1000},
+        "evaluation": {"max_bytes": 4000},
     }
     return f"import elo; elo.run({config!r})"
 
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--heldout-tokens", type=int, default=10_000)
+    parser.add_argument("--heldout-bytes", type=int, default=100_000)
     parser.add_argument("--only", nargs="+", help="contestants to run")
     parser.add_argument("--llamafactory", metavar="PYTHON", help="of an environment with LLaMA-Factory; else left out")
     parser.add_argument("--output", type=Path)
@@ -169,7 +169,7 @@ def main() -> None:
                     model = output / "model" if name in OURS else output
                     measured = evaluate(
                         model, corpora=heldout, sequence_length=args.sequence_length,
-                        max_tokens=args.heldout_tokens, progress=False,
+                        max_bytes=args.heldout_bytes, progress=False,
                     )  # fmt: skip
                     results[name] |= {"bpb": measured["bpb"], "floor_seconds": floor_flops(args, name) / rate}
                 shutil.rmtree(output)

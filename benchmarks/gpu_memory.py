@@ -27,13 +27,13 @@ from null_gpu.answers import answer_for_it, on_a_null_gpu
 from throughput import make_rows
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from elo.layers import gaps_between
-from elo.model.counting import footprint
-from elo.model.surgery import detach_layers
-from elo.training import loop
-from elo.training.bridge import Bridge
-from elo.training.methods import Method, Prepared, Setup, find_method
-from elo.training.trainer import EloTrainer
+from elo.checkpoint.counting import footprint
+from elo.checkpoint.layers import gaps_between
+from elo.methods.methods import Method, Prepared, Setup, find_method
+from elo.surgery.in_memory import detach_layers
+from elo.train import loop
+from elo.train.bridge import Bridge
+from elo.train.trainer import EloTrainer
 
 GIB = 1 << 30
 LLAMA_8B = LlamaConfig(

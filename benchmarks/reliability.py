@@ -47,7 +47,7 @@ def kills(count: int, scratch: Path, seed: int) -> dict[str, Any]:
     from kill_fixtures import Tally, kill_until_done, small_world, weights
 
     import elo.reporting.drawing
-    from elo.recipes.run import run
+    from elo.run import run
 
     torch.set_num_threads(1)
     elo.reporting.drawing._PNG_DPI = 10  # drawing would be most of so small a run
@@ -147,7 +147,7 @@ def large(megabytes: int, corpus_mb: int, scratch: Path) -> dict[str, Any]:
         f"{str(scratch / 'data')!r}, progress=False)"
     )
     return {
-        "imports_alone": in_process("import elo.model.checkpoint"),
+        "imports_alone": in_process("import elo.surgery.on_disk"),
         "checkpoint_mib": size >> 20,
         "detach": detached,
         "attach": attached,

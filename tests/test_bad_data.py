@@ -11,10 +11,10 @@ import zstandard
 from bad_input_fixtures import assert_refused, change, copy_of, run_elo, write_config
 from run_fixtures import SOURCE, write_base, write_documents, write_world
 
+from elo.data.prepare import prepare
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.errors import EloError, UnfinishedError
-from elo.recipes.prepare import prepare
-from elo.recipes.report import report
+from elo.report.write import report
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """`elo compare`: every contestant tuned and trained within its budget, each trial once, the truth in the report."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from elo.recipes import trial as trial_module
+from elo.reporting.pareto_results import read_comparison
 from run_fixtures import write_world
 
+from elo.compare import compare
 from elo.config import contestant_run, load_comparison
+from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
-from elo.recipes import trial as trial_module
-from elo.recipes.compare import compare
-from elo.recipes.trial import TEST, VALIDATION
-from elo.reporting.pareto_results import read_comparison
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -99,11 +100,38 @@ def test_no_model_is_kept_and_the_report_is_there(finished):
     assert "bits per byte" in (folder / "report.md").read_text()
 
 
-def test_validation_and_test_text_have_no_document_in_common():
-    documents = range(101)
-    test, validation = set(documents[TEST]), set(documents[VALIDATION])
-    assert not test & validation
-    assert test | validation == set(documents)
+def test_rates_are_chosen_on_training_text_and_reported_values_are_of_all_held_out_text(finished):
+    root, _, results = finished
+    prepared = PreparedData.open(root / "comparison" / "prepared")
+    for language in ("xx", "en"):
+        heldout, validation = prepared.heldout(language), prepared.validation(language)
+        texts = [{each.document_text(i) for i in range(each.num_documents)} for each in (heldout, validation)]
+        assert not texts[0] & texts[1]
+        size = {"documents": heldout.num_documents, "tokens": heldout.num_text_tokens, "bytes": heldout.num_bytes}
+        for measured in (results["base"], *(trial for entry in results["entries"] for trial in entry["trials"])):
+            assert measured["heldout"][language] == size
+            assert measured["documents_bytes"][language] == heldout.document_sizes.tolist()
+            nats = sum(measured["documents_nats"][language])
+            assert nats / math.log(2) / size["bytes"] == pytest.approx(measured["bpb"][language], rel=1e-12)
+    record = json.loads((root / "comparison" / "stages" / "evaluate-base-validation.json").read_text())["record"]
+    assert record["heldout"]["xx"]["documents"] == prepared.validation("xx").num_documents >= 1
+    assert any("below 30" in line for line in results["warnings"])
+
+
+def test_missing_validation_text_is_noticed_before_anything_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial_module.Trials, "run", lambda *_, **__: pytest.fail("trained"))
+    config = _world(tmp_path)
+    config["run"]["data"]["validation_share"] = 0
+    with pytest.raises(EloError, match=r"no validation text for 'xx'.*validation_share"):
+        compare(config)
+    # A source language without replay has held-out text alone: fine, unless it counts when rates are chosen.
+    data = config["run"]["data"]
+    data |= {"replay_ratio": 0, "validation_share": 0.005, "heldout": {"en": data["corpora"].pop("en")}}
+    with pytest.raises(EloError, match=r"source_weight: 1 counts 'en' when rates are chosen, but it has no validation"):
+        compare({**config, "source_weight": 1, "output": str(tmp_path / "weighed")})
+    monkeypatch.setattr(trial_module.Trials, "run", lambda *_, **__: pytest.skip("trains"))
+    with pytest.raises(pytest.skip.Exception):
+        compare({**config, "output": str(tmp_path / "plain")})
 
 
 def test_a_second_call_trains_nothing(finished, monkeypatch):
@@ -161,16 +189,16 @@ def test_a_wall_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypat
 def test_a_diverged_trial_is_a_result(tmp_path, monkeypatch):
     config = _world(tmp_path)
     config |= {"contestants": ["full"], "seeds": [1], "learning_rates": [1e-3, 2e-3]}
-    import elo.recipes.run
+    import elo.run
 
-    original = elo.recipes.run.adapt
+    original = elo.run.adapt
 
     def adapt(job, *args, **kwargs):
         if job.config.full.learning_rate > 1.5e-3:
             raise TrainingDivergedError("training diverged at step 3")
         return original(job, *args, **kwargs)
 
-    monkeypatch.setattr(elo.recipes.run, "adapt", adapt)
+    monkeypatch.setattr(elo.run, "adapt", adapt)
     results = compare(config)
     assert results["entries"][0]["learning_rates"]["full"] <= 1e-3
     failed = [trial for trial in results["sweeps"][0]["trials"] if trial["failed"]]

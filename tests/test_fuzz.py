@@ -15,22 +15,22 @@ from typing import Any
 
 import pytest
 import yaml
+from elo.reporting.results import read_results
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from run_fixtures import SOURCE, write_base, write_documents, write_world
 from safetensors.torch import load_file
 
+from elo.checkpoint.layers import parse_layers
+from elo.checkpoint.tensor_files import open_checkpoint, read_header
 from elo.config import RunConfig, load_config
+from elo.data.prepare import prepare
 from elo.data.shards import PreparedData
 from elo.data.sources import FileReader, list_inputs
 from elo.errors import EloError, UnfinishedError
-from elo.evaluation.cloze import read_cloze
-from elo.layers import parse_layers
-from elo.model.tensor_files import open_checkpoint, read_header
-from elo.recipes.prepare import prepare
-from elo.recipes.surgery import attach, detach
-from elo.reporting.results import read_results
-from elo.training.checkpoints import check_checkpoint, seal_checkpoint
+from elo.evaluate.cloze import read_cloze
+from elo.surgery.detach_attach import attach, detach
+from elo.train.checkpoints import check_checkpoint, seal_checkpoint
 
 EXAMPLES: Counter[str] = Counter()
 """Examples tried by each function, for the benchmark."""

@@ -7,12 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from pareto_fixtures import duel, entry_of, example_comparison
-from report_fixtures import TITLE, Page, example_results
-from rich.console import Console
-
-from elo.errors import EloError, UnfinishedError
-from elo.recipes.report import report
 from elo.reporting import pareto_results as schema
 from elo.reporting.comparison import flops, rate
 from elo.reporting.pareto_charts import contestant_styles, draw_pareto_charts
@@ -22,6 +16,12 @@ from elo.reporting.pareto_rows import Spread, budget_rows, changes_text, edges, 
 from elo.reporting.pareto_terminal import render_pareto
 from elo.reporting.pareto_verdict import chance_of_a_winner, dominated, headline, judge, progress
 from elo.reporting.results import Record, read_results
+from pareto_fixtures import duel, entry_of, example_comparison
+from report_fixtures import TITLE, Page, example_results
+from rich.console import Console
+
+from elo.errors import EloError, UnfinishedError
+from elo.report.write import report
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +225,8 @@ def test_report_takes_a_folder_with_a_comparison(tmp_path):
 
 def test_which_report_is_told_by_file_and_kind(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr("elo.recipes.report._run", lambda results: made.append("run") or ({}, []))
-    monkeypatch.setattr("elo.recipes.report._comparison", lambda results: made.append("comparison") or ({}, []))
+    monkeypatch.setattr("elo.report.write._run", lambda results: made.append("run") or ({}, []))
+    monkeypatch.setattr("elo.report.write._comparison", lambda results: made.append("comparison") or ({}, []))
     run, other = tmp_path / "run", tmp_path / "other"
     for folder, name, content in (
         (run, "results.json", example_results()),

@@ -5,11 +5,6 @@ import re
 import warnings
 
 import pytest
-from report_fixtures import TITLE, Page, example_results, grouped_results
-from rich.console import Console
-
-from elo.errors import EloError, UnfinishedError
-from elo.recipes.report import report
 from elo.reporting import results as schema
 from elo.reporting.charts import bpb_segments, draw_charts
 from elo.reporting.comparison import (
@@ -30,6 +25,11 @@ from elo.reporting.comparison import (
 from elo.reporting.pages import html_page, markdown_page
 from elo.reporting.results import ClozeGroup, read_results
 from elo.reporting.terminal import render_comparison
+from report_fixtures import TITLE, Page, example_results, grouped_results
+from rich.console import Console
+
+from elo.errors import EloError, UnfinishedError
+from elo.report.write import report
 
 
 @pytest.fixture(scope="module")

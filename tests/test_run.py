@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import elo
 from elo.errors import EloError
-from elo.recipes.run import run
+from elo.run import run
 
 
 def _tensors(folder: Path) -> dict:
@@ -261,3 +261,42 @@ def test_budget_below_one_step_is_refused(tmp_path):
     config["tokens"] = 64
     with pytest.raises(EloError, match="tokens: the budget of 64 tokens is less than one step"):
         run(config)
+
+
+def test_a_target_language_worse_than_the_base_is_warned_of(tmp_path, capsys):
+    config = write_world(tmp_path)
+    config["method"] = "full"
+    config["full"] |= {"learning_rate": 1.0, "lr_scheduler_type": "constant", "loss_spike": 1000}
+    results = run(config)
+    base, after = results["base"]["bpb"]["xx"], results["methods"][0]["bpb"]["xx"]
+    assert after > base, "a learning rate of 1 must do harm for this test to mean anything"
+    expected = f"full: xx is worse than the base model ({after:.4f} bits per byte, base {base:.4f})"
+    assert any(line.startswith(expected) for line in results["warnings"])
+    said = capsys.readouterr().out
+    assert f"warning: {expected}" in said
+    during = [point["bpb"]["xx"] for point in results["methods"][0]["evaluations"]]
+    for value in during:
+        assert value <= base or f"xx is worse than the base model ({value:.4f} bits per byte" in said
+    assert any(line.startswith("xx: measured on") and "below 30" in line for line in results["warnings"])
+    assert "is worse than the base model" in (tmp_path / "run" / "report.md").read_text()
+    assert "is worse than the base model" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_no_harm_is_reported_where_there_is_none(finished):
+    _, _, results = finished
+    base = results["base"]["bpb"]["xx"]
+    worse = {method["name"] for method in results["methods"] if method["bpb"]["xx"] > base}
+    assert worse != {method["name"] for method in results["methods"]}
+    for method in results["methods"]:
+        said = [line for line in results["warnings"] if line.startswith(f"{method['name']}: xx is worse")]
+        assert len(said) == (method["name"] in worse)
+
+
+def test_every_value_has_what_it_was_measured_on(finished):
+    _, _, results = finished
+    for measured in (results["base"], *results["methods"]):
+        for language, text in measured["heldout"].items():
+            assert text == results["base"]["heldout"][language]
+            assert len(measured["documents_nats"][language]) == text["documents"]
+            assert sum(measured["documents_bytes"][language]) == text["bytes"]
+            assert text["bytes"] == results["data"]["heldout"][language]["bytes"], "all of it fits"

@@ -17,13 +17,13 @@ from surgery_fixtures import assert_same, stored
 from transformers import AutoModelForCausalLM
 from zoo import logits_of, tiny_config, tiny_model
 
+from elo.checkpoint.architecture import find_architecture
 from elo.errors import EloError
-from elo.model.architecture import find_architecture
-from elo.model.trained_files import TrainedFiles
-from elo.recipes.run import run
-from elo.recipes.train import load_trainable, save_checkpoint
-from elo.training.settings import TrainingSettings
-from elo.training.sharded import check_sharding, main_alone_loads, whole_parts, without_weights
+from elo.run import run
+from elo.train.distributed import check_sharding, main_alone_loads, whole_parts, without_weights
+from elo.train.phase import load_trainable, save_checkpoint
+from elo.train.settings import TrainingSettings
+from elo.train.trained_files import TrainedFiles
 
 _launches = itertools.count()
 STAGES = ("elo-elo_pretraining", "elo-layer_alignment", "full-full")

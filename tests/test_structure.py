@@ -61,7 +61,7 @@ def test_files_stay_short():
 
 
 def test_command_line_starts_without_heavy_imports():
-    code = "import sys; import elo.cli, elo.recipes.run, elo.recipes.prepare; print(*sys.modules)"
+    code = "import sys; import elo.cli, elo.run, elo.data.prepare; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "elo.cli" in loaded
     assert not {"torch", "transformers", "datasets", "matplotlib", "pyarrow", "numpy"} & set(loaded)

@@ -14,38 +14,38 @@ from training_fixtures import LENGTH, SETTINGS, rows
 from transformers import AutoModelForCausalLM, Llama4Config, Llama4ForConditionalGeneration, PreTrainedModel
 from zoo import tiny_config, tiny_model
 
+from elo.checkpoint.folder import copy_side_files
+from elo.checkpoint.naming import map_names
+from elo.checkpoint.new_rows import VOCABULARY_KEY
 from elo.errors import EloError, UnsupportedArchitectureError
-from elo.model.checkpoint import attach_checkpoint, detach_checkpoint
-from elo.model.checkpoint_folder import copy_side_files
-from elo.model.naming import map_names
-from elo.model.new_rows import VOCABULARY_KEY
-from elo.model.trained_files import TrainedFiles
-from elo.recipes.train import save_checkpoint, train_checkpoint
-from elo.training.bridge import fit_bridge
-from elo.training.loop import rows_per_step
-from elo.training.methods import METHODS, Method, Options, Setup, find_method
-from elo.training.phases import Phase
-from elo.training.settings import EloOptions, LisaSettings, LoraSettings
+from elo.methods.base import METHODS, Method, Phase, Setup
+from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
+from elo.surgery.scale_change import scale_change
+from elo.train.bridge import fit_bridge
+from elo.train.loop import rows_per_step
+from elo.train.phase import save_checkpoint, train_checkpoint
+from elo.train.trained_files import TrainedFiles
 
 KEPT, NEW_ROW = (0, 3), 50
 QUICK = SETTINGS.model_copy(update={"save_steps": 100, "evaluations": 1})
 SIDE_FILES = ("LICENSE", "processor_config.json", "README.md", "additional_chat_templates/rag.jinja", "spiece.model")
 _TEXT = {"layer_types": ["sliding_attention", *["full_attention"] * 3], "sliding_window": 8}
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
-_OPTIONS = {
-    "lora": [Options(lora=LoraSettings(rank=2, also_train=("norm",)))],
-    "lisa": [Options(lisa=LisaSettings(layers=1, period=9))],
+VARIANTS = {
+    "lora": [{"rank": 2, "also_train": ("norm",)}],
+    "lisa": [{"layers": 1, "period": 9}],
     "elo": [
-        Options(elo=EloOptions(stand_in="none", also_train=("norm",))),
-        Options(elo=EloOptions(stand_in="bridge", embedding_rows="new")),
-        Options(elo=EloOptions(stand_in="forward_only", alignment="forward_only")),
+        {"middle": "removed", "also_train": ("norm",)},
+        {"middle": "bridged", "embedding_rows": "new"},
+        {"middle": "bridged", "alignment": "lora", "alignment_rank": 2},
     ],
+    "frozen": [{"backward_share": 0.5}],
 }
 PHASES = [
-    (find_method(name, options), phase)
+    (method, phase)
     for name in METHODS
-    for options in _OPTIONS.get(name, [Options()])
-    for phase in find_method(name, options).phases
+    for method in (METHODS[name](**settings) for settings in VARIANTS.get(name, [{}]))
+    for phase in method.phases
 ]
 
 
@@ -115,10 +115,10 @@ def _trains(method: Method, phase: Phase, tied: bool) -> set[str]:
     ours = {"0", "1"} if phase.detached else {str(layer) for layer in KEPT}
     if method.name == "embeddings_first" and phase.name == "embeddings":
         return {"embedding", "head"}
-    if method.name == "lora":
-        return every - {"embedding", "head"}
-    if method.name == "frozen" or phase.middle != "computed":
-        return ours | set(method.also_train)
+    if phase.middle == "adapted":
+        return (every - {"embedding", "head", "norm"}) | set(phase.also_train)
+    if phase.middle in ("removed", "bridged", "frozen") and method.name != "lisa":
+        return ours | set(phase.also_train)
     return every
 
 
@@ -127,7 +127,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 CASES = [(number, KINDS[(number + turn) % len(KINDS)]) for number in range(len(PHASES)) for turn in (0, 3)]
-CASES += [(0, "wrapper"), (2, "wrapper")]
+CASES += [(0, "wrapper"), (2, "wrapper")]  # detached, with a bridge and without
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_what_did_not_train_is_bit_identical(number: int, kind: str, tmp_path: P
     method, phase = PHASES[number]
     base = start = write_random_base(tmp_path / "base", kind, seed=100 * number + KINDS.index(kind))
     bridge = None
-    if phase.needs_bridge:
+    if phase.middle == "bridged":
         whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         mixture = rows(20)
         bridge = fit_bridge(whole, KEPT, [mixture[index] for index in range(20)])
@@ -153,9 +153,8 @@ def test_what_did_not_train_is_bit_identical(number: int, kind: str, tmp_path: P
         start,
         tmp_path / "trained",
         rows=rows(3 * rows_per_step(LENGTH, QUICK)),
-        method=method,
-        phase=phase,
-        setup=Setup(KEPT, bridge, seed=7),
+        prepare=lambda model: method.prepare(model, phase, Setup(KEPT, bridge, seed=7)),
+        seed=7,
         settings=QUICK,
         scratch=tmp_path / "scratch",
         evaluate=remember,
@@ -174,19 +173,23 @@ def test_what_did_not_train_is_bit_identical(number: int, kind: str, tmp_path: P
                 assert torch.equal(_bits(before[name][:NEW_ROW]), _bits(after[name][:NEW_ROW]))
                 assert not torch.equal(before[name][NEW_ROW:], after[name][NEW_ROW:])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype=torch.float32).state_dict()
-    if method.name != "lora":  # whose adapters are merged later
+    if phase.middle != "adapted":  # whose adapters are merged later
         for name, tensor in seen.items():
             torch.testing.assert_close(loaded[name], tensor, atol=1e-6, rtol=2**-8, msg=name)
     paths = {str(path.relative_to(start)) for path in start.rglob("*")}
     assert paths == {str(path.relative_to(tmp_path / "trained")) for path in (tmp_path / "trained").rglob("*")}
     for name in (*SIDE_FILES, "config.json", "generation_config.json"):
         assert (tmp_path / "trained" / name).read_bytes() == (start / name).read_bytes()
+    scale_change(start, tmp_path / "trained", tmp_path / "half", 0.5)
+    half = stored(tmp_path / "half")
+    assert not [n for n in before if n not in changed and not torch.equal(_bits(before[n]), _bits(half[n]))]
+    assert paths == {str(path.relative_to(tmp_path / "half")) for path in (tmp_path / "half").rglob("*")}
     if phase.detached:  # and it fits the base again
-        attach_checkpoint(tmp_path / "trained", base, tmp_path / "attached", include=method.also_train)
+        attach_checkpoint(tmp_path / "trained", base, tmp_path / "attached", include=phase.also_train)
         whole, attached = stored(base), stored(tmp_path / "attached")
         for name in whole:
             same = torch.equal(_bits(whole[name]), _bits(attached[name]))
-            assert same or _part(name) in {"0", "3", *method.also_train}, name
+            assert same or _part(name) in {"0", "3", *phase.also_train}, name
         assert {str(p.relative_to(base)) for p in base.rglob("*")} <= {
             str(p.relative_to(tmp_path / "attached")) for p in (tmp_path / "attached").rglob("*")
         }
@@ -255,6 +258,25 @@ def test_elements_that_did_not_change_keep_their_bits(dtype: torch.dtype, tmp_pa
     assert torch.equal(after[3], (before[3].float() + 1).to(dtype))
 
 
+def test_rows_that_training_computes_without_keep_their_bits(tmp_path: Path) -> None:
+    base = write_random_base(tmp_path / "base", "llama", seed=3)
+    (tmp_path / "rows.json").write_text(json.dumps(list(range(61))))
+    train_checkpoint(
+        base,
+        tmp_path / "trained",
+        rows=rows(rows_per_step(LENGTH, QUICK)),
+        prepare=lambda model: METHODS["full"]().prepare(model, METHODS["full"]().phases[0], Setup()),
+        seed=7,
+        settings=QUICK,
+        scratch=tmp_path / "scratch",
+        vocabulary=tmp_path / "rows.json",
+    )
+    before, after = stored(base), stored(tmp_path / "trained")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(_bits(before[name][61:]), _bits(after[name][61:]))
+        assert not torch.equal(before[name][:61], after[name][:61])
+
+
 def test_values_that_the_stored_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:
     llama().to(torch.float16).save_pretrained(tmp_path / "base")
     model, files = _trained_by(tmp_path / "base", lambda model: model.lm_head.weight.fill_(1e5))
@@ -275,7 +297,7 @@ def test_what_cannot_be_converted_back_is_found_before_training(tmp_path: Path, 
     _model("mixtral").save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     files = TrainedFiles(tmp_path / "base", model)
-    monkeypatch.setattr("elo.model.naming.revert_weight_conversion", lambda model, tensors: tensors)
+    monkeypatch.setattr("elo.checkpoint.naming.revert_weight_conversion", lambda model, tensors: tensors)
     with pytest.raises(UnsupportedArchitectureError, match="cannot convert it back"):
         files.set_trained(model)
     for layer in model.model.layers:  # what is not trained is not converted

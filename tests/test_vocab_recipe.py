@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_input_fixtures import run_elo, unchanged, write_config
+from elo.reporting.results import read_results
 from run_fixtures import SOURCE, TARGET, write_documents, write_world
 from safetensors.torch import save_file
 from surgery_fixtures import edit_config, stored
@@ -15,8 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from vocabulary_fixtures import tokenizer_of
 
 from elo import extend_vocabulary, measure_vocabulary, run
-from elo.model.new_rows import VOCABULARY_KEY
-from elo.reporting.results import read_results
+from elo.checkpoint.new_rows import VOCABULARY_KEY
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-
 from elo.evaluation import attach_scale, bits_per_byte
-from elo.model import surgery
 from elo.training import attention, bridge, loop, losses
+
+from elo.surgery import in_memory as surgery
 
 
 def on_a_null_gpu() -> bool:

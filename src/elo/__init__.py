@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from elo.errors import EloError
 
 if TYPE_CHECKING:
-    from elo.model.surgery import attach_layers, detach_layers
-    from elo.recipes.chat_vector import chat_vector
-    from elo.recipes.compare import compare
-    from elo.recipes.evaluate import evaluate
-    from elo.recipes.plan import plan
-    from elo.recipes.prepare import prepare
-    from elo.recipes.report import report
-    from elo.recipes.run import run
-    from elo.recipes.surgery import attach, detach
-    from elo.recipes.vocab import extend_vocabulary, measure_vocabulary
+    from elo.chat.chat_vector import chat_vector
+    from elo.compare import compare
+    from elo.data.prepare import prepare
+    from elo.evaluate.evaluate import evaluate
+    from elo.plan.plan import plan
+    from elo.report.write import report
+    from elo.run import run
+    from elo.surgery.detach_attach import attach, detach
+    from elo.surgery.in_memory import attach_layers, detach_layers
+    from elo.vocab.vocabulary import extend_vocabulary, measure_vocabulary
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,19 +39,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "attach": "elo.recipes.surgery",
-    "attach_layers": "elo.model.surgery",
-    "chat_vector": "elo.recipes.chat_vector",
-    "compare": "elo.recipes.compare",
-    "detach": "elo.recipes.surgery",
-    "detach_layers": "elo.model.surgery",
-    "evaluate": "elo.recipes.evaluate",
-    "extend_vocabulary": "elo.recipes.vocab",
-    "measure_vocabulary": "elo.recipes.vocab",
-    "plan": "elo.recipes.plan",
-    "prepare": "elo.recipes.prepare",
-    "report": "elo.recipes.report",
-    "run": "elo.recipes.run",
+    "attach": "elo.surgery.detach_attach",
+    "attach_layers": "elo.surgery.in_memory",
+    "chat_vector": "elo.chat.chat_vector",
+    "compare": "elo.compare",
+    "detach": "elo.surgery.detach_attach",
+    "detach_layers": "elo.surgery.in_memory",
+    "evaluate": "elo.evaluate.evaluate",
+    "extend_vocabulary": "elo.vocab.vocabulary",
+    "measure_vocabulary": "elo.vocab.vocabulary",
+    "plan": "elo.plan.plan",
+    "prepare": "elo.data.prepare",
+    "report": "elo.report.write",
+    "run": "elo.run",
 }
 
 

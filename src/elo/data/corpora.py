@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from elo.data.shard_writer import COUNTS, Position, UnitState, UnitWriter
-from elo.data.shards import SCHEMA, TokenCorpus
+from elo.data.shards import SCHEMA, SPLITS, TokenCorpus
 from elo.data.sources import FileReader, InputFile, list_inputs
 from elo.data.tokenizer import TextTokenizer
 from elo.data.tokenizing import TokenizerPool, WorkerDied
 from elo.errors import EloError
-from elo.records import TEMPORARY_PREFIX, read_json, remove, sha256_json, write_json
+from elo.store.files import TEMPORARY_PREFIX, read_json, remove, sha256_json, write_json
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1 << 13
@@ -46,6 +46,8 @@ class CorpusTask:
     files: tuple[InputFile, ...]
     threshold: int = 0
     """Documents with a hash below it (as a big-endian integer) are held out of a training corpus."""
+    validation_threshold: int = 0
+    """Those from `threshold` up to below it are cut out as validation text, unless they are in held-out text."""
 
     @property
     def folder(self) -> str:
@@ -53,9 +55,26 @@ class CorpusTask:
         return f"{self.language}/{self.split}/{self.index}"
 
     @property
-    def heldout_folder(self) -> str:
-        """Where the shards of the documents cut out of it are."""
-        return f"{self.language}/heldout/{self.index}"
+    def cut_splits(self) -> list[str]:
+        """Splits that documents are cut out of it for."""
+        return [
+            split
+            for split, below, up_to in (
+                ("heldout", 0, self.threshold),
+                ("validation", self.threshold, self.validation_threshold),
+            )
+            if below < up_to
+        ]
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """`folder`, and where the shards of the documents cut out of it are, in the order of `SPLITS`."""
+        return (self.folder, *(f"{self.language}/{split}/{self.index}" for split in SPLITS[1:]))
+
+    @property
+    def own_folders(self) -> list[str]:
+        """Those of `folders` that it writes to."""
+        return [self.folder, *(f"{self.language}/{split}/{self.index}" for split in self.cut_splits)]
 
     @property
     def units(self) -> list[list[InputFile]]:
@@ -79,6 +98,7 @@ class CorpusTask:
             "text_column": self.text_column,
             "shard_tokens": shard_tokens,
             "threshold": self.threshold,
+            "validation_threshold": self.validation_threshold,
             "heldout": sha256_json(sorted(item.hex() for item in known_heldout)) if self.split == "train" else "",
         }
 
@@ -88,7 +108,8 @@ class Batch:
     """Documents on their way to the tokenizer; `positions` and `counts` are those after each document."""
 
     texts: list[bytes] = field(default_factory=list)
-    heldout: list[bool] = field(default_factory=list)
+    sides: list[int] = field(default_factory=list)
+    """Index into `SPLITS` of where each goes."""
     positions: list[Position] = field(default_factory=list)
     counts: list[tuple[int, ...]] = field(default_factory=list)
     places: list[tuple[str, int]] = field(default_factory=list)
@@ -129,7 +150,7 @@ class DocumentReader:
             EloError: something cannot be read (unless `on_error` is "skip"): the message names file and line.
         """
         batch = Batch()
-        hashed = self._task.split == "train" and (self._task.threshold > 0 or bool(self._known))
+        hashed = self._task.split == "train" and (bool(self._task.cut_splits) or bool(self._known))
         for number, file in enumerate(self._files):
             if number < start.file:
                 self._before += file.size
@@ -143,14 +164,14 @@ class DocumentReader:
                 if not text or text.isspace():
                     self._count("empty")
                     continue
-                heldout = False
+                side = 0
                 if hashed:
                     digest = text_hash(text)
-                    heldout = int.from_bytes(digest, "big") < self._task.threshold
+                    side = self._side(digest)
                     if digest in self._known:
                         self._count("overlapping")
                 batch.texts.append(text)
-                batch.heldout.append(heldout)
+                batch.sides.append(side)
                 batch.positions.append(Position(number, record.number + 1))
                 batch.counts.append(self.counts)
                 batch.places.append((file.location, record.line))
@@ -162,6 +183,13 @@ class DocumentReader:
             self._reader = None
         if batch.texts:
             yield batch
+
+    def _side(self, digest: bytes) -> int:
+        value = int.from_bytes(digest, "big")
+        if value < self._task.threshold:
+            return SPLITS.index("heldout")
+        chosen = value < self._task.validation_threshold and digest not in self._known
+        return SPLITS.index("validation" if chosen else "train")
 
     def _handle(self, problem: str) -> None:
         if self._on_error != "skip":
@@ -188,7 +216,7 @@ class Preparation:
 
     def writer(self, task: CorpusTask, unit: int) -> UnitWriter:
         """The writer of a unit of `task`."""
-        return UnitWriter(self.root, task.folder, task.heldout_folder, unit, self.tokenizer.dtype, self.shard_tokens)
+        return UnitWriter(self.root, task.folders, unit, self.tokenizer.dtype, self.shard_tokens)
 
     def claim(self, task: CorpusTask, *, start_over: bool = True) -> None:
         """Make the corpus' folder; what is there from other inputs or settings is removed, and that is said.
@@ -209,9 +237,8 @@ class Preparation:
                     "configuration, or prepare once without --together to start it over"
                 )
             self.tell(f"{folder}: made from other {', '.join(changed)}; starting it over")
-        remove(folder)
-        if task.threshold:
-            remove(self.root / task.heldout_folder)
+        for own in task.own_folders:
+            remove(self.root / own)
         folder.mkdir(parents=True)
         write_json(folder / PLAN, plan)
 
@@ -222,7 +249,7 @@ class Preparation:
 
     def sweep(self, task: CorpusTask, unit: int) -> None:
         """Remove what a killed process was writing of a unit that this process has to itself."""
-        for folder in (task.folder, task.heldout_folder):
+        for folder in task.own_folders:
             for leftover in (self.root / folder).glob(f"{TEMPORARY_PREFIX}{unit:05d}*"):
                 remove(leftover)
 
@@ -240,8 +267,7 @@ class Preparation:
         try:
             for batch, tokens, lengths in pool.map(reader.batches(writer.position), lambda batch: batch.texts):
                 self._check_ids(tokens, lengths, batch)
-                sizes = np.fromiter(map(len, batch.texts), np.int64, len(batch.texts))
-                writer.append(tokens, lengths, sizes, np.array(batch.heldout), batch.positions, batch.counts)
+                writer.append(tokens, lengths, batch.texts, np.array(batch.sides), batch.positions, batch.counts)
                 yield reader.bytes_read, len(tokens)
             writer.finish(reader.counts)
         except WorkerDied as error:

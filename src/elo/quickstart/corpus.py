@@ -11,7 +11,7 @@ from elo.quickstart.english import English
 from elo.quickstart.genres import Planner
 from elo.quickstart.tavuni import Tavuni
 from elo.quickstart.world import RELATIONS, SHARED, TARGET_ONLY, WORLD_SEED, World, build_world
-from elo.records import atomic_directory, write_json
+from elo.store.files import atomic_directory, write_json
 
 SOURCE = English.name
 TARGET = Tavuni.name

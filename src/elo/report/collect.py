@@ -1,0 +1,141 @@
+"""From the records of stages and evaluations, as the pipeline keeps them, to the schema."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from elo.report.schema import (
+    EvaluationPoint,
+    Generation,
+    LossPoint,
+    Measured,
+    MeasureValue,
+    Sample,
+    StageCost,
+    TextSize,
+    Trial,
+)
+
+if TYPE_CHECKING:
+    from elo.run import Adapted
+
+Stages = Mapping[str, Mapping[str, Any]]
+"""Record by stage, in the order in which the stages ran."""
+
+
+def measured(record: Mapping[str, Any]) -> Measured:
+    """What an evaluation record (the output of `elo.evaluate`) holds."""
+    nats, sizes = record.get("documents_nats", {}), record.get("documents_bytes", {})
+    heldout = record.get("heldout") or record.get("corpora", {})
+    return Measured(
+        bpb=record["bpb"],
+        heldout={language: _text_size(size) for language, size in heldout.items()},
+        # A ten-thousandth of a nat is a millionth of a short document.
+        document_nats={language: tuple(round(each, 4) for each in values) for language, values in nats.items()},
+        document_bytes={language: tuple(sizes[language]) for language in nats},
+        measures=tuple(each for language, score in record.get("cloze", {}).items() for each in _cloze(language, score)),
+        samples=tuple(Sample.model_validate(sample) for sample in record.get("samples", [])),
+        generation={
+            language: Generation.model_validate(written) for language, written in record.get("generation", {}).items()
+        },
+    )
+
+
+def trial(
+    contestant: str,
+    budget: str,
+    seed: int,
+    adapted: "Adapted",
+    final: Mapping[str, Any],
+    *,
+    learning_rates: Mapping[str, float] | None = None,
+    validation: Mapping[str, Any] | None = None,
+    flops: Mapping[str, float] | None = None,
+) -> Trial:
+    """A finished trial.
+
+    Args:
+        contestant: its name.
+        budget: name of the budget.
+        seed: of the run.
+        adapted: what `elo.run.adapt` returned.
+        final: evaluation record of the adapted model on held-out text.
+        learning_rates: peak learning rate by training section.
+        validation: evaluation record on validation text.
+        flops: training FLOPs by stage.
+    """
+    stages: Stages = adapted.records
+    before = adapted.before_alignment
+    losses, evaluations = curves(stages)
+    return Trial(
+        contestant=contestant,
+        budget=budget,
+        seed=seed,
+        learning_rates=dict(learning_rates or {}),
+        measured=measured(final),
+        before_alignment=None if before is None else measured(before),
+        validation=None if validation is None else measured(validation),
+        attach_scale=stages.get("scale", {}).get("scale"),
+        stages=stage_costs(stages, flops or {}),
+        losses=losses,
+        evaluations=evaluations,
+        warnings=tuple(text for record in stages.values() for text in record.get("warnings", [])),
+    )
+
+
+def stage_costs(stages: Stages, flops: Mapping[str, float]) -> tuple[StageCost, ...]:
+    """Costs of the stages; those between `detach` and `attach` train a detached model."""
+    found = []
+    detached = False
+    for name, record in stages.items():
+        detached = (detached or name == "detach") and name != "attach"
+        found.append(
+            StageCost(
+                name=name,
+                flops=flops.get(name),
+                detached=detached and name != "detach",
+                **{key: record[key] for key in _COSTS if record.get(key) is not None},
+            )
+        )
+    return tuple(found)
+
+
+_COSTS = ("seconds", "cpu_seconds", "tokens", "tokens_per_second", "peak_memory_bytes", "trainable_parameters")
+
+
+def curves(stages: Stages) -> tuple[tuple[LossPoint, ...], tuple[EvaluationPoint, ...]]:
+    """Loss and evaluation points; tokens and seconds, which a stage counts from its start, add up over the stages."""
+    losses, evaluations = [], []
+    tokens, seconds = 0, 0.0
+    for stage, record in stages.items():
+        for point in record.get("losses", []):
+            at = {"tokens": point["tokens"] + tokens, "seconds": point["seconds"] + seconds}
+            losses.append(LossPoint(stage=stage, loss=point["loss"], **at))
+        for point in record.get("evaluations", []):
+            at = {"tokens": point["tokens"] + tokens, "seconds": point["seconds"] + seconds}
+            evaluations.append(EvaluationPoint(stage=stage, bpb=point["bpb"], **at))
+        tokens += record["tokens"]
+        seconds += record["seconds"]
+    return tuple(losses), tuple(evaluations)
+
+
+def _text_size(record: Mapping[str, Any]) -> TextSize:
+    tokens = record.get("tokens", record.get("text_tokens"))
+    return TextSize(documents=record.get("documents"), tokens=tokens, bytes=record.get("bytes"))
+
+
+def _cloze(language: str, score: Mapping[str, Any]) -> list[MeasureValue]:
+    groups = {"all": score, **score.get("groups", {})}
+    return [
+        MeasureValue(
+            measure="cloze",
+            name=name,
+            language=language,
+            value=group["accuracy"],
+            standard_error=(group["accuracy"] * (1 - group["accuracy"]) / group["items"]) ** 0.5
+            if group["items"]
+            else None,
+            items=group["items"],
+            chance=score.get("chance"),
+        )
+        for name, group in groups.items()
+    ]

@@ -19,15 +19,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from elo.methods.methods import Options, find_method
 from measuring import finished, print_table, write_report
 
 from elo.checkpoint.counting import footprint, read_config
 from elo.checkpoint.layers import parse_layers
 from elo.evaluate.evaluate import evaluate
-from elo.methods.methods import Options, find_method
 from elo.plan.devices import measure_matmul_rate
-from elo.quickstart.corpus import write_corpus
-from elo.quickstart.quickstart import WORLD
+from elo.quickstart.quickstart import WORLD, unpack_corpus
 from elo.train.settings import EloOptions
 
 ROOT = Path(__file__).parent
@@ -140,9 +139,10 @@ def main() -> None:
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="elo-end-to-end-"))
     if args.target is None:
-        paths = write_corpus(scratch / "corpus")
-        args.target, args.source = paths.adapt_target, paths.adapt_source
-        args.heldout_target, args.heldout_source = paths.heldout_target, paths.heldout_source
+        corpus = scratch / "corpus"
+        unpack_corpus(corpus)
+        args.target, args.source = corpus / "adapt_target.jsonl", corpus / "adapt_source.jsonl"
+        args.heldout_target, args.heldout_source = corpus / "heldout_target.jsonl", corpus / "heldout_source.jsonl"
     peers = PEERS | (LLAMA_FACTORY if args.llamafactory else {})
     names = [name for name in [*OURS, *peers] if not args.only or name in args.only]
     if importlib.util.find_spec("trl") is None and "TRL SFTTrainer, full" in names:

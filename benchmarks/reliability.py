@@ -46,11 +46,11 @@ def kills(count: int, scratch: Path, seed: int) -> dict[str, Any]:
     import torch
     from kill_fixtures import Tally, kill_until_done, small_world, weights
 
-    import elo.reporting.drawing
+    import elo.report.drawing
     from elo.run import run
 
     torch.set_num_threads(1)
-    elo.reporting.drawing._PNG_DPI = 10  # drawing would be most of so small a run
+    elo.report.drawing._PNG_DPI = 10  # drawing would be most of so small a run
     config = small_world(scratch / "world")
     with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet):
         run({**config, "output": str(scratch / "undisturbed")})

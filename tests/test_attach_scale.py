@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from elo.methods.attach_scale import lowest_scale, search_scale
 from run_fixtures import write_base
 from transformers import AutoModelForCausalLM
 
 from elo.errors import EloError
 from elo.methods import attach_scale
+from elo.methods.attach_scale import lowest_scale, search_scale
 from elo.surgery.in_memory import attach_layers, detach_layers
 
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from elo.methods.methods import select_layers
 from run_fixtures import write_base
 from training_fixtures import LENGTH, SETTINGS, rows, tiny_llama
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
@@ -12,6 +11,7 @@ from zoo import FAMILIES, tiny_config, tiny_model
 
 from elo.checkpoint.architecture import layers_of
 from elo.errors import EloError
+from elo.methods.methods import select_layers
 from elo.surgery.in_memory import detach_layers
 from elo.train.bridge import Bridge, Gap, _PastTheMiddle, fit_bridge, gaps_between, install_bridge, pass_forward_only
 from elo.train.loop import rows_per_step, train

@@ -1,11 +1,11 @@
 """A token budget is divided in the steps of what trains on it."""
 
 import pytest
-from elo.job import open_job
 from run_fixtures import write_world
 
 from elo.config import load_config
 from elo.errors import EloError
+from elo.job import open_job
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 from elo.recipes import trial as trial_module
-from elo.reporting.pareto_results import read_comparison
 from run_fixtures import write_world
 
 from elo.compare import compare
 from elo.config import contestant_run, load_comparison
 from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
+from elo.recipes import trial as trial_module
+from elo.compare import compare
+from elo.report.files import read_results
+from elo.trial import TEST, VALIDATION
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -51,45 +54,47 @@ def finished(tmp_path_factory):
     return root, config, compare(config)
 
 
+def reported(results, contestant):
+    return [trial for trial in results["trials"] if trial["contestant"] == contestant and not trial["tuning"]]
+
+
 def test_every_contestant_has_every_seed_and_the_rates_that_did_best(finished):
     root, config, results = finished
-    assert json.loads((root / "comparison" / "comparison.json").read_text()) == json.loads(json.dumps(results))
-    read_comparison(results)
-    assert [entry["contestant"] for entry in results["entries"]] == list(config["contestants"])
-    for entry, sweep in zip(results["entries"], results["sweeps"], strict=True):
-        assert [trial["seed"] for trial in entry["trials"]] == [1, 2]
-        assert all(set(trial["bpb"]) == {"xx", "en"} for trial in entry["trials"])
-        chosen = [trial for trial in sweep["trials"] if trial["chosen"]]
-        if not sweep["trials"]:
-            assert set(entry["learning_rates"].values()) == {1e-3}, "one rate is no sweep"
+    assert json.loads((root / "comparison" / "results.json").read_text()) == json.loads(json.dumps(results))
+    known = read_results(results)
+    assert [each.name for each in known.contestants] == list(config["contestants"])
+    for name in config["contestants"]:
+        trials = reported(results, name)
+        assert [trial["seed"] for trial in trials] == [1, 2]
+        assert all(set(trial["measured"]["bpb"]) == {"xx", "en"} for trial in trials)
+        assert trials[0]["learning_rates"] == trials[1]["learning_rates"]
+        tuning = [trial for trial in results["trials"] if trial["contestant"] == name and trial["tuning"]]
+        if name != "full":
+            assert not tuning
+            assert set(trials[0]["learning_rates"].values()) == {1e-3}, "one rate is no sweep"
             continue
-        assert [trial["learning_rates"] for trial in chosen] == [entry["learning_rates"]]
-        assert chosen[0]["score"] == chosen[0]["bpb"]["xx"]
-        assert chosen[0]["score"] == min(trial["score"] for trial in sweep["trials"])
+        best = trials[0]["validation"]["bpb"]["xx"]
+        assert all(trial["learning_rates"] != trials[0]["learning_rates"] for trial in tuning)
+        assert all(best <= trial["validation"]["bpb"]["xx"] for trial in tuning)
 
 
 def test_rates_beyond_the_grid_are_tried_where_its_edge_is_best(finished):
     _, _, results = finished
-    for sweep in results["sweeps"]:
-        if sweep["contestant"] != "full":
-            continue
-        rates = sorted(trial["learning_rates"]["full"] for trial in sweep["trials"])
-        best = min(sweep["trials"], key=lambda trial: trial["score"])["learning_rates"]["full"]
-        # At this size the highest rate is best by far: 3e-3, 9e-3, and 2.7e-2 if that is better still.
-        assert len(rates) >= 3
-        assert rates[2] == pytest.approx(9e-3)
-        assert best >= 3e-3
+    trials = [trial for trial in results["trials"] if trial["contestant"] == "full"]
+    rates = sorted({trial["learning_rates"]["full"] for trial in trials})
+    # At this size the highest rate is best by far: 3e-3, 9e-3, and 2.7e-2 if that is better still.
+    assert len(rates) >= 3
+    assert rates[2] == pytest.approx(9e-3)
+    assert reported(results, "full")[0]["learning_rates"]["full"] >= 3e-3
 
 
-def test_what_a_trial_spent_is_told(finished):
-    _, _, results = finished
-    trials = {entry["contestant"]: entry["trials"][0] for entry in results["entries"]}
-    assert all(trial["tokens"] == 1280 for trial in trials.values())
-    assert trials["bridge"]["flops"] < trials["elo"]["flops"] < trials["full"]["flops"]
-    assert trials["bridge"]["scale"] > 0 and trials["elo"]["scale"] is None
-    assert trials["bridge"]["before_alignment"]["bpb"].keys() == {"xx", "en"}
-    for trial in trials.values():
-        assert trial["wall_seconds"] == pytest.approx(sum(stage["seconds"] for stage in trial["stages"]))
+def test_what_a_trial_cost_is_recorded(finished):
+    _, config, results = finished
+    trials = {name: read_results(results).finished(name, "1,280 tokens")[0] for name in config["contestants"]}
+    assert all(trial.tokens == 1280 for trial in trials.values())
+    assert trials["bridge"].flops < trials["elo"].flops < trials["full"].flops
+    assert trials["bridge"].attach_scale > 0 and trials["elo"].attach_scale is None
+    assert trials["bridge"].before_alignment.bpb.keys() == {"xx", "en"}
 
 
 def test_no_model_is_kept_and_the_report_is_there(finished):
@@ -138,8 +143,7 @@ def test_a_second_call_trains_nothing(finished, monkeypatch):
     _, config, results = finished
     monkeypatch.setattr(trial_module.Trials, "_train", lambda *_: pytest.fail("trained again"))
     again = compare(config)
-    assert again["entries"] == results["entries"]
-    assert again["sweeps"] == results["sweeps"]
+    assert again["trials"] == results["trials"]
 
 
 def test_what_is_added_is_all_that_is_done(finished, monkeypatch):
@@ -155,7 +159,7 @@ def test_what_is_added_is_all_that_is_done(finished, monkeypatch):
     more = {**config, "contestants": {**config["contestants"], "lisa": {"learning_rates": [1e-3]}}}
     grown = compare(more)
     assert trained == ["lisa", "lisa"]
-    assert grown["entries"][:-1] == results["entries"]
+    assert grown["trials"][:-2] == results["trials"]
 
 
 def test_a_wall_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypatch):
@@ -171,10 +175,10 @@ def test_a_wall_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypat
             {"name": "surgery", "seconds": 2.0, "tokens": 0},
             {"name": "full", "seconds": seconds, "tokens": run.tokens},
         ]
+        measured = {"bpb": {"xx": 1.0, "en": 1.0}}
         return {
-            "seed": run.seed, "failed": None, "bpb": {"xx": 1.0, "en": 1.0}, "validation_bpb": {"xx": 1.0, "en": 1.0},
-            "before_alignment": None, "scale": None, "tokens": run.tokens, "wall_seconds": 2 + seconds, "flops": 1.0,
-            "peak_memory_bytes": 1, "stages": stages,
+            "contestant": name, "budget": "", "seed": run.seed, "failed": None, "measured": measured,
+            "validation": measured, "stages": stages,
         }  # fmt: skip
 
     monkeypatch.setattr(trial_module.Trials, "_train", train)
@@ -183,7 +187,8 @@ def test_a_wall_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypat
     assert trained[0] == 6 * step, "the first look"
     assert trained[1] == 1300 // step * step, "the second: 15 % of the budget, less the fixed costs"
     assert trained[2:] == [9800 // step * step], "which serves for the seed too"
-    assert results["entries"][0]["trials"][0]["wall_seconds"] == pytest.approx(100, rel=0.01)
+    (trial,) = read_results(results).trials
+    assert trial.seconds == pytest.approx(100, rel=0.01)
 
 
 def test_a_diverged_trial_is_a_result(tmp_path, monkeypatch):
@@ -200,10 +205,10 @@ def test_a_diverged_trial_is_a_result(tmp_path, monkeypatch):
 
     monkeypatch.setattr(elo.run, "adapt", adapt)
     results = compare(config)
-    assert results["entries"][0]["learning_rates"]["full"] <= 1e-3
-    failed = [trial for trial in results["sweeps"][0]["trials"] if trial["failed"]]
+    assert reported(results, "full")[0]["learning_rates"]["full"] <= 1e-3
+    failed = [trial for trial in results["trials"] if trial["failed"]]
     assert [trial["learning_rates"] for trial in failed] == [{"full": 2e-3}]
-    assert "diverged" in (tmp_path / "comparison" / "report.md").read_text()
+    assert ": failed" in (tmp_path / "comparison" / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -221,8 +226,8 @@ def test_killed_and_started_again_ends_the_same(finished, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     again = compare(config)
-    (full,) = [entry for entry in results["entries"] if entry["contestant"] == "full"]
-    assert [trial["bpb"] for trial in again["entries"][0]["trials"]] == [trial["bpb"] for trial in full["trials"]]
+    ours, theirs = ([trial["measured"]["bpb"] for trial in reported(each, "full")] for each in (again, results))
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(

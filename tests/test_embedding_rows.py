@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from elo.methods.methods import Options, Setup, find_method
 from training_fixtures import SETTINGS, VOCAB, rows, tiny_llama
 
 from elo.checkpoint.new_rows import VOCABULARY_KEY
 from elo.errors import EloError
+from elo.methods.methods import Options, Setup, find_method
 from elo.surgery.in_memory import detach_layers
 from elo.train.bridge import fit_bridge
 from elo.train.loop import StoppedBySignalError, train

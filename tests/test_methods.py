@@ -4,14 +4,14 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import elo.methods.methods
 import pytest
 import torch
-from elo.methods.methods import METHODS, Options, Setup, find_method, select_layers
 from training_fixtures import LENGTH, SETTINGS, rows, tiny_llama
 
+import elo.methods.methods
 from elo.checkpoint.counting import footprint
 from elo.errors import EloError
+from elo.methods.methods import METHODS, Options, Setup, find_method, select_layers
 from elo.surgery.in_memory import detach_layers
 from elo.train.bridge import fit_bridge
 from elo.train.loop import StoppedBySignalError, rows_per_step, train

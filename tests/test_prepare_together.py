@@ -8,7 +8,6 @@ import signal
 import time
 from pathlib import Path
 
-import elo.job
 import pytest
 import yaml
 from bad_input_fixtures import assert_refused, run_elo, write_config
@@ -17,6 +16,7 @@ from run_fixtures import SOURCE, TARGET, write_documents, write_world
 
 import elo.data.corpora
 import elo.data.prepare
+import elo.job
 from elo.cli import main
 from elo.data.prepare import _locked
 from elo.data.shard_writer import UnitWriter

@@ -56,7 +56,8 @@ def test_a_killed_run_of_one_process_goes_on_with_two_and_ends_as_that_of_one(tm
     for stage in ("elo-elo_pretraining", "elo-layer_alignment"):
         assert _losses(tmp_path / "shared", stage) == pytest.approx(_losses(tmp_path / "run", stage), abs=1e-5)
     results = json.loads((tmp_path / "shared" / "results.json").read_text())
-    assert results["methods"][0]["bpb"] == pytest.approx(alone["methods"][0]["bpb"], abs=1e-3)
+    ours, theirs = (each["trials"][0]["measured"]["bpb"] for each in (results, alone))
+    assert ours == pytest.approx(theirs, abs=1e-3)
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "shared"))
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).abs().max() < 2e-2, name  # bf16 on disk: a few of its steps

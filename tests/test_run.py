@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import elo
 from elo.errors import EloError
+from elo.report.files import read_results
 from elo.run import run
 
 
@@ -28,6 +29,10 @@ def _same(left: Path, right: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.equal(theirs[name]), name
+
+
+def _total(trial, key):
+    return sum(stage[key] for stage in trial["stages"])
 
 
 @pytest.fixture(scope="module")
@@ -86,25 +91,27 @@ def test_embedding_and_head_are_put_back_where_they_train(finished):
 
 def test_results_tell_what_happened(finished):
     _, config, results = finished
-    methods = {method["name"]: method for method in results["methods"]}
+    methods = {trial["contestant"]: trial for trial in results["trials"]}
     assert list(methods) == ["elo", *config["controls"][1:], "full_at_wall_time"], "what is matched comes last"
     own = methods["elo"]
     stages = {stage["name"]: stage for stage in own["stages"]}
     assert list(stages) == ["bridge", "detach", "elo_pretraining", "attach", "layer_alignment"]
     assert stages["elo_pretraining"]["tokens"] == 1024
     assert stages["layer_alignment"]["tokens"] == 256
-    assert own["tokens"] == methods["full"]["tokens"] == config["tokens"]
-    assert methods["align_only"]["tokens"] == 256
-    assert own["wall_seconds"] == pytest.approx(sum(stage["seconds"] for stage in own["stages"]))
     full = methods["full"]
-    wanted = own["wall_seconds"] * full["tokens"] / full["wall_seconds"]
-    assert 0 <= methods["full_at_wall_time"]["tokens"] - wanted <= 2 * config["full"]["tokens_per_step"]
-    for method in results["methods"]:
-        assert set(method["bpb"]) == {"xx", "en"}
-        tokens = [point["tokens"] for point in method["evaluations"]]
+    assert _total(own, "tokens") == _total(full, "tokens") == config["tokens"]
+    assert _total(methods["align_only"], "tokens") == 256
+    wanted = _total(own, "seconds") * config["tokens"] / _total(full, "seconds")
+    assert 0 <= _total(methods["full_at_wall_time"], "tokens") - wanted <= 2 * config["full"]["tokens_per_step"]
+    for trial in results["trials"]:
+        assert set(trial["measured"]["bpb"]) == {"xx", "en"}
+        tokens = [point["tokens"] for point in trial["evaluations"]]
         assert tokens == sorted(tokens)
-        assert tokens[-1] == method["tokens"]
-    assert methods["full"]["bpb"]["xx"] < results["base"]["bpb"]["xx"]
+        assert tokens[-1] == _total(trial, "tokens")
+    assert full["measured"]["bpb"]["xx"] < results["base"]["bpb"]["xx"]
+    assert [stage["name"] for stage in own["stages"] if stage["detached"]] == ["elo_pretraining"]
+    assert own["learning_rates"] == {"elo_pretraining": 1e-3, "layer_alignment": 1e-3}
+    assert read_results(results).contestants[0].layers == (0, 3)
     assert own["before_alignment"]["bpb"].keys() == {"xx", "en"}
 
 
@@ -132,9 +139,11 @@ def test_the_default_recipe_detaches_nothing_and_needs_no_alignment(tmp_path):
     config = {**write_world(tmp_path), "controls": ["elo_paper"]}
     config.pop("elo")
     results = run(config)
-    own, paper = results["methods"]
+    own, paper = results["trials"]
     assert [stage["name"] for stage in own["stages"]] == ["bridge", "elo_pretraining"]
-    assert own["tokens"] == paper["tokens"] == config["tokens"], "what has no alignment trains on its rows too"
+    assert _total(own, "tokens") == _total(paper, "tokens") == config["tokens"], (
+        "what has no alignment trains on its rows too"
+    )
     base, final = _tensors(tmp_path / "base"), _tensors(tmp_path / "run" / "model")
     changed = {name for name, tensor in base.items() if not tensor.equal(final[name])}
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= changed
@@ -148,7 +157,7 @@ def test_nothing_is_done_twice(finished, capsys):
     said = capsys.readouterr().out
     assert said.count("done already") == len(list((root / "run" / "stages").glob("*.json")))
     assert {path: path.stat().st_mtime_ns for path in (root / "run").rglob("*.safetensors")} == before
-    assert again["methods"] == results["methods"]
+    assert again["trials"] == results["trials"]
 
 
 def test_a_change_redoes_what_depends_on_it_and_no_more(tmp_path, capsys):

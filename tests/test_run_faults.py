@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import elo.reporting.drawing as drawing
 import pytest
 from bad_input_fixtures import change, run_elo, write_config
 from fork_fixtures import ended, finish, forked
 from kill_fixtures import Tally, finished_stages, kill_until_done, small_world, weights
 
+import elo.report.drawing as drawing
 from elo.run import run
 from elo.train.trainer import EloTrainer
 

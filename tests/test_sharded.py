@@ -96,8 +96,8 @@ def test_the_model_is_that_of_one_process(world: dict[str, Any]) -> None:
         assert tensor.dtype == theirs[name].dtype
         assert (tensor.float() - theirs[name].float()).abs().max() < 2e-2, name  # bf16 on disk: a few of its steps
     alone, together = (json.loads((world["root"] / name / "results.json").read_text()) for name in ("run", "shared"))
-    for one, other in zip(alone["methods"], together["methods"], strict=True):
-        assert other["bpb"] == pytest.approx(one["bpb"], abs=1e-3)
+    for one, other in zip(alone["trials"], together["trials"], strict=True):
+        assert other["measured"]["bpb"] == pytest.approx(one["measured"]["bpb"], abs=1e-3)
     assert not [path for path in (world["root"] / "shared").rglob("*") if path.name.startswith((".tmp-", "part-"))]
 
 

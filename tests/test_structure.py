@@ -12,11 +12,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "elo"
 ALLOWED = {
     "cli": {"recipes", "config", "workspace", "training", "evaluation", "data", "model", "quickstart", "base"},
     "recipes": {
-        "config", "workspace", "training", "evaluation", "data", "model", "reporting", "quickstart", "base"
+        "config", "workspace", "training", "evaluation", "data", "model", "report", "quickstart", "base"
     },
     "config": {"training", "base"},
     "workspace": {"base"},
-    "reporting": {"base"},
+    "report": {"base"},
     "quickstart": {"base"},
     "training": {"evaluation", "data", "model", "base"},
     "evaluation": {"data", "model", "base"},
@@ -24,7 +24,7 @@ ALLOWED = {
     "model": {"base"},
     "base": {"base"},
 }  # fmt: skip
-BASE = {"cli_values", "errors", "layers", "processes", "progress", "records"}
+BASE = {"cli_values", "errors", "format", "layers", "processes", "progress", "records"}
 
 
 def _package(module: str) -> str:

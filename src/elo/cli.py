@@ -15,7 +15,6 @@ app = typer.Typer(
     name="elo",
     help="Teach an existing LLM a new language by training a few detached layers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -212,10 +211,12 @@ def evaluate(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="Folder of a run or a comparison, or its JSON file.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; the results' own.")] = None,
+    results: Annotated[Path, typer.Argument(help="Folder of a run or a comparison, or its results.json.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write into; by default that of the results.")
+    ] = None,
 ) -> None:
-    """Draw the report of a run or a comparison again: report.html, report.md and charts, from its JSON alone."""
+    """Write report.html, report.md and charts of a run or a comparison, from its results.json alone."""
     from elo.report.write import report
 
     typer.echo(report(results, output))

@@ -345,8 +345,9 @@ def write_report(
         method.name,
         budget["name"],
         config.seed,
-        adapted,
+        adapted.records,
         final,
+        before_alignment=adapted.before_alignment,
         learning_rates=rates,
     )
     results = judged(

@@ -78,6 +78,10 @@ LENDERS = {"indexer_types": ("shared", "full")}
 # A layer's own index, which changes when it moves. Anything computed from it shows in another attribute.
 INDEX_ATTRIBUTES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
 
+# Attributes of layers that differ by depth without an effect. Gemma 4: the layer stores keys and values for later ones
+# to share; models with such later layers are refused (REFUSED_IF_SET).
+WITHOUT_EFFECT = frozenset({"store_full_length_kv"})
+
 # The norm between the last layer and the head, where its name says something else.
 NORM_NAMES = {"lfm2": "embedding_norm", "lfm2_moe": "embedding_norm", "lfm3": "embedding_norm"}
 

@@ -77,8 +77,8 @@ def evaluate(
     from elo.evaluate.loading import load_model, move
     from elo.evaluate.samples import generate_samples
     from elo.evaluate.scoring import longest_sequence, vocabulary_size
-    from elo.evaluation.warnings import few_documents
-    from elo.results import hardware, versions
+    from elo.evaluate.warnings import few_documents
+    from elo.store.environment import hardware, versions
 
     # What can be wrong without the model is found before it is loaded.
     target = _check_output(output)
@@ -256,7 +256,7 @@ def _print_table(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from elo.reporting.comparison import count
+    from elo.format import count
 
     corpora, cloze = results["corpora"], results["cloze"]
     table = Table(title=results["model"]["name"], title_justify="left")

@@ -8,12 +8,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from elo.checkpoint.footprint import Footprint, Method
+from elo.checkpoint.footprint import Footprint, Middle
 from elo.errors import EloError
+from elo.train.settings import CHUNK, HeadLoss
 
 Precision = Literal["bf16", "fp32"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor"]
-HeadLoss = Literal["chunked", "plain", "linear_cross_entropy", "model"]
 
 OPTIMIZER_BYTES: dict[str, float] = {"adamw": 8.0, "adamw_8bit": 2.04, "adafactor": 0.02}
 """Bytes of state for one trained parameter. AdamW: two fp32 moments. 8-bit AdamW: two bytes and two fp32 scales for
@@ -22,10 +22,6 @@ a row and a column of each matrix, so next to nothing."""
 
 RUNTIME_BYTES = {"gpu": 700 * 2**20, "cpu": 600 * 2**20}
 """CUDA context, kernels and library workspaces; on a CPU the Python process with its libraries."""
-
-CHUNK = {"gpu": 2048, "cpu": 256}
-"""Tokens that the head's loss takes at a time: 256 x 8192 x 4 bytes = 8 MiB of logits stay in a CPU's last-level cache;
-a GPU wants larger chunks."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class StageMemory:
 def stage_memory(
     counted: Footprint,
     saved: SavedActivations,
-    method: Method,
+    method: Middle,
     layers: Sequence[int],
     *,
     tokens: int,

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import zstandard
+
 from elo.config import load_config
 from elo.errors import EloError
-from elo.store.files import TEMPORARY_PREFIX, write_text
+from elo.store.files import TEMPORARY_PREFIX, atomic_directory, write_text
 
-WORLD = Path(__file__).parent.parent / "quickstart"
+# Holds config.yaml, base/ (a checkpoint, made by examples/tavuni/train_quickstart_base.py) and data/ (the corpus).
+WORLD = Path(__file__).parent
 
 
 def quickstart(output: Path, overrides: list[str] | None = None) -> dict[str, Any]:
@@ -23,7 +26,6 @@ def quickstart(output: Path, overrides: list[str] | None = None) -> dict[str, An
     """
     import yaml
 
-    from elo.quickstart.corpus import write_corpus
     from elo.run import run
 
     output = Path(output)
@@ -37,13 +39,27 @@ def quickstart(output: Path, overrides: list[str] | None = None) -> dict[str, An
     _fill_in(config, {"{base}": str(WORLD / "base"), "{corpus}": str(corpus), "{output}": str(output)})
     load_config(config, overrides)  # a mistake in them is told before anything is written
     if not corpus.is_dir():
-        print("quickstart: writing a small bilingual corpus", flush=True)
-        write_corpus(corpus)
+        print("quickstart: unpacking a small bilingual corpus", flush=True)
+        unpack_corpus(corpus)
     (output / "stages").mkdir(exist_ok=True)  # the folder is ours
     config["evaluation"]["prompts"] = json.loads((corpus / "prompts.json").read_text(encoding="utf-8"))
     # What is run is an ordinary configuration: read it, change it, run it with `elo run`.
     write_text(output / "config.yaml", yaml.safe_dump(config, allow_unicode=True, sort_keys=False))
     return run(load_config(config, overrides))
+
+
+def unpack_corpus(output: Path) -> None:
+    """Write the corpus that ships with ELO into the folder `output`: JSON lines, and prompts.json.
+
+    Raises:
+        EloError: `output` exists and is not empty, or cannot be written.
+    """
+    with atomic_directory(output) as folder:
+        for path in sorted((WORLD / "data").iterdir()):
+            data = path.read_bytes()
+            if path.suffix == ".zst":
+                data = zstandard.ZstdDecompressor().decompress(data)
+            (folder / path.name.removesuffix(".zst")).write_bytes(data)
 
 
 def _fill_in(value: Any, names: dict[str, str]) -> Any:

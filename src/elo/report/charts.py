@@ -1,13 +1,13 @@
-"""Charts of a results file: what the cost bought, retention, training curves, tuning."""
+"""Charts of a results file: what the cost bought, retention, training curves."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
-from elo.format import count, learning_rate, listed
+from elo.format import count, listed
 from elo.report.drawing import (
     COLOURS,
     INK,
@@ -24,12 +24,9 @@ from elo.report.drawing import (
     time_axis,
 )
 from elo.report.schema import Budget, Results, Trial, mean_bpb
-from elo.report.verdict import score, tuned
 
-_LOG_FROM = 8.0
-"""Ratio of largest to smallest cost from which the axis is logarithmic."""
 _LABEL_CHARACTERS = 40
-_LINES = ("-", "--", ":", "-.")
+_DASHED = " Dashed: the detached model by itself, where it is on the chart."
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,6 @@ def draw_charts(results: Results) -> list[Chart]:
         charts += [_retention_chart(results, budget, index) for index, budget in enumerate(results.budgets, 1)]
         charts += [_curve_chart(results, language) for language in results.languages.all]
         charts.append(_loss_chart(results))
-        charts += [_tuning_chart(results, budget, index) for index, budget in enumerate(results.budgets, 1)]
     return [chart for chart in charts if chart is not None]
 
 
@@ -76,9 +72,7 @@ def contestant_styles(results: Results) -> dict[str, Style]:
         colour = COLOURS.get(name) or spare[others.index(name) % len(spare)]
         label = drawable(contestant.title, drawable(name, f"contestant {index + 1}"))
         label = label if len(label) <= _LABEL_CHARACTERS else label[: _LABEL_CHARACTERS - 1] + "…"
-        taken = {style.marker for style in styles.values() if style.colour == colour}
-        free = [marker for marker in MARKERS[index % len(MARKERS) :] + MARKERS if marker not in taken]
-        styles[name] = Style(label, colour, (free or MARKERS)[0])
+        styles[name] = Style(label, colour, MARKERS[(index + index // len(MARKERS)) % len(MARKERS)])
     return styles
 
 
@@ -109,20 +103,17 @@ def _groups(
 def _cost_chart(results: Results) -> Chart | None:
     """Target bits per byte over cost, all budgets."""
     name, cost = cost_of(results)
-    groups = _groups(results, cost, lambda trial: results.target_bpb(trial.measured), results.budgets)
+    groups = _groups(results, cost, lambda trial: mean_bpb(trial.measured, results.languages.targets), results.budgets)
     if len(groups) < 2:
         return None
     figure, axes = new_figure()
     costs = [x for group in groups for x, _ in group.points]
     unit, scale = time_axis(costs)
     groups = [_Group(group.contestant, tuple((x / scale, y) for x, y in group.points)) for group in groups]
-    if min(costs) > 0 and max(costs) / min(costs) >= _LOG_FROM:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     caption = f"Lower and further left is better. {_dots(results)}"
-    caption += _draw_base(axes, results.target_bpb(results.base), [y for group in groups for _, y in group.points])
+    caption += _draw_base(
+        axes, mean_bpb(results.base, results.languages.targets), [y for group in groups for _, y in group.points]
+    )
     _draw_groups(axes, results, groups, joined=True)
     axes.set_xlabel(f"training {name} ({unit})")
     axes.set_ylabel(f"{_targets(results)}: bits per byte")
@@ -180,15 +171,15 @@ def _retention_chart(results: Results, budget: Budget, number: int) -> Chart | N
     if base_source is None or base_target is None:
         return None
 
-    def loss(trial: Trial) -> float | None:
-        value = mean_bpb(trial.measured, sources)
-        return None if value is None else value - base_source
-
-    def gain(trial: Trial) -> float | None:
-        value = mean_bpb(trial.measured, targets)
-        return None if value is None else base_target - value
-
-    groups = _groups(results, loss, gain, [budget])
+    groups = [
+        _Group(group.contestant, tuple((x - base_source, base_target - y) for x, y in group.points))
+        for group in _groups(
+            results,
+            lambda trial: mean_bpb(trial.measured, sources),
+            lambda trial: mean_bpb(trial.measured, targets),
+            [budget],
+        )
+    ]
     if len(groups) < 2:
         return None
     figure, axes = new_figure()
@@ -196,7 +187,9 @@ def _retention_chart(results: Results, budget: Budget, number: int) -> Chart | N
     xs = [0.0, limit, *(x for group in groups for x, _ in group.points)]
     margin = 0.08 * (max(xs) - min(xs) or 0.02)
     axes.set_xlim(min(xs) - margin, max(xs) + margin)
-    axes.axvspan(limit, max(xs) + margin, color="#fbeee0", zorder=0, linewidth=0, label=f"source off by over {limit:g}")
+    axes.axvspan(
+        limit, max(xs) + margin, color="#fbeee0", zorder=0, linewidth=0, label=f"source worse by more than {limit:g}"
+    )
     axes.plot(0, 0, "*", color=INK, markersize=12, linestyle="none", label="base model", clip_on=False, zorder=6)
     _draw_groups(axes, results, groups, joined=False)
     axes.axvline(0, color=INK, linestyle=":", linewidth=1.0)
@@ -227,13 +220,13 @@ def bpb_segments(results: Results, trial: Trial, language: str) -> list[Segment]
     measured = [(each.seconds, each.bpb[language], each.stage) for each in trial.evaluations if language in each.bpb]
     detached = [(at, bpb) for at, bpb, stage in measured if stage in detached_stages]
     whole = [(at, bpb) for at, bpb, stage in measured if stage not in detached_stages]
-    start, first = 0.0, results.base.bpb.get(language)
-    if detached_stages:
-        first = trial.before_alignment.bpb.get(language) if trial.before_alignment else None
-        for stage in trial.stages:
-            start += stage.seconds
-            if stage.name == "attach":
-                break
+    start = 0.0
+    for stage in trial.stages:
+        if stage.tokens and not stage.detached:
+            break
+        start += stage.seconds
+    before = trial.before_alignment if detached_stages else results.base
+    first = before.bpb.get(language) if before else None
     if first is not None and (not whole or whole[0][0] > start):
         whole.insert(0, (start, first))
     final, end = trial.measured.bpb.get(language), trial.seconds
@@ -258,30 +251,19 @@ def _curve_chart(results: Results, language: str) -> Chart | None:
         for segment in segments:
             points = tuple((at / scale, bpb) for at, bpb in segment.points)
             _plot(axes, Segment(points, segment.detached), styles[trial.contestant], marked=True)
-    caption = "Lower is better." + _limit_curves(axes, [each for _, segments in curves for each in segments], base)
+    # The detached model is another model, often far above: it does not get to set the scale.
+    shown = [bpb for _, segments in curves for each in segments if not each.detached for _, bpb in each.points]
+    shown += [base] if base is not None else []
+    if not shown:
+        return None
+    low, high = min(shown), max(shown)
+    span = max(high - low, 0.02)
+    axes.set_ylim(low - 0.08 * span, high + 0.25 * span)
     role = "target" if language in results.languages.targets else "source"
     axes.set_xlabel(f"training wall time ({unit})")
     axes.set_ylabel(f"{drawable(language, role)}: bits per byte")
-    number = results.languages.all.index(language) + 1
-    return finish(figure, f"curve_{number}", f"{role.capitalize()} language {language} during training", caption)
-
-
-def _limit_curves(axes: Axes, segments: Sequence[Segment], base: float | None) -> str:
-    """Give the whole models' curves the room; the addition to the caption if a detached model's curve is cut off."""
-    whole = [bpb for each in segments if not each.detached for _, bpb in each.points]
-    whole += [base] if base is not None else []
-    detached = [bpb for each in segments if each.detached for _, bpb in each.points]
-    if not whole:
-        return ""
-    low, high = min(whole), max(whole)
-    span = max(high - low, 0.02)
-    ceiling = high + 0.5 * span
-    hidden = bool(detached) and min(detached) > ceiling
-    top = high if hidden else min(ceiling, max([high, *detached]))
-    axes.set_ylim(min([low, *(bpb for bpb in detached if bpb <= top)]) - 0.08 * span, top + 0.08 * span)
-    if hidden:
-        return f" The detached model by itself is above the chart: {max(detached):.2f} to {min(detached):.2f}."
-    return " Dashed: the detached model by itself." if detached else ""
+    name, title = f"curve_{results.languages.all.index(language) + 1}", f"{role.capitalize()} language {language}"
+    return finish(figure, name, f"{title} during training", f"Lower is better.{_DASHED}")
 
 
 def _loss_chart(results: Results) -> Chart | None:
@@ -290,29 +272,18 @@ def _loss_chart(results: Results) -> Chart | None:
         return None
     figure, axes = new_figure()
     styles = contestant_styles(results)
-    values, smoothed, detached_stages = [], False, False
     for trial in trials:
         detached = {stage.name for stage in trial.stages if stage.detached}
         for stage in dict.fromkeys(loss.stage for loss in trial.losses):
             points = tuple((float(loss.tokens), loss.loss) for loss in trial.losses if loss.stage == stage)
-            values += [loss for _, loss in points]
-            smooth = _smoothed(points)
-            if smooth != points:
-                smoothed = True
-                axes.plot(*zip(*points, strict=True), color=styles[trial.contestant].colour, linewidth=0.6, alpha=0.22)
-            detached_stages |= stage in detached
-            _plot(axes, Segment(smooth, stage in detached), styles[trial.contestant], marked=False)
-    values.sort()
-    low, high = values[0], values[min(len(values) - 1, int(0.98 * len(values)))]
+            _plot(axes, Segment(points, stage in detached), styles[trial.contestant], marked=False)
+    values = sorted(loss.loss for trial in trials for loss in trial.losses)
+    low, high = values[0], values[int(0.98 * (len(values) - 1))]  # not stretched by the first steps
     axes.set_ylim(low - 0.06 * (high - low or 1), high + 0.08 * (high - low or 1))
     axes.set_xlabel("training tokens")
     axes.set_ylabel("nats per token")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
-    caption = "On the training mix, per token: not comparable with bits per byte."
-    caption += " Thick: running mean." if smoothed else ""
-    return finish(
-        figure, "loss", "Training loss", caption + (" Dashed: the detached model." if detached_stages else "")
-    )
+    return finish(figure, "loss", "Training loss", f"On the training mix, not comparable with bpb.{_DASHED}")
 
 
 def _plot(axes: Axes, segment: Segment, style: Style, *, marked: bool) -> None:
@@ -325,76 +296,7 @@ def _plot(axes: Axes, segment: Segment, style: Style, *, marked: bool) -> None:
         markersize=4 if segment.detached else 5,
         markerfacecolor="white" if segment.detached else style.colour,
         linestyle="--" if segment.detached else "-",
-        linewidth=1.3 if segment.detached else 1.8,
+        linewidth=1.0 if not marked else 1.3 if segment.detached else 1.8,
         alpha=0.65 if segment.detached else 1.0,
         label=None if label in known else label,
     )
-
-
-def _smoothed(points: tuple[Point, ...]) -> tuple[Point, ...]:
-    """Centred running mean over a fortieth of the curve; short curves unchanged."""
-    half = len(points) // 80
-    means = []
-    for index, (at, loss) in enumerate(points):
-        reach = min(half, index, len(points) - 1 - index)
-        window = points[index - reach : index + reach + 1]
-        means.append((at, sum(value for _, value in window) / len(window) if reach else loss))
-    return tuple(means)
-
-
-def _tuning_chart(results: Results, budget: Budget, number: int) -> Chart | None:
-    """Validation score over learning rate: for each rate, the best score over the other sections' rates."""
-    tried = {each.name: tuned(results, each.name, budget.name) for each in results.contestants}
-    scores = [value for trials in tried.values() for t in trials if (value := score(results, t.validation)) is not None]
-    if not scores:
-        return None
-    figure, axes = new_figure()
-    styles = contestant_styles(results)
-    middle = sorted(scores)[len(scores) // 2]
-    reach = max(middle - min(scores), 0.02)
-    high = max(value for value in scores if value <= min(scores) + 4 * reach)
-    room = high - min(scores) or reach
-    top = high + 0.12 * room
-    lost = 0
-    for name, trials in tried.items():
-        sections = dict.fromkeys(section for trial in trials for section in trial.learning_rates)
-        varied = [each for each in sections if len({trial.learning_rates.get(each) for trial in trials}) > 1]
-        for line, section in zip(_LINES, varied, strict=False):
-            label = styles[name].label + (f": {drawable(section.replace('_', ' '), 'a section')}" if varied[1:] else "")
-            lost += _draw_sweep(axes, results, trials, section, Style(label, styles[name].colour, styles[name].marker),
-                                line, top)  # fmt: skip
-    axes.set_ylim(min(scores) - 0.08 * room, top)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: learning_rate(value)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    weight = results.endpoint.source_weight
-    source = f" + {weight:g} × {drawable(listed(results.languages.sources), 'source')}" if weight else ""
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel(f"validation bits per byte: {_targets(results)}{source}")
-    caption = "Lower is better. Ringed: chosen. Each point is the best over the other sections' rates."
-    caption += f" Crosses: {lost} rates that failed or are above the chart." if lost else ""
-    title = "Learning rates" + (f", {budget.name}" if len(results.budgets) > 1 else "")
-    return finish(figure, f"learning_rates_{number}", title, caption)
-
-
-def _draw_sweep(
-    axes: Axes, results: Results, trials: Sequence[Trial], section: str, style: Style, line: str, top: float
-) -> int:
-    """Draw one contestant's sweep of one section; the number of rates without a point on the chart."""
-    best: dict[float, float] = {}
-    rates = {trial.learning_rates[section] for trial in trials if section in trial.learning_rates}
-    for trial in trials:
-        value, at = score(results, trial.validation), trial.learning_rates.get(section)
-        if value is not None and at is not None and trial.failed is None:
-            best[at] = min(value, best.get(at, value))
-            if not trial.tuning:
-                axes.plot(at, value, "o", markersize=13, markerfacecolor="none", markeredgecolor=style.colour,
-                          markeredgewidth=1.6, zorder=4)  # fmt: skip
-    if best:
-        axes.plot(*zip(*sorted(best.items()), strict=True), color=style.colour, marker=style.marker, markersize=5,
-                  linestyle=line, linewidth=1.5, label=style.label)  # fmt: skip
-    lost = sorted(rate for rate in rates if best.get(rate, top + 1) > top)
-    if lost:
-        axes.plot(lost, [top] * len(lost), "x", color=style.colour, markersize=7, clip_on=False, zorder=5)
-    return len(lost)

@@ -1,7 +1,7 @@
 """From the records of stages and evaluations, as the pipeline keeps them, to the schema."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from elo.report.schema import (
     EvaluationPoint,
@@ -14,9 +14,6 @@ from elo.report.schema import (
     TextSize,
     Trial,
 )
-
-if TYPE_CHECKING:
-    from elo.run import Adapted
 
 Stages = Mapping[str, Mapping[str, Any]]
 """Record by stage, in the order in which the stages ran."""
@@ -44,9 +41,10 @@ def trial(
     contestant: str,
     budget: str,
     seed: int,
-    adapted: "Adapted",
+    stages: Stages,
     final: Mapping[str, Any],
     *,
+    before_alignment: Mapping[str, Any] | None = None,
     learning_rates: Mapping[str, float] | None = None,
     validation: Mapping[str, Any] | None = None,
     flops: Mapping[str, float] | None = None,
@@ -57,14 +55,13 @@ def trial(
         contestant: its name.
         budget: name of the budget.
         seed: of the run.
-        adapted: what `elo.run.adapt` returned.
-        final: evaluation record of the adapted model on held-out text.
+        stages: records of the stages that cost time.
+        final: evaluation record of the final model on held-out text.
+        before_alignment: evaluation record of the attached model before layer alignment.
         learning_rates: peak learning rate by training section.
         validation: evaluation record on validation text.
         flops: training FLOPs by stage.
     """
-    stages: Stages = adapted.records
-    before = adapted.before_alignment
     losses, evaluations = curves(stages)
     return Trial(
         contestant=contestant,
@@ -72,7 +69,7 @@ def trial(
         seed=seed,
         learning_rates=dict(learning_rates or {}),
         measured=measured(final),
-        before_alignment=None if before is None else measured(before),
+        before_alignment=None if before_alignment is None else measured(before_alignment),
         validation=None if validation is None else measured(validation),
         attach_scale=stages.get("scale", {}).get("scale"),
         stages=stage_costs(stages, flops or {}),
@@ -83,19 +80,14 @@ def trial(
 
 
 def stage_costs(stages: Stages, flops: Mapping[str, float]) -> tuple[StageCost, ...]:
-    """Costs of the stages; those between `detach` and `attach` train a detached model."""
+    """Costs of the stages; what trains between `detach` and `attach` is a detached model."""
     found = []
     detached = False
     for name, record in stages.items():
         detached = (detached or name == "detach") and name != "attach"
-        found.append(
-            StageCost(
-                name=name,
-                flops=flops.get(name),
-                detached=detached and name != "detach",
-                **{key: record[key] for key in _COSTS if record.get(key) is not None},
-            )
-        )
+        costs = {key: record[key] for key in _COSTS if record.get(key) is not None}
+        trains = bool(record.get("tokens"))
+        found.append(StageCost(name=name, flops=flops.get(name), detached=detached and trains, **costs))
     return tuple(found)
 
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 # Okabe and Ito's palette, told apart with any colour vision.
 COLOURS = {"elo": "#0072B2", "full": "#D55E00", "lora": "#009E73", "lisa": "#CC79A7", "frozen": "#E69F00"}
 SPARE_COLOURS = ("#56B4E9", "#000000", "#8C6D31", "#7B4FA3", "#5D6B7A")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "h")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
 INK, FAINT, _GRID = "#1f2933", "#7b8794", "#e8ebef"
 STYLE: Any = {
     "font.family": "DejaVu Sans",

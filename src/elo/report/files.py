@@ -54,8 +54,8 @@ def read_results(source: dict[str, Any] | str | Path) -> Results:
         raise EloError(f"{name}: schema version {version} is newer than this version of elo reads; update elo")
     if isinstance(version, int) and 0 < version < SCHEMA_VERSION:
         raise EloError(
-            f"{name}: schema version {version} was written by an earlier version of elo; run the command in the same "
-            "folder again, which trains nothing twice"
+            f"{name}: schema version {version} was written by an earlier version of elo; run `elo run` or "
+            "`elo compare` again to write it anew"
         )
     try:
         return Results.model_validate(value)

@@ -19,11 +19,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from elo.format import count, duration, listed, memory
+from elo.format import count, listed, memory
 from elo.report.charts import contestant_styles, last_trials
-from elo.report.drawing import Chart, lighter
+from elo.report.drawing import Chart
 from elo.report.schema import Results, Trial, Verdict
-from elo.report.tables import NOTHING, Table, data_table, measures_table, rates_table, results_table, stages_table
+from elo.report.tables import NOTHING, Table, data_table, measures_table, results_table, stages_table, tuning_table
 from elo.report.verdict import judge, title_of
 
 CHART_FOLDER = "charts"
@@ -34,16 +34,6 @@ _BPB = (
     "UTF-8 bytes of the text. Each text token is predicted once, from the tokens before it in its own document. Values "
     "can be compared across tokenizers, never across languages."
 )
-
-
-@dataclass(frozen=True)
-class Part:
-    """One stage's share of a bar."""
-
-    title: str
-    percent: float
-    colour: str
-    ink: str
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,6 @@ class Section:
     facts: tuple[tuple[str, str], ...] = ()
     table: Table | None = None
     charts: tuple[Chart, ...] = ()
-    bars: tuple[tuple[str, tuple[Part, ...], str], ...] = ()
     samples: tuple[Sample, ...] = ()
     code: tuple[str, ...] = ()
 
@@ -139,7 +128,7 @@ def _environment() -> Environment:
 
 
 def _has_content(section: Section) -> bool:
-    parts = (section.paragraphs, section.facts, section.charts, section.bars, section.samples, section.code)
+    parts = (section.paragraphs, section.facts, section.charts, section.samples, section.code)
     return any(parts) or section.table is not None
 
 
@@ -151,16 +140,15 @@ def _sections(results: Results, verdict: Verdict, charts: Sequence[Chart]) -> li
     for budget, judged in zip(results.budgets, verdict.budgets, strict=True):
         title = f"Results, {budget.name}" if several else "Results"
         found.append(Section(title, table=results_table(results, budget, judged)))
-    found.append(Section("Charts", charts=tuple(chart for chart in charts if not _is_tuning(chart))))
+    found.append(Section("Charts", charts=tuple(charts)))
     for budget in results.budgets:
         title = "Benchmarks in detail" + (f", {budget.name}" if several else "")
         found.append(Section(title, table=measures_table(results, budget)))
-    tuning = tuple(chart for chart in charts if _is_tuning(chart))
     return [
         *found,
-        Section("Cost by stage", bars=tuple(_bars(results, last)), table=stages_table(results, last) if last else None),
+        Section("Cost by stage", table=stages_table(results, last)),
         Section("Samples", tuple(_writing(results, last)), samples=tuple(_samples(results, last))),
-        Section("Tuning", charts=tuning, table=rates_table(results)),
+        Section("Learning rates", table=tuning_table(results)),
         Section("Data", table=data_table(results.data, results.base)),
         Section("How this was measured", paragraphs=(verdict.rule, _BPB)),
         Section("How to reproduce", facts=tuple(_setting(results)), code=tuple(filter(None, (results.command,)))),
@@ -168,14 +156,10 @@ def _sections(results: Results, verdict: Verdict, charts: Sequence[Chart]) -> li
     ]
 
 
-def _is_tuning(chart: Chart) -> bool:
-    return chart.name.startswith("learning_rates")
-
-
 def _about(results: Results) -> str:
-    parts = [results.model.name, f"{listed(results.languages.targets)} taught"]
+    parts = [results.model.name, f"target {listed(results.languages.targets)}"]
     if results.languages.sources:
-        parts.append(f"{listed(results.languages.sources)} to be kept")
+        parts.append(f"source {listed(results.languages.sources)}")
     device = results.hardware.get("gpu") or results.hardware.get("cpu")
     return " · ".join([*parts, *filter(None, (device and str(device), (results.created or "")[:10]))])
 
@@ -192,6 +176,10 @@ def _compared(results: Results) -> list[tuple[str, str]]:
         text += f", layers {', '.join(map(str, contestant.layers))}" if contestant.layers else ""
         text += f"; {changes_text(contestant.changes)}" if contestant.changes else ""
         found.append((contestant.title, text))
+    sizes = [
+        f"{language} {size.documents:,} documents" for language, size in results.base.heldout.items() if size.documents
+    ]
+    found.append(("Measured on", ", ".join(sizes)))
     found.append(("Budget" + "s" * (len(results.budgets) > 1), ", ".join(each.name for each in results.budgets)))
     found.append(("Seed" + "s" * (len(results.seeds) > 1), ", ".join(map(str, results.seeds))))
     if results.languages.sources and len(results.contestants) > 1:
@@ -225,21 +213,6 @@ def _setting(results: Results) -> list[tuple[str, str]]:
         ("Created", results.created or ""),
     ]
     return [(name, text) for name, text in found if text]
-
-
-def _bars(results: Results, trials: Sequence[Trial]) -> list[tuple[str, tuple[Part, ...], str]]:
-    styles = contestant_styles(results)
-    longest = max((trial.seconds for trial in trials), default=0.0)
-    found = []
-    for trial in trials if longest else ():
-        parts = []
-        for stage in trial.stages:
-            colour = styles[trial.contestant].colour
-            colour = "#9aa5b1" if not stage.tokens else lighter(colour, 0.45) if stage.detached else colour
-            ink = "#1f2933" if stage.detached else "#ffffff"
-            parts.append(Part(stage.name.replace("_", " "), 100 * stage.seconds / longest, colour, ink))
-        found.append((title_of(results, trial.contestant), tuple(parts), duration(trial.seconds)))
-    return found
 
 
 def _samples(results: Results, trials: Sequence[Trial]) -> list[Sample]:

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FILE_NAME = "results.json"
 SCHEMA_VERSION = 2
+MIN_DOCUMENTS = 30
+"""Held-out documents below which a difference supports nothing."""
 
 Count = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -223,17 +225,16 @@ class NewRows(Record):
     start: Count = Field(description="First new token id.")
     stop: Count = Field(description="One past the last new token id.")
 
-    @model_validator(mode="after")
-    def _in_order(self) -> "NewRows":
-        if self.stop < self.start:
-            raise ValueError(f"stop {self.stop} is before start {self.start}")
-        return self
-
 
 class Vocabulary(Record):
     """What `elo vocab extend` did to the base model."""
 
     rows: NewRows = Field(description="New vocabulary rows.")
+    embedding_init: str | None = Field(None, description="Initialisation of the new embedding rows.")
+    head_init: str | None = Field(None, description="Initialisation of the new LM head rows; null if they are tied.")
+    source_identity: dict[str, Any] | None = Field(
+        None, description="Comparison of both tokenizers on text of the source language."
+    )
     target_bytes_per_token: tuple[float, float] | None = Field(
         None, description="Bytes per token of the target language, before and after."
     )
@@ -298,12 +299,12 @@ class Difference(Record):
     seeds: Count = Field(
         description="Seeds that both have in common; with one seed the interval covers documents alone."
     )
-    documents: Count = Field(description="Held-out documents.")
+    documents: Count = Field(description="Held-out documents, of the language with the fewest.")
 
     @property
     def is_supported(self) -> bool:
-        """Whether the difference is significant at 5 % after correction."""
-        return self.adjusted_p_value < 0.05
+        """Whether the difference is significant at 5 % after correction, on enough documents."""
+        return self.adjusted_p_value < 0.05 and self.documents >= MIN_DOCUMENTS
 
 
 class BudgetVerdict(Record):
@@ -317,17 +318,16 @@ class BudgetVerdict(Record):
     differences: tuple[Difference, ...] = Field(
         (), description="Each contestant against the reference in each language; one family for Holm's correction."
     )
-    holds_source: tuple[str, ...] = Field(
-        (), description="Contestants whose source languages stay within `endpoint.source_limit_bpb` of the base model."
-    )
-    best: str | None = Field(
-        None, description="Of the contestants in `holds_source`, the one with the lowest mean target bits per byte."
+    ranked: tuple[str, ...] = Field(
+        (),
+        description="Contestants without a failed seed whose source languages stay within `endpoint.source_limit_bpb` "
+        "of the base model, lowest mean target bits per byte first.",
     )
     best_against: tuple[Difference, ...] = Field(
-        (), description="`best` against each other contestant in `holds_source`, in the target languages; one family."
+        (), description="The first of `ranked` against each other one, in the target languages; one family."
     )
     best_is_supported: bool = Field(
-        False, description="Whether `best` is significantly below every other contestant in `holds_source`."
+        False, description="Whether the first of `ranked` is significantly below every other one."
     )
     sentences: tuple[str, ...] = Field((), description="The same in words.")
 
@@ -412,9 +412,15 @@ class Results(Record):
         """Trials of the results table that have a result."""
         return [trial for trial in self.reported(contestant, budget) if trial.failed is None]
 
-    def target_bpb(self, measured: Measured) -> float | None:
-        """Mean bits per byte over the target languages."""
-        return mean_bpb(measured, self.languages.targets)
+    def mean_bpb(self, contestant: str, budget: str, languages: tuple[str, ...]) -> float | None:
+        """Mean bits per byte over the contestant's finished trials, and over `languages`."""
+        values = [mean_bpb(trial.measured, languages) for trial in self.finished(contestant, budget)]
+        return mean([value for value in values if value is not None])
+
+    def change(self, contestant: str, budget: str, language: str) -> float | None:
+        """Mean bits per byte less the base model's."""
+        before, after = self.base.bpb.get(language), self.mean_bpb(contestant, budget, (language,))
+        return None if before is None or after is None else after - before
 
 
 def mean_bpb(measured: Measured, languages: tuple[str, ...]) -> float | None:

@@ -25,9 +25,9 @@ token (or end-of-text, if there is none), which is not predicted; the end-of-tex
 document of more than `sequence_length` text tokens is cut into pieces. Values can be compared across tokenizers, never
 across languages. Lower is better.
 
-`elo evaluate --output FILE` writes a file of its own (`"kind": "evaluation"`), which `elo report` does not read: `bpb`,
-`corpora`, `cloze`, `samples` and `generation` by language, `model`, `sequence_length`, `created`, `hardware` and
-`versions`.
+`elo evaluate --output FILE` writes a file of its own (`"kind": "evaluation"`), which `elo report` does not read. By
+language: `bpb`, `heldout`, `documents_nats`, `documents_bytes`, `corpora`, `cloze` and `generation`. Besides:
+`samples`, `warnings`, `model`, `sequence_length`, `created`, `hardware` and `versions`.
 """
 _NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", NoneType: "null", Any: "any"}
 

@@ -3,8 +3,8 @@
 Two models are compared on the same documents and, seed by seed, on the same training data, so that only differences
 matter. Bits per byte is a ratio of sums, so a document weighs as much as it has bytes.
 
-Documents are resampled (bootstrap): every resample draws them once, for all seeds and all pairs, because all models
-were measured on the same ones. Seeds are two to five, and resampling so few makes intervals far too narrow: of three
+Documents are resampled (bootstrap): a resample draws them once for all seeds and all pairs, because all models were
+measured on the same ones. Seeds are two to five, and resampling so few makes intervals far too narrow: of three
 seeds that scatter around zero, all have the same sign in one case of four, and then so has every resample. The error
 of the mean over seeds is therefore drawn from Student's t distribution, scaled by the standard error over seeds. With
 one seed only the documents vary; a caller has to mention it.
@@ -13,13 +13,14 @@ one seed only the documents vary; a caller has to mention it.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 _CONFIDENCE = 0.95
-_DRAWN_AT_ONCE = 4_000_000
+_AT_ONCE = 1000
 
 Floats = NDArray[np.float64]
 
@@ -34,26 +35,31 @@ class Estimate:
     p_value: float
 
 
-def resampled_documents(nats_PD: Floats, bytes_D: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
-    """Bits per byte [P, resamples] of each row of `nats_PD` over resampled documents, the same ones for all rows.
+def resampled_documents(nats_D: Floats, bytes_D: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
+    """Bits per byte [resamples] on resampled documents: the same ones for every call with as many documents.
 
     Args:
-        nats_PD: nats, or differences of nats, of P rows on D documents.
+        nats_D: nats, or differences of nats, of D documents.
         bytes_D: UTF-8 bytes of the documents.
         resamples: number of resamples.
-        seed: of the resampling; the same seed gives the same documents.
+        seed: of the resampling.
     """
+    times_RD = _times_drawn(bytes_D.size, resamples, seed)
+    sums = [times_RD[at : at + _AT_ONCE] @ np.stack([nats_D, bytes_D], axis=1) for at in range(0, resamples, _AT_ONCE)]
+    nats_R, bytes_R = np.concatenate(sums).T
+    return np.asarray(
+        nats_R / (math.log(2) * np.maximum(bytes_R, 1.0))
+    )  # a resample may hold nothing but empty documents
+
+
+@lru_cache(maxsize=4)
+def _times_drawn(documents: int, resamples: int, seed: int) -> NDArray[np.uint8]:
+    """How often [resamples, documents] each document is drawn."""
     generator = np.random.default_rng(seed)
-    documents = bytes_D.size
-    found = np.empty((len(nats_PD), resamples))
-    at_once = max(1, _DRAWN_AT_ONCE // documents)
-    for start in range(0, resamples, at_once):
-        rows = min(at_once, resamples - start)
-        drawn = generator.integers(0, documents, (rows, documents)) + documents * np.arange(rows)[:, None]
-        times_RD = np.bincount(drawn.ravel(), minlength=rows * documents).reshape(rows, documents).astype(np.float64)
-        # Only a resample of nothing but empty documents has no bytes.
-        found[:, start : start + rows] = (nats_PD @ times_RD.T) / (math.log(2) * np.maximum(times_RD @ bytes_D, 1.0))
-    return found
+    times_RD = np.empty((resamples, documents), np.uint8)
+    for row in times_RD:
+        row[:] = np.bincount(generator.integers(0, documents, documents), minlength=documents)
+    return times_RD
 
 
 def estimate(per_seed: Sequence[float], documents_R: Floats, seed: int = 0) -> Estimate:

@@ -1,11 +1,11 @@
 """The report's tables, built once and rendered as HTML, Markdown and on the terminal."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from elo.format import count, duration, flops, learning_rate, memory, signed
-from elo.report.schema import Budget, BudgetVerdict, Contestant, Data, Measured, Results, TextSize, Trial, mean
-from elo.report.verdict import BASE, contestant_warnings, title_of
+from elo.report.schema import Budget, BudgetVerdict, Contestant, Data, Measured, Results, Trial, mean
+from elo.report.verdict import contestant_warnings, score, title_of, tuned
 
 NOTHING = "–"
 
@@ -43,39 +43,44 @@ class Table:
     note: str = ""
 
 
+_Parts = tuple[Column, Cell, list[Cell]]
+"""A column: heading, cell of the base model, cells of the contestants."""
+
+
 def results_table(results: Results, budget: Budget, verdict: BudgetVerdict) -> Table:
     """The base model, then every contestant, lowest target bits per byte first."""
     trials = {each.name: results.finished(each.name, budget.name) for each in results.contestants}
-    order = sorted(results.contestants, key=lambda each: _target(results, trials[each.name]))
-    columns: list[tuple[Column, Cell, list[Cell]]] = [_names(results, budget, order)]
+    bpb = {name: results.mean_bpb(name, budget.name, results.languages.targets) for name in trials}
+    order = sorted(results.contestants, key=lambda each: (bpb[each.name] is None, bpb[each.name]))
+    columns = [_names(results, budget, order)]
     for language in results.languages.all:
-        columns += _bpb_columns(results, language, order, trials, verdict)
-    costs: tuple[tuple[str, Callable[[Trial], float | None], Callable[[float], str]], ...] = (
-        ("Tokens", lambda trial: trial.tokens, count),
-        ("CPU time", lambda trial: trial.cpu_seconds, duration),
-        ("Wall time", lambda trial: trial.seconds, duration),
-        ("Compute", lambda trial: trial.flops, flops),
-        ("Peak memory", lambda trial: trial.peak_memory_bytes, memory),
-    )
-    for title, value, shown in costs:
+        columns += _bpb_columns(results, language, order, verdict)
+    for title, value, shown in _COSTS:
         column = Column(title, is_brief=title not in ("Wall time", "Compute"))
         columns.append((column, Cell(), [_mean_cell(trials[each.name], value, shown) for each in order]))
     columns += _measure_columns(results, order, trials)
     flags = [len(contestant_warnings(results, each, budget)) for each in order]
-    columns.append(
-        (Column("Warnings", is_brief=False), Cell(), [Cell(str(flag)) if flag else Cell() for flag in flags])
-    )
+    columns.append((Column("Warnings", is_brief=False), Cell(), [_cell(flag or None, str) for flag in flags]))
     return _table(columns, _note(results, verdict))
 
 
-def _table(columns: Sequence[tuple[Column, Cell, list[Cell]]], note: str) -> Table:
-    """From (heading, base's cell, contestants' cells); columns in which contestants have nothing are left out."""
+_COSTS: tuple[tuple[str, Callable[[Trial], float | None], Callable[[float], str]], ...] = (
+    ("Tokens", lambda trial: trial.tokens, count),
+    ("CPU time", lambda trial: trial.cpu_seconds, duration),
+    ("Wall time", lambda trial: trial.seconds, duration),
+    ("Compute", lambda trial: trial.flops, flops),
+    ("Peak memory", lambda trial: trial.peak_memory_bytes, memory),
+)
+
+
+def _table(columns: Sequence[_Parts], note: str) -> Table:
+    """Columns side by side; those in which contestants have nothing are left out."""
     shown = [each for each in columns if any(cell.text != NOTHING for cell in each[2])] or list(columns[:1])
     rows = zip(*([base, *cells] for _, base, cells in shown), strict=True)
     return Table(tuple(column for column, _, _ in shown), tuple(rows), note)
 
 
-def _names(results: Results, budget: Budget, order: Sequence[Contestant]) -> tuple[Column, Cell, list[Cell]]:
+def _names(results: Results, budget: Budget, order: Sequence[Contestant]) -> _Parts:
     cells = []
     for contestant in order:
         reported = results.reported(contestant.name, budget.name)
@@ -85,55 +90,37 @@ def _names(results: Results, budget: Budget, order: Sequence[Contestant]) -> tup
     return Column("Contestant", is_text=True), Cell("Base model"), cells
 
 
-def _target(results: Results, trials: Sequence[Trial]) -> float:
-    value = mean([results.target_bpb(trial.measured) or 0.0 for trial in trials])
-    return float("inf") if value is None else value
-
-
-def _bpb_columns(
-    results: Results,
-    language: str,
-    order: Sequence[Contestant],
-    trials: dict[str, list[Trial]],
-    verdict: BudgetVerdict,
-) -> list[tuple[Column, Cell, list[Cell]]]:
-    role = "target" if language in results.languages.targets else "source"
-    before = results.base.bpb.get(language)
+def _bpb_columns(results: Results, language: str, order: Sequence[Contestant], verdict: BudgetVerdict) -> list[_Parts]:
+    is_target = language in results.languages.targets
     differences = {each.contestant: each for each in verdict.differences if each.languages == (language,)}
     values, against = [], []
     for contestant in order:
-        after = mean([t.measured.bpb[language] for t in trials[contestant.name] if language in t.measured.bpb])
-        best = verdict.best_is_supported and contestant.name == verdict.best and role == "target"
-        change = "" if after is None or before is None else signed(after - before)
-        values.append(Cell() if after is None else Cell(f"{after:.3f}", change, bold=best))
-        each = differences.get(contestant.name)
-        interval = "" if each is None else f"{signed(each.low)} to {signed(each.high)}"
-        against.append(
-            Cell("reference" if contestant.name == verdict.reference and differences else NOTHING)
-            if each is None
-            else Cell(signed(each.value), interval, each.is_supported, tone="good" if each.value < 0 else "bad")
-        )
-    found = [
-        (
-            Column(f"{language}, {role}", "bpb ↓, change"),
-            Cell() if before is None else Cell(f"{before:.3f}"),
-            values,
-        )
-    ]
+        after = results.mean_bpb(contestant.name, verdict.budget, (language,))
+        change = results.change(contestant.name, verdict.budget, language)
+        best = is_target and verdict.best_is_supported and contestant.name == verdict.ranked[0]
+        detail = "" if change is None else signed(change)
+        values.append(Cell() if after is None else Cell(f"{after:.3f}", detail, best))
+        if each := differences.get(contestant.name):
+            tone = "good" if each.value < 0 else "bad"
+            interval = f"{signed(each.low)} to {signed(each.high)}"
+            against.append(Cell(signed(each.value), interval, each.is_supported, tone=tone))
+        else:
+            against.append(Cell("reference" if contestant.name == verdict.reference else NOTHING))
+    heading = Column(f"{language}, {'target' if is_target else 'source'}", "bpb ↓, change")
+    found = [(heading, _cell(results.base.bpb.get(language), lambda value: f"{value:.3f}"), values)]
     if differences:
-        versus = "base model" if verdict.reference == BASE else title_of(results, verdict.reference)
-        found.append((Column(f"{language} − {versus}", "bpb ↓, 95 % interval"), Cell(), against))
+        versus = Column(f"{language} − {title_of(results, verdict.reference)}", "bpb ↓, 95 % interval")
+        found.append((versus, Cell(), against))
     return found
 
 
 def _mean_cell(trials: Sequence[Trial], value: Callable[[Trial], float | None], shown: Callable[[float], str]) -> Cell:
-    average = mean([each for trial in trials if (each := value(trial)) is not None])
-    return Cell() if not average else Cell(shown(average))
+    return _cell(mean([each for trial in trials if (each := value(trial)) is not None]) or None, shown)
 
 
 def _measure_columns(
     results: Results, order: Sequence[Contestant], trials: dict[str, list[Trial]], *, subsets: bool = False
-) -> list[tuple[Column, Cell, list[Cell]]]:
+) -> list[_Parts]:
     """One column per benchmark, language and, with `subsets`, subset of its items."""
     measured = [results.base, *(trial.measured for each in trials.values() for trial in each)]
     keys = dict.fromkeys(
@@ -189,13 +176,14 @@ def measures_table(results: Results, budget: Budget) -> Table | None:
     return _table([_names(results, budget, results.contestants), *columns], note)
 
 
-def stages_table(results: Results, trials: Sequence[Trial]) -> Table:
+def stages_table(results: Results, trials: Sequence[Trial]) -> Table | None:
     """What each stage of the given trials cost."""
     columns = ("Contestant", "Stage", "Wall time", "CPU time", "Tokens", "Tokens/s", "Compute", "Peak memory")
+    titles = {each.name: each.title for each in results.contestants}
     rows = []
     for trial in trials:
         for index, stage in enumerate(trial.stages):
-            name = Cell(title_of(results, trial.contestant), swatch=trial.contestant) if index == 0 else Cell("")
+            name = Cell(titles[trial.contestant], swatch=trial.contestant) if index == 0 else Cell("")
             rows.append((
                 name,
                 Cell(stage.name.replace("_", " ")),
@@ -206,6 +194,8 @@ def stages_table(results: Results, trials: Sequence[Trial]) -> Table:
                 _cell(stage.flops, flops),
                 _cell(stage.peak_memory_bytes, memory),
             ))  # fmt: skip
+    if not rows:
+        return None
     kept = [index for index in range(len(columns)) if any(row[index].text not in (NOTHING, "") for row in rows)]
     return Table(
         tuple(Column(columns[index], is_text=index < 2) for index in kept),
@@ -213,34 +203,55 @@ def stages_table(results: Results, trials: Sequence[Trial]) -> Table:
     )
 
 
-def rates_table(results: Results) -> Table | None:
-    """Learning rates of the reported trials, and how many were tried."""
-    rows = []
+def tuning_table(results: Results) -> Table | None:
+    """Learning rates of the reported trials, and every setting that was tried with its validation score."""
+    parts: list[tuple[Cell, Cell, Cell, Cell]] = []
     for budget in results.budgets:
         for contestant in results.contestants:
             reported = results.reported(contestant.name, budget.name)
-            own = [t for t in results.trials if (t.contestant, t.budget) == (contestant.name, budget.name)]
-            if reported and reported[0].learning_rates:
-                rates = [f"{name} {learning_rate(rate)}" for name, rate in reported[0].learning_rates.items()]
-                tried = len({tuple(trial.learning_rates.items()) for trial in own})
-                name = Cell(contestant.title, swatch=contestant.name)
-                rows.append((name, Cell(budget.name), Cell(", ".join(rates)), Cell(str(tried))))
-    columns = [Column(title, is_text=True) for title in ("Contestant", "Budget", "Learning rates used")]
-    return Table((*columns, Column("Settings tried")), tuple(rows)) if rows else None
+            if not reported or not reported[0].learning_rates:
+                continue
+            tried = tuned(results, contestant.name, budget.name)
+            tried.sort(key=lambda trial: list(trial.learning_rates.values()))
+            parts.append((
+                Cell(contestant.title, budget.name, swatch=contestant.name),
+                Cell(" / ".join(reported[0].learning_rates).replace("_", " ")),
+                Cell(_rates(reported[0])),
+                Cell(", ".join(f"{_rates(trial)}: {_score(results, trial)}" for trial in tried) or NOTHING),
+            ))  # fmt: skip
+    if not parts:
+        return None
+    weight = results.endpoint.source_weight
+    unit = "validation bpb ↓" + (f", target + {weight:g} × source" if weight else "")
+    columns = (Column("Contestant", is_text=True), Column("Learning rate of", is_text=True), Column("Used"))
+    if all(row[3].text == NOTHING for row in parts):
+        return Table(columns, tuple(row[:3] for row in parts))
+    return Table((*columns, Column("Tried", unit, is_text=True)), tuple(parts))
+
+
+def _rates(trial: Trial) -> str:
+    return " / ".join(map(learning_rate, trial.learning_rates.values()))
+
+
+def _score(results: Results, trial: Trial) -> str:
+    value = score(results, trial.validation)
+    return "failed" if value is None or trial.failed else f"{value:.3f}"
 
 
 def data_table(data: Data, base: Measured) -> Table | None:
     """Amounts of text: training, held out, and measured on."""
     parts = (("training", data.train), ("held out", data.heldout), ("measured on", base.heldout))
-    rows = [_size_row(f"{language}, {use}", size) for use, sizes in parts for language, size in sizes.items()]
+    rows = [
+        (
+            Cell(f"{language}, {use}"),
+            *(_cell(number, lambda value: f"{value:,}") for number in (size.documents, size.tokens, size.bytes)),
+            _cell(size.bytes_per_token, lambda value: f"{value:.2f}"),
+        )
+        for use, sizes in parts
+        for language, size in sizes.items()
+    ]
     columns = map(Column, ("Documents", "Tokens", "UTF-8 bytes", "Bytes per token"))
     return Table((Column("Text", is_text=True), *columns), tuple(rows)) if rows else None
-
-
-def _size_row(name: str, size: TextSize) -> tuple[Cell, ...]:
-    numbers: Iterable[int | None] = (size.documents, size.tokens, size.bytes)
-    return (Cell(name), *(_cell(number, lambda value: f"{value:,}") for number in numbers),
-            _cell(size.bytes_per_token, lambda value: f"{value:.2f}"))  # fmt: skip
 
 
 def _cell(value: float | None, shown: Callable[[float], str]) -> Cell:

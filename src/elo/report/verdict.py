@@ -1,11 +1,13 @@
 """What the statistics support, budget by budget, and what a reader should be warned of."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 
 from elo.format import count, duration, learning_rate, listed, signed
 from elo.report.schema import (
+    MIN_DOCUMENTS,
     Budget,
     BudgetVerdict,
     Contestant,
@@ -14,28 +16,27 @@ from elo.report.schema import (
     Results,
     Trial,
     Verdict,
-    mean,
     mean_bpb,
 )
-from elo.report.statistics import Estimate, Floats, bits_per_byte, estimate, holm, resampled_documents
+from elo.report.statistics import Floats, bits_per_byte, estimate, holm, resampled_documents
 
 BASE = "base"
 Pair = tuple[str, str, tuple[str, ...]]
 """Contestant, reference, languages."""
-FEW_DOCUMENTS = 30
 OFF_BUDGET = 0.1
 """Relative distance from a budget above which a trial is reported."""
 RULE = (
     "Differences are paired by seed and document. Intervals cover 95 %: documents are resampled 10,000 times, and the "
     "error over seeds is drawn from Student's t distribution. p-values are two-sided and corrected by Holm's method "
-    "over contestants and languages, budget by budget. Bold: significant at 5 % after correction."
+    "over contestants and languages, budget by budget. Bold: significant at 5 % after correction, on at least "
+    f"{MIN_DOCUMENTS} documents."
 )
 
 
 def judge(results: Results) -> Verdict:
     """Apply the rule to every budget."""
     return Verdict(
-        rule=RULE, budgets=tuple(_judge(results, budget) for budget in results.budgets), warnings=warnings(results)
+        rule=RULE, budgets=tuple(_judge(results, budget.name) for budget in results.budgets), warnings=warnings(results)
     )
 
 
@@ -48,47 +49,39 @@ def reference_of(results: Results) -> str:
 
 def title_of(results: Results, name: str) -> str:
     """A contestant's name for people, in quotes where a comma in it would break a list."""
-    title = next((each.title for each in results.contestants if each.name == name), "the base model")
+    title = next((each.title for each in results.contestants if each.name == name), "base model")
     return f"“{title}”" if "," in title else title
 
 
-def holds_source(results: Results, trials: Sequence[Trial]) -> bool:
-    """Whether the trials' mean stays within the limit in every source language that was measured."""
-    for language in results.languages.sources:
-        after = mean([trial.measured.bpb[language] for trial in trials if language in trial.measured.bpb])
-        before = results.base.bpb.get(language)
-        if after is not None and before is not None and after - before > results.endpoint.source_limit_bpb:
-            return False
-    return bool(trials)
+def holds_source(results: Results, contestant: str, budget: str) -> bool:
+    """Whether the mean over seeds stays within the limit in every source language that was measured."""
+    changes = [results.change(contestant, budget, language) for language in results.languages.sources]
+    return all(change is None or change <= results.endpoint.source_limit_bpb for change in changes)
 
 
-def _judge(results: Results, budget: Budget) -> BudgetVerdict:
-    reference = reference_of(results)
-    finished = {each.name: results.finished(each.name, budget.name) for each in results.contestants}
-    pairs = [
-        (name, reference, (language,)) for language in results.languages.all for name in finished if name != reference
-    ]
-    differences = compare(results, budget.name, pairs)
-    able = [
-        name
-        for name, trials in finished.items()
-        if holds_source(results, trials) and len(trials) == len(results.reported(name, budget.name))
-    ]
-    ranked = sorted(able, key=lambda name: mean([results.target_bpb(t.measured) or 0.0 for t in finished[name]]) or 0.0)
-    best = ranked[0] if ranked else None
-    against = compare(results, budget.name, [(ranked[0], name, results.languages.targets) for name in ranked[1:]])
-    supported = bool(against) and len(against) == len(ranked) - 1
-    supported &= all(each.is_supported and each.value < 0 for each in against)
+def _judge(results: Results, budget: str) -> BudgetVerdict:
+    reference, targets = reference_of(results), results.languages.targets
+    names = [each.name for each in results.contestants]
+    pairs = [(name, reference, (language,)) for language in results.languages.all for name in names]
+    bpb = {
+        name: value
+        for name in names
+        if all(trial.failed is None for trial in results.reported(name, budget))
+        and holds_source(results, name, budget)
+        and (value := results.mean_bpb(name, budget, targets)) is not None
+    }
+    ranked = sorted(bpb, key=bpb.__getitem__)
+    against = compare(results, budget, [(ranked[0], name, targets) for name in ranked[1:]])
+    supported = [each for each in against if each.is_supported and each.value < 0]
     verdict = BudgetVerdict(
-        budget=budget.name,
+        budget=budget,
         reference=reference,
-        differences=differences,
-        holds_source=tuple(able),
-        best=best,
+        differences=compare(results, budget, [pair for pair in pairs if pair[0] != reference]),
+        ranked=tuple(ranked),
         best_against=against,
-        best_is_supported=supported,
+        best_is_supported=0 < len(supported) == len(ranked) - 1,
     )
-    return verdict.model_copy(update={"sentences": tuple(_sentences(results, verdict, finished))})
+    return verdict.model_copy(update={"sentences": tuple(_sentences(results, verdict))})
 
 
 def compare(results: Results, budget: str, pairs: Sequence[Pair]) -> tuple[Difference, ...]:
@@ -96,47 +89,30 @@ def compare(results: Results, budget: str, pairs: Sequence[Pair]) -> tuple[Diffe
 
     Pairs without per-document values, or without a common seed, are left out.
     """
-    paired: dict[Pair, list[tuple[Floats, Floats]]] = {}
-    for pair in pairs:
-        parts = [_paired_nats(results, budget, pair[0], pair[1], language) for language in pair[2]]
-        known = [part for part in parts if part is not None]
-        if known and len(known) == len(parts):
-            paired[pair] = known
-    drawn = _resampled([part for texts in paired.values() for part in texts])
-    found: list[tuple[Pair, Estimate, int, int]] = []
-    for pair, texts in paired.items():
-        per_seed = np.mean([bits_per_byte(nats, sizes) for nats, sizes in texts], axis=0)
-        value = estimate(per_seed.tolist(), np.mean([drawn.pop(0) for _ in texts], axis=0))
-        found.append((pair, value, per_seed.size, sum(sizes.size for _, sizes in texts)))
-    adjusted = holm([each.p_value for _, each, _, _ in found])
-    return tuple(
-        Difference(
-            contestant=contestant,
-            reference=reference,
-            languages=languages,
-            value=value.value,
-            low=value.low,
-            high=value.high,
-            p_value=value.p_value,
-            adjusted_p_value=p_value,
-            seeds=seeds,
-            documents=documents,
+    found: list[Difference] = []
+    for contestant, reference, languages in pairs:
+        texts = [_paired_nats(results, budget, contestant, reference, language) for language in languages]
+        known = [text for text in texts if text is not None]
+        if not known or len(known) < len(texts):
+            continue
+        per_seed = np.mean([bits_per_byte(nats, sizes) for nats, sizes in known], axis=0)
+        drawn = np.mean([resampled_documents(nats.mean(axis=0), sizes) for nats, sizes in known], axis=0)
+        value = estimate(per_seed.tolist(), drawn)
+        found.append(
+            Difference(
+                contestant=contestant,
+                reference=reference,
+                languages=languages,
+                **asdict(value),
+                adjusted_p_value=value.p_value,
+                seeds=per_seed.size,
+                documents=min(sizes.size for _, sizes in known),
+            )
         )
-        for ((contestant, reference, languages), value, seeds, documents), p_value in zip(found, adjusted, strict=True)
+    adjusted = holm([each.p_value for each in found])
+    return tuple(
+        each.model_copy(update={"adjusted_p_value": value}) for each, value in zip(found, adjusted, strict=True)
     )
-
-
-def _resampled(parts: Sequence[tuple[Floats, Floats]]) -> list[Floats]:
-    """Each part's mean over seeds on resampled documents; parts with the same documents share the resamples."""
-    drawn: list[Floats] = [np.empty(0)] * len(parts)
-    groups: dict[bytes, list[int]] = {}
-    for index, (_, sizes) in enumerate(parts):
-        groups.setdefault(sizes.tobytes(), []).append(index)
-    for indices in groups.values():
-        means = np.stack([parts[index][0].mean(axis=0) for index in indices])
-        for index, row in zip(indices, resampled_documents(means, parts[indices[0]][1]), strict=True):
-            drawn[index] = row
-    return drawn
 
 
 def _paired_nats(
@@ -144,12 +120,10 @@ def _paired_nats(
 ) -> tuple[Floats, Floats] | None:
     """Differences of nats [seeds, documents] and bytes [documents]; None if the two cannot be paired."""
     ours = {trial.seed: trial.measured for trial in results.finished(contestant, budget)}
+    theirs = {trial.seed: trial.measured for trial in results.finished(reference, budget)}
     if reference == BASE:
         theirs = dict.fromkeys(ours, results.base)
-    else:
-        theirs = {trial.seed: trial.measured for trial in results.finished(reference, budget)}
-    seeds = sorted(ours.keys() & theirs.keys())
-    both: list[tuple[Measured, Measured]] = [(ours[seed], theirs[seed]) for seed in seeds]
+    both = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
     if not both or any(not each.document_nats.get(language) for pair in both for each in pair):
         return None
     sizes = both[0][0].document_bytes[language]
@@ -159,56 +133,54 @@ def _paired_nats(
     return nats[:, 0] - nats[:, 1], np.array(sizes, np.float64)
 
 
-def _sentences(results: Results, verdict: BudgetVerdict, finished: dict[str, list[Trial]]) -> list[str]:
+def _sentences(results: Results, verdict: BudgetVerdict) -> list[str]:
     """At most three sentences."""
-    if not any(finished.values()):
-        failed = any(results.reported(each.name, verdict.budget) for each in results.contestants)
-        return ["Every trial failed." if failed else "No trial has finished yet."]
+    names = [each.name for each in results.contestants if results.reported(each.name, verdict.budget)]
+    if not any(results.finished(name, verdict.budget) for name in names):
+        return ["Every trial failed." if names else "No trial has finished yet."]
+    one_seed = "One seed: intervals and tests cover the choice of documents alone, not the seed."
     if len(results.contestants) == 1:
-        return _against_base(results, verdict, finished[results.contestants[0].name])
+        found = _against_base(results, verdict)
+        return [*found, one_seed] if all(each.seeds == 1 for each in verdict.differences) else found
+    targets, sources = listed(results.languages.targets), listed(results.languages.sources)
+    condition = f" with {sources} held to base + {results.endpoint.source_limit_bpb:g}" if sources else ""
     found = []
-    targets, limit = listed(results.languages.targets), results.endpoint.source_limit_bpb
-    condition = (
-        f" with {listed(results.languages.sources)} held to base + {limit:g}" if results.languages.sources else ""
-    )
-    if verdict.best is None:
-        return [f"No contestant finished every seed{condition}."]
-    name = title_of(results, verdict.best)
-    value = mean([results.target_bpb(trial.measured) or 0.0 for trial in finished[verdict.best]]) or 0.0
-    lead = f"{targets}{condition}: the lowest is {name} with {value:.3f} bits per byte"
-    others = [each for each in verdict.holds_source if each != verdict.best]
-    if not others:
-        found.append(f"{lead}, and no other contestant meets the condition.")
-    elif verdict.best_is_supported:
-        found.append(f"{lead}, significantly below {_all(results, others)}.")
-    elif len(verdict.best_against) < len(others):
-        found.append(f"{lead}. Without values per document and seed it cannot be tested against the others.")
-    else:
+    if verdict.ranked:
+        best, *others = verdict.ranked
+        value = results.mean_bpb(best, verdict.budget, results.languages.targets) or 0.0
+        lead = f"{targets}{condition}: the lowest is {title_of(results, best)} with {value:.3f} bits per byte"
         alike = [each.reference for each in verdict.best_against if not (each.is_supported and each.value < 0)]
-        found.append(f"{lead}. The data do not separate it from {_all(results, alike)}.")
-    out = [name for name, trials in finished.items() if trials and name not in verdict.holds_source]
-    if out:
-        found.append(f"Not ranked, for the source language or a failed seed: {_all(results, out)}.")
-    if len(results.seeds) < 2:
-        found.append("One seed: intervals and tests cover the choice of documents alone, not the seed.")
-    return found
+        if not others:
+            found.append(f"{lead}, and no other contestant meets the condition.")
+        elif verdict.best_is_supported:
+            found.append(f"{lead}, significantly below {_all(results, others)}.")
+        elif len(verdict.best_against) < len(others):
+            found.append(f"{lead}. Without values per document and seed it cannot be tested against the others.")
+        else:
+            found.append(f"{lead}. The data do not separate it from {_all(results, alike)}.")
+    out = []
+    for name in names:
+        if name not in verdict.ranked:
+            held = holds_source(results, name, verdict.budget)
+            out.append(f"{title_of(results, name)} ({'a failed seed' if held else f'{sources} above the limit'})")
+    found += [f"Not ranked: {listed(out)}."] if out else []
+    return [*found, one_seed] if len(results.seeds) < 2 else found
 
 
-def _against_base(results: Results, verdict: BudgetVerdict, trials: Sequence[Trial]) -> list[str]:
-    """What a single contestant did to each language."""
+def _against_base(results: Results, verdict: BudgetVerdict) -> list[str]:
+    """What a single contestant did to the first languages."""
     contestant, found = results.contestants[0], []
     for language in results.languages.all[:2]:
-        before = results.base.bpb.get(language)
-        after = mean([trial.measured.bpb[language] for trial in trials if language in trial.measured.bpb])
-        if before is None or after is None:
-            continue
-        moved = f"{language}: {before:.3f} to {after:.3f} bits per byte ({signed(after - before)}"
-        for each in verdict.differences:
-            if each.languages == (language,):
-                moved += f", 95 % interval {signed(each.low)} to {signed(each.high)}"
-        found.append(f"{contestant.title}, {moved}).")
-    if len({trial.seed for trial in trials}) == 1 and verdict.differences:
-        found.append("One seed: the intervals cover the choice of documents alone, not the seed.")
+        change = results.change(contestant.name, verdict.budget, language)
+        if change is not None:
+            before = results.base.bpb[language]
+            text = f"{contestant.title}, {language}: {before:.3f} to {before + change:.3f} bits per byte"
+            intervals = [
+                f", 95 % interval {signed(each.low)} to {signed(each.high)}"
+                for each in verdict.differences
+                if each.languages == (language,)
+            ]
+            found.append(f"{text} ({signed(change)}{''.join(intervals)}).")
     return found
 
 
@@ -247,9 +219,9 @@ def _heldout_warnings(results: Results) -> list[str]:
     found = []
     for language in results.languages.all:
         size = results.base.heldout.get(language) or results.data.heldout.get(language)
-        if size is not None and size.documents is not None and size.documents < FEW_DOCUMENTS:
+        if size is not None and size.documents is not None and size.documents < MIN_DOCUMENTS:
             found.append(
-                f"{language}: {size.documents} held-out documents; {FEW_DOCUMENTS} is the least that can carry a claim."
+                f"{language}: {size.documents} held-out documents; {MIN_DOCUMENTS} is the least that can carry a claim."
             )
     if not any(trial.measured.document_nats for trial in results.trials) and results.trials:
         found.append("No values per document: differences have no intervals, and nothing is marked as significant.")
@@ -257,22 +229,15 @@ def _heldout_warnings(results: Results) -> list[str]:
 
 
 def _harm(results: Results, contestant: Contestant, budget: Budget) -> list[str]:
-    trials = results.finished(contestant.name, budget.name)
-    found = []
+    found, limit = [], results.endpoint.source_limit_bpb
     for language in results.languages.all:
-        before = results.base.bpb.get(language)
-        after = mean([trial.measured.bpb[language] for trial in trials if language in trial.measured.bpb])
-        if before is None or after is None:
+        change = results.change(contestant.name, budget.name, language)
+        if change is None:
             continue
-        if language in results.languages.targets and after >= before:
-            found.append(
-                f"the target language {language} is worse than in the base model ({signed(after - before)} bpb)"
-            )
-        limit = results.endpoint.source_limit_bpb
-        if language in results.languages.sources and after - before > limit:
-            found.append(
-                f"the source language {language} is {signed(after - before)} bpb off the base, limit {limit:g}"
-            )
+        if language in results.languages.targets and change >= 0:
+            found.append(f"the target language {language} is worse than in the base model ({signed(change)} bpb)")
+        if language in results.languages.sources and change > limit:
+            found.append(f"the source language {language} is {change:.3f} bpb above the base model, limit {limit:g}")
     return found
 
 
@@ -295,7 +260,7 @@ def tuned(results: Results, contestant: str, budget: str) -> list[Trial]:
 
 def score(results: Results, measured: Measured | None) -> float | None:
     """What tuning minimised: target + source_weight times source bits per byte of validation text."""
-    target = results.target_bpb(measured) if measured else None
+    target = mean_bpb(measured, results.languages.targets) if measured else None
     if measured is None or target is None or not results.endpoint.source_weight:
         return target
     source = mean_bpb(measured, results.languages.sources)

@@ -108,7 +108,8 @@ class RunFolder:
         """Call `function(folder / name, **arguments, **execution)` unless it was done with these arguments already.
 
         The arguments are the stage's fingerprint, so that none can be forgotten: numbers, texts, lists, artifacts of
-        earlier stages, settings (`decisive()` of theirs), and whatever has an `identity()`.
+        earlier stages, whatever has a
+        `fingerprint`, and settings and objects with `decisive()` or `identity()`.
 
         Args:
             name: of the stage, unique in the folder, and of its output.
@@ -269,7 +270,7 @@ def identity(value: Any) -> Any:
         return value
     if isinstance(value, Path):
         return str(value)
-    if isinstance(value, Artifact):
+    if hasattr(value, "fingerprint"):  # artifacts, prepared data and its corpora
         return value.fingerprint
     for way in ("identity", "decisive"):
         if hasattr(value, way):

@@ -192,7 +192,7 @@ def _attribute_difference(old: nn.Module, new: nn.Module, place: _Place) -> str 
                 return f"{name} {difference}"
     old_values, new_values = vars(old), vars(new)
     for name in sorted(old_values.keys() | new_values.keys()):
-        if name.startswith("_") and name not in ("_attn_implementation",):
+        if name in quirks.WITHOUT_EFFECT or (name.startswith("_") and name != "_attn_implementation"):
             continue
         before, after = old_values.get(name), new_values.get(name)
         if name in quirks.INDEX_ATTRIBUTES and isinstance(before, int) and isinstance(after, int):

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from elo.data.packing import IGNORE_INDEX
-from elo.plan.memory import CHUNK, HeadLoss
 from elo.store.processes import from_main
+from elo.train.settings import CHUNK, HeadLoss
 
 _SUMS_IN_FP32 = torch.__version__ >= "2.12"  # CUDA's products of bf16 matrices, out as they were summed
 

@@ -18,6 +18,9 @@ Part = Literal["embedding", "norm", "head"]
 """A part of a model outside its decoder layers."""
 HeadLoss = Literal["chunked", "plain", "linear_cross_entropy", "model"]
 
+CHUNK = {"gpu": 2048, "cpu": 256}
+"""Tokens that the chunked head loss takes at a time: 256 x 8192 x 4 bytes = 8 MiB of logits stay in a CPU's last-level
+cache; a GPU wants larger chunks."""
 EXECUTION: JsonDict = {"execution": True}
 """Mark of execution settings, for `Field(json_schema_extra=EXECUTION)`."""
 _SHORT_NAMES = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}

@@ -1,8 +1,8 @@
-"""Make the base model that the quickstart ships: write its corpus, then pretrain on it with train_base.py.
+"""Make the base model that the quickstart ships: write its corpus, then pretrain on it with benchmarks/train_base.py.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_quickstart_base.py --output src/elo/quickstart/base
+    OMP_NUM_THREADS=1 python examples/tavuni/train_quickstart_base.py --output src/elo/quickstart/base
 
-One thread, because at this size two cost more in waiting than they give. docs/quickstart-corpus.md has the outcome.
+One thread, because at this size two cost more in waiting than they give. README.md beside this file has the outcome.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from elo.quickstart.corpus import SOURCE, TARGET, write_corpus
+from corpus import SOURCE, TARGET, write_corpus
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
             # Many small steps: at 3 M parameters steps are what is short, not tokens.
             "--batch": 4,
         }
-        script = Path(__file__).with_name("train_base.py")
+        script = Path(__file__).parents[2] / "benchmarks" / "train_base.py"
         command = [sys.executable, str(script), "--no-compile"]
         command += ["--corpus", f"{SOURCE}={paths.pretrain_source}", "--corpus", f"{TARGET}={paths.pretrain_target}"]
         for name, value in options.items():

@@ -1,6 +1,6 @@
 """Words and fact templates of the source language."""
 
-from elo.quickstart.world import words
+from world import words
 
 IRREGULAR_PLURALS = {"sheep": "sheep", "donkey": "donkeys", "fish": "fish", "knife": "knives", "key": "keys"}
 NUMBERS = words(

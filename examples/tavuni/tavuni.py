@@ -1,9 +1,9 @@
-"""Tavuni, the invented target language: agglutinative, verb-final, vowel harmony; see docs/quickstart-corpus.md."""
+"""Tavuni, the invented target language: agglutinative, verb-final, vowel harmony; see README.md here."""
 
 import random
 from functools import cache
 
-from elo.quickstart.meaning import (
+from meaning import (
     Answered,
     Asked,
     Clause,
@@ -18,11 +18,10 @@ from elo.quickstart.meaning import (
     ToldTogether,
     Total,
 )
-from elo.quickstart.tavuni_lexicon import BACK, ROOTS, VOWELS, respell, to_script
-from elo.quickstart.world import DAYS, ELDERS, PEOPLE, RIVERS, TOWNS, Fact
+from tavuni_lexicon import BACK, ROOTS, VOWELS, respell, to_script
+from world import DAYS, ELDERS, PEOPLE, RIVERS, TOWNS, Fact
 
 NAMED = frozenset(PEOPLE) | frozenset(TOWNS) | frozenset(RIVERS)
-PEOPLE_SET = frozenset(PEOPLE)
 QUESTION = "zo"
 
 # A and I harmonise with the last vowel: a/e, u/i. A bracketed sound appears after a vowel (consonants) only.

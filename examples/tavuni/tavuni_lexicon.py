@@ -6,7 +6,7 @@ No root is taken from a real language: each is drawn from the language's own pho
 
 import random
 
-from elo.quickstart.world import (
+from world import (
     ANIMALS,
     COLOURS,
     DAYS,

@@ -1,6 +1,6 @@
 """Build a GPU that computes nothing, for this environment's PyTorch (a CUDA 13 build of it; takes `cc` and `nm`).
 
-    python benchmarks/null_gpu/build.py FOLDER
+    python dev/null_gpu/build.py FOLDER
     LD_PRELOAD=$PWD/FOLDER/null_gpu.so LD_LIBRARY_PATH=$PWD/FOLDER python ...
 
 To PyTorch it is an H100 with as much memory as NULL_GPU_GIB says (141). Results are whatever was in memory, mostly

@@ -1,6 +1,6 @@
 """The `elo` command on a GPU that computes nothing: does everything around the arithmetic run there?
 
-    LD_PRELOAD=$PWD/null/null_gpu.so LD_LIBRARY_PATH=$PWD/null python benchmarks/null_gpu/run_elo.py quickstart -o OUT
+    LD_PRELOAD=$PWD/null/null_gpu.so LD_LIBRARY_PATH=$PWD/null python dev/null_gpu/run_elo.py quickstart -o OUT
 
 Results mean nothing, and may stop what checks them.
 """

@@ -2,8 +2,8 @@
 
 import random
 
-from elo.quickstart import english_lexicon as lexicon
-from elo.quickstart.meaning import (
+import english_lexicon as lexicon
+from meaning import (
     Answered,
     Asked,
     Clause,
@@ -18,7 +18,7 @@ from elo.quickstart.meaning import (
     ToldTogether,
     Total,
 )
-from elo.quickstart.world import DAYS, GOODS, PEOPLE, SEASONS, TOWNS, WOMEN, Fact
+from world import DAYS, GOODS, PEOPLE, SEASONS, TOWNS, WOMEN, Fact
 
 NAMED = frozenset(PEOPLE) | frozenset(TOWNS)
 FEMALE = frozenset(WOMEN)

@@ -4,7 +4,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from elo.quickstart.meaning import (
+from meaning import (
     Answered,
     Asked,
     Clause,
@@ -20,7 +20,7 @@ from elo.quickstart.meaning import (
     ToldTogether,
     Total,
 )
-from elo.quickstart.world import (
+from world import (
     ANIMAL_QUALITIES,
     ANIMALS,
     DAYS,

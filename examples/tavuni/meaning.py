@@ -6,7 +6,7 @@ lexicons know.
 
 from typing import NamedTuple
 
-from elo.quickstart.world import Fact
+from world import Fact
 
 
 class Phrase(NamedTuple):

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from elo.evaluation import attach_scale, bits_per_byte
-from elo.training import attention, bridge, loop, losses
 
-from elo.surgery import in_memory as surgery
+from elo.evaluate import bits_per_byte
+from elo.methods import attach_scale
+from elo.surgery import in_memory
+from elo.train import attention, bridge, loop, loss
 
 
 def on_a_null_gpu() -> bool:
@@ -21,11 +22,11 @@ def answer_for_it() -> None:
     unchanged: on a CPU the tests ask these. A bridge is zero.
     """
     yes: Any = lambda *_, **__: True  # noqa: E731
-    losses._head_is_separable = yes
+    loss._head_is_separable = yes
     attention._varlen_agrees = yes
     loop._require_isolation = yes
     bits_per_byte.isolates_documents = yes
-    surgery.same_values = yes
+    in_memory.same_values = yes
     measured = attach_scale._nats_per_token
 
     def nats_per_token(*given: Any) -> float:

@@ -1,5 +1,10 @@
-"""Write the quickstart's corpora: documents, held-out documents, cloze items and prompts in both languages."""
+"""Write the quickstart's corpora: documents, held-out documents, cloze items and prompts in both languages.
 
+python examples/tavuni/corpus.py FOLDER           # plain files
+python examples/tavuni/corpus.py FOLDER --pack    # zstd, as src/elo/quickstart/data ships them
+"""
+
+import argparse
 import json
 import random
 import zlib
@@ -7,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elo.quickstart.english import English
-from elo.quickstart.genres import Planner
-from elo.quickstart.tavuni import Tavuni
-from elo.quickstart.world import RELATIONS, SHARED, TARGET_ONLY, WORLD_SEED, World, build_world
-from elo.store.files import atomic_directory, write_json
+import zstandard
+from english import English
+from genres import Planner
+from tavuni import Tavuni
+from world import RELATIONS, SHARED, TARGET_ONLY, WORLD_SEED, World, build_world
 
 SOURCE = English.name
 TARGET = Tavuni.name
@@ -111,9 +116,8 @@ def write_corpus(
     heldout_bytes: int = 120_000,
     num_prompts: int = 4,
     world_seed: int = WORLD_SEED,
-    overwrite: bool = False,
 ) -> CorpusPaths:
-    """Write all files into the folder `output`, which appears whole or not at all.
+    """Write all files into the new folder `output`.
 
     Args:
         seed: draws the documents; the same seed and sizes give the same bytes.
@@ -124,7 +128,7 @@ def write_corpus(
         world_seed: the facts. The shipped base model knows those of the default only.
 
     Raises:
-        EloError: `output` exists and is not empty (without `overwrite`), or cannot be written.
+        FileExistsError: `output` exists.
     """
     world = build_world(world_seed)
     source, target = English(), Tavuni()
@@ -146,24 +150,23 @@ def write_corpus(
         "adapt_source": adapt_source_bytes,
         "adapt_target": adapt_target_bytes,
     }
-    with atomic_directory(Path(output), overwrite=overwrite) as folder:
-        for stream, size in sizes.items():
-            if size:
-                write_lines(
-                    folder / f"{stream}.jsonl", take_bytes(texts(stream), size, lambda text: not is_heldout(text))
-                )
-        prompts = {}
-        for stream, language in (("heldout_source", source), ("heldout_target", target)):
-            size = heldout_bytes if language is source else heldout_bytes * 2
-            rows = list(take_bytes(texts(stream), size, is_heldout))
-            write_lines(folder / f"{stream}.jsonl", rows)
-            prompts[language.name] = [first_words(row["text"], 5) for row in rows[:num_prompts]]
-        write_lines(folder / "cloze_source.jsonl", cloze_items(world, source))
-        write_lines(folder / "cloze_target.jsonl", cloze_items(world, target))
-        write_json(folder / "prompts.json", prompts)
+    folder = Path(output)
+    folder.mkdir(parents=True)
+    for stream, size in sizes.items():
+        if size:
+            write_lines(folder / f"{stream}.jsonl", take_bytes(texts(stream), size, lambda text: not is_heldout(text)))
+    prompts = {}
+    for stream, language in (("heldout_source", source), ("heldout_target", target)):
+        size = heldout_bytes if language is source else heldout_bytes * 2
+        rows = list(take_bytes(texts(stream), size, is_heldout))
+        write_lines(folder / f"{stream}.jsonl", rows)
+        prompts[language.name] = [first_words(row["text"], 5) for row in rows[:num_prompts]]
+    write_lines(folder / "cloze_source.jsonl", cloze_items(world, source))
+    write_lines(folder / "cloze_target.jsonl", cloze_items(world, target))
+    (folder / "prompts.json").write_text(json.dumps(prompts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     def path(stream: str) -> Path:
-        return Path(output) / f"{stream}.jsonl"
+        return folder / f"{stream}.jsonl"
 
     return CorpusPaths(
         path("pretrain_source") if pretrain_source_bytes else None,
@@ -174,5 +177,28 @@ def write_corpus(
         path("heldout_target"),
         path("cloze_source"),
         path("cloze_target"),
-        Path(output) / "prompts.json",
+        folder / "prompts.json",
     )
+
+
+def pack(folder: Path) -> None:
+    """Replace every .jsonl file in a folder by its zstd compression."""
+    for path in folder.glob("*.jsonl"):
+        packed = zstandard.ZstdCompressor(level=22).compress(path.read_bytes())
+        path.with_suffix(".jsonl.zst").write_bytes(packed)
+        path.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="folder to create")
+    parser.add_argument("--seed", type=int, default=0, help="draws the documents")
+    parser.add_argument("--pack", action="store_true", help="compress the .jsonl files")
+    args = parser.parse_args()
+    write_corpus(args.output, args.seed)
+    if args.pack:
+        pack(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from elo.errors import EloError, UnfinishedError, UnsupportedArchitectureError
 from elo.model.config_surgery import error_line, require_edits_kept
+from elo.model.reading import require_pad_row
 from elo.model.tensor_files import Checkpoint, open_checkpoint
 from elo.records import read_json
 
@@ -56,6 +57,7 @@ def open_folder(folder: Path, trust_remote_code: bool) -> CheckpointFolder:
             f"{folder / CONFIG_FILE}: transformers cannot read it ({error_line(error)})"
             + ("" if trust_remote_code else "; a model that brings its own code needs trust_remote_code")
         ) from None
+    require_pad_row(config, str(folder / CONFIG_FILE))
     return CheckpointFolder(folder, config_json, config, open_checkpoint(folder))
 
 

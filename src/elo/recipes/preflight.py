@@ -50,8 +50,9 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     """The layers to train, once the model is known to take them, the rows and their length; weights are not read."""
     from elo.evaluation.scoring import longest_sequence, takes_position_ids
     from elo.model.architecture import find_architecture, is_recurrent
-    from elo.model.counting import build_on_meta, read_config
+    from elo.model.counting import read_config
     from elo.model.refusals import require_detachable
+    from elo.model.safeguard import build_hollow_causal_lm
     from elo.model.tensor_files import open_checkpoint
     from elo.training.methods import first_new_row
     from elo.training.settings import check_also_train
@@ -60,7 +61,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
     if any(phase.detached for method in methods_of(config) for phase in method.phases):
         require_detachable(model_config)
-    model = build_on_meta(model_config, trust_remote_code=config.trust_remote_code)
+    model = build_hollow_causal_lm(model_config, trust_remote_code=config.trust_remote_code)
     _check_attention(config, model)
     layers = parse_layers(config.layers, find_architecture(model).num_layers)
     bridged = any(phase.needs_bridge for method in methods_of(config) for phase in method.phases)

@@ -1,4 +1,4 @@
-"""One reading of a checkpoint folder: which weight files, which part of a multimodal wrapper; as transformers reads it."""
+"""One reading of a checkpoint folder, which is that of transformers: its weight files, and wrappers as a whole."""
 
 import json
 import logging

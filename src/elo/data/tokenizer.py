@@ -71,6 +71,11 @@ def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> T
         EloError: there is none, only a slow one, it has neither a bos nor an eos token, or transformers reads another
             one than tokenizer.json holds.
     """
+    return load_with_settings(path_or_id, trust_remote_code)[1]
+
+
+def load_with_settings(path_or_id: str | Path, trust_remote_code: bool = False) -> tuple[Any, TextTokenizer]:
+    """As `load_tokenizer`, after the tokenizer of transformers, which has the special tokens and chat templates."""
     name = str(path_or_id)
     folder = Path(name)
     if folder.is_file():
@@ -98,7 +103,7 @@ def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> T
     stored = read_stored(source)
     if stored is not None:
         backend = one_reading(stored, backend, name, type(tokenizer).__name__)
-    return wrap_tokenizer(backend, bos, eos, name)
+    return tokenizer, wrap_tokenizer(backend, bos, eos, name)
 
 
 def wrap_tokenizer(backend: Tokenizer, bos: int | None, eos: int | None, name: str) -> TextTokenizer:

@@ -81,7 +81,8 @@ def one_reading(stored: Tokenizer, loaded: Tokenizer, name: str, class_name: str
         if theirs.get(token) != number:
             raise _refusal(name, class_name, f"token {token!r}", number, theirs.get(token))
     # What transformers has besides comes from tokenizer_config.json, or from the class.
-    for number, token in sorted(loaded.get_added_tokens_decoder().items()):
+    added: dict[int, Any] = loaded.get_added_tokens_decoder()
+    for number, token in sorted(added.items()):
         if token.content not in ours:
             stored.add_special_tokens([token]) if token.special else stored.add_tokens([token])
             if stored.token_to_id(token.content) != number:

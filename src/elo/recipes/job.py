@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elo.config import RunConfig
-from elo.processes import is_main
+from elo.processes import from_main, is_main
 from elo.recipes.budget import RowBudget, divide_budget
+from elo.recipes.check_output import check_output
 from elo.recipes.identities import (
     HOW,
     checkpoint_identity,
@@ -62,6 +63,21 @@ class Job:
     def say(self, line: str) -> None:
         """Tell the user a line."""
         self.workspace.say(line)
+
+    def check(self, output: Path) -> None:
+        """Load back what a stage wrote; what was wrong with the base already is not its fault."""
+        check_output(
+            output,
+            (self.base,),
+            remedy=f"{output} is not what it should be; report it, with the model's name",
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
+    def _checked(self, output: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The measured record of `work`, whose `output` is then loaded back, which counts for no method's time."""
+        record = _measured(work)
+        self.check(output)
+        return record
 
     @property
     def languages(self) -> tuple[str, str]:
@@ -137,20 +153,17 @@ class Job:
         """The detached model's folder."""
         output = self.path(method, "detached")
         inputs = {"base": self.base_identity, "layers": list(self.layers)}
-        return self.workspace.stage(
-            f"{method}-detach",
-            inputs,
-            lambda: _measured(
-                lambda: detach(
-                    str(self.base),
-                    list(self.layers),
-                    output=output,
-                    overwrite=True,
-                    trust_remote_code=self.config.trust_remote_code,
-                )
-            ),
-            outputs=(output,),
-        )
+
+        def work() -> dict[str, Any]:
+            return detach(
+                str(self.base),
+                list(self.layers),
+                output=output,
+                overwrite=True,
+                trust_remote_code=self.config.trust_remote_code,
+            )
+
+        return self.workspace.stage(f"{method}-detach", inputs, lambda: self._checked(output, work), outputs=(output,))
 
     def bridge(self, method: "Method") -> Stage:
         """The linear bridge over what the layers leave out, fitted on the first rows of the run."""
@@ -198,7 +211,8 @@ class Job:
             )
             return record if tried is None else record | {"scales_tried": tried}
 
-        stage = self.workspace.stage(f"{method.name}-attach", inputs, lambda: _measured(work), outputs=(output,))
+        name = f"{method.name}-attach"
+        stage = self.workspace.stage(name, inputs, lambda: self._checked(output, work), outputs=(output,))
         if unseen is not None:
             self.say(f"{method.name} attach: scale {stage.record['scale']:g} predicts unseen rows best")
         return stage
@@ -253,7 +267,7 @@ class Job:
                 max_tokens=config.evaluation.max_tokens,
                 settings=settings,
             )
-            return train_checkpoint(
+            record = train_checkpoint(
                 checkpoint,
                 output,
                 rows=rows,  # type: ignore[arg-type]
@@ -270,6 +284,8 @@ class Job:
                 trust_remote_code=config.trust_remote_code,
                 label=label,
             )
+            from_main(lambda: self.check(output))
+            return record
 
         name = f"{method.name}-{phase.name}"
         stage = self.workspace.stage(name, inputs, work, outputs=(output,), scratch=(scratch,), collective=True)

@@ -1,5 +1,6 @@
 """What is wrong with a run is told before anything is prepared, loaded or hired; weights are not read."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,9 +9,11 @@ from elo.errors import EloError
 from elo.layers import parse_layers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from elo.training.methods import Method
+
+log = logging.getLogger(__name__)
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -61,6 +64,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
     if any(phase.detached for method in methods_of(config) for phase in method.phases):
         require_detachable(model_config)
+    _check_ids(base, model_config)
     model = build_hollow_causal_lm(model_config, trust_remote_code=config.trust_remote_code)
     _check_attention(config, model)
     layers = parse_layers(config.layers, find_architecture(model).num_layers)
@@ -82,6 +86,25 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
             "attention, or takes no position ids); write data.packing: false"
         )
     return layers
+
+
+def _check_ids(base: Path, model_config: "PretrainedConfig") -> None:
+    """Refuse generation settings that transformers refuses, and warn of a padding id that is another token's."""
+    from elo.model.config_surgery import text_config_of
+    from elo.recipes.check_output import generation_problem
+
+    if problem := generation_problem(base, model_config):
+        raise EloError(f"{base / 'generation_config.json'}: {problem}; mend or remove the file, the model needs none")
+    decoder = text_config_of(model_config)
+    pad = getattr(decoder, "pad_token_id", None)
+    if pad is not None and pad == getattr(decoder, "bos_token_id", None):
+        log.warning(
+            "warning: %s: pad_token_id is %s, which is bos_token_id, too; transformers gives the padding row of the "
+            "embedding no gradient, so the row of bos stays as it is in whatever trains embeddings; set pad_token_id "
+            "to the end-of-text id or an unused one",
+            base / "config.json",
+            pad,
+        )
 
 
 def _sections(config: RunConfig) -> list[str]:

@@ -164,6 +164,7 @@ def extend_vocabulary(
     )
     from elo.data.words import measure_fertility
     from elo.model.vocabulary import INITIALISATIONS, NewTokens, RowInit, extend_checkpoint
+    from elo.recipes.check_output import check_output
 
     for name, value in (("--init", init), ("--head-init", head_init or init)):
         if value not in INITIALISATIONS:
@@ -213,6 +214,9 @@ def extend_vocabulary(
         Path(output),
         NewTokens(first_id, [_origin(old, token) for _, token in tokens]),
         save_tokenizer=lambda place: save_with_backend(folder, new, place, trust_remote_code),
+        check=lambda place: check_output(
+            place, remedy="mend that in the base first; nothing was written", trust_remote_code=trust_remote_code
+        ),
         init=RowInit(init, head_init or init, given, seed),  # type: ignore[arg-type]
         pad_to_multiple_of=pad_to_multiple_of,
         record=record,

@@ -157,6 +157,8 @@ def chat_vector(
         trust_remote_code=trust_remote_code,
     )
     told = f", {record['rows_kept']:,} rows of embedding and head as they were" if record["rows_kept"] else ""
+    if record["rows_added"]:
+        told += f", {record['rows_added']:,} rows taken from the chat model, which alone has them"
     typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{told}")
     if record["differs"]:
         typer.echo(

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from elo.checkpoint.reading import require_pad_row
 from elo.checkpoint.shared_files import copy_shared
 from elo.checkpoint.tensor_files import Checkpoint, open_checkpoint, read_header
 from elo.errors import EloError, UnfinishedError, UnsupportedArchitectureError
@@ -63,6 +64,7 @@ def open_folder(folder: Path, trust_remote_code: bool) -> CheckpointFolder:
             f"{folder / CONFIG_FILE}: transformers cannot read it ({error_line(error)})"
             + ("" if trust_remote_code else "; a model that brings its own code needs trust_remote_code")
         ) from None
+    require_pad_row(config, str(folder / CONFIG_FILE))
     return CheckpointFolder(folder, config_json, config, open_checkpoint(folder))
 
 

@@ -1,7 +1,6 @@
 """A model's fast tokenizer, and the two tokens that frame every document."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from elo.data.shards import token_dtype
+from elo.data.tokenizer_reading import one_reading, read_stored, require_sentencepiece
 from elo.data.tokenizing import encode_documents
 from elo.errors import EloError
 
@@ -68,8 +68,14 @@ def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> T
     """Load the fast tokenizer of a checkpoint folder or a Hugging Face hub id.
 
     Raises:
-        EloError: there is none, only a slow one, or it has neither a bos nor an eos token.
+        EloError: there is none, only a slow one, it has neither a bos nor an eos token, or transformers reads another
+            one than tokenizer.json holds.
     """
+    return load_with_settings(path_or_id, trust_remote_code)[1]
+
+
+def load_with_settings(path_or_id: str | Path, trust_remote_code: bool = False) -> tuple[Any, TextTokenizer]:
+    """As `load_tokenizer`, after the tokenizer of transformers, which has the special tokens and chat templates."""
     name = str(path_or_id)
     folder = Path(name)
     if folder.is_file():
@@ -77,9 +83,11 @@ def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> T
     if folder.is_dir():
         if not any((folder / file).is_file() for file in TOKENIZER_FILES):
             raise EloError(f"{folder}: no tokenizer there (looked for {', '.join(TOKENIZER_FILES)}); give its folder")
+        require_sentencepiece(folder)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise EloError(f"{name}: no such folder; give a folder with a tokenizer, or a Hugging Face hub id")
-    tokenizer = _load(str(folder) if folder.is_dir() else name, trust_remote_code)
+    source = str(folder) if folder.is_dir() else name
+    tokenizer = _load(source, trust_remote_code)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise EloError(
@@ -92,7 +100,10 @@ def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> T
             f"{name}: the tokenizer has neither a bos nor an eos token, so documents cannot be told apart; "
             "set eos_token in its tokenizer_config.json"
         )
-    return wrap_tokenizer(backend, bos, eos, name)
+    stored = read_stored(source)
+    if stored is not None:
+        backend = one_reading(stored, backend, name, type(tokenizer).__name__)
+    return tokenizer, wrap_tokenizer(backend, bos, eos, name)
 
 
 def wrap_tokenizer(backend: Tokenizer, bos: int | None, eos: int | None, name: str) -> TextTokenizer:
@@ -123,18 +134,14 @@ def save_with_backend(
     tokenizer.save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):  # some classes write their old ones as well
         (folder / name).unlink(missing_ok=True)
-    found = _load(str(folder), trust_remote_code).backend_tokenizer
-    if found.get_vocab() != backend.get_vocab() or _what_decides(found) != _what_decides(backend):
+    try:
+        copied = Tokenizer.from_str(backend.to_str())
+        one_reading(copied, _load(str(folder), trust_remote_code).backend_tokenizer, str(folder), "transformers")
+    except EloError:
         raise EloError(
             f"{path_or_id}: {type(tokenizer).__name__} does not keep an extended vocabulary when it is saved and "
             "loaded; extend it with the tool it was made with, and give the result with --tokenizer"
-        )
-
-
-def _what_decides(backend: Tokenizer) -> Any:
-    """The parts of a tokenizer that decide how text is tokenised."""
-    state = json.loads(backend.to_str())
-    return state["model"], state["normalizer"], state["pre_tokenizer"]
+        ) from None
 
 
 def _load(name: str, trust_remote_code: bool) -> Any:
@@ -144,7 +151,10 @@ def _load(name: str, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=trust_remote_code)
     except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise EloError(f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {reason})") from None
+        raise EloError(
+            f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {reason}); a tokenizer.json is read as "
+            'it stands with "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
+        ) from None
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
         if type(error) is not Exception:
             raise

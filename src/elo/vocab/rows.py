@@ -80,6 +80,7 @@ def extend_checkpoint(
     new: NewTokens,
     *,
     save_tokenizer: Callable[[Path], None],
+    check: Callable[[Path], None] = lambda folder: None,
     init: RowInit = RowInit(),  # frozen
     pad_to_multiple_of: int = 64,
     record: Mapping[str, Any] | None = None,
@@ -96,6 +97,7 @@ def extend_checkpoint(
         checkpoint: folder with config.json and safetensors weights.
         output: folder to write; it appears whole or not at all.
         save_tokenizer: writes the extended tokenizer's files into a folder.
+        check: called with the whole folder before it appears as `output`; refuses it by raising EloError.
         pad_to_multiple_of: W is a multiple of this, as tensor cores like it.
         record: further keys of the record in config.json.
         overwrite: replace an existing output.
@@ -141,6 +143,7 @@ def extend_checkpoint(
         write_checkpoint(folder, tensors, max_shard_bytes, label)
         copy_unlisted_weights(base.weights, folder)
         copy_side_files(checkpoint, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
+        check(folder)
     return written
 
 

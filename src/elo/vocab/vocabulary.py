@@ -155,6 +155,7 @@ def extend_vocabulary(
     Raises:
         EloError: something given cannot be read or does not fit, or the tokenizer cannot be extended.
     """
+    from elo.check_output import check_output
     from elo.data.tokenizer import save_with_backend
     from elo.vocab.pieces import (
         PieceLearner,
@@ -213,6 +214,9 @@ def extend_vocabulary(
         Path(output),
         NewTokens(first_id, [_origin(old, token) for _, token in tokens]),
         save_tokenizer=lambda place: save_with_backend(folder, new, place, trust_remote_code),
+        check=lambda place: check_output(
+            place, remedy="mend that in the base first; nothing was written", trust_remote_code=trust_remote_code
+        ),
         init=RowInit(init, head_init or init, given, seed),  # type: ignore[arg-type]
         pad_to_multiple_of=pad_to_multiple_of,
         record=record,

@@ -4,7 +4,7 @@ import datetime
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from elo.data.shards import TokenCorpus
     from elo.data.tokenizer import TextTokenizer
+    from elo.data.tokenizing import TextCounts
     from elo.evaluation.cloze import ClozeItem
 
 DEFAULT_SEQUENCE_LENGTH = 2048
@@ -38,6 +39,8 @@ def evaluate(
     batch_size: int | None = None,
     text_column: str = "text",
     on_error: str = "stop",
+    split_special_tokens: bool = True,
+    allow_lost_text: bool = False,
     device: str | None = None,
     dtype: "torch.dtype | str | None" = None,
     revision: str | None = None,
@@ -60,6 +63,9 @@ def evaluate(
         batch_size: rows a forward pass; by default as many as keep logits within 1 GiB.
         text_column: key or column that holds a document's text.
         on_error: "stop" at broken input, or "skip" it.
+        split_special_tokens: tokenise special tokens spelled in text and cloze items as text; in prompts they are
+            always tokens.
+        allow_lost_text: accept text of which the tokenizer loses more than 5 %: its bits per byte are too low.
         device: by default cuda where there is one, else cpu; a model in memory stays where it is.
         dtype: of the loaded weights; by default the checkpoint's on a GPU, fp32 on a CPU.
         revision: branch, tag or commit of a hub id.
@@ -94,6 +100,12 @@ def evaluate(
     encoder = None
     if tokenizer is not None or items or prompts or any(isinstance(c, str | Path) for c in (corpora or {}).values()):
         encoder = _tokenizer(tokenizer if tokenizer is not None else name, trust_remote_code)
+        encoder = replace(encoder, split_special_tokens=split_special_tokens)
+    texts: dict[str, _Text] = {}
+    for language, given in (corpora or {}).items():
+        if isinstance(given, str | Path):
+            assert encoder is not None
+            texts[language] = _tokenise(given, encoder, max_tokens, text_column, on_error, allow_lost_text)
 
     if isinstance(model, str | Path):
         model = load_model(name, device, dtype, revision, trust_remote_code)
@@ -107,10 +119,7 @@ def evaluate(
 
     measured = {}
     for language, given in (corpora or {}).items():
-        corpus = given
-        if isinstance(corpus, str | Path):
-            assert encoder is not None
-            corpus = _tokenise(corpus, encoder, max_tokens, text_column, on_error)
+        corpus = given if not isinstance(given, str | Path) else texts[language].corpus
         label = f"bits per byte {language}" if progress else None
         started = time.perf_counter()
         result = bits_per_byte(
@@ -130,6 +139,7 @@ def evaluate(
             "bits_per_byte": result.bits_per_byte,
             **asdict(result),
             "seconds": time.perf_counter() - started,
+            **(texts[language].record() if language in texts else {}),
         }
     answered = {}
     for language, questions in items.items():
@@ -182,7 +192,23 @@ def evaluate(
         write_json(target, results)
     if progress:
         _print_table(results)
+        for text in texts.values():
+            if text.warning is not None:
+                print(text.warning, flush=True)
     return results
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A corpus that was tokenised to be measured on, and what the tokenizer made of its text."""
+
+    corpus: "TokenCorpus"
+    counts: "TextCounts"
+    warning: str | None
+
+    def record(self) -> dict[str, Any]:
+        lost, checked = self.counts.lost_bytes, self.counts.checked_bytes
+        return {"lost_text": lost / max(checked, 1), "special_tokens": self.counts.special_tokens}
 
 
 def _check_output(output: str | Path | None) -> Path | None:
@@ -214,26 +240,41 @@ def _tokenizer(
 
 
 def _tokenise(
-    path: str | Path, encoder: "TextTokenizer", max_tokens: int | None, text_column: str, on_error: str
-) -> "TokenCorpus":
+    path: str | Path,
+    encoder: "TextTokenizer",
+    max_tokens: int | None,
+    text_column: str,
+    on_error: str,
+    allow_lost_text: bool,
+) -> _Text:
     """Documents of `path` as token ids in memory; reading ends where `max_tokens` text tokens are surely covered."""
+    import numpy as np
+
     from elo.data.shards import SPECIALS_PER_DOCUMENT, TokenCorpus
     from elo.data.sources import read_documents
+    from elo.data.text_loss import judge_loss
+    from elo.data.tokenizing import TextCounts
 
     texts = read_documents(path, text_column, on_error)
     documents: list[Any] = []
     sizes: list[int] = []
     text_tokens = 0
+    counts = np.zeros(len(TextCounts._fields), np.int64)
     while batch := list(islice(texts, _DOCUMENTS_A_BATCH)):
-        ids = encoder.encode_documents(batch)
+        ids, counted = encoder.encode_and_check(batch)
         documents += ids
+        counts += counted.sum(axis=0)
         sizes += [len(text.encode()) for text in batch]
         text_tokens += sum(map(len, ids)) - SPECIALS_PER_DOCUMENT * len(ids)
         if max_tokens is not None and text_tokens > max_tokens:
             break
     if not documents:
         raise EloError(f"{path}: holds no text to evaluate on")
-    return TokenCorpus.from_documents(documents, sizes, str(path))
+    found = TextCounts(*counts.tolist())
+    warning = judge_loss(
+        str(path), encoder.name, found.lost_bytes, found.checked_bytes, allowed=allow_lost_text, key="--allow-lost-text"
+    )
+    return _Text(TokenCorpus.from_documents(documents, sizes, str(path)), found, warning)
 
 
 def _print_table(results: dict[str, Any]) -> None:

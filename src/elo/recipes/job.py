@@ -87,6 +87,8 @@ class Job:
             "heldout": {name: corpus_identity(each) for name, each in heldout.items()},
             "heldout_share": data.heldout_share,
             "on_error": data.on_error,
+            "split_special_tokens": data.split_special_tokens,
+            "allow_lost_text": data.allow_lost_text,
         }
         output = self.path("prepared")
 
@@ -100,6 +102,8 @@ class Job:
                 heldout_share=data.heldout_share,
                 workers=data.workers,
                 on_error=data.on_error,
+                split_special_tokens=data.split_special_tokens,
+                allow_lost_text=data.allow_lost_text,
                 vocab_size=int(self._base_config().vocab_size),
                 together=together,
                 overwrite=not together,
@@ -320,6 +324,7 @@ class Job:
                 sequence_length=data.sequence_length,
                 max_tokens=settings.max_tokens,
                 documents=documents,
+                split_special_tokens=data.split_special_tokens,
                 max_new_tokens=settings.max_new_tokens,
                 trust_remote_code=self.config.trust_remote_code,
                 progress=False,

@@ -5,10 +5,11 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 
+import numpy as np
 from tokenizers import Tokenizer, decoders
 
+from elo.data.tokenizing import encode_documents
 from elo.errors import EloError
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -16,7 +17,7 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 _AT_SPACES = re.compile(f"{_SPACE}*[^{_SPACE}]+|{_SPACE}+")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _BYTE_LEVEL = decoders.ByteLevel()
-_BATCH = 256
+_BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,37 @@ def measure_fertility(backend: Tokenizer, texts: Iterable[str]) -> Fertility:
         EloError: there are none.
     """
     documents = size = characters = words = tokens = 0
-    remaining = iter(texts)
-    while batch := list(islice(remaining, _BATCH)):
+    for batch in batched(texts):
         documents += len(batch)
         size += sum(len(text.encode()) for text in batch)
         characters += sum(map(len, batch))
         words += sum(len(text.split()) for text in batch)
-        tokens += sum(len(each.ids) for each in backend.encode_batch_fast(batch, add_special_tokens=False))
+        tokens += sum(map(len, token_ids(backend, batch)))
     if not tokens:
         raise EloError(
             f"vocab: {documents:,} documents make no token at all; the text is empty, or the tokenizer drops all of it"
         )
     return Fertility(documents, size, characters, words, tokens)
+
+
+def batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in batches of about a million characters, so that tokenising them takes little memory."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def token_ids(backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """Token ids of each text, without special tokens; long texts are tokenised in pieces."""
+    tokens, lengths = encode_documents(backend, texts, 0, 0, np.dtype(np.uint32))
+    return [framed[1:-1] for framed in np.split(tokens, np.cumsum(lengths)[:-1])]
 
 
 def split_words(backend: Tokenizer, text: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from elo.data.packing import IGNORE_INDEX
 from elo.errors import EloError
-from elo.evaluation.scoring import batch_tokens, evaluating, forward_logits, takes_position_ids, token_nats
+from elo.evaluation.scoring import batch_tokens, evaluating, forward_logits, rope_regime, takes_position_ids, token_nats
 from elo.model.provenance import PROVENANCE_KEY
 from elo.model.surgery import attach_layers, detach_layers
 
@@ -94,7 +94,10 @@ def lowest_scale(nats: Callable[[float], float]) -> tuple[float, dict[float, flo
 def _nats_per_token(model: PreTrainedModel, rows: Sequence[dict[str, Any]]) -> float:
     names = ["input_ids", "attention_mask", *(["position_ids"] if takes_position_ids(model) else [])]
     names = [name for name in names if name in rows[0]]
-    together = max(1, min(_BATCH_TOKENS, batch_tokens(model)) // len(rows[0]["input_ids"]))
+    length = len(rows[0]["input_ids"])
+    together = max(1, min(_BATCH_TOKENS, batch_tokens(model)) // length)
+    if rope_regime(model.config, length):
+        together = 1
     nats, tokens = 0.0, 0
     with evaluating(model) as device:
         for start in range(0, len(rows), together):

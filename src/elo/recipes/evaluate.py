@@ -101,11 +101,11 @@ def evaluate(
     if tokenizer is not None or items or prompts or any(isinstance(c, str | Path) for c in (corpora or {}).values()):
         encoder = _tokenizer(tokenizer if tokenizer is not None else name, trust_remote_code)
         encoder = replace(encoder, split_special_tokens=split_special_tokens)
-    texts: dict[str, _Text] = {}
+    tokenised: dict[str, _Text] = {}
     for language, given in (corpora or {}).items():
         if isinstance(given, str | Path):
             assert encoder is not None
-            texts[language] = _tokenise(given, encoder, max_tokens, text_column, on_error, allow_lost_text)
+            tokenised[language] = _tokenise(given, encoder, max_tokens, text_column, on_error, allow_lost_text)
 
     if isinstance(model, str | Path):
         model = load_model(name, device, dtype, revision, trust_remote_code)
@@ -119,7 +119,7 @@ def evaluate(
 
     measured = {}
     for language, given in (corpora or {}).items():
-        corpus = given if not isinstance(given, str | Path) else texts[language].corpus
+        corpus = given if not isinstance(given, str | Path) else tokenised[language].corpus
         label = f"bits per byte {language}" if progress else None
         started = time.perf_counter()
         result = bits_per_byte(
@@ -139,7 +139,7 @@ def evaluate(
             "bits_per_byte": result.bits_per_byte,
             **asdict(result),
             "seconds": time.perf_counter() - started,
-            **(texts[language].record() if language in texts else {}),
+            **(tokenised[language].record() if language in tokenised else {}),
         }
     answered = {}
     for language, questions in items.items():
@@ -192,7 +192,7 @@ def evaluate(
         write_json(target, results)
     if progress:
         _print_table(results)
-        for text in texts.values():
+        for text in tokenised.values():
             if text.warning is not None:
                 print(text.warning, flush=True)
     return results

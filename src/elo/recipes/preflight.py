@@ -53,6 +53,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     from elo.model.counting import build_on_meta, read_config
     from elo.model.refusals import require_detachable
     from elo.model.tensor_files import open_checkpoint
+    from elo.training.attention import require_own_positions
     from elo.training.methods import first_new_row
     from elo.training.settings import check_also_train
 
@@ -75,6 +76,11 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     length, limit = config.data.sequence_length, longest_sequence(model)
     if limit is not None and length > limit:
         raise EloError(f"data.sequence_length: {length} is beyond the {limit} positions of {config.model}")
+    for section in _sections(config):
+        batch_size = getattr(config, section).per_device_train_batch_size
+        require_own_positions(
+            model_config, length, packed=config.data.packing, batch_size=batch_size, section=section
+        )
     if config.data.packing and (is_recurrent(model) or not takes_position_ids(model)):
         raise EloError(
             f"data.packing: {model_config.model_type} does not keep packed documents apart (it has layers other than "

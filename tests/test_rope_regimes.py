@@ -18,7 +18,7 @@ from elo.evaluation.scoring import rope_limit, rope_regime
 from elo.training.attention import require_own_positions
 
 LIMIT = 32
-SIZES = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
 
 

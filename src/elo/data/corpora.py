@@ -260,9 +260,7 @@ class Preparation:
         known = self.known_heldout if task.split == "train" else frozenset()
         reader = DocumentReader(task, task.units[unit], self.on_error, known, self.tell)
         found = np.zeros(len(TextCounts._fields), np.int64)
-        batches = pool.map(
-            reader.batches(writer.position), lambda batch: batch.texts, lambda batch: batch.checked
-        )
+        batches = pool.map(reader.batches(writer.position), lambda batch: batch.texts, lambda batch: batch.checked)
         try:
             for batch, (tokens, lengths, text_counts) in batches:
                 self._check_ids(tokens, lengths, batch)

@@ -285,13 +285,20 @@ class PreparedData:
         }
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
-        """By split ("train", "heldout") and language: documents, tokens, text_tokens, bytes and bytes_per_token."""
+        """By split ("train", "heldout") and language: documents, tokens, text_tokens, bytes and bytes_per_token.
+
+        Where text was decoded again, also `lost_text`, the share of it that the tokenizer loses, and `special_tokens`,
+        the number that the text spells.
+        """
         found: dict[str, dict[str, dict[str, float]]] = {"train": {}, "heldout": {}}
         for language, splits in self.manifest["languages"].items():
             for split, corpora in splits.items():
                 keys = ("documents", "tokens", "text_tokens", "bytes")
                 totals: dict[str, float] = {key: sum(corpus[key] for corpus in corpora) for key in keys}
                 totals["bytes_per_token"] = totals["bytes"] / max(totals["text_tokens"], 1)
+                if checked := sum(corpus.get("checked_bytes", 0) for corpus in corpora):
+                    totals["lost_text"] = sum(corpus.get("lost_bytes", 0) for corpus in corpora) / checked
+                    totals["special_tokens"] = sum(corpus.get("special_tokens", 0) for corpus in corpora)
                 found[split][language] = totals
         return found
 

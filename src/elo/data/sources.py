@@ -1,13 +1,11 @@
 """Documents out of files: JSON lines, parquet, plain text, folders and globs of them, Hugging Face datasets.
 
 Whatever is wrong with an input comes out as a `Record` with a `problem` that names the file and line (`stop`), or is
-counted (`skip`); the memory needed is that of the largest single document.
+counted (`skip`). The memory needed is that of the largest single document, and of the window of a Zstandard file.
 """
 
 import difflib
 import glob
-import gzip
-import io
 import json
 import logging
 import re
@@ -21,22 +19,21 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
+from elo.data.compressed import decompressed, file_problem
 from elo.errors import EloError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".txt.gz", ".txt.zst")
 HUB_PREFIX = "hf://"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-LOCAL_FOLDERS = frozenset("corpora corpus data dataset datasets dev eval heldout input inputs raw test text texts train".split())
+LOCAL_FOLDERS = {"corpora", "corpus", "data", "dataset", "datasets", "dev", "eval", "heldout", "input", "inputs", "raw"}
+LOCAL_FOLDERS |= {"test", "text", "texts", "train"}
 """First names of paths that are never taken for the owner of a Hugging Face dataset."""
 TEXT_PIECE = 1 << 18
 """Bytes from which a plain-text document ends at the next blank line (a smaller file is one document)."""
 TEXT_LIMIT = 1 << 20
 """Bytes at which a plain-text document ends even inside a line."""
-BUFFER = 1 << 20
 LINE_LIMIT = 1 << 28
 """Bytes from which a line is no JSON document."""
-MAX_WINDOW = 1 << 31
-"""Largest Zstandard window, in bytes (`zstd --long=31`): the memory that reading such a file may take."""
 PARQUET_BATCH = 1 << 24
 """Bytes of text that are converted from parquet at once, about."""
 HUB_TIMEOUT_S = 5.0
@@ -184,7 +181,7 @@ class FileReader:
             if start == 0 and number < 0:
                 yield Record(0, 1, b"", f"{name}:1: no document in the whole file; remove it from the corpus")
         except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, MemoryError) as error:
-            problem = f"{name}:{line + 1}: {_file_problem(error)}"
+            problem = f"{name}:{line + 1}: {file_problem(error)}"
             yield Record(number + 1, line + 1, b"", problem, ends_file=True)
         finally:
             self._raw, self._done = None, self.file.size
@@ -196,85 +193,11 @@ class FileReader:
             if name.endswith(".parquet"):
                 yield from _parquet_records(raw, name, self.text_column, start)
                 return
-            with _decompressed(raw, name) as lines:
+            with decompressed(raw, name) as lines:
                 if name.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
                     yield from _text_records(lines, name, start)
                 else:
                     yield from _json_records(lines, name, self.text_column, start)
-
-
-def _file_problem(error: Exception) -> str:
-    """Why the rest of a file cannot be read, and what to do: a limit or the system's refusal is no damage."""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    if isinstance(error, MemoryError) or "not enough memory" in reason:
-        return "there is not enough memory to decompress the file; compress it again with a smaller window or row groups"
-    if "requires too much memory" in reason:
-        return (
-            f"the file is compressed with a window of more than {MAX_WINDOW >> 20:,} MiB, the largest that can be read; "
-            "compress it again: zstd -d --memory=16GB -c FILE | zstd -o NEW"
-        )
-    if isinstance(error, zstandard.ZstdError) and "ictionary" in reason:
-        return "the file is compressed with a Zstandard dictionary; decompress it with that dictionary (zstd -D)"
-    if isinstance(error, pyarrow.ArrowNotImplementedError):
-        return f"pyarrow cannot read this parquet file ({reason}); write it again with zstd or snappy compression"
-    if "encrypt" in reason or "decrypt" in reason:
-        return f"the parquet file is encrypted ({reason}); give a decrypted copy"
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"the file cannot be read ({error.strerror}); check its permissions and the disk, then run again"
-    if isinstance(error, EOFError):
-        return f"the file is damaged from here on: it ends too early ({reason}), so it was cut short; fetch it again"
-    return f"the file is damaged from here on ({reason}); replace it"
-
-
-class _ZstdFile(io.RawIOBase):
-    """Decompressed bytes of a Zstandard file of one or more frames; one cut short raises EOFError."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._frame: Any = None
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        while not self._ready:
-            chunk = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            chunk = chunk or self._raw.read(1 << 17)
-            if not chunk:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("the compressed file ends in the middle")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
-            self._ready = memoryview(self._frame.decompress(chunk))
-        count = min(len(target), len(self._ready))
-        target[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-
-def _decompressed(raw: BinaryIO, name: str) -> BinaryIO:
-    if name.endswith(".gz"):
-        return io.BufferedReader(_GzipFile(raw), BUFFER)
-    if name.endswith(".zst"):
-        return io.BufferedReader(_ZstdFile(raw), BUFFER)
-    return raw
-
-
-class _GzipFile(io.RawIOBase):
-    """Decompressed bytes of a gzip file, step by step: what comes before damage is read."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._file = gzip.GzipFile(fileobj=raw)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        data = self._file.read1(len(target))
-        target[: len(data)] = data
-        return len(data)
 
 
 def _json_records(lines: BinaryIO, name: str, column: str, start: int) -> Iterator[Record]:
@@ -316,9 +239,13 @@ def _json_problem(line: bytes, column: str, error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 ({_bad_byte(error)}); convert the file to UTF-8"
     if isinstance(error, RecursionError):
-        return f"not a line of JSON that can be read: it is nested too deeply, got {_shown(line)!r}; flatten or remove it"
+        return (
+            f"not a line of JSON that can be read: it is nested too deeply, got {_shown(line)!r}; flatten or remove it"
+        )
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-        return f'not a line of JSON ({error}), got {_shown(line)!r}; each line must be an object such as {{"text": "..."}}'
+        return (
+            f'not a line of JSON ({error}), got {_shown(line)!r}; each line must be an object such as {{"text": "..."}}'
+        )
     value = _json_value(line)
     if not isinstance(value, dict):
         return f'a JSON {_kind(value)}, not an object: {_shown(line)!r}; each line must be like {{"text": "..."}}'

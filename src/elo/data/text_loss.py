@@ -14,7 +14,9 @@ REFUSE_ABOVE = 0.05
 """Share above which the text is refused."""
 
 
-def judge_loss(where: str, tokenizer: str, lost_bytes: int, checked_bytes: int, *, allowed: bool, key: str) -> str | None:
+def judge_loss(
+    where: str, tokenizer: str, lost_bytes: int, checked_bytes: int, *, allowed: bool, key: str
+) -> str | None:
     """A warning where much of a text is lost in the tokenizer, else None.
 
     Args:
@@ -29,7 +31,8 @@ def judge_loss(where: str, tokenizer: str, lost_bytes: int, checked_bytes: int, 
     if share <= WARN_ABOVE:
         return None
     found = (
-        f"{where}: tokenizer {tokenizer} loses {share:.2%} of the text, by unknown tokens or dropped characters "
+        f"{where}: tokenizer {tokenizer} loses {share:.2%} of the text: unknown tokens, dropped "
+        f"characters, or white space taken by special tokens "
         f"(measured on {checked_bytes:,} bytes)"
     )
     if share > REFUSE_ABOVE and not allowed:

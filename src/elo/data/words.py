@@ -18,6 +18,8 @@ _AT_SPACES = re.compile(f"{_SPACE}*[^{_SPACE}]+|{_SPACE}+")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _BYTE_LEVEL = decoders.ByteLevel()
 _BATCH_CHARACTERS = 1 << 20
+_PART_CHARACTERS = 1 << 18
+_SPACE_IN_TEXT = re.compile(r"(?<=\S)\s")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,21 @@ def split_words(backend: Tokenizer, text: str) -> Iterator[str]:
     They are what the pre-tokenizer gives; where it leaves texts whole (Llama-2, Gemma), each SentencePiece space begins
     one.
     """
+    for part in _parts(text):
+        yield from _words_of(backend, part)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A long text in parts that begin at white space: the pre-tokenizer needs hundreds of bytes a character."""
+    start = 0
+    while start < len(text):
+        space = _SPACE_IN_TEXT.search(text, start + _PART_CHARACTERS)
+        stop = space.start() if space else len(text)
+        yield text[start:stop]
+        start = stop
+
+
+def _words_of(backend: Tokenizer, text: str) -> Iterator[str]:
     normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     if normalizer is not None:
         text = normalizer.normalize_str(text)

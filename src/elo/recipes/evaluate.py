@@ -192,7 +192,10 @@ def evaluate(
         write_json(target, results)
     if progress:
         _print_table(results)
-        for text in tokenised.values():
+        for language, text in tokenised.items():
+            if text.counts.special_tokens:
+                spelled = "tokenised as text" if split_special_tokens else "taken as tokens"
+                print(f"{language}: {text.counts.special_tokens:,} special tokens are spelled in the text; {spelled}")
             if text.warning is not None:
                 print(text.warning, flush=True)
     return results
@@ -286,7 +289,7 @@ def _print_table(results: dict[str, Any]) -> None:
     corpora, cloze = results["corpora"], results["cloze"]
     table = Table(title=results["model"]["name"], title_justify="left")
     table.add_column("language")
-    headings = ["bits per byte", "text tokens", "bytes"] if corpora else []
+    headings = ["bits per byte", "text tokens", "bytes", "text lost"] if corpora else []
     headings += ["cloze accuracy", "chance", "items"] if cloze else []
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -295,7 +298,14 @@ def _print_table(results: dict[str, Any]) -> None:
         if corpora:
             text = corpora.get(language)
             cells += (
-                [f"{text['bits_per_byte']:.4f}", f"{text['text_tokens']:,}", count(text["bytes"])] if text else [""] * 3
+                [
+                    f"{text['bits_per_byte']:.4f}",
+                    f"{text['text_tokens']:,}",
+                    count(text["bytes"]),
+                    f"{text['lost_text']:.2%}" if "lost_text" in text else "",
+                ]
+                if text
+                else [""] * 4
             )
         if cloze:
             asked = cloze.get(language)

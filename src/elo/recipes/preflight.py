@@ -78,9 +78,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
         raise EloError(f"data.sequence_length: {length} is beyond the {limit} positions of {config.model}")
     for section in _sections(config):
         batch_size = getattr(config, section).per_device_train_batch_size
-        require_own_positions(
-            model_config, length, packed=config.data.packing, batch_size=batch_size, section=section
-        )
+        require_own_positions(model_config, length, packed=config.data.packing, batch_size=batch_size, section=section)
     if config.data.packing and (is_recurrent(model) or not takes_position_ids(model)):
         raise EloError(
             f"data.packing: {model_config.model_type} does not keep packed documents apart (it has layers other than "

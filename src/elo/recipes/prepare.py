@@ -364,9 +364,7 @@ def _tokenize(job: "Preparation", tasks: "list[CorpusTask]", workers: int | None
     tokenizer = job.tokenizer
     frame = (tokenizer.prefix_token_id, tokenizer.eos_token_id)
     progress = Progress(None if unknown else total, "prepare" if show else None, "B", done)
-    with progress, TokenizerPool(
-        tokenizer.encoder, *frame, tokenizer.dtype, processes, tokenizer.checker
-    ) as pool:
+    with progress, TokenizerPool(tokenizer.encoder, *frame, tokenizer.dtype, processes, tokenizer.checker) as pool:
         tokens, left = 0, 0
         for task, unit, size in pending:
             with _taken(job.root / task.folder / f"{unit:05d}.lock", together) as ours:

@@ -145,7 +145,9 @@ def choose_attention(
     return current
 
 
-def require_own_positions(config: PreTrainedConfig, sequence_length: int, *, packed: bool, batch_size: int, section: str = "") -> None:
+def require_own_positions(
+    config: PreTrainedConfig, sequence_length: int, *, packed: bool, batch_size: int, section: str = ""
+) -> None:
     """Raise EloError where the longest document of a batch would decide about the rotary frequencies of the others."""
     limit = rope_limit(config)
     if limit is None or sequence_length <= limit or not (packed or batch_size > 1):

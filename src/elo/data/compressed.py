@@ -31,7 +31,7 @@ def file_problem(error: Exception) -> str:
     if "requires too much memory" in reason:
         return (
             f"the file is compressed with a window of more than {MAX_WINDOW >> 20:,} MiB, the largest that can be "
-            "read; compress it again: zstd -d --memory=16GB -c FILE | zstd -o NEW"
+            "read; decompress it where there is memory for that, and compress it again with a smaller window"
         )
     if isinstance(error, zstandard.ZstdError) and "ictionary" in reason:
         return "the file is compressed with a Zstandard dictionary; decompress it with that dictionary (zstd -D)"

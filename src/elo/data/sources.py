@@ -36,6 +36,8 @@ LINE_LIMIT = 1 << 28
 """Bytes from which a line is no JSON document."""
 PARQUET_BATCH = 1 << 24
 """Bytes of text that are converted from parquet at once, about."""
+THRIFT_LIMIT = 1 << 30
+"""Size of parquet metadata up to which a file is read; pyarrow's own limit is too low for files of many row groups."""
 HUB_TIMEOUT_S = 5.0
 
 # Python refuses to convert integers of more than 4300 digits; beside the text, a float is as good.
@@ -338,7 +340,9 @@ def _broken_character(data: bytes) -> bytes:
 
 
 def _parquet_records(raw: BinaryIO, name: str, column: str, start: int) -> Iterator[Record]:
-    file = pyarrow.parquet.ParquetFile(raw)
+    file = pyarrow.parquet.ParquetFile(
+        raw, thrift_string_size_limit=THRIFT_LIMIT, thrift_container_size_limit=THRIFT_LIMIT
+    )
     names = file.schema_arrow.names
     if column not in names:
         problem = f"{name}:1: {_column_problem(dict.fromkeys(names), column)}"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from elo.model.footprint import Footprint
 
 DEFAULT_PIECES = (2000, 4000, 8000, 16000)
+_MOST_PIECES = 10_000_000
 # Characters read of a language: more hardly changes which pieces are learnt.
 _TARGET_CHARACTERS = 50_000_000
 _SOURCE_CHARACTERS = 20_000_000
@@ -76,8 +77,8 @@ def measure_vocabulary(
         raise EloError("vocab: nothing to measure on; give --corpus LANGUAGE=FILE")
     if target is not None and target not in corpora:
         raise EloError(f"--target {target!r}: has no corpus; the corpora are {', '.join(corpora)}")
-    if not pieces or min(pieces) < 1:
-        raise EloError(f"--pieces {list(pieces)}: give numbers of new pieces, each at least 1")
+    if not pieces or min(pieces) < 1 or max(pieces) > _MOST_PIECES:
+        raise EloError(f"--pieces {list(pieces)}: give numbers of new pieces, each from 1 to {_MOST_PIECES:,}")
     loaded = replace(load_tokenizer(tokenizer or model, trust_remote_code), split_special_tokens=split_special_tokens)
     backend = loaded.backend
     texts = {
@@ -200,8 +201,10 @@ def extend_vocabulary(
     for name, value in (("--init", init), ("--head-init", head_init or init)):
         if value not in INITIALISATIONS:
             raise EloError(f"{name} {value!r}: unknown; choose one of {', '.join(INITIALISATIONS)}")
-    if pieces < 1 or pad_to_multiple_of < 1:
-        raise EloError(f"--pieces and --pad-to must be at least 1; got {pieces} and {pad_to_multiple_of}")
+    if not (1 <= pieces <= _MOST_PIECES and 1 <= pad_to_multiple_of <= _MOST_PIECES):
+        raise EloError(
+            f"--pieces and --pad-to must be from 1 to {_MOST_PIECES:,}; got {pieces} and {pad_to_multiple_of}"
+        )
     if tokenizer is None and (target is None or source is None):
         raise EloError(
             "vocab extend: give --target FILE to learn pieces from and --source FILE whose words stay as they are, or "

@@ -141,7 +141,7 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "not.jsonl.zst": (data, ":1: the file is damaged from here on"),
         "not.parquet": (data, ":1: the file is damaged from here on"),
         "latin.txt": ("eins\nzwei\nschön\n".encode("latin-1"), ":3: not UTF-8 (byte 0xf6 at byte 4 of the line)"),
-        "utf16.jsonl": (data.decode().encode("utf-16"), ":1: not UTF-8"),
+        "utf16.jsonl": (data.decode().encode("utf-16"), ":1: the file is not UTF-8 but UTF-16"),
     }
     found = {}
     for name, (content, said) in files.items():
@@ -167,6 +167,7 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 LOST_WHOLE = (
+    "utf16.jsonl",
     "not.jsonl.gz",
     "not.jsonl.zst",
     "short.jsonl.zst",
@@ -377,3 +378,24 @@ def test_a_dataset_that_cannot_be_reached_is_answered_soon(monkeypatch: pytest.M
     with pytest.raises(EloError, match=r"hf://owner/name: .*no network.*there is no such file or folder here"):
         list(read_documents("owner/name"))
     assert asked == [("owner/name", sources.HUB_TIMEOUT_S)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"])
+def test_a_file_of_another_kind_than_its_name_is_called_that(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    data = lines(TEXTS)
+    contents = {
+        "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        "a web page": b"\n<!DOCTYPE html><html><body>404</body></html>",
+        "compressed with gzip; add .gz": gzip.compress(data),
+        "compressed with Zstandard; add .zst": zstandard.compress(data),
+        "a zip archive": b"PK\x03\x04" + data,
+        "UTF-16": data.decode().encode("utf-16"),
+    }
+    for kind, content in contents.items():
+        path.write_bytes(content)
+        if kind.split(" ")[2:3] == [{".gz": "gzip;", ".zst": "Zstandard;"}.get(path.suffix)]:
+            assert list(read_documents(path)) == TEXTS
+        elif not (kind == "a web page" and name == "a.txt"):
+            for on_error in ("stop", "skip"):
+                assert kind in refusal(path, on_error=on_error)

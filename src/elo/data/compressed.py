@@ -2,6 +2,7 @@
 
 import gzip
 import io
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
@@ -10,6 +11,35 @@ import zstandard
 BUFFER = 1 << 20
 MAX_WINDOW = 1 << 31
 """Largest Zstandard window, in bytes (`zstd --long=31`): the memory that reading such a file may take."""
+
+_BEGINNINGS = {
+    b"version https://git-lfs": "a Git LFS pointer instead of the data; fetch the data: git lfs pull",
+    b"<!doctype html": "a web page instead of the data, such as a server's error page; fetch the file again",
+    b"<html": "a web page instead of the data, such as a server's error page; fetch the file again",
+    b"\x1f\x8b": "compressed with gzip; add .gz to its name",
+    b"\x28\xb5\x2f\xfd": "compressed with Zstandard; add .zst to its name",
+    b"PAR1": "a parquet file; let its name end in .parquet",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"BZh": "compressed with bzip2; decompress it",
+    b"\xfd7zXZ\x00": "compressed with xz; decompress it",
+    b"\xff\xfe": "not UTF-8 but UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE",
+    b"\xfe\xff": "not UTF-8 but UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE",
+}
+_EXPECTED = {".gz": (b"\x1f\x8b",), ".zst": (b"\x28\xb5\x2f\xfd",), ".parquet": (b"PAR1",)}
+
+
+def wrong_kind(raw: BinaryIO, name: str) -> str | None:
+    """What a file is, and what to do, where its first bytes belong to another kind of file than its name."""
+    beginning = raw.read(64)
+    raw.seek(0)
+    if beginning.startswith(_EXPECTED.get(Path(name).suffix, ())):
+        return None
+    for start, kind in _BEGINNINGS.items():
+        if beginning.startswith(start) or (start.startswith(b"<") and beginning.lower().lstrip().startswith(start)):
+            if start.startswith((b"<", b"BZh", b"PAR1")) and ".txt" in name:  # plain text may begin with these
+                continue
+            return f"the file is {kind}"
+    return None
 
 
 def decompressed(raw: BinaryIO, name: str) -> BinaryIO:

@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from elo.data.compressed import decompressed, file_problem
+from elo.data.compressed import decompressed, file_problem, wrong_kind
 from elo.errors import EloError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".txt.gz", ".txt.zst")
@@ -192,6 +192,9 @@ class FileReader:
         name = self.file.location
         with Path(name).open("rb") as raw:
             self._raw = raw
+            if (kind := wrong_kind(raw, name)) is not None:
+                yield Record(0, 1, b"", f"{name}:1: {kind}", ends_file=True)
+                return
             if name.endswith(".parquet"):
                 yield from _parquet_records(raw, name, self.text_column, start)
                 return

@@ -63,16 +63,16 @@ class TextChecker:
 
     def __init__(self, backend: Tokenizer, special_tokens: Sequence[str]) -> None:
         self.special_tokens = list(special_tokens)
-        self.serialized = backend.to_str()
-        self._backend = Tokenizer.from_str(self.serialized)
-        state = json.loads(self.serialized)
+        self.backend = backend
+        state = json.loads(backend.to_str())
         unknown = state["model"].get("unk_id")
         if (token := state["model"].get("unk_token")) is not None:
             unknown = backend.token_to_id(token)
         self._unknown = -1 if unknown is None else int(unknown)
-        if state["decoder"] is None:
-            self._backend.decoder = _missing_decoder(state)
-        kind = "Joined" if self._backend.decoder is None else (state["decoder"] or {}).get("type")
+        if state["decoder"] is None and (decoder := _missing_decoder(state)) is not None:
+            self.backend = Tokenizer.from_str(backend.to_str())
+            self.backend.decoder = decoder
+        kind = "Joined" if self.backend.decoder is None else (state["decoder"] or {}).get("type")
         self._ignores_space = kind in ("Joined", "WordPiece")
         # Specials by their first two characters: a text without any of these spells none, which is quickly seen.
         self._by_start: dict[str, tuple[set[str], list[int]]] = {}
@@ -100,7 +100,7 @@ class TextChecker:
                     ids = np.array(encoder.encode(text, add_special_tokens=False).ids)
                 parts.append((index, text))
                 decodable.append(ids[ids != self._unknown].tolist())
-        decoded = self._backend.decode_batch(decodable, skip_special_tokens=False)
+        decoded = self.backend.decode_batch(decodable, skip_special_tokens=False)
         for (index, text), back in zip(parts, decoded, strict=True):
             counts[index, 1] = len(text.encode())
             counts[index, 2] = lost_bytes(text, back, ignore_space=self._ignores_space)
@@ -279,7 +279,7 @@ class TokenizerPool:
             for process in self._processes:
                 assert process.stdin is not None
                 header = struct.pack("<2q", self._prefix, self._eos)
-                check = (self._checker.serialized.encode(), json.dumps(self._checker.special_tokens).encode())
+                check = (self._checker.backend.to_str().encode(), json.dumps(self._checker.special_tokens).encode())
                 write_frame(process.stdin, serialized, header, self._dtype.str.encode(), *check)
                 self._idle.put(process)
         return self

@@ -17,6 +17,7 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 _AT_SPACES = re.compile(f"{_SPACE}*[^{_SPACE}]+|{_SPACE}+")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _BYTE_LEVEL = decoders.ByteLevel()
+_BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 20
 _PART_CHARACTERS = 1 << 18
 _SPACE_IN_TEXT = re.compile(r"(?<=\S)\s")
@@ -68,13 +69,13 @@ def measure_fertility(backend: Tokenizer, texts: Iterable[str]) -> Fertility:
 
 
 def batched(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in batches of about a million characters, so that tokenising them takes little memory."""
+    """Texts in batches of 256, or of about a million characters, so that tokenising them takes little memory."""
     batch: list[str] = []
     size = 0
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= _BATCH_CHARACTERS:
+        if size >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
     if batch:

@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from elo.evaluation.cloze import ClozeItem
 
 DEFAULT_SEQUENCE_LENGTH = 2048
-_DOCUMENTS_A_BATCH = 256
 
 
 def evaluate(
@@ -257,13 +255,13 @@ def _tokenise(
     from elo.data.sources import read_documents
     from elo.data.text_loss import judge_loss
     from elo.data.tokenizing import TextCounts
+    from elo.data.words import batched
 
-    texts = read_documents(path, text_column, on_error)
     documents: list[Any] = []
     sizes: list[int] = []
     text_tokens = 0
     counts = np.zeros(len(TextCounts._fields), np.int64)
-    while batch := list(islice(texts, _DOCUMENTS_A_BATCH)):
+    for batch in batched(read_documents(path, text_column, on_error)):
         ids, counted = encoder.encode_and_check(batch)
         documents += ids
         counts += counted.sum(axis=0)

@@ -20,10 +20,10 @@ from measuring import MIB, in_process, print_table, write_report
 from throughput import make_config, make_ready, train_some
 from transformers import PretrainedConfig
 
-from elo.model.counting import footprint
-from elo.recipes.plan import plan
-from elo.training.methods import Options, find_method
-from elo.training.settings import PUBLISHED, EloOptions, TrainingSettings
+from elo.checkpoint.counting import footprint
+from elo.methods.methods import Options, find_method
+from elo.plan.plan import plan
+from elo.train.settings import PUBLISHED, EloOptions, TrainingSettings
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from elo.methods.methods import Options, find_method
 from measuring import finished, print_table, write_report
 
-from elo.layers import parse_layers
-from elo.model.counting import footprint, read_config
-from elo.model.devices import measure_matmul_rate
-from elo.quickstart.corpus import write_corpus
-from elo.recipes.evaluate import evaluate
-from elo.recipes.quickstart import WORLD
-from elo.training.methods import Options, find_method
-from elo.training.settings import EloOptions
+from elo.checkpoint.counting import footprint, read_config
+from elo.checkpoint.layers import parse_layers
+from elo.evaluate.evaluate import evaluate
+from elo.plan.devices import measure_matmul_rate
+from elo.quickstart.quickstart import WORLD, unpack_corpus
+from elo.train.settings import EloOptions
 
 ROOT = Path(__file__).parent
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -78,7 +77,7 @@ def our_code(args: argparse.Namespace, name: str, output: Path) -> str:
         "elo_pretraining": section,
         "layer_alignment": section,
         "full": section,
-        "evaluation": {"max_tokens": 1000},
+        "evaluation": {"max_bytes": 4000},
     }
     return f"import elo; elo.run({config!r})"
 
@@ -133,16 +132,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--heldout-tokens", type=int, default=10_000)
+    parser.add_argument("--heldout-bytes", type=int, default=100_000)
     parser.add_argument("--only", nargs="+", help="contestants to run")
     parser.add_argument("--llamafactory", metavar="PYTHON", help="of an environment with LLaMA-Factory; else left out")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="elo-end-to-end-"))
     if args.target is None:
-        paths = write_corpus(scratch / "corpus")
-        args.target, args.source = paths.adapt_target, paths.adapt_source
-        args.heldout_target, args.heldout_source = paths.heldout_target, paths.heldout_source
+        corpus = scratch / "corpus"
+        unpack_corpus(corpus)
+        args.target, args.source = corpus / "adapt_target.jsonl", corpus / "adapt_source.jsonl"
+        args.heldout_target, args.heldout_source = corpus / "heldout_target.jsonl", corpus / "heldout_source.jsonl"
     peers = PEERS | (LLAMA_FACTORY if args.llamafactory else {})
     names = [name for name in [*OURS, *peers] if not args.only or name in args.only]
     if importlib.util.find_spec("trl") is None and "TRL SFTTrainer, full" in names:
@@ -169,7 +169,7 @@ def main() -> None:
                     model = output / "model" if name in OURS else output
                     measured = evaluate(
                         model, corpora=heldout, sequence_length=args.sequence_length,
-                        max_tokens=args.heldout_tokens, progress=False,
+                        max_bytes=args.heldout_bytes, progress=False,
                     )  # fmt: skip
                     results[name] |= {"bpb": measured["bpb"], "floor_seconds": floor_flops(args, name) / rate}
                 shutil.rmtree(output)

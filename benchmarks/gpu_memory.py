@@ -7,7 +7,7 @@ process of its own; what is told is PyTorch's allocator's. That takes no arithme
 
     python -m venv cuda    # for a CUDA build of PyTorch
     cuda/bin/pip install 'torch==2.13.0' 'nvidia-cuda-crt<13.1' -e '.[lora,adamw8bit]'
-    cuda/bin/python benchmarks/null_gpu/build.py null
+    cuda/bin/python dev/null_gpu/build.py null
     NULL_GPU_GIB=400 LD_PRELOAD=$PWD/null/null_gpu.so LD_LIBRARY_PATH=$PWD/null \\
         cuda/bin/python benchmarks/gpu_memory.py --output gpu_memory.json
 
@@ -23,17 +23,19 @@ from typing import Any
 import torch
 from alignment_memory import CONTESTANTS, Contestant, measure_apart, planned_stage, settings_of
 from measuring import print_table, write_report
-from null_gpu.answers import answer_for_it, on_a_null_gpu
 from throughput import make_rows
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from elo.layers import gaps_between
-from elo.model.counting import footprint
-from elo.model.surgery import detach_layers
-from elo.training import loop
-from elo.training.bridge import Bridge
-from elo.training.methods import Method, Prepared, Setup, find_method
-from elo.training.trainer import EloTrainer
+from elo.checkpoint.counting import footprint
+from elo.checkpoint.layers import gaps_between
+from elo.methods.methods import Method, Prepared, Setup, find_method
+from elo.surgery.in_memory import detach_layers
+from elo.train import loop
+from elo.train.bridge import Bridge
+from elo.train.trainer import EloTrainer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "dev" / "null_gpu"))
+from answers import answer_for_it, on_a_null_gpu
 
 GIB = 1 << 30
 LLAMA_8B = LlamaConfig(

@@ -3,7 +3,7 @@
     python benchmarks/head_loss.py --tokens 4096 --vocab-sizes 2048 8192 32768 --hidden-size 256 --output head_loss.json
 
 The floor is two matrix products of tokens x hidden x vocabulary (logits, input gradient), measured beside.
-The default of elo.training.losses rests on these figures.
+The default of elo.train.loss rests on these figures.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from measuring import synchronise, write_report
 
-from elo.training.losses import head_cross_entropy
-from elo.training.memory import peak_memory_bytes, reset_peak_memory
+from elo.train.loss import head_cross_entropy
+from elo.train.peak_memory import peak_memory_bytes, reset_peak_memory
 
 CONTESTANTS = [
     ("plain", None),

@@ -71,7 +71,7 @@ def weights_size(folder: Path) -> int:
 
 def write_report(path: Path | None, arguments: dict[str, Any], **found: Any) -> None:
     """Write what was found as JSON, with date, machine, versions and the command's arguments; nowhere if None."""
-    from elo.recipes.results import hardware, versions
+    from elo.store.environment import hardware, versions
 
     if path is not None:
         told = {name: getattr(each, "name", each) for name, each in arguments.items() if each is not path}

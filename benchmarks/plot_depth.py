@@ -1,6 +1,6 @@
 """Draw what depth does: bits per byte and peak memory of each contestant over the number of decoder layers.
 
-    python benchmarks/plot_depth.py 16=RUN 32=RUN 64=RUN --output docs/depth.png
+    python benchmarks/plot_depth.py 16=RUN 32=RUN 64=RUN --output dev/depth.png
 
 Each RUN is a folder of `elo compare benchmarks/compare_depth.yaml`. Points are seeds, lines go through their means.
 """
@@ -14,14 +14,18 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from elo.reporting.drawing import COLOURS, MARKERS, STYLE
+from elo.report.drawing import COLOURS, MARKERS, STYLE
 
 LABELS = {
     "bridge": "ELO detached, with bridge, no alignment",
     "full": "full CPT",
     "elo": "ELO, forward-only middle (default)",
 }
-PALETTE = {"bridge": COLOURS["align_only"], "full": COLOURS["full"], "elo": COLOURS["elo"]}
+PALETTE = {"bridge": COLOURS["lora"], "full": COLOURS["full"], "elo": COLOURS["elo"]}
+
+
+def _is_shown(trial: dict[str, Any], contestant: str) -> bool:
+    return trial["contestant"] == contestant and not trial["tuning"] and not trial["failed"]
 
 
 def main() -> None:
@@ -32,23 +36,22 @@ def main() -> None:
     runs: dict[int, Any] = {}
     for given in args.runs:
         layers, _, folder = given.partition("=")
-        runs[int(layers)] = json.loads((Path(folder) / "comparison.json").read_text())
-    target, source = (next(iter(runs.values()))["languages"][role] for role in ("target", "source"))
+        runs[int(layers)] = json.loads((Path(folder) / "results.json").read_text())
+    target, source = (next(iter(runs.values()))["languages"][role][0] for role in ("targets", "sources"))
     panels = {
-        f"{target}, bits per byte": lambda trial: trial["bpb"][target],
-        f"{source}, bits per byte": lambda trial: trial["bpb"][source],
-        "peak memory, MiB": lambda trial: trial["peak_memory_bytes"] / 2**20,
+        f"{target}, bits per byte": lambda trial: trial["measured"]["bpb"][target],
+        f"{source}, bits per byte": lambda trial: trial["measured"]["bpb"][source],
+        "peak memory, MiB": lambda trial: max(stage["peak_memory_bytes"] for stage in trial["stages"]) / 2**20,
     }
     with rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.3), layout="constrained")
         for axes, (label, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             for marker, (name, shown) in zip(MARKERS, LABELS.items(), strict=False):
                 points = [
-                    (layers, [value(trial) for trial in entry["trials"] if not trial["failed"]])
+                    (layers, [value(trial) for trial in comparison["trials"] if _is_shown(trial, name)])
                     for layers, comparison in sorted(runs.items())
-                    for entry in comparison["entries"]
-                    if entry["contestant"] == name
                 ]
+                points = [(layers, values) for layers, values in points if values]
                 xs, means = [layers for layers, _ in points], [statistics.mean(values) for _, values in points]
                 axes.plot(xs, means, color=PALETTE[name], marker=marker, label=shown)
                 for layers, values in points:

@@ -23,9 +23,9 @@ from typing import Any
 
 import tokenizers
 
+from elo.data.prepare import prepare
 from elo.data.sources import read_documents
 from elo.data.tokenizer import load_tokenizer
-from elo.recipes.prepare import prepare
 
 BATCH_BYTES = 1 << 20
 

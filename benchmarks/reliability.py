@@ -46,11 +46,11 @@ def kills(count: int, scratch: Path, seed: int) -> dict[str, Any]:
     import torch
     from kill_fixtures import Tally, kill_until_done, small_world, weights
 
-    import elo.reporting.drawing
-    from elo.recipes.run import run
+    import elo.report.drawing
+    from elo.run import run
 
     torch.set_num_threads(1)
-    elo.reporting.drawing._PNG_DPI = 10  # drawing would be most of so small a run
+    elo.report.drawing._PNG_DPI = 10  # drawing would be most of so small a run
     config = small_world(scratch / "world")
     with Path(os.devnull).open("w") as quiet, contextlib.redirect_stdout(quiet):
         run({**config, "output": str(scratch / "undisturbed")})
@@ -147,7 +147,7 @@ def large(megabytes: int, corpus_mb: int, scratch: Path) -> dict[str, Any]:
         f"{str(scratch / 'data')!r}, progress=False)"
     )
     return {
-        "imports_alone": in_process("import elo.model.checkpoint"),
+        "imports_alone": in_process("import elo.surgery.on_disk"),
         "checkpoint_mib": size >> 20,
         "detach": detached,
         "attach": attached,

@@ -47,7 +47,7 @@ LlamaForCausalLM(config).save_pretrained({folder!r}, max_shard_size={shard!r})
 
 def timed(code: str) -> dict[str, Any]:
     """Seconds of some code in a process of its own, without imports, and the process's peak memory."""
-    clock = "import time, elo.model.checkpoint; started = time.perf_counter()"
+    clock = "import time, elo.surgery.on_disk; started = time.perf_counter()"
     found = finished(f"{clock}\n{code}\nprint(time.perf_counter() - started)")
     return {"seconds": float(found["printed"].split()[-1]), "peak_rss_mib": found["peak_rss_mib"]}
 
@@ -89,7 +89,7 @@ def main() -> None:
         floors = {name: list(contestants)[0 if number < 2 else 2] for number, name in enumerate(contestants)}
         shutil.rmtree(detached)
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
-        start = finished("import elo.model.checkpoint")
+        start = finished("import elo.surgery.on_disk")
         for _ in range(args.rounds):
             for name, (code, made) in contestants.items():
                 measured[name].append(timed(code))

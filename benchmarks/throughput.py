@@ -21,16 +21,16 @@ import torch.nn.functional as F
 from measuring import synchronise, write_report
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from elo.checkpoint.counting import footprint
 from elo.data.mixture import Mixture
 from elo.data.packing import PackedStream
 from elo.data.shards import TokenCorpus
-from elo.model.counting import footprint
-from elo.model.devices import measure_matmul_rate
-from elo.model.surgery import detach_layers
-from elo.training.bridge import fit_bridge
-from elo.training.loop import train, wants_bf16
-from elo.training.methods import Method, Options, Prepared, Setup, find_method
-from elo.training.settings import EloOptions, TrainingSettings
+from elo.methods.methods import Method, Options, Prepared, Setup, find_method
+from elo.plan.devices import measure_matmul_rate
+from elo.surgery.in_memory import detach_layers
+from elo.train.bridge import fit_bridge
+from elo.train.loop import train, wants_bf16
+from elo.train.settings import EloOptions, TrainingSettings
 
 # Each trains embedding and head as it does in a run, so that the rates are those of the methods.
 METHODS_SHOWN: dict[str, tuple[str, Options]] = {

@@ -1,11 +1,15 @@
-"""Made-up results of a run, for tests of the report: shaped like real ones, measured on nothing."""
+"""Made-up results, for tests of the report: shaped like real ones, measured on nothing."""
 
 import math
 from html.parser import HTMLParser
 from typing import Any
 
+import numpy as np
+
 TITLE = "TEST DATA: made-up numbers"
 TOKENS, STEPS = 2_000_000, 120
+BASE = {"ko": 2.412, "en": 1.318}
+DOCUMENTS = {"ko": 60, "en": 50}
 SAMPLES = {
     "ko": (
         "강 건너 마을에는",
@@ -16,8 +20,13 @@ SAMPLES = {
         [" bread, salt & water, and nothing else.", " bread and a little salt; no | more."],
     ),
 }
-
-
+# name, label, changes, tokens/s, FLOPs per token, GiB, learning rate, ko and en at the first budget, at the second
+CONTESTANTS: tuple[tuple[Any, ...], ...] = (
+    ("elo", "ELO", {"layers": "first:2,last:2"}, 21_000, 0.5e8, 0.62, 1e-3, (2.061, 1.326), (1.872, 1.333)),
+    ("full", "Full CPT", {}, 7_100, 1.4e8, 1.31, 5e-4, (1.996, 1.342), (1.846, 1.331)),
+    ("lora", "LoRA, rank 16", {"lora": {"rank": 16}}, 8_000, 1.1e8, 0.71, 2e-3, (1.958, 1.329), (1.798, 1.324)),
+    ("lisa", "LISA", {}, 10_400, 1.0e8, 0.84, 1e-3, (1.972, 1.371), (1.790, 1.374)),
+)
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -48,22 +57,109 @@ class Page(HTMLParser):
             self.headings.append(data)
 
 
-def example_results(**changes: Any) -> dict[str, Any]:
-    """Results of ELO and four controls, in which ELO is quick and full CPT ends lower; `changes` replace top keys."""
-    results: dict[str, Any] = {
-        "schema": 1,
+def example_run(**changes: Any) -> dict[str, Any]:
+    """A run of ELO with detached pretraining; `changes` replace top keys."""
+    trial = _trial("elo", "2 M tokens", 7, {"ko": 1.824, "en": 1.331}, TOKENS, 21_000, 0.5e8, 1.31, 1e-3)
+    trial["measured"] |= {"measures": _cloze(0.44, 0.69), "samples": _samples(1), "generation": _generation(80.0)}
+    return {
+        **_setting("run", [7]),
+        "command": "elo run test.yaml --set seed=7",
+        "contestants": [{"name": "elo", "label": "ELO", "method": "elo", "layers": [0, 1, 10, 11]}],
+        "budgets": [{"name": "2 M tokens", "kind": "tokens", "value": TOKENS}],
+        "trials": [trial],
+        **changes,
+    }
+
+
+def example_comparison(seeds: tuple[int, ...] = (1, 2, 3), **changes: Any) -> dict[str, Any]:
+    """Four contestants at two budgets; LISA is lowest in ko but off in en, LoRA is the winner among the others."""
+    budgets = [
+        {"name": "500,000 tokens", "kind": "tokens", "value": 500_000},
+        {"name": "300 s of CPU time", "kind": "cpu_seconds", "value": 300.0},
+    ]
+    trials = []
+    for name, _, _, speed, work, gib, rate, *ends in CONTESTANTS:
+        for index, budget in enumerate(budgets):
+            end = {"ko": ends[index][0], "en": ends[index][1]}
+            tokens = 500_000 if index == 0 else int(300 / 1.9 * speed)
+            for step in (-2, -1, 1, 2):
+                off = {language: value + 0.012 * step**2 for language, value in end.items()}
+                trial = _trial(name, budget["name"], seeds[0], off, tokens, speed, work, gib, rate * 2**step)
+                trial |= {"tuning": True, "losses": [], "evaluations": []}
+                if name == "full" and step == 2:
+                    trial |= {
+                        "failed": "training diverged at step 40",
+                        "validation": None,
+                        "measured": {},
+                        "stages": [],
+                    }
+                trials.append(trial)
+            for seed in seeds:
+                luck = 0.004 * math.sin(7.1 * seed + len(name) + 3 * index)
+                drawn = {language: value + luck for language, value in end.items()}
+                trial = _trial(name, budget["name"], seed, drawn, tokens, speed, work, gib, rate)
+                trials.append(trial if seed == seeds[0] else {**trial, "validation": None})
+    return {
+        **_setting("comparison", list(seeds)),
+        "command": "elo compare test.yaml",
+        "base_validation": measured(BASE),
+        "contestants": [
+            {"name": name, "label": label, "method": name, "changes": changed}
+            for name, label, changed, *_ in CONTESTANTS
+        ],
+        "budgets": budgets,
+        "trials": trials,
+        **changes,
+    }
+
+
+def duel(documents: int = 60, noise: float = 0.02, **targets: list[float | None]) -> dict[str, Any]:
+    """A comparison of the named contestants with these target bits per byte by seed; None is a failed seed."""
+    seeds = tuple(range(1, max(map(len, targets.values())) + 1))
+    results = example_comparison(seeds)
+    budget = {"name": "60 s", "kind": "seconds", "value": 60.0}
+    trials: list[dict[str, Any]] = []
+    for name, values in targets.items():
+        for seed, value in enumerate(values, 1):
+            trial: dict[str, Any] = {"contestant": name, "budget": "60 s", "seed": seed}
+            trial["stages"] = [{"name": name, "seconds": 60.0, "tokens": 1000}]
+            if value is None:
+                trial["failed"] = "training diverged at step 7"
+            else:
+                bpb = {"ko": value, "en": BASE["en"]}
+                trial["measured"] = measured(bpb, noise, 100 * len(trials), documents)
+            trials.append(trial)
+    contestants = [{"name": name, "method": name} for name in targets]
+    base = measured(BASE, documents=documents)
+    return {**results, "base": base, "contestants": contestants, "budgets": [budget], "trials": trials}
+
+
+def measured(bpb: dict[str, float], noise: float = 0.01, seed: int = 0, documents: int | None = None) -> dict[str, Any]:
+    """Documents of odd sizes whose bits per byte scatter by `noise` around exactly `bpb`."""
+    nats, sizes = {}, {}
+    for language, value in bpb.items():
+        number = documents or DOCUMENTS[language]
+        size = np.random.default_rng(number).integers(200, 4000, number)
+        each = np.random.default_rng([seed, number]).normal(0, noise, number)
+        each -= (each * size).sum() / size.sum()
+        nats[language] = [round(float(nat), 4) for nat in (value + each) * math.log(2) * size]
+        sizes[language] = [int(one) for one in size]
+    heldout = {
+        language: {"documents": len(size), "tokens": sum(size) // 4, "bytes": sum(size)}
+        for language, size in sizes.items()
+    }
+    return {"bpb": dict(bpb), "heldout": heldout, "document_nats": nats, "document_bytes": sizes}
+
+
+def _setting(kind: str, seeds: list[int]) -> dict[str, Any]:
+    return {
+        "schema_version": 2,
+        "kind": kind,
         "title": TITLE,
         "created": "2000-01-01T00:00:00+00:00",
-        "command": "elo run test.yaml --set seed=7",
-        "model": {
-            "name": "test/base-24m",
-            "parameters": 24_117_248,
-            "num_layers": 12,
-            "layers": [0, 11],
-            "trainable_parameters": 2_621_440,
-        },
-        "languages": {"target": "ko", "source": "en"},
-        "seed": 7,
+        "model": {"name": "test/base-24m", "parameters": 24_117_248, "num_layers": 12},
+        "languages": {"targets": ["ko"], "sources": ["en"]},
+        "seeds": seeds,
         "hardware": {"cpu": "Test CPU", "cores": 2, "memory_bytes": 8 * 2**30},
         "versions": {"python": "3.11.0", "elo-cpt": "0.0.test", "torch": "2.13.0"},
         "data": {
@@ -71,144 +167,88 @@ def example_results(**changes: Any) -> dict[str, Any]:
                 "ko": {"tokens": 9_000_000, "bytes": 41_000_000, "documents": 20_000},
                 "en": {"tokens": 4_000_000, "bytes": 17_000_000, "documents": 9_000},
             },
-            "heldout": {
-                "ko": {"tokens": 90_000, "bytes": 410_000, "documents": 200},
-                "en": {"tokens": 80_000, "bytes": 350_000, "documents": 190},
-            },
             "replay_ratio": 0.1,
             "sequence_length": 512,
         },
         "config": {"model": "test/base-24m", "tokens": TOKENS, "data": {"target": "ko", "title": "한국어 <i>"}},
         "base": {
-            "bpb": {"ko": 2.412, "en": 1.318},
-            "cloze": {
-                "ko": {"accuracy": 0.27, "items": 300, "chance": 0.25},
-                "en": {"accuracy": 0.71, "items": 300, "chance": 0.25},
-            },
+            **measured(BASE),
+            "measures": _cloze(0.27, 0.71),
             "samples": _samples(0),
+            "generation": _generation(40.0),
         },
-        "methods": [
-            _elo(),
-            _whole("full", "Full CPT", 1.0, 412.0, {"ko": 1.683, "en": 1.402}, (0.52, 0.64), gib=1.31),
-            _whole(
-                "full_at_wall_time",
-                "Full CPT, equal wall time",
-                0.27,
-                112.0,
-                {"ko": 1.902, "en": 1.371},
-                (0.38, 0.66),
-                1.31,
-            ),
-            _whole("align_only", "Alignment alone", 0.1, 41.5, {"ko": 2.071, "en": 1.349}, (0.33, 0.68), gib=1.31),
-            _whole(
-                "frozen",
-                "First and last, middle frozen",
-                1.0,
-                262.0,
-                {"ko": 1.861, "en": 1.345},
-                (0.41, 0.69),
-                gib=0.84,
-            ),
-        ],
     }
-    return {**results, **changes}
 
 
-def grouped_results() -> dict[str, Any]:
-    """The example with cloze items in three groups of 100, told in one language, in the other, or in both."""
-    results = example_results()
-    for measured in (results["base"], *results["methods"]):
-        for language, cloze in measured["cloze"].items():
-            told = {"told_in_ko": 0.08, "told_in_en": -0.08} if language == "ko" else {"told_in_ko": -0.3}
-            spread = {"told_in_ko": 0.0, "told_in_en": 0.0, "told_in_both": 0.0, **told}
-            cloze["groups"] = {
-                name: {"accuracy": round(cloze["accuracy"] + difference, 3), "items": 100}
-                for name, difference in spread.items()
+def _trial(
+    name: str, budget: str, seed: int, bpb: dict[str, float], tokens: int, speed: float, work: float, gib: float,
+    rate: float,
+) -> dict[str, Any]:  # fmt: skip
+    own = name == "elo"
+    parts = (("elo_pretraining", 0.6), ("layer_alignment", 0.4)) if own else ((name, 1.0),)
+    seconds = tokens / speed
+    stages, losses, evaluations = [], [], []
+    at_tokens, at = 0, 0.0
+    if own:
+        stages.append({"name": "detach", "seconds": 0.02 * seconds, "cpu_seconds": 0.03 * seconds})
+        at += 0.02 * seconds
+    for stage, share in parts:
+        detached = stage == "elo_pretraining"
+        stages.append({
+            "name": stage,
+            "seconds": share * seconds,
+            "cpu_seconds": 1.9 * share * seconds,
+            "tokens": int(share * tokens),
+            "tokens_per_second": speed,
+            "peak_memory_bytes": int(gib * 2**30),
+            "flops": work * share * tokens,
+            "detached": detached,
+        })  # fmt: skip
+        steps = max(8, int(STEPS * share))
+        first, last = (6.1, 3.9) if detached else (4.6, 3.1)
+        for step in range(1, steps + 1):
+            place = step / steps
+            wave = 0.12 * math.sin(12.9898 * step) * math.sin(78.2 * step)
+            point = {
+                "stage": stage,
+                "tokens": at_tokens + int(place * share * tokens),
+                "seconds": at + place * share * seconds,
             }
-    return results
-
-
-def _elo() -> dict[str, Any]:
-    pretraining, alignment = int(0.9 * TOKENS), TOKENS // 10
-    seconds, align_seconds = 68.0, 43.2
+            losses.append({**point, "loss": last + (first - last) * _decay(place) + wave})
+            if step % (steps // 6) == 0:
+                start = {"ko": 3.4, "en": 2.9} if detached else {"ko": 2.2, "en": 1.45} if own else BASE
+                end = {"ko": 2.53, "en": 2.21} if detached else bpb
+                curve = {each: end[each] + (start[each] - end[each]) * _decay(place) for each in bpb}
+                evaluations.append({**point, "bpb": curve})
+        at_tokens, at = at_tokens + int(share * tokens), at + share * seconds
+        if detached:
+            stages.append({"name": "attach", "seconds": 0.01 * seconds, "cpu_seconds": 0.02 * seconds})
+            at += 0.01 * seconds
+    rates = {"elo_pretraining": rate, "layer_alignment": rate / 2} if own else {name: rate}
     return {
-        "name": "elo",
-        "label": "ELO",
-        "note": None,
-        "tokens": TOKENS,
-        "wall_seconds": seconds + align_seconds + 1.2,
-        "peak_memory_bytes": int(1.31 * 2**30),
-        "stages": [
-            {"name": "detach", "seconds": 0.6, "tokens": 0, "tokens_per_second": None, "peak_memory_bytes": 2**27},
-            _stage("elo_pretraining", seconds, pretraining, 0.42),
-            {"name": "attach", "seconds": 0.6, "tokens": 0, "tokens_per_second": None, "peak_memory_bytes": 2**27},
-            _stage("layer_alignment", align_seconds, alignment, 1.31),
-        ],
-        "bpb": {"ko": 1.824, "en": 1.341},
-        "cloze": _cloze(0.44, 0.69),
-        "samples": _samples(1),
-        "before_alignment": {"bpb": {"ko": 2.306, "en": 1.702}},
-        "losses": _losses("elo_pretraining", 0, pretraining, 0.6, seconds, 6.1, 3.9)
-        + _losses("layer_alignment", pretraining, alignment, seconds + 1.2, align_seconds, 4.1, 3.1),
-        "evaluations": _evaluations(
-            "elo_pretraining", 0, pretraining, 0.6, seconds, {"ko": (3.4, 2.53), "en": (2.9, 2.21)}
-        )
-        + _evaluations(
-            "layer_alignment",
-            pretraining,
-            alignment,
-            seconds + 1.2,
-            align_seconds,
-            {"ko": (2.306, 1.824), "en": (1.702, 1.341)},
-        ),
+        "contestant": name,
+        "budget": budget,
+        "seed": seed,
+        "learning_rates": rates,
+        "measured": measured(bpb, 0.03, seed * 1000 + sum(map(ord, name))),
+        "before_alignment": measured({"ko": 2.25, "en": 1.48}) if own else None,
+        "validation": measured({each: value + 0.01 for each, value in bpb.items()}),
+        "attach_scale": 0.75 if own else None,
+        "stages": stages,
+        "losses": losses,
+        "evaluations": evaluations,
     }
 
 
-def _whole(
-    name: str,
-    label: str,
-    share: float,
-    seconds: float,
-    bpb: dict[str, float],
-    accuracy: tuple[float, float],
-    gib: float,
-) -> dict[str, Any]:
-    tokens = int(share * TOKENS)
-    start = {"ko": 2.412, "en": 1.318}
-    return {
-        "name": name,
-        "label": label,
-        "note": "Stopped when it had used ELO's wall time." if name == "full_at_wall_time" else None,
-        "tokens": tokens,
-        "wall_seconds": seconds,
-        "peak_memory_bytes": int(gib * 2**30),
-        "stages": [_stage("layer_alignment" if name == "align_only" else name, seconds, tokens, gib)],
-        "bpb": bpb,
-        "cloze": _cloze(*accuracy),
-        "samples": _samples(1),
-        "before_alignment": None,
-        "losses": _losses(name, 0, tokens, 0.0, seconds, 5.4, 2.6 + 0.8 * (1 - share)),
-        "evaluations": _evaluations(
-            name, 0, tokens, 0.0, seconds, {language: (start[language], bpb[language]) for language in bpb}
-        ),
-    }
-
-
-def _stage(name: str, seconds: float, tokens: int, gib: float) -> dict[str, Any]:
-    return {
-        "name": name,
-        "seconds": seconds,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-        "peak_memory_bytes": int(gib * 2**30),
-    }
-
-
-def _cloze(target: float, source: float) -> dict[str, Any]:
-    return {
-        language: {"accuracy": accuracy, "items": 300, "chance": 0.25}
-        for language, accuracy in (("ko", target), ("en", source))
-    }
+def _cloze(target: float, source: float) -> list[dict[str, Any]]:
+    found = []
+    for language, accuracy in (("ko", target), ("en", source)):
+        for name, shift, items in (("all", 0.0, 300), ("told_in_ko", 0.05, 150), ("told_in_en", -0.05, 150)):
+            value = accuracy + shift
+            error = math.sqrt(value * (1 - value) / items)
+            found.append({"measure": "cloze", "name": name, "language": language, "value": value, "items": items,
+                          "standard_error": error, "chance": 0.25})  # fmt: skip
+    return found
 
 
 def _samples(which: int) -> list[dict[str, str]]:
@@ -217,43 +257,10 @@ def _samples(which: int) -> list[dict[str, str]]:
     ]
 
 
+def _generation(rate: float) -> dict[str, dict[str, float]]:
+    return {language: {"characters": 200, "seconds": 200 / rate} for language in BASE}
+
+
 def _decay(share: float) -> float:
     """1 at the start, 0 at the end, falling as training curves do."""
     return (math.exp(-4 * share) - math.exp(-4)) / (1 - math.exp(-4))
-
-
-def _losses(
-    stage: str, tokens: int, more_tokens: int, seconds: float, more_seconds: float, first: float, last: float
-) -> list[dict[str, Any]]:
-    steps = max(8, int(STEPS * more_tokens / TOKENS))
-    return [
-        {
-            "stage": stage,
-            "tokens": tokens + more_tokens * step // steps,
-            "seconds": seconds + more_seconds * step / steps,
-            "loss": last
-            + (first - last) * _decay(step / steps)
-            + 0.12 * math.sin(12.9898 * step) * math.sin(78.2 * step),
-        }
-        for step in range(1, steps + 1)
-    ]
-
-
-def _evaluations(
-    stage: str,
-    tokens: int,
-    more_tokens: int,
-    seconds: float,
-    more_seconds: float,
-    ends: dict[str, tuple[float, float]],
-    parts: int = 6,
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "stage": stage,
-            "tokens": tokens + more_tokens * part // parts,
-            "seconds": seconds + more_seconds * part / parts,
-            "bpb": {language: last + (first - last) * _decay(part / parts) for language, (first, last) in ends.items()},
-        }
-        for part in range(1, parts + 1)
-    ]

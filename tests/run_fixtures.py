@@ -122,9 +122,7 @@ def write_world(root: Path) -> dict[str, Any]:
             "sequence_length": 32,
             "workers": 1,
         },
-        "elo": {"stand_in": "bridge"},
-        "elo_pretraining": training,
-        "layer_alignment": {**training, "share": 0.2},
-        "full": training,
+        "method": {"name": "elo", "middle": "removed", "share": 0.2},
+        "training": training,
         "evaluation": {"prompts": {"en": ["the cat"], "xx": ["가나"]}, "max_new_tokens": 4},
     }

@@ -12,10 +12,10 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from elo.cli import main as main
-from elo.evaluation import loading
-from elo.processes import is_main
-from elo.recipes import train
-from elo.training.trainer import EloTrainer
+from elo.evaluate import loading
+from elo.store.processes import is_main
+from elo.train import phase as train
+from elo.train.trainer import EloTrainer
 
 _init, _save, _load = AcceleratorState.__init__, EloTrainer._save_checkpoint, loading.load_model
 _load_trainable = train.load_trainable

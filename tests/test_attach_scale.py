@@ -8,9 +8,9 @@ from run_fixtures import write_base
 from transformers import AutoModelForCausalLM
 
 from elo.errors import EloError
-from elo.evaluation import attach_scale
-from elo.evaluation.attach_scale import lowest_scale, search_scale
-from elo.model.surgery import attach_layers, detach_layers
+from elo.methods import attach_scale
+from elo.methods.attach_scale import lowest_scale, search_scale
+from elo.surgery.in_memory import attach_layers, detach_layers
 
 
 @pytest.mark.parametrize("lowest", [0.02, 0.1, 0.2, 0.3, 0.36, 0.45, 0.55, 0.6, 0.7, 0.8, 0.9, 0.96, 1.0, 1.3])

@@ -14,10 +14,10 @@ from transformers import (
 )
 
 from elo.errors import EloError
-from elo.evaluation.bits_per_byte import bits_per_byte
-from elo.training.attention import VARLEN, choose_attention, document_starts
-from elo.training.loop import rows_per_step, train
-from elo.training.trainer import PackedCollator
+from elo.evaluate.bits_per_byte import bits_per_byte
+from elo.train.attention import VARLEN, choose_attention, document_starts
+from elo.train.loop import rows_per_step, train
+from elo.train.trainer import PackedCollator
 
 SIZES = {
     "vocab_size": 61,

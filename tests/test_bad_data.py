@@ -11,10 +11,10 @@ import zstandard
 from bad_input_fixtures import assert_refused, change, copy_of, run_elo, write_config
 from run_fixtures import SOURCE, write_base, write_documents, write_world
 
+from elo.data.prepare import prepare
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.errors import EloError, UnfinishedError
-from elo.recipes.prepare import prepare
-from elo.recipes.report import report
+from elo.report.write import report
 
 
 @pytest.fixture(scope="module")
@@ -179,43 +179,42 @@ def test_tokenizer_of_another_model(world, tmp_path, capsys):
 
 # Results that a report cannot be made of.
 def minimal() -> dict[str, Any]:
-    method = {"name": "elo", "tokens": 1, "wall_seconds": 1.0, "bpb": {"xx": 1.0, "en": 1.0}}
+    trial = {"contestant": "elo", "budget": "b", "seed": 1, "measured": {"bpb": {"xx": 1.0, "en": 1.0}}}
     return {
-        "schema": 1,
+        "schema_version": 2,
+        "kind": "run",
         "model": {"name": "m"},
-        "languages": {"target": "xx", "source": "en"},
+        "languages": {"targets": ["xx"], "sources": ["en"]},
         "base": {"bpb": {"xx": 1.0, "en": 1.0}},
-        "methods": [method],
+        "contestants": [{"name": "elo", "method": "elo"}],
+        "budgets": [{"name": "b", "kind": "tokens", "value": 1}],
+        "trials": [{**trial, "stages": [{"name": "elo", "seconds": 1.0, "tokens": 1}]}],
     }
 
 
 RESULTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "empty file": ("", ("not JSON",)),
-    "cut": ('{"schema": 1, "mod', ("not JSON",)),
+    "cut": ('{"schema_version": 2, "mod', ("not JSON",)),
     "a list": ([], ("results",)),
     "null": (None, ("results",)),
-    "nothing": ({}, ("schema", "more")),
-    "schema text": ({**minimal(), "schema": "one"}, ("schema", "'one'")),
-    "schema of the future": ({**minimal(), "schema": 2}, ("schema 2 is newer", "update elo")),
-    "an evaluation": ({"kind": "evaluation"}, ("elo evaluate",)),
+    "nothing": ({}, ("schema_version", "more")),
+    "version text": ({**minimal(), "schema_version": "one"}, ("schema_version", "'one'")),
+    "of the future": ({**minimal(), "schema_version": 3}, ("schema version 3 is newer", "update elo")),
+    "of the past": ({"schema": 1, "methods": []}, ("schema version 1", "earlier version")),
+    "an evaluation": ({"kind": "evaluation"}, ("evaluation of one model",)),
     "no model": ({k: v for k, v in minimal().items() if k != "model"}, ("model",)),
     "no languages": ({k: v for k, v in minimal().items() if k != "languages"}, ("languages",)),
-    "no methods": ({**minimal(), "methods": []}, ("methods",)),
-    "methods text": ({**minimal(), "methods": "elo"}, ("methods", "'elo'")),
-    "method twice": ({**minimal(), "methods": minimal()["methods"] * 2}, ("names must differ",)),
-    "method nameless": ({**minimal(), "methods": [{"tokens": 1, "wall_seconds": 1}]}, ("methods.0.name",)),
-    "tokens negative": ({**minimal(), "methods": [{**minimal()["methods"][0], "tokens": -1}]}, ("tokens", "-1")),
+    "no contestants": ({**minimal(), "contestants": []}, ("contestants",)),
+    "contestants text": ({**minimal(), "contestants": "elo"}, ("contestants", "'elo'")),
+    "contestant twice": ({**minimal(), "contestants": minimal()["contestants"] * 2}, ("must differ",)),
+    "contestant nameless": ({**minimal(), "contestants": [{"method": "elo"}]}, ("contestants.0.name",)),
+    "seed text": ({**minimal(), "trials": [{**minimal()["trials"][0], "seed": "x"}]}, ("trials.0.seed", "'x'")),
     "seconds text": (
-        {**minimal(), "methods": [{**minimal()["methods"][0], "wall_seconds": "long"}]},
-        ("wall_seconds", "'long'"),
+        {**minimal(), "trials": [{**minimal()["trials"][0], "stages": [{"name": "elo", "seconds": "long"}]}]},
+        ("stages.0.seconds", "'long'"),
     ),
     "bpb negative": ({**minimal(), "base": {"bpb": {"xx": -1}}}, ("base.bpb.xx", "-1")),
     "bpb infinite": (json.dumps({**minimal(), "base": {"bpb": {"xx": float("inf")}}}), ("base.bpb.xx",)),
-    "accuracy beyond": (
-        {**minimal(), "base": {"cloze": {"xx": {"accuracy": 2, "items": 1, "chance": 0.5}}}},
-        ("accuracy", "got 2"),
-    ),
-    "seed text": ({**minimal(), "seed": "x"}, ("seed", "'x'")),
     "deep": ("[" * 100_000, ("not JSON",)),
 }
 
@@ -232,9 +231,9 @@ def test_report_escapes_what_it_shows(tmp_path):
     evil = '<script>alert("x")</script><img src=x onerror=alert(1)>'
     value = minimal() | {"title": evil, "command": evil, "config": {evil: evil}, "hardware": {evil: evil}}
     value["model"]["name"] = evil
-    value["languages"] = {"target": "xx", "source": "en"}
     value["base"]["samples"] = [{"language": "xx", "prompt": evil, "text": evil}]
-    value["methods"][0] |= {"label": evil, "note": evil, "samples": value["base"]["samples"]}
+    value["contestants"][0]["label"] = evil
+    value["trials"][0]["measured"]["samples"] = value["base"]["samples"]
     page = report(value, tmp_path).read_text()
     assert "<script>" not in page and "<img src=x" not in page
     assert "&lt;script&gt;" in page

@@ -9,12 +9,12 @@ from training_fixtures import LENGTH, SETTINGS, rows, tiny_llama
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 from zoo import FAMILIES, tiny_config, tiny_model
 
+from elo.checkpoint.architecture import layers_of
 from elo.errors import EloError
-from elo.model.architecture import layers_of
-from elo.model.surgery import detach_layers
-from elo.training.bridge import Bridge, Gap, _PastTheMiddle, fit_bridge, gaps_between, install_bridge, pass_forward_only
-from elo.training.loop import rows_per_step, train
-from elo.training.methods import select_layers
+from elo.methods.methods import select_layers
+from elo.surgery.in_memory import detach_layers
+from elo.train.bridge import Bridge, Gap, _PastTheMiddle, fit_bridge, gaps_between, install_bridge, pass_forward_only
+from elo.train.loop import rows_per_step, train
 
 
 def _rows(count=80):

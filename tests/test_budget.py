@@ -5,7 +5,7 @@ from run_fixtures import write_world
 
 from elo.config import load_config
 from elo.errors import EloError
-from elo.recipes.job import open_job
+from elo.job import open_job
 
 
 @pytest.fixture(scope="module")

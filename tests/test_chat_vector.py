@@ -11,12 +11,12 @@ from vocabulary_fixtures import ENGLISH, KOREAN, texts, tokenizer_of, write_text
 from zoo import FAMILIES, tiny_config, tiny_model
 
 import elo
+from elo.chat.vector_files import add_chat_vector
+from elo.checkpoint.new_rows import VOCABULARY_KEY, NewRows
 from elo.cli import main
 from elo.errors import EloError
-from elo.model.chat_vector import add_chat_vector
-from elo.model.checkpoint import detach_checkpoint
-from elo.model.new_rows import VOCABULARY_KEY, NewRows
-from elo.model.vocabulary import NewTokens, extend_checkpoint
+from elo.surgery.on_disk import detach_checkpoint
+from elo.vocab.rows import NewTokens, extend_checkpoint
 
 SOME = ["llama-untied", "gpt2", "gemma3", "qwen3_moe", "gpt_oss", "mamba"]  # other names on disk, tied, experts, states
 

@@ -14,9 +14,9 @@ from vocabulary_fixtures import tokenizer_of
 from zoo import logits_of, tiny_config, tiny_model
 
 import elo
-from elo.model.checkpoint import attach_checkpoint, detach_checkpoint
-from elo.model.shared_files import copy_shared
-from elo.model.surgery import attach_layers, detach_layers
+from elo.checkpoint.shared_files import copy_shared
+from elo.surgery.in_memory import attach_layers, detach_layers
+from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
 
 @pytest.fixture
@@ -275,9 +275,9 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
         "import sys, resource, torch\n"
         "from pathlib import Path\n"
         "from transformers import LlamaConfig\n"
-        "from elo.model.checkpoint import attach_checkpoint, detach_checkpoint\n"
-        "from elo.model.safeguard import build_hollow_causal_lm\n"
-        "from elo.model.tensor_files import NewTensor, write_checkpoint\n"
+        "from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint\n"
+        "from elo.surgery.equivalence import build_hollow_causal_lm\n"
+        "from elo.checkpoint.tensor_files import NewTensor, write_checkpoint\n"
         "folder = Path(sys.argv[1])\n"
         f"config = LlamaConfig(num_attention_heads=8, num_key_value_heads=8, dtype='float32', **{config!r})\n"
         "hollow = build_hollow_causal_lm(config)\n"
@@ -342,7 +342,7 @@ def test_text_that_utf8_cannot_hold_stays_in_the_configuration(base: Path, tmp_p
 
 
 def test_writing_says_how_far_it_is(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("elo.progress.SECONDS_BETWEEN_LINES", -1.0)
+    monkeypatch.setattr("elo.log.SECONDS_BETWEEN_LINES", -1.0)
     llama().save_pretrained(tmp_path / "base")
     tokenizer_of("qwen").save_pretrained(tmp_path / "base")
     capsys.readouterr()

@@ -11,9 +11,9 @@ from surgery_fixtures import edit_config, llama, store, stored
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from elo.errors import EloError
-from elo.model.checkpoint import attach_checkpoint, detach_checkpoint
-from elo.model.surgery import attach_layers, detach_layers
-from elo.recipes.surgery import attach, detach
+from elo.surgery.detach_attach import attach, detach
+from elo.surgery.in_memory import attach_layers, detach_layers
+from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -257,7 +257,7 @@ def test_recipes_take_folders_and_say_when_a_hub_id_cannot_be_had(here: Path) ->
 
 def test_a_kill_leaves_no_half_written_output(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / ".tmp-out-0000dead").mkdir()  # what a killed run has left
-    monkeypatch.setattr("elo.model.checkpoint.copy_side_files", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("elo.surgery.on_disk.copy_side_files", lambda *_, **__: 1 / 0)
     for write in (
         lambda: detach_checkpoint(here / "base", (0, -1), here / "out"),
         lambda: attach_checkpoint(here / "detached", here / "base", here / "out"),

@@ -186,7 +186,7 @@ def test_tokenizer_beyond_the_embedding(tmp_path, world, capsys):
 
 
 def test_a_bug_is_not_dressed_up_as_a_mistake():
-    code = "import elo.cli, elo.recipes.run as r\nr.run = lambda *a, **k: 1 / 0\nelo.cli.main(['run', 'x.yaml'])"
+    code = "import elo.cli, elo.run as r\nr.run = lambda *a, **k: 1 / 0\nelo.cli.main(['run', 'x.yaml'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr

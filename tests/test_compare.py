@@ -1,6 +1,7 @@
 """`elo compare`: every contestant tuned and trained within its budget, each trial once, the truth in the report."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from elo.recipes import trial as trial_module
 from run_fixtures import write_world
 
+from elo.compare import compare
 from elo.config import contestant_run, load_comparison
+from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
 from elo.recipes import trial as trial_module
-from elo.recipes.compare import compare
-from elo.recipes.trial import TEST, VALIDATION
-from elo.reporting.pareto_results import read_comparison
+from elo.compare import compare
+from elo.report.files import read_results
+from elo.trial import TEST, VALIDATION
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -50,45 +54,47 @@ def finished(tmp_path_factory):
     return root, config, compare(config)
 
 
+def reported(results, contestant):
+    return [trial for trial in results["trials"] if trial["contestant"] == contestant and not trial["tuning"]]
+
+
 def test_every_contestant_has_every_seed_and_the_rates_that_did_best(finished):
     root, config, results = finished
-    assert json.loads((root / "comparison" / "comparison.json").read_text()) == json.loads(json.dumps(results))
-    read_comparison(results)
-    assert [entry["contestant"] for entry in results["entries"]] == list(config["contestants"])
-    for entry, sweep in zip(results["entries"], results["sweeps"], strict=True):
-        assert [trial["seed"] for trial in entry["trials"]] == [1, 2]
-        assert all(set(trial["bpb"]) == {"xx", "en"} for trial in entry["trials"])
-        chosen = [trial for trial in sweep["trials"] if trial["chosen"]]
-        if not sweep["trials"]:
-            assert set(entry["learning_rates"].values()) == {1e-3}, "one rate is no sweep"
+    assert json.loads((root / "comparison" / "results.json").read_text()) == json.loads(json.dumps(results))
+    known = read_results(results)
+    assert [each.name for each in known.contestants] == list(config["contestants"])
+    for name in config["contestants"]:
+        trials = reported(results, name)
+        assert [trial["seed"] for trial in trials] == [1, 2]
+        assert all(set(trial["measured"]["bpb"]) == {"xx", "en"} for trial in trials)
+        assert trials[0]["learning_rates"] == trials[1]["learning_rates"]
+        tuning = [trial for trial in results["trials"] if trial["contestant"] == name and trial["tuning"]]
+        if name != "full":
+            assert not tuning
+            assert set(trials[0]["learning_rates"].values()) == {1e-3}, "one rate is no sweep"
             continue
-        assert [trial["learning_rates"] for trial in chosen] == [entry["learning_rates"]]
-        assert chosen[0]["score"] == chosen[0]["bpb"]["xx"]
-        assert chosen[0]["score"] == min(trial["score"] for trial in sweep["trials"])
+        best = trials[0]["validation"]["bpb"]["xx"]
+        assert all(trial["learning_rates"] != trials[0]["learning_rates"] for trial in tuning)
+        assert all(best <= trial["validation"]["bpb"]["xx"] for trial in tuning)
 
 
 def test_rates_beyond_the_grid_are_tried_where_its_edge_is_best(finished):
     _, _, results = finished
-    for sweep in results["sweeps"]:
-        if sweep["contestant"] != "full":
-            continue
-        rates = sorted(trial["learning_rates"]["full"] for trial in sweep["trials"])
-        best = min(sweep["trials"], key=lambda trial: trial["score"])["learning_rates"]["full"]
-        # At this size the highest rate is best by far: 3e-3, 9e-3, and 2.7e-2 if that is better still.
-        assert len(rates) >= 3
-        assert rates[2] == pytest.approx(9e-3)
-        assert best >= 3e-3
+    trials = [trial for trial in results["trials"] if trial["contestant"] == "full"]
+    rates = sorted({trial["learning_rates"]["full"] for trial in trials})
+    # At this size the highest rate is best by far: 3e-3, 9e-3, and 2.7e-2 if that is better still.
+    assert len(rates) >= 3
+    assert rates[2] == pytest.approx(9e-3)
+    assert reported(results, "full")[0]["learning_rates"]["full"] >= 3e-3
 
 
-def test_what_a_trial_spent_is_told(finished):
-    _, _, results = finished
-    trials = {entry["contestant"]: entry["trials"][0] for entry in results["entries"]}
-    assert all(trial["tokens"] == 1280 for trial in trials.values())
-    assert trials["bridge"]["flops"] < trials["elo"]["flops"] < trials["full"]["flops"]
-    assert trials["bridge"]["scale"] > 0 and trials["elo"]["scale"] is None
-    assert trials["bridge"]["before_alignment"]["bpb"].keys() == {"xx", "en"}
-    for trial in trials.values():
-        assert trial["wall_seconds"] == pytest.approx(sum(stage["seconds"] for stage in trial["stages"]))
+def test_what_a_trial_cost_is_recorded(finished):
+    _, config, results = finished
+    trials = {name: read_results(results).finished(name, "1,280 tokens")[0] for name in config["contestants"]}
+    assert all(trial.tokens == 1280 for trial in trials.values())
+    assert trials["bridge"].flops < trials["elo"].flops < trials["full"].flops
+    assert trials["bridge"].attach_scale > 0 and trials["elo"].attach_scale is None
+    assert trials["bridge"].before_alignment.bpb.keys() == {"xx", "en"}
 
 
 def test_no_model_is_kept_and_the_report_is_there(finished):
@@ -99,19 +105,45 @@ def test_no_model_is_kept_and_the_report_is_there(finished):
     assert "bits per byte" in (folder / "report.md").read_text()
 
 
-def test_validation_and_test_text_have_no_document_in_common():
-    documents = range(101)
-    test, validation = set(documents[TEST]), set(documents[VALIDATION])
-    assert not test & validation
-    assert test | validation == set(documents)
+def test_rates_are_chosen_on_training_text_and_reported_values_are_of_all_held_out_text(finished):
+    root, _, results = finished
+    prepared = PreparedData.open(root / "comparison" / "prepared")
+    for language in ("xx", "en"):
+        heldout, validation = prepared.heldout(language), prepared.validation(language)
+        texts = [{each.document_text(i) for i in range(each.num_documents)} for each in (heldout, validation)]
+        assert not texts[0] & texts[1]
+        size = {"documents": heldout.num_documents, "tokens": heldout.num_text_tokens, "bytes": heldout.num_bytes}
+        for measured in (results["base"], *(trial for entry in results["entries"] for trial in entry["trials"])):
+            assert measured["heldout"][language] == size
+            assert measured["documents_bytes"][language] == heldout.document_sizes.tolist()
+            nats = sum(measured["documents_nats"][language])
+            assert nats / math.log(2) / size["bytes"] == pytest.approx(measured["bpb"][language], rel=1e-12)
+    record = json.loads((root / "comparison" / "stages" / "evaluate-base-validation.json").read_text())["record"]
+    assert record["heldout"]["xx"]["documents"] == prepared.validation("xx").num_documents >= 1
+    assert any("below 30" in line for line in results["warnings"])
+
+
+def test_missing_validation_text_is_noticed_before_anything_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial_module.Trials, "run", lambda *_, **__: pytest.fail("trained"))
+    config = _world(tmp_path)
+    config["run"]["data"]["validation_share"] = 0
+    with pytest.raises(EloError, match=r"no validation text for 'xx'.*validation_share"):
+        compare(config)
+    # A source language without replay has held-out text alone: fine, unless it counts when rates are chosen.
+    data = config["run"]["data"]
+    data |= {"replay_ratio": 0, "validation_share": 0.005, "heldout": {"en": data["corpora"].pop("en")}}
+    with pytest.raises(EloError, match=r"source_weight: 1 counts 'en' when rates are chosen, but it has no validation"):
+        compare({**config, "source_weight": 1, "output": str(tmp_path / "weighed")})
+    monkeypatch.setattr(trial_module.Trials, "run", lambda *_, **__: pytest.skip("trains"))
+    with pytest.raises(pytest.skip.Exception):
+        compare({**config, "output": str(tmp_path / "plain")})
 
 
 def test_a_second_call_trains_nothing(finished, monkeypatch):
     _, config, results = finished
     monkeypatch.setattr(trial_module.Trials, "_train", lambda *_: pytest.fail("trained again"))
     again = compare(config)
-    assert again["entries"] == results["entries"]
-    assert again["sweeps"] == results["sweeps"]
+    assert again["trials"] == results["trials"]
 
 
 def test_what_is_added_is_all_that_is_done(finished, monkeypatch):
@@ -127,7 +159,7 @@ def test_what_is_added_is_all_that_is_done(finished, monkeypatch):
     more = {**config, "contestants": {**config["contestants"], "lisa": {"learning_rates": [1e-3]}}}
     grown = compare(more)
     assert trained == ["lisa", "lisa"]
-    assert grown["entries"][:-1] == results["entries"]
+    assert grown["trials"][:-2] == results["trials"]
 
 
 def test_a_wall_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypatch):
@@ -143,10 +175,10 @@ def test_a_wall_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypat
             {"name": "surgery", "seconds": 2.0, "tokens": 0},
             {"name": "full", "seconds": seconds, "tokens": run.tokens},
         ]
+        measured = {"bpb": {"xx": 1.0, "en": 1.0}}
         return {
-            "seed": run.seed, "failed": None, "bpb": {"xx": 1.0, "en": 1.0}, "validation_bpb": {"xx": 1.0, "en": 1.0},
-            "before_alignment": None, "scale": None, "tokens": run.tokens, "wall_seconds": 2 + seconds, "flops": 1.0,
-            "peak_memory_bytes": 1, "stages": stages,
+            "contestant": name, "budget": "", "seed": run.seed, "failed": None, "measured": measured,
+            "validation": measured, "stages": stages,
         }  # fmt: skip
 
     monkeypatch.setattr(trial_module.Trials, "_train", train)
@@ -155,27 +187,28 @@ def test_a_wall_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypat
     assert trained[0] == 6 * step, "the first look"
     assert trained[1] == 1300 // step * step, "the second: 15 % of the budget, less the fixed costs"
     assert trained[2:] == [9800 // step * step], "which serves for the seed too"
-    assert results["entries"][0]["trials"][0]["wall_seconds"] == pytest.approx(100, rel=0.01)
+    (trial,) = read_results(results).trials
+    assert trial.seconds == pytest.approx(100, rel=0.01)
 
 
 def test_a_diverged_trial_is_a_result(tmp_path, monkeypatch):
     config = _world(tmp_path)
     config |= {"contestants": ["full"], "seeds": [1], "learning_rates": [1e-3, 2e-3]}
-    import elo.recipes.run
+    import elo.run
 
-    original = elo.recipes.run.adapt
+    original = elo.run.adapt
 
     def adapt(job, *args, **kwargs):
         if job.config.full.learning_rate > 1.5e-3:
             raise TrainingDivergedError("training diverged at step 3")
         return original(job, *args, **kwargs)
 
-    monkeypatch.setattr(elo.recipes.run, "adapt", adapt)
+    monkeypatch.setattr(elo.run, "adapt", adapt)
     results = compare(config)
-    assert results["entries"][0]["learning_rates"]["full"] <= 1e-3
-    failed = [trial for trial in results["sweeps"][0]["trials"] if trial["failed"]]
+    assert reported(results, "full")[0]["learning_rates"]["full"] <= 1e-3
+    failed = [trial for trial in results["trials"] if trial["failed"]]
     assert [trial["learning_rates"] for trial in failed] == [{"full": 2e-3}]
-    assert "diverged" in (tmp_path / "comparison" / "report.md").read_text()
+    assert ": failed" in (tmp_path / "comparison" / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -193,8 +226,8 @@ def test_killed_and_started_again_ends_the_same(finished, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     again = compare(config)
-    (full,) = [entry for entry in results["entries"] if entry["contestant"] == "full"]
-    assert [trial["bpb"] for trial in again["entries"][0]["trials"]] == [trial["bpb"] for trial in full["trials"]]
+    ours, theirs = ([trial["measured"]["bpb"] for trial in reported(each, "full")] for each in (again, results))
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ import pytest
 import torch
 from training_fixtures import SETTINGS, VOCAB, rows, tiny_llama
 
+from elo.checkpoint.new_rows import VOCABULARY_KEY
 from elo.errors import EloError
-from elo.model.new_rows import VOCABULARY_KEY
-from elo.model.surgery import detach_layers
-from elo.training.bridge import fit_bridge
-from elo.training.loop import StoppedBySignalError, train
-from elo.training.methods import Options, Setup, find_method
-from elo.training.settings import EloOptions, LoraSettings
+from elo.methods.methods import Options, Setup, find_method
+from elo.surgery.in_memory import detach_layers
+from elo.train.bridge import fit_bridge
+from elo.train.loop import StoppedBySignalError, train
+from elo.train.settings import EloOptions, LoraSettings
 
 FIRST = 40
 KEPT = (0, 3)

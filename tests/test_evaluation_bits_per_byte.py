@@ -7,8 +7,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from elo.errors import EloError
-from elo.evaluation.bits_per_byte import bits_per_byte, isolates_documents
-from elo.evaluation.scoring import takes_position_ids, token_nats
+from elo.evaluate.bits_per_byte import bits_per_byte, isolates_documents
+from elo.evaluate.scoring import takes_position_ids, token_nats
 
 TOKENIZER = tiny_tokenizer()
 CORPUS = memory_corpus(TEXTS, TOKENIZER)
@@ -76,13 +76,18 @@ def test_context_counts_and_neighbours_do_not():
     assert bits_per_byte(model, both, sequence_length=128).nats == pytest.approx(apart, rel=1e-6)
 
 
-def test_max_tokens_takes_whole_documents_from_the_start():
-    model = tiny_model("llama", len(TOKENIZER))
-    first = len(CORPUS.document(0)) - 2
-    for max_tokens, documents in [(1, 1), (first, 1), (first + len(CORPUS.document(1)) - 2, 2), (10**9, len(TEXTS))]:
-        result = bits_per_byte(model, CORPUS, sequence_length=64, max_tokens=max_tokens)
-        assert result.documents == documents
-        assert result.bytes == sum(len(text.encode()) for text in TEXTS[:documents])
+@pytest.mark.parametrize("model_type", ["llama", "mamba"])
+def test_each_documents_nats_are_those_of_it_alone_and_sum_to_the_whole(model_type):
+    model = tiny_model(model_type, len(TOKENIZER))
+    result = bits_per_byte(model, CORPUS, sequence_length=24, batch_size=3)
+    alone = [
+        bits_per_byte(model, memory_corpus([text], TOKENIZER), sequence_length=24).nats
+        for text in TEXTS  # one of which is cut into pieces, which are packed into different rows
+    ]
+    assert result.document_nats == pytest.approx(alone, rel=1e-5)
+    assert result.document_bytes == tuple(len(text.encode()) for text in TEXTS)
+    assert sum(result.document_nats) == result.nats
+    assert sum(result.document_bytes) == result.bytes
 
 
 def test_model_is_left_as_it_was():
@@ -128,7 +133,7 @@ def test_token_nats_in_chunks(monkeypatch):
     logits, labels = torch.randn(2, 9, 50), torch.randint(50, (2, 9))
     labels[0, 3] = -100
     whole = token_nats(logits, labels)
-    monkeypatch.setattr("elo.evaluation.scoring._CHUNK_BYTES", 4 * 50 * 4)
+    monkeypatch.setattr("elo.evaluate.scoring._CHUNK_BYTES", 4 * 50 * 4)
     assert torch.equal(whole, token_nats(logits, labels))
     assert whole[0, 3] == 0
     assert whole[1, 8].item() == pytest.approx(-torch.log_softmax(logits[1, 8], -1)[labels[1, 8]].item(), rel=1e-5)

@@ -6,8 +6,8 @@ import torch
 from evaluation_fixtures import text_tokenizer, tiny_model, tiny_tokenizer
 
 from elo.errors import EloError
-from elo.evaluation.cloze import ClozeItem, GroupAccuracy, cloze_accuracy, read_cloze
-from elo.evaluation.generation import generate_samples
+from elo.evaluate.cloze import ClozeItem, GroupAccuracy, cloze_accuracy, read_cloze
+from elo.evaluate.samples import generate_samples
 
 TOKENIZER = tiny_tokenizer()
 TEXT_TOKENIZER = text_tokenizer()

@@ -6,10 +6,9 @@ import torch
 from evaluation_fixtures import TEXTS, memory_corpus, text_tokenizer, tiny_model, tiny_tokenizer
 
 from elo.errors import EloError
-from elo.evaluation.bits_per_byte import bits_per_byte
-from elo.recipes.evaluate import evaluate
-from elo.recipes.results import _evaluation
-from elo.reporting.results import Measurement
+from elo.evaluate.bits_per_byte import bits_per_byte
+from elo.evaluate.evaluate import evaluate
+from elo.report.collect import measured
 
 TOKENIZER = tiny_tokenizer()
 
@@ -73,9 +72,8 @@ def test_cloze_accuracy_by_group(checkpoint, tmp_path):
     assert results["cloze"]["en"]["items"] == 3
     assert results["cloze"]["ko"]["groups"] == {}
     assert json.loads(output.read_text())["cloze"] == results["cloze"]
-    carried = Measurement.model_validate(_evaluation(results))
-    assert carried.cloze["en"].groups["river"].items == 2
-    assert carried.cloze["ko"].groups == {}
+    carried = [(each.language, each.name, each.items) for each in measured(results).measures]
+    assert carried == [("en", "all", 3), ("en", "river", 2), ("ko", "all", 1)]
 
 
 def test_model_and_tokenizer_in_memory(corpus):
@@ -87,15 +85,42 @@ def test_model_and_tokenizer_in_memory(corpus):
     assert by_file["bpb"] == by_shards["bpb"] == by_wrapped["bpb"]
 
 
-def test_max_tokens_reads_no_further_than_needed(checkpoint, tmp_path):
+def test_a_long_document_does_not_end_the_sample(checkpoint, tmp_path, capsys):
+    """Two documents too long for the sample, before many short ones: every one of them counts with its first bytes."""
+    long = "산 너머 마을에는 우물이 하나 있고 그 물은 달다. " * 200
+    texts = [TEXTS[0], long, long, *(f"{number}. {TEXTS[4]}" for number in range(37))]
     path = tmp_path / "long.jsonl"
-    lines = [json.dumps({"text": TEXTS[0]})] * 600
-    path.write_text("\n".join(lines) + "\nnot json\n")
-    tokens = len(TOKENIZER(TEXTS[0], add_special_tokens=False)["input_ids"])
-    results = evaluate(checkpoint, corpora={"en": path}, max_tokens=10 * tokens + 1, progress=False)
-    assert results["corpora"]["en"]["documents"] == 10
-    with pytest.raises(EloError, match=r"long\.jsonl:601"):
-        evaluate(checkpoint, corpora={"en": path}, progress=False)
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts))
+    results = evaluate(checkpoint, corpora={"ko": path}, max_bytes=6000)
+    sizes = results["documents_bytes"]["ko"]
+    assert results["heldout"]["ko"] == {
+        "documents": 40, "tokens": results["corpora"]["ko"]["text_tokens"], "bytes": sum(sizes)
+    }  # fmt: skip
+    short = sum(len(text.encode()) for text in texts if text is not long)
+    room = (6000 - short) // 2
+    assert sizes[:3] == [len(TEXTS[0].encode()), *[len(long.encode()[:room].decode(errors="ignore").encode())] * 2]
+    assert room - 3 < sizes[1] <= room
+    assert sum(results["documents_nats"]["ko"]) == results["corpora"]["ko"]["nats"]
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_few_documents_are_warned_of(checkpoint, corpus, tmp_path, capsys):
+    results = evaluate(checkpoint, corpora={"en": corpus})
+    (line,) = results["warnings"]
+    assert line.startswith("en: measured on 6 held-out documents")
+    assert f"warning: {line}" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_broken_line_is_found_wherever_the_sample_ends(checkpoint, tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text(f"{json.dumps({'text': TEXTS[0]})}\n" * 600 + "not json\n")
+    with pytest.raises(EloError, match=r"broken\.jsonl:601"):
+        evaluate(checkpoint, corpora={"en": path}, max_bytes=1000, progress=False)
+
+
+def test_token_ids_without_text_are_not_cut(checkpoint):
+    with pytest.raises(EloError, match="holds token ids without text"):
+        evaluate(checkpoint, corpora={"en": memory_corpus(TEXTS * 40, TOKENIZER)}, max_bytes=1000, progress=False)
 
 
 def test_half_precision_checkpoint_runs_in_fp32_on_a_cpu(tmp_path, corpus):

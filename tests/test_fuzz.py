@@ -20,17 +20,17 @@ from hypothesis import strategies as st
 from run_fixtures import SOURCE, write_base, write_documents, write_world
 from safetensors.torch import load_file
 
+from elo.checkpoint.layers import parse_layers
+from elo.checkpoint.tensor_files import open_checkpoint, read_header
 from elo.config import RunConfig, load_config
+from elo.data.prepare import prepare
 from elo.data.shards import PreparedData
 from elo.data.sources import FileReader, list_inputs
 from elo.errors import EloError, UnfinishedError
-from elo.evaluation.cloze import read_cloze
-from elo.layers import parse_layers
-from elo.model.tensor_files import open_checkpoint, read_header
-from elo.recipes.prepare import prepare
-from elo.recipes.surgery import attach, detach
-from elo.reporting.results import read_results
-from elo.training.checkpoints import check_checkpoint, seal_checkpoint
+from elo.evaluate.cloze import read_cloze
+from elo.report.files import read_results
+from elo.surgery.detach_attach import attach, detach
+from elo.train.checkpoints import check_checkpoint, seal_checkpoint
 
 EXAMPLES: Counter[str] = Counter()
 """Examples tried by each function, for the benchmark."""
@@ -329,11 +329,22 @@ def test_model_config(data):
 
 
 RESULTS = {
-    "schema": 1,
-    "model": {"name": "m", "layers": [0, 3]},
-    "languages": {"target": "xx", "source": "en"},
-    "base": {"bpb": {"xx": 1.0}, "cloze": {"xx": {"accuracy": 0.5, "items": 2, "chance": 0.5}}},
-    "methods": [{"name": "elo", "tokens": 1, "wall_seconds": 1.0, "bpb": {"xx": 1.0}, "losses": []}],
+    "schema_version": 2,
+    "kind": "run",
+    "model": {"name": "m"},
+    "languages": {"targets": ["xx"], "sources": ["en"]},
+    "base": {"bpb": {"xx": 1.0}, "document_nats": {"xx": [1.0, 2.0]}, "document_bytes": {"xx": [2, 3]}},
+    "contestants": [{"name": "elo", "method": "elo", "layers": [0, 3]}],
+    "budgets": [{"name": "b", "kind": "tokens", "value": 1}],
+    "trials": [
+        {
+            "contestant": "elo",
+            "budget": "b",
+            "seed": 1,
+            "measured": {"bpb": {"xx": 1.0}, "measures": [{"measure": "cloze", "language": "xx", "value": 0.5}]},
+            "stages": [{"name": "elo", "seconds": 1.0, "tokens": 1}],
+        }
+    ],
 }
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from elo.checkpoint.layers import parse_layers
 from elo.errors import EloError
-from elo.layers import parse_layers
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
-from elo.training.losses import LogitTransform, head_cross_entropy, install_head_loss
+from elo.train.loss import LogitTransform, head_cross_entropy, install_head_loss
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 VOCAB = {"vocab_size": 50, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}

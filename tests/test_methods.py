@@ -8,14 +8,14 @@ import pytest
 import torch
 from training_fixtures import LENGTH, SETTINGS, rows, tiny_llama
 
-import elo.training.methods
+import elo.methods.methods
+from elo.checkpoint.counting import footprint
 from elo.errors import EloError
-from elo.model.counting import footprint
-from elo.model.surgery import detach_layers
-from elo.training.bridge import fit_bridge
-from elo.training.loop import StoppedBySignalError, rows_per_step, train
-from elo.training.methods import METHODS, Options, Setup, find_method, select_layers
-from elo.training.settings import EloOptions, LisaSettings, LoraSettings
+from elo.methods.methods import METHODS, Options, Setup, find_method, select_layers
+from elo.surgery.in_memory import detach_layers
+from elo.train.bridge import fit_bridge
+from elo.train.loop import StoppedBySignalError, rows_per_step, train
+from elo.train.settings import EloOptions, LisaSettings, LoraSettings
 
 KEPT = (0, 3)
 SMALL_RANK = Options(lora=LoraSettings(rank=2))
@@ -190,7 +190,7 @@ def test_recomputed_activations_give_the_same(tmp_path, stand_in):
 def test_the_documents_example_is_a_method(tmp_path):
     text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    names = vars(elo.training.methods) | {}
+    names = vars(elo.methods.methods) | {}
     exec(code, names)
     method = names["Norms"](Options())
     model, prepared = _ready(method, method.phases[0])

@@ -13,14 +13,14 @@ import pytest
 from plan_fixtures import LLAMA_8B, tiny_llama
 from rich.console import Console
 
+from elo.checkpoint.counting import footprint, read_config
 from elo.errors import EloError, UnsupportedArchitectureError
-from elo.model.counting import footprint, read_config
-from elo.model.devices import DEVICES, find_device, measure_matmul_rate
-from elo.recipes.plan import plan
-from elo.recipes.plan_stage import Choices
-from elo.recipes.plan_table import render_plan
-from elo.training.methods import Options, find_method
-from elo.training.settings import EloOptions
+from elo.methods.methods import Options, find_method
+from elo.plan.devices import DEVICES, find_device, measure_matmul_rate
+from elo.plan.plan import plan
+from elo.plan.stage import Choices
+from elo.plan.table import render_plan
+from elo.train.settings import EloOptions
 
 PUBLISHED: dict[str, Any] = {"stand_in": "none", "also_train": ()}
 
@@ -297,7 +297,7 @@ def test_this_machine_is_measured() -> None:
 
 def test_a_plan_for_this_machine_uses_its_measured_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = measure_matmul_rate(0.1, precision="fp32", size=256)
-    monkeypatch.setattr("elo.recipes.plan._this_machine", lambda: seen)
+    monkeypatch.setattr("elo.plan.plan._this_machine", lambda: seen)
     result = plan(tiny_llama(), tokens=10_000, sequence_length=64, tokens_per_step=256, measure=True)
     device = result["device"]
     assert device["measured"] and device["matmul_flops"] == seen.matmul_flops
@@ -309,12 +309,12 @@ def test_a_plan_for_this_machine_uses_its_measured_rate(monkeypatch: pytest.Monk
 
 
 def test_plan_is_imported_without_torch() -> None:
-    code = "import sys, elo.recipes.plan; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = "import sys, elo.plan.plan; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_choices_are_keys_of_the_configuration() -> None:
-    from elo.training.settings import TrainingSettings
+    from elo.train.settings import TrainingSettings
 
     elsewhere = {"sequence_length", "sharded"}  # data.sequence_length; training_arguments.fsdp
     assert set(Choices.__dataclass_fields__) - elsewhere <= set(TrainingSettings.model_fields)

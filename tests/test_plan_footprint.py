@@ -15,9 +15,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from elo.checkpoint.counting import footprint, parameter_counts, read_config, training_flops_per_token
+from elo.checkpoint.footprint import Flops, Method
 from elo.errors import EloError
-from elo.model.counting import footprint, parameter_counts, read_config, training_flops_per_token
-from elo.model.footprint import Flops, Method
 
 # ELO pretraining over full CPT per token, the same when full CPT recomputes, LM head's share, whole run both ways.
 PUBLISHED = {

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from elo.model import activations, memory
 from plan_fixtures import LiveBytes, known_configs, tiny_gpt2, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
@@ -16,16 +17,15 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from elo.checkpoint.counting import footprint
+from elo.checkpoint.layers import gaps_between
 from elo.errors import EloError
-from elo.layers import gaps_between
-from elo.model import activations, memory
-from elo.model.activations import saved_activations
-from elo.model.counting import footprint
-from elo.model.memory import check_optimizer, stage_memory
-from elo.model.surgery import detach_layers
-from elo.training import losses
-from elo.training.bridge import Bridge, install_bridge, pass_forward_only
-from elo.training.methods import select_layers
+from elo.methods.methods import select_layers
+from elo.plan.activations import saved_activations
+from elo.plan.memory import check_optimizer, stage_memory
+from elo.surgery.in_memory import detach_layers
+from elo.train import loss as losses
+from elo.train.bridge import Bridge, install_bridge, pass_forward_only
 
 GIB = 2**30
 _TRACED, _AS_STORED = "under autocast", "in bf16 throughout"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from plan_fixtures import LLAMA_8B
 
-import elo.recipes.plan
+import elo.plan.plan
 from elo.errors import EloError
-from elo.recipes.plan import plan
+from elo.plan.plan import plan
 
 SMALL = LLAMA_8B | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "vocab_size": 512}
 
@@ -31,13 +31,13 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What outlines were drawn for."""
     calls: list[Any] = []
-    original = elo.recipes.plan.draw_outline
+    original = elo.plan.plan.draw_outline
 
     def draw(*arguments: Any, **asked: Any) -> Any:
         calls.append(asked)
         return original(*arguments, **asked)
 
-    monkeypatch.setattr(elo.recipes.plan, "draw_outline", draw)
+    monkeypatch.setattr(elo.plan.plan, "draw_outline", draw)
     return calls
 
 

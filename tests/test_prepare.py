@@ -10,9 +10,9 @@ from data_fixtures import decoded, make_corpus, make_texts, make_tokenizer, tree
 
 from elo.data.corpora import tokenize_source
 from elo.data.mixture import build_mixture
+from elo.data.prepare import CorpusSource, prepare, source_files
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.errors import EloError, UnfinishedError
-from elo.recipes.prepare import CorpusSource, prepare, source_files
 
 KO, EN, HELD = make_texts(60, 1), make_texts(40, 2), make_texts(10, 3)
 TOKENIZER = make_tokenizer()
@@ -78,6 +78,65 @@ def test_held_out_documents_are_cut_by_their_text_and_copies_stay_together(tmp_p
         prepare(TOKENIZER, {"ko": str(source)}, tmp_path / "all", heldout_share=1 - 1e-12, progress=False)
 
 
+def texts_of(corpus: TokenCorpus) -> list[str]:
+    return [corpus.document_text(index) for index in range(corpus.num_documents)]
+
+
+def test_validation_text_is_cut_out_of_training_text_and_nowhere_else(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    texts = make_texts(400, 5)
+    source = write_jsonl(tmp_path / "copies.jsonl", texts + texts[::-1] + HELD[:5])
+    options: dict = {"validation_share": 0.01, "shard_tokens": 300, "progress": False}
+    prepared = prepare(TOKENIZER, {"ko": str(source)}, tmp_path / "out", heldout_share=0.02, **options)
+    train, held, validation = (
+        decoded(each, TOKENIZER)
+        for each in (prepared.train("ko")[0], prepared.heldout("ko"), prepared.validation("ko"))
+    )
+    assert sorted(train + held + validation) == sorted(texts + texts + HELD[:5]), "every document is in one of them"
+    assert not set(train) & set(validation) and not set(held) & set(validation) and not set(train) & set(held)
+    assert len(set(validation)) >= 8, "one in a hundred documents"
+    assert texts_of(prepared.heldout("ko")) == held and texts_of(prepared.validation("ko")) == validation
+    assert prepared.summary()["validation"]["ko"]["documents"] == len(validation)
+    mixture = build_mixture(prepared, "ko", None, 0, sequence_length=64, seed=3)
+    rows = [TOKENIZER.backend.decode(mixture.row(index)["input_ids"].tolist()) for index in range(200)]
+    begins = [text[:9] for text in validation]
+    assert not any(begin in row for begin in begins for row in rows)
+    assert any(text[:9] in row for text in train for row in rows), "or nothing would be found at all"
+    # Text that was given to be held out is validation text neither, when it is found in training text.
+    given = {"ko": str(inputs["held"])}
+    prepared = prepare(
+        TOKENIZER, {"ko": str(source)}, tmp_path / "given", heldout=given, **{**options, "validation_share": 0.9}
+    )
+    assert texts_of(prepared.heldout("ko")) == HELD
+    assert set(HELD[:5]) <= set(decoded(prepared.train("ko")[0], TOKENIZER))
+    assert not set(HELD) & set(texts_of(prepared.validation("ko")))
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, 0), (2, 1), (150, 1), (600, 6), (4000, 30)])
+def test_validation_text_has_enough_documents_and_leaves_some(tmp_path: Path, count: int, expected: int) -> None:
+    source = write_jsonl(tmp_path / "ko.jsonl", make_texts(count, 5, words=3))
+    held = {"ko": str(write_jsonl(tmp_path / "held.jsonl", HELD))}
+    options: dict = {"validation_share": 1e-9, "progress": False}
+    prepared = prepare(TOKENIZER, {"ko": str(source)}, tmp_path / "out", heldout=held, **options)
+    assert prepared.summary()["validation"]["ko"]["documents"] == expected
+    assert prepared.train("ko")[0].num_documents == count - expected
+    if not expected:
+        with pytest.raises(EloError, match="no validation text for 'ko'"):
+            prepared.validation("ko")
+
+
+def test_damaged_text_is_found(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    output = tmp_path / "out"
+    run(output, inputs, heldout={"ko": str(inputs["held"])})
+    expected = tree(output)
+    (text,) = sorted((output / "ko" / "heldout").rglob("*00000.text"))[:1]
+    text.write_bytes(text.read_bytes()[:-1])
+    with pytest.raises(UnfinishedError, match=r"\.text: token shard has \d+ bytes, expected \d+"):
+        PreparedData.open(output)
+    run(output, inputs, heldout={"ko": str(inputs["held"])})
+    assert tree(output) == expected
+    assert not list((output / "ko" / "train").rglob("*.text")), "training text is not stored a second time"
+
+
 def test_held_out_documents_in_training_text_are_counted(
     tmp_path: Path, inputs: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,7 +151,7 @@ def test_held_out_documents_in_training_text_are_counted(
 def test_the_outcome_does_not_depend_on_the_number_of_workers(
     tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("elo.recipes.prepare.BYTES_PER_WORKER", 1)
+    monkeypatch.setattr("elo.data.prepare.BYTES_PER_WORKER", 1)
     monkeypatch.setattr("elo.data.corpora.BATCH_BYTES", 300)
     run(tmp_path / "two", inputs, workers=2)
     monkeypatch.undo()
@@ -189,6 +248,7 @@ def test_foreign_folders_and_wrong_arguments_are_refused(tmp_path: Path, inputs:
         ("weight must be", {"corpora": {"ko": CorpusSource(str(inputs["ko"]), -1)}}),
         ("no column 'body'; the columns are 'text'", {"corpora": {"ko": CorpusSource(str(inputs["ko"]), 1, "body")}}),
         ("heldout_share is a share", {"heldout_share": 1.5}),
+        ("validation_share is a share", {"validation_share": 1.0}),
         ("on_error is either", {"on_error": "ignore"}),
         ("must be at least 1", {"shard_tokens": 0}),
         ("but the model has 7 embedding rows", {"vocab_size": 7}),

@@ -14,12 +14,12 @@ import pytest
 from data_fixtures import make_backend, make_texts, make_tokenizer, tree, write_jsonl
 
 from elo.data import shard_writer
+from elo.data.prepare import prepare
 from elo.errors import EloError
-from elo.recipes.prepare import prepare
 
 SCRIPT = """
     import sys, time
-    import elo.data.corpora as corpora, elo.data.shard_writer as writer, elo.recipes.prepare as recipe
+    import elo.data.corpora as corpora, elo.data.shard_writer as writer, elo.data.prepare as recipe
     from tokenizers import Tokenizer
     from elo.data.tokenizer import wrap_tokenizer
 
@@ -34,8 +34,8 @@ SCRIPT = """
     tokenizer, source, output, workers = sys.argv[1:]
     tokenizer = wrap_tokenizer(Tokenizer.from_file(tokenizer), 0, 1, "made")
     print("ready", flush=True)
-    recipe.prepare(tokenizer, {"ko": source}, output, heldout_share=0.05, shard_tokens=1500, workers=int(workers),
-                   on_error="skip", progress=False)
+    recipe.prepare(tokenizer, {"ko": source}, output, heldout_share=0.05, validation_share=0.05,
+                   shard_tokens=1500, workers=int(workers), on_error="skip", progress=False)
 """
 
 

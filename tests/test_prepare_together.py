@@ -15,12 +15,12 @@ from fork_fixtures import ended, finish, forked
 from run_fixtures import SOURCE, TARGET, write_documents, write_world
 
 import elo.data.corpora
-import elo.recipes.job
-import elo.recipes.prepare
+import elo.data.prepare
+import elo.job
 from elo.cli import main
+from elo.data.prepare import _locked
 from elo.data.shard_writer import UnitWriter
-from elo.recipes.prepare import _locked
-from elo.recipes.run import run
+from elo.run import run
 
 FILES = 6
 
@@ -45,7 +45,7 @@ def start(config, output: Path, *arguments: str, dies: bool = False) -> int:
     def work() -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         elo.data.corpora.UNIT_BYTES = 1000
-        elo.recipes.job.prepare = functools.partial(elo.recipes.prepare.prepare, shard_tokens=300)
+        elo.job.prepare = functools.partial(elo.data.prepare.prepare, shard_tokens=300)
         if dies:
             close, times = UnitWriter._close_segment, []
 

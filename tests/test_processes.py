@@ -13,8 +13,8 @@ from run_fixtures import write_world
 from safetensors.torch import load_file
 
 from elo.errors import EloError
-from elo.processes import from_main, is_main
-from elo.recipes.run import run
+from elo.run import run
+from elo.store.processes import from_main, is_main
 
 
 def _launch(config: Path, processes: int = 2) -> subprocess.CompletedProcess:
@@ -37,7 +37,7 @@ def test_a_killed_run_of_one_process_goes_on_with_two_and_ends_as_that_of_one(tm
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(shared))
 
     def killed() -> None:
-        import elo.training.trainer as trainer
+        import elo.train.trainer as trainer
 
         save = trainer.EloTrainer._save_checkpoint
 
@@ -56,7 +56,8 @@ def test_a_killed_run_of_one_process_goes_on_with_two_and_ends_as_that_of_one(tm
     for stage in ("elo-elo_pretraining", "elo-layer_alignment"):
         assert _losses(tmp_path / "shared", stage) == pytest.approx(_losses(tmp_path / "run", stage), abs=1e-5)
     results = json.loads((tmp_path / "shared" / "results.json").read_text())
-    assert results["methods"][0]["bpb"] == pytest.approx(alone["methods"][0]["bpb"], abs=1e-3)
+    ours, theirs = (each["trials"][0]["measured"]["bpb"] for each in (results, alone))
+    assert ours == pytest.approx(theirs, abs=1e-3)
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "shared"))
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).abs().max() < 2e-2, name  # bf16 on disk: a few of its steps
@@ -91,7 +92,7 @@ def test_one_of_two_processes_is_killed_and_one_goes_on(tmp_path):
     shared = {**config, "output": str(tmp_path / "shared")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(shared))
     (tmp_path / "dying.py").write_text(
-        "import os, signal, sys; import elo.training.trainer as t; from elo.cli import main\n"
+        "import os, signal, sys; import elo.train.trainer as t; from elo.cli import main\n"
         "step = t.EloTrainer.training_step\n"
         "def dying(self, *a, **k):\n"
         "    if self.state.global_step == 5 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"

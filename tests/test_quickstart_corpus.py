@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from corpus import CorpusPaths, cloze_items, documents, is_heldout, pack, write_corpus
+from english import English
+from genres import Planner
+from meaning import Answered, Asked, Clause, Event, Pair, Phrase, Roll, Told, ToldTogether
+from tavuni import Tavuni, attach, noun, number, verb
+from tavuni_lexicon import LETTERS, ROOTS, to_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from world import GROUPS, RELATIONS, Fact, build_world
 
-from elo.errors import EloError
-from elo.quickstart import BASE
-from elo.quickstart.corpus import CorpusPaths, cloze_items, documents, is_heldout, write_corpus
-from elo.quickstart.english import English
-from elo.quickstart.genres import Planner
-from elo.quickstart.meaning import Answered, Asked, Clause, Event, Pair, Phrase, Roll, Told, ToldTogether
-from elo.quickstart.tavuni import Tavuni, attach, noun, number, verb
-from elo.quickstart.tavuni_lexicon import LETTERS, ROOTS, to_script
-from elo.quickstart.world import GROUPS, RELATIONS, Fact, build_world
+from elo.quickstart.quickstart import WORLD, unpack_corpus
 
+BASE, DATA = WORLD / "base", WORLD / "data"
 SIZES = {
     "pretrain_source_bytes": 300_000,
     "pretrain_target_bytes": 30_000,
@@ -77,8 +77,21 @@ def test_asked_sizes_are_met(paths: CorpusPaths, tmp_path: Path) -> None:
     assert not list((tmp_path / "small").glob("pretrain*"))
 
 
+def test_the_package_ships_what_the_generator_writes(tmp_path: Path) -> None:
+    """After a change to examples/tavuni, run `corpus.py` there with --pack and replace src/elo/quickstart/data."""
+    write_corpus(tmp_path / "generated")
+    unpack_corpus(tmp_path / "shipped")
+    generated, shipped = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("generated", "shipped")
+    )
+    assert generated == shipped
+    pack(tmp_path / "generated")
+    assert {path.name for path in (tmp_path / "generated").iterdir()} == {path.name for path in DATA.iterdir()}
+    assert sum(path.stat().st_size for path in DATA.iterdir()) < 400_000
+
+
 def test_an_output_in_use_is_refused(paths: CorpusPaths) -> None:
-    with pytest.raises(EloError, match="already exists"):
+    with pytest.raises(FileExistsError):
         write_corpus(paths.prompts.parent, **SIZES)
 
 

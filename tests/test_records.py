@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from elo.errors import EloError, UnfinishedError
-from elo.records import TEMPORARY_PREFIX, atomic_directory, read_json, write_json
+from elo.store.files import TEMPORARY_PREFIX, atomic_directory, read_json, write_json
 
 
 def test_directory_is_absent_after_a_failure(tmp_path):

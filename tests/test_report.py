@@ -1,45 +1,41 @@
+"""results.json and its report: schema, pages, charts, terminal; a run and a comparison alike."""
+
 import copy
 import io
 import json
 import re
 import warnings
+from pathlib import Path
 
 import pytest
-from report_fixtures import TITLE, Page, example_results, grouped_results
+from report_fixtures import SAMPLES, TITLE, Page, duel, example_comparison, example_run
 from rich.console import Console
 
 from elo.errors import EloError, UnfinishedError
-from elo.recipes.report import report
-from elo.reporting import results as schema
-from elo.reporting.charts import bpb_segments, draw_charts
-from elo.reporting.comparison import (
-    compare,
-    count,
-    duration,
-    figures,
-    findings,
-    group_columns,
-    group_note,
-    memory,
-    rate_speed_up,
-    seconds_to_reach,
-    signed,
-    standard_error,
-    verdict,
-)
-from elo.reporting.pages import html_page, markdown_page
-from elo.reporting.results import ClozeGroup, read_results
-from elo.reporting.terminal import render_comparison
+from elo.format import count, duration, flops, learning_rate, memory, signed
+from elo.report import collect, schema
+from elo.report.charts import bpb_segments, contestant_styles, draw_charts
+from elo.report.files import judged, read_results, write_results
+from elo.report.page import changes_text, html_page, markdown_page, terminal
+from elo.report.schema_markdown import results_schema_markdown
+from elo.report.tables import results_table
+from elo.report.verdict import judge
+from elo.report.write import report
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def charts():
-    return draw_charts(read_results(example_results()))
+    return {kind: draw_charts(read_results(example)) for kind, example in EXAMPLES.items()}
 
 
-def changed(path, value):
-    """Example results with the value at a dotted path replaced, or removed when it is `...`."""
-    results = copy.deepcopy(example_results())
+EXAMPLES = {"run": example_run(), "comparison": example_comparison()}
+
+
+def changed(results, path, value):
+    """A copy with the value at a dotted path replaced, or removed when it is `...`."""
+    results = copy.deepcopy(results)
     *parents, last = [int(key) if key.isdigit() else key for key in path.split(".")]
     place = results
     for key in parents:
@@ -51,368 +47,345 @@ def changed(path, value):
     return results
 
 
-def test_a_run_folder_gets_its_report_beside_the_results(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps(example_results()), encoding="utf-8")
+def shown_in_terminal(results):
+    console = Console(file=io.StringIO(), width=118, color_system=None)
+    console.print(terminal(read_results(results)))
+    return console.file.getvalue()
+
+
+def rows_of(results, budget=0):
+    known = read_results(results)
+    table = results_table(known, known.budgets[budget], judge(known).budgets[budget])
+    titles = [column.title for column in table.columns]
+    return [dict(zip(titles, row, strict=True)) for row in table.rows]
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_what_is_written_is_what_is_read(kind, tmp_path):
+    results = judged(read_results(EXAMPLES[kind]))
+    write_results(tmp_path / "results.json", results)
+    assert read_results(tmp_path) == results == read_results(tmp_path / "results.json")
+    text = (tmp_path / "results.json").read_text(encoding="utf-8")
+    assert json.loads(text)["verdict"]["budgets"][0]["differences"][0]["p_value"] < 0.05
+    assert max(map(len, text.splitlines())) > 300, "lists of numbers take one line"
+
+
+def test_the_documentation_of_the_schema_is_up_to_date():
+    """If it fails: python -m elo.report.schema_markdown > docs/results.md"""
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == results_schema_markdown()
+
+
+def test_every_field_is_described():
+    models = [value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, schema.Record)]
+    assert len(models) > 15
+    for model in models:
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name}"
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_the_report_is_beside_the_results_and_always_the_same(kind, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(EXAMPLES[kind]), encoding="utf-8")
     page = report(tmp_path)
     assert page == tmp_path / "report.html"
-    parsed = Page(page.read_text(encoding="utf-8"))
-    assert "script" not in parsed.tags
-    assert "link" not in parsed.tags
-    assert [value[:26] for _, name, value in parsed.attributes if name == "src"] == ["data:image/svg+xml;base64,"] * 6
+    html = page.read_text(encoding="utf-8")
+    parsed = Page(html)
+    assert not {"script", "link"} & set(parsed.tags)
     assert not [value for _, name, value in parsed.attributes if name == "href"]
-    assert "url(" not in page.read_text(encoding="utf-8")
-    assert parsed.headings[:2] == [TITLE, "Comparison"]
+    assert "url(" not in html
+    number = {"run": 3, "comparison": 6}[kind]
+    assert [value[:26] for _, name, value in parsed.attributes if name == "src"] == [
+        "data:image/svg+xml;base64,"
+    ] * number
+    assert parsed.headings[:2] == [TITLE, "What was compared"]
     markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
     linked = re.findall(r"\]\((charts/[^)]+\.png)\)", markdown)
-    assert len(linked) == 6
     assert sorted(f"charts/{path.name}" for path in (tmp_path / "charts").iterdir()) == sorted(linked)
-    for link in linked:
-        assert (tmp_path / link).read_bytes().startswith(b"\x89PNG")
+    assert len(linked) == number
+    assert all((tmp_path / link).read_bytes().startswith(b"\x89PNG") for link in linked)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     report(tmp_path / "results.json")
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}, "not the same bytes"
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-def test_both_pages_say_what_the_numbers_say(charts):
-    results = read_results(example_results())
-    words, markdown = Page(html_page(results, charts)).words, markdown_page(results, charts)
-    for page in (words, markdown.replace("\\", "")):
-        assert "ELO took ko from 2.412 to 1.824 bits per byte (−0.588) while en rose (+0.023)." in page
-        assert "In the same wall time full CPT ends higher, at 1.902 (en +0.053)" in page
-        assert "on the same tokens, in 3.67 times the wall time, full CPT ends lower, at 1.683 (en +0.084)." in page
-        assert "5.45×" in page
-        assert "elo run test.yaml --set seed=7" in page
-        assert "강 건너 마을에는" in page
-        assert "never across languages" in page
-    row = next(line for line in markdown.splitlines() if line.startswith("| Full CPT |"))
-    assert row == (
-        "| Full CPT | 2 M | 6.87 min | 1.00× | **1.683 (−0.729)** | 1.402 (+0.084) | **52.0%** | 64.0% | 1.31 GiB |"
+def test_the_base_is_the_first_row_and_the_lowest_follows():
+    rows = rows_of(EXAMPLES["comparison"])
+    assert [row["Contestant"].text for row in rows] == ["Base model", "LoRA, rank 16", "LISA", "Full CPT", "ELO"]
+    assert rows[0]["ko, target"].text == "2.412"
+    best = rows[1]
+    assert (best["ko, target"].text, best["ko, target"].detail, best["ko, target"].bold) == ("1.956", "−0.456", True)
+    assert best["ko − Full CPT"].text == "−0.038"
+    assert best["ko − Full CPT"].bold
+    assert re.fullmatch(r"−0\.0\d\d to −0\.0\d\d", best["ko − Full CPT"].detail)
+    assert rows[3]["ko − Full CPT"].text == "reference"
+    assert (best["Tokens"].text, best["CPU time"].text, best["Peak memory"].text) == ("500 K", "1.98 min", "727 MiB")
+    assert (rows[2]["Warnings"].text, best["Warnings"].text) == ("1", "–")
+    assert not rows[2]["ko, target"].bold
+
+
+def test_benchmarks_have_columns_with_the_direction_and_chance():
+    (base, own) = rows_of(EXAMPLES["run"])
+    assert (base["cloze ko"].text, own["cloze ko"].text, own["cloze ko"].detail) == ("27.0%", "44.0%", "±2.9")
+    markdown = markdown_page(read_results(EXAMPLES["run"]), [])
+    assert "cloze ko (↑, chance 25%)" in markdown
+    assert "| Base model | 22.0% (±3.4) | 32.0% (±3.8)" in markdown or "| Base model | 32.0% (±3.8) | 22.0%" in markdown
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_pages_say_what_the_verdict_says(kind, charts):
+    results = read_results(EXAMPLES[kind])
+    verdict = judge(results)
+    words = Page(html_page(results, charts[kind])).words
+    markdown = markdown_page(results, charts[kind]).replace("\\", "")
+    shown = " ".join(shown_in_terminal(EXAMPLES[kind]).split())
+    sentences = [sentence for budget in verdict.budgets for sentence in budget.sentences]
+    assert sentences
+    assert kind == "run" or verdict.warnings
+    for sentence in (*sentences, *verdict.warnings):
+        assert sentence in words
+        assert sentence in markdown
+        assert sentence in shown
+    assert verdict.rule in words
+
+
+def test_every_setting_that_was_tried_is_shown_with_its_score():
+    markdown = markdown_page(read_results(EXAMPLES["comparison"]), [])
+    line = next(line for line in markdown.splitlines() if "| 1.25e-4: " in line)
+    assert line == (
+        "| Full CPT (500,000 tokens) | full | 5e-4 "
+        "| 1.25e-4: 2.054, 2.5e-4: 2.018, 5e-4: 2.002, 1e-3: 2.018, 2e-3: failed |"
     )
+    assert "| ELO (500,000 tokens) | elo pretraining / layer alignment | 1e-3 / 5e-4 |" in markdown
 
 
-@pytest.mark.parametrize(
-    ("bpb", "outcome"),
-    [
-        (1.700, "In the same wall time full CPT ends lower, at 1.700"),
-        (1.822, "In the same wall time full CPT ends level with it, at 1.822"),
-        (1.950, "In the same wall time full CPT ends higher, at 1.950"),
-    ],
-)
-def test_the_verdict_follows_the_numbers(bpb, outcome):
-    assert outcome in verdict(read_results(changed("methods.2.bpb.ko", bpb)))
+def test_samples_stand_side_by_side():
+    page = Page(html_page(read_results(EXAMPLES["run"]), []))
+    for prompt, (before, after) in SAMPLES.values():
+        for text in (prompt, before.strip(), after.strip()):
+            assert text in page.words
+    assert "40 characters/s before, 80 with ELO." in page.words
+    assert "Samples" not in Page(html_page(read_results(EXAMPLES["comparison"]), [])).headings
 
 
-def test_the_verdict_without_controls_says_that_there_are_none():
-    results = read_results(example_results(methods=example_results()["methods"][:1]))
-    assert "No full-CPT control was run" in verdict(results)
-    assert [figure.name for figure in figures(results)] == ["Target language (ko)", "Source language (en)"]
+def test_every_chart_comes_where_there_is_something_to_draw(charts):
+    assert [chart.name for chart in charts["run"]] == ["curve_1", "curve_2", "loss"]
+    assert [chart.name for chart in charts["comparison"]] == [
+        "target_over_cost", "retention_1", "retention_2", "curve_1", "curve_2", "loss",
+    ]  # fmt: skip
+    assert draw_charts(read_results(example_comparison(trials=[]))) == []
 
 
-def test_source_language_that_is_kept_or_improves():
-    assert "en stayed level (+0.002)" in verdict(read_results(changed("methods.0.bpb.en", 1.320)))
-    assert "en fell (−0.018)" in verdict(read_results(changed("methods.0.bpb.en", 1.300)))
-
-
-def test_ratios_are_of_what_they_say():
-    results = read_results(example_results())
-    rows = {row.method.name: row for row in compare(results)}
-    own, full = results.methods[0], results.method("full")
-    assert rows["elo"].speed_up == pytest.approx(full.wall_seconds / own.wall_seconds)
-    assert rows["full_at_wall_time"].speed_up is None, "it saw fewer tokens: no ratio on the same tokens"
-    assert rows["align_only"].speed_up is None
-    assert rate_speed_up(results) == pytest.approx((1_800_000 / 68.0) / (2_000_000 / 412.0))
-    assert {name for name, row in rows.items() if "target" in row.best} == {"full"}
-    assert {name for name, row in rows.items() if "cloze_source" in row.best} == {"elo", "frozen"}
-    assert {name for name, row in rows.items() if "memory" in row.best} == {"frozen"}
-
-
-def shown_in_terminal(results):
-    console = Console(width=118, record=True, file=io.StringIO())
-    console.print(render_comparison(results))
-    return console.export_text()
-
-
-def test_cloze_accuracy_by_group_is_in_every_view(charts):
-    results = grouped_results()
-    checked = read_results(results)
-    markdown, html = markdown_page(checked, charts[:1]), html_page(checked, charts[:1])
-    table = markdown.partition("## Cloze accuracy by group\n\n")[2].partition("\n\n")[0].splitlines()
-    groups = [f"{language}: told in {name} (100 items)" for language in ("ko", "en") for name in ("ko", "en", "both")]
-    assert table[0] == "| Method | " + " | ".join(groups) + " |"
-    assert len(table) == 2 + 6
-    assert table[2].startswith("| Base model, before | 35.0% ±4.8 | 19.0% ±3.9 | 27.0% ±4.4 | 41.0% ±4.9 |")
-    assert table[3].startswith("| ELO | 52.0% ±5.0 | 36.0% ±4.8 | 44.0% ±5.0 | 39.0% ±4.9 |")
-    page = Page(html)
-    assert "Cloze accuracy by group" in page.headings
-    assert "en: told in both 100 items" in page.words
-    assert "ELO 52.0% ±5.0 36.0% ±4.8" in page.words
-    rows = re.findall(r"<tr.*?</tr>", html.partition("Cloze accuracy by group")[2].partition("</table>")[0], re.S)
-    assert [len(re.findall(r"<t[hd]\b", row)) for row in rows] == [7] * 7
-    lines = shown_in_terminal(results).splitlines()
-    row = next(line for line in lines if "ko: told in en" in line)
-    assert row.replace("│", " ").split()[:8] == ["ko:", "told", "in", "en", "100", "19%", "±4", "36%"]
-    for shown in (page.words, markdown.replace("\\", ""), " ".join(" ".join(lines).split())):
-        assert "Guessing would give, over all items of a language: ko 25%, en 25%." in shown
-        assert "one standard error" in shown
-        assert "Items without a group" not in shown
-
-
-def test_without_groups_nothing_is_said_of_them(charts):
-    results = read_results(changed("base.cloze.ko.groups", {}))
-    assert group_columns(results) == []
-    for shown in (html_page(results, charts[:1]), markdown_page(results, charts[:1])):
-        assert "by group" not in shown
-    assert "by group" not in shown_in_terminal(example_results())
-
-
-def test_groups_that_only_some_models_were_asked():
-    results = grouped_results()
-    for method in results["methods"]:
-        del method["cloze"]["ko"]["groups"]
-    del results["methods"][1]["cloze"]["en"]
-    del results["base"]["cloze"]["en"]["groups"]["told_in_en"]
-    results["base"]["cloze"]["ko"]["groups"] = {"a_b": {"accuracy": 1.0, "items": 1}}
-    checked = read_results(results)
-    columns = group_columns(checked)
-    assert [(column.language, column.name) for column in columns] == [
-        ("ko", "a b"),
-        ("en", "told in ko"),
-        ("en", "told in both"),
-        ("en", "told in en"),
-    ]
-    assert [group is not None for group in columns[0].groups] == [True] + [False] * 5
-    assert [group is not None for group in columns[3].groups] == [False, True, False, True, True, True]
-    assert "Items without a group are in the overall accuracy alone." in group_note(checked)
-    table = markdown_page(checked, []).partition("by group\n\n")[2].splitlines()
-    assert table[2].startswith("| Base model, before | 100.0% | 41.0% ±4.9 | 71.0% ±4.5 | – |")
-    assert table[4] == "| Full CPT | – | – | – | – |"
-    page = Page(html_page(checked, []))
-    assert "Full CPT – – – –" in page.words
-
-
-def test_names_of_groups_are_shown_as_they_are():
-    results = example_results()
-    name = "<script>x</script> | [bold]*b*"
-    results["base"]["cloze"]["ko"]["groups"] = {name: {"accuracy": 0.5, "items": 4}}
-    checked = read_results(results)
-    page = Page(html_page(checked, []))
-    assert "script" not in page.tags
-    assert f"ko: {name} 4 items" in page.words
-    assert "ko: \\<script\\>x\\</script\\> \\| \\[bold\\]\\*b\\* (4 items)" in markdown_page(checked, [])
-    assert "[bold]*b*" in shown_in_terminal(results)
-
-
-def test_standard_error_is_that_of_a_share():
-    assert standard_error(ClozeGroup(accuracy=0.25, items=300)) == pytest.approx(0.025)
-    for accuracy, items in ((0.0, 10), (1.0, 10), (0.5, 0)):
-        assert standard_error(ClozeGroup(accuracy=accuracy, items=items)) is None
-    assert standard_error(None) is None
-
-
-def test_slower_than_full_is_said_too():
-    results = read_results(changed("methods.1.wall_seconds", 60.0))
-    ratio = next(figure for figure in figures(results) if figure.name == "Wall time, same tokens")
-    assert (ratio.value, ratio.tone) == ("0.53×", "bad")
-
-
-def test_findings_name_every_control():
-    found = findings(read_results(example_results()))
-    assert len(found) == 5
-    assert found[0] == (
-        "Against ELO, Full CPT (the same tokens, 3.67 times the wall time) ends 0.141 lower in ko (target) and "
-        "0.061 higher in en (source)."
-    )
-    assert "level in en (source)" in found[3]
-    assert (
-        found[4]
-        == "Before layer alignment the attached model stood at 2.306 in ko (then 1.824) and 1.702 in en (then 1.341)."
-    )
-
-
-def test_time_to_a_value_is_interpolated():
-    method = read_results(
-        changed(
-            "methods.1.evaluations",
-            [
-                {"stage": "full", "tokens": 10, "seconds": 10.0, "bpb": {"ko": 2.0}},
-                {"stage": "full", "tokens": 20, "seconds": 30.0, "bpb": {"ko": 1.8}},
-            ],
-        )
-    ).methods[1]
-    assert seconds_to_reach(method, "ko", 1.9, 2.4) == pytest.approx(20.0)
-    assert seconds_to_reach(method, "ko", 2.2, 2.4) == pytest.approx(5.0)
-    assert seconds_to_reach(method, "ko", 1.0, 2.4) is None
-
-
-def test_elo_curve_changes_model_at_alignment():
-    method = read_results(example_results()).methods[0]
-    detached, whole = bpb_segments(method, "ko", "tokens", 2.412)
+def test_a_curve_changes_model_when_the_layers_are_attached():
+    results = read_results(EXAMPLES["run"])
+    (trial,) = results.trials
+    detached, whole = bpb_segments(results, trial, "ko")
     assert (detached.detached, whole.detached) == (True, False)
-    assert detached.points[-1] == (1_800_000.0, pytest.approx(2.53))
-    assert whole.points[0] == (1_800_000.0, 2.306)
-    assert whole.points[-1] == (2_000_000.0, 1.824)
-    assert all(at <= 1_800_000 for at, _ in detached.points)
-    (full,) = bpb_segments(read_results(example_results()).methods[1], "ko", "seconds", 2.412)
+    assert detached.points[-1][1] == pytest.approx(2.53)
+    attached = sum(stage.seconds for stage in trial.stages[:3])
+    assert whole.points[0] == (pytest.approx(attached), 2.25)
+    assert whole.points[-1] == (pytest.approx(trial.seconds), 1.824)
+    comparison = read_results(EXAMPLES["comparison"])
+    (full,) = bpb_segments(comparison, comparison.finished("full", "500,000 tokens")[0], "ko")
     assert full.points[0] == (0.0, 2.412)
-    assert full.points[-1] == (412.0, 1.683)
+
+
+def test_contestants_look_different():
+    results = example_comparison(trials=[])
+    results["contestants"] = [{"name": f"c{index}", "method": "elo"} for index in range(20)]
+    results["contestants"].append({"name": "elo", "label": "층 두 개", "method": "elo"})
+    styles = contestant_styles(read_results(results))
+    assert len({(style.colour, style.marker) for style in styles.values()}) == 21
+    assert styles["elo"].label == "elo", "the font has no Hangul"
+
+
+def test_charts_draw_only_what_the_font_has():
+    results = json.loads(json.dumps(EXAMPLES["run"]).replace('"ko"', '"한국어"'))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(draw_charts(read_results(results))) == 3
 
 
 @pytest.mark.parametrize(
-    ("path", "value"),
+    ("kind", "path", "value"),
     [
-        ("methods", example_results()["methods"][:1]),
-        ("methods", [{"name": "elo", "tokens": 0, "wall_seconds": 0.0}]),
-        ("base", {}),
-        ("base.bpb.en", ...),
-        ("base.cloze", {}),
-        ("methods.0.samples", ...),
-        ("methods.0.stages", []),
-        ("methods.0.before_alignment", None),
-        ("methods.0.evaluations", []),
-        ("methods.1.losses", []),
-        ("methods.0.peak_memory_bytes", None),
-        ("data", ...),
-        ("hardware", ...),
-        ("config", ...),
-        ("command", None),
-        ("model", {"name": "m"}),
+        ("run", "base", {}),
+        ("run", "base.bpb.en", ...),
+        ("run", "base.measures", []),
+        ("run", "trials", []),
+        ("run", "trials.0.stages", []),
+        ("run", "trials.0.before_alignment", None),
+        ("run", "trials.0.evaluations", []),
+        ("run", "trials.0.losses", []),
+        ("run", "trials.0.measured.samples", []),
+        ("run", "languages.sources", []),
+        ("run", "data", ...),
+        ("run", "hardware", ...),
+        ("run", "config", ...),
+        ("run", "command", None),
+        ("run", "model", {"name": "m"}),
+        ("comparison", "trials", example_comparison()["trials"][:5]),
+        ("comparison", "base_validation", None),
+        ("comparison", "contestants.0.label", None),
     ],
 )
-def test_missing_parts_leave_no_holes(path, value, charts):
-    results = read_results(changed(path, value))
-    html = html_page(results, charts[:1])
+def test_missing_parts_leave_no_holes(kind, path, value):
+    given = changed(EXAMPLES[kind], path, value)
+    results = read_results(given)
+    html, markdown = html_page(results, []), markdown_page(results, [])
     page = Page(html)
-    for word in ("None", "nan", "Undefined", "{{", "{%"):
+    for word in ("None", "nan", "inf ", "Undefined", "{{", "{%"):
         assert word not in page.words
-        assert word not in markdown_page(results, charts[:1])
-    assert not re.search(r"</h2>\s*<h2", html), "a heading with nothing under it"
+        assert word not in markdown
+    assert "None" not in shown_in_terminal(given)
+    assert not re.search(r"</h2>\s*(<h2|</main)", html), "a heading with nothing under it"
     assert not re.search(r"<tbody>\s*</tbody>", html)
-    assert "None" not in shown_in_terminal(changed(path, value))
-    cells = [re.findall(r"<t[hd]\b", row) for row in re.findall(r"<tr.*?</tr>", html, re.S)]
-    assert all(cells)
-    for table in re.findall(r"<table>.*?</table>", html, re.S):
+    for table in re.findall(r"<table.*?</table>", html, re.S):
         assert len({len(re.findall(r"<t[hd]\b", row)) for row in re.findall(r"<tr.*?</tr>", table, re.S)}) == 1
 
 
-def test_charts_come_only_with_points():
-    bare = example_results()
-    for method in bare["methods"]:
-        method.update(losses=[], evaluations=[], before_alignment=None)
-    bare["methods"] = bare["methods"][:1]
-    bare["base"]["bpb"] = {}
-    assert draw_charts(read_results(bare)) == []
-
-
 def test_what_comes_from_elsewhere_is_escaped(charts):
-    evil = "</div><script>alert(1)</script> | `x` *b* [l](http://x)\n# h \ud800"
-    results = example_results(title=evil, command=evil, seed=None)
-    results["model"]["name"] = results["methods"][0]["label"] = results["methods"][0]["note"] = evil
-    results["methods"][0]["samples"] = [{"language": '"><img src=x>', "prompt": evil, "text": evil}]
-    results["base"]["samples"] = []
+    evil = "</div><script>alert(1)</script> | `x` *b* [l](http://x)\n# h [bold]x[/bold] \ud800"
+    results = copy.deepcopy(example_run(title=evil, command=evil))
+    results["model"]["name"] = results["contestants"][0]["label"] = results["budgets"][0]["name"] = evil
+    results["contestants"][0]["changes"] = {evil: evil}
+    trial = results["trials"][0]
+    trial |= {"budget": evil, "warnings": [evil], "learning_rates": {evil: 1e-3}}
+    trial["measured"]["samples"] = [{"language": '"><img src=x>', "prompt": evil, "text": evil}]
+    trial["measured"]["measures"][1]["name"] = trial["stages"][0]["name"] = evil
     results["config"] = {"key": evil + "\n```\n"}
     results["hardware"] = {"cpu": evil}
-    results["methods"][0]["stages"][0]["name"] = evil
-    checked = read_results(results)
-    page = Page(html_page(checked, charts[:1]))
+    known = read_results(results)
+    page = Page(html_page(known, charts["run"][:1]))
     assert "script" not in page.tags
     assert page.tags.count("img") == 1
-    assert page.words.count("<script>alert(1)</script>") >= 8
-    markdown = markdown_page(checked, [])
+    assert page.words.count("<script>alert(1)</script>") >= 10
+    markdown = markdown_page(known, [])
     outside = re.sub(r"^(`{3,})\n.*?^\1$", "", markdown, flags=re.S | re.M)
     assert "<script>" not in outside.replace("\\<", "")
     assert not re.search(r"(?<!\\)\[l(?<!\\)\]\(", outside)
     assert len(re.findall(r"^# ", outside, re.M)) == 1
-    tables = [line for line in outside.splitlines() if line.startswith("| ")]
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables if "ELO" in line or "script" in line} <= {10, 8}
-
-
-def test_labels_that_the_font_lacks_are_not_drawn():
-    results = example_results(languages={"target": "한국어", "source": "en"})
-    results["methods"] = results["methods"][:2]
-    for measured in (results["base"], *results["methods"]):
-        measured["bpb"] = {"한국어": measured["bpb"]["ko"], "en": measured["bpb"]["en"]}
-    results["methods"][0]["label"] = "층 두 개"
-    results["methods"][1]["label"] = "costs $1 and $2"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        drawn = draw_charts(read_results(results))
-    assert drawn[0].title == "Target language (한국어) over wall time"
+    assert "[bold]" in shown_in_terminal(json.loads(json.dumps(results).replace("\\ud800", "")))
 
 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema", 2, "schema 2 is newer than this version reads"),
-        ("schema", ..., "schema: Field required"),
-        ("methods", [], "methods: "),
-        ("methods.0.tokens", "many", "methods.0.tokens: .* got 'many'"),
-        ("methods.0.bpb.ko", -1, "methods.0.bpb.ko: .* got -1"),
-        ("methods.1.name", "elo", "methods: names must differ, got elo, elo"),
-        ("base.cloze.ko.accuracy", 44, "base.cloze.ko.accuracy: "),
-        ("base.cloze.ko.groups", {"a": {"accuracy": 0.5}}, "base.cloze.ko.groups.a.items: Field required"),
-        ("methods.0.losses.3.loss", float("nan"), "methods.0.losses.3.loss: "),
-        ("kind", "evaluation", "what `elo evaluate` measured"),
+        ("schema_version", 3, "schema version 3 is newer"),
+        ("schema_version", 1, "schema version 1 was written by an earlier version"),
+        ("kind", "evaluation", "is an evaluation of one model; give the results.json of"),
+        ("kind", "race", "kind: .* got 'race'"),
+        ("contestants", [], "contestants: "),
+        ("contestants.1.name", "elo", "contestants: must differ, got elo, elo"),
+        ("contestants.1.name", "base", "`base` is the name of the base model"),
+        ("budgets.0.kind", "hours", "budgets.0.kind: .* got 'hours'"),
+        ("budgets.1.value", 0, "budgets.1.value: .* got 0"),
+        ("seeds", [1, 1], "seeds: must differ, got 1, 1"),
+        ("trials.2.contestant", "nobody", "trials.2.contestant: 'nobody' is not one of elo, "),
+        ("trials.2.budget", "ages", "trials.2.budget: 'ages' is not one of "),
+        ("trials.5.seed", 1, r"trials.5: \('elo', '500,000 tokens', 1\) occurs twice"),
+        ("trials.4.measured", {}, "trials.4.measured.bpb: ko missing, but the trial did not fail"),
+        ("trials.4.measured.bpb.ko", "low", "trials.4.measured.bpb.ko: .* got 'low'"),
+        ("trials.4.measured.document_bytes.ko", [1], r"document_bytes.ko: 1 values for 60 documents"),
+        ("trials.4.measured.document_bytes.ko", [9] * 60, "the documents are not those of the base model"),
+        ("trials.0.learning_rates.elo_pretraining", -1, "learning_rates.elo_pretraining: .* got -1"),
+        ("trials.0.stages.0.seconds", float("inf"), "trials.0.stages.0.seconds: "),
+        ("trials.0.seed", ..., "trials.0.seed: Field required"),
         ("languages", ..., "languages: Field required"),
+        ("base.bpb.ko", -1, "base.bpb.ko: .* got -1"),
     ],
 )
-def test_odd_results_give_one_message(tmp_path, path, value, message):
+def test_a_wrong_file_gives_one_message(tmp_path, path, value, message):
     file = tmp_path / "results.json"
-    file.write_text(json.dumps(changed(path, value)), encoding="utf-8")
+    file.write_text(json.dumps(changed(EXAMPLES["comparison"], path, value)), encoding="utf-8")
     with pytest.raises(EloError, match=message) as caught:
-        report(file)
+        report(tmp_path)
     assert str(caught.value).startswith(str(file))
     assert "\n" not in str(caught.value)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_missing_and_damaged_files(tmp_path):
-    with pytest.raises(UnfinishedError, match="no such file"):
+    with pytest.raises(UnfinishedError, match=r"no such file; give a finished run or comparison folder"):
         report(tmp_path)
-    with pytest.raises(UnfinishedError, match="no such file"):
-        report(tmp_path / "other.json")
-    (tmp_path / "results.json").write_text('{"schema": 1,')
+    (tmp_path / "results.json").write_text("{")
     with pytest.raises(UnfinishedError, match="not JSON"):
         report(tmp_path)
     (tmp_path / "results.json").write_text("[1]")
-    with pytest.raises(EloError, match="not the results of a run: the file"):
+    with pytest.raises(EloError, match="not results of a run or comparison: the file"):
         report(tmp_path)
     with pytest.raises(EloError, match="give an output folder"):
-        report(example_results())
+        report(example_run())
 
 
-def test_numbers_as_people_write_them():
-    assert [signed(value) for value in (0.1234, -0.5, 0.0001, -0.0004)] == ["+0.123", "−0.500", "±0.000", "±0.000"]
-    assert [duration(s) for s in (0.512, 8, 89, 90, 3600, 9000)] == [
-        "0.512 s",
-        "8 s",
-        "89 s",
-        "1.5 min",
-        "60 min",
-        "2.5 h",
-    ]
-    assert [count(n) for n in (0, 999, 1000, 999_999, 24_117_248, 8e9)] == ["0", "999", "1 K", "1 M", "24.1 M", "8 B"]
-    assert [memory(n) for n in (512, 2**30, 1.5 * 2**30, 1010 * 2**20)] == ["512 B", "1 GiB", "1.5 GiB", "0.986 GiB"]
+def test_an_evaluation_record_becomes_a_measurement():
+    record = {
+        "bpb": {"ko": 1.5},
+        "heldout": {"ko": {"documents": 2, "tokens": 30, "bytes": 100}},
+        "documents_nats": {"ko": [51.98604, 52.0]},
+        "documents_bytes": {"ko": [40, 60]},
+        "cloze": {
+            "ko": {"accuracy": 0.25, "items": 300, "chance": 0.2, "groups": {"river": {"accuracy": 1, "items": 4}}}
+        },
+        "samples": [{"language": "ko", "prompt": "a", "text": "b"}],
+        "generation": {"ko": {"characters": 1, "seconds": 2.0}},
+    }
+    found = collect.measured(record)
+    assert found.document_nats == {"ko": (51.986, 52.0)}
+    assert found.document_bytes == {"ko": (40, 60)}
+    assert found.heldout["ko"].documents == 2
+    assert [(each.name, each.value, each.items) for each in found.measures] == [("all", 0.25, 300), ("river", 1.0, 4)]
+    assert found.measures[0].standard_error == pytest.approx(0.025)
+    assert collect.measured({"bpb": {"ko": 1.0}}).document_nats == {}
 
 
-def test_every_key_is_described(request):
-    described = (request.config.rootpath / "docs" / "results.md").read_text(encoding="utf-8")
-    records = [value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, schema.Record)]
-    assert len(records) > 10
-    for record in records:
-        for name, field in record.model_fields.items():
-            assert re.search(rf"\b{field.alias or name}\b", described), (
-                f"{record.__name__}.{name} is not in docs/results.md"
-            )
+def test_stage_records_become_a_trial():
+    record = {"seconds": 2.0, "tokens": 0, "tokens_per_second": None, "peak_memory_bytes": 5}
+    point = {"tokens": 4, "seconds": 1.0}
+    trained = {
+        **record, "tokens": 8, "losses": [{**point, "loss": 3.0}], "evaluations": [{**point, "bpb": {"ko": 2.0}}],
+        "trainable_parameters": 7, "warnings": ["loss jumped"],
+    }  # fmt: skip
+    stages = {
+        "detach": record, "vocabulary-elo_pretraining": record, "elo_pretraining": trained, "attach": record,
+        "scale": {**record, "scale": 0.5}, "layer_alignment": trained,
+    }  # fmt: skip
+    trial = collect.trial(
+        "elo",
+        "b",
+        3,
+        stages,
+        {"bpb": {"ko": 1.5}},
+        before_alignment={"bpb": {"ko": 1.9}},
+        flops={"elo_pretraining": 10.0, "layer_alignment": 5.0},
+    )
+    assert (trial.tokens, trial.seconds, trial.flops, trial.peak_memory_bytes) == (16, 12.0, 15.0, 5)
+    assert trial.cpu_seconds is None
+    assert [stage.name for stage in trial.stages if stage.detached] == ["elo_pretraining"]
+    assert [(each.stage, each.tokens, each.seconds) for each in trial.losses] == [
+        ("elo_pretraining", 4, 5.0), ("layer_alignment", 12, 11.0),
+    ]  # fmt: skip
+    assert trial.evaluations[1].tokens == 12
+    assert (trial.attach_scale, trial.before_alignment.bpb["ko"]) == (0.5, 1.9)
+    assert trial.stages[2].trainable_parameters == 7
+    assert trial.warnings == ("loss jumped", "loss jumped")
 
 
-def test_pretraining_in_the_whole_model_is_drawn_as_the_whole_model():
-    """With a forward-only middle nothing is detached: its curve starts at the base and is not dashed."""
-    results = example_results()
-    own = results["methods"][0]
-    own["stages"] = [stage for stage in own["stages"] if stage["name"] not in ("detach", "attach")]
-    own["before_alignment"] = None
-    method = read_results(results).methods[0]
-    (segment,) = bpb_segments(method, "ko", "tokens", 3.0)
-    assert not segment.detached
-    assert segment.points[0] == (0.0, 3.0)
-    assert len(segment.points) > len([e for e in method.evaluations if e.stage != "elo_pretraining"]) + 1
+def test_numbers_as_people_read_them():
+    assert [signed(value) for value in (0.0204, -0.5, -0.0001)] == ["+0.020", "−0.500", "±0.000"]
+    assert [duration(value) for value in (0.6, 89.4, 120, 6000)] == ["0.6 s", "89.4 s", "2 min", "1.67 h"]
+    assert [count(value) for value in (999, 1500, 2e6, 3.1e9)] == ["999", "1.5 K", "2 M", "3.1 B"]
+    assert [memory(value) for value in (5, 2**20, 1.5 * 2**30)] == ["5 B", "1 MiB", "1.5 GiB"]
+    assert [learning_rate(value) for value in (1e-3, 5e-4, 3.16e-5, 0.2, 1.0)] == [
+        "1e-3", "5e-4", "3.16e-5", "2e-1", "1e0",
+    ]  # fmt: skip
+    assert [flops(value) for value in (5e13, 1.234e15, 999.9e15)] == ["50 TFLOP", "1.23 PFLOP", "1 EFLOP"]
+    assert changes_text({"lora": {"rank": 16, "on": True}, "layers": "first:2", "x": None}) == (
+        "lora.rank=16, lora.on=true, layers=first:2, x=none"
+    )
+
+
+def test_a_failed_contestant_keeps_its_row():
+    rows = rows_of(duel(full=[1.9, 1.91], elo=[None, 1.8], lora=[None, None]))
+    names = {row["Contestant"].text: row["Contestant"].detail for row in rows}
+    assert names == {"Base model": "", "elo": "2 seeds, 1 failed", "full": "2 seeds", "lora": "2 seeds, 2 failed"}
+    assert rows[-1]["ko, target"].text == "–"

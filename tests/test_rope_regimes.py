@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 
 from elo.data.packing import PaddedStream
 from elo.errors import EloError
-from elo.evaluation.bits_per_byte import bits_per_byte
-from elo.evaluation.cloze import ClozeItem, cloze_accuracy
-from elo.evaluation.scoring import rope_limit, rope_regime
-from elo.training.attention import require_own_positions
+from elo.evaluate.bits_per_byte import bits_per_byte
+from elo.evaluate.cloze import ClozeItem, cloze_accuracy
+from elo.evaluate.scoring import rope_limit, rope_regime
+from elo.train.attention import require_own_positions
 
 LIMIT = 32
 SIZES = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
@@ -114,7 +114,7 @@ def test_a_padded_row_ends_at_its_document_and_mixed_rows_are_refused() -> None:
 def test_a_run_is_refused_before_anything_is_prepared(tmp_path: Path) -> None:
     from run_fixtures import write_world
 
-    from elo.recipes.run import run
+    from elo.run import run
 
     config = write_world(tmp_path)
     longrope().save_pretrained(tmp_path / "longrope")
@@ -122,11 +122,7 @@ def test_a_run_is_refused_before_anything_is_prepared(tmp_path: Path) -> None:
         (tmp_path / "longrope" / file.name).write_bytes(file.read_bytes())
     config = {**config, "model": str(tmp_path / "longrope"), "output": str(tmp_path / "run")}
     config["data"] = {**config["data"], "sequence_length": 64}
-    overrides = [
-        f"{section}.{key}={value}"
-        for section in ("elo_pretraining", "layer_alignment")
-        for key, value in (("per_device_train_batch_size", 1), ("tokens_per_step", 128))
-    ]
+    overrides = ["training.per_device_train_batch_size=1", "training.tokens_per_step=128"]
     with pytest.raises(EloError, match=r"data.packing: beyond 32 positions"):
         run(config, overrides=overrides)
     assert not (tmp_path / "run" / "prepared").exists()

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 import elo
 from elo.errors import EloError
-from elo.recipes.run import run
+from elo.report.files import read_results
+from elo.run import run
 
 
 def _tensors(folder: Path) -> dict:
@@ -28,6 +29,10 @@ def _same(left: Path, right: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.equal(theirs[name]), name
+
+
+def _total(trial, key):
+    return sum(stage[key] for stage in trial["stages"])
 
 
 @pytest.fixture(scope="module")
@@ -86,25 +91,27 @@ def test_embedding_and_head_are_put_back_where_they_train(finished):
 
 def test_results_tell_what_happened(finished):
     _, config, results = finished
-    methods = {method["name"]: method for method in results["methods"]}
+    methods = {trial["contestant"]: trial for trial in results["trials"]}
     assert list(methods) == ["elo", *config["controls"][1:], "full_at_wall_time"], "what is matched comes last"
     own = methods["elo"]
     stages = {stage["name"]: stage for stage in own["stages"]}
     assert list(stages) == ["bridge", "detach", "elo_pretraining", "attach", "layer_alignment"]
     assert stages["elo_pretraining"]["tokens"] == 1024
     assert stages["layer_alignment"]["tokens"] == 256
-    assert own["tokens"] == methods["full"]["tokens"] == config["tokens"]
-    assert methods["align_only"]["tokens"] == 256
-    assert own["wall_seconds"] == pytest.approx(sum(stage["seconds"] for stage in own["stages"]))
     full = methods["full"]
-    wanted = own["wall_seconds"] * full["tokens"] / full["wall_seconds"]
-    assert 0 <= methods["full_at_wall_time"]["tokens"] - wanted <= 2 * config["full"]["tokens_per_step"]
-    for method in results["methods"]:
-        assert set(method["bpb"]) == {"xx", "en"}
-        tokens = [point["tokens"] for point in method["evaluations"]]
+    assert _total(own, "tokens") == _total(full, "tokens") == config["tokens"]
+    assert _total(methods["align_only"], "tokens") == 256
+    wanted = _total(own, "seconds") * config["tokens"] / _total(full, "seconds")
+    assert 0 <= _total(methods["full_at_wall_time"], "tokens") - wanted <= 2 * config["full"]["tokens_per_step"]
+    for trial in results["trials"]:
+        assert set(trial["measured"]["bpb"]) == {"xx", "en"}
+        tokens = [point["tokens"] for point in trial["evaluations"]]
         assert tokens == sorted(tokens)
-        assert tokens[-1] == method["tokens"]
-    assert methods["full"]["bpb"]["xx"] < results["base"]["bpb"]["xx"]
+        assert tokens[-1] == _total(trial, "tokens")
+    assert full["measured"]["bpb"]["xx"] < results["base"]["bpb"]["xx"]
+    assert [stage["name"] for stage in own["stages"] if stage["detached"]] == ["elo_pretraining"]
+    assert own["learning_rates"] == {"elo_pretraining": 1e-3, "layer_alignment": 1e-3}
+    assert read_results(results).contestants[0].layers == (0, 3)
     assert own["before_alignment"]["bpb"].keys() == {"xx", "en"}
 
 
@@ -132,9 +139,11 @@ def test_the_default_recipe_detaches_nothing_and_needs_no_alignment(tmp_path):
     config = {**write_world(tmp_path), "controls": ["elo_paper"]}
     config.pop("elo")
     results = run(config)
-    own, paper = results["methods"]
+    own, paper = results["trials"]
     assert [stage["name"] for stage in own["stages"]] == ["bridge", "elo_pretraining"]
-    assert own["tokens"] == paper["tokens"] == config["tokens"], "what has no alignment trains on its rows too"
+    assert _total(own, "tokens") == _total(paper, "tokens") == config["tokens"], (
+        "what has no alignment trains on its rows too"
+    )
     base, final = _tensors(tmp_path / "base"), _tensors(tmp_path / "run" / "model")
     changed = {name for name, tensor in base.items() if not tensor.equal(final[name])}
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= changed
@@ -148,7 +157,7 @@ def test_nothing_is_done_twice(finished, capsys):
     said = capsys.readouterr().out
     assert said.count("done already") == len(list((root / "run" / "stages").glob("*.json")))
     assert {path: path.stat().st_mtime_ns for path in (root / "run").rglob("*.safetensors")} == before
-    assert again["methods"] == results["methods"]
+    assert again["trials"] == results["trials"]
 
 
 def test_a_change_redoes_what_depends_on_it_and_no_more(tmp_path, capsys):
@@ -261,3 +270,42 @@ def test_budget_below_one_step_is_refused(tmp_path):
     config["tokens"] = 64
     with pytest.raises(EloError, match="tokens: the budget of 64 tokens is less than one step"):
         run(config)
+
+
+def test_a_target_language_worse_than_the_base_is_warned_of(tmp_path, capsys):
+    config = write_world(tmp_path)
+    config["method"] = "full"
+    config["full"] |= {"learning_rate": 1.0, "lr_scheduler_type": "constant", "loss_spike": 1000}
+    results = run(config)
+    base, after = results["base"]["bpb"]["xx"], results["methods"][0]["bpb"]["xx"]
+    assert after > base, "a learning rate of 1 must do harm for this test to mean anything"
+    expected = f"full: xx is worse than the base model ({after:.4f} bits per byte, base {base:.4f})"
+    assert any(line.startswith(expected) for line in results["warnings"])
+    said = capsys.readouterr().out
+    assert f"warning: {expected}" in said
+    during = [point["bpb"]["xx"] for point in results["methods"][0]["evaluations"]]
+    for value in during:
+        assert value <= base or f"xx is worse than the base model ({value:.4f} bits per byte" in said
+    assert any(line.startswith("xx: measured on") and "below 30" in line for line in results["warnings"])
+    assert "is worse than the base model" in (tmp_path / "run" / "report.md").read_text()
+    assert "is worse than the base model" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_no_harm_is_reported_where_there_is_none(finished):
+    _, _, results = finished
+    base = results["base"]["bpb"]["xx"]
+    worse = {method["name"] for method in results["methods"] if method["bpb"]["xx"] > base}
+    assert worse != {method["name"] for method in results["methods"]}
+    for method in results["methods"]:
+        said = [line for line in results["warnings"] if line.startswith(f"{method['name']}: xx is worse")]
+        assert len(said) == (method["name"] in worse)
+
+
+def test_every_value_has_what_it_was_measured_on(finished):
+    _, _, results = finished
+    for measured in (results["base"], *results["methods"]):
+        for language, text in measured["heldout"].items():
+            assert text == results["base"]["heldout"][language]
+            assert len(measured["documents_nats"][language]) == text["documents"]
+            assert sum(measured["documents_bytes"][language]) == text["bytes"]
+            assert text["bytes"] == results["data"]["heldout"][language]["bytes"], "all of it fits"

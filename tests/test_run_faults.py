@@ -14,9 +14,9 @@ from bad_input_fixtures import change, run_elo, write_config
 from fork_fixtures import ended, finish, forked
 from kill_fixtures import Tally, finished_stages, kill_until_done, small_world, weights
 
-import elo.reporting.drawing as drawing
-from elo.recipes.run import run
-from elo.training.trainer import EloTrainer
+import elo.report.drawing as drawing
+from elo.run import run
+from elo.train.trainer import EloTrainer
 
 CHECKPOINTS = "elo/elo_pretraining-checkpoints"
 

@@ -16,12 +16,12 @@ from run_fixtures import write_base, write_world
 from surgery_fixtures import stored
 from zoo import logits_of, tiny_config, tiny_model
 
+from elo.checkpoint.architecture import find_architecture
 from elo.errors import EloError
-from elo.model.architecture import find_architecture
-from elo.recipes.run import run
-from elo.recipes.train import load_trainable, save_checkpoint
-from elo.training.settings import TrainingSettings
-from elo.training.sharded import check_sharding, main_alone_loads, whole_parts, without_weights
+from elo.run import run
+from elo.train.distributed import check_sharding, main_alone_loads, whole_parts, without_weights
+from elo.train.phase import load_trainable, save_checkpoint
+from elo.train.settings import TrainingSettings
 
 _launches = itertools.count()
 STAGES = ("elo-elo_pretraining", "elo-layer_alignment", "full-full")
@@ -94,8 +94,8 @@ def test_the_model_is_that_of_one_process(world: dict[str, Any]) -> None:
         assert tensor.dtype == theirs[name].dtype
         assert (tensor.float() - theirs[name].float()).abs().max() < 2e-2, name  # bf16 on disk: a few of its steps
     alone, together = (json.loads((world["root"] / name / "results.json").read_text()) for name in ("run", "shared"))
-    for one, other in zip(alone["methods"], together["methods"], strict=True):
-        assert other["bpb"] == pytest.approx(one["bpb"], abs=1e-3)
+    for one, other in zip(alone["trials"], together["trials"], strict=True):
+        assert other["measured"]["bpb"] == pytest.approx(one["measured"]["bpb"], abs=1e-3)
     assert not [path for path in (world["root"] / "shared").rglob("*") if path.name.startswith((".tmp-", "part-"))]
 
 

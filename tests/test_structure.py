@@ -12,11 +12,11 @@ SOURCE = Path(__file__).parent.parent / "src" / "elo"
 ALLOWED = {
     "cli": {"recipes", "config", "workspace", "training", "evaluation", "data", "model", "quickstart", "base"},
     "recipes": {
-        "config", "workspace", "training", "evaluation", "data", "model", "reporting", "quickstart", "base"
+        "config", "workspace", "training", "evaluation", "data", "model", "report", "quickstart", "base"
     },
     "config": {"training", "base"},
     "workspace": {"base"},
-    "reporting": {"base"},
+    "report": {"base"},
     "quickstart": {"base"},
     "training": {"evaluation", "data", "model", "base"},
     "evaluation": {"data", "model", "base"},
@@ -24,7 +24,7 @@ ALLOWED = {
     "model": {"base"},
     "base": {"base"},
 }  # fmt: skip
-BASE = {"cli_values", "errors", "layers", "processes", "progress", "records"}
+BASE = {"cli_values", "errors", "format", "layers", "processes", "progress", "records"}
 
 
 def _package(module: str) -> str:
@@ -61,7 +61,7 @@ def test_files_stay_short():
 
 
 def test_command_line_starts_without_heavy_imports():
-    code = "import sys; import elo.cli, elo.recipes.run, elo.recipes.prepare; print(*sys.modules)"
+    code = "import sys; import elo.cli, elo.run, elo.data.prepare; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "elo.cli" in loaded
     assert not {"torch", "transformers", "datasets", "matplotlib", "pyarrow", "numpy"} & set(loaded)

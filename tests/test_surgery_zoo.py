@@ -8,11 +8,11 @@ from surgery_fixtures import assert_same, stored
 from transformers import AutoModelForCausalLM
 from zoo import FAMILIES, REFUSALS, bypassing, logits_of, tiny_config, tiny_model
 
+from elo.checkpoint.architecture import find_architecture, is_recurrent, layers_of
 from elo.errors import UnsupportedArchitectureError
-from elo.model.architecture import find_architecture, is_recurrent, layers_of
-from elo.model.checkpoint import attach_checkpoint, detach_checkpoint
-from elo.model.safeguard import build_hollow_causal_lm
-from elo.model.surgery import attach_layers, detach_layers
+from elo.surgery.equivalence import build_hollow_causal_lm
+from elo.surgery.in_memory import attach_layers, detach_layers
+from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
 
 @pytest.mark.parametrize("name", FAMILIES)

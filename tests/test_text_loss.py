@@ -10,14 +10,14 @@ from data_fixtures import decoded, make_backend, make_texts, make_tokenizer, wri
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from elo.data.prepare import prepare
 from elo.data.shards import PreparedData
 from elo.data.text_loss import judge_loss
 from elo.data.tokenizer import TextTokenizer, wrap_tokenizer
 from elo.data.tokenizing import lost_bytes
 from elo.errors import EloError, UnfinishedError
-from elo.recipes.evaluate import evaluate
-from elo.recipes.prepare import prepare
-from elo.recipes.vocab import measure_vocabulary
+from elo.evaluate.evaluate import evaluate
+from elo.vocab.vocabulary import measure_vocabulary
 
 ENGLISH = [text.encode("ascii", "ignore").decode() for text in make_texts(60)]
 KOREAN = ["강과 돌과 등불이 푸르다", "천천히 걷는다 그리고 노래한다"]

@@ -11,13 +11,13 @@ from training_fixtures import LENGTH, SETTINGS, VOCAB, corpus, rows, tiny_llama
 from elo.data.mixture import Mixture
 from elo.data.packing import PaddedStream
 from elo.errors import EloError, TrainingDivergedError
-from elo.evaluation.bits_per_byte import bits_per_byte
-from elo.model.surgery import attach_layers, detach_layers
-from elo.recipes.train import _freeze_in
-from elo.training.checkpoints import MANIFEST, check_checkpoint, latest_checkpoint
-from elo.training.loop import StoppedBySignalError, check_settings, rows_per_step, train
-from elo.training.losses import install_head_loss
-from elo.training.methods import select_layers
+from elo.evaluate.bits_per_byte import bits_per_byte
+from elo.methods.methods import select_layers
+from elo.surgery.in_memory import attach_layers, detach_layers
+from elo.train.checkpoints import MANIFEST, check_checkpoint, latest_checkpoint
+from elo.train.loop import StoppedBySignalError, check_settings, rows_per_step, train
+from elo.train.loss import install_head_loss
+from elo.train.phase import _freeze_in
 
 STEPS = 8
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from vocabulary_fixtures import tokenizer_of
 
 from elo import extend_vocabulary, measure_vocabulary, run
-from elo.model.new_rows import VOCABULARY_KEY
-from elo.reporting.results import read_results
+from elo.checkpoint.new_rows import VOCABULARY_KEY
+from elo.report.files import read_results
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,12 @@ def test_a_run_that_trains_new_rows_leaves_the_others_alone(world, tmp_path):
     for name in base:
         if ".layers.1." in name or ".layers.2." in name:
             assert torch.equal(base[name], final[name]), name
-    assert [stage["name"] for stage in results["methods"][1]["stages"]] == ["embeddings", "full"]
+    assert [stage["name"] for stage in results["trials"][1]["stages"]] == ["embeddings", "full"]
     assert results["model"]["vocabulary"]["source_identity"]["holds"]
     report = (tmp_path / "run" / "report.html").read_text()
     assert "extended by 40 tokens" in report
     assert "characters/s before" in report
-    assert "Bytes a token" in report
+    assert "Bytes per token" in report
     assert read_results(tmp_path / "run").model.vocabulary.rows.start == start
     assert (
         json.loads((tmp_path / "run" / "model" / "config.json").read_text())[VOCABULARY_KEY]["rows"]["start"] == start

@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 from vocabulary_fixtures import BASQUE, ENGLISH, KINDS, KOREAN, byte_fallback, byte_level, texts, tokenizer_of
 
 from elo.data.tokenizer import save_with_backend
-from elo.data.vocabulary import PieceLearner, compare_tokenizers, extend_tokenizer, require_old_ids
-from elo.data.words import Spelling, measure_fertility, split_words
 from elo.errors import EloError
+from elo.vocab.pieces import PieceLearner, compare_tokenizers, extend_tokenizer, require_old_ids
+from elo.vocab.words import Spelling, measure_fertility, split_words
 
 TARGET = texts(KOREAN, 150, 1)
 SOURCE = texts(ENGLISH, 150, 2, quoted=KOREAN)

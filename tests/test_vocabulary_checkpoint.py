@@ -9,12 +9,12 @@ from surgery_fixtures import edit_config, llama, stored
 from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import FAMILIES, tiny_config, tiny_model
 
+from elo.checkpoint.architecture import find_architecture
+from elo.checkpoint.new_rows import VOCABULARY_KEY, NewRows, read_new_rows
 from elo.errors import EloError
-from elo.model.architecture import find_architecture
-from elo.model.checkpoint import attach_checkpoint, detach_checkpoint
-from elo.model.new_rows import VOCABULARY_KEY, NewRows, read_new_rows
-from elo.model.surgery import attach_layers, detach_layers
-from elo.model.vocabulary import INITIALISATIONS, NewTokens, RowInit, extend_checkpoint
+from elo.surgery.in_memory import attach_layers, detach_layers
+from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
+from elo.vocab.rows import INITIALISATIONS, NewTokens, RowInit, extend_checkpoint
 
 ORIGINS = [[5, 6, 7], [8, 9], [10]]
 # Tied and untied, with a biased head, other names on disk, scaled embeddings, experts, state spaces, multipliers.

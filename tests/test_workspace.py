@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from elo.errors import EloError
-from elo.workspace import Workspace
+from elo.store.run_folder import Workspace
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_second_run_in_the_folder_is_told_so(workspace):
 
 def test_lock_ends_with_its_process(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from elo.workspace import Workspace\n"
+        "import os, sys; from pathlib import Path; from elo.store.run_folder import Workspace\n"
         "with Workspace(Path(sys.argv[1]), print).locked(): os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 9

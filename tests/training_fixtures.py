@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from elo.data.mixture import Mixture
 from elo.data.packing import PackedStream
 from elo.data.shards import TokenCorpus
-from elo.training.settings import TrainingSettings
+from elo.train.settings import TrainingSettings
 
 VOCAB = 61
 LENGTH = 16

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from elo.model.architecture import layers_of
+from elo.checkpoint.architecture import layers_of
 
 # Keys are taken where a family has them.
 _SMALL: dict[str, Any] = {

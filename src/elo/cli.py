@@ -9,13 +9,12 @@ import typer
 
 from elo.cli_values import files_by_language, names, numbers, texts_by_language
 from elo.errors import EloError
-from elo.records import disk_problem
+from elo.store.files import disk_problem
 
 app = typer.Typer(
     name="elo",
     help="Teach an existing LLM a new language by training a few detached layers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -51,7 +50,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 @app.command()
 def run(config: Config, set_: Set = None) -> None:
     """Do all stages of a run, or go on with one that was interrupted."""
-    from elo.recipes.run import run
+    from elo.run import run
 
     run(config, overrides=set_)
 
@@ -68,7 +67,7 @@ def prepare(
     if not together:
         _until("prepare", config, set_)
         return
-    from elo.recipes.run import prepare_together
+    from elo.run import prepare_together
 
     prepare_together(config, overrides=set_)
 
@@ -84,7 +83,7 @@ def detach(
     trust_remote_code: Trust = False,
 ) -> None:
     """Cut the chosen layers, with embedding, final norm and LM head, out of a checkpoint."""
-    from elo.recipes.surgery import detach
+    from elo.surgery.detach_attach import detach
 
     record = detach(checkpoint, layers, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
     kept = ", ".join(str(index) for index in record["layers"])
@@ -113,7 +112,7 @@ def attach(
     trust_remote_code: Trust = False,
 ) -> None:
     """Put trained layers back at their places in the untouched base."""
-    from elo.recipes.surgery import attach
+    from elo.surgery.detach_attach import attach
 
     record = attach(
         detached,
@@ -152,7 +151,7 @@ def chat_vector(
     trust_remote_code: Trust = False,
 ) -> None:
     """Add what chat training changed in the base to an adapted model, and its chat template; nothing is trained."""
-    from elo.recipes.chat_vector import chat_vector
+    from elo.chat.chat_vector import chat_vector
 
     record = chat_vector(
         adapted,
@@ -188,7 +187,10 @@ def evaluate(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="Context in tokens.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Measure on this many tokens a language.")] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(min=1000, help="Measure on at most this many UTF-8 bytes per language, cut from all documents."),
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
     text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
     split_special_tokens: SplitSpecials = True,
@@ -196,7 +198,7 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure bits per byte and cloze accuracy of any Hugging Face causal LM, by language."""
-    from elo.recipes.evaluate import evaluate
+    from elo.evaluate.evaluate import evaluate
 
     corpora, items = files_by_language("--corpus", corpus), files_by_language("--cloze", cloze)
     prompts = texts_by_language(prompt)
@@ -209,7 +211,7 @@ def evaluate(
         cloze=items,
         prompts=prompts,
         sequence_length=sequence_length,
-        max_tokens=max_tokens,
+        max_bytes=max_bytes,
         text_column=text_column,
         split_special_tokens=split_special_tokens,
         allow_lost_text=allow_lost_text,
@@ -220,11 +222,13 @@ def evaluate(
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Argument(help="Folder of a run or a comparison, or its JSON file.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; the results' own.")] = None,
+    results: Annotated[Path, typer.Argument(help="Folder of a run or a comparison, or its results.json.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write into; by default that of the results.")
+    ] = None,
 ) -> None:
-    """Draw the report of a run or a comparison again: report.html, report.md and charts, from its JSON alone."""
-    from elo.recipes.report import report
+    """Write report.html, report.md and charts of a run or a comparison, from its results.json alone."""
+    from elo.report.write import report
 
     typer.echo(report(results, output))
 
@@ -268,9 +272,9 @@ def plan(
     """Tell parameters, FLOPs, memory, time, cost and speed-ups before anything is loaded (docs/plan.md)."""
     from rich.console import Console
 
-    from elo.recipes.plan import plan
-    from elo.recipes.plan_table import render_plan
-    from elo.records import write_json
+    from elo.plan.plan import plan
+    from elo.plan.table import render_plan
+    from elo.store.files import write_json
 
     if not 1 <= tokens < 1e18:
         raise EloError(f"--tokens {tokens}: give the number of training tokens, such as 1e9")
@@ -310,7 +314,7 @@ def plan(
 @app.command()
 def compare(config: Config, set_: Set = None) -> None:
     """Train several methods within the same budgets, tuned and with several seeds, and report which buys most."""
-    from elo.recipes.compare import compare
+    from elo.compare import compare
 
     compare(config, overrides=set_)
 
@@ -321,7 +325,7 @@ def quickstart(
     set_: Set = None,
 ) -> None:
     """Do a whole run, controls included, on the base and the bilingual corpus that come with ELO (minutes on a CPU)."""
-    from elo.recipes.quickstart import quickstart
+    from elo.quickstart.quickstart import quickstart
 
     quickstart(output, set_)
 
@@ -345,8 +349,8 @@ def vocab_measure(
     """Tell bytes a token and fertility by language and, with --target, whether new pieces would pay."""
     from rich.console import Console
 
-    from elo.recipes.vocab import measure_vocabulary
-    from elo.recipes.vocab_table import render_vocabulary
+    from elo.vocab.table import render_vocabulary
+    from elo.vocab.vocabulary import measure_vocabulary
 
     measured = measure_vocabulary(
         model,
@@ -385,8 +389,8 @@ def vocab_extend(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a checkpoint with new pieces for a language, words of the source language tokenised as before."""
-    from elo.recipes.vocab import extend_vocabulary
-    from elo.recipes.vocab_table import extension_line
+    from elo.vocab.table import extension_line
+    from elo.vocab.vocabulary import extend_vocabulary
 
     record = extend_vocabulary(
         model,
@@ -409,7 +413,7 @@ def vocab_extend(
 
 
 def _until(stage: str, config: Path, overrides: list[str] | None) -> None:
-    from elo.recipes.run import run
+    from elo.run import run
 
     run(config, overrides=overrides, until=stage)  # type: ignore[arg-type]
 
@@ -417,7 +421,7 @@ def _until(stage: str, config: Path, overrides: list[str] | None) -> None:
 def _planned_run(config: str, overrides: list[str] | None, default_tokens: int) -> tuple[str, dict[str, Any]]:
     """Model and arguments of `plan` for the run that a configuration file describes."""
     from elo.config import load_config
-    from elo.training.settings import PUBLISHED
+    from elo.train.settings import PUBLISHED
 
     run = load_config(config, overrides)
     pretraining, alignment = run.elo_pretraining, run.layer_alignment
@@ -482,7 +486,7 @@ def _one_line(message: Any) -> str:
 
 def _stopped_by(error: Any) -> int | None:
     """The signal that stopped training, if that is what `error` says."""
-    loop = sys.modules.get("elo.training.loop")
+    loop = sys.modules.get("elo.train.loop")
     if loop is not None and isinstance(error, loop.StoppedBySignalError):
         return int(error.number)
     return None

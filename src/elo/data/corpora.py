@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from elo.data.shard_writer import READER_COUNTS, Position, UnitState, UnitWriter
-from elo.data.shards import SCHEMA, TokenCorpus
+from elo.data.shards import SCHEMA, SPLITS, TokenCorpus
 from elo.data.sources import FileReader, InputFile, Record, list_inputs
 from elo.data.text_loss import judge_loss
 from elo.data.tokenizer import TextTokenizer
 from elo.data.tokenizing import TextCounts, TokenizerPool, WorkerDied
 from elo.errors import EloError
-from elo.records import TEMPORARY_PREFIX, read_json, remove, sha256_json, write_json
+from elo.store.files import TEMPORARY_PREFIX, read_json, remove, sha256_json, write_json
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1 << 13
@@ -51,6 +51,8 @@ class CorpusTask:
     files: tuple[InputFile, ...]
     threshold: int = 0
     """Documents with a hash below it (as a big-endian integer) are held out of a training corpus."""
+    validation_threshold: int = 0
+    """Those from `threshold` up to below it are cut out as validation text, unless they are in held-out text."""
 
     @property
     def folder(self) -> str:
@@ -58,9 +60,26 @@ class CorpusTask:
         return f"{self.language}/{self.split}/{self.index}"
 
     @property
-    def heldout_folder(self) -> str:
-        """Where the shards of the documents cut out of it are."""
-        return f"{self.language}/heldout/{self.index}"
+    def cut_splits(self) -> list[str]:
+        """Splits that documents are cut out of it for."""
+        return [
+            split
+            for split, below, up_to in (
+                ("heldout", 0, self.threshold),
+                ("validation", self.threshold, self.validation_threshold),
+            )
+            if below < up_to
+        ]
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """`folder`, and where the shards of the documents cut out of it are, in the order of `SPLITS`."""
+        return (self.folder, *(f"{self.language}/{split}/{self.index}" for split in SPLITS[1:]))
+
+    @property
+    def own_folders(self) -> list[str]:
+        """Those of `folders` that it writes to."""
+        return [self.folder, *(f"{self.language}/{split}/{self.index}" for split in self.cut_splits)]
 
     @property
     def units(self) -> list[list[InputFile]]:
@@ -85,6 +104,7 @@ class CorpusTask:
             "text_column": self.text_column,
             "shard_tokens": shard_tokens,
             "threshold": self.threshold,
+            "validation_threshold": self.validation_threshold,
             "heldout": sha256_json(sorted(item.hex() for item in known_heldout)) if self.split == "train" else "",
         }
 
@@ -94,7 +114,8 @@ class Batch:
     """Documents on their way to the tokenizer; `positions` and `counts` are those after each document."""
 
     texts: list[bytes] = field(default_factory=list)
-    heldout: list[bool] = field(default_factory=list)
+    sides: list[int] = field(default_factory=list)
+    """Index into `SPLITS` of where each goes."""
     checked: list[bool] = field(default_factory=list)
     """Which are decoded again; decided by their place in the files, so that a resumed run measures the same."""
     positions: list[Position] = field(default_factory=list)
@@ -137,7 +158,7 @@ class DocumentReader:
             EloError: something cannot be read (unless `on_error` is "skip"): the message names file and line.
         """
         batch = Batch()
-        hashed = self._task.split == "train" and (self._task.threshold > 0 or bool(self._known))
+        hashed = self._task.split == "train" and (bool(self._task.cut_splits) or bool(self._known))
         for number, file in enumerate(self._files):
             if number < start.file:
                 self._before += file.size
@@ -151,14 +172,14 @@ class DocumentReader:
                 if not text or text.isspace():
                     self._count("empty")
                     continue
-                heldout = False
+                side = 0
                 if hashed:
                     digest = text_hash(text)
-                    heldout = int.from_bytes(digest, "big") < self._task.threshold
+                    side = self._side(digest)
                     if digest in self._known:
                         self._count("overlapping")
                 batch.texts.append(text)
-                batch.heldout.append(heldout)
+                batch.sides.append(side)
                 batch.checked.append(
                     self._task.split == "heldout"
                     or (number == 0 and record.number < FIRST_CHECKED)
@@ -175,6 +196,13 @@ class DocumentReader:
             self._reader = None
         if batch.texts:
             yield batch
+
+    def _side(self, digest: bytes) -> int:
+        value = int.from_bytes(digest, "big")
+        if value < self._task.threshold:
+            return SPLITS.index("heldout")
+        chosen = value < self._task.validation_threshold and digest not in self._known
+        return SPLITS.index("validation" if chosen else "train")
 
     def _handle(self, record: Record) -> None:
         problem = record.problem
@@ -210,7 +238,7 @@ class Preparation:
 
     def writer(self, task: CorpusTask, unit: int) -> UnitWriter:
         """The writer of a unit of `task`."""
-        return UnitWriter(self.root, task.folder, task.heldout_folder, unit, self.tokenizer.dtype, self.shard_tokens)
+        return UnitWriter(self.root, task.folders, unit, self.tokenizer.dtype, self.shard_tokens)
 
     def claim(self, task: CorpusTask, *, start_over: bool = True) -> None:
         """Make the corpus' folder; what is there from other inputs or settings is removed, and that is said.
@@ -231,9 +259,8 @@ class Preparation:
                     "configuration, or prepare once without --together to start it over"
                 )
             self.tell(f"{folder}: made from other {', '.join(changed)}; starting it over")
-        remove(folder)
-        if task.threshold:
-            remove(self.root / task.heldout_folder)
+        for own in task.own_folders:
+            remove(self.root / own)
         folder.mkdir(parents=True)
         write_json(folder / PLAN, plan)
 
@@ -244,7 +271,7 @@ class Preparation:
 
     def sweep(self, task: CorpusTask, unit: int) -> None:
         """Remove what a killed process was writing of a unit that this process has to itself."""
-        for folder in (task.folder, task.heldout_folder):
+        for folder in task.own_folders:
             for leftover in (self.root / folder).glob(f"{TEMPORARY_PREFIX}{unit:05d}*"):
                 remove(leftover)
 
@@ -264,10 +291,9 @@ class Preparation:
         try:
             for batch, (tokens, lengths, text_counts) in batches:
                 self._check_ids(tokens, lengths, batch)
-                sizes = np.fromiter(map(len, batch.texts), np.int64, len(batch.texts))
                 totals = (found + np.cumsum(text_counts, axis=0)).tolist()
                 counts = [(*read, *total) for read, total in zip(batch.counts, totals, strict=True)]
-                writer.append(tokens, lengths, sizes, np.array(batch.heldout), batch.positions, counts)
+                writer.append(tokens, lengths, batch.texts, np.array(batch.sides), batch.positions, counts)
                 found = np.array(totals[-1])
                 if found[1] >= JUDGED_FROM:
                     self.judge(task, TextCounts(*totals[-1]))

@@ -7,6 +7,7 @@ seed tokenises nothing again.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,14 @@ class Mixture:
     Languages keep their shares to less than one row in every prefix; the corpora within a language theirs to about one.
     """
 
-    def __init__(self, sources: Sequence["MixtureSource | tuple[str, float, Stream]"], seed: int = 0) -> None:
+    def __init__(
+        self,
+        sources: Sequence["MixtureSource | tuple[str, float, Stream]"],
+        seed: int = 0,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.origin = dict(origin or {})
+        """What decides the content of every row, as JSON."""
         self.sources = [item if isinstance(item, MixtureSource) else MixtureSource(*item) for item in sources]
         self.seed = seed
         total = sum(source.share for source in self.sources)
@@ -152,6 +160,10 @@ class MixtureRows:
         row = self.mixture.sources[which].stream.row(inside)
         return {name: value for name, value in row._asdict().items() if value is not None}
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the content of these rows, as JSON."""
+        return {"mixture": self.mixture.origin, "rows": [self.start, self.stop]}
+
     def language(self, index: int) -> str:
         """The language of row `index`."""
         return self.mixture.sources[self.mixture.find(self.start + index)[0]].language
@@ -202,7 +214,15 @@ def build_mixture(
             kind = PackedStream if packing else PaddedStream
             stream = kind(corpus, sequence_length, stream_seed)
             sources.append(MixtureSource(language, share * part / sum(tokens), stream))
-    return Mixture(sources, seed)
+    origin = {
+        "data": prepared.fingerprint,
+        "shares": shares,
+        "sequence_length": sequence_length,
+        "packing": packing,
+        "seed": seed,
+        "weights": {language: dict(each) for language, each in (weights or {}).items()},
+    }
+    return Mixture(sources, seed, origin)
 
 
 def corpus_weights(corpora: Sequence[TokenCorpus], language: str, overrides: Mapping[str, float]) -> list[float]:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from elo.data.shards import SPECIALS_PER_DOCUMENT, shard_paths
+from elo.data.shards import SPECIALS_PER_DOCUMENT, SPLITS, shard_paths, shard_sizes
 from elo.data.tokenizing import TextCounts
 from elo.errors import UnfinishedError
-from elo.records import TEMPORARY_PREFIX, read_json, write_json
+from elo.store.files import TEMPORARY_PREFIX, read_json, write_json
 
 READER_COUNTS = ("skipped", "cut_files", "empty", "overlapping")
 """What a segment counts beside its documents: unreadable documents, files that could not be read to their end,
@@ -26,27 +26,31 @@ LEFT_OUT = ("skipped", "cut_files")
 
 
 class ShardFile:
-    """One shard being written; nothing of it is visible under its name before `finish`."""
+    """One shard being written, with its text if `keeps_text`; nothing is visible under its name before `finish`."""
 
-    def __init__(self, root: Path, name: str, dtype: np.dtype) -> None:
+    def __init__(self, root: Path, name: str, dtype: np.dtype, *, keeps_text: bool) -> None:
         self.name = name
         self.num_tokens = 0
         self._dtype = dtype
-        self._paths = shard_paths(root / name)
+        self._paths = shard_paths(root / name, has_text=keeps_text)
         self._temporary = [path.with_name(TEMPORARY_PREFIX + path.name) for path in self._paths]
         self._paths[0].parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._temporary[0].open("wb")
-        self._hash = hashlib.sha256()
+        self._file, self._hash = self._temporary[0].open("wb"), hashlib.sha256()
+        self._text_file, self._text_hash = self._temporary[3].open("wb") if keeps_text else None, hashlib.sha256()
         self._lengths: list[np.ndarray] = []
         self._sizes: list[np.ndarray] = []
 
-    def append(self, tokens: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> None:
-        """Add documents: their tokens end to end, and the tokens and UTF-8 bytes of each."""
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, texts: list[bytes]) -> None:
+        """Add documents: their tokens end to end, the tokens of each, and the text of each."""
         data = np.ascontiguousarray(tokens, self._dtype).data.cast("B")
         self._file.write(data)
         self._hash.update(data)
         self._lengths.append(lengths)
-        self._sizes.append(sizes)
+        self._sizes.append(np.fromiter(map(len, texts), np.int64, len(texts)))
+        if self._text_file is not None:
+            joined = b"".join(texts)
+            self._text_file.write(joined)
+            self._text_hash.update(joined)
         self.num_tokens += len(tokens)
 
     def finish(self) -> dict[str, Any]:
@@ -55,7 +59,9 @@ class ShardFile:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8").tobytes()
         byte_lengths = sizes.astype("<i8").tobytes()
         _close(self._file)
-        for path, data in zip(self._temporary[1:], (offsets, byte_lengths), strict=True):
+        if self._text_file is not None:
+            _close(self._text_file)
+        for path, data in zip(self._temporary[1:3], (offsets, byte_lengths), strict=True):
             with path.open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -72,12 +78,15 @@ class ShardFile:
                 "tokens": self._hash.hexdigest(),
                 "offsets": hashlib.sha256(offsets).hexdigest(),
                 "bytes": hashlib.sha256(byte_lengths).hexdigest(),
-            },
+            }
+            | ({"text": self._text_hash.hexdigest()} if self._text_file is not None else {}),
         }
 
     def discard(self) -> None:
         """Remove what has been written."""
         self._file.close()
+        if self._text_file is not None:
+            self._text_file.close()
         for path in self._temporary:
             path.unlink(missing_ok=True)
 
@@ -116,16 +125,16 @@ class UnitState:
 class UnitWriter:
     """Writes one unit of a corpus, segment after segment.
 
-    `folder` ("ko/train/0") and `heldout_folder` are below `root`; documents that are marked go to the latter.
+    `folders` are below `root`, one for each of `SPLITS`: "ko/train/0", and those of what is cut out of it. The records
+    are in the first. A corpus given as held-out text has its own folder there, and nothing is cut out of it.
     """
 
-    def __init__(
-        self, root: Path, folder: str, heldout_folder: str, unit: int, dtype: np.dtype, shard_tokens: int
-    ) -> None:
+    def __init__(self, root: Path, folders: tuple[str, ...], unit: int, dtype: np.dtype, shard_tokens: int) -> None:
         self._root, self._unit, self._dtype, self._shard_tokens = root, unit, dtype, shard_tokens
-        self._folders = (folder, heldout_folder)
-        self._records = root / folder
-        self._files: list[ShardFile | None] = [None, None]
+        self._folders = folders
+        self._keep_text = [folder.split("/")[1] != SPLITS[0] for folder in folders]
+        self._records = root / folders[0]
+        self._files: list[ShardFile | None] = [None] * len(SPLITS)
         self._counted = (0,) * len(COUNTS)
         self._segment = 0
         self.position = Position()
@@ -159,12 +168,18 @@ class UnitWriter:
         self,
         tokens: np.ndarray,
         lengths: np.ndarray,
-        sizes: np.ndarray,
-        heldout: np.ndarray,
+        texts: list[bytes],
+        sides: np.ndarray,
         positions: list[Position],
         counts: list[tuple[int, ...]],
     ) -> None:
-        """Add a batch of documents; `positions` follow each document, `counts` are totals of the unit up to each."""
+        """Add a batch of documents.
+
+        Args:
+            sides: index into `SPLITS` of each document.
+            positions: where reading goes on after each.
+            counts: totals of the unit up to each.
+        """
         self._latest = (positions[-1], counts[-1])
         begin, offsets = 0, np.concatenate([[0], np.cumsum(lengths)])
         while begin < len(lengths):
@@ -174,23 +189,26 @@ class UnitWriter:
             full = end <= len(lengths)
             end = min(max(end, begin + 1), len(lengths))
             part = slice(begin, end)
-            self._write(tokens[offsets[begin] : offsets[end]], lengths[part], sizes[part], heldout[part])
+            self._write(tokens[offsets[begin] : offsets[end]], lengths[part], texts[part], sides[part])
             if full:
                 self._close_segment(positions[end - 1], counts[end - 1])
             begin = end
 
-    def _write(self, tokens: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, heldout: np.ndarray) -> None:
-        for split, chosen in ((0, ~heldout), (1, heldout)):
+    def _write(self, tokens: np.ndarray, lengths: np.ndarray, texts: list[bytes], sides: np.ndarray) -> None:
+        for side, folder in enumerate(self._folders):
+            chosen = sides == side
             if not chosen.any():
                 continue
-            file = self._files[split]
+            file = self._files[side]
             if file is None:
-                name = f"{self._folders[split]}/{self._unit:05d}-{self._segment:05d}"
-                file = self._files[split] = ShardFile(self._root, name, self._dtype)
+                name = f"{folder}/{self._unit:05d}-{self._segment:05d}"
+                file = ShardFile(self._root, name, self._dtype, keeps_text=self._keep_text[side])
+                self._files[side] = file
             if chosen.all():
-                file.append(tokens, lengths, sizes)
+                file.append(tokens, lengths, texts)
             else:
-                file.append(tokens[np.repeat(chosen, lengths)], lengths[chosen], sizes[chosen])
+                kept = [texts[index] for index in np.flatnonzero(chosen)]
+                file.append(tokens[np.repeat(chosen, lengths)], lengths[chosen], kept)
 
     def finish(self, counts: tuple[int, ...]) -> None:
         """Close the last segment and mark the unit as whole."""
@@ -203,17 +221,16 @@ class UnitWriter:
         for file in self._files:
             if file is not None:
                 file.discard()
-        self._files = [None, None]
+        self._files = [None] * len(SPLITS)
 
     def _close_segment(self, position: Position, counts: tuple[int, ...]) -> None:
         entries = [file.finish() if file is not None else None for file in self._files]
-        self._files = [None, None]
+        self._files = [None] * len(SPLITS)
         self.position = position
         record = {
             "next": [position.file, position.record],
             "counts": self._new_counts(counts),
-            "train": entries[0],
-            "heldout": entries[1],
+            **dict(zip(SPLITS, entries, strict=True)),
         }
         write_json(self._record_path(self._segment), record)
         self._segment += 1
@@ -237,12 +254,13 @@ class UnitWriter:
         return record if isinstance(record, dict) and "counts" in record else None
 
     def _intact(self, record: dict[str, Any]) -> bool:
-        for entry in (record["train"], record["heldout"]):
+        for side in SPLITS:
+            entry = record[side]
             if entry is None:
                 continue
-            documents = entry["documents"]
-            sizes = (entry["tokens"] * self._dtype.itemsize, (documents + 1) * 8, documents * 8)
-            for path, size in zip(shard_paths(self._root / entry["name"]), sizes, strict=True):
+            sizes = shard_sizes(entry["tokens"], entry["documents"], entry["bytes"], self._dtype.itemsize)
+            paths = shard_paths(self._root / entry["name"], has_text="text" in entry["sha256"])
+            for path, size in zip(paths, sizes, strict=False):
                 if not path.is_file() or path.stat().st_size != size:
                     return False
         return True

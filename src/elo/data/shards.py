@@ -6,7 +6,10 @@ Every document is stored as ``[prefix] text tokens [eos]``. A shard is three fil
 ``NAME.tokens``    token ids, little-endian uint16 (vocabulary up to 65536) or uint32
 ``NAME.offsets``   int64 [documents + 1], where each document begins in ``NAME.tokens``, in tokens
 ``NAME.bytes``     int64 [documents], UTF-8 bytes of each document's text
+``NAME.text``      UTF-8 text of the documents end to end; of held-out and validation text alone
 =================  ===================================================================================
+
+Text that is measured on is kept, because it is cut at bytes, so that every tokenizer is measured on the same text.
 """
 
 import hashlib
@@ -20,14 +23,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from elo.errors import EloError, UnfinishedError
-from elo.records import read_json, sha256_file, sha256_json
+from elo.store.files import read_json, sha256_file, sha256_json
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2
 SPECIALS_PER_DOCUMENT = 2
 """Prefix and end-of-text: tokens of a document that are not text."""
 
-SHARD_NAME = re.compile(r"[\w-]+/(train|heldout)/[0-9]+/[0-9]+-[0-9]+")
+SPLITS = ("train", "heldout", "validation")
+SHARD_NAME = re.compile(rf"[\w-]+/({'|'.join(SPLITS)})/[0-9]+/[0-9]+-[0-9]+")
+SHARD_FILES = ("tokens", "offsets", "bytes", "text")
 MAPPED_SHARDS = 64  # each mapping holds file descriptors, so only the shards in use stay mapped
 _verified: set[tuple[str, str]] = set()
 
@@ -38,11 +43,16 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class ShardArrays(NamedTuple):
-    """A shard's contents: token ids [tokens], document offsets [documents + 1], text bytes [documents]."""
+    """A shard's contents: token ids [tokens], document offsets [documents + 1], text bytes [documents].
+
+    Where text is kept: its UTF-8 bytes [bytes], and where each document begins in them [documents + 1].
+    """
 
     tokens: np.ndarray
     offsets: np.ndarray
     byte_lengths: np.ndarray
+    text: np.ndarray | None = None
+    text_offsets: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,8 @@ class Shard:
     num_bytes: int
     stem: Path | None = None
     dtype: str = "<u2"
-    sha256: tuple[str, str, str] | None = None
+    sha256: tuple[str, ...] | None = None
+    """Of each of its files; four where text is kept, three otherwise."""
     in_memory: ShardArrays | None = None
 
     @property
@@ -67,12 +78,15 @@ class Shard:
         if self.in_memory is not None:
             return self.in_memory
         assert self.stem is not None
-        return _map_shard(self.stem, self.dtype, self.num_tokens, self.num_documents, self.sha256)
+        return _map_shard(self.stem, self.dtype, self.num_tokens, self.num_documents, self.num_bytes, self.sha256)
 
     def check_sizes(self) -> None:
         """Raise UnfinishedError, naming the file, unless all files are there at full length."""
         assert self.stem is not None
-        for path, size in zip(shard_paths(self.stem), self.sizes, strict=True):
+        has_text = self.sha256 is not None and len(self.sha256) == len(SHARD_FILES)
+        itemsize = np.dtype(self.dtype).itemsize
+        sizes = shard_sizes(self.num_tokens, self.num_documents, self.num_bytes, itemsize)
+        for path, size in zip(shard_paths(self.stem, has_text=has_text), sizes, strict=False):
             try:
                 found = path.stat().st_size
             except OSError as error:
@@ -83,24 +97,22 @@ class Shard:
                     "remove the folder it is in and run prepare again"
                 )
 
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Bytes on disk of the token, offset and byte-length files."""
-        return (self.num_tokens * np.dtype(self.dtype).itemsize, (self.num_documents + 1) * 8, self.num_documents * 8)
+
+def shard_paths(stem: Path, *, has_text: bool) -> list[Path]:
+    """The files of the shard at `stem`, in the order of `SHARD_FILES`."""
+    return [stem.with_name(f"{stem.name}.{kind}") for kind in SHARD_FILES[: 4 if has_text else 3]]
 
 
-def shard_paths(stem: Path) -> tuple[Path, Path, Path]:
-    """The token, offset and byte-length files of the shard at `stem`."""
-    return (
-        stem.with_name(stem.name + ".tokens"),
-        stem.with_name(stem.name + ".offsets"),
-        stem.with_name(stem.name + ".bytes"),
-    )
+def shard_sizes(tokens: int, documents: int, num_bytes: int, itemsize: int) -> tuple[int, int, int, int]:
+    """Bytes on disk of a shard's files, in the order of `SHARD_FILES`."""
+    return (tokens * itemsize, (documents + 1) * 8, documents * 8, num_bytes)
 
 
 @lru_cache(maxsize=MAPPED_SHARDS)
-def _map_shard(stem: Path, dtype: str, tokens: int, documents: int, sha256: tuple[str, str, str] | None) -> ShardArrays:
-    paths = shard_paths(stem)
+def _map_shard(
+    stem: Path, dtype: str, tokens: int, documents: int, num_bytes: int, sha256: tuple[str, ...] | None
+) -> ShardArrays:
+    paths = shard_paths(stem, has_text=sha256 is not None and len(sha256) == len(SHARD_FILES))
     try:
         if sha256 is not None:
             for path, expected in zip(paths, sha256, strict=True):
@@ -115,6 +127,9 @@ def _map_shard(stem: Path, dtype: str, tokens: int, documents: int, sha256: tupl
             np.memmap(paths[1], "<i8", "r", shape=(documents + 1,)),
             np.memmap(paths[2], "<i8", "r", shape=(documents,)),
         )
+        if len(paths) == len(SHARD_FILES):
+            text = np.memmap(paths[3], np.uint8, "r", shape=(num_bytes,))
+            arrays = arrays._replace(text=text, text_offsets=np.concatenate([[0], np.cumsum(arrays.byte_lengths)]))
     except (OSError, ValueError) as error:
         if isinstance(error, EloError):
             raise
@@ -206,6 +221,24 @@ class TokenCorpus:
         shard, inside = self._find(index)
         return int(shard.arrays.byte_lengths[inside])
 
+    def document_text(self, index: int) -> str:
+        """The text of document `index`.
+
+        Raises:
+            EloError: the corpus keeps no text, as training corpora and most corpora in memory do not.
+        """
+        shard, inside = self._find(index)
+        arrays = shard.arrays
+        if arrays.text is None or arrays.text_offsets is None:
+            raise EloError(f"{self.name}: holds token ids without text, so it cannot be cut at bytes; give the text")
+        begin, end = arrays.text_offsets[inside : inside + 2]
+        return arrays.text[begin:end].tobytes().decode()
+
+    @cached_property
+    def document_sizes(self) -> np.ndarray:
+        """UTF-8 bytes of the text of every document (int64)."""
+        return np.concatenate([np.zeros(0, np.int64), *(shard.arrays.byte_lengths for shard in self.shards)])
+
     def lengths(self, shard_index: int) -> np.ndarray:
         """Tokens of each document of one shard (int64), prefix and eos included."""
         return np.diff(self.shards[shard_index].arrays.offsets)
@@ -252,6 +285,11 @@ class PreparedData:
         return str(self.manifest["tokenizer"]["sha256"])
 
     @property
+    def split_special_tokens(self) -> bool:
+        """Whether special tokens spelled in the text were tokenised as text."""
+        return bool(self.manifest["tokenizer"].get("split_special_tokens", False))
+
+    @property
     def eos_token_id(self) -> int:
         """The token that ends every document."""
         return int(self.manifest["tokenizer"]["eos_token_id"])
@@ -279,18 +317,18 @@ class PreparedData:
         return {
             entry["name"]: self._shard(entry)
             for splits in self.manifest["languages"].values()
-            for split in ("train", "heldout")
+            for split in SPLITS
             for corpus in splits[split]
             for entry in corpus["shards"]
         }
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
-        """By split ("train", "heldout") and language: documents, tokens, text_tokens, bytes and bytes_per_token.
+        """By split (`SPLITS`) and language: documents, tokens, text_tokens, bytes and bytes_per_token.
 
         Where text was decoded again, also `lost_text`, the share of it that the tokenizer loses, and `special_tokens`,
         the number that the text spells.
         """
-        found: dict[str, dict[str, dict[str, float]]] = {"train": {}, "heldout": {}}
+        found: dict[str, dict[str, dict[str, float]]] = {split: {} for split in SPLITS}
         for language, splits in self.manifest["languages"].items():
             for split, corpora in splits.items():
                 keys = ("documents", "tokens", "text_tokens", "bytes")
@@ -310,7 +348,7 @@ class PreparedData:
             entry["bytes"],
             self.path / entry["name"],
             self.manifest["dtype"],
-            (sums["tokens"], sums["offsets"], sums["bytes"]),
+            tuple(sums[kind] for kind in SHARD_FILES if kind in sums),
         )
 
     def _corpora(self, language: str, split: str) -> list[dict[str, Any]]:
@@ -342,13 +380,31 @@ class PreparedData:
         Raises:
             EloError: the language was not prepared, or without held-out text.
         """
-        entries = [entry for corpus in self._corpora(language, "heldout") for entry in corpus["shards"]]
-        if not entries:
+        corpus = self._measured(language, "heldout")
+        if not corpus.shards:
             raise EloError(
                 f"{self.path}: no held-out text for {language!r}; prepare again with heldout text or a heldout_share"
             )
+        return corpus
+
+    def validation(self, language: str) -> TokenCorpus:
+        """The documents cut out of a language's training corpora for choices such as learning rates.
+
+        Raises:
+            EloError: the language was not prepared, or no document was cut out.
+        """
+        corpus = self._measured(language, "validation")
+        if not corpus.shards:
+            raise EloError(
+                f"{self.path}: no validation text for {language!r}; prepare again with a validation_share above 0 and "
+                "at least two training documents"
+            )
+        return corpus
+
+    def _measured(self, language: str, split: str) -> TokenCorpus:
+        entries = [entry for corpus in self._corpora(language, split) for entry in corpus["shards"]]
         shards = tuple(self.shards_by_name[entry["name"]] for entry in entries)
-        return TokenCorpus(shards, f"{language} held-out", fingerprint=sha256_json(entries))
+        return TokenCorpus(shards, f"{language} {split}", fingerprint=sha256_json(entries))
 
 
 def _check_manifest(path: Path, manifest: Any) -> None:
@@ -365,10 +421,11 @@ def _check_manifest(path: Path, manifest: Any) -> None:
                 raise TypeError(f"{key} {manifest['tokenizer'][key]!r}")
         str(manifest["tokenizer"]["sha256"])
         for language, splits in manifest["languages"].items():
-            if set(splits) != {"train", "heldout"}:
-                raise ValueError(f"splits of {language!r} are {sorted(splits)}, not heldout and train")
-            for corpus in [*splits["train"], *splits["heldout"]]:
-                _check_corpus(corpus)
+            if set(splits) != set(SPLITS):
+                raise ValueError(f"splits of {language!r} are {sorted(splits)}, not {', '.join(sorted(SPLITS))}")
+            for split in SPLITS:
+                for corpus in splits[split]:
+                    _check_corpus(corpus, has_text=split != "train")
     except UnfinishedError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -377,7 +434,7 @@ def _check_manifest(path: Path, manifest: Any) -> None:
         ) from None
 
 
-def _check_corpus(corpus: dict[str, Any]) -> None:
+def _check_corpus(corpus: dict[str, Any], *, has_text: bool) -> None:
     if not isinstance(corpus["name"], str) or not isinstance(corpus["weight"], (int, float)):
         raise TypeError("name or weight of a corpus")
     for key in ("documents", "tokens", "text_tokens", "bytes"):
@@ -390,6 +447,6 @@ def _check_corpus(corpus: dict[str, Any]) -> None:
         for key in ("documents", "tokens", "bytes"):
             if type(entry[key]) is not int or entry[key] < 0:
                 raise ValueError(f"{key} {entry[key]!r} of {entry['name']}")
-        for key in ("tokens", "offsets", "bytes"):
+        for key in SHARD_FILES[: 4 if has_text else 3]:
             if not isinstance(entry["sha256"][key], str):
                 raise TypeError(f"sha256 of {entry['name']}")

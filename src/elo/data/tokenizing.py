@@ -28,6 +28,8 @@ LONG_TEXT = 1 << 19
 """Characters from which a text is tokenised in pieces: the tokenizer needs some 200 bytes a character meanwhile."""
 WINDOW = 1024
 FEEDING_THREADS = 2
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 1 << 20
 _PLACES_TO_CUT = [
     (re.compile(r"\n(?=\w)"), 0),
     (re.compile(r"\w(?= \w)"), 0),
@@ -203,6 +205,26 @@ def _find_cut(backend: Tokenizer, text: str, at: int, tries: int = 8) -> tuple[i
             if both.ids == one.ids + two.ids:
                 return stop, after
     return at, at
+
+
+def batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in batches of 256, or of about a million characters, so that tokenising them takes little memory."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def token_ids(backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """Token ids of each text, without special tokens; long texts are tokenised in pieces."""
+    tokens, lengths = encode_documents(backend, texts, 0, 0, np.dtype(np.uint32))
+    return [framed[1:-1] for framed in np.split(tokens, np.cumsum(lengths)[:-1])]
 
 
 def write_frame(file: IO[bytes], *parts: bytes | memoryview) -> None:

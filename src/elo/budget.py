@@ -1,0 +1,110 @@
+"""The token budget of a run, divided: which packed sequences each phase trains on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from elo.config import RunConfig
+from elo.data.mixture import Mixture, MixtureRows, build_mixture
+from elo.data.shards import PreparedData
+from elo.errors import EloError
+from elo.methods import Phase
+from elo.train.loop import rows_per_step
+
+# Tokens of each language for the search of a scale, a 400th of the budget within these: four forward passes of the
+# whole model should cost little beside the training.
+_SCALE_TOKENS = (2048, 32_768)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A run's packed sequences: those of ELO pretraining first, then those of layer alignment.
+
+    Attributes:
+        mixture: sequence i is the same whatever was asked for before it.
+        pretraining: number of sequences of the phases with rows `pretraining`.
+        alignment: number of sequences of the phases with rows `alignment`, which follow.
+    """
+
+    mixture: Mixture
+    pretraining: int
+    alignment: int
+
+    def of(self, phase: Phase) -> MixtureRows:
+        """The sequences that a phase trains on."""
+        start, stop = {
+            "pretraining": (0, self.pretraining),
+            "alignment": (self.pretraining, self.pretraining + self.alignment),
+            "all": (0, self.pretraining + self.alignment),
+        }[phase.rows]
+        return self.mixture.rows(start, stop)
+
+    def first(self, tokens: int) -> MixtureRows:
+        """The first sequences, with at least so many tokens."""
+        return self.mixture.rows(0, -(-tokens // self.mixture.sequence_length))
+
+    def unseen(self) -> dict[str, list[dict[str, np.ndarray]]]:
+        """By language, sequences that follow all that are trained on."""
+        return self.mixture.rows_by_language(*self.unseen_identity()["rows"])
+
+    def unseen_identity(self) -> dict[str, Any]:
+        """What decides `unseen`."""
+        length, total = self.mixture.sequence_length, self.pretraining + self.alignment
+        count = -(-min(max(total * length // 400, _SCALE_TOKENS[0]), _SCALE_TOKENS[1]) // length)
+        return {"mixture": self.mixture.origin, "rows": [total, count]}
+
+
+def divide_budget(config: RunConfig, data: PreparedData, say: Callable[[str], None]) -> Sequences:
+    """Divide the token budget in whole updates of the phases.
+
+    Args:
+        say: shows the user which text the budget passes over more than once.
+
+    Raises:
+        EloError: the budget is less than one update of a phase.
+    """
+    length = config.data.sequence_length
+    mixture = _mixture(config, data)
+    total = mixture.epoch_rows(config.data.target) if config.tokens is None else config.tokens // length
+    for language in (config.data.target, config.data.source) if config.data.replay_ratio else (config.data.target,):
+        once = mixture.epoch_rows(language)
+        if total > once:
+            say(
+                f"note: the budget of {total * length:,} tokens passes over the {language!r} text "
+                f"{total / once:.1f} times"
+            )
+    steps = {phase.rows: rows_per_step(length, config.settings(phase)) for phase in config.method.phases}
+    alignment = 0
+    if "alignment" in steps:
+        step = steps["alignment"]
+        alignment = max(1, round(total * config.method.alignment_share / step)) * step
+    step = steps.get("pretraining", steps.get("all", 1))
+    pretraining = max(0, total - alignment) // step * step
+    too_short = alignment > total or (pretraining == 0 and len(steps) > ("alignment" in steps))
+    if too_short:
+        needed = " and ".join(f"{count * length:,} ({rows})" for rows, count in steps.items())
+        raise EloError(
+            f"tokens: the budget of {total * length:,} tokens is less than one update of each phase, which takes "
+            f"{needed}; give more text or tokens, or lower training.tokens_per_step"
+        )
+    return Sequences(mixture, pretraining, alignment)
+
+
+def _mixture(config: RunConfig, data: PreparedData) -> Mixture:
+    section = config.data
+    weights: dict[str, dict[str, float]] = {
+        language: {corpus.name: each.weight for corpus, each in zip(data.train(language), sources, strict=True)}
+        for language, sources in section.corpora.items()
+    }
+    return build_mixture(
+        data,
+        section.target,
+        section.source,
+        section.replay_ratio,
+        section.sequence_length,
+        config.seed,
+        section.packing,
+        weights,
+    )

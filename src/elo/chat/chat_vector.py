@@ -1,0 +1,90 @@
+"""`elo chat-vector`: give an adapted model the chat ability of its base's chat model, without any training."""
+
+from collections.abc import Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from elo.errors import EloError
+from elo.surgery.detach_attach import check_replaceable, readable_errors, resolve_checkpoint
+
+
+def chat_vector(
+    adapted: str | Path,
+    base: str | Path,
+    chat: str | Path,
+    *,
+    output: str | Path,
+    scale: float = 1.0,
+    leave_out: Sequence[str] = (),
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Write adapted + scale * (chat - base) (arXiv 2310.04799), with the chat model's template.
+
+    The tokenizer is the chat model's or, where the adapted model's has more tokens, that one with the chat
+    model's settings and template.
+
+    Args:
+        adapted: a model trained from `base`: a checkpoint folder or hub id, as are the other two.
+        base: the base of both.
+        chat: its chat (instruct) model.
+        output: folder to write; it appears whole or not at all.
+        scale: of what chat training changed; 1 adds all of it.
+        leave_out: of "embedding", "norm" and "head", what nothing is added to.
+        overwrite: replace an existing output.
+        trust_remote_code: allow the checkpoints' own Python code to define the model.
+
+    Returns:
+        {"adapted", "base", "chat", "scale", "leave_out", "tensors", "rows_kept", "differs"}, see
+        elo.chat.vector_files.add_chat_vector.
+    """
+    from elo.chat.vector_files import add_chat_vector
+
+    if not (isfinite(scale) and abs(scale) <= 100):
+        raise EloError(f"scale: {scale} is not a number within 100 of 0; 1 adds what chat training changed")
+    check_replaceable(Path(output), overwrite)
+    ours, theirs, chats = (
+        resolve_checkpoint(each, trust_remote_code=trust_remote_code) for each in (adapted, base, chat)
+    )
+    with readable_errors():
+        return add_chat_vector(
+            ours,
+            theirs,
+            chats,
+            Path(output),
+            save_tokenizer=lambda folder: _save_tokenizer(ours, chats, folder, trust_remote_code),
+            scale=scale,
+            leave_out=leave_out,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            label="chat vector",
+        )
+
+
+def _save_tokenizer(adapted: Path, chat: Path, folder: Path, trust_remote_code: bool) -> None:
+    """Write the tokenizer of the sum: chat settings, and the adapted model's vocabulary where that was extended.
+
+    Raises:
+        EloError: a token of the chat model is another token, or none, in the adapted model.
+    """
+    from elo.checkpoint.counting import read_config
+    from elo.checkpoint.folder import copy_tokenizer
+    from elo.checkpoint.new_rows import read_new_rows
+    from elo.data.tokenizer import load_tokenizer, save_with_backend
+
+    ours, theirs = (load_tokenizer(each, trust_remote_code).backend for each in (adapted, chat))
+    ids, chat_ids = (each.get_vocab(with_added_tokens=True) for each in (ours, theirs))
+    recorded = read_new_rows(read_config(str(adapted), trust_remote_code=trust_remote_code))
+    if recorded is None and set(ids.values()) <= set(chat_ids.values()):  # other tools keep no record
+        copy_tokenizer(chat, folder)
+        return
+    for token, number in sorted(chat_ids.items(), key=lambda pair: pair[1]):
+        if ids.get(token) != number:
+            found = ours.id_to_token(number)
+            raise EloError(
+                f"{adapted}: its tokenizer has {'no token' if found is None else repr(found)} at id {number}, where "
+                f"{chat} has {token!r}; extend the vocabulary of the chat model's tokenizer (elo vocab extend BASE "
+                "--tokenizer FOLDER) and adapt again, or take a chat model with the base's tokens"
+            )
+    save_with_backend(chat, ours, folder, trust_remote_code)

@@ -1,0 +1,216 @@
+"""Chat vector: what chat training changed in a base, added to a model adapted from the same base (arXiv 2310.04799)."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from elo.checkpoint.architecture import Architecture, find_architecture, group_of
+from elo.checkpoint.folder import (
+    TOKENIZER_PATTERNS,
+    CheckpointFolder,
+    copy_side_files,
+    open_folder,
+    refuse_overlap,
+    write_config,
+)
+from elo.checkpoint.new_rows import first_new_row_of
+from elo.checkpoint.tensor_files import CHUNK_BYTES, MAX_SHARD_BYTES, NewTensor, StoredTensor, write_checkpoint
+from elo.errors import EloError
+from elo.store.files import atomic_directory, disk_errors_told
+from elo.surgery.equivalence import build_hollow_causal_lm
+from elo.surgery.in_memory import INCLUDABLE
+from elo.surgery.matching import match_names, redundant, tensor_bytes
+from elo.surgery.provenance import PROVENANCE_KEY
+
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SAYS_NOTHING = {
+    *_TOKEN_IDS, "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+"""Keys of config.json in which a base and its chat model may differ without computing something else."""
+
+
+def add_chat_vector(
+    adapted: Path,
+    base: Path,
+    chat: Path,
+    output: Path,
+    *,
+    save_tokenizer: Callable[[Path], None],
+    scale: float = 1.0,
+    leave_out: Sequence[str] = (),
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Write adapted + scale * (chat - base), tensor by tensor, without ever holding a model in memory.
+
+    Sums are in float64 and rounded once, to the adapted model's dtype: where it is still the base, what is written is
+    the chat model, bit for bit. Rows of embedding and head that base and chat do not have, such as those of
+    `elo vocab`, stay as they are. Token ids that begin, end and pad, and generation_config.json, are the chat model's;
+    the rest of config.json is the adapted model's.
+
+    Args:
+        adapted: a checkpoint folder, trained from `base`.
+        base: folder of the base of both.
+        chat: folder of the chat model made from `base`.
+        output: folder to write; it appears whole or not at all.
+        save_tokenizer: writes the tokenizer's files and chat template into a folder.
+        scale: of the vector.
+        leave_out: of "embedding", "norm" and "head", what nothing is added to; of tied parts both or neither.
+        overwrite: replace an existing output.
+        trust_remote_code: allow the checkpoints' own Python code to define the model.
+        max_shard_bytes: size above which the weights are written as several files.
+        label: shown with the progress; None is silent.
+
+    Returns:
+        {"adapted", "base", "chat", "scale", "leave_out", "tensors" (number that the vector was added to), "rows_kept"
+        (rows of embedding and head that stayed as they were), "differs" (keys of config.json in which the chat model
+        differs from the base; the adapted model's values stay)}
+
+    Raises:
+        EloError: a folder is not usable, or the three are not of one model; the message names the first tensor.
+    """
+    for name in leave_out:
+        if name not in INCLUDABLE:
+            raise EloError(f"leave_out: there is no {name!r}; choose among {', '.join(INCLUDABLE)}")
+    ours, theirs, chats = (open_folder(folder, trust_remote_code) for folder in (adapted, base, chat))
+    for each in (ours, theirs, chats):
+        if PROVENANCE_KEY in each.config_json:
+            raise EloError(f"{each.folder}: is a detached checkpoint; attach its layers first, or give the whole model")
+        if each.config.model_type != ours.config.model_type:
+            raise EloError(
+                f"{each.folder}: is a {each.config.model_type}, but {ours.folder} is a {ours.config.model_type}; "
+                "adapted model, base and chat model must be of one architecture"
+            )
+        refuse_overlap(output, each.folder)
+    hollow = build_hollow_causal_lm(ours.config, trust_remote_code=trust_remote_code)
+    parts = find_architecture(hollow)
+    left_out = {*leave_out}
+    if parts.tied and left_out & {"embedding", "head"}:
+        left_out |= {"embedding", "head"}
+    in_base, in_chat = (_matched(ours, each, hollow, parts) for each in (theirs, chats))
+    sums = [
+        _Sum.of(
+            tensor,
+            in_base.get(name),
+            in_chat.get(name),
+            ours,
+            parts,
+            0.0 if group_of(name, parts) in left_out else scale,
+        )
+        for name, tensor in ours.weights.tensors.items()
+    ]
+    config_json = ours.config_json | {key: chats.config_json[key] for key in _TOKEN_IDS if key in chats.config_json}
+    with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
+        write_config(folder, config_json)
+        save_tokenizer(folder)  # which may refuse, so before gigabytes are written
+        write_checkpoint(folder, [each.tensor() for each in sums], max_shard_bytes, label)
+        for source in (chats, ours):
+            copy_side_files(source.folder, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
+    return {
+        "adapted": str(adapted),
+        "base": str(base),
+        "chat": str(chat),
+        "scale": scale,
+        "leave_out": list(leave_out),
+        "tensors": sum(each.elements > 0 for each in sums),
+        "rows_kept": max((each.rows_kept for each in sums), default=0),
+        "differs": sorted(
+            key
+            for key in theirs.config_json.keys() | chats.config_json.keys()
+            if key not in _SAYS_NOTHING and theirs.config_json.get(key) != chats.config_json.get(key)
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A tensor of the adapted model, and what is added to its first `elements`."""
+
+    adapted: StoredTensor
+    base: StoredTensor
+    chat: StoredTensor
+    scale: float
+    elements: int
+
+    @classmethod
+    def of(
+        cls,
+        adapted: StoredTensor,
+        base: StoredTensor | None,
+        chat: StoredTensor | None,
+        ours: CheckpointFolder,
+        parts: Architecture,
+        scale: float,
+    ) -> "_Sum":
+        """Add `scale` times what chat training changed, as far as the three have the same rows."""
+        if base is None or chat is None or scale == 0 or not adapted.torch_dtype.is_floating_point:
+            return cls(adapted, adapted, adapted, 0.0, 0)
+        group = group_of(adapted.name, parts)
+        longer = group in ("embedding", "head") and adapted.shape[0] >= base.shape[0]
+        if base.shape != chat.shape or adapted.shape[longer:] != base.shape[longer:]:
+            raise EloError(
+                f"{chat.file}: {chat.name} is {list(chat.shape)}, {list(base.shape)} in the base and "
+                f"{list(adapted.shape)} in {ours.folder}; "
+                + (
+                    "leave embedding and head out, or give models with the same number of rows"
+                    if group in ("embedding", "head")
+                    else "the three are not of one model"
+                )
+            )
+        first_new = first_new_row_of(ours.config, "embedding" if longer else None)
+        rows = base.shape[0] if first_new is None else min(first_new, base.shape[0])
+        return cls(adapted, base, chat, scale, rows * math.prod(adapted.shape[1:]) if longer else math.prod(base.shape))
+
+    @property
+    def rows_kept(self) -> int:
+        """Rows at the end that nothing is added to, of a tensor of which something is."""
+        return (
+            (math.prod(self.adapted.shape) - self.elements) // math.prod(self.adapted.shape[1:]) if self.elements else 0
+        )
+
+    def tensor(self) -> NewTensor:
+        """The sum, whose bytes are made when they are written."""
+        each = self.adapted
+        return NewTensor(each.name, each.dtype, each.shape, each.size, self._chunks if self.elements else each.chunks)
+
+    def _chunks(self) -> Iterator[bytes]:
+        step, left = CHUNK_BYTES // 16, self.elements
+        streams = [each.chunks(step * each.torch_dtype.itemsize) for each in (self.adapted, self.base, self.chat)]
+        for chunks in zip_longest(*streams, fillvalue=b""):  # the adapted model may have more rows
+            count = min(left, len(chunks[0]) // self.adapted.torch_dtype.itemsize)
+            if count == 0:
+                yield chunks[0]
+                continue
+            adapted, base, chat = (
+                torch.frombuffer(bytearray(chunk), dtype=each.torch_dtype)
+                for chunk, each in zip(chunks, (self.adapted, self.base, self.chat), strict=True)
+            )
+            change = chat[:count].double().sub_(base[:count]).mul_(self.scale)
+            adapted[:count] = change.add_(adapted[:count])  # rounded here
+            left -= count
+            yield tensor_bytes(adapted)
+
+
+def _matched(
+    ours: CheckpointFolder, other: CheckpointFolder, hollow: PreTrainedModel, parts: Architecture
+) -> dict[str, StoredTensor]:
+    """Tensors of another checkpoint of the same model, by their names in ours; none for what a model can go without."""
+    found, absent = match_names(ours.weights.tensors, other.weights)
+    embedding = next((found[name] for name in found if group_of(name, parts) == "embedding"), None)
+    extra = other.weights.tensors.keys() - {tensor.name for tensor in found.values()}
+    for folder, without, names in ((ours, other, absent), (other, ours, extra)):
+        if names and not redundant(folder.weights.tensors, names, type(hollow), folder.config):
+            raise EloError(
+                f"{folder.folder}: has {min(names)}, which {without.folder} has not; adapted model, base and chat "
+                "model must be of one model (merge adapters first)"
+            )
+    tied = {name for name in absent if parts.tied and group_of(name, parts) == "head"}
+    return found | (dict.fromkeys(tied, embedding) if embedding else {})

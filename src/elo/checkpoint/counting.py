@@ -1,0 +1,227 @@
+"""Counts a model's parameters and products from its config alone: no weights are read.
+
+The model is built on PyTorch's meta device, where a tensor has a shape and no memory, so parameter counts are exact for
+every family transformers can build.
+"""
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from elo.checkpoint.architecture import find_architecture
+from elo.checkpoint.footprint import Footprint, LayerFootprint, Middle
+from elo.checkpoint.layers import parse_layers
+from elo.errors import EloError
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+[\w.-]*")
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+_NOT_SCORES = ("linear", "lightning", "delta", "mamba", "rwkv", "recurrent")
+
+
+def read_config(
+    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """Read a model's config from a checkpoint folder, a config.json or a Hugging Face id; no weights are read.
+
+    Raises:
+        EloError: there is none, it cannot be read, or its model_type is not known to the installed transformers.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise EloError(f"{path}: holds no config.json; give a checkpoint folder, a config.json or a Hugging Face id")
+    local = path.exists()
+    if not local and (path.suffix == ".json" or not _HUB_ID.fullmatch(str(source))):
+        raise EloError(
+            f"model: {source}: no such file or folder; give a checkpoint folder, a config.json or a Hugging Face id"
+        )
+    try:
+        return AutoConfig.from_pretrained(
+            str(path) if local else str(source), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # a family's own config code may fail in any way on values that do not fit each other
+        reason = str(error).strip().split("\n")[0]
+        remedy = "it must be a transformers config" if local else "no such folder is here, and the hub did not give it"
+        raise EloError(f"model: {source}: its config cannot be read ({reason}); {remedy}") from None
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The decoder's own config: the text part of a multimodal one, otherwise `config` itself."""
+    part = config.get_text_config(decoder=True)
+    return part if type(part) in AutoModelForCausalLM._model_mapping else config
+
+
+def build_on_meta(config: PretrainedConfig, **arguments: Any) -> PreTrainedModel:
+    """The causal language model of `config` without memory for its weights; `config` itself is not changed.
+
+    Raises:
+        EloError: transformers has no causal language model for it, or its values do not fit each other.
+    """
+    config = copy.deepcopy(text_config(config))
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **arguments)
+    except Exception as error:  # values that do not fit each other fail anywhere in a family's own code
+        reason = str(error).strip().split("\n")[0]
+        raise EloError(
+            f"model: no causal language model can be built from this {config.model_type!r} config ({reason})"
+        ) from None
+
+
+def footprint(model: PreTrainedModel | PretrainedConfig) -> Footprint:
+    """Count a model's parameters by part; a config is built on the meta device first, a model is only looked at.
+
+    Raises:
+        EloError: the config makes no causal language model.
+        UnsupportedArchitectureError: the parts of the model cannot be told apart.
+    """
+    if isinstance(model, PretrainedConfig):
+        model = build_on_meta(model)
+    config = text_config(model.config)
+    seen: set[int] = set()
+
+    def count(parameters: Iterable[nn.Parameter]) -> int:
+        new = {id(parameter): parameter.numel() for parameter in parameters if id(parameter) not in seen}
+        seen.update(new)
+        return sum(new.values())
+
+    architecture = find_architecture(model)
+    embedding_module, head_module, layer_modules = (
+        model.get_submodule(path)
+        for path in (architecture.embedding_path, architecture.head_path, architecture.layers_path)
+    )
+    embedding = count(embedding_module.parameters())
+    head = count(head_module.parameters())
+    assert isinstance(layer_modules, nn.ModuleList)
+    layers = tuple(_layer_footprint(module, config, index) for index, module in enumerate(layer_modules))
+    seen.update(id(parameter) for parameter in layer_modules.parameters())
+    norm = count(model.get_submodule(architecture.norm_path).parameters()) if architecture.norm_path else 0
+    head_weight = head_module.weight
+    assert isinstance(head_weight, nn.Parameter)
+    return Footprint(
+        model_type=config.model_type,
+        hidden_size=int(config.hidden_size),
+        vocab_size=int(head_weight.shape[0]),
+        tied=architecture.tied,
+        embedding=embedding,
+        head=head,
+        head_matmul=head_weight.numel(),
+        norm=norm,
+        other=count(model.parameters()),
+        layers=layers,
+        softcaps=getattr(config, "final_logit_softcapping", None) is not None,
+    )
+
+
+def parameter_counts(
+    model: PreTrainedModel | PretrainedConfig, layers: str | Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Parameter counts for a run's record.
+
+    Args:
+        model: a model, or a config from which one is built without memory.
+        layers: a layer selection; adds `detached` (the model with these layers alone) and `trainable` (these layers).
+
+    Returns:
+        total, active (per token), embedding, head (0 when tied), norm, other, layers (one count each), tied.
+
+    Raises:
+        EloError: as `footprint` and `parse_layers`.
+    """
+    counted = footprint(model)
+    counts: dict[str, Any] = {**counted.parameters(), "tied": counted.tied}
+    if layers is not None:
+        chosen = parse_layers(layers, counted.num_layers)
+        counts["detached"] = counted.detached(chosen).total
+        counts["trainable"] = counted.trainable("removed", chosen)
+    return counts
+
+
+def training_flops_per_token(
+    model: PreTrainedModel | PretrainedConfig,
+    middle: Middle = "trained",
+    *,
+    layers: str | Sequence[int] | None = None,
+    sequence_length: int = 0,
+    activation_checkpointing: bool = False,
+    lora_rank: int = 16,
+) -> float:
+    """FLOPs of one trained token, forward and backward; see `Footprint.flops_per_token` for what is counted.
+
+    For a detached model give `middle="removed"` and no `layers`: all it has are trained, embedding and head are frozen.
+
+    Raises:
+        EloError: as `footprint` and `parse_layers`.
+    """
+    counted = footprint(model)
+    chosen = None if layers is None else parse_layers(layers, counted.num_layers)
+    return counted.flops_per_token(
+        middle,
+        chosen,
+        sequence_length=sequence_length,
+        activation_checkpointing=activation_checkpointing,
+        lora_rank=lora_rank,
+    ).total
+
+
+def _first(config: PretrainedConfig, names: Iterable[str]) -> int:
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), 0)
+
+
+def _layer_footprint(layer: nn.Module, config: PretrainedConfig, index: int) -> LayerFootprint:
+    experts = _first(config, _EXPERT_COUNTS)
+    share = min(1.0, (_first(config, _EXPERTS_PER_TOKEN) or experts) / experts) if experts else 1.0
+    embeddings = {id(module.weight) for module in layer.modules() if isinstance(module, nn.Embedding)}
+    parameters = active = matmul = active_matmul = lora_width = widest = 0
+    for name, parameter in layer.named_parameters():
+        size = parameter.numel()
+        # Routed experts: one tensor over all of them, or a list of modules named `experts`.
+        stacked = (
+            parameter.ndim >= 2 and parameter.shape[0] == experts and ("expert" in name.lower() or parameter.ndim == 3)
+        )
+        listed = "experts" in name.split(".") and any(part.isdigit() for part in name.split("."))
+        routed = experts > 0 and (stacked or listed) and "shared" not in name
+        used = round(size * share) if routed else size
+        parameters += size
+        active += used
+        # A stacked tensor of two dimensions is the experts' biases: added, not multiplied.
+        if parameter.ndim >= 2 and id(parameter) not in embeddings and not (stacked and routed and parameter.ndim == 2):
+            matmul += size
+            active_matmul += used
+            widest = max(widest, round(max(parameter.shape[-2:]) * (share * experts if routed else 1)))
+            if parameter.ndim == 2 and not routed:
+                lora_width += sum(parameter.shape)
+    score_width, window = _scores(layer, config, index)
+    return LayerFootprint(parameters, active, active_matmul, matmul, lora_width, score_width, widest, window)
+
+
+def _scores(layer: nn.Module, config: PretrainedConfig, index: int) -> tuple[int, int | None]:
+    def softmax(module: nn.Module) -> bool:
+        name = type(module).__name__.lower()
+        return "attention" in name and not any(word in name for word in _NOT_SCORES)
+
+    attention = next((module for module in layer.modules() if softmax(module)), None)
+    heads = getattr(config, "num_attention_heads", None)
+    if attention is None or not isinstance(heads, int) or heads < 1:
+        return 0, None
+    nope, rope, value = (getattr(config, name, None) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    if nope is not None and rope is not None and value is not None:  # latent attention (DeepSeek)
+        width = heads * (nope + rope + value)
+    else:
+        head_width = (
+            getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+        )
+        width = 2 * heads * int(head_width)
+    types = getattr(config, "layer_types", None)
+    slides = "sliding" in types[index] or "chunked" in types[index] if types else True
+    window = getattr(attention, "sliding_window", None)
+    if window is None and slides:
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return width, window if isinstance(window, int) and window > 0 and slides else None

@@ -1,0 +1,114 @@
+"""A checkpoint folder: its configuration and headers read, and what lies beside its weights copied."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from elo.checkpoint.tensor_files import Checkpoint, open_checkpoint
+from elo.errors import EloError, UnfinishedError, UnsupportedArchitectureError
+from elo.store.files import read_json
+from elo.surgery.layer_config import error_line, require_edits_kept
+
+CONFIG_FILE = "config.json"
+TOKENIZER_PATTERNS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+)  # fmt: skip
+"""Globs of the files that a tokenizer may be made of, its chat template apart."""
+_SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_NOT_SIDE = {"config.json", "adapter_config.json", "trainer_state.json", "quantize_config.json"}
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A checkpoint folder, read as far as its headers."""
+
+    folder: Path
+    config_json: dict[str, Any]
+    config: PretrainedConfig
+    weights: Checkpoint
+
+
+def open_folder(folder: Path, trust_remote_code: bool) -> CheckpointFolder:
+    """Read a folder's configuration and headers.
+
+    Raises:
+        EloError: it is no checkpoint, or not one that can be read.
+    """
+    if not folder.is_dir():
+        raise EloError(f"{folder}: no such folder; give a Hugging Face checkpoint folder")
+    if not (folder / CONFIG_FILE).is_file():
+        if (folder / "adapter_config.json").is_file():
+            open_checkpoint(folder)  # says what to do with an adapter
+        raise EloError(f"{folder}: has no {CONFIG_FILE}; give a Hugging Face checkpoint folder")
+    config_json = read_json(folder / CONFIG_FILE)
+    if not isinstance(config_json, dict):
+        raise UnfinishedError(f"{folder / CONFIG_FILE}: is not a JSON object; the file is damaged")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises a dozen types for a configuration that it cannot use
+        raise UnsupportedArchitectureError(
+            f"{folder / CONFIG_FILE}: transformers cannot read it ({error_line(error)})"
+            + ("" if trust_remote_code else "; a model that brings its own code needs trust_remote_code")
+        ) from None
+    return CheckpointFolder(folder, config_json, config, open_checkpoint(folder))
+
+
+def refuse_overlap(output: Path, folder: Path) -> None:
+    """Raise EloError where writing `output` would touch the input `folder`."""
+    output, folder = output.resolve(), folder.resolve()
+    if output == folder or output in folder.parents or folder in output.parents:
+        raise EloError(f"{output}: overlaps the input {folder}; choose an output folder outside it")
+
+
+def read_edited_config(
+    config_json: dict[str, Any], base_config: PretrainedConfig, edits: dict[str, Any]
+) -> PretrainedConfig:
+    """The edited configuration as transformers will read it from disk, which must keep the edits."""
+    with tempfile.TemporaryDirectory(prefix="elo-detach-") as scratch:
+        write_config(Path(scratch), config_json)
+        try:
+            small_config = type(base_config).from_pretrained(scratch)
+        except Exception as error:  # as above: any type
+            raise UnsupportedArchitectureError(
+                f"model type {base_config.model_type!r}: these layers make a configuration that transformers refuses "
+                f"({error_line(error)}); choose other layers"
+            ) from None
+    require_edits_kept(small_config, edits)
+    return small_config
+
+
+def write_config(folder: Path, config_json: dict[str, Any]) -> None:
+    """Write a folder's config.json."""
+    # In ASCII, as transformers writes it: JSON can hold half of a surrogate pair, UTF-8 cannot.
+    (folder / CONFIG_FILE).write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files and its chat template."""
+    for pattern in (*TOKENIZER_PATTERNS, "chat_template*"):
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def copy_side_files(source: Path, target: Path, *, python: bool, leave_out: Collection[str] = ()) -> None:
+    """Tokenizer, generation settings, licence and the like; never weights, what is already there, or these globs."""
+    for path in sorted(source.iterdir()):
+        wanted = path.suffix in _SIDE_SUFFIXES or path.name.upper().startswith(
+            ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+        )
+        if (
+            not (wanted or (python and path.suffix == ".py"))
+            or path.name in _NOT_SIDE
+            or any(path.match(pattern) for pattern in leave_out)
+            or path.name.endswith(".index.json")
+        ):
+            continue
+        if path.is_file() and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,35 @@
+"""Models that are refused from their configuration alone, each with its reason and with what would work."""
+
+from transformers import PretrainedConfig
+
+from elo.checkpoint import quirks
+from elo.errors import UnsupportedArchitectureError
+from elo.surgery.layer_config import text_config_of
+
+
+def require_detachable(config: PretrainedConfig) -> None:
+    """Raise UnsupportedArchitectureError if detaching layers cannot be right for this configuration."""
+    model_type, text_config = config.model_type, text_config_of(config)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedArchitectureError(
+            f"model type {model_type!r} is an encoder-decoder; ELO works on decoder-only causal language models"
+        )
+    if model_type in quirks.CAUSAL_ONLY_AS_DECODER and not getattr(config, "is_decoder", False):
+        raise UnsupportedArchitectureError(
+            f"model type {model_type!r} attends in both directions (is_decoder is false); "
+            "ELO works on causal language models"
+        )
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedArchitectureError(
+            f"this {model_type} checkpoint is quantised (quantization_config); give the bfloat16 or float32 original, "
+            "or dequantise it once: from_pretrained(..., quantization_config=CLASS(dequantize=True)), save_pretrained"
+        )
+    for part in (text_config, config):
+        for key, reason in quirks.REFUSED_IF_SET.items():
+            if getattr(part, key, None):
+                raise UnsupportedArchitectureError(
+                    f"model type {model_type!r} with {key}={getattr(part, key)}: {reason}"
+                )
+    refusal = quirks.REFUSED.get(text_config.model_type) or quirks.REFUSED.get(model_type)
+    if refusal:
+        raise UnsupportedArchitectureError(f"model type {model_type!r}: {refusal}")

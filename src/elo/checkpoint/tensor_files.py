@@ -1,0 +1,300 @@
+"""Safetensors checkpoints read and written as plain bytes, so that no more than a chunk of a tensor is in memory.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's length (little endian), the header as
+JSON {name: {dtype, shape, data_offsets}}, then the tensors' bytes without holes.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elo.errors import EloError, UnfinishedError
+from elo.log import Progress
+from elo.store.files import read_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+CHUNK_BYTES = 16 << 20  # a multiple of every dtype's size
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor's place in a file: `size` bytes from `start` (counted from the beginning of the file)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    size: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch names it."""
+        try:
+            return _DTYPES[self.dtype]
+        except KeyError:
+            raise EloError(
+                f"{self.file}: {self.name} is stored as {self.dtype}, which is a quantised format; detach and attach "
+                "need float32, float16 or bfloat16 weights"
+            ) from None
+
+    def meta(self) -> torch.Tensor:
+        """A tensor of this shape and dtype without data."""
+        return torch.empty(self.shape, dtype=self.torch_dtype, device="meta")
+
+    def read(self, offset: int = 0, size: int | None = None) -> bytes:
+        """Bytes `offset` to `offset + size` of the tensor."""
+        with self.file.open("rb", buffering=0) as file:
+            return self._read_from(file.fileno(), offset, self.size - offset if size is None else size)
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """The tensor's bytes in order, at most `chunk_bytes` at a time."""
+        with self.file.open("rb", buffering=0) as file:
+            for offset in range(0, self.size, chunk_bytes):
+                yield self._read_from(file.fileno(), offset, min(chunk_bytes, self.size - offset))
+
+    def _read_from(self, descriptor: int, offset: int, size: int) -> bytes:
+        data = os.pread(descriptor, size, self.start + offset)
+        while len(data) < size:
+            more = os.pread(descriptor, size - len(data), self.start + offset + len(data))
+            if not more:
+                raise UnfinishedError(f"{self.file}: ends within {self.name}; it changed while it was being read")
+            data += more
+        return data
+
+
+@dataclass
+class Checkpoint:
+    """The weights of a checkpoint folder: every tensor by its name in the file, in the files' order."""
+
+    folder: Path
+    files: list[str]
+    indexed: bool
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+
+    def meta_state_dict(self) -> dict[str, torch.Tensor]:
+        """Every tensor without its data."""
+        return {name: tensor.meta() for name, tensor in self.tensors.items()}
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of a folder's weights.
+
+    Raises:
+        UnfinishedError: a file is missing, truncated or damaged.
+        EloError: the weights are in a format that is not read, or a path leaves the folder.
+    """
+    if (folder / INDEX_FILE).exists():
+        checkpoint = Checkpoint(folder, _indexed_files(folder), indexed=True)
+    elif (folder / SINGLE_FILE).exists():
+        checkpoint = Checkpoint(folder, [SINGLE_FILE], indexed=False)
+    else:
+        raise EloError(_no_weights(folder))
+    for name in checkpoint.files:
+        for tensor in read_header(folder / name):
+            if tensor.name in checkpoint.tensors:
+                other = checkpoint.tensors[tensor.name].file.name
+                raise UnfinishedError(f"{folder}: {tensor.name} is stored twice, in {other} and in {name}")
+            checkpoint.tensors[tensor.name] = tensor
+    if checkpoint.indexed:
+        weight_map = read_json(folder / INDEX_FILE)["weight_map"]
+        for tensor_name, file_name in weight_map.items():
+            if tensor_name not in checkpoint.tensors or checkpoint.tensors[tensor_name].file.name != file_name:
+                raise UnfinishedError(
+                    f"{folder / INDEX_FILE}: says that {tensor_name} is in {file_name}, but it is not; "
+                    "download the checkpoint again"
+                )
+    return checkpoint
+
+
+def _indexed_files(folder: Path) -> list[str]:
+    index_path = folder / INDEX_FILE
+    index = read_json(index_path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UnfinishedError(f"{index_path}: has no weight_map of tensor names to file names; the file is damaged")
+    files = sorted(set(weight_map.values()))
+    for name in files:
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
+            raise EloError(f"{index_path}: names the file {name!r}, which is not in the folder; refusing to read it")
+        if not name.endswith(".safetensors"):
+            raise EloError(f"{index_path}: names {name!r}, which is not a safetensors file")
+        if not (folder / name).is_file():
+            raise UnfinishedError(
+                f"{folder / name}: missing, though {INDEX_FILE} names it; download the checkpoint again"
+            )
+    return files
+
+
+def _no_weights(folder: Path) -> str:
+    names = {path.name for path in folder.iterdir()}
+    if "adapter_config.json" in names:
+        return (
+            f"{folder}: holds an adapter (adapter_config.json), not a whole model; merge it into its base first "
+            "(peft: model.merge_and_unload().save_pretrained(...))"
+        )
+    if any(name.endswith((".bin", ".pt", ".pth", ".msgpack", ".h5")) and "model" in name for name in names):
+        return (
+            f"{folder}: its weights are pickled (.bin) or in another format than safetensors, which is never "
+            "opened here since unpickling runs code; convert it once, where you trust it: "
+            'AutoModelForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(new_folder)'
+        )
+    if any(name.endswith(".gguf") for name in names):
+        return f"{folder}: holds GGUF weights; use the safetensors checkpoint that they were made from"
+    other = sorted(name for name in names if name.endswith(".safetensors"))
+    found = f"found {', '.join(other[:3])}" if other else "found no .safetensors file"
+    return f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE} ({found}); give a Hugging Face checkpoint folder"
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """A file's tensors in the order of their bytes; the header is checked against the file's length.
+
+    Raises:
+        UnfinishedError: the file is not safetensors, is truncated, or its offsets do not fit its shapes.
+    """
+    length = path.stat().st_size
+    with path.open("rb") as file:
+        size_bytes = file.read(8)
+        header_size = int.from_bytes(size_bytes, "little")
+        if len(size_bytes) < 8 or header_size > min(_MAX_HEADER_BYTES, length - 8):
+            raise UnfinishedError(f"{path}: not a safetensors file, or truncated ({length} bytes); download it again")
+        try:
+            header = json.loads(file.read(header_size).decode("utf-8"))
+            tensors = [
+                _parse_entry(path, name, entry, 8 + header_size)
+                for name, entry in header.items()
+                if name != "__metadata__"
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise UnfinishedError(f"{path}: its safetensors header is damaged ({error}); download it again") from None
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.size))
+    end = 8 + header_size
+    for tensor in tensors:
+        if tensor.start != end:
+            raise UnfinishedError(f"{path}: its safetensors header is damaged ({tensor.name} is out of place)")
+        end += tensor.size
+    if end != length:
+        raise UnfinishedError(
+            f"{path}: has {length} bytes where its header asks for {end}; the file is "
+            f"{'truncated' if length < end else 'damaged'}, download it again"
+        )
+    return tensors
+
+
+def _parse_entry(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    shape = tuple(int(size) for size in entry["shape"])
+    dtype = str(entry["dtype"])
+    if begin < 0 or end < begin or any(size < 0 for size in shape):
+        raise ValueError(f"{name} has impossible offsets or shape")
+    if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
+        raise ValueError(f"{name} has {end - begin} bytes, which do not fit {dtype} {list(shape)}")
+    return StoredTensor(name, dtype, shape, path, data_start + begin, end - begin)
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written: its bytes are asked for once, when their turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    chunks: Callable[[], Iterable[bytes]]
+
+
+def write_checkpoint(
+    folder: Path, tensors: list[NewTensor], max_shard_bytes: int = MAX_SHARD_BYTES, label: str | None = None
+) -> None:
+    """Write tensors as one safetensors file, or as several with an index when they are more than `max_shard_bytes`.
+
+    Args:
+        label: shown with the progress; None is silent.
+    """
+    shards: list[list[NewTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.size
+    total = sum(tensor.size for tensor in tensors)
+    with Progress(total, label, "B") as progress:
+        if len(shards) == 1:
+            _write_file(folder / SINGLE_FILE, shards[0], progress)
+            return
+        weight_map = {}
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            _write_file(folder / name, shard, progress)
+            weight_map.update({tensor.name: name for tensor in shard})
+    _write_index(folder, weight_map, total)
+
+
+def join_files(folder: Path, files: list[Path]) -> None:
+    """Move safetensors files into a checkpoint folder, under the names of its shards and with an index."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, file in enumerate(files, 1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        file.rename(folder / name)
+        tensors = read_header(folder / name)
+        weight_map |= {tensor.name: name for tensor in tensors}
+        total += sum(tensor.size for tensor in tensors)
+    _write_index(folder, weight_map, total)
+
+
+def _write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> None:
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, tensors: list[NewTensor], progress: Progress) -> None:
+    # Wide dtypes first, as the safetensors library does, so that every tensor is aligned to its item size.
+    tensors = sorted(tensors, key=lambda tensor: -_DTYPES[tensor.dtype].itemsize if tensor.dtype in _DTYPES else 0)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.size],
+        }
+        offset += tensor.size
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            written = 0
+            for chunk in tensor.chunks():
+                written += file.write(chunk)
+                progress.advance(len(chunk))
+            if written != tensor.size:
+                raise UnfinishedError(f"{path}: {tensor.name} gave {written} bytes instead of {tensor.size}")

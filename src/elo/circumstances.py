@@ -1,0 +1,36 @@
+"""The circumstances of a run or comparison, for its results: command, base model, languages, machine and data."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from elo.checkpoint.counting import build_on_meta, parameter_counts, read_config
+from elo.checkpoint.new_rows import VOCABULARY_KEY, read_new_rows
+from elo.config import RunConfig
+from elo.data.shards import PreparedData
+from elo.store.environment import command_line, hardware, versions
+
+
+def circumstances(config: RunConfig, base: Path, layers: tuple[int, ...], data: PreparedData) -> dict[str, Any]:
+    """Fields of `elo.report.schema.Results` that do not depend on what was trained."""
+    model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
+    counts = parameter_counts(build_on_meta(model_config, trust_remote_code=config.trust_remote_code), layers)
+    extended = read_new_rows(model_config) is not None
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "model": {
+            "name": config.model,
+            "parameters": counts["total"],
+            "num_layers": len(counts["layers"]),
+            **({"vocabulary": getattr(model_config, VOCABULARY_KEY)} if extended else {}),
+        },
+        "languages": {"targets": [config.data.target], "sources": [config.data.source]},
+        "hardware": hardware(),
+        "versions": versions(),
+        "data": {
+            **data.summary(),
+            "replay_ratio": config.data.replay_ratio,
+            "sequence_length": config.data.sequence_length,
+        },
+    }

@@ -1,0 +1,387 @@
+"""`elo compare`: which way of adapting buys most, on this model and text, for this budget.
+
+Every contestant has its learning rates tuned on the budget itself, with its own schedule for it (a curve cut in the
+middle of its decay is no fair point), on validation text; then it is trained with every seed and measured on held-out
+text. A trial is a run (`elo.run`) with given rates, tokens and seed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from elo.budget import divide_budget
+from elo.checkpoint.counting import footprint, read_config
+from elo.circumstances import circumstances
+from elo.config import Budget, CompareConfig, RunConfig, contestant_run, load_comparison
+from elo.data.shards import PreparedData
+from elo.errors import EloError, TrainingDivergedError
+from elo.log import duration
+from elo.preflight import check_inputs, check_model
+from elo.report import collect, schema
+from elo.report.files import judged, write_results
+from elo.report.write import report, show
+from elo.run import Adapted, Inputs, adapt, heldout_text, measure, open_run, prepare_data, validation_text
+from elo.store.processes import is_main
+from elo.store.run_folder import Artifact, RunFolder
+
+# Updates of the first look at a contestant's speed, and the share of a time budget that the second look takes.
+_FIRST_LOOK_STEPS = 6
+_SECOND_LOOK_SHARE = 0.15
+# How far from a time budget a whole trial may end before its tokens are worked out again.
+_TOLERANCE = 0.05
+# How often the next rate beyond the grid is tried, where the best one is at its edge.
+_EXTENSIONS = 2
+
+Rates = dict[str, float]
+"""Peak learning rate by phase."""
+
+
+def compare(
+    config: CompareConfig | str | Path | dict[str, Any], *, overrides: list[str] | None = None
+) -> dict[str, Any]:
+    """Run a comparison, or resume an interrupted one; each trial is done once.
+
+    Args:
+        config: a comparison's configuration, its file, or a dict of the same form.
+        overrides: `key.path=value`, applied to a file or dict.
+
+    Returns:
+        The results, as in results.json (docs/results.md), which is also written after every contestant.
+
+    Raises:
+        EloError: a mistake of the user: what, where, what was found, what to do.
+    """
+    if not isinstance(config, CompareConfig):
+        config = load_comparison(config, overrides)
+    with _open(config) as (inputs, layers):
+        comparison = _Comparison(config, inputs, layers)
+        results = comparison.run()
+        if is_main():
+            report(results, inputs.folder.root)
+            show(results)
+            inputs.folder.say(f"report: {inputs.folder.path('report.html')}")
+        return results.model_dump(mode="json")
+
+
+@contextmanager
+def _open(config: CompareConfig) -> Iterator[tuple[Inputs, dict[str, tuple[int, ...]]]]:
+    """Check every contestant's run, lock the folder, and yield the shared inputs and each contestant's layers."""
+    runs = {
+        name: contestant_run(
+            config,
+            name,
+            Path(config.output),
+            learning_rates={},
+            tokens=config.budgets[0].tokens or 1,
+            seed=config.seeds[0],
+        )
+        for name in config.contestants
+    }
+    for run in runs.values():
+        check_inputs(run)
+    first = next(iter(runs.values()))
+    for name, run in runs.items():
+        for key in ("model", "data", "tokenizer", "evaluation", "trust_remote_code"):
+            if getattr(run, key) != getattr(first, key):
+                raise EloError(
+                    f"contestants.{name}.changes: {key} must be the same for all contestants, else they cannot be "
+                    "compared"
+                )
+    with open_run(first) as inputs:
+        yield inputs, {name: check_model(run, inputs.base.path) for name, run in runs.items()}
+
+
+class _Comparison:
+    def __init__(self, config: CompareConfig, inputs: Inputs, layers: dict[str, tuple[int, ...]]) -> None:
+        self.config, self.inputs, self.layers = config, inputs, layers
+        self.say = inputs.folder.say
+        self.data: PreparedData = prepare_data(inputs)
+        heldout = heldout_text(inputs, self.data)
+        self.base = measure(inputs, "evaluate-base", inputs.base, heldout, brief=True)
+        # Before anything is trained, so that missing validation text is noticed.
+        validation = validation_text(inputs, self.data)
+        self.base_validation = measure(inputs, "validate-base", inputs.base, validation, brief=True)
+        self._check_source_weight()
+        for line in self.base["warnings"]:
+            self.say(f"warning: {line}")
+        self.seconds: dict[str, float] = {}  # by trial
+        self.num_expected = sum(
+            sum(len(grid) for grid in self._grids(name).values()) - len(self._grids(name)) + len(config.seeds)
+            for name in config.contestants
+        ) * len(config.budgets)
+
+    def run(self) -> schema.Results:
+        """Tune and train every contestant within every budget."""
+        trials: list[schema.Trial] = []
+        results = self._results(trials)
+        for budget in self.config.budgets:
+            for name in self.config.contestants:
+                tokens = self._tokens(name, budget)
+                rates, tried = self._tune(name, tokens)
+                reported = [self._trial(name, rates, tokens, seed) for seed in self.config.seeds]
+                trials += [each.model_copy(update={"budget": budget.name, "tuning": True}) for each in tried]
+                trials += [each.model_copy(update={"budget": budget.name}) for each in reported]
+                results = self._results(trials)
+                if is_main():
+                    write_results(self.inputs.folder.path(schema.FILE_NAME), results)
+        return results
+
+    # Budgets.
+
+    def _tokens(self, name: str, budget: Budget) -> int:
+        """Tokens of a contestant's run within a budget: of time, by its own measured rates."""
+        if budget.tokens is not None:
+            return budget.tokens
+
+        def look(output: Path, *, seconds: float, run: Any) -> dict[str, Any]:
+            run = self._run(name, 1)
+            step = max(run.settings(phase).tokens_per_step for phase in run.method.phases)
+            shortest = int(_FIRST_LOOK_STEPS * step / min(_shares(run)))
+            rates = _middle(self._grids(name))
+
+            def looked(tokens: int) -> schema.Trial:
+                return self._train(name, rates, tokens, self.config.seeds[0], validated=True)
+
+            tokens = shortest
+            for wanted in (_SECOND_LOOK_SHARE * seconds, seconds):
+                tokens = max(shortest, _tokens_within(looked(tokens), tokens, wanted, budget.kind)) // step * step
+            whole = looked(tokens)  # tuning starts from this very trial, if it filled the budget
+            if abs(_spent(whole, budget.kind) / seconds - 1) > _TOLERANCE:
+                tokens = max(shortest, _tokens_within(whole, tokens, seconds, budget.kind)) // step * step
+            return {"tokens": tokens}
+
+        described = self._run(name, 1).model_dump(mode="json", exclude={"output"})
+        stage_name = f"budget-{name}-{budget.kind}-{budget.value:g}"
+        stage = self.inputs.folder.once(
+            stage_name, look, keep=False, collective=True, seconds=budget.value, run=described
+        )
+        self.say(f"{name}: {stage.record['tokens']:,} tokens within {budget.name}")
+        return int(stage.record["tokens"])
+
+    # Learning rates.
+
+    def _grids(self, name: str) -> dict[str, list[float]]:
+        """Rates to try by phase, in the order of the method's phases."""
+        phases = [phase.name for phase in self.config.method(name).phases]
+        own = self.config.contestants[name].learning_rates
+        if isinstance(own, dict):
+            for phase in own:
+                if phase not in phases:
+                    raise EloError(
+                        f"contestants.{name}.learning_rates: it has no phase {phase!r}, but {', '.join(phases)}"
+                    )
+        chosen = own if isinstance(own, dict) else dict.fromkeys(phases, own or self.config.learning_rates)
+        return {phase: sorted(set(chosen.get(phase) or self.config.learning_rates)) for phase in phases}
+
+    def _tune(self, name: str, tokens: int) -> tuple[Rates, list[schema.Trial]]:
+        """Choose the learning rates with the lowest score on validation text, one phase after the other.
+
+        Returns:
+            The rates, and the trials with other rates.
+        """
+        grids = self._grids(name)
+        rates = _middle(grids)
+        tried: dict[tuple[float, ...], schema.Trial] = {}
+
+        def score(phase: str, rate: float) -> float:
+            attempt = {**rates, phase: rate}
+            key = tuple(attempt.values())
+            if key not in tried:
+                tried[key] = self._trial(name, attempt, tokens, self.config.seeds[0])
+            validation = tried[key].validation
+            return self._score(validation.bpb) if validation else float("inf")
+
+        for phase, grid in grids.items():
+            if len(grid) == 1:
+                continue
+            scores = {rate: score(phase, rate) for rate in grid}
+            for _ in range(_EXTENSIONS):
+                ordered = sorted(scores)
+                best = min(scores, key=scores.__getitem__)
+                if best == ordered[-1]:
+                    beyond = best * ordered[-1] / ordered[-2]
+                elif best == ordered[0]:
+                    beyond = best * ordered[0] / ordered[1]
+                else:
+                    break
+                if beyond > 1:
+                    break
+                scores[float(f"{beyond:.3g}")] = score(phase, float(f"{beyond:.3g}"))
+            rates[phase] = min(scores, key=scores.__getitem__)
+        return rates, [trial for key, trial in tried.items() if key != tuple(rates.values())]
+
+    def _score(self, bpb: dict[str, float]) -> float:
+        target, source = self.inputs.languages
+        weight = self.config.source_weight
+        return bpb[target] + (weight * bpb[source] if weight else 0.0)
+
+    def _check_source_weight(self) -> None:
+        source = self.inputs.languages[1]
+        if self.config.source_weight and source not in self.base_validation["bpb"]:
+            raise EloError(
+                f"source_weight: {self.config.source_weight:g} counts {source!r} when rates are chosen, but it has "
+                "no validation text; give data.corpora text of it and a data.validation_share above 0, or set "
+                "source_weight to 0"
+            )
+
+    # Trials.
+
+    def _trial(self, name: str, rates: Rates, tokens: int, seed: int) -> schema.Trial:
+        # One trial serves for tuning and for the report.
+        trial = self._train(name, rates, tokens, seed, validated=seed == self.config.seeds[0])
+        self.seconds[_identity(name, rates, tokens, seed)] = trial.seconds
+        done = len(self.seconds)
+        shown = trial.failed or ", ".join(f"{language} {value:.4f}" for language, value in trial.measured.bpb.items())
+        at = ", ".join(f"{rate:g}" for rate in rates.values())
+        left = (self.num_expected - done) * sum(self.seconds.values()) / done
+        self.say(
+            f"trial {done} of about {max(self.num_expected, done)}: {name} at {at}, seed {seed}: {shown}"
+            + (f"; about {duration(left)} left" if left > 0 else "")
+        )
+        return trial
+
+    def _train(self, name: str, rates: Rates, tokens: int, seed: int, *, validated: bool) -> schema.Trial:
+        """Train and measure a contestant, once.
+
+        Args:
+            validated: measure on validation text too.
+        """
+        identity = _identity(name, rates, tokens, seed)
+        run = self._run(name, tokens, rates, seed)
+
+        def work(output: Path, *, base: Artifact, data: str, validated: bool, run: Any, layers: Any) -> dict[str, Any]:
+            config = self._run(name, tokens, rates, seed, output)
+            return self._run_trial(name, replace(self.inputs, config=config, layers=layers), output, validated)
+
+        record = self.inputs.folder.once(
+            f"trials/{identity}",
+            work,
+            keep=False,
+            collective=True,
+            base=self.inputs.base,
+            data=self.data.fingerprint,
+            validated=validated,
+            run=run.model_dump(mode="json", exclude={"output", "title"}),
+            layers=self.layers[name],
+        ).record
+        return schema.Trial.model_validate(record["trial"])
+
+    def _run_trial(self, name: str, inputs: Inputs, output: Path, validated: bool) -> dict[str, Any]:
+        folder = RunFolder(output, lambda _: None)
+        (output / "stages").mkdir(parents=True, exist_ok=True)
+        inputs = replace(inputs, folder=folder)
+        rates = {phase.name: inputs.config.settings(phase).learning_rate for phase in inputs.config.method.phases}
+        described = {"contestant": name, "budget": "", "seed": inputs.config.seed, "learning_rates": rates}
+        try:
+            sequences = divide_budget(inputs.config, self.data, folder.say)
+            adapted = adapt(inputs, self.data, sequences, self.base["bpb"])
+        except TrainingDivergedError as error:
+            return {"trial": schema.Trial(**described, failed=str(error)).model_dump(mode="json")}
+        trial = collect.trial(
+            name,
+            "",
+            inputs.config.seed,
+            adapted.records,
+            measure(inputs, "evaluate", adapted.model, heldout_text(inputs, self.data), brief=True),
+            before_alignment=adapted.before_alignment,
+            learning_rates=rates,
+            validation=self._validate(inputs, adapted) if validated else None,
+            flops=training_flops(inputs, adapted),
+        )
+        return {"trial": trial.model_dump(mode="json")}
+
+    def _validate(self, inputs: Inputs, adapted: Adapted) -> dict[str, Any]:
+        return measure(inputs, "validate", adapted.model, validation_text(inputs, self.data), brief=True)
+
+    def _run(
+        self,
+        name: str,
+        tokens: int,
+        rates: Rates | None = None,
+        seed: int | None = None,
+        folder: Path | None = None,
+    ) -> RunConfig:
+        return contestant_run(
+            self.config,
+            name,
+            folder or self.inputs.folder.path("trials"),
+            learning_rates=rates or {},
+            tokens=tokens,
+            seed=self.config.seeds[0] if seed is None else seed,
+        )
+
+    # What is written.
+
+    def _results(self, trials: list[schema.Trial]) -> schema.Results:
+        config, run = self.config, self.inputs.config
+        contestants = []
+        for name, each in config.contestants.items():
+            method = config.method(name)
+            label = each.label or (method.label if method.name == name else name)
+            contestants.append(
+                {
+                    "name": name,
+                    "label": label,
+                    "method": method.name,
+                    "layers": self.layers[name],
+                    "changes": each.changes | method.model_dump(mode="json", exclude_defaults=True, exclude={"name"}),
+                }
+            )
+        results = schema.Results.model_validate(
+            {
+                **circumstances(run, self.inputs.base.path, self.inputs.layers, self.data),
+                "schema_version": schema.SCHEMA_VERSION,
+                "kind": "comparison",
+                "title": config.title or f"{Path(run.model).name} learns {run.data.target}: methods compared",
+                "config": config.model_dump(mode="json"),
+                "endpoint": {"source_weight": config.source_weight},
+                "base": collect.measured(self.base),
+                "base_validation": collect.measured(self.base_validation),
+                "contestants": contestants,
+                "budgets": [{"name": each.name, "kind": each.kind, "value": each.value} for each in config.budgets],
+                "seeds": config.seeds,
+                "trials": trials,
+            }
+        )
+        return judged(results)
+
+
+def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:
+    """Matmul FLOPs of training by phase, without fitting a bridge or searching a scale."""
+    config = inputs.config
+    counted = footprint(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
+    found = {}
+    for phase in config.method.phases:
+        rows = adapted.records.get(f"vocabulary-{phase.name}", {}).get("rows")
+        of_phase = counted.with_vocabulary(rows) if rows else counted
+        per_token = config.method.flops_per_token(phase, of_phase, inputs.layers, config.data.sequence_length)
+        found[phase.name] = adapted.records[phase.name]["tokens"] * per_token.total
+    return found
+
+
+def _identity(name: str, rates: Rates, tokens: int, seed: int) -> str:
+    return f"{name}-{tokens}-{seed}-" + "-".join(f"{rate:g}" for rate in rates.values())
+
+
+def _middle(grids: dict[str, list[float]]) -> Rates:
+    return {phase: grid[len(grid) // 2] for phase, grid in grids.items()}
+
+
+def _shares(run: RunConfig) -> Iterator[float]:
+    """Shares of the budget that the phases of the run's method train on."""
+    share = run.method.alignment_share
+    for phase in run.method.phases:
+        yield {"pretraining": 1 - share, "alignment": share, "all": 1.0}[phase.rows]
+
+
+def _spent(trial: schema.Trial, kind: str) -> float:
+    return float(getattr(trial, kind) or trial.seconds)
+
+
+def _tokens_within(trial: schema.Trial, tokens: int, seconds: float, kind: str) -> int:
+    """Tokens of a run that takes `seconds`, by the rates and the fixed costs of a trial with `tokens`."""
+    training = sum(float(getattr(stage, kind) or stage.seconds) for stage in trial.stages if stage.tokens)
+    fixed = _spent(trial, kind) - training
+    return int(max(0.0, seconds - fixed) / training * tokens) if training else tokens

@@ -1,0 +1,272 @@
+"""Read configurations: YAML files checked whole, with one message for a mistake, before anything is loaded."""
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from elo.config.schema import CompareConfig, RunConfig
+from elo.errors import EloError
+from elo.methods import METHODS
+
+M = TypeVar("M", bound=BaseModel)
+
+# Spellings of other tools, answered with ours.
+_ELSEWHERE = {
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "model_id": "model",
+    "output_dir": "output",
+    "cutoff_len": "data.sequence_length",
+    "sequence_len": "data.sequence_length",
+    "sequence_length": "data.sequence_length",
+    "max_length": "data.sequence_length",
+    "max_seq_length": "data.sequence_length",
+    "block_size": "data.sequence_length",
+    "datasets": "data.corpora",
+    "dataset": "data.corpora",
+    "text_field": "text_column",
+    "dataset_text_field": "text_column",
+    "lr": "training.learning_rate",
+    "learning_rate": "training.learning_rate",
+    "lr_scheduler": "training.lr_scheduler_type",
+    "optimizer": "training.optim",
+    "gradient_checkpointing": "training.activation_checkpointing",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "batch_size": "training.per_device_train_batch_size",
+    "gradient_accumulation_steps": "training.tokens_per_step",
+    "num_train_epochs": "tokens",
+    "num_epochs": "tokens",
+    "max_steps": "tokens",
+    "sample_packing": "data.packing",
+    "split_special_tokens": "data.split_special_tokens",
+    "warmup_ratio": "training.warmup_steps",
+    "flash_attention": "training.attn_implementation",
+    "modules_to_save": "method.also_train",
+    "lora_r": "method.rank",
+    "lora_rank": "method.rank",
+    "lora_alpha": "method.alpha",
+    # Keys of ELO 0.1.
+    "elo_pretraining": "training",
+    "layer_alignment": "training.phases.layer_alignment",
+    "full": "training",
+    "elo": "method",
+    "lora": "method",
+    "lisa": "method",
+    "stand_in": "method.middle",
+    "also_train": "method.also_train",
+    "embedding_rows": "method.embedding_rows",
+    "alignment": "method.alignment",
+    "controls": "contestants of a comparison (elo compare)",
+    "loss_spike": "max_loss_spike_nats",
+    "max_tokens": "evaluation.max_bytes",
+}
+
+
+_MAX_VALUES = 100_000
+
+
+def load_comparison(path: str | Path | dict[str, Any], overrides: list[str] | None = None) -> CompareConfig:
+    """Read the configuration of a comparison; as `load_config`.
+
+    Raises:
+        EloError: as `load_config`.
+    """
+    return _load(CompareConfig, path, overrides)
+
+
+def contestant_run(
+    config: CompareConfig, name: str, folder: Path, *, learning_rates: dict[str, float], tokens: int, seed: int
+) -> RunConfig:
+    """The run of one contestant: what is shared, its changes, and these learning rates by phase.
+
+    Raises:
+        EloError: the run's configuration or the changes are wrong.
+    """
+    value = _plain_copy(_read_yaml(Path(config.run)) if isinstance(config.run, str) else config.run)
+    where = config.run if isinstance(config.run, str) else "run"
+    contestant = config.contestants[name]
+    changes = {
+        **contestant.changes,
+        **{f"training.phases.{phase}.learning_rate": rate for phase, rate in learning_rates.items()},
+        "method": config.method(name).model_dump(mode="json"),
+        "training.evaluations": 0,
+        "evaluation.cloze": {},
+        "evaluation.prompts": {},
+        "output": str(folder),
+        "tokens": tokens,
+        "seed": seed,
+    }
+    for key, item in changes.items():
+        _put(value, key, item, f"contestants.{name}.changes")
+    return _validated(RunConfig, value, f"{where}, as contestant {name!r} changes it")
+
+
+def load_config(path: str | Path | dict[str, Any], overrides: list[str] | None = None) -> RunConfig:
+    """Read a configuration file (or a dict of the same form) and apply `key.path=value` overrides.
+
+    Raises:
+        EloError: the file cannot be read, or a key or value is wrong: which, where, what was got, what to do.
+    """
+    return _load(RunConfig, path, overrides)
+
+
+def _load(model: type[M], path: str | Path | dict[str, Any], overrides: list[str] | None) -> M:
+    if isinstance(path, dict):
+        name, value = "configuration", path
+    else:
+        name, value = str(path), _read_yaml(Path(path))
+    try:
+        value = _plain_copy(value)
+    except RecursionError:
+        raise EloError(f"{name}: is nested too deeply, or refers to itself") from None
+    except OverflowError:
+        raise EloError(f"{name}: its aliases stand for more than {_MAX_VALUES:,} values; write them out") from None
+    for override in overrides or []:
+        _override(value, override)
+    return _validated(model, value, name)
+
+
+def _validated(model: type[M], value: dict[str, Any], name: str) -> M:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise EloError(f"{name}: " + "; ".join(_explain(each, model) for each in error.errors())) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key.value!r} stands twice in one section", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except FileNotFoundError:
+        raise EloError(f"{path}: no such configuration file") from None
+    except IsADirectoryError:
+        raise EloError(f"{path}: is a folder; give the configuration file (YAML) itself") from None
+    except PermissionError:
+        raise EloError(f"{path}: cannot be read (permission denied)") from None
+    except UnicodeDecodeError as error:
+        raise EloError(f"{path}: is not UTF-8 text (byte {error.start}); is it a configuration file?") from None
+    except yaml.YAMLError as error:
+        raise EloError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise EloError(f"{path}: is nested too deeply") from None
+    except ValueError as error:  # a date such as 2026-99-99, a number of thousands of digits
+        raise EloError(f"{path}: holds a value that YAML cannot make ({error}); quote it") from None
+    if not isinstance(value, dict):
+        raise EloError(f"{path}: holds {type(value).__name__}, not a mapping of keys to values")
+    return value
+
+
+def _plain_copy(value: Any, seen: list[None] | None = None) -> Any:
+    """A copy in which nothing is shared; ten lines of YAML aliases can stand for a billion values."""
+    seen = [] if seen is None else seen
+    seen.append(None)
+    if len(seen) > _MAX_VALUES:
+        raise OverflowError
+    if isinstance(value, str) and "\0" in value:
+        raise EloError(f"configuration: {_short(value)} holds a null byte, which no name or path may; remove it")
+    if isinstance(value, dict):
+        return {key: _plain_copy(item, seen) for key, item in value.items()}
+    return [_plain_copy(item, seen) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _override(value: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise EloError(f"--set {override!r}: write key.path=value, for example --set training.learning_rate=2e-4")
+    try:
+        parsed = _plain_copy(yaml.load(text, _UniqueKeys))
+    except yaml.YAMLError as error:
+        why = getattr(error, "problem", None)
+        raise EloError(f"--set {_short(override)}: the value is not YAML ({why})") from None
+    except EloError:
+        raise
+    except ValueError as error:
+        raise EloError(f"--set {_short(override)}: YAML cannot make a value of it ({error}); quote it") from None
+    except (RecursionError, OverflowError):
+        raise EloError(f"--set {_short(override)}: the value is nested too deeply, or too large") from None
+    _put(value, key.strip(), parsed, f"--set {override!r}")
+
+
+def _put(value: dict[str, Any], key: str, item: Any, where: str) -> None:
+    """Set `key`, a dotted path, in a nested dict."""
+    *parents, last = key.split(".")
+    here: Any = value
+    for parent in parents:
+        here = here.setdefault(parent, {})
+        if not isinstance(here, dict):
+            raise EloError(f"{where}: {parent!r} is a value, not a section")
+    here[last] = item
+
+
+def _explain(error: Any, model: type[BaseModel]) -> str:
+    """One pydantic error in words: the key, what is wrong, what was got, what to write."""
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        key = str(error["loc"][-1])
+        known = _known_keys(model, error["loc"][:-1])
+        elsewhere = _ELSEWHERE.get(key)
+        close = [elsewhere] if elsewhere else difflib.get_close_matches(key, known, 1, 0.6)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(sorted(known))}"
+        return f"unknown key {path!r}; {hint}"
+    if error["type"] == "union_tag_invalid":
+        name = str(error["ctx"]["tag"])
+        close = difflib.get_close_matches(name, METHODS, 1, 0.6)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(METHODS)}"
+        return f"{path}: there is no method {name!r}; {hint}"
+    if error["type"] == "missing":
+        return f"missing key {path!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type" and isinstance(error["input"], bool):
+        message += " (YAML reads bare no, yes, on and off as true or false: quote it)"
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    if error["type"] == "float_type" or error["type"].startswith(("float_parsing", "int_parsing", "int_type")):
+        message += _number_hint(error["input"])
+    return f"{path}: {message[:1].lower()}{message[1:]}, got {_short(error['input'])}"
+
+
+def _number_hint(value: Any) -> str:
+    # YAML 1.1 reads 1e-4 (no dot) as text, which pydantic turns back into a number; what still fails is something else.
+    return " (write a plain number)" if isinstance(value, str) else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _known_keys(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Keys of the section at `location`."""
+    model: Any = root
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
+        if field is not None:
+            model = _section_of(field.annotation) or model
+    return list(model.model_fields)
+
+
+def _section_of(annotation: Any) -> Any:
+    """The section class inside an annotation such as dict[str, list[CorpusConfig]]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        if (found := _section_of(inner)) is not None:
+            return found
+    return None

@@ -1,0 +1,170 @@
+"""The manifest of prepared data: made from what is on disk when all is there, compared when it is asked for again."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elo.errors import EloError, UnfinishedError
+from elo.log import short
+from elo.store.files import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from elo.data.corpora import CorpusTask, Preparation
+    from elo.data.shards import PreparedData
+
+
+def make_manifest(job: "Preparation", tasks: "list[CorpusTask]", plan: str) -> dict[str, Any]:
+    """The manifest of finished corpora (documented key by key in `elo.data.shards`).
+
+    Raises:
+        EloError: a language came out without training text.
+    """
+    from elo.data.shards import SCHEMA, SPLITS
+
+    languages: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for task in sorted(tasks, key=lambda task: task.split != "train"):
+        splits = languages.setdefault(task.language, {split: [] for split in SPLITS})
+        segments = [segment for state in job.states(task) for segment in state.segments]
+        counts = {name: sum(segment["counts"][name] for segment in segments) for name in segments[0]["counts"]}
+        files = [[file.location, file.size] for file in task.files]
+        # A corpus given as held-out text is written through the "train" side of its segments: nothing is cut from it.
+        splits[task.split].append(_corpus(task, segments, "train", {**counts, "files": files}))
+        for split in task.cut_splits:
+            splits[split].append(_corpus(task, segments, split, {"files": files}))
+    tokenizer = job.tokenizer
+    manifest = {
+        "schema": SCHEMA,
+        "plan": plan,
+        "dtype": tokenizer.dtype.str,
+        "shard_tokens": job.shard_tokens,
+        "tokenizer": {
+            "name": tokenizer.name,
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "prefix_token_id": tokenizer.prefix_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "split_special_tokens": tokenizer.split_special_tokens,
+        },
+        "languages": languages,
+    }
+    _check_not_empty(languages, tasks)
+    return manifest
+
+
+def _corpus(task: "CorpusTask", segments: list[dict[str, Any]], side: str, more: dict[str, Any]) -> dict[str, Any]:
+    shards = [segment[side] for segment in segments if segment.get(side)]
+    totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "text_tokens", "bytes")}
+    return {"name": task.name, "weight": task.weight, **totals, **more, "shards": shards}
+
+
+def _check_not_empty(languages: dict[str, Any], tasks: "list[CorpusTask]") -> None:
+    for split, language in dict.fromkeys((task.split, task.language) for task in tasks):
+        corpora = languages[language][split]
+        if any(corpus["documents"] for corpus in corpora):
+            continue
+        files = ", ".join(task.files[0].location for task in tasks if (task.split, task.language) == (split, language))
+        cut = sum(corpus["documents"] for corpus in languages[language]["heldout"]) if split == "train" else 0
+        chosen = sum(corpus["documents"] for corpus in languages[language]["validation"]) if split == "train" else 0
+        why = (
+            f"all {cut} documents were held out; lower heldout_share or give more text"
+            if cut and not chosen
+            else f"all {cut + chosen} documents were held out or cut out as validation text; lower heldout_share and "
+            "validation_share, or give more text"
+            if chosen
+            else "no document with text; check the files and text_column"
+        )
+        raise EloError(f"{files}: {split} text for {language!r}: {why}")
+
+
+def judge_lost_text(job: "Preparation", tasks: "list[CorpusTask]", manifest: dict[str, Any]) -> list[str]:
+    """Warnings about corpora of which the tokenizer loses text.
+
+    Raises:
+        EloError: it loses too much of one.
+    """
+    from elo.data.tokenizing import TextCounts
+
+    found = []
+    for task in tasks:
+        corpus = manifest["languages"][task.language][task.split][task.index]
+        found.append(job.judge(task, TextCounts(*(corpus[name] for name in TextCounts._fields))))
+    return [warning for warning in found if warning is not None]
+
+
+def tell_totals(manifest: dict[str, Any], tell: "Callable[[str], None]") -> None:
+    """Say what came out, by language, and warn of held-out documents that are trained on too."""
+    spelled = "tokenised as text" if manifest["tokenizer"]["split_special_tokens"] else "taken as tokens"
+    for language, splits in manifest["languages"].items():
+        train, heldout, validation = splits["train"], splits["heldout"], splits["validation"]
+
+        def total(corpora: list[dict[str, Any]], key: str) -> int:
+            return sum(corpus.get(key, 0) for corpus in corpora)
+
+        tokens, size = total(train, "text_tokens"), total(train, "bytes")
+        tell(
+            f"{language}: {total(train, 'documents'):,} documents, {short(total(train, 'tokens'))} tokens, "
+            f"{short(size)} bytes of text ({size / max(tokens, 1):.2f} bytes a token); "
+            f"held out {total(heldout, 'documents'):,} documents, {short(total(heldout, 'tokens'))} tokens"
+            + (f"; for validation {total(validation, 'documents'):,} documents" if validation else "")
+        )
+        both = [*train, *heldout]
+        for key, said in (
+            ("skipped", "documents could not be read and were left out"),
+            ("cut_files", "files could not be read to their end; the rest of each is left out"),
+            ("empty", "documents hold no text"),
+            ("special_tokens", f"special tokens are spelled in the text; they are {spelled}"),
+        ):
+            if total(both, key):
+                tell(f"{language}: {total(both, key):,} {said}")
+        if total(train, "overlapping"):
+            tell(
+                f"warning: {language}: {total(train, 'overlapping'):,} training documents are also in held-out text; "
+                "what is measured on it will look better than it is"
+            )
+
+
+def reopen(output: Path, plan: str, on_error: str) -> "PreparedData | None":
+    """The finished data in `output` if it is whole and what would be made now; None otherwise."""
+    from elo.data.shard_writer import LEFT_OUT
+    from elo.data.shards import PreparedData
+
+    try:
+        prepared = PreparedData.open(output)
+    except UnfinishedError:
+        return None
+    left_out = sum(
+        corpus.get(name, 0)
+        for name in LEFT_OUT
+        for splits in prepared.manifest["languages"].values()
+        for corpora in splits.values()
+        for corpus in corpora
+    )
+    same = prepared.manifest.get("plan") == plan and not (on_error == "stop" and left_out)
+    return prepared if same else None
+
+
+def is_whole(output: Path) -> bool:
+    """Whether `output` holds finished data of any kind."""
+    from elo.data.shards import PreparedData
+
+    try:
+        PreparedData.open(output)
+    except UnfinishedError:
+        return False
+    return True
+
+
+def reweigh(prepared: "PreparedData", tasks: "list[CorpusTask]") -> "PreparedData":
+    """Write names and weights that have changed into the manifest; nothing is tokenised for that."""
+    changed = False
+    for task in tasks:
+        for split in (task.split, *task.cut_splits):
+            corpus = prepared.manifest["languages"][task.language][split][task.index]
+            changed |= (corpus["name"], corpus["weight"]) != (task.name, task.weight)
+            corpus.update(name=task.name, weight=task.weight)
+    if changed:
+        from elo.data.shards import MANIFEST
+
+        write_json(prepared.path / MANIFEST, prepared.manifest)
+    return prepared

@@ -1,0 +1,429 @@
+"""`elo prepare`: tokenise corpora of several languages into token shards, once.
+
+Mixing, weights and packing happen when the shards are read, so that changing them tokenises nothing again. The folder
+is complete when it has its manifest; until then the same command goes on after the last finished shard.
+"""
+
+import fcntl
+import os
+import re
+import time
+from bisect import insort
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from elo.data.manifest import is_whole, judge_lost_text, make_manifest, reopen, reweigh, tell_totals
+from elo.errors import EloError
+from elo.log import Progress, short
+from elo.store.files import TEMPORARY_PREFIX, remove, sha256_json, write_json
+
+if TYPE_CHECKING:
+    from elo.config import CorpusConfig, DataConfig
+    from elo.data.corpora import CorpusTask, Preparation
+    from elo.data.shards import PreparedData
+    from elo.data.tokenizer import TextTokenizer
+
+LANGUAGE = re.compile(r"[\w-]+")
+MARKER = "prepare.json"
+"""Written first: the folder is prepare's own, so that no other folder's content is ever touched."""
+SECONDS_BETWEEN_LOOKS = 2.0
+"""Of several that prepare together, at what the others are still at work on."""
+MIN_VALIDATION_DOCUMENTS = 30
+BYTES_PER_WORKER = 4 << 20
+"""Input on disk that is worth the start of one more process."""
+CORES_OF_ONE_PROCESS = 8
+"""Up to this many the tokenizer's own threads are used; beyond, processes (see `elo.data.tokenizing`)."""
+
+
+@dataclass(frozen=True)
+class CorpusSource:
+    """A corpus: a file (.jsonl, .txt: also .gz, .zst; .parquet), a folder, a glob, or a Hugging Face dataset id."""
+
+    path: str
+    weight: float = 1.0
+    """Relative number of passes over it among the corpora of its language."""
+    text_column: str = "text"
+    name: str | None = None
+    """By default the file's or folder's name."""
+
+
+def source_files(source: CorpusSource | str) -> list[Path]:
+    """The files that a corpus stands for now; none for a Hugging Face dataset.
+
+    Raises:
+        EloError: there is nothing to read.
+    """
+    from elo.data.sources import list_inputs
+
+    path = source if isinstance(source, str) else source.path
+    return [Path(file.location) for file in list_inputs(str(path)) if not file.is_hub]
+
+
+def corpus_sources(data: "DataConfig") -> tuple[dict[str, list[CorpusSource]], dict[str, CorpusSource]]:
+    """The training and the held-out corpora of a configuration, by language."""
+
+    def source(given: "CorpusConfig") -> CorpusSource:
+        return CorpusSource(given.path, text_column=given.text_column)
+
+    corpora = {language: [source(each) for each in sources] for language, sources in data.corpora.items()}
+    return corpora, {language: source(each) for language, each in data.heldout.items()}
+
+
+def prepare(
+    tokenizer: "str | Path | TextTokenizer",
+    corpora: Mapping[str, Sequence[CorpusSource | str] | CorpusSource | str],
+    output: str | Path,
+    *,
+    heldout: Mapping[str, CorpusSource | str] | None = None,
+    heldout_share: float = 0.005,
+    validation_share: float = 0.0,
+    workers: int | None = None,
+    on_error: str = "stop",
+    shard_tokens: int = 1 << 26,
+    vocab_size: int | None = None,
+    progress: bool = True,
+    together: bool = False,
+    overwrite: bool = False,
+    split_special_tokens: bool = True,
+    allow_lost_text: bool = False,
+    trust_remote_code: bool = False,
+) -> "PreparedData":
+    """Tokenise `corpora` ({language: corpora}) into `output`.
+
+    Args:
+        tokenizer: checkpoint folder, hub id, or a loaded `TextTokenizer`.
+        heldout: text to measure on, by language; a language without it has `heldout_share` of its documents cut out,
+            chosen by a hash of their text so that copies of a document stay together (at least one document).
+        validation_share: share of each language's documents cut out of its training text for choices such as learning
+            rates, by the same hash: at least one in a hundred documents, up to 30 of them. 0 cuts none.
+        workers: processes that tokenise; by default this one alone (with threads) up to 8 cores, then one a core.
+        on_error: "stop" at the first document that cannot be read, or "skip" and count such documents.
+        shard_tokens: tokens of a shard; what a killed run may have to do again.
+        vocab_size: rows of the model's embedding; token ids beyond are refused.
+        together: other processes, on this machine or on others that share the folder, may do the same call at the same
+            time: each takes runs of input files that nobody works on, and all wait until the last is done.
+        overwrite: replace finished data made from other inputs or settings.
+        split_special_tokens: tokenise special tokens spelled in a document as text; otherwise they become the tokens.
+        allow_lost_text: accept text of which the tokenizer loses more than 5 %; how much it loses is measured on the
+            first documents and then one in 16, and on all held-out text.
+
+    Raises:
+        EloError: bad input, named by file and line; or `output` holds something else.
+    """
+    from elo.data.corpora import Preparation
+    from elo.data.shards import MANIFEST, PreparedData
+    from elo.data.tokenizer import load_tokenizer
+
+    if on_error not in ("stop", "skip"):
+        raise EloError(f"on_error is either stop or skip, got {on_error!r}")
+    if shard_tokens < 1 or (workers is not None and workers < 1):
+        raise EloError(f"shard_tokens and workers must be at least 1, got {shard_tokens} and {workers}")
+    if not 0 <= heldout_share < 1:
+        raise EloError(f"heldout_share is a share of documents, at least 0 and below 1; got {heldout_share}")
+    if not 0 <= validation_share < 1:
+        raise EloError(f"validation_share is a share of documents, at least 0 and below 1; got {validation_share}")
+    output = Path(output)
+    tasks = _list_tasks(corpora, heldout or {})
+    _check_output(output)
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer, trust_remote_code)
+    tokenizer = replace(tokenizer, split_special_tokens=split_special_tokens)
+    if vocab_size is not None:
+        tokenizer.check_embedding(vocab_size)
+    tell = Progress(None, "prepare" if progress else None, "B").say
+    known = _hashes_of_heldout(tasks, on_error)
+    tasks = _with_thresholds(tasks, heldout_share, validation_share, known, on_error)
+
+    plan = sha256_json([[task.folder, task.plan(tokenizer, shard_tokens, known)] for task in tasks])
+    existed = output.is_dir()
+    job = Preparation(output, tokenizer, shard_tokens, on_error, vocab_size, known, tell, allow_lost_text)
+    with _locked(output, shared=together):
+        with _one_at_a_time(output, together):
+            if (output / MANIFEST).is_file():
+                finished = reopen(output, plan, on_error)
+                if finished is not None:
+                    judge_lost_text(job, tasks, finished.manifest)
+                    return reweigh(finished, tasks)
+                if not overwrite and is_whole(output):
+                    raise EloError(
+                        f"{output}: holds finished data made from other inputs or settings; "
+                        "choose another output, remove it, or pass overwrite"
+                    )
+                remove(output / MANIFEST)
+            if not together:
+                _sweep(output, tasks)
+            for task in tasks:
+                job.claim(task, start_over=not together)
+        try:
+            told = False
+            while left := _tokenize(job, tasks, workers, progress, together):
+                if not told:
+                    tell(f"{output}: others are at work on {left} runs of files; waiting for them")
+                told = True
+                time.sleep(SECONDS_BETWEEN_LOOKS)  # what one of them leaves, because it died, is taken then
+            with _one_at_a_time(output, together):
+                manifest = make_manifest(job, tasks, plan)
+                warnings = judge_lost_text(job, tasks, manifest)
+                write_json(output / MANIFEST, manifest)
+                for lock in output.rglob("*.lock"):
+                    remove(lock)
+        except EloError:
+            if not together:
+                _remove_if_nothing_finished(output, existed)
+            raise
+        tell_totals(manifest, tell)
+        for warning in warnings:
+            tell(warning)
+    return PreparedData.open(output)
+
+
+def _list_tasks(
+    corpora: Mapping[str, Sequence[CorpusSource | str] | CorpusSource | str], heldout: Mapping[str, CorpusSource | str]
+) -> "list[CorpusTask]":
+    """Every corpus with its files, held-out text first; all that is missing is told before anything is done."""
+    from elo.data.corpora import CorpusTask
+    from elo.data.sources import list_inputs
+
+    if not corpora:
+        raise EloError("no corpora; give at least one for one language")
+    tasks: list[CorpusTask] = []
+    for split, given in (("heldout", heldout), ("train", corpora)):
+        for language, sources in given.items():
+            if not LANGUAGE.fullmatch(language):
+                raise EloError(f"language name {language!r} may hold letters, digits, - and _ alone")
+            listed = [sources] if isinstance(sources, CorpusSource | str) else list(sources)
+            if not listed:
+                raise EloError(f"language {language!r} has no corpus; give one or leave the language out")
+            names: set[str] = set()
+            for index, item in enumerate(listed):
+                source = CorpusSource(item) if isinstance(item, str) else item
+                if not 0 <= source.weight < float("inf"):
+                    raise EloError(f"{source.path}: weight must be a number of at least 0, got {source.weight}")
+                name = _unique(source.name or _name_of(source.path), names)
+                files = tuple(list_inputs(str(source.path)))
+                tasks.append(CorpusTask(language, split, index, name, source.weight, source.text_column, files))
+    return tasks
+
+
+def _name_of(path: str) -> str:
+    return re.sub(r"(\.jsonl|\.txt)?(\.gz|\.zst)?$|\.parquet$", "", Path(path).name) or str(path)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    number, unique = 2, name
+    while unique in taken:
+        unique, number = f"{name}-{number}", number + 1
+    taken.add(unique)
+    return unique
+
+
+def _check_output(output: Path) -> None:
+    """Raise EloError unless `output` is new, empty, or prepare's own."""
+    if output.exists() and not output.is_dir():
+        raise EloError(f"{output}: is a file; name a folder for the token shards")
+    if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
+        raise EloError(f"{output}: the folder holds other things; choose another output, or remove it")
+
+
+@contextmanager
+def _locked(output: Path, *, shared: bool) -> Iterator[None]:
+    """Make `output` and hold it for this process, or for those that work together."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(output, os.O_RDONLY)
+    except OSError as error:
+        raise EloError(f"{output}: cannot be written ({error.strerror}); choose another output") from None
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise EloError(f"{output}: another prepare is at work there; wait for it, or use another output") from None
+        try:
+            # Made once and never replaced: those that prepare together take turns by locking it.
+            with suppress(FileExistsError), (output / MARKER).open("x") as marker:
+                marker.write('{"made_by": "elo prepare"}\n')
+        except OSError as error:
+            raise EloError(f"{output}: cannot be written ({error.strerror}); choose another output") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _one_at_a_time(output: Path, together: bool) -> Iterator[None]:
+    """Within, no other process that works together on `output` is here."""
+    if not together:
+        yield
+        return
+    with (output / MARKER).open("rb") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _taken(path: Path, together: bool) -> Iterator[bool]:
+    """Whether this process has the unit whose lock is `path` to itself."""
+    if not together:
+        yield True
+        return
+    with path.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _hashes_of_heldout(tasks: "list[CorpusTask]", on_error: str) -> frozenset[bytes]:
+    """Hashes of all documents given as held-out text, to be looked for in training text."""
+    from elo.data.corpora import text_hash
+
+    return frozenset(text_hash(text) for task in tasks if task.split == "heldout" for text in _texts(task, on_error))
+
+
+def _texts(task: "CorpusTask", on_error: str) -> Iterator[bytes]:
+    from elo.data.corpora import DocumentReader
+    from elo.data.shard_writer import Position
+
+    # What is left out is told when it is tokenised.
+    reader = DocumentReader(task, list(task.files), on_error, frozenset(), lambda line: None)
+    for batch in reader.batches(Position()):
+        yield from batch.texts
+
+
+def _with_thresholds(
+    tasks: "list[CorpusTask]", heldout_share: float, validation_share: float, known: frozenset[bytes], on_error: str
+) -> "list[CorpusTask]":
+    """Set which documents are held out of languages without held-out text, and which are cut out as validation text."""
+    given = {task.language for task in tasks if task.split == "heldout"}
+    thresholds: dict[str, tuple[int, int]] = {}
+    for language in sorted({task.language for task in tasks if task.split == "train"}):
+        share = 0.0 if language in given else heldout_share
+        if share or validation_share:
+            own = [task for task in tasks if task.language == language and task.split == "train"]
+            thresholds[language] = _thresholds(language, own, share, validation_share, known, on_error)
+
+    def threshold(task: "CorpusTask", which: int) -> int:
+        return thresholds.get(task.language, (0, 0))[which] if task.split == "train" else 0
+
+    return [replace(task, threshold=threshold(task, 0), validation_threshold=threshold(task, 1)) for task in tasks]
+
+
+def _thresholds(
+    language: str,
+    tasks: "list[CorpusTask]",
+    heldout_share: float,
+    validation_share: float,
+    known: frozenset[bytes],
+    on_error: str,
+) -> tuple[int, int]:
+    """The hash below which documents are held out, and from there the hash below which they are validation text.
+
+    Each is its share of all hashes, or what it takes to have enough: one held-out document; one validation document in
+    a hundred documents, but at least one and at most `MIN_VALIDATION_DOCUMENTS`. Some text is always left to train on.
+    Reading ends when that is certain, so in a large corpus it costs nothing.
+    """
+    from elo.data.corpora import text_hash
+
+    bound, span = int(heldout_share * 2**64), int(validation_share * 2**64)
+    lowest, first, documents, several = 2**64, None, 0, False
+    above: list[int] = []  # the lowest hashes from `bound` up: a held-out document, validation text, one to train on
+    for task in tasks:
+        for text in _texts(task, on_error):
+            digest = text_hash(text)
+            value = int.from_bytes(digest, "big")
+            first = value if first is None else first
+            documents, several = documents + 1, several or value != first
+            lowest = min(lowest, value)
+            new = value >= bound and digest not in known and value not in above
+            if new and (len(above) < MIN_VALIDATION_DOCUMENTS + 2 or value < above[-1]):
+                insort(above, value)
+                del above[MIN_VALIDATION_DOCUMENTS + 2 :]
+            held = not heldout_share or lowest < bound
+            chosen = len(above) > MIN_VALIDATION_DOCUMENTS and above[MIN_VALIDATION_DOCUMENTS - 1] < bound + span
+            if held and several and (chosen or not span):
+                return bound, bound + span
+    if not documents:
+        raise EloError(f"{_paths(tasks)}: no document with text for {language!r}; check the files and text_column")
+    if heldout_share and not several:
+        raise EloError(
+            f"{_paths(tasks)}: a single document for {language!r}, so none can be held out of it to measure on; "
+            "give held-out text (heldout), or text in more documents"
+        )
+    if heldout_share and lowest >= bound:
+        bound = lowest + 1
+        above = [value for value in above if value >= bound]
+    wanted = min(max(1, min(MIN_VALIDATION_DOCUMENTS, documents // 100)), len(above) - 1)
+    if not span or wanted < 1:
+        return bound, bound
+    return bound, max(bound + span, above[wanted - 1] + 1)
+
+
+def _paths(tasks: "list[CorpusTask]") -> str:
+    return ", ".join(dict.fromkeys(task.files[0].location for task in tasks))
+
+
+def _sweep(output: Path, tasks: "list[CorpusTask]") -> None:
+    """Remove corpora that are asked for no more, and what a killed run was writing."""
+    from elo.data.shards import SPLITS
+
+    wanted = {output / folder for task in tasks for folder in task.own_folders}
+    for split in SPLITS:
+        for folder in output.glob(f"*/{split}/*"):
+            if folder not in wanted:
+                remove(folder)
+    for leftover in output.rglob(f"{TEMPORARY_PREFIX}*"):
+        remove(leftover)
+
+
+def _tokenize(job: "Preparation", tasks: "list[CorpusTask]", workers: int | None, show: bool, together: bool) -> int:
+    """Tokenise what is missing of every corpus; returns how many units others are at work on."""
+    from elo.data.tokenizing import TokenizerPool
+
+    unknown = any(file.is_hub for task in tasks for file in task.files)
+    total = sum(file.size for task in tasks for file in task.files)
+    done = 0
+    pending: list[tuple[CorpusTask, int, int]] = []
+    for task in tasks:
+        for unit, state in enumerate(job.states(task, look=together)):
+            size = sum(file.size for file in task.units[unit])
+            if state.finished:
+                done += size
+            else:
+                pending.append((task, unit, size))
+    if not pending:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = workers or (1 if cores <= CORES_OF_ONE_PROCESS else cores)
+    if not unknown:
+        processes = max(1, min(processes, (total - done) // BYTES_PER_WORKER))
+    tokenizer = job.tokenizer
+    frame = (tokenizer.prefix_token_id, tokenizer.eos_token_id)
+    progress = Progress(None if unknown else total, "prepare" if show else None, "B", done)
+    with progress, TokenizerPool(tokenizer.encoder, *frame, tokenizer.dtype, processes, tokenizer.checker) as pool:
+        tokens, left = 0, 0
+        for task, unit, size in pending:
+            with _taken(job.root / task.folder / f"{unit:05d}.lock", together) as ours:
+                left += not ours
+                if ours:
+                    if together:
+                        job.sweep(task, unit)
+                    for read, new_tokens in job.run_unit(task, unit, pool):
+                        tokens += new_tokens
+                        progress.update(done + read, f"{short(tokens)} tokens")
+            done += size
+    return left
+
+
+def _remove_if_nothing_finished(output: Path, existed: bool) -> None:
+    """Leave no trace of a run that failed before its first shard was whole."""
+    if any(output.glob("*/*/*/?????-?????.json")):
+        return
+    for item in list(output.iterdir()):
+        remove(item)
+    if not existed:
+        output.rmdir()

@@ -1,0 +1,226 @@
+"""Cloze accuracy: of several continuations of a prompt, does the model find the true one most likely?
+
+Shapes: B rows, T positions.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from elo.data.packing import IGNORE_INDEX
+from elo.data.tokenizer import TextTokenizer
+from elo.errors import EloError
+from elo.evaluate.scoring import (
+    batch_tokens,
+    check_ids,
+    evaluating,
+    forward_logits,
+    longest_sequence,
+    rope_regime,
+    token_nats,
+)
+from elo.log import Progress
+
+
+@dataclass(frozen=True)
+class ClozeItem:
+    """One question: which of `choices` continues `prompt`; a choice brings its own leading space if it needs one."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+    """Index of the true choice."""
+    group: str | None = None
+    """Items of one group are also counted by themselves."""
+
+
+@dataclass(frozen=True)
+class GroupAccuracy:
+    """`ClozeAccuracy` of the items of one group."""
+
+    accuracy: float
+    """0 to 1."""
+    items: int
+    """Number of items."""
+
+
+@dataclass(frozen=True)
+class ClozeAccuracy:
+    """Share of items whose true choice has the highest summed log-probability given the prompt.
+
+    Log-probabilities are summed, not averaged over tokens or characters: they compare the strings as such, so choices
+    should be of like length. Every choice of an item is scored from the same token on: the first one at which any
+    choice's tokens leave the prompt's, since a choice may merge with the prompt's last token. The first of equals wins.
+    """
+
+    accuracy: float
+    """0 to 1."""
+    items: int
+    """Number of items."""
+    chance: float
+    """Expected accuracy of guessing: the mean of 1 / choices."""
+    predictions: tuple[int, ...]
+    """Index of the choice that the model prefers, item by item."""
+    groups: dict[str, GroupAccuracy]
+    """By name of the group, in the order in which the items bring them; empty when no item has a group."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One choice ready to be scored: `ids` in the model's sight, the last `scored` of them counted."""
+
+    item: int
+    choice: int
+    ids: list[int]
+    scored: int
+
+
+def read_cloze(path: Path) -> list[ClozeItem]:
+    """Read items from JSON lines: {"prompt": str, "choices": [str, ...], "answer": int, "group": str (optional)}.
+
+    Other keys are ignored.
+
+    Raises:
+        EloError: the file cannot be read or holds no item, or a line is not an item (named `file:line`).
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            items = [_item(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    except OSError as error:
+        raise EloError(f"{path}: cannot read cloze items ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise EloError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not items:
+        raise EloError(f"{path}: holds no cloze items")
+    return items
+
+
+def cloze_accuracy(
+    model: PreTrainedModel,
+    tokenizer: TextTokenizer,
+    items: Sequence[ClozeItem],
+    *,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    progress: str | None = None,
+) -> ClozeAccuracy:
+    """Ask `model` every item; see `ClozeAccuracy` for what is measured.
+
+    A sequence is laid out as in training: the prefix token, then the text. Prompts too long for the model lose their
+    beginning.
+
+    Args:
+        model: any causal LM, in any mode and dtype; left as it was.
+        tokenizer: the model's.
+        items: at least one.
+        batch_size: choices a forward pass; by default as many as keep fp32 logits within 1 GiB.
+        device: where to run; by default where the model is.
+        autocast_dtype: compute dtype, for models kept in another one.
+        progress: a label shows progress under it; None shows nothing.
+
+    Raises:
+        EloError: there are no items, or a choice does not fit the model's positions or its vocabulary.
+    """
+    if not items:
+        raise EloError("cloze: there are no items to ask")
+    limit = longest_sequence(model)
+    candidates = [
+        candidate for index, item in enumerate(items) for candidate in _candidates(item, index, tokenizer, limit)
+    ]
+    check_ids(max(max(candidate.ids) for candidate in candidates), model, "cloze items")
+    candidates.sort(key=lambda candidate: (-len(candidate.ids), candidate.item, candidate.choice))
+    nats = [[0.0] * len(item.choices) for item in items]
+    with evaluating(model, device, autocast_dtype) as place, Progress(len(candidates), progress, "choices") as bar:
+        start = 0
+        while start < len(candidates):
+            count = batch_size or max(1, batch_tokens(model) // (len(candidates[start].ids) - 1))
+            batch = candidates[start : start + count]
+            regime = rope_regime(model.config, len(batch[0].ids) - 1)
+            batch = [each for each in batch if rope_regime(model.config, len(each.ids) - 1) == regime]
+            for candidate, cost in zip(batch, _costs(model, batch, place), strict=True):
+                nats[candidate.item][candidate.choice] = cost
+            start += len(batch)
+            bar.advance(len(batch))
+    predictions = tuple(min(range(len(costs)), key=costs.__getitem__) for costs in nats)
+    right = [prediction == item.answer for prediction, item in zip(predictions, items, strict=True)]
+    chance = sum(1 / len(item.choices) for item in items) / len(items)
+    return ClozeAccuracy(sum(right) / len(items), len(items), chance, predictions, _by_group(items, right))
+
+
+def _by_group(items: Sequence[ClozeItem], right: Sequence[bool]) -> dict[str, GroupAccuracy]:
+    answered: dict[str, list[bool]] = {}
+    for item, is_right in zip(items, right, strict=True):
+        if item.group is not None:
+            answered.setdefault(item.group, []).append(is_right)
+    return {name: GroupAccuracy(sum(each) / len(each), len(each)) for name, each in answered.items()}
+
+
+def _costs(model: PreTrainedModel, batch: list[_Candidate], place: torch.device) -> list[float]:
+    """Summed nats of the scored tokens of each candidate; rows are padded at the end, where nothing sees it."""
+    width = max(len(candidate.ids) for candidate in batch) - 1
+    input_ids_BT = torch.zeros(len(batch), width, dtype=torch.int64)
+    attended_BT = torch.zeros_like(input_ids_BT)
+    labels_BT = torch.full_like(input_ids_BT, IGNORE_INDEX)
+    for row, candidate in enumerate(batch):
+        length = len(candidate.ids) - 1
+        ids = torch.tensor(candidate.ids)
+        input_ids_BT[row, :length] = ids[:-1]
+        attended_BT[row, :length] = 1
+        labels_BT[row, length - candidate.scored : length] = ids[len(ids) - candidate.scored :]
+    logits_BTV = forward_logits(model, input_ids=input_ids_BT.to(place), attention_mask=attended_BT.to(place))
+    return token_nats(logits_BTV, labels_BT.to(place)).sum(1).tolist()
+
+
+def _candidates(item: ClozeItem, index: int, tokenizer: TextTokenizer, limit: int | None) -> list[_Candidate]:
+    texts = [item.prompt, *(item.prompt + choice for choice in item.choices)]
+    prompt, *wholes = (ids.tolist() for ids in tokenizer.encode_batch(texts))
+    # A choice whose tokens all lie within the prompt's would be scored on nothing: keep one token of each.
+    shared = min(min(_common_prefix(prompt, whole), len(whole) - 1) for whole in wholes)
+    candidates = []
+    for choice, whole in enumerate(wholes):
+        scored = len(whole) - shared
+        ids = [tokenizer.prefix_token_id, *whole]
+        if limit is not None:
+            if scored > limit:
+                raise EloError(
+                    f"cloze: choice {choice} of {item.prompt[:60]!r} has {scored} tokens, but the model takes {limit}; "
+                    "shorten it"
+                )
+            ids = ids[-(limit + 1) :]
+        candidates.append(_Candidate(index, choice, ids, scored))
+    return candidates
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    for length, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return length
+    return min(len(left), len(right))
+
+
+def _item(line: str, where: str) -> ClozeItem:
+    try:
+        value: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise EloError(f"{where}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise EloError(f'{where}: expected an object {{"prompt", "choices", "answer"}}, got {type(value).__name__}')
+    prompt, choices, answer = value.get("prompt"), value.get("choices"), value.get("answer")
+    if not isinstance(prompt, str):
+        raise EloError(f'{where}: "prompt" must be a string, got {prompt!r}')
+    if not isinstance(choices, list) or not all(isinstance(choice, str) and choice for choice in choices):
+        raise EloError(f'{where}: "choices" must be a list of non-empty strings, got {choices!r}')
+    if len(choices) < 2 or len(set(choices)) < len(choices):
+        raise EloError(f'{where}: "choices" must hold at least two, all different, got {choices!r}')
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise EloError(f'{where}: "answer" must be the index of a choice, 0 to {len(choices) - 1}, got {answer!r}')
+    group = value.get("group")
+    if group is not None and (not isinstance(group, str) or not group.strip()):
+        raise EloError(f'{where}: "group" must be a non-empty string where there is one, got {group!r}')
+    return ClozeItem(prompt, tuple(choices), answer, group)

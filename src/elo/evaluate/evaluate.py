@@ -1,0 +1,335 @@
+"""`elo evaluate`: bits per byte, cloze accuracy and samples of any Hugging Face causal LM, by language."""
+
+import datetime
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elo.errors import EloError
+from elo.store.files import write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from elo.data.shards import TokenCorpus
+    from elo.data.tokenizer import TextTokenizer
+    from elo.data.tokenizing import TextCounts
+    from elo.evaluate.cloze import ClozeItem
+
+DEFAULT_SEQUENCE_LENGTH = 2048
+
+
+def evaluate(
+    model: "str | Path | PreTrainedModel",
+    tokenizer: "str | Path | PreTrainedTokenizerBase | TextTokenizer | None" = None,
+    *,
+    corpora: "Mapping[str, str | Path | TokenCorpus] | None" = None,
+    cloze: "Mapping[str, str | Path | Sequence[ClozeItem]] | None" = None,
+    prompts: Mapping[str, Sequence[str]] | None = None,
+    sequence_length: int | None = None,
+    max_bytes: int | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int | None = None,
+    text_column: str = "text",
+    on_error: str = "stop",
+    split_special_tokens: bool = True,
+    allow_lost_text: bool = False,
+    device: str | None = None,
+    dtype: "torch.dtype | str | None" = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure one model in every language that is asked for.
+
+    Args:
+        model: checkpoint folder or hub id (safetensors only), or a model in memory.
+        tokenizer: folder, hub id or tokenizer; by default that of the model's folder.
+        corpora: text by language (anything `elo prepare` reads), or token shards: gives bits per byte.
+        cloze: items by language, or their JSON-lines file: gives cloze accuracy.
+        prompts: texts by language to continue greedily: gives samples.
+        sequence_length: context in tokens; by default what the model was made for, 2048 at most.
+        max_bytes: UTF-8 bytes a language to measure on, shared among its documents (`elo.data.heldout.choose_bytes`):
+            the same text for every tokenizer. None measures on all.
+        max_new_tokens: length of a sample, in tokens.
+        batch_size: rows a forward pass; by default as many as keep logits within 1 GiB.
+        text_column: key or column that holds a document's text.
+        on_error: "stop" at broken input, or "skip" it.
+        split_special_tokens: tokenise special tokens spelled in text and cloze items as text; in prompts they are
+            always tokens.
+        allow_lost_text: accept text of which the tokenizer loses more than 5 %: its bits per byte are too low.
+        device: by default cuda where there is one, else cpu; a model in memory stays where it is.
+        dtype: of the loaded weights; by default the checkpoint's on a GPU, fp32 on a CPU.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run code that ships with the checkpoint.
+        output: JSON file to write.
+        progress: show progress and a table.
+
+    Returns:
+        The results, key by key in docs/results.md.
+
+    Raises:
+        EloError: something given cannot be read or does not fit the model: what, where, and what to do.
+    """
+    from elo.data.heldout import cut_corpus
+    from elo.data.sources import list_inputs
+    from elo.evaluate.bits_per_byte import BitsPerByte, bits_per_byte
+    from elo.evaluate.cloze import ClozeItem, cloze_accuracy, read_cloze
+    from elo.evaluate.loading import load_model, move
+    from elo.evaluate.samples import generate_samples
+    from elo.evaluate.scoring import longest_sequence, vocabulary_size
+    from elo.evaluate.warnings import few_documents
+    from elo.store.environment import hardware, versions
+
+    # What can be wrong without the model is found before it is loaded.
+    target = _check_output(output)
+    items: dict[str, Sequence[ClozeItem]] = {
+        language: read_cloze(Path(given)) if isinstance(given, str | Path) else given
+        for language, given in (cloze or {}).items()
+    }
+    for given in (corpora or {}).values():
+        if isinstance(given, str | Path):
+            list_inputs(str(given))
+    name = str(model) if isinstance(model, str | Path) else model.config.name_or_path or type(model).__name__
+    encoder = None
+    tokenised = [
+        isinstance(given, str | Path) or (max_bytes is not None and max_bytes < given.num_bytes)
+        for given in (corpora or {}).values()
+    ]
+    if tokenizer is not None or items or prompts or any(tokenised):
+        encoder = _tokenizer(tokenizer if tokenizer is not None else name, trust_remote_code)
+        encoder = replace(encoder, split_special_tokens=split_special_tokens)
+    texts_read: dict[str, _Text] = {}
+    for language, given in (corpora or {}).items():
+        if isinstance(given, str | Path):
+            assert encoder is not None
+            texts_read[language] = _tokenise(given, encoder, max_bytes, text_column, on_error, allow_lost_text)
+
+    if isinstance(model, str | Path):
+        model = load_model(name, device, dtype, revision, trust_remote_code)
+    elif device is not None:
+        move(model, device)
+    if encoder is not None:
+        encoder.check_embedding(vocabulary_size(model), name)
+    limit = longest_sequence(model)
+    if sequence_length is None:
+        sequence_length = min(limit or DEFAULT_SEQUENCE_LENGTH, DEFAULT_SEQUENCE_LENGTH)
+
+    measured: dict[str, BitsPerByte] = {}
+    seconds: dict[str, float] = {}
+    for language, given in (corpora or {}).items():
+        corpus = given
+        if isinstance(corpus, str | Path):
+            corpus = texts_read[language].corpus
+        elif encoder is not None:
+            corpus = cut_corpus(corpus, encoder, max_bytes)
+        label = f"bits per byte {language}" if progress else None
+        started = time.perf_counter()
+        result = bits_per_byte(
+            model,
+            corpus,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            progress=label,
+        )
+        if not math.isfinite(result.nats):
+            raise EloError(
+                f"{name}: its logits on {given} are not finite; the checkpoint is damaged, or needs dtype float32"
+            )
+        measured[language] = result
+        seconds[language] = time.perf_counter() - started
+    answered = {}
+    for language, questions in items.items():
+        assert encoder is not None
+        score = cloze_accuracy(
+            model, encoder, questions, batch_size=batch_size, progress=f"cloze {language}" if progress else None
+        )
+        answered[language] = {
+            "accuracy": score.accuracy,
+            "items": score.items,
+            "chance": score.chance,
+            "groups": {name: asdict(group) for name, group in score.groups.items()},
+        }
+    samples, generation = [], {}
+    for language, texts in (prompts or {}).items():
+        assert encoder is not None
+        started = time.perf_counter()
+        written = generate_samples(
+            model,
+            encoder,
+            texts,
+            max_new_tokens=max_new_tokens,
+            progress=f"samples {language}" if progress else None,
+        )
+        generation[language] = {"characters": sum(map(len, written)), "seconds": time.perf_counter() - started}
+        samples += [
+            {"language": language, "prompt": prompt, "text": text} for prompt, text in zip(texts, written, strict=True)
+        ]
+
+    heldout = {
+        language: {"documents": result.documents, "tokens": result.text_tokens, "bytes": result.bytes}
+        for language, result in measured.items()
+    }
+    results = {
+        "schema": 1,
+        "kind": "evaluation",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": {
+            "name": name,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "num_layers": getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "sequence_length": sequence_length,
+        "hardware": hardware(),
+        "versions": versions(),
+        "bpb": {language: result.bits_per_byte for language, result in measured.items()},
+        "heldout": heldout,
+        "documents_nats": {language: list(result.document_nats) for language, result in measured.items()},
+        "documents_bytes": {language: list(result.document_bytes) for language, result in measured.items()},
+        "warnings": few_documents(heldout),
+        "corpora": {
+            language: {
+                "bits_per_byte": result.bits_per_byte,
+                "nats": result.nats,
+                "text_tokens": result.text_tokens,
+                "bytes": result.bytes,
+                "documents": result.documents,
+                "seconds": seconds[language],
+                **(texts_read[language].record() if language in texts_read else {}),
+            }
+            for language, result in measured.items()
+        },
+        "cloze": answered,
+        "samples": samples,
+        "generation": generation,
+    }
+    if target is not None:
+        write_json(target, results)
+    if progress:
+        _print_table(results)
+        for language, text in texts_read.items():
+            if text.counts.special_tokens:
+                spelled = "tokenised as text" if split_special_tokens else "taken as tokens"
+                print(f"{language}: {text.counts.special_tokens:,} special tokens are spelled in the text; {spelled}")
+            if text.warning is not None:
+                print(text.warning, flush=True)
+    return results
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A corpus that was tokenised to be measured on, and what the tokenizer made of its text."""
+
+    corpus: "TokenCorpus"
+    counts: "TextCounts"
+    warning: str | None
+
+    def record(self) -> dict[str, Any]:
+        lost, checked = self.counts.lost_bytes, self.counts.checked_bytes
+        return {"lost_text": lost / max(checked, 1), "special_tokens": self.counts.special_tokens}
+
+
+def _check_output(output: str | Path | None) -> Path | None:
+    if output is None:
+        return None
+    target = Path(output)
+    if target.is_dir():
+        raise EloError(f"{target}: is a folder; name the file to write, for example {target / 'evaluation.json'}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EloError(f"{target}: cannot be written ({error.strerror}); choose another output") from None
+    return target
+
+
+def _tokenizer(
+    given: "str | Path | PreTrainedTokenizerBase | TextTokenizer", trust_remote_code: bool
+) -> "TextTokenizer":
+    from elo.data.tokenizer import TextTokenizer, load_tokenizer, wrap_tokenizer
+
+    if isinstance(given, TextTokenizer):
+        return given
+    if isinstance(given, str | Path):
+        return load_tokenizer(given, trust_remote_code)
+    backend: Any = getattr(given, "backend_tokenizer", None)
+    if backend is None or (given.bos_token_id is None and given.eos_token_id is None):
+        raise EloError("tokenizer: needs to be a fast one with a bos or an eos token")
+    return wrap_tokenizer(backend, given.bos_token_id, given.eos_token_id, given.name_or_path or "tokenizer")
+
+
+def _tokenise(
+    path: str | Path,
+    encoder: "TextTokenizer",
+    max_bytes: int | None,
+    text_column: str,
+    on_error: str,
+    allow_lost_text: bool,
+) -> _Text:
+    """The documents of `path` that are measured on, as token ids in memory. It is read twice where it is cut."""
+    from elo.data.heldout import choose_bytes, cut_text, tokenize_and_check
+    from elo.data.sources import read_documents
+    from elo.data.text_loss import judge_loss
+
+    texts: Iterable[str] = read_documents(path, text_column, on_error)
+    if max_bytes is not None:
+        chosen = choose_bytes([len(text.encode()) for text in texts], max_bytes)
+        numbered = enumerate(read_documents(path, text_column, on_error))
+        texts = (cut_text(text, chosen[index]) for index, text in numbered if index in chosen)
+    corpus, counts = tokenize_and_check(texts, encoder, str(path))
+    if not corpus.num_documents:
+        raise EloError(f"{path}: holds no text to evaluate on")
+    lost, checked = counts.lost_bytes, counts.checked_bytes
+    warning = judge_loss(str(path), encoder.name, lost, checked, allowed=allow_lost_text, key="--allow-lost-text")
+    return _Text(corpus, counts, warning)
+
+
+def _print_table(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from elo.format import count
+
+    corpora, cloze = results["corpora"], results["cloze"]
+    table = Table(title=results["model"]["name"], title_justify="left")
+    table.add_column("language")
+    headings = ["bits per byte", "documents", "text tokens", "bytes", "text lost"] if corpora else []
+    headings += ["cloze accuracy", "chance", "items"] if cloze else []
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for language in dict.fromkeys((*corpora, *cloze)):
+        cells = []
+        if corpora:
+            text = corpora.get(language)
+            cells += (
+                [
+                    f"{text['bits_per_byte']:.4f}",
+                    f"{text['documents']:,}",
+                    f"{text['text_tokens']:,}",
+                    count(text["bytes"]),
+                    f"{text['lost_text']:.2%}" if "lost_text" in text else "",
+                ]
+                if text
+                else [""] * 5
+            )
+        if cloze:
+            asked = cloze.get(language)
+            cells += (
+                [f"{asked['accuracy']:.1%}", f"{asked['chance']:.1%}", f"{asked['items']:,}"] if asked else [""] * 3
+            )
+        table.add_row(language, *cells)
+    console = Console()
+    if table.row_count:
+        console.print(table)
+    for line in results["warnings"]:
+        console.print(f"warning: {line}", markup=False, highlight=False)
+    for sample in results["samples"]:
+        console.print(f"{sample['language']}: {sample['prompt']}|{sample['text']}", markup=False, highlight=False)
+    for language, written in results["generation"].items():
+        rate = written["characters"] / written["seconds"]
+        console.print(f"{language}: writes {rate:.0f} characters/s", highlight=False)

@@ -1,0 +1,117 @@
+"""How much of the trained change to keep: the scale at which the whole model predicts unseen text best.
+
+Training moves weights further than the whole model wants them when it sees a part of the model, or little text: an
+interpolation between where they were and where they went is often better than either (WiSE-FT, arXiv 2109.01903).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import inf, isnan
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from elo.checkpoint.architecture import find_architecture, modules_of
+from elo.checkpoint.new_rows import read_new_rows
+from elo.data.packing import IGNORE_INDEX
+from elo.errors import EloError
+from elo.evaluate.scoring import batch_tokens, evaluating, forward_logits, rope_regime, takes_position_ids, token_nats
+from elo.surgery.in_memory import blend
+
+_COARSE, _FINE = 0.25, 0.125
+_BATCH_TOKENS = 2048
+
+
+def search_scale(
+    base: PreTrainedModel, trained: PreTrainedModel, sequences: Mapping[str, Sequence[dict[str, Any]]]
+) -> tuple[float, dict[float, float]]:
+    """Try scales of base + scale x (trained - base), eighths above 0 up to 1, each by a forward pass.
+
+    Args:
+        base: the model before training.
+        trained: the model after training, with the same parameters; its weights are changed by this function.
+        sequences: by language, packed sequences that training did not see: `input_ids`, `shift_labels` and
+            `position_ids` of [T]. Each language counts alike: what is forgotten weighs as much as what is learned.
+
+    Returns:
+        The best scale, and nats per token by scale that was tried, the mean over languages; finite ones alone.
+
+    Raises:
+        EloError: the loss is finite at no scale.
+    """
+    before = dict(base.named_parameters())
+    rows = read_new_rows(trained.config)
+    find_architecture(trained)
+    embeddings = {id(each) for module in modules_of(trained, ("embedding", "head")) for each in module.parameters()}
+    moved = [
+        (parameter, before[name].detach(), parameter.detach().clone(), id(parameter) in embeddings)
+        for name, parameter in trained.named_parameters()
+        if not torch.equal(parameter, before[name])
+    ]
+
+    def attempt(scale: float) -> float:
+        with torch.no_grad():
+            for parameter, old, new, is_embedding in moved:
+                parameter.copy_(blend(old, new, scale, rows.start if rows and is_embedding else None))
+        return sum(_nats_per_token(trained, each) for each in sequences.values()) / len(sequences)
+
+    return lowest_scale(attempt)
+
+
+def lowest_scale(nats: Callable[[float], float]) -> tuple[float, dict[float, float]]:
+    """A scale, in eighths above 0 and up to 1, where `nats` is low, and its value wherever it was asked for.
+
+    Between where layers were and where they went the loss falls and then rises (in every search that was looked at), so
+    the quarters are walked downhill from the middle, and then the eighth on the lower side of the best is tried: four
+    values, or five where the first quarter is the best. Not a number counts as infinite.
+
+    Raises:
+        EloError: no value is finite.
+    """
+    tried: dict[float, float] = {}
+
+    def at(scale: float) -> float:
+        if scale not in tried:
+            value = nats(scale)
+            tried[scale] = inf if isnan(value) else value
+        return tried[scale]
+
+    best, step = (0.75, _COARSE) if at(0.75) < at(0.5) else (0.5, -_COARSE)
+    while 0 < best + step <= 1 and at(best + step) < at(best):
+        best += step
+    beside: tuple[float, ...] = (best + _FINE, best - _FINE)
+    # The side whose quarter is lower. Of the least quarter either: 0, the base itself, is never tried.
+    if best > _COARSE:
+        lower = min((best - _COARSE, best + _COARSE), key=lambda scale: tried.get(scale, inf))
+        beside = ((best + lower) / 2,)
+    for scale in beside:
+        if at(scale) < at(best):
+            break
+    finite = {scale: value for scale, value in sorted(tried.items()) if value < inf}
+    if not finite:
+        raise EloError(
+            "method.scale: the model's loss is not finite at any of the scales "
+            f"{', '.join(f'{scale:g}' for scale in sorted(tried))}; lower training.learning_rate"
+        )
+    return min(finite, key=finite.__getitem__), finite
+
+
+def _nats_per_token(model: PreTrainedModel, sequences: Sequence[dict[str, Any]]) -> float:
+    names = ["input_ids", "attention_mask", *(["position_ids"] if takes_position_ids(model) else [])]
+    names = [name for name in names if name in sequences[0]]
+    length = len(sequences[0]["input_ids"])
+    together = max(1, min(_BATCH_TOKENS, batch_tokens(model)) // length)
+    if rope_regime(model.config, length):
+        together = 1
+    nats, tokens = 0.0, 0
+    with evaluating(model) as device:
+        for start in range(0, len(sequences), together):
+            batch = sequences[start : start + together]
+            *inputs, labels = (
+                torch.stack([torch.as_tensor(row[name]) for row in batch]).to(device)
+                for name in (*names, "shift_labels")
+            )
+            logits = forward_logits(model, **dict(zip(names, inputs, strict=True)))
+            nats += float(token_nats(logits, labels).sum())
+            tokens += int((labels != IGNORE_INDEX).sum())
+    return nats / tokens

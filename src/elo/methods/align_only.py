@@ -1,0 +1,25 @@
+"""Layer alignment without ELO pretraining: the control that shows what ELO pretraining adds."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from elo.methods.base import Method, Phase, register
+
+
+@register
+class AlignOnly(Method):
+    """Train every parameter, on the tokens that ELO's layer alignment would get."""
+
+    label: ClassVar[str] = "Alignment alone"
+    name: Literal["align_only"] = "align_only"
+    share: float = Field(0.1, gt=0, lt=1)
+    """Share of the run's tokens that it trains on."""
+
+    @property
+    def alignment_share(self) -> float:
+        return self.share
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("layer_alignment", "trained", "alignment"),)

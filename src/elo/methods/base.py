@@ -1,0 +1,199 @@
+"""What a method is: its settings, its phases, what trains in each, and what that costs.
+
+A method is one file in this package: a class with a `name`, settings as fields, and `phases`. Importing `elo.methods`
+imports every file here, and the configuration, the plan, the report and the tests read `METHODS`.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, field_validator
+from transformers import PreTrainedModel
+
+from elo.checkpoint.architecture import find_architecture, layers_of, modules_of
+from elo.checkpoint.footprint import Flops, Footprint, Middle
+from elo.checkpoint.new_rows import read_new_rows
+from elo.errors import EloError
+from elo.train.bridge import Bridge, install_bridge
+from elo.train.prepared import Prepared
+from elo.train.settings import Part, check_also_train
+
+Rows = Literal["pretraining", "alignment", "all"]
+Scale = float | Literal["search"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training of one model, detached or whole.
+
+    Attributes:
+        name: in records, folder names and `training.phases`.
+        middle: what becomes of the layers that are not in `layers`; see `Middle`.
+        rows: the part of the token budget it trains on; `all` is `pretraining` followed by `alignment`.
+        also_train: parts outside the decoder layers that train.
+        lora_rank: rank of the adapters, where the middle is `adapted`.
+        learning_rate: peak rate where the configuration names none.
+    """
+
+    name: str
+    middle: Middle
+    rows: Rows = "all"
+    also_train: tuple[Part, ...] = ()
+    lora_rank: int = 0
+    learning_rate: float = 1e-4
+
+    @property
+    def detached(self) -> bool:
+        """Whether it trains a detached model, which is attached afterwards."""
+        return self.middle in ("removed", "bridged")
+
+    def decisive(self) -> dict[str, Any]:
+        """What decides its outcome, for a stage's fingerprint."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a model is prepared with.
+
+    Attributes:
+        layers: decoder layers of the base that the configuration chooses, 0-based.
+        bridge: for phases whose middle is `bridged`.
+        seed: of the run.
+    """
+
+    layers: Sequence[int] = ()
+    bridge: Bridge | None = None
+    seed: int = 0
+
+
+class Method(BaseModel):
+    """A way to adapt a model. The fields are its settings, written under `method:` in the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    label: ClassVar[str]
+    """Name in reports."""
+    name: str
+    scale: Scale = 1.0
+    """Share of the trained change that is kept, base + scale x (trained - base). `search` tries scales on text that
+    was not trained on and keeps the one that predicts both languages best."""
+
+    @field_validator("scale")
+    @classmethod
+    def _scale_within_reach(cls, value: Scale) -> Scale:
+        if not isinstance(value, str) and not 0 < value <= 2:
+            raise ValueError(f"must be above 0 and at most 2, or search; got {value}")
+        return value
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what a training comes to, for its fingerprint."""
+        return self.model_dump(mode="json", exclude={"scale"})
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The trainings that make up the method, in order."""
+        raise NotImplementedError
+
+    @property
+    def alignment_share(self) -> float:
+        """Share of the token budget that the phases with rows `alignment` train on."""
+        return 0.0
+
+    @property
+    def needs_new_rows(self) -> bool:
+        """Whether the base must have an extended vocabulary."""
+        return False
+
+    def check(self) -> None:
+        """Raise EloError where the method cannot run on this machine at all."""
+
+    def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
+        """Set `requires_grad` on every parameter of `model` and add what the phase needs.
+
+        Args:
+            model: the whole model, or only the kept layers where `phase.detached`.
+        """
+        if phase.middle == "trained":
+            model.requires_grad_(True)
+            return Prepared(first_row=self.first_row(model))
+        layers = range(len(setup.layers)) if phase.detached else setup.layers
+        select_layers(model, layers, phase.also_train)
+        if phase.middle != "bridged":
+            return Prepared(first_row=self.first_row(model))
+        assert setup.bridge is not None
+        return Prepared(first_row=self.first_row(model), fold=install_bridge(model, setup.bridge))
+
+    def first_row(self, model: PreTrainedModel) -> int:
+        """The first row of embedding and head that trains."""
+        return first_new_row(model) if self.needs_new_rows else 0
+
+    def flops_per_token(
+        self, phase: Phase, footprint: Footprint, layers: Sequence[int], sequence_length: int, **counting: Any
+    ) -> Flops:
+        """Matrix-product FLOPs of one trained token, forward and backward.
+
+        Args:
+            footprint: of the base.
+            layers: those that the configuration chooses.
+            counting: further arguments of `Footprint.flops_per_token`.
+        """
+        return footprint.flops_per_token(
+            phase.middle,
+            layers,
+            sequence_length=sequence_length,
+            lora_rank=phase.lora_rank,
+            also_train=phase.also_train,
+            **counting,
+        )
+
+
+M = TypeVar("M", bound=Method)
+METHODS: dict[str, type[Method]] = {}
+"""Every method by name."""
+
+
+def register(method: type[M]) -> type[M]:
+    """Make a method known under its name."""
+    METHODS[method.model_fields["name"].default] = method
+    return method
+
+
+def select_layers(model: PreTrainedModel, layers: Collection[int], also_train: Collection[Part] = ()) -> None:
+    """Freeze `model` but for the decoder layers at `layers` and the named parts outside them.
+
+    Raises:
+        EloError: `also_train` names one of two tied parts without the other.
+    """
+    model.requires_grad_(False)
+    decoder_layers = layers_of(model)
+    for index in layers:
+        decoder_layers[index].requires_grad_(True)
+    train_parts(model, also_train)
+
+
+def train_parts(model: PreTrainedModel, also_train: Collection[Part]) -> None:
+    """Let the named parts outside the decoder layers train.
+
+    Raises:
+        EloError: `also_train` names one of two tied parts without the other.
+    """
+    check_also_train(also_train, tied=find_architecture(model).tied)
+    for module in modules_of(model, also_train):
+        module.requires_grad_(True)
+
+
+def first_new_row(model: PreTrainedModel) -> int:
+    """The first row of embedding and head that `elo vocab extend` added.
+
+    Raises:
+        EloError: it added none, or the model's record of it is damaged.
+    """
+    rows = read_new_rows(model.config)
+    if rows is None:
+        raise EloError(
+            "method.embedding_rows: new: this model has no record of new rows; extend its vocabulary with elo vocab "
+            "extend, or write all"
+        )
+    return rows.start

@@ -1,0 +1,93 @@
+"""ELO (arXiv 2601.03648): detach layers, train them on the target language, attach them, align the whole."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from transformers import PreTrainedModel
+
+from elo.methods.base import Method, Phase, Scale, Setup, register
+from elo.methods.lora import add_adapters, require_peft
+from elo.train.prepared import Prepared
+from elo.train.settings import Part
+
+
+@register
+class Elo(Method):
+    """Train the chosen layers in a detached model, attach them, and align the whole model briefly.
+
+    The defaults are what real pretrained models speak for (dev/LOG.md); `elo_paper` is the published recipe.
+    """
+
+    label: ClassVar[str] = "ELO"
+    name: Literal["elo"] = "elo"
+    middle: Literal["bridged", "removed"] = "bridged"
+    """What stands for the other layers in the detached model: a frozen linear map fitted on the base, or nothing."""
+    also_train: tuple[Part, ...] = ("embedding", "head")
+    """Parts outside the layers that train and are attached with them: embedding, norm, head."""
+    embedding_rows: Literal["all", "new"] = "all"
+    """Rows of a trained embedding and head that train; `new`: only those that elo vocab extend added."""
+    scale: Scale = "search"
+    """Share of the detached model's change that is attached; `search` keeps what predicts both languages best."""
+    alignment: Literal["full", "lora", "none"] = "full"
+    """What layer alignment trains: every parameter, low-rank adapters on every layer, or there is none."""
+    alignment_rank: int = Field(32, gt=0)
+    """Rank of the adapters of `alignment: lora`."""
+    share: float = Field(0.5, gt=0, lt=1)
+    """Share of the run's tokens that layer alignment trains on."""
+
+    @model_validator(mode="after")
+    def _rows_of_something(self) -> "Elo":
+        if self.embedding_rows == "new" and not {"embedding", "head"} & set(self.also_train):
+            raise ValueError(
+                "embedding_rows: new chooses rows of embedding and head; name them in also_train, or write all"
+            )
+        return self
+
+    @property
+    def needs_new_rows(self) -> bool:
+        return self.embedding_rows == "new"
+
+    @property
+    def alignment_share(self) -> float:
+        return 0.0 if self.alignment == "none" else self.share
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        rows: Any = "all" if self.alignment == "none" else "pretraining"
+        pretraining = Phase("elo_pretraining", self.middle, rows, self.also_train, learning_rate=5e-4)
+        if self.alignment == "none":
+            return (pretraining,)
+        if self.alignment == "full":
+            return pretraining, Phase("layer_alignment", "trained", "alignment")
+        rank = self.alignment_rank
+        return pretraining, Phase("layer_alignment", "adapted", "alignment", (), rank, learning_rate=5e-4)
+
+    def check(self) -> None:
+        if self.alignment == "lora":
+            require_peft()
+
+    def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
+        if phase.middle == "adapted":
+            return add_adapters(model, phase, setup.seed, alpha=2 * phase.lora_rank)
+        return super().prepare(model, phase, setup)
+
+
+@register
+class EloPaper(Elo):
+    """ELO as published: layers joined end to end, all else frozen, then a brief full fine-tune of everything."""
+
+    label: ClassVar[str] = "ELO as published"
+    name: Literal["elo_paper"] = "elo_paper"  # type: ignore[assignment]
+    middle: Literal["removed"] = "removed"
+    also_train: tuple[Part, ...] = ()
+    embedding_rows: Literal["all"] = "all"
+    scale: Scale = 1.0
+    alignment: Literal["full"] = "full"
+    share: float = Field(0.1, gt=0, lt=1)
+    """Share of the run's tokens that layer alignment trains on; 1 GB of 10 GB in the paper."""
+
+    @model_validator(mode="after")
+    def _as_published(self) -> "EloPaper":
+        if self.also_train or self.scale != 1.0:
+            raise ValueError("elo_paper is exactly the published method; write method: elo to change it")
+        return self

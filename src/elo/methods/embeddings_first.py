@@ -1,0 +1,42 @@
+"""Embedding and head first, then everything: how EEVE begins with a new vocabulary (arXiv 2402.14714)."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from elo.checkpoint.new_rows import read_new_rows
+from elo.methods.base import Method, Phase, Setup, register, select_layers
+from elo.train.prepared import Prepared
+
+
+@register
+class EmbeddingsFirst(Method):
+    """Train the new rows of embedding and head (all rows where there are no new ones), then every parameter."""
+
+    label: ClassVar[str] = "Embeddings first, then full CPT"
+    name: Literal["embeddings_first"] = "embeddings_first"
+    full_share: float = Field(0.1, gt=0, lt=1)
+    """Share of the run's tokens that the second phase trains on."""
+
+    @property
+    def alignment_share(self) -> float:
+        return self.full_share
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (
+            Phase("embeddings", "frozen", "pretraining", also_train=("embedding", "head")),
+            Phase("full", "trained", "alignment"),
+        )
+
+    def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
+        if phase.middle == "trained":
+            return super().prepare(model, phase, setup)
+        select_layers(model, (), phase.also_train)
+        rows = read_new_rows(model.config)
+        return Prepared(first_row=rows.start if rows else 0)
+
+    def flops_per_token(self, phase, footprint, layers, sequence_length, **counting):  # type: ignore[no-untyped-def]
+        chosen = layers if phase.middle == "trained" else ()
+        return super().flops_per_token(phase, footprint, chosen, sequence_length, **counting)

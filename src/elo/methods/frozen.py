@@ -1,0 +1,89 @@
+"""The chosen layers in place: everything is computed, the other layers are frozen, nothing is detached."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from elo.checkpoint.architecture import layers_of
+from elo.checkpoint.footprint import Flops, Footprint
+from elo.errors import EloError
+from elo.methods.base import Method, Phase, Setup, register
+from elo.methods.gradient_floor import GradientFloor
+from elo.store.processes import world_size
+from elo.train.prepared import Prepared
+from elo.train.settings import Part
+
+
+@register
+class Frozen(Method):
+    """Train the chosen layers in place; the others are computed and frozen.
+
+    With `backward_share` below 1 the gradient reaches layers below the topmost block of trained layers in that share
+    of the updates, drawn at random and scaled by its inverse, so that its mean is the exact gradient. At 0 nothing
+    below is differentiated; `layers: last:4` with 0 trains the top four layers alone.
+    """
+
+    label: ClassVar[str] = "Frozen middle"
+    name: Literal["frozen"] = "frozen"
+    also_train: tuple[Part, ...] = ("embedding", "head")
+    """Parts outside the layers that train: embedding, norm, head."""
+    embedding_rows: Literal["all", "new"] = "all"
+    """Rows of a trained embedding and head that train; `new`: only those that elo vocab extend added."""
+    backward_share: float = Field(1.0, ge=0, le=1)
+    """Share of updates with a gradient below the topmost block of trained layers."""
+
+    @property
+    def needs_new_rows(self) -> bool:
+        return self.embedding_rows == "new"
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("frozen", "frozen", also_train=self.also_train, learning_rate=5e-4),)
+
+    def check(self) -> None:
+        if self.backward_share < 1 and world_size() > 1:
+            raise EloError("method.backward_share: below 1 changes what trains between updates; use one process")
+
+    def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
+        prepared = super().prepare(model, phase, setup)
+        if self.backward_share == 1:
+            return prepared
+        floor = GradientFloor(model)
+        top = topmost_block(setup.layers)
+        below = [layer for index, layer in enumerate(layers_of(model)) if index in setup.layers and index < top]
+
+        def before_step(step: int, optimizer: Any) -> None:
+            generator = torch.Generator().manual_seed(setup.seed * 1_000_003 + step)
+            drawn = float(torch.rand((), generator=generator)) < self.backward_share
+            for layer in below:
+                layer.requires_grad_(drawn)
+            if drawn:
+                floor.open(top, 1 / self.backward_share)
+            else:
+                floor.close()
+
+        return Prepared(before_step, prepared.first_row, floor.remove)
+
+    def flops_per_token(
+        self, phase: Phase, footprint: Footprint, layers: Sequence[int], sequence_length: int, **counting: Any
+    ) -> Flops:
+        exact = super().flops_per_token(phase, footprint, layers, sequence_length, **counting)
+        if self.backward_share == 1:
+            return exact
+        top = [index for index in layers if index >= topmost_block(layers)]
+        parts = [part for part in phase.also_train if part != "embedding"]
+        above = footprint.flops_per_token("frozen", top, sequence_length=sequence_length, also_train=parts, **counting)
+        return exact.mixed(above, self.backward_share)
+
+
+def topmost_block(layers: Sequence[int]) -> int:
+    """First layer of the last run of consecutive indices in sorted `layers`."""
+    first = layers[-1]
+    for index in reversed(layers):
+        if index < first - 1:
+            break
+        first = index
+    return first

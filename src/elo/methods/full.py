@@ -1,0 +1,17 @@
+"""Full continual pretraining: the baseline that trains everything."""
+
+from typing import ClassVar, Literal
+
+from elo.methods.base import Method, Phase, register
+
+
+@register
+class Full(Method):
+    """Train every parameter on all tokens."""
+
+    label: ClassVar[str] = "Full CPT"
+    name: Literal["full"] = "full"
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("full", "trained"),)

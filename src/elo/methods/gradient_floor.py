@@ -1,0 +1,63 @@
+"""Stop or scale the gradient at a decoder layer, so that nothing below it is differentiated."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from elo.checkpoint.architecture import find_architecture, layers_of
+
+
+class _Scaled(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
+        return outputs[0] * ctx.factor, None
+
+
+class GradientFloor:
+    """Hooks on a model that cut the gradient off below its trained layers, or let it pass scaled.
+
+    While it is closed the embedding's output has no gradient, so that layers which do not train build no graph. A tied
+    embedding still trains through the head.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        embedding = model.get_submodule(find_architecture(model).embedding_path)
+        self._closed = False
+        self._scale: tuple[int, float] | None = None
+        self._hooks = [embedding.register_forward_hook(self._after_embedding)]
+        for index, layer in enumerate(layers_of(model)):
+            self._hooks.append(layer.register_forward_pre_hook(self._before_layer(index), with_kwargs=True))
+
+    def close(self) -> None:
+        """Let no gradient reach the embedding's output."""
+        self._closed, self._scale = True, None
+
+    def open(self, layer_idx: int = 0, scale: float = 1.0) -> None:
+        """Let the gradient pass; what leaves layer `layer_idx` downwards is multiplied by `scale`."""
+        self._closed, self._scale = False, None if scale == 1.0 else (layer_idx, scale)
+
+    def remove(self) -> None:
+        """Take the hooks out of the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _after_embedding(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.detach() if self._closed else output
+
+    def _before_layer(self, index: int) -> Any:
+        def scale(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self._scale is None or self._scale[0] != index:
+                return None
+            hidden, *rest = args
+            return (_Scaled.apply(hidden, self._scale[1]), *rest), kwargs
+
+        return scale

@@ -1,0 +1,84 @@
+"""LISA (arXiv 2403.17919): embedding, head and a few layers train at a time, redrawn every few updates."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from elo.checkpoint.architecture import layers_of
+from elo.checkpoint.footprint import Flops, Footprint
+from elo.errors import EloError
+from elo.methods.base import Method, Phase, Setup, register
+from elo.methods.gradient_floor import GradientFloor
+from elo.store.processes import world_size
+from elo.train.prepared import Prepared
+
+
+@register
+class Lisa(Method):
+    """Train embedding, head and a few randomly drawn layers at a time.
+
+    With `window` the drawn layers are consecutive, and nothing below them is differentiated, the embedding's input
+    side included.
+    """
+
+    label: ClassVar[str] = "LISA"
+    name: Literal["lisa"] = "lisa"
+    layers: int = Field(4, gt=0)
+    """Decoder layers that train at a time."""
+    period: int = Field(4, gt=0)
+    """Updates between draws."""
+    window: bool = False
+    """Draw consecutive layers, and compute no gradient below them."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("lisa", "frozen", also_train=("embedding", "head"), learning_rate=2e-4),)
+
+    def check(self) -> None:
+        if world_size() > 1:
+            raise EloError("method: lisa changes what trains between updates; use one process")
+
+    def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
+        layers = layers_of(model)
+        num_drawn = min(self.layers, len(layers))
+        # The optimizer is made for what trains when it is made: all of it, of which some has no gradient at a time.
+        model.requires_grad_(True)
+        floor = GradientFloor(model) if self.window else None
+
+        def before_step(step: int, optimizer: Any) -> None:
+            turn, inside = divmod(step, self.period)
+            generator = torch.Generator().manual_seed(setup.seed * 1_000_003 + turn)
+            chosen = set(torch.randperm(len(layers), generator=generator)[:num_drawn].tolist())
+            if floor is not None:
+                first = int(torch.randint(len(layers) - num_drawn + 1, (), generator=generator))
+                chosen = set(range(first, first + num_drawn))
+                floor.open() if first == 0 else floor.close()
+            for index, layer in enumerate(layers):
+                layer.requires_grad_(index in chosen)
+                if inside == 0 and index not in chosen:
+                    for parameter in layer.parameters():  # its moments would be stale when it is drawn again
+                        optimizer.state.pop(parameter, None)
+
+        return Prepared(before_step=before_step, fold=floor.remove if floor else lambda: None)
+
+    def flops_per_token(
+        self, phase: Phase, footprint: Footprint, layers: Sequence[int], sequence_length: int, **counting: Any
+    ) -> Flops:
+        num_drawn = min(self.layers, footprint.num_layers)
+        if not self.window:  # the embedding trains, so it does not matter which layers are drawn
+            return super().flops_per_token(phase, footprint, range(num_drawn), sequence_length, **counting)
+        starts = range(footprint.num_layers - num_drawn + 1)
+        counts = [
+            footprint.flops_per_token(
+                "frozen",
+                range(start, start + num_drawn),
+                sequence_length=sequence_length,
+                also_train=("embedding", "head") if start == 0 else ("head",),
+                **counting,
+            )
+            for start in starts
+        ]
+        return Flops.mean(counts)

@@ -1,0 +1,65 @@
+"""Low-rank adapters (arXiv 2106.09685) on all linear layers, by peft, merged into the weights at the end."""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from elo.errors import EloError
+from elo.methods.base import Method, Phase, Setup, register, train_parts
+from elo.train.prepared import Prepared
+from elo.train.settings import Part
+
+
+@register
+class Lora(Method):
+    """Train low-rank adapters on every linear layer of the decoder, and merge them."""
+
+    label: ClassVar[str] = "LoRA"
+    name: Literal["lora"] = "lora"
+    rank: int = Field(32, gt=0)
+    alpha: int = Field(64, gt=0)
+    """The adapters' product is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    also_train: tuple[Part, ...] = ()
+    """Parts outside the layers that train in full beside the adapters; a new vocabulary needs embedding and head."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("lora", "adapted", also_train=self.also_train, lora_rank=self.rank, learning_rate=5e-4),)
+
+    def check(self) -> None:
+        require_peft()
+
+    def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
+        return add_adapters(model, phase, setup.seed, alpha=self.alpha, dropout=self.dropout)
+
+
+def require_peft() -> None:
+    """Raise EloError where peft is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise EloError("method: lora needs peft, which is not installed; pip install 'elo-cpt[lora]'") from None
+
+
+def add_adapters(model: PreTrainedModel, phase: Phase, seed: int, *, alpha: int, dropout: float = 0.0) -> Prepared:
+    """Freeze `model`, add trainable adapters of `phase.lora_rank` and train `phase.also_train`; `fold` merges them."""
+    from peft import LoraConfig, LoraModel
+
+    config = LoraConfig(
+        r=phase.lora_rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # a restart makes the same adapters before it loads its checkpoint
+        tuner = LoraModel(model, {"default": config}, "default")
+    train_parts(model, phase.also_train)
+
+    def fold() -> None:
+        tuner.merge_and_unload(safe_merge=True)
+
+    return Prepared(fold=fold)

@@ -1,0 +1,236 @@
+"""What autograd keeps between forward and backward, measured without memory.
+
+The real modules run on fake tensors (shapes without memory), and every storage they save is added up. So it holds for
+any family, with what its norms upcast and its activation function keeps.
+"""
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from elo.checkpoint.architecture import layers_of, modules_of
+from elo.checkpoint.counting import text_config
+from elo.checkpoint.footprint import Footprint, LayerFootprint
+from elo.plan.memory import Precision, SavedActivations
+from elo.surgery.layer_config import with_layers
+
+_PROBE = "elo_footprint"
+_LENGTHS = (32, 64)
+_OUTSIDE, _INPUT = -1, -2
+
+
+class _SavedByAttention(torch.autograd.Function):
+    """Keeps what a flash kernel keeps: query, key, value, output and one fp32 number a head and position."""
+
+    @staticmethod
+    def forward(ctx: Any, query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
+        batch, heads, length, _ = query_BHTD.shape
+        output_BTHD = query_BHTD.new_empty(batch, length, heads, value_BKTD.shape[-1])
+        normaliser_BHT = query_BHTD.new_empty(batch, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query_BHTD, key_BKTD, value_BKTD, output_BTHD, normaliser_BHT)
+        return output_BTHD
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        raise AssertionError("only the forward is traced")
+
+
+def _probe_attention(
+    module: nn.Module, query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, mask: Tensor | None, **_: Any
+) -> tuple[Any, None]:
+    if getattr(module, "elo_repeats_keys", False):  # with a mask, SDPA gets keys and values repeated for each head
+        groups = query_BHTD.shape[1] // key_BKTD.shape[1]
+        if groups > 1:
+            key_BKTD, value_BKTD = (kept.repeat_interleave(groups, dim=1) for kept in (key_BKTD, value_BKTD))
+    if torch.is_autocast_enabled("cpu"):  # attention is on autocast's list: rotated queries and keys are cast back
+        dtype = torch.get_autocast_dtype("cpu")
+        query_BHTD, key_BKTD, value_BKTD = (each.to(dtype) for each in (query_BHTD, key_BKTD, value_BKTD))
+    return _SavedByAttention.apply(query_BHTD, key_BKTD, value_BKTD), None
+
+
+AttentionInterface.register(_PROBE, _probe_attention)
+AttentionMaskInterface.register(_PROBE, lambda *_, **__: None)
+
+
+def saved_activations(
+    config: PretrainedConfig,
+    counted: Footprint,
+    layers: Sequence[int] | None = None,
+    *,
+    precision: Precision = "bf16",
+    kind: Literal["gpu", "cpu"] = "gpu",
+    also_train: Collection[str] = (),
+    in_place: bool = False,
+) -> SavedActivations:
+    """Measure what a training forward keeps, on fake tensors.
+
+    Args:
+        config: the base model's.
+        counted: its footprint.
+        layers: the layers that train, all else frozen, and no other keeps anything (they are detached, or computed
+            without a graph); the whole model, all of it trained, when None.
+        precision: `bf16` is bf16 autocast over fp32 weights.
+        kind: on a GPU packed attention keeps no mask and frozen weights are in bf16 under `bf16`; on a CPU a mask is
+            kept, grouped keys and values are repeated, and all weights are fp32.
+        also_train: parts that train with `layers`: embedding, norm, head. An embedding that trains is in fp32 on a GPU
+            too, and so are all hidden states after it.
+        in_place: the other layers, frozen, are computed and differentiated too.
+    """
+    chosen = list(range(counted.num_layers) if layers is None or in_place else layers)
+    trained = set(chosen if layers is None else layers)
+    lowest = -1 if layers is None or "embedding" in also_train else min(trained)
+    # One layer of each kind is enough: what it keeps depends on whether it trains, and whether its input needs a
+    # gradient.
+    kinds: dict[Any, int] = {}
+    key_of = [
+        (position == 0, index in trained, index > lowest, counted.layers[index])
+        for position, index in enumerate(chosen)
+    ]
+    for key, index in zip(key_of, chosen, strict=True):
+        kinds.setdefault(key, index)
+    representatives = list(kinds.values())
+    item = 2 if precision == "bf16" else 4
+    mask = float(item) if kind == "cpu" else 0.0
+    for as_trained, attention in ((True, _PROBE), (False, _PROBE), (True, None), (False, None)):
+        try:
+            with _quiet():
+                frozen_but_for = None if layers is None else (trained, also_train)
+                short, long = _trace(
+                    config, representatives, precision if as_trained else None, kind, attention, frozen_but_for
+                )
+        except Exception:
+            # Any family may do what fake tensors cannot (data-dependent shapes, kernels of its own): try the next way.
+            continue
+        # Traced with bf16 weights instead: fp32 takes twice that, and the copies that autocast makes are not in it.
+        scale = 2.0 if precision == "fp32" and not as_trained else 1.0
+        span = _LENGTHS[1] - _LENGTHS[0]
+        slope = {i: scale * (long[i] - short.get(i, 0.0)) / span for i in long}
+        constant = {i: max(0.0, scale * short[i] - slope[i] * _LENGTHS[0]) for i in short}
+        by_kind = {key: (slope.get(i, 0.0), constant.get(i, 0.0)) for i, key in enumerate(kinds)}
+        if precision == "bf16" and not as_trained:
+            by_kind = {key: (kept, _copies(key, kind)) for key, (kept, _) in by_kind.items()}
+        return SavedActivations(
+            per_layer=tuple(by_kind[key][0] for key in key_of),
+            outside=slope.get(_OUTSIDE, 0.0),
+            layer_input=slope[_INPUT],
+            cast_weights=sum(by_kind[key][1] for key in key_of) if precision == "bf16" else 0.0,
+            mask=mask,
+            traced=True,
+        )
+    copies = sum(_copies(key, kind) for key in key_of) if precision == "bf16" else 0.0
+    return _rule_of_thumb(counted, chosen, item, mask, copies)
+
+
+def _copies(key: tuple[bool, bool, bool, LayerFootprint], kind: str) -> float:
+    """Bytes of a layer's bf16 copies under autocast: of what is in fp32, which on a GPU is what trains."""
+    return 2.0 * key[-1].matmul if key[1] or kind == "cpu" else 0.0
+
+
+def _rule_of_thumb(
+    counted: Footprint, chosen: Sequence[int], item: int, mask: float, copies: float
+) -> SavedActivations:
+    """Inputs and outputs of every product once, and four norms' worth of fp32."""
+    per_layer = []
+    for index in chosen:
+        layer = counted.layers[index]
+        density = layer.active_matmul / max(1, layer.matmul)
+        width = max(layer.lora_width, density * layer.matmul / counted.hidden_size)
+        per_layer.append(item * width + 16.0 * counted.hidden_size)
+    return SavedActivations(tuple(per_layer), 8.0 * counted.hidden_size, 4.0 * counted.hidden_size, copies, mask, False)
+
+
+def _trace(
+    config: PretrainedConfig,
+    layers: Sequence[int],
+    precision: Precision | None,
+    kind: str,
+    attention: str | None,
+    frozen_but_for: tuple[Collection[int], Collection[str]] | None,
+) -> list[dict[int, float]]:
+    """For each of _LENGTHS: bytes saved by `layers` (by position), outside them, and the size of a layer's input.
+
+    `precision` None traces a model in bf16 throughout; `frozen_but_for` None one that trains as a whole, otherwise one
+    that trains those of `layers` and these parts.
+    """
+    mode = FakeTensorMode()
+    arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    arguments["dtype"] = torch.float32 if precision else torch.bfloat16
+    with mode, torch.device("cpu"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(with_layers(text_config(config), layers), **arguments)
+    model.train()
+    kept = layers_of(model)
+    if frozen_but_for is not None:
+        model.requires_grad_(False)
+        trained, also_train = frozen_but_for
+        for layer, index in zip(kept, layers, strict=True):
+            layer.requires_grad_(index in trained)
+        for module in modules_of(model, also_train):
+            module.requires_grad_(True)
+        if precision == "bf16" and kind == "gpu":
+            # As training does: what is frozen is kept in bf16.
+            with mode, torch.device("cpu"):
+                for module in list(model.modules()):
+                    for name, weight in list(module.named_parameters(recurse=False)):
+                        if not weight.requires_grad:
+                            lower = torch.empty(weight.shape, dtype=torch.bfloat16)
+                            setattr(module, name, nn.Parameter(lower, requires_grad=False))
+    for module in model.modules():
+        module.elo_repeats_keys = kind == "cpu"  # type: ignore[assignment]
+    with mode, torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        return [_saved_bytes(model, kept, length) for length in _LENGTHS]
+
+
+def _saved_bytes(model: PreTrainedModel, layers: nn.ModuleList, length: int) -> dict[int, float]:
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    inside = [_OUTSIDE]
+    saved: dict[int, tuple[int, int]] = {}
+    alive: list[Tensor] = []  # a freed storage's address could be taken by another
+    found: dict[int, float] = {_INPUT: 0.0}
+
+    def enter(position: int) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            inside[0] = position
+            hidden = arguments[0] if arguments else keywords.get("hidden_states")
+            if isinstance(hidden, Tensor):
+                found[_INPUT] = float(hidden.numel() * hidden.element_size())
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        inside[0] = _OUTSIDE
+
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved.setdefault(storage._cdata, (inside[0], storage.nbytes()))
+        return tensor
+
+    hooks = [layer.register_forward_pre_hook(enter(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    hooks += [layer.register_forward_hook(leave) for layer in layers]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ids_BT = torch.zeros(1, length, dtype=torch.long)
+        model.base_model(input_ids=ids_BT, position_ids=torch.arange(length).unsqueeze(0), use_cache=False)
+    for handle in hooks:
+        handle.remove()
+    for position, size in saved.values():
+        found[position] = found.get(position, 0.0) + size
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of a forward that is only asked for its shapes."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)

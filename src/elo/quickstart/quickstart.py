@@ -1,0 +1,74 @@
+"""The whole job on the base model and the bilingual corpus that come with ELO: no network, minutes on two cores."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from elo.config import load_config
+from elo.errors import EloError
+from elo.store.files import TEMPORARY_PREFIX, atomic_directory, write_text
+
+# Holds config.yaml, base/ (a checkpoint, made by examples/tavuni/train_quickstart_base.py) and data/ (the corpus).
+WORLD = Path(__file__).parent
+
+
+def quickstart(output: Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Write the corpus, then do the run that quickstart/config.yaml describes; returns its results.
+
+    Args:
+        output: run folder. Started again after a kill, it goes on where it was.
+        overrides: `key.path=value`, as for `elo run`.
+
+    Raises:
+        EloError: `output` holds something else, or cannot be written.
+    """
+    import yaml
+
+    from elo.run import run
+
+    output = Path(output)
+    corpus = output / "corpus"
+    others = (
+        [path for path in output.iterdir() if not path.name.startswith(TEMPORARY_PREFIX)] if output.is_dir() else []
+    )
+    if others and not corpus.is_dir():
+        raise EloError(f"{output}: the folder holds other things; choose another with --output, or remove it")
+    config = yaml.safe_load((WORLD / "config.yaml").read_text(encoding="utf-8"))
+    _fill_in(config, {"{base}": str(WORLD / "base"), "{corpus}": str(corpus), "{output}": str(output)})
+    load_config(config, overrides)  # a mistake in them is told before anything is written
+    if not corpus.is_dir():
+        print("quickstart: unpacking a small bilingual corpus", flush=True)
+        unpack_corpus(corpus)
+    (output / "stages").mkdir(exist_ok=True)  # the folder is ours
+    config["evaluation"]["prompts"] = json.loads((corpus / "prompts.json").read_text(encoding="utf-8"))
+    # What is run is an ordinary configuration: read it, change it, run it with `elo run`.
+    write_text(output / "config.yaml", yaml.safe_dump(config, allow_unicode=True, sort_keys=False))
+    return run(load_config(config, overrides))
+
+
+def unpack_corpus(output: Path) -> None:
+    """Write the corpus that ships with ELO into the folder `output`: JSON lines, and prompts.json.
+
+    Raises:
+        EloError: `output` exists and is not empty, or cannot be written.
+    """
+    with atomic_directory(output) as folder:
+        for path in sorted((WORLD / "data").iterdir()):
+            data = path.read_bytes()
+            if path.suffix == ".zst":
+                data = zstandard.ZstdDecompressor().decompress(data)
+            (folder / path.name.removesuffix(".zst")).write_bytes(data)
+
+
+def _fill_in(value: Any, names: dict[str, str]) -> Any:
+    """Replace placeholders in every string of a nested value, in place."""
+    if isinstance(value, str):
+        for name, text in names.items():
+            value = value.replace(name, text)
+        return value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in list(items):
+        value[key] = _fill_in(item, names)
+    return value

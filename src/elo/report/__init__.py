@@ -1,0 +1,1 @@
+"""One schema for the results of runs and comparisons, and one report of both."""

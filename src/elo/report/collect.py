@@ -1,0 +1,133 @@
+"""From the records of stages and evaluations, as the pipeline keeps them, to the schema."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from elo.report.schema import (
+    EvaluationPoint,
+    Generation,
+    LossPoint,
+    Measured,
+    MeasureValue,
+    Sample,
+    StageCost,
+    TextSize,
+    Trial,
+)
+
+Stages = Mapping[str, Mapping[str, Any]]
+"""Record by stage, in the order in which the stages ran."""
+
+
+def measured(record: Mapping[str, Any]) -> Measured:
+    """What an evaluation record (the output of `elo.evaluate`) holds."""
+    nats, sizes = record.get("documents_nats", {}), record.get("documents_bytes", {})
+    heldout = record.get("heldout") or record.get("corpora", {})
+    return Measured(
+        bpb=record["bpb"],
+        heldout={language: _text_size(size) for language, size in heldout.items()},
+        # A ten-thousandth of a nat is a millionth of a short document.
+        document_nats={language: tuple(round(each, 4) for each in values) for language, values in nats.items()},
+        document_bytes={language: tuple(sizes[language]) for language in nats},
+        measures=tuple(each for language, score in record.get("cloze", {}).items() for each in _cloze(language, score)),
+        samples=tuple(Sample.model_validate(sample) for sample in record.get("samples", [])),
+        generation={
+            language: Generation.model_validate(written) for language, written in record.get("generation", {}).items()
+        },
+    )
+
+
+def trial(
+    contestant: str,
+    budget: str,
+    seed: int,
+    stages: Stages,
+    final: Mapping[str, Any],
+    *,
+    before_alignment: Mapping[str, Any] | None = None,
+    learning_rates: Mapping[str, float] | None = None,
+    validation: Mapping[str, Any] | None = None,
+    flops: Mapping[str, float] | None = None,
+) -> Trial:
+    """A finished trial.
+
+    Args:
+        contestant: its name.
+        budget: name of the budget.
+        seed: of the run.
+        stages: records of the stages that cost time.
+        final: evaluation record of the final model on held-out text.
+        before_alignment: evaluation record of the attached model before layer alignment.
+        learning_rates: peak learning rate by training section.
+        validation: evaluation record on validation text.
+        flops: training FLOPs by stage.
+    """
+    losses, evaluations = curves(stages)
+    return Trial(
+        contestant=contestant,
+        budget=budget,
+        seed=seed,
+        learning_rates=dict(learning_rates or {}),
+        measured=measured(final),
+        before_alignment=None if before_alignment is None else measured(before_alignment),
+        validation=None if validation is None else measured(validation),
+        attach_scale=stages.get("scale", {}).get("scale"),
+        stages=stage_costs(stages, flops or {}),
+        losses=losses,
+        evaluations=evaluations,
+        warnings=tuple(text for record in stages.values() for text in record.get("warnings", [])),
+    )
+
+
+def stage_costs(stages: Stages, flops: Mapping[str, float]) -> tuple[StageCost, ...]:
+    """Costs of the stages; what trains between `detach` and `attach` is a detached model."""
+    found = []
+    detached = False
+    for name, record in stages.items():
+        detached = (detached or name == "detach") and name != "attach"
+        costs = {key: record[key] for key in _COSTS if record.get(key) is not None}
+        trains = bool(record.get("tokens"))
+        found.append(StageCost(name=name, flops=flops.get(name), detached=detached and trains, **costs))
+    return tuple(found)
+
+
+_COSTS = ("seconds", "cpu_seconds", "tokens", "tokens_per_second", "peak_memory_bytes", "trainable_parameters")
+
+
+def curves(stages: Stages) -> tuple[tuple[LossPoint, ...], tuple[EvaluationPoint, ...]]:
+    """Loss and evaluation points; tokens and seconds, which a stage counts from its start, add up over the stages."""
+    losses, evaluations = [], []
+    tokens, seconds = 0, 0.0
+    for stage, record in stages.items():
+        for point in record.get("losses", []):
+            at = {"tokens": point["tokens"] + tokens, "seconds": point["seconds"] + seconds}
+            losses.append(LossPoint(stage=stage, loss=point["loss"], **at))
+        for point in record.get("evaluations", []):
+            at = {"tokens": point["tokens"] + tokens, "seconds": point["seconds"] + seconds}
+            evaluations.append(EvaluationPoint(stage=stage, bpb=point["bpb"], **at))
+        tokens += record["tokens"]
+        seconds += record["seconds"]
+    return tuple(losses), tuple(evaluations)
+
+
+def _text_size(record: Mapping[str, Any]) -> TextSize:
+    tokens = record.get("tokens", record.get("text_tokens"))
+    return TextSize(documents=record.get("documents"), tokens=tokens, bytes=record.get("bytes"))
+
+
+def _cloze(language: str, score: Mapping[str, Any]) -> list[MeasureValue]:
+    groups = {"all": score, **score.get("groups", {})}
+    return [
+        MeasureValue(
+            measure="cloze",
+            name=name,
+            language=language,
+            value=group["accuracy"],
+            standard_error=(group["accuracy"] * (1 - group["accuracy"]) / group["items"]) ** 0.5
+            if group["items"]
+            else None,
+            items=group["items"],
+            chance=score.get("chance"),
+        )
+        for name, group in groups.items()
+    ]

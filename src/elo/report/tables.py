@@ -1,0 +1,258 @@
+"""The report's tables, built once and rendered as HTML, Markdown and on the terminal."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from elo.format import count, duration, flops, learning_rate, memory, signed
+from elo.report.schema import Budget, BudgetVerdict, Contestant, Data, Measured, Results, Trial, mean
+from elo.report.verdict import contestant_warnings, score, title_of, tuned
+
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value, smaller print below it, and whether the statistics support it."""
+
+    text: str = NOTHING
+    detail: str = ""
+    bold: bool = False
+    swatch: str = ""
+    """Contestant whose colour is shown."""
+    tone: str = ""
+    """`good` or `bad`."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading with its unit."""
+
+    title: str
+    unit: str = ""
+    is_text: bool = False
+    is_brief: bool = True
+    """Whether it is shown on the terminal."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of as many cells as there are columns; the first column is text."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+
+_Parts = tuple[Column, Cell, list[Cell]]
+"""A column: heading, cell of the base model, cells of the contestants."""
+
+
+def results_table(results: Results, budget: Budget, verdict: BudgetVerdict) -> Table:
+    """The base model, then every contestant, lowest target bits per byte first."""
+    trials = {each.name: results.finished(each.name, budget.name) for each in results.contestants}
+    bpb = {name: results.mean_bpb(name, budget.name, results.languages.targets) for name in trials}
+    order = sorted(results.contestants, key=lambda each: (bpb[each.name] is None, bpb[each.name]))
+    columns = [_names(results, budget, order)]
+    for language in results.languages.all:
+        columns += _bpb_columns(results, language, order, verdict)
+    for title, value, shown in _COSTS:
+        column = Column(title, is_brief=title not in ("Wall time", "Compute"))
+        columns.append((column, Cell(), [_mean_cell(trials[each.name], value, shown) for each in order]))
+    columns += _measure_columns(results, order, trials)
+    flags = [len(contestant_warnings(results, each, budget)) for each in order]
+    columns.append((Column("Warnings", is_brief=False), Cell(), [_cell(flag or None, str) for flag in flags]))
+    return _table(columns, _note(results, verdict))
+
+
+_COSTS: tuple[tuple[str, Callable[[Trial], float | None], Callable[[float], str]], ...] = (
+    ("Tokens", lambda trial: trial.tokens, count),
+    ("CPU time", lambda trial: trial.cpu_seconds, duration),
+    ("Wall time", lambda trial: trial.seconds, duration),
+    ("Compute", lambda trial: trial.flops, flops),
+    ("Peak memory", lambda trial: trial.peak_memory_bytes, memory),
+)
+
+
+def _table(columns: Sequence[_Parts], note: str) -> Table:
+    """Columns side by side; those in which contestants have nothing are left out."""
+    shown = [each for each in columns if any(cell.text != NOTHING for cell in each[2])] or list(columns[:1])
+    rows = zip(*([base, *cells] for _, base, cells in shown), strict=True)
+    return Table(tuple(column for column, _, _ in shown), tuple(rows), note)
+
+
+def _names(results: Results, budget: Budget, order: Sequence[Contestant]) -> _Parts:
+    cells = []
+    for contestant in order:
+        reported = results.reported(contestant.name, budget.name)
+        failed = sum(trial.failed is not None for trial in reported)
+        seeds = f"{len(reported)} seed{'s' * (len(reported) != 1)}" + (f", {failed} failed" if failed else "")
+        cells.append(Cell(contestant.title, seeds, swatch=contestant.name))
+    return Column("Contestant", is_text=True), Cell("Base model"), cells
+
+
+def _bpb_columns(results: Results, language: str, order: Sequence[Contestant], verdict: BudgetVerdict) -> list[_Parts]:
+    is_target = language in results.languages.targets
+    differences = {each.contestant: each for each in verdict.differences if each.languages == (language,)}
+    values, against = [], []
+    for contestant in order:
+        after = results.mean_bpb(contestant.name, verdict.budget, (language,))
+        change = results.change(contestant.name, verdict.budget, language)
+        best = is_target and verdict.best_is_supported and contestant.name == verdict.ranked[0]
+        detail = "" if change is None else signed(change)
+        values.append(Cell() if after is None else Cell(f"{after:.3f}", detail, best))
+        if each := differences.get(contestant.name):
+            tone = "good" if each.value < 0 else "bad"
+            interval = f"{signed(each.low)} to {signed(each.high)}"
+            against.append(Cell(signed(each.value), interval, each.is_supported, tone=tone))
+        else:
+            against.append(Cell("reference" if contestant.name == verdict.reference else NOTHING))
+    heading = Column(f"{language}, {'target' if is_target else 'source'}", "bpb ↓, change")
+    found = [(heading, _cell(results.base.bpb.get(language), lambda value: f"{value:.3f}"), values)]
+    if differences:
+        versus = Column(f"{language} − {title_of(results, verdict.reference)}", "bpb ↓, 95 % interval")
+        found.append((versus, Cell(), against))
+    return found
+
+
+def _mean_cell(trials: Sequence[Trial], value: Callable[[Trial], float | None], shown: Callable[[float], str]) -> Cell:
+    return _cell(mean([each for trial in trials if (each := value(trial)) is not None]) or None, shown)
+
+
+def _measure_columns(
+    results: Results, order: Sequence[Contestant], trials: dict[str, list[Trial]], *, subsets: bool = False
+) -> list[_Parts]:
+    """One column per benchmark, language and, with `subsets`, subset of its items."""
+    measured = [results.base, *(trial.measured for each in trials.values() for trial in each)]
+    keys = dict.fromkeys(
+        (value.language, value.measure, value.name)
+        for each in measured
+        for value in each.measures
+        if (value.name != "all") == subsets
+    )
+    found = []
+    for key in sorted(keys, key=lambda key: (key[0] not in results.languages.targets, key[0])):
+        arrow = "↓" if any(_is(v, key) and not v.higher_is_better for m in measured for v in m.measures) else "↑"
+        base = _measure_cell([results.base], key)
+        cells = [_measure_cell([trial.measured for trial in trials[each.name]], key) for each in order]
+        title = f"{key[0]}: {key[2]}".replace("_", " ") if subsets else f"{key[1]} {key[0]}"
+        chance = next((v.chance for m in measured for v in m.measures if _is(v, key) and v.chance is not None), None)
+        unit = arrow if chance is None else f"{arrow}, chance {chance:.0%}"
+        found.append((Column(title, unit), base, cells))
+    return found
+
+
+def _is(value: object, key: tuple[str, str, str]) -> bool:
+    return tuple(getattr(value, name) for name in ("language", "measure", "name")) == key
+
+
+def _measure_cell(measured: Sequence[Measured], key: tuple[str, str, str]) -> Cell:
+    values = [value for each in measured for value in each.measures if _is(value, key)]
+    average = mean([value.value for value in values])
+    if average is None:
+        return Cell()
+    error, share = values[0].standard_error, values[0].unit == "share"
+    detail = "" if not error else f"±{100 * error:.1f}" if share else f"±{error:.3g}"
+    return Cell(f"{average:.1%}" if share else f"{average:.3f}", detail)
+
+
+def _note(results: Results, verdict: BudgetVerdict) -> str:
+    several = len(results.seeds) > 1
+    notes = ["Means over seeds." if several else "One seed: intervals cover the choice of documents alone."]
+    notes.append("bpb: bits per byte of held-out text, lower is better; small: change from the base model.")
+    notes.append("Costs are of training, without evaluation.")
+    if verdict.differences:
+        tests = len(verdict.differences)
+        notes.append(f"Bold: significant at 5 % after Holm's correction over {tests} comparison{'s' * (tests != 1)}.")
+    return " ".join(notes)
+
+
+def measures_table(results: Results, budget: Budget) -> Table | None:
+    """Benchmark values by subset of the items; None without subsets."""
+    trials = {each.name: results.finished(each.name, budget.name) for each in results.contestants}
+    columns = _measure_columns(results, results.contestants, trials, subsets=True)
+    if all(cell.text == NOTHING for _, _, cells in columns for cell in cells):
+        return None
+    note = "±: one standard error in percentage points, with items taken as independent."
+    return _table([_names(results, budget, results.contestants), *columns], note)
+
+
+def stages_table(results: Results, trials: Sequence[Trial]) -> Table | None:
+    """What each stage of the given trials cost."""
+    columns = ("Contestant", "Stage", "Wall time", "CPU time", "Tokens", "Tokens/s", "Compute", "Peak memory")
+    titles = {each.name: each.title for each in results.contestants}
+    rows = []
+    for trial in trials:
+        for index, stage in enumerate(trial.stages):
+            name = Cell(titles[trial.contestant], swatch=trial.contestant) if index == 0 else Cell("")
+            rows.append((
+                name,
+                Cell(stage.name.replace("_", " ")),
+                Cell(duration(stage.seconds)),
+                _cell(stage.cpu_seconds, duration),
+                _cell(stage.tokens or None, count),
+                _cell(stage.tokens_per_second, count),
+                _cell(stage.flops, flops),
+                _cell(stage.peak_memory_bytes, memory),
+            ))  # fmt: skip
+    if not rows:
+        return None
+    kept = [index for index in range(len(columns)) if any(row[index].text not in (NOTHING, "") for row in rows)]
+    return Table(
+        tuple(Column(columns[index], is_text=index < 2) for index in kept),
+        tuple(tuple(row[i] for i in kept) for row in rows),
+    )
+
+
+def tuning_table(results: Results) -> Table | None:
+    """Learning rates of the reported trials, and every setting that was tried with its validation score."""
+    parts: list[tuple[Cell, Cell, Cell, Cell]] = []
+    for budget in results.budgets:
+        for contestant in results.contestants:
+            reported = results.reported(contestant.name, budget.name)
+            if not reported or not reported[0].learning_rates:
+                continue
+            tried = tuned(results, contestant.name, budget.name)
+            tried.sort(key=lambda trial: list(trial.learning_rates.values()))
+            parts.append((
+                Cell(contestant.title, budget.name, swatch=contestant.name),
+                Cell(" / ".join(reported[0].learning_rates).replace("_", " ")),
+                Cell(_rates(reported[0])),
+                Cell(", ".join(f"{_rates(trial)}: {_score(results, trial)}" for trial in tried) or NOTHING),
+            ))  # fmt: skip
+    if not parts:
+        return None
+    weight = results.endpoint.source_weight
+    unit = "validation bpb ↓" + (f", target + {weight:g} × source" if weight else "")
+    columns = (Column("Contestant", is_text=True), Column("Learning rate of", is_text=True), Column("Used"))
+    if all(row[3].text == NOTHING for row in parts):
+        return Table(columns, tuple(row[:3] for row in parts))
+    return Table((*columns, Column("Tried", unit, is_text=True)), tuple(parts))
+
+
+def _rates(trial: Trial) -> str:
+    return " / ".join(map(learning_rate, trial.learning_rates.values()))
+
+
+def _score(results: Results, trial: Trial) -> str:
+    value = score(results, trial.validation)
+    return "failed" if value is None or trial.failed else f"{value:.3f}"
+
+
+def data_table(data: Data, base: Measured) -> Table | None:
+    """Amounts of text: training, held out, and measured on."""
+    parts = (("training", data.train), ("held out", data.heldout), ("measured on", base.heldout))
+    rows = [
+        (
+            Cell(f"{language}, {use}"),
+            *(_cell(number, lambda value: f"{value:,}") for number in (size.documents, size.tokens, size.bytes)),
+            _cell(size.bytes_per_token, lambda value: f"{value:.2f}"),
+        )
+        for use, sizes in parts
+        for language, size in sizes.items()
+    ]
+    columns = map(Column, ("Documents", "Tokens", "UTF-8 bytes", "Bytes per token"))
+    return Table((Column("Text", is_text=True), *columns), tuple(rows)) if rows else None
+
+
+def _cell(value: float | None, shown: Callable[[float], str]) -> Cell:
+    return Cell() if value is None else Cell(shown(value))

@@ -1,0 +1,285 @@
+"""What the statistics support, budget by budget, and what a reader should be warned of."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from elo.format import count, duration, learning_rate, listed, signed
+from elo.report.schema import (
+    MIN_DOCUMENTS,
+    Budget,
+    BudgetVerdict,
+    Contestant,
+    Difference,
+    Measured,
+    Results,
+    Trial,
+    Verdict,
+    mean_bpb,
+)
+from elo.report.statistics import Floats, bits_per_byte, estimate, holm, resampled_documents
+
+BASE = "base"
+Pair = tuple[str, str, tuple[str, ...]]
+"""Contestant, reference, languages."""
+OFF_BUDGET = 0.1
+"""Relative distance from a budget above which a trial is reported."""
+RULE = (
+    "Differences are paired by seed and document. Intervals cover 95 %: documents are resampled 10,000 times, and the "
+    "error over seeds is drawn from Student's t distribution. p-values are two-sided and corrected by Holm's method "
+    "over contestants and languages, budget by budget. Bold: significant at 5 % after correction, on at least "
+    f"{MIN_DOCUMENTS} documents."
+)
+
+
+def judge(results: Results) -> Verdict:
+    """Apply the rule to every budget."""
+    return Verdict(
+        rule=RULE, budgets=tuple(_judge(results, budget.name) for budget in results.budgets), warnings=warnings(results)
+    )
+
+
+def reference_of(results: Results) -> str:
+    """What contestants are compared with: full CPT, else the first contestant; the base model if there is but one."""
+    if len(results.contestants) == 1:
+        return BASE
+    return next((each.name for each in results.contestants if each.method == "full"), results.contestants[0].name)
+
+
+def title_of(results: Results, name: str) -> str:
+    """A contestant's name for people, in quotes where a comma in it would break a list."""
+    title = next((each.title for each in results.contestants if each.name == name), "base model")
+    return f"“{title}”" if "," in title else title
+
+
+def holds_source(results: Results, contestant: str, budget: str) -> bool:
+    """Whether the mean over seeds stays within the limit in every source language that was measured."""
+    changes = [results.change(contestant, budget, language) for language in results.languages.sources]
+    return all(change is None or change <= results.endpoint.source_limit_bpb for change in changes)
+
+
+def _judge(results: Results, budget: str) -> BudgetVerdict:
+    reference, targets = reference_of(results), results.languages.targets
+    names = [each.name for each in results.contestants]
+    pairs = [(name, reference, (language,)) for language in results.languages.all for name in names]
+    bpb = {
+        name: value
+        for name in names
+        if all(trial.failed is None for trial in results.reported(name, budget))
+        and holds_source(results, name, budget)
+        and (value := results.mean_bpb(name, budget, targets)) is not None
+    }
+    ranked = sorted(bpb, key=bpb.__getitem__)
+    against = compare(results, budget, [(ranked[0], name, targets) for name in ranked[1:]])
+    supported = [each for each in against if each.is_supported and each.value < 0]
+    verdict = BudgetVerdict(
+        budget=budget,
+        reference=reference,
+        differences=compare(results, budget, [pair for pair in pairs if pair[0] != reference]),
+        ranked=tuple(ranked),
+        best_against=against,
+        best_is_supported=0 < len(supported) == len(ranked) - 1,
+    )
+    return verdict.model_copy(update={"sentences": tuple(_sentences(results, verdict))})
+
+
+def compare(results: Results, budget: str, pairs: Sequence[Pair]) -> tuple[Difference, ...]:
+    """Paired differences of (contestant, reference, languages), with Holm's correction over all of them.
+
+    Pairs without per-document values, or without a common seed, are left out.
+    """
+    found: list[Difference] = []
+    for contestant, reference, languages in pairs:
+        texts = [_paired_nats(results, budget, contestant, reference, language) for language in languages]
+        known = [text for text in texts if text is not None]
+        if not known or len(known) < len(texts):
+            continue
+        per_seed = np.mean([bits_per_byte(nats, sizes) for nats, sizes in known], axis=0)
+        drawn = np.mean([resampled_documents(nats.mean(axis=0), sizes) for nats, sizes in known], axis=0)
+        value = estimate(per_seed.tolist(), drawn)
+        found.append(
+            Difference(
+                contestant=contestant,
+                reference=reference,
+                languages=languages,
+                **asdict(value),
+                adjusted_p_value=value.p_value,
+                seeds=per_seed.size,
+                documents=min(sizes.size for _, sizes in known),
+            )
+        )
+    adjusted = holm([each.p_value for each in found])
+    return tuple(
+        each.model_copy(update={"adjusted_p_value": value}) for each, value in zip(found, adjusted, strict=True)
+    )
+
+
+def _paired_nats(
+    results: Results, budget: str, contestant: str, reference: str, language: str
+) -> tuple[Floats, Floats] | None:
+    """Differences of nats [seeds, documents] and bytes [documents]; None if the two cannot be paired."""
+    ours = {trial.seed: trial.measured for trial in results.finished(contestant, budget)}
+    theirs = {trial.seed: trial.measured for trial in results.finished(reference, budget)}
+    if reference == BASE:
+        theirs = dict.fromkeys(ours, results.base)
+    both = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    if not both or any(not each.document_nats.get(language) for pair in both for each in pair):
+        return None
+    sizes = both[0][0].document_bytes[language]
+    if any(each.document_bytes[language] != sizes for pair in both for each in pair):
+        return None
+    nats = np.array([[one.document_nats[language], other.document_nats[language]] for one, other in both], np.float64)
+    return nats[:, 0] - nats[:, 1], np.array(sizes, np.float64)
+
+
+def _sentences(results: Results, verdict: BudgetVerdict) -> list[str]:
+    """At most three sentences."""
+    names = [each.name for each in results.contestants if results.reported(each.name, verdict.budget)]
+    if not any(results.finished(name, verdict.budget) for name in names):
+        return ["Every trial failed." if names else "No trial has finished yet."]
+    one_seed = "One seed: intervals and tests cover the choice of documents alone, not the seed."
+    if len(results.contestants) == 1:
+        found = _against_base(results, verdict)
+        return [*found, one_seed] if all(each.seeds == 1 for each in verdict.differences) else found
+    targets, sources = listed(results.languages.targets), listed(results.languages.sources)
+    condition = f" with {sources} held to base + {results.endpoint.source_limit_bpb:g}" if sources else ""
+    found = []
+    if verdict.ranked:
+        best, *others = verdict.ranked
+        value = results.mean_bpb(best, verdict.budget, results.languages.targets) or 0.0
+        lead = f"{targets}{condition}: the lowest is {title_of(results, best)} with {value:.3f} bits per byte"
+        alike = [each.reference for each in verdict.best_against if not (each.is_supported and each.value < 0)]
+        if not others:
+            found.append(f"{lead}, and no other contestant meets the condition.")
+        elif verdict.best_is_supported:
+            found.append(f"{lead}, significantly below {_all(results, others)}.")
+        elif len(verdict.best_against) < len(others):
+            found.append(f"{lead}. Without values per document and seed it cannot be tested against the others.")
+        else:
+            found.append(f"{lead}. The data do not separate it from {_all(results, alike)}.")
+    out = []
+    for name in names:
+        if name not in verdict.ranked:
+            held = holds_source(results, name, verdict.budget)
+            out.append(f"{title_of(results, name)} ({'a failed seed' if held else f'{sources} above the limit'})")
+    found += [f"Not ranked: {listed(out)}."] if out else []
+    return [*found, one_seed] if len(results.seeds) < 2 else found
+
+
+def _against_base(results: Results, verdict: BudgetVerdict) -> list[str]:
+    """What a single contestant did to the first languages."""
+    contestant, found = results.contestants[0], []
+    for language in results.languages.all[:2]:
+        change = results.change(contestant.name, verdict.budget, language)
+        if change is not None:
+            before = results.base.bpb[language]
+            text = f"{contestant.title}, {language}: {before:.3f} to {before + change:.3f} bits per byte"
+            intervals = [
+                f", 95 % interval {signed(each.low)} to {signed(each.high)}"
+                for each in verdict.differences
+                if each.languages == (language,)
+            ]
+            found.append(f"{text} ({signed(change)}{''.join(intervals)}).")
+    return found
+
+
+def _all(results: Results, names: Sequence[str]) -> str:
+    return listed([title_of(results, name) for name in names])
+
+
+def warnings(results: Results) -> tuple[str, ...]:
+    """What a reader has to know before using the results."""
+    found = [*_heldout_warnings(results)]
+    for budget in results.budgets:
+        at = f" ({budget.name})" if len(results.budgets) > 1 else ""
+        for contestant in results.contestants:
+            title = title_of(results, contestant.name)
+            found += [f"{title}{at}: {message}." for message in contestant_warnings(results, contestant, budget)]
+    planned = len(results.contestants) * len(results.budgets) * len(results.seeds)
+    done = sum(not trial.tuning for trial in results.trials)
+    if done < planned:
+        found.insert(0, f"Not finished: {done} of {planned} trials are done.")
+    return tuple(found)
+
+
+def contestant_warnings(results: Results, contestant: Contestant, budget: Budget) -> list[str]:
+    """What a reader has to know of one contestant at one budget."""
+    trials = results.reported(contestant.name, budget.name)
+    return [
+        *_harm(results, contestant, budget),
+        *_off_budget(budget, trials),
+        *_edges(results, contestant, budget),
+        *(f"seed {trial.seed} failed: {trial.failed}" for trial in trials if trial.failed is not None),
+        *dict.fromkeys(text.rstrip(".") for trial in trials for text in trial.warnings),
+    ]
+
+
+def _heldout_warnings(results: Results) -> list[str]:
+    found = []
+    for language in results.languages.all:
+        size = results.base.heldout.get(language) or results.data.heldout.get(language)
+        if size is not None and size.documents is not None and size.documents < MIN_DOCUMENTS:
+            found.append(
+                f"{language}: {size.documents} held-out documents; {MIN_DOCUMENTS} is the least that can carry a claim."
+            )
+    if not any(trial.measured.document_nats for trial in results.trials) and results.trials:
+        found.append("No values per document: differences have no intervals, and nothing is marked as significant.")
+    return found
+
+
+def _harm(results: Results, contestant: Contestant, budget: Budget) -> list[str]:
+    found, limit = [], results.endpoint.source_limit_bpb
+    for language in results.languages.all:
+        change = results.change(contestant.name, budget.name, language)
+        if change is None:
+            continue
+        if language in results.languages.targets and change >= 0:
+            found.append(f"the target language {language} is worse than in the base model ({signed(change)} bpb)")
+        if language in results.languages.sources and change > limit:
+            found.append(f"the source language {language} is {change:.3f} bpb above the base model, limit {limit:g}")
+    return found
+
+
+def _off_budget(budget: Budget, trials: Sequence[Trial]) -> list[str]:
+    found = []
+    for trial in trials:
+        spent = {"tokens": trial.tokens, "seconds": trial.seconds, "cpu_seconds": trial.cpu_seconds}[budget.kind]
+        if trial.failed is None and spent is not None and abs(spent / budget.value - 1) > OFF_BUDGET:
+            shown = f"{count(spent)} tokens" if budget.kind == "tokens" else duration(spent)
+            found.append(f"seed {trial.seed} is off the budget of {budget.name}, with {shown}")
+    return found
+
+
+def tuned(results: Results, contestant: str, budget: str) -> list[Trial]:
+    """Trials among which the learning rates were chosen: tuning trials, and the reported one that won."""
+    own = [trial for trial in results.trials if (trial.contestant, trial.budget) == (contestant, budget)]
+    seeds = {trial.seed for trial in own if trial.tuning}
+    return [trial for trial in own if trial.seed in seeds and (trial.tuning or trial.validation or trial.failed)]
+
+
+def score(results: Results, measured: Measured | None) -> float | None:
+    """What tuning minimised: target + source_weight times source bits per byte of validation text."""
+    target = mean_bpb(measured, results.languages.targets) if measured else None
+    if measured is None or target is None or not results.endpoint.source_weight:
+        return target
+    source = mean_bpb(measured, results.languages.sources)
+    return target if source is None else target + results.endpoint.source_weight * source
+
+
+def _edges(results: Results, contestant: Contestant, budget: Budget) -> list[str]:
+    """Chosen learning rates beyond which nothing was tried."""
+    trials = tuned(results, contestant.name, budget.name)
+    chosen = next((trial for trial in trials if not trial.tuning), None)
+    if chosen is None:
+        return ["every learning rate that was tried failed"] if trials and all(t.failed for t in trials) else []
+    found = []
+    for section, rate in chosen.learning_rates.items():
+        tried = sorted({trial.learning_rates[section] for trial in trials if section in trial.learning_rates})
+        if len(tried) > 1 and rate in (tried[0], tried[-1]):
+            end = "highest" if rate == tried[-1] else "lowest"
+            found.append(
+                f"the learning rate of {section}, {learning_rate(rate)}, is the {end} of {len(tried)} tried; a better "
+                "one may be beyond"
+            )
+    return found

@@ -1,0 +1,400 @@
+"""A run: prepare the text, train by a method, measure before and after, report.
+
+Each step is a stage of the run folder (`elo.store.run_folder`): done once, resumed after a kill, done again when an
+argument has changed.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elo import stages
+from elo.budget import Sequences, divide_budget
+from elo.checkpoint.counting import read_config, text_config
+from elo.circumstances import circumstances
+from elo.config import RunConfig, load_config
+from elo.data.prepare import corpus_sources
+from elo.data.shards import PreparedData, TokenCorpus
+from elo.errors import EloError
+from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
+from elo.methods import Method
+from elo.preflight import check_inputs, check_model
+from elo.report import collect, schema
+from elo.report.files import judged, write_results
+from elo.report.write import report, show
+from elo.store.files import write_json
+from elo.store.processes import is_main
+from elo.store.run_folder import Artifact, RunFolder, file_identity
+from elo.surgery.detach_attach import resolve_checkpoint
+
+# Tokens for the fit of a bridge (and 16 for each hidden dimension).
+_BRIDGE_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run works with, checked.
+
+    Attributes:
+        base: the checkpoint that is adapted.
+        tokenizer: folder or hub id.
+        layers: decoder layers that the configuration chooses.
+    """
+
+    config: RunConfig
+    folder: RunFolder
+    base: Artifact
+    tokenizer: str
+    layers: tuple[int, ...]
+
+    @property
+    def languages(self) -> tuple[str, str]:
+        """Target and source language."""
+        return self.config.data.target, self.config.data.source
+
+
+@dataclass
+class Adapted:
+    """What a method made of the base.
+
+    Attributes:
+        model: the last checkpoint.
+        records: of the stages that cost time, in their order.
+        before_alignment: measurement of the attached model, where an alignment follows.
+    """
+
+    model: Artifact
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    before_alignment: dict[str, Any] | None = None
+
+    def cost(self, key: str) -> float:
+        """Sum over stages of `seconds` or `cpu_seconds`, evaluation aside."""
+        return float(sum(record[key] for record in self.records.values()))
+
+
+class ReachedError(Exception):
+    """The stage that was asked for is done."""
+
+
+def run(
+    config: RunConfig | str | Path | dict[str, Any], *, overrides: list[str] | None = None, until: str | None = None
+) -> dict[str, Any]:
+    """Run all stages, or resume an interrupted run.
+
+    Args:
+        config: a configuration, its file, or a dict of the same form.
+        overrides: `key.path=value`, applied to a file or dict.
+        until: stop when this stage is done: prepare, detach, attach, scale, or the name of a phase.
+
+    Returns:
+        The results, as written to results.json (docs/results.md); {} when `until` stopped the run before.
+
+    Raises:
+        EloError: a mistake of the user: what, where, what was found, what to do.
+    """
+    if not isinstance(config, RunConfig):
+        config = load_config(config, overrides)
+    _check_until(config.method, until)
+    with open_run(config) as inputs:
+        data = prepare_data(inputs)
+        if until == "prepare":
+            return {}
+        sequences = divide_budget(config, data, inputs.folder.say)
+        try:
+            base = measure(inputs, "evaluate-base", inputs.base, heldout_text(inputs, data))
+            adapted = adapt(inputs, data, sequences, base["bpb"], until=until)
+        except ReachedError:
+            return {}
+        final = measure(inputs, "evaluate", adapted.model, heldout_text(inputs, data))
+        link_model(inputs.folder, adapted.model.path)
+        return write_report(inputs, data, base, adapted, final)
+
+
+def prepare_together(config: str | Path | dict[str, Any], *, overrides: list[str] | None = None) -> None:
+    """Tokenise a run's corpora beside other processes that do the same, on machines that share the run folder.
+
+    Returns when all is prepared, whichever process did it.
+
+    Raises:
+        EloError: as `run`; or a run holds the folder.
+    """
+    with open_run(load_config(config, overrides), shared=True) as inputs:
+        prepare_data(inputs, together=True)
+
+
+@contextmanager
+def open_run(config: RunConfig, *, shared: bool = False) -> Iterator[Inputs]:
+    """Check a configuration against the disk, lock its run folder, alone or `shared`, and yield the inputs.
+
+    Raises:
+        EloError: the base, a corpus, the layers or the run folder is not usable.
+    """
+    check_inputs(config)
+    base = resolve_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
+    layers = check_model(config, base)
+    folder = RunFolder(Path(config.output))
+    with folder.locked(shared=shared):
+        if is_main():
+            if not shared:
+                folder.sweep()
+            write_json(folder.path("config.json"), config.model_dump(mode="json"))
+        yield Inputs(config, folder, Artifact(base, checkpoint_identity(base)), config.tokenizer or str(base), layers)
+
+
+def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
+    """Token shards of all corpora."""
+    config, folder = inputs.config, inputs.folder
+    corpora, heldout = corpus_sources(config.data)
+    decisive: dict[str, Any] = {
+        "tokenizer": tokenizer_identity(inputs.tokenizer),
+        "corpora": {name: [corpus_identity(each) for each in sources] for name, sources in corpora.items()},
+        "heldout": {name: corpus_identity(each) for name, each in heldout.items()},
+        "heldout_share": config.data.heldout_share,
+        "validation_share": config.data.validation_share,
+        "on_error": config.data.on_error,
+        "split_special_tokens": config.data.split_special_tokens,
+        "allow_lost_text": config.data.allow_lost_text,
+    }
+    model_config = text_config(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
+    execution: dict[str, Any] = {
+        "data": config.data,
+        "tokenizer": inputs.tokenizer,
+        "vocab_size": int(model_config.vocab_size),
+        "together": together,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if together:
+        folder.begin("prepared", identities=decisive)
+        stages.prepare_data(folder.path("prepared"), identities=decisive, **execution)
+    else:
+        folder.once("prepared", stages.prepare_data, identities=decisive, execution=execution)
+    return PreparedData.open(folder.path("prepared"))
+
+
+def adapt(
+    inputs: Inputs,
+    data: PreparedData,
+    sequences: Sequences,
+    base_bpb: dict[str, float],
+    *,
+    until: str | None = None,
+) -> Adapted:
+    """Run the phases of the method, from the base to the adapted model.
+
+    Raises:
+        ReachedError: the stage `until` is done.
+    """
+    config, folder, method, base = inputs.config, inputs.folder, inputs.config.method, inputs.base
+    trust = {"trust_remote_code": config.trust_remote_code}
+    shards = Artifact(data.path, data.fingerprint)
+    adapted = Adapted(base)
+
+    def done(artifact: Artifact, name: str) -> Artifact:
+        adapted.records[name] = artifact.record
+        if until == name:
+            raise ReachedError
+        return artifact
+
+    for phase in method.phases:
+        settings = config.settings(phase)
+        bridge = vocabulary = None
+        start = adapted.model
+        if phase.middle == "bridged":
+            rows = sequences.first(max(_BRIDGE_TOKENS, 16 * _hidden_size(inputs)))
+            bridge = done(
+                folder.once("bridge", stages.fit_middle, base=base, layers=inputs.layers, rows=rows, execution=trust),
+                "bridge",
+            )
+            shown = ", ".join(f"{share:.0%}" for share in bridge.record["explained"])
+            folder.say(f"bridge: explains {shown} of what the middle does to the hidden states, on unseen tokens")
+        if phase.detached:
+            start = done(
+                folder.once("detach", stages.detach_layers, base=base, layers=inputs.layers, execution=trust), "detach"
+            )
+        if settings.vocabulary == "corpus":
+            sample = settings.vocabulary_sample
+            name = f"vocabulary-{phase.name}"
+            vocabulary = done(
+                folder.once(name, stages.cut_vocabulary, data=shards, sample=sample, seed=config.seed, base=base),
+                name,
+            )
+        trained = done(
+            folder.once(
+                phase.name,
+                stages.train,
+                collective=True,
+                checkpoint=start,
+                rows=sequences.of(phase),
+                method=method,
+                phase=phase,
+                layers=inputs.layers,
+                bridge=bridge,
+                vocabulary=vocabulary,
+                settings=settings,
+                seed=config.seed,
+                evaluation=config.evaluation.max_bytes,
+                execution={
+                    "data": shards,
+                    "languages": inputs.languages,
+                    "base_bpb": base_bpb,
+                    "tokenizer": inputs.tokenizer,
+                    "label": phase.name if phase.name == method.name else f"{method.name} {phase.name}",
+                    "say": folder.say,
+                    **trust,
+                },
+            ),
+            phase.name,
+        )
+        folder.say(
+            f"{phase.name}: {trained.record['tokens']:,} tokens in {trained.record['seconds']:.1f} s "
+            f"({trained.record['tokens_per_second']:,.0f} tokens/s)"
+        )
+        adapted.model = trained
+        if phase.detached:
+            include = sorted(phase.also_train)
+            adapted.model = done(
+                folder.once(
+                    "attach", stages.attach_layers, base=base, trained=trained, include=include, execution=trust
+                ),
+                "attach",
+            )
+        last = phase is method.phases[-1]
+        if method.scale != 1.0 and (phase.detached or (last and "scale" not in adapted.records)):
+            adapted.model = done(_keep_share(inputs, adapted.model, sequences), "scale")
+        if phase.detached and not last:
+            text = heldout_text(inputs, data)
+            adapted.before_alignment = measure(inputs, "evaluate-attached", adapted.model, text, brief=True)
+    return adapted
+
+
+def _keep_share(inputs: Inputs, trained: Artifact, sequences: Sequences) -> Artifact:
+    method = inputs.config.method
+    searched = isinstance(method.scale, str)
+    stage = inputs.folder.once(
+        "scale",
+        stages.keep_share,
+        base=inputs.base,
+        trained=trained,
+        scale=method.scale,
+        rows_identity=sequences.unseen_identity() if searched else None,
+        execution={
+            "rows": sequences.unseen() if searched else None,
+            "trust_remote_code": inputs.config.trust_remote_code,
+        },
+    )
+    inputs.folder.say(f"scale: {stage.record['scale']:g} of the change is kept")
+    return stage
+
+
+def heldout_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus]:
+    """Held-out text by language: what is reported is measured on it."""
+    return {language: data.heldout(language) for language in inputs.languages}
+
+
+def validation_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus]:
+    """Validation text by language, cut out of the training corpora: choices are made on it."""
+    target, source = inputs.languages
+    found = {target: data.validation(target)}
+    if data.summary()["validation"][source]["documents"]:  # none without replayed text
+        found[source] = data.validation(source)
+    return found
+
+
+def measure(
+    inputs: Inputs, name: str, model: Artifact, corpora: dict[str, TokenCorpus], *, brief: bool = False
+) -> dict[str, Any]:
+    """Measure a model in a stage of its own and return the record."""
+    config = inputs.config
+    cloze = {} if brief else {language: file_identity(Path(path)) for language, path in config.evaluation.cloze.items()}
+    stage = inputs.folder.once(
+        name,
+        stages.measure,
+        keep=False,
+        model=model,
+        corpora=corpora,
+        evaluation=config.evaluation,
+        cloze=cloze,
+        brief=brief,
+        sequence_length=config.data.sequence_length,
+        split_special_tokens=config.data.split_special_tokens,
+        execution={"tokenizer": inputs.tokenizer, "trust_remote_code": config.trust_remote_code},
+    )
+    shown = ", ".join(f"{language} {value:.4f}" for language, value in stage.record["bpb"].items())
+    inputs.folder.say(f"{name}: bits per byte {shown}")
+    return stage.record
+
+
+def link_model(folder: RunFolder, model: Path) -> None:
+    """Let RUN/model name the final model."""
+    if not is_main():
+        return
+    link = folder.path("model")
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(model, link.parent), target_is_directory=True)
+
+
+def write_report(
+    inputs: Inputs, data: PreparedData, base: dict[str, Any], adapted: Adapted, final: dict[str, Any]
+) -> dict[str, Any]:
+    """Write results.json and the report, and show the table."""
+    config, method, folder = inputs.config, inputs.config.method, inputs.folder
+    tokens = sum(record["tokens"] for record in adapted.records.values())
+    budget = {"name": f"{tokens:,} tokens", "kind": "tokens", "value": tokens}
+    rates = {phase.name: config.settings(phase).learning_rate for phase in method.phases}
+    trial = collect.trial(
+        method.name,
+        budget["name"],
+        config.seed,
+        adapted.records,
+        final,
+        before_alignment=adapted.before_alignment,
+        learning_rates=rates,
+    )
+    results = judged(
+        schema.Results.model_validate(
+            {
+                **circumstances(config, inputs.base.path, inputs.layers, data),
+                "schema_version": schema.SCHEMA_VERSION,
+                "kind": "run",
+                "title": config.title or f"{Path(config.model).name} learns {config.data.target}",
+                "config": config.model_dump(mode="json"),
+                "base": collect.measured(base),
+                "contestants": [
+                    {"name": method.name, "label": method.label, "method": method.name, "layers": inputs.layers}
+                ],
+                "budgets": [budget],
+                "seeds": [config.seed],
+                "trials": [trial],
+            }
+        )
+    )
+    if is_main():
+        write_results(folder.path(schema.FILE_NAME), results)
+        report(results, folder.root)
+        show(results)
+        folder.say(f"report: {folder.path('report.html')}")
+        folder.say(f"model: {folder.path('model')}")
+    return results.model_dump(mode="json")
+
+
+def stage_names(method: Method) -> list[str]:
+    """The stages that `until` may name."""
+    names = ["prepare"]
+    for phase in method.phases:
+        names += ["detach", phase.name, "attach"] if phase.detached else [phase.name]
+    return names
+
+
+def _check_until(method: Method, until: str | None) -> None:
+    if until is not None and until not in stage_names(method):
+        raise EloError(
+            f"--until {until}: method {method.name} has no such stage; it has {', '.join(stage_names(method))}"
+        )
+
+
+def _hidden_size(inputs: Inputs) -> int:
+    config = read_config(str(inputs.base.path), trust_remote_code=inputs.config.trust_remote_code)
+    return int(text_config(config).hidden_size)

@@ -1,0 +1,259 @@
+"""The stages of a run. Each makes its output at a path from its arguments and returns a JSON record.
+
+`elo.run` calls them through `RunFolder.once`, which skips what is done already.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from elo.config import DataConfig, EvaluationConfig
+from elo.data.mixture import MixtureRows
+from elo.data.prepare import corpus_sources, prepare
+from elo.data.shards import PreparedData, TokenCorpus
+from elo.data.tokenizer import load_tokenizer
+from elo.evaluate.evaluate import evaluate
+from elo.evaluate.loading import load_model
+from elo.evaluate.scale_search import search_scale
+from elo.evaluate.warnings import worse_than_base
+from elo.methods import Method, Phase, Setup
+from elo.store.files import atomic_directory, write_json
+from elo.store.run_folder import Artifact
+from elo.surgery.detach_attach import attach, detach
+from elo.surgery.scale_change import scale_change
+from elo.train.bridge import BRIDGE_FILE, Bridge, fit_bridge
+from elo.train.peak_memory import peak_memory_bytes, reset_peak_memory
+from elo.train.phase import heldout_evaluator, train_checkpoint
+from elo.train.settings import TrainingSettings
+from elo.train.vocabulary_cut import choose_rows
+
+MIN_EXPLAINED = 0.05
+"""Share of what the middle does to the hidden states below which a bridge over it is refused."""
+
+
+def _measured(stage: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Add time and peak memory to the record of a stage that trains nothing."""
+
+    @functools.wraps(stage)
+    def measured(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+        reset_peak_memory()
+        started, cpu_started = time.perf_counter(), time.process_time()
+        return stage(*arguments, **keywords) | {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - cpu_started,
+            "tokens": 0,
+            "tokens_per_second": None,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+    return measured
+
+
+def prepare_data(
+    output: Path,
+    *,
+    data: DataConfig,
+    tokenizer: str,
+    identities: Any,
+    vocab_size: int,
+    together: bool,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Tokenise the corpora into token shards.
+
+    Args:
+        identities: of the tokenizer's and the corpora's files, which decide the shards.
+        vocab_size: rows of the model's embedding; token ids beyond are refused.
+        together: other processes may do the same at the same time.
+    """
+    corpora, heldout = corpus_sources(data)
+    prepare(
+        tokenizer,
+        corpora,
+        output,
+        heldout=heldout or None,
+        heldout_share=data.heldout_share,
+        validation_share=data.validation_share,
+        workers=data.workers,
+        on_error=data.on_error,
+        split_special_tokens=data.split_special_tokens,
+        allow_lost_text=data.allow_lost_text,
+        vocab_size=vocab_size,
+        together=together,
+        overwrite=not together,
+        trust_remote_code=trust_remote_code,
+    )
+    return {}
+
+
+@_measured
+def fit_middle(
+    output: Path, *, base: Artifact, layers: Sequence[int], rows: MixtureRows, trust_remote_code: bool
+) -> dict[str, Any]:
+    """Fit a linear bridge over the layers that are left out, with the ridge that does best on unseen tokens.
+
+    Raises:
+        EloError: the bridge explains less than `MIN_EXPLAINED` of what the middle does.
+    """
+    model = load_model(str(base.path), None, None, None, trust_remote_code)
+    bridge = fit_bridge(model, layers, (rows[index] for index in range(len(rows))))
+    bridge.require(MIN_EXPLAINED)
+    with atomic_directory(output, overwrite=True) as folder:
+        bridge.save(folder / BRIDGE_FILE)
+    return {
+        "bridge_tokens": len(rows) * rows.mixture.sequence_length,
+        "explained": list(bridge.explained),
+        "cosine": list(bridge.cosine),
+        "ridge": list(bridge.ridge),
+    }
+
+
+@_measured
+def detach_layers(output: Path, *, base: Artifact, layers: Sequence[int], trust_remote_code: bool) -> dict[str, Any]:
+    """Write the detached model: the chosen layers with embedding, norm and head."""
+    return detach(str(base.path), list(layers), output=output, overwrite=True, trust_remote_code=trust_remote_code)
+
+
+@_measured
+def attach_layers(
+    output: Path, *, base: Artifact, trained: Artifact, include: Sequence[str], trust_remote_code: bool
+) -> dict[str, Any]:
+    """Write the base with the trained layers and parts back at their places."""
+    return attach(
+        trained.path,
+        str(base.path),
+        output=output,
+        include=include,
+        overwrite=True,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@_measured
+def keep_share(
+    output: Path,
+    *,
+    base: Artifact,
+    trained: Artifact,
+    scale: float | str,
+    rows: Mapping[str, Sequence[dict[str, Any]]] | None,
+    rows_identity: Any,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Write base + scale x (trained - base); with scale `search`, the scale that predicts `rows` best."""
+    tried: dict[float, float] = {}
+    if isinstance(scale, str):
+        before, after = (load_model(str(each.path), None, None, None, trust_remote_code) for each in (base, trained))
+        assert rows is not None
+        scale, tried = search_scale(before, after, rows)
+        del before, after
+    scale_change(base.path, trained.path, output, scale, overwrite=True, trust_remote_code=trust_remote_code)
+    return {"scale": scale, "scales_tried": {f"{each:g}": nats for each, nats in tried.items()}}
+
+
+@_measured
+def cut_vocabulary(output: Path, *, data: Artifact, sample: int, seed: int, base: Artifact) -> dict[str, Any]:
+    """Write the ids of the vocabulary rows that training computes with."""
+    chosen = choose_rows(PreparedData.open(data.path), base.path, sample=sample, seed=seed)
+    with atomic_directory(output, overwrite=True) as folder:
+        write_json(folder / "rows.json", chosen.tolist())
+    return {"rows": len(chosen)}
+
+
+def train(
+    output: Path,
+    *,
+    checkpoint: Artifact,
+    rows: MixtureRows,
+    method: Method,
+    phase: Phase,
+    layers: Sequence[int],
+    bridge: Artifact | None,
+    vocabulary: Artifact | None,
+    settings: TrainingSettings,
+    seed: int,
+    evaluation: int | None,
+    data: Artifact,
+    languages: Sequence[str],
+    base_bpb: Mapping[str, float],
+    tokenizer: str,
+    label: str,
+    say: Callable[[str], None],
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Train a checkpoint on `rows`, in one phase of a method.
+
+    Args:
+        evaluation: held-out bytes a language for the measurements during training.
+        base_bpb: bits per byte of the base by language: a target that gets worse than that is warned of.
+        say: shows the user a line.
+    """
+    tokens = len(rows) * rows.mixture.sequence_length
+    say(f"{label}: {tokens:,} tokens, {phase.rows} part of the budget")
+    measure = heldout_evaluator(
+        PreparedData.open(data.path),
+        languages,
+        load_tokenizer(tokenizer, trust_remote_code),
+        sequence_length=rows.mixture.sequence_length,
+        max_bytes=evaluation,
+        settings=settings,
+    )
+
+    def measure_and_warn(model: Any) -> dict[str, float]:
+        bpb = measure(model)
+        # A detached model is not a model of its language yet.
+        if not phase.detached and (line := worse_than_base(languages[0], bpb, base_bpb)):
+            say(f"warning: {label}: {line}")
+        return bpb
+
+    setup = Setup(layers, Bridge.load(bridge.path / BRIDGE_FILE) if bridge else None, seed)
+    return train_checkpoint(
+        checkpoint.path,
+        output,
+        rows=rows,  # type: ignore[arg-type]
+        prepare=lambda model: method.prepare(model, phase, setup),
+        seed=seed,
+        settings=settings,
+        scratch=output.with_name(f"{output.name}-checkpoints"),
+        vocabulary=vocabulary.path / "rows.json" if vocabulary else None,
+        evaluate=measure_and_warn,
+        trust_remote_code=trust_remote_code,
+        label=label,
+    )
+
+
+def measure(
+    output: Path,
+    *,
+    model: Artifact,
+    corpora: Mapping[str, TokenCorpus],
+    evaluation: EvaluationConfig,
+    cloze: Any,
+    brief: bool,
+    sequence_length: int,
+    split_special_tokens: bool,
+    tokenizer: str,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Measure a model: bits per byte by language and, unless `brief`, cloze accuracy and samples.
+
+    Args:
+        cloze: identities of the files with cloze items.
+    """
+    started = time.perf_counter()
+    measured = evaluate(
+        str(model.path),
+        tokenizer=tokenizer,
+        corpora=corpora,
+        cloze={} if brief else {language: Path(path) for language, path in evaluation.cloze.items()},
+        prompts={} if brief else evaluation.prompts,
+        sequence_length=sequence_length,
+        max_bytes=evaluation.max_bytes,
+        split_special_tokens=split_special_tokens,
+        max_new_tokens=evaluation.max_new_tokens,
+        trust_remote_code=trust_remote_code,
+        progress=False,
+    )
+    return measured | {"seconds": time.perf_counter() - started}

@@ -1,0 +1,234 @@
+"""The check behind every detachment: is each kept layer, built for the small model, the layer that the base has?
+
+Both models are built without their weights and compared module by module: classes, shapes, scalar attributes, small
+buffers, ties. A family whose layers depend on their depth in a way that the configuration surgery missed differs here
+and is refused, rather than trained into something that the base cannot take back.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from elo.checkpoint import quirks
+from elo.checkpoint.architecture import Architecture, find_architecture
+from elo.errors import UnsupportedArchitectureError
+from elo.surgery.layer_config import error_line
+
+_SCALARS = (bool, int, float, str, type(None), torch.dtype)
+_FACTORIES = {torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
+_FILLERS = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "xavier_uniform_"}
+_SMALL = 1 << 16
+
+
+class _WithoutLargeTensors(TorchFunctionMode):
+    """Uninitialised and large tensors are created on the meta device; small constants stay real, to be compared.
+
+    Filling what has no data would do nothing but take half of the time.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", None) in _FILLERS:
+            filled = args[0] if args else kwargs["tensor"]  # torch.nn.init passes it on by name
+            if filled.is_meta:
+                return filled
+        if func is torch.empty or (func in _FACTORIES and _numel(args, kwargs) > _SMALL):
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def _numel(args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    sizes = args or (kwargs.get("size", ()),)
+    first = sizes[0] if isinstance(sizes[0], (tuple, list, torch.Size)) else sizes
+    count = 1
+    for size in first:
+        count *= size if isinstance(size, int) else 1
+    return count
+
+
+@contextmanager
+def _hollow_construction(model_type: str) -> Iterator[None]:
+    try:
+        with torch.random.fork_rng(devices=[]), _WithoutLargeTensors():
+            yield
+    except Exception as error:  # model constructors raise anything for a configuration that makes no sense to them
+        raise UnsupportedArchitectureError(
+            f"model type {model_type!r}: transformers cannot make a causal language model of this configuration "
+            f"({error_line(error)})"
+        ) from None
+
+
+def build_hollow(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """The model that `config` describes, its parameters without data; the random state is left as it was.
+
+    Raises:
+        UnsupportedArchitectureError: it cannot be built.
+    """
+    with _hollow_construction(config.model_type):
+        return model_class._from_config(copy.deepcopy(config), dtype=config.dtype or torch.float32)
+
+
+def build_hollow_causal_lm(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The causal LM that transformers takes for `config`, without data.
+
+    Raises:
+        UnsupportedArchitectureError: there is none, or it cannot be built.
+    """
+    with _hollow_construction(config.model_type):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+
+
+def require_same_layers(base: PreTrainedModel, detached: PreTrainedModel, kept: Sequence[int]) -> None:
+    """Compare a base and the model made of its layers `kept`, both possibly hollow.
+
+    Raises:
+        UnsupportedArchitectureError: something else than the number of layers and their own index differs.
+    """
+    base_parts, detached_parts = find_architecture(base), find_architecture(detached)
+    if detached_parts.layers_path != base_parts.layers_path or detached_parts.tied != base_parts.tied:
+        raise _refusal(base_parts, kept, "the small model is laid out differently")
+    if detached_parts.num_layers != len(kept):
+        raise _refusal(base_parts, kept, f"the small model has {detached_parts.num_layers} layers")
+    for position, index in enumerate(kept):
+        old = base.get_submodule(f"{base_parts.layers_path}.{index}")
+        new = detached.get_submodule(f"{base_parts.layers_path}.{position}")
+        difference = _difference(old, new, _Place(index, position, kept))
+        if difference:
+            raise _refusal(base_parts, kept, f"layer {index} would change as layer {position}: {difference}")
+    outside = base_parts.layers_path + "."
+    old_shapes = {n: tuple(t.shape) for n, t in base.state_dict().items() if not n.startswith(outside)}
+    new_shapes = {n: tuple(t.shape) for n, t in detached.state_dict().items() if not n.startswith(outside)}
+    for name in sorted(old_shapes.keys() | new_shapes.keys()):
+        if old_shapes.get(name) != new_shapes.get(name):
+            raise _refusal(
+                base_parts,
+                kept,
+                f"{name}, outside the layers, depends on their number "
+                f"({old_shapes.get(name, 'absent')} in the base, {new_shapes.get(name, 'absent')} in the small model)",
+            )
+
+
+def follow_configuration(
+    detached: PreTrainedModel, base: PreTrainedModel, small: PreTrainedModel, kept: Sequence[int]
+) -> None:
+    """Set on a model made of a base's modules the plain attributes that its configuration would have given it.
+
+    Args:
+        detached: the model to change: a copy of the base with the layers `kept`.
+        base: a (hollow) model of the base's configuration.
+        small: a (hollow) model of the detached model's configuration.
+        kept: the layers that were kept.
+    """
+    prefix = find_architecture(base).layers_path + "."
+    base_modules, small_modules = dict(base.named_modules()), dict(small.named_modules())
+    for name, module in detached.named_modules():
+        base_name = name
+        if name.startswith(prefix):
+            position, dot, rest = name.removeprefix(prefix).partition(".")
+            base_name = f"{prefix}{kept[int(position)]}{dot}{rest}"
+        if base_name not in base_modules or name not in small_modules:
+            continue  # a module for layers that are gone
+        before, after = vars(base_modules[base_name]), vars(small_modules[name])
+        for key in vars(module).keys() & before.keys() & after.keys():
+            values = before[key], after[key]
+            if not key.startswith("_") and all(map(_comparable, values)) and not _equal(*values):
+                setattr(module, key, copy.deepcopy(after[key]))
+
+
+class _Place(NamedTuple):
+    old: int
+    new: int
+    kept: Sequence[int]
+
+
+def _is_selection(before: Any, after: Any, place: _Place) -> bool:
+    """Whether these are the configuration's per-layer list, which a module may hold on to."""
+    return (
+        isinstance(before, (list, tuple))
+        and isinstance(after, (list, tuple))
+        and len(after) == len(place.kept)
+        and len(before) > max(place.kept)
+        and [before[index] for index in place.kept] == list(after)
+    )
+
+
+def _refusal(parts: Architecture, kept: Sequence[int], what: str) -> UnsupportedArchitectureError:
+    return UnsupportedArchitectureError(
+        f"layers {list(kept)} of model type {parts.model_type!r} cannot be detached: {what}. "
+        "Try other layers (the first ones, first:K, keep their places), or train the whole model (method: full)"
+    )
+
+
+def _difference(old: nn.Module, new: nn.Module, place: _Place) -> str | None:
+    old_modules, new_modules = dict(old.named_modules()), dict(new.named_modules())
+    for name in sorted(old_modules.keys() ^ new_modules.keys()):
+        return f"{name} is only in the {'base' if name in old_modules else 'small model'}"
+    for name, old_module in old_modules.items():
+        new_module, where = new_modules[name], f"{name}." if name else ""
+        if type(old_module) is not type(new_module):
+            return (
+                f"{name or 'the layer'} is {type(old_module).__name__} in the base, {type(new_module).__name__} alone"
+            )
+        if difference := _attribute_difference(old_module, new_module, place):
+            return where + difference
+    return None
+
+
+def _attribute_difference(old: nn.Module, new: nn.Module, place: _Place) -> str | None:
+    for table in ("_parameters", "_buffers"):
+        old_tensors, new_tensors = getattr(old, table), getattr(new, table)
+        for name in sorted(old_tensors.keys() | new_tensors.keys()):
+            if difference := _tensor_difference(old_tensors.get(name), new_tensors.get(name)):
+                return f"{name} {difference}"
+    old_values, new_values = vars(old), vars(new)
+    for name in sorted(old_values.keys() | new_values.keys()):
+        if name in quirks.WITHOUT_EFFECT or (name.startswith("_") and name != "_attn_implementation"):
+            continue
+        before, after = old_values.get(name), new_values.get(name)
+        if name in quirks.INDEX_ATTRIBUTES and isinstance(before, int) and isinstance(after, int):
+            # One index a layer, or (a layer with two attentions) two; 0- or 1-based, or not renumbered at all.
+            if any(before - stride * place.old == after - stride * place.new for stride in (0, 1, 2)):
+                continue
+        elif _is_selection(before, after, place):
+            continue
+        if isinstance(before, torch.Tensor) or isinstance(after, torch.Tensor):
+            if difference := _tensor_difference(before, after):
+                return f"{name} {difference}"
+        elif _comparable(before) and _comparable(after) and not _equal(before, after):
+            return f"{name} is {before!r} in the base and {after!r} alone"
+    return None
+
+
+def _comparable(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_comparable(item) for item in value)
+    if isinstance(value, dict):
+        return all(_comparable(item) for item in value.values())
+    return isinstance(value, _SCALARS)
+
+
+def _equal(before: Any, after: Any) -> bool:
+    if isinstance(before, float) and isinstance(after, float):  # a rescaled factor may differ in its last bit
+        return math.isclose(before, after, rel_tol=1e-14) or (math.isnan(before) and math.isnan(after))
+    if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
+        return len(before) == len(after) and all(map(_equal, before, after))
+    return bool(before == after)
+
+
+def _tensor_difference(old: Any, new: Any) -> str | None:
+    if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
+        return None if old is None and new is None else "is only in one of the two models"
+    if old.shape != new.shape or old.dtype != new.dtype:
+        return f"is {list(old.shape)} in the base and {list(new.shape)} alone"
+    if isinstance(old, nn.Parameter) or old.is_meta or new.is_meta:
+        return None
+    return None if torch.equal(old, new) else "has other values, since it depends on the layer's depth"

@@ -1,0 +1,180 @@
+"""A model's configuration after layers were taken out: lists selected, index sets renumbered, thresholds recounted."""
+
+import copy
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from elo.checkpoint import quirks
+from elo.errors import UnsupportedArchitectureError
+
+_PER_LAYER_CONFIG = "per_layer_config"  # transformers' own scheme: {layer: {key: value}} where layers differ
+
+
+def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a configuration that describes the decoder (itself, or for example its `text_config`)."""
+    return config.get_text_config(decoder=True)
+
+
+def num_layers_of(config: PretrainedConfig) -> int:
+    """Number of decoder layers.
+
+    Raises:
+        UnsupportedArchitectureError: the configuration does not say.
+    """
+    text_config = text_config_of(config)
+    count = getattr(text_config, _count_key(text_config), None)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise UnsupportedArchitectureError(
+            f"model type {config.model_type!r}: its configuration gives no number of decoder layers (num_hidden_layers)"
+        )
+    return count
+
+
+def layer_edits(text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """The decoder configuration's keys that change when only the layers `kept` (increasing, 0-based) stay.
+
+    Raises:
+        UnsupportedArchitectureError: no configuration of this family describes these layers.
+    """
+    num_layers, model_type = num_layers_of(text_config), text_config.model_type
+    edits: dict[str, Any] = {_count_key(text_config): len(kept)}
+    for key, value in vars(text_config).items():
+        if key in edits or value is None:
+            continue
+        if key in quirks.LENDERS:
+            _require_lenders(key, value, kept, model_type)
+        if key in quirks.LAYER_COUNT_COPIES and value == num_layers:
+            edits[key] = len(kept)
+        elif key in quirks.INDEX_SETS and isinstance(value, (list, tuple)):
+            edits[key] = [kept.index(index) for index in value if index in kept]
+        elif key in quirks.THRESHOLDS and isinstance(value, int):
+            edits[key] = sum(index < value for index in kept)
+        elif key == quirks.REPEATED_LISTS.get(model_type):
+            edits[key] = [value[index % len(value)] for index in kept]
+        elif key == quirks.OVER_ROOT_DEPTH.get(model_type):
+            edits[key] = value / math.sqrt(num_layers) * math.sqrt(len(kept))
+        elif isinstance(value, (list, tuple)) and len(value) == num_layers and quirks.PER_LAYER_LIST.search(key):
+            edits[key] = [copy.deepcopy(value[index]) for index in kept]
+    if getattr(text_config, "decoder_sparse_step", 1) != 1:
+        edits |= _without_sparse_step(text_config, kept)
+    for rule in quirks.RULES.get(model_type, ()):
+        edits |= _search(rule, text_config, kept)
+    if overrides := text_config.to_dict().get(_PER_LAYER_CONFIG):
+        by_index = {int(index): value for index, value in overrides.items()}
+        edits[_PER_LAYER_CONFIG] = {str(kept.index(i)): value for i, value in by_index.items() if i in kept}
+    return edits
+
+
+def with_layers(text_config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
+    """A copy of a decoder's configuration for its layers `kept` alone, to build a model of their shapes.
+
+    Raises:
+        UnsupportedArchitectureError: as `layer_edits`.
+    """
+    small = copy.deepcopy(text_config)
+    for key, value in layer_edits(small, kept).items():
+        setattr(small, key, value)
+    return small
+
+
+def edit_json(config_json: dict[str, Any], config: PretrainedConfig, edits: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the configuration as stored, with the decoder's keys in `edits` replaced and nothing else touched."""
+    edited = copy.deepcopy(config_json)
+    text_config = text_config_of(config)
+    part = edited
+    if text_config is not config:
+        name = _part_name(config, text_config)
+        if not isinstance(edited.get(name), dict):  # all defaults, so nothing was stored
+            edited[name] = text_config.to_dict()
+        part = edited[name]
+    aliases = {target: alias for alias, target in type(text_config).attribute_map.items()}
+    for key, value in edits.items():
+        stored = aliases.get(key)
+        if stored is not None and stored in part:
+            part[stored] = copy.deepcopy(value)
+        if stored not in part or key in part:
+            part[key] = copy.deepcopy(value)
+    count_key = _count_key(text_config)
+    hidden = part.get("num_hidden_layers")
+    if count_key in edits and "num_hidden_layers" not in edits and isinstance(hidden, int):
+        part["num_hidden_layers"] = hidden * edits[count_key] // num_layers_of(config)
+    return edited
+
+
+def apply_edits(config: PretrainedConfig, small_config: PretrainedConfig, edits: dict[str, Any]) -> None:
+    """Change a configuration object in place, keeping what is only in memory (attention implementation and so on)."""
+    text_config, small_text = text_config_of(config), text_config_of(small_config)
+    for key, value in edits.items():
+        if key != _PER_LAYER_CONFIG:
+            setattr(text_config, key, copy.deepcopy(value))
+    if _PER_LAYER_CONFIG in edits:
+        vars(text_config)["_heterogeneity_spec"] = copy.deepcopy(vars(small_text)["_heterogeneity_spec"])
+
+
+def require_edits_kept(small_config: PretrainedConfig, edits: dict[str, Any]) -> None:
+    """Raise UnsupportedArchitectureError if the configuration class changed what was written into it."""
+    small_text = text_config_of(small_config)
+    for key, value in edits.items():
+        if key == _PER_LAYER_CONFIG:
+            continue  # its form is the class's own; the comparison of the layers shows what came of it
+        found = vars(small_text).get(key, getattr(small_text, key, None))
+        if list(found) != list(value) if isinstance(found, (list, tuple)) else found != value:
+            raise UnsupportedArchitectureError(
+                f"model type {small_config.model_type!r}: a model of these layers would need {key}={value!r}, but "
+                f"transformers makes that {found!r}; choose other layers"
+            )
+
+
+def error_line(error: Exception) -> str:
+    """What another library's exception says, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:300] if lines else type(error).__name__
+
+
+def _count_key(text_config: PretrainedConfig) -> str:
+    by_type = quirks.LAYER_COUNT_KEY.get(text_config.model_type)
+    return by_type or type(text_config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+
+
+def _part_name(config: PretrainedConfig, text_config: PretrainedConfig) -> str:
+    for name, value in vars(config).items():
+        if value is text_config:
+            return name
+    raise UnsupportedArchitectureError(
+        f"model type {config.model_type!r}: cannot tell which part of its configuration describes the decoder"
+    )
+
+
+def _require_lenders(key: str, kinds: Sequence[str], kept: Sequence[int], model_type: str) -> None:
+    borrower, lender = quirks.LENDERS[key]
+    for index in kept:
+        if kinds[index] == borrower:
+            source = max((i for i in range(index) if kinds[i] == lender), default=None)
+            if source not in kept:
+                raise UnsupportedArchitectureError(
+                    f"model type {model_type!r}: layer {index} ({key}: {borrower}) uses what layer {source} computed; "
+                    f"keep layer {source} as well, or choose layers whose {key} is {lender!r}"
+                )
+
+
+def _without_sparse_step(text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """Qwen MoE: "every n-th layer has experts" becomes the list of those that have none."""
+    step, dense = text_config.decoder_sparse_step, text_config.mlp_only_layers or []
+    without = [position for position, i in enumerate(kept) if i in dense or (i + 1) % step]
+    return {"decoder_sparse_step": 1, "mlp_only_layers": without}
+
+
+def _search(rule: quirks.Rule, text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    values = [getattr(text_config, key) for key in rule.keys]
+    wanted = [rule.holds(index, *values) for index in kept]
+    for candidate in itertools.product(range(1, len(kept) + 2), *[range(len(kept) + 1)] * (len(rule.keys) - 1)):
+        if [rule.holds(position, *candidate) for position in range(len(kept))] == wanted:
+            return dict(zip(rule.keys, candidate, strict=True))
+    raise UnsupportedArchitectureError(
+        f"model type {text_config.model_type!r}: no {' and '.join(rule.keys)} describe the layers {list(kept)}; choose "
+        "layers that repeat regularly"
+    )

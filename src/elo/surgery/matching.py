@@ -1,0 +1,146 @@
+"""Which tensor of a trained detached checkpoint is which of the base, and whether it was changed.
+
+A detached checkpoint may come back from any tool: in other shards, another dtype, and under the names that transformers
+gives when it saves, which are not always those of the base's files.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from elo.checkpoint.naming import load_hollow, quiet_transformers
+from elo.checkpoint.tensor_files import CHUNK_BYTES, Checkpoint, StoredTensor, open_checkpoint
+from elo.errors import EloError
+from elo.surgery.in_memory import same_values
+
+
+def match_tensors(
+    wanted: dict[str, StoredTensor],
+    trained: Checkpoint,
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    scratch: Path,
+) -> dict[str, StoredTensor]:
+    """For each name in `wanted` (as the base's files would name it) the trained tensor, unless the file may go without.
+
+    Args:
+        wanted: the base's tensors by their names in a detached checkpoint.
+        trained: the checkpoint that came back.
+        model_class: the model's class.
+        config: the detached model's configuration.
+        scratch: an empty folder; receives the trained tensors under the base's names when those were converted.
+
+    Raises:
+        EloError: a tensor is missing, or there is one that the base has not, or a tied head is not the embedding.
+    """
+    matched, absent = match_names(wanted, trained)
+    if absent and not redundant(wanted, absent, model_class, config):
+        trained = _under_base_names(wanted, trained, model_class, config, scratch)
+        matched, absent = match_names(wanted, trained)
+        if absent and not redundant(wanted, absent, model_class, config):
+            raise EloError(f"{trained.folder}: {min(absent)} is missing, so it cannot be attached")
+    used = {tensor.name for tensor in matched.values()}
+    extra = trained.tensors.keys() - used
+    if extra:
+        _, report = load_hollow(model_class, config, {name: trained.tensors[name].meta() for name in used})
+        _, full_report = load_hollow(model_class, config, trained.meta_state_dict())
+        for name in sorted(extra):
+            if report.incomplete() or full_report.does_not_know(name):
+                raise EloError(
+                    f"{trained.folder}: has {name}, which the base has not; only a model with the detached model's own "
+                    "tensors can be attached (merge adapters first)"
+                )
+            _require_copy(trained.tensors[name], matched.values())
+    return matched
+
+
+def paired_chunks(base: StoredTensor, other: StoredTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same elements of two tensors of one shape, each in its own dtype, a chunk at a time."""
+    elements = CHUNK_BYTES // 16
+    base_chunks = base.chunks(elements * base.torch_dtype.itemsize)
+    other_chunks = other.chunks(elements * other.torch_dtype.itemsize)
+    for base_bytes, other_bytes in zip(base_chunks, other_chunks, strict=True):
+        yield (
+            torch.frombuffer(bytearray(base_bytes), dtype=base.torch_dtype),
+            torch.frombuffer(bytearray(other_bytes), dtype=other.torch_dtype),
+        )
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """A tensor's elements as bytes."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def same_bytes(base: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two stored tensors are the same bit for bit, in the coarser of their dtypes."""
+    return base.shape == other.shape and all(same_values(*pair) for pair in paired_chunks(base, other))
+
+
+def _require_copy(extra: StoredTensor, matched: Iterable[StoredTensor]) -> None:
+    """A tensor that the model can go without, such as a tied head, must be what it is tied to."""
+    alike = [tensor for tensor in matched if tensor.shape == extra.shape and tensor.dtype == extra.dtype]
+    if extra.name.endswith(".weight") and alike and not any(same_bytes(tensor, extra) for tensor in alike):
+        raise EloError(
+            f"{extra.file}: {extra.name} is tied to the embedding in the base, but differs from it here; "
+            "train with tied embeddings, or start from a base without them"
+        )
+
+
+def match_names(wanted: dict[str, StoredTensor], trained: Checkpoint) -> tuple[dict[str, StoredTensor], set[str]]:
+    """Match equal names, or names that differ by one prefix throughout (`h.0...`, `transformer.h.0...`).
+
+    Returns:
+        What was found, by the names in `wanted`, and the names there that have no match.
+    """
+    prefix = _extra_prefix(wanted, trained)
+    matched = {}
+    for name in wanted:
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            if candidate in trained.tensors:
+                matched[name] = trained.tensors[candidate]
+                break
+    return matched, wanted.keys() - matched.keys()
+
+
+def _extra_prefix(wanted: dict[str, StoredTensor], trained: Checkpoint) -> str:
+    longest = max(wanted, key=lambda name: (name.count("."), name), default="")
+    for other in trained.tensors:
+        if other.endswith("." + longest):
+            return other.removesuffix(longest)
+        if longest.endswith("." + other) and other.count(".") > 1:
+            return longest.removesuffix(other)
+    return ""
+
+
+def redundant(
+    wanted: dict[str, StoredTensor], absent: set[str], model_class: type[PreTrainedModel], config: PretrainedConfig
+) -> bool:
+    """Whether the model is whole without `absent`: tied heads, buffers that older versions saved."""
+    rest = {name: tensor.meta() for name, tensor in wanted.items() if name not in absent}
+    return bool(rest) and load_hollow(model_class, config, rest)[1].incomplete() is None
+
+
+def _under_base_names(
+    wanted: dict[str, StoredTensor],
+    trained: Checkpoint,
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    scratch: Path,
+) -> Checkpoint:
+    """Load the trained model and save it as transformers would had it come from files with the base's names.
+
+    The small model is in memory meanwhile; needed only where the two were converted differently (fused experts).
+    """
+    with quiet_transformers():
+        loaded: Any = model_class.from_pretrained(trained.folder, dtype="auto", output_loading_info=True)
+    model, info = loaded
+    if info["missing_keys"] or info["mismatched_keys"]:
+        first = min(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        raise EloError(f"{trained.folder}: its tensors do not make the model that its config.json describes: {first}")
+    template, _ = load_hollow(model_class, config, {name: tensor.meta() for name, tensor in wanted.items()})
+    with quiet_transformers():
+        template.save_pretrained(scratch, state_dict=model.state_dict())
+    return open_checkpoint(scratch)

@@ -1,0 +1,381 @@
+"""Detach decoder layers from a checkpoint on disk, and put them back, without ever holding the model in memory."""
+
+import math
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from elo.checkpoint.architecture import Architecture, find_architecture, group_of
+from elo.checkpoint.folder import (
+    CONFIG_FILE,
+    CheckpointFolder,
+    copy_side_files,
+    open_folder,
+    read_edited_config,
+    refuse_overlap,
+    write_config,
+)
+from elo.checkpoint.layers import parse_layers
+from elo.checkpoint.naming import LayerNames, find_layer_names, load_hollow
+from elo.checkpoint.new_rows import first_new_row_of
+from elo.checkpoint.refusals import require_detachable
+from elo.checkpoint.shared_files import copy_shared
+from elo.checkpoint.tensor_files import (
+    INDEX_FILE,
+    MAX_SHARD_BYTES,
+    Checkpoint,
+    NewTensor,
+    StoredTensor,
+    write_checkpoint,
+)
+from elo.errors import EloError, UnfinishedError
+from elo.log import Progress
+from elo.store.files import atomic_directory, disk_errors_told, fsync_tree
+from elo.surgery.equivalence import build_hollow, build_hollow_causal_lm, require_same_layers
+from elo.surgery.in_memory import blend, check_include
+from elo.surgery.layer_config import (
+    edit_json,
+    layer_edits,
+    num_layers_of,
+    text_config_of,
+)
+from elo.surgery.matching import match_tensors, paired_chunks, same_bytes, tensor_bytes
+from elo.surgery.provenance import FORMAT, PROVENANCE_KEY, full_sha256, layer_sha256, read_provenance
+
+
+def detach_checkpoint(
+    checkpoint: Path,
+    layers: str | int | Sequence[int],
+    output: Path,
+    *,
+    base_name: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint of the embedding, the chosen decoder layers, the final norm and the head.
+
+    Args:
+        checkpoint: folder with config.json and safetensors weights.
+        layers: a selection such as `first:1,last:1` or `[0, -1]`.
+        output: folder to write; it appears whole or not at all.
+        base_name: how the record calls the base (a hub id); the folder itself if not given.
+        revision: the base's revision on the hub, for the record.
+        overwrite: replace an existing output.
+        trust_remote_code: allow the checkpoint's own Python code to define the model.
+        max_shard_bytes: size above which the weights are written as several files.
+        label: shown with the progress; None is silent.
+
+    Returns:
+        The provenance record, as written to config.json.
+
+    Raises:
+        EloError: the checkpoint, the selection or the output is not usable.
+        UnsupportedArchitectureError: a kept layer would compute something else than in the base.
+    """
+    base = open_folder(Path(checkpoint), trust_remote_code)
+    if PROVENANCE_KEY in base.config_json:
+        raise EloError(f"{checkpoint}: is a detached checkpoint already; give the whole model it was detached from")
+    require_detachable(base.config)
+    refuse_overlap(Path(output), base.folder)
+    kept = parse_layers(layers, num_layers_of(base.config))
+    hollow = build_hollow_causal_lm(base.config, trust_remote_code=trust_remote_code)
+    names = find_layer_names(hollow, base.weights)
+
+    _refuse_more_layers(base.weights, names)
+    edits = layer_edits(text_config_of(base.config), kept)
+    config_json = edit_json(base.config_json, base.config, edits)
+    small_config = read_edited_config(config_json, base.config, edits)
+    require_same_layers(hollow, build_hollow(type(hollow), small_config), kept)
+    renamed = _small_tensors(base.weights, names, kept, type(hollow), small_config)
+
+    with (
+        disk_errors_told(Path(output)),
+        atomic_directory(Path(output), overwrite=overwrite) as folder,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        # Digests take about as long as writing and waiting for the disk, and all three leave Python's lock free.
+        made = beside.submit(_provenance, base, names, kept, renamed, base_name or str(base.folder.resolve()), revision)
+        tensors = [NewTensor(name, t.dtype, t.shape, t.size, t.chunks) for name, t in renamed.items()]
+        write_checkpoint(folder, tensors, max_shard_bytes, label)
+        fsync_tree(folder)
+        record = config_json[PROVENANCE_KEY] = made.result()
+        write_config(folder, config_json)
+        copy_side_files(base.folder, folder, python=trust_remote_code)
+    return record
+
+
+def attach_checkpoint(
+    detached: Path,
+    base: Path,
+    output: Path,
+    *,
+    scale: float = 1.0,
+    include: Sequence[str] = (),
+    link: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Write the base with a detached checkpoint's layers at their places.
+
+    Files of the base that hold none of these layers are taken as they are, and share their blocks on disk with the
+    base's where the file system can; config.json is the base's.
+
+    Args:
+        detached: what `detach_checkpoint` wrote, or what any tool trained from it and saved as safetensors.
+        base: the folder it was detached from.
+        output: folder to write; it appears whole or not at all.
+        scale: what is put back is theta0 + scale * (theta - theta0), computed in float32; 1 puts theta back exactly.
+            Rows that `elo vocab` added are put back as they were trained, whatever the scale.
+        include: of "embedding", "norm" and "head", what is put back besides the layers.
+        link: weight files that hold nothing of what is put back become hard links to the base's, where that can be.
+        overwrite: replace an existing output.
+        trust_remote_code: allow the checkpoint's own Python code to define the model.
+        label: shown with the progress; None is silent.
+
+    Returns:
+        {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors" (number put back), "files" (how
+        many weight files were linked, cloned and copied)}
+
+    Raises:
+        EloError: the base is not the one that was detached from, or the detached checkpoint was changed outside its
+            layers and `include`; the message names the first tensor that differs.
+    """
+    check_include(include)
+    small = open_folder(Path(detached), trust_remote_code)
+    record = read_provenance(small.config_json.get(PROVENANCE_KEY), str(detached))
+    whole = open_folder(Path(base), trust_remote_code)
+    if PROVENANCE_KEY in whole.config_json:
+        raise EloError(f"{base}: is a detached checkpoint, not a base; give the whole model {record.get('base')}")
+    require_detachable(whole.config)
+    kept: list[int] = record["layers"]
+    _check_counts(small, whole, record)
+    refuse_overlap(Path(output), whole.folder)
+    refuse_overlap(Path(output), small.folder)
+    hollow = build_hollow_causal_lm(whole.config, trust_remote_code=trust_remote_code)
+    names = find_layer_names(hollow, whole.weights)
+    parts = find_architecture(hollow)
+    _check_base(whole, names, record)
+
+    wanted = _small_tensors(whole.weights, names, kept, type(hollow), small.config)
+    with tempfile.TemporaryDirectory(prefix="elo-attach-") as scratch:
+        matched = match_tensors(wanted, small.weights, type(hollow), small.config, Path(scratch))
+        updates = _updates(wanted, matched, small, names, parts, include)
+        with disk_errors_told(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
+            written = {tensor.file.name for tensor, _ in updates}
+            sizes = {name: (whole.folder / name).stat().st_size for name in whole.weights.files}
+            sharing: Counter[str] = Counter()
+            with Progress(sum(sizes.values()), label, "B") as progress:
+                for name, size in sizes.items():
+                    sharing[copy_shared(whole.folder / name, folder / name, link=link and name not in written)] += 1
+                    progress.advance(size)
+            if whole.weights.indexed:
+                shutil.copyfile(whole.folder / INDEX_FILE, folder / INDEX_FILE)
+            for tensor, trained in updates:
+                whole_from = first_new_row_of(whole.config, group_of(tensor.name, parts))
+                path = folder / tensor.file.name
+                patch_tensor(path, tensor, base=tensor, trained=trained, scale=scale, whole_from=whole_from)
+            shutil.copyfile(whole.folder / CONFIG_FILE, folder / CONFIG_FILE)
+            copy_side_files(whole.folder, folder, python=trust_remote_code)
+    return {
+        "base": str(base),
+        "detached": str(detached),
+        "layers": kept,
+        "num_base_layers": record["num_base_layers"],
+        "scale": scale,
+        "include": list(include),
+        "tensors": len(updates),
+        "files": dict(sharing),
+    }
+
+
+def _small_tensors(
+    weights: Checkpoint,
+    names: LayerNames,
+    kept: Sequence[int],
+    model_class: type[PreTrainedModel],
+    small_config: PretrainedConfig,
+) -> dict[str, StoredTensor]:
+    """The base's tensors that make the detached checkpoint, by their names there.
+
+    Extras that the small model does not know (multi-token-prediction layers, other heads) stay behind.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in weights.tensors.items():
+        layer, rest = names.split(name)
+        if layer is None:
+            tensors[name] = tensor
+        elif layer in kept:
+            tensors[names.join(kept.index(layer), rest)] = tensor
+    _, report = load_hollow(model_class, small_config, {n: t.meta() for n, t in tensors.items()})
+    if report.unexpected:
+        tensors = {name: t for name, t in tensors.items() if not report.does_not_know(name)}
+        _, report = load_hollow(model_class, small_config, {n: t.meta() for n, t in tensors.items()})
+    if problem := report.problem():
+        raise UnfinishedError(
+            f"{weights.folder}: its tensors do not make the model that its {CONFIG_FILE} describes: {problem}"
+        )
+    return tensors
+
+
+def _refuse_more_layers(weights: Checkpoint, names: LayerNames) -> None:
+    """Refuse a configuration that counts fewer layers than the file holds; multi-token-prediction layers differ."""
+    made_of: dict[int, set[str]] = {}
+    for name in weights.tensors:
+        layer, rest = names.split(name)
+        if layer is not None:
+            made_of.setdefault(layer, set()).add(rest)
+    more = [index for index in made_of if index >= names.num_layers and made_of[index] == made_of.get(0)]
+    if more:
+        raise EloError(
+            f"{weights.folder}: {CONFIG_FILE} counts {names.num_layers} decoder layers, but layer {min(more)} is "
+            "stored as well; the configuration is not that of these weights, download the checkpoint again"
+        )
+
+
+def _provenance(
+    base: CheckpointFolder,
+    names: LayerNames,
+    kept: Sequence[int],
+    small: dict[str, StoredTensor],
+    base_name: str,
+    revision: str | None,
+) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "base": base_name,
+        "layers": list(kept),
+        "num_base_layers": names.num_layers,
+        "frozen": {name: full_sha256(t) for name, t in sorted(small.items()) if names.split(name)[0] is None},
+        "base_layers": _layer_digests(base.weights, names, kept),
+    }
+    if revision is not None:
+        record["revision"] = revision
+    return record
+
+
+def _layer_digests(weights: Checkpoint, names: LayerNames, kept: Sequence[int]) -> list[str]:
+    """One SHA-256 a base layer: of all bytes of a kept layer, of samples of one that is left out."""
+    layers: list[list[tuple[str, StoredTensor]]] = [[] for _ in range(names.num_layers)]
+    for name, tensor in sorted(weights.tensors.items()):
+        layer, rest = names.split(name)
+        if layer is not None and layer < names.num_layers:
+            layers[layer].append((rest, tensor))
+    return [layer_sha256(tensors, sample=index not in kept) for index, tensors in enumerate(layers)]
+
+
+def _check_counts(small: CheckpointFolder, whole: CheckpointFolder, record: dict[str, Any]) -> None:
+    if small.config.model_type != whole.config.model_type:
+        raise EloError(
+            f"{whole.folder}: is a {whole.config.model_type}, but {small.folder} was detached from a "
+            f"{small.config.model_type}; give the base {record.get('base')}"
+        )
+    found = num_layers_of(whole.config)
+    if found != record["num_base_layers"]:
+        raise EloError(
+            f"{whole.folder}: has {found} decoder layers, but {small.folder} was detached from a model of "
+            f"{record['num_base_layers']}; give the base {record.get('base')}"
+        )
+    if small.config.tie_word_embeddings != whole.config.tie_word_embeddings:
+        raise EloError(
+            f"{small.folder}: tie_word_embeddings is {small.config.tie_word_embeddings}, but "
+            f"{whole.config.tie_word_embeddings} in {whole.folder}; attach needs the embedding tied as in the base"
+        )
+    if num_layers_of(small.config) != len(record["layers"]):
+        raise EloError(
+            f"{small.folder}: has {num_layers_of(small.config)} decoder layers, but its record says that "
+            f"{len(record['layers'])} were detached; its configuration was changed, so it cannot be attached"
+        )
+
+
+def _check_base(whole: CheckpointFolder, names: LayerNames, record: dict[str, Any]) -> None:
+    """Refuse a base other than the recorded one, naming the first tensor or layer that differs."""
+
+    def refuse(what: str) -> EloError:
+        return EloError(
+            f"{whole.folder}: is not the base that the layers were detached from: {what}; "
+            f"give the base {record.get('base')}"
+        )
+
+    for name, digest in record.get("frozen", {}).items():
+        tensor = whole.weights.tensors.get(name)
+        if tensor is None:
+            raise refuse(f"it has no {name}")
+        if full_sha256(tensor) != digest:
+            raise refuse(f"{name} differs")
+    recorded = record.get("base_layers")
+    if recorded is not None:
+        for index, digest in enumerate(_layer_digests(whole.weights, names, record["layers"])):
+            if recorded[index : index + 1] != [digest]:
+                raise refuse(f"layer {index} ({names.join(index, '*')}) differs")
+
+
+def _updates(
+    wanted: dict[str, StoredTensor],
+    matched: dict[str, StoredTensor],
+    small: CheckpointFolder,
+    names: LayerNames,
+    parts: Architecture,
+    include: Sequence[str],
+) -> list[tuple[StoredTensor, StoredTensor]]:
+    """(base tensor, trained tensor) for everything that is put back; the rest must be as in the base."""
+    updates = []
+    for name, tensor in wanted.items():
+        trained = matched.get(name)
+        if trained is None:
+            continue  # redundant in the file: a tied head, a buffer that the model computes
+        if trained.shape != tensor.shape:
+            raise EloError(
+                f"{trained.file}: {trained.name} is {list(trained.shape)}, but {list(tensor.shape)} in the base; "
+                "attach needs the same shapes"
+            )
+        group = group_of(name, parts)
+        if names.split(name)[0] is not None or group in include:
+            updates.append((tensor, trained))
+        elif not same_bytes(tensor, trained):
+            raise EloError(
+                f"{trained.file}: {trained.name} is not in a detached layer, but was changed since it was detached; "
+                + (
+                    f"include it on purpose (include: {group})"
+                    if group
+                    else "only layers, embedding, norm and head can be put back"
+                )
+                + ", or train with everything but the layers frozen"
+            )
+    tied_updates = [pair for pair in updates if group_of(pair[0].name, parts) == "embedding"]
+    for name, tensor in wanted.items():
+        if tied_updates and name not in matched and group_of(name, parts) == "head" and parts.tied:
+            updates.append((tensor, tied_updates[0][1]))
+    return updates
+
+
+def patch_tensor(
+    path: Path,
+    place: StoredTensor,
+    *,
+    base: StoredTensor,
+    trained: StoredTensor,
+    scale: float = 1.0,
+    whole_from: int | None = None,
+) -> None:
+    """Overwrite tensor `place` in its file at `path` with base + scale x (trained - base).
+
+    Args:
+        whole_from: rows from this one on are taken as trained, whatever the scale.
+    """
+    whole = None if whole_from is None else whole_from * math.prod(place.shape[1:])
+    with path.open("r+b", buffering=0) as file:
+        file.seek(place.start)
+        for base_chunk, trained_chunk in paired_chunks(base, trained):
+            file.write(tensor_bytes(blend(base_chunk, trained_chunk, scale, whole)))
+            if whole is not None:
+                whole = max(0, whole - base_chunk.numel())

@@ -1,0 +1,61 @@
+"""Keep a share of what training changed: base + scale x (trained - base), on disk."""
+
+from pathlib import Path
+
+from elo.checkpoint.architecture import find_architecture, group_of
+from elo.checkpoint.folder import open_folder, refuse_overlap
+from elo.checkpoint.new_rows import first_new_row_of
+from elo.checkpoint.shared_files import copy_shared
+from elo.errors import EloError
+from elo.store.files import atomic_directory, disk_errors_told
+from elo.surgery.equivalence import build_hollow_causal_lm
+from elo.surgery.on_disk import patch_tensor
+
+
+def scale_change(
+    base: Path, trained: Path, output: Path, scale: float, *, overwrite: bool = False, trust_remote_code: bool = False
+) -> int:
+    """Write a checkpoint that lies between `base` and `trained`, tensor by tensor.
+
+    Sums are rounded once, to the trained tensor's dtype. Rows of embedding and head that `elo vocab extend` added are
+    taken as trained, whatever the scale: the base has nothing there to return to.
+
+    Args:
+        base: checkpoint folder.
+        trained: checkpoint folder with the same tensors.
+        output: folder to write; it appears whole or not at all.
+        scale: 0 is the base, 1 the trained model.
+
+    Returns:
+        Number of tensors that lie in between.
+
+    Raises:
+        EloError: a folder is not usable, or the two do not hold the same tensors.
+    """
+    before, after = open_folder(base, trust_remote_code), open_folder(trained, trust_remote_code)
+    for folder in (base, trained):
+        refuse_overlap(output, folder)
+    for name, tensor in after.weights.tensors.items():
+        other = before.weights.tensors.get(name)
+        if other is None or (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
+            found = "is missing" if other is None else f"is {other.dtype} {list(other.shape)}"
+            raise EloError(
+                f"{base}: {name} {found}, but {tensor.dtype} {list(tensor.shape)} in {trained}; give its own base"
+            )
+    parts = find_architecture(build_hollow_causal_lm(after.config, trust_remote_code=trust_remote_code))
+    with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
+        for path in sorted(trained.iterdir()):
+            if path.is_file():
+                copy_shared(path, folder / path.name, link=False)
+        patched = [tensor for tensor in after.weights.tensors.values() if tensor.torch_dtype.is_floating_point]
+        for tensor in patched:
+            whole_from = first_new_row_of(after.config, group_of(tensor.name, parts))
+            patch_tensor(
+                folder / tensor.file.name,
+                tensor,
+                base=before.weights.tensors[tensor.name],
+                trained=tensor,
+                scale=scale,
+                whole_from=whole_from,
+            )
+    return len(patched)

@@ -1,0 +1,206 @@
+"""Attention that never crosses a document boundary inside a packed row.
+
+transformers' own SDPA path does it from `position_ids` that restart at each document, with a block-diagonal T x T mask:
+correct everywhere, but it costs CUDA its flash kernel and computes the products of every pair in a row. `elo_varlen`
+lays packed rows end to end instead and attends within each document alone: through `torch.nn.attention.varlen` on CUDA,
+document by document on a CPU.
+Shapes: B rows, T tokens a row, S = B x T, H heads, K key-value heads, D head width.
+"""
+
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from elo.errors import EloError
+from elo.evaluate.scoring import rope_limit
+from elo.store.processes import from_main
+
+VARLEN = "elo_varlen"
+# On a CPU at 256 tokens a row the mask is as fast; at 512 documents alone take half, at 2048 a quarter of its time.
+_CPU_VARLEN_FROM = 512
+
+
+def document_starts(position_ids_BT: Tensor) -> tuple[Tensor, int]:
+    """Cumulative document lengths (int32, documents + 1) of rows laid end to end, and the longest document."""
+    starts = (position_ids_BT.flatten() == 0).nonzero().squeeze(1)
+    end = torch.tensor([position_ids_BT.numel()], device=starts.device)
+    boundaries = torch.cat([starts, end]).to(torch.int32)
+    return boundaries, int(boundaries.diff().max())
+
+
+def varlen_attention(
+    module: nn.Module,
+    query_1HSD: Tensor,
+    key_1KSD: Tensor,
+    value_1KSD: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers attention function over `torch.nn.attention.varlen`; returns [1, S, H, D]."""
+    if softcap is not None or s_aux is not None:
+        raise ValueError(f"{VARLEN} knows neither soft-capped scores nor attention sinks")
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise ValueError(f"{VARLEN} needs cu_seq_lens_q and max_length_q, as PackedCollator(varlen=True) makes them")
+    if not query_1HSD.is_cuda:
+        return _document_by_document(query_1HSD, key_1KSD, value_1KSD, cu_seq_lens_q, scaling, sliding_window), None
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query_1HSD, key_1KSD, value_1KSD))
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    output_SHD = varlen_attn(
+        query.to(dtype),
+        key.to(dtype),
+        value.to(dtype),
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=window,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output_SHD, Tensor)
+    return output_SHD.unsqueeze(0), None
+
+
+@torch.compiler.disable
+def _document_by_document(
+    query_1HSD: Tensor,
+    key_1KSD: Tensor,
+    value_1KSD: Tensor,
+    boundaries: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Causal SDPA of each document; neighbours of one length (rows that hold a single document) go together."""
+    groups = [(length, len(list(run))) for length, run in groupby(boundaries.diff().tolist())]
+    if key_1KSD.shape[1] != query_1HSD.shape[1]:
+        repeats = query_1HSD.shape[1] // key_1KSD.shape[1]
+        key_1KSD, value_1KSD = (t.repeat_interleave(repeats, dim=1) for t in (key_1KSD, value_1KSD))
+    sizes = [length * count for length, count in groups]
+    outputs = []
+    pieces = (tensor.split(sizes, dim=2) for tensor in (query_1HSD, key_1KSD, value_1KSD))
+    for (length, _), *piece in zip(groups, *pieces, strict=True):
+        query, key, value = (t.squeeze(0).unflatten(1, (-1, length)).transpose(0, 1) for t in piece)
+        mask = None
+        if sliding_window is not None and sliding_window < length:
+            distance_TT = torch.arange(length).unsqueeze(1) - torch.arange(length)
+            mask = (distance_TT >= 0) & (distance_TT < sliding_window)
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling
+        )
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).unsqueeze(0)
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, lambda *_, **__: None)
+
+
+def choose_attention(
+    model: PreTrainedModel,
+    sequence_length: int,
+    requested: str = "auto",
+    autocast_dtype: torch.dtype | None = None,
+) -> str:
+    """Set the model's attention for packed training and return the name of what was set.
+
+    `auto` takes `elo_varlen` where it pays (on CUDA, and on a CPU for long rows) and a trial on this model and device
+    gives what the model's present attention gives; otherwise the present one stays.
+
+    Raises:
+        EloError: the model does not have the attention that was asked for by name.
+    """
+    current = model.config._attn_implementation or "eager"
+    if requested != "auto":
+        if requested == VARLEN and not _agrees(model, sequence_length, autocast_dtype):
+            raise EloError(
+                f"attn_implementation: {VARLEN} does not compute what {model.config.model_type} computes (soft-capped "
+                "scores, attention sinks, other masks); write auto"
+            )
+        try:
+            model.set_attn_implementation(requested)
+        except (ValueError, ImportError) as error:
+            raise EloError(
+                f"attn_implementation: this model cannot use {requested!r} here ({error}); write auto, sdpa or eager"
+            ) from None
+        return requested
+    pays = autocast_dtype is not None if model.device.type == "cuda" else sequence_length >= _CPU_VARLEN_FROM
+    if current in ("sdpa", "eager") and pays and _agrees(model, sequence_length, autocast_dtype):
+        model.set_attn_implementation(VARLEN)
+        return VARLEN
+    return current
+
+
+def require_own_positions(
+    config: PreTrainedConfig, sequence_length: int, *, packed: bool, batch_size: int, section: str = ""
+) -> None:
+    """Raise EloError where the longest document of a batch would decide about the rotary frequencies of the others."""
+    limit = rope_limit(config)
+    if limit is None or sequence_length <= limit or not (packed or batch_size > 1):
+        return
+    size = f"{section}.per_device_train_batch_size".removeprefix(".")
+    keys = [*(["data.packing: false"] if packed else []), *([f"{size}: 1"] if batch_size > 1 else [])]
+    raise EloError(
+        f"{'data.packing' if packed else size}: beyond {limit:,} positions the rotary embedding "
+        f"of this {config.model_type} model follows the longest document of a batch, so documents trained together "
+        f"change each other; write {' and '.join(keys)}, or data.sequence_length: {limit} or less"
+    )
+
+
+def _agrees(model: PreTrainedModel, sequence_length: int, autocast_dtype: torch.dtype | None) -> bool:
+    """What the main process finds; the others may have no weights yet."""
+    return from_main(lambda: _varlen_agrees(model, sequence_length, autocast_dtype))
+
+
+@torch.no_grad()
+def _varlen_agrees(model: PreTrainedModel, sequence_length: int, autocast_dtype: torch.dtype | None) -> bool:
+    """Whether packed documents give the same hidden states through `elo_varlen` as through the present path.
+
+    Other masks, and head widths that the kernel does not take, show here; one document is longer than the window.
+    """
+    before = model.config._attn_implementation
+    device = model.device
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "attention_chunk_size", None) or getattr(text_config, "attention_dropout", 0.0):
+        return False
+    window = getattr(text_config, "sliding_window", None) or 0
+    lengths = (5, 11, window + 9 if 0 < window < sequence_length else 7)
+    position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(device)
+    ids = (torch.arange(sum(lengths), device=device) * 7 % text_config.vocab_size).unsqueeze(0)
+    boundaries, longest = document_starts(position_ids)
+    training = model.training
+    model.eval()
+    tolerance = 1e-3 if autocast_dtype is None else 0.03
+    try:
+        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            expected = model.base_model(input_ids=ids, position_ids=position_ids, use_cache=False)[0].float()
+            model.set_attn_implementation(VARLEN)
+            got = model.base_model(
+                input_ids=ids,
+                position_ids=position_ids,
+                use_cache=False,
+                cu_seq_lens_q=boundaries,
+                cu_seq_lens_k=boundaries,
+                max_length_q=longest,
+                max_length_k=longest,
+            )[0].float()
+        return bool(((got - expected).norm() / expected.norm()).item() < tolerance)
+    except (RuntimeError, ValueError, TypeError, ImportError):
+        return False
+    finally:
+        model.set_attn_implementation(before)
+        model.train(training)

@@ -1,0 +1,166 @@
+"""Weights that FSDP or DeepSpeed have in pieces, one part of the model at a time: no process ever holds the whole."""
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer import FSDP_MODEL_NAME
+
+from elo.checkpoint.architecture import find_architecture
+from elo.errors import EloError
+from elo.store.processes import world_size
+from elo.train.settings import TrainingSettings
+
+_NOTED = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING", "ACCELERATE_USE_DEEPSPEED")
+
+
+def fsdp_arguments(given: dict[str, Any], *, main_alone: bool) -> dict[str, Any]:
+    """A user's `training_arguments`; where they ask for FSDP, its checkpoints stay in pieces.
+
+    Args:
+        given: as in the configuration.
+        main_alone: the main process alone has the weights, and the others get their pieces from it.
+
+    Raises:
+        EloError: `fsdp_config` is not written out.
+    """
+    if not given.get("fsdp"):
+        return given
+    config = given.get("fsdp_config") or {}
+    if not isinstance(config, dict):
+        raise EloError(f"training_arguments.fsdp_config: got {config!r}; write its keys out")
+    ours = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": main_alone}
+    return {**given, "fsdp_config": {**config, **ours}}
+
+
+def main_alone_loads(settings: TrainingSettings, model: nn.Module) -> bool:
+    """Whether under FSDP the main process alone reads the weights: accelerate hands out parameters, but no buffers."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return bool(settings.training_arguments.get("fsdp")) and model.state_dict().keys() <= parameters
+
+
+def without_weights(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """The causal language model of `config` with its buffers, and parameters on the CPU of no particular values."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    model.tie_weights()
+    return model.eval()
+
+
+@contextmanager
+def launch_kept() -> Iterator[None]:
+    """Put back afterwards what is noted for the process of FSDP and DeepSpeed: later phases would be under them, too.
+
+    Under ZeRO-3 one process alone could load no model any more.
+    """
+    before = {name: os.environ.get(name) for name in _NOTED}
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def set_precision(arguments: TrainingArguments) -> None:
+    """Under FSDP what DDP does: products in bf16; gradients are added up, and the summed loss comes out, in fp32."""
+    if arguments.fsdp and arguments.bf16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
+
+
+def check_fsdp(settings: TrainingSettings) -> None:
+    """Raise EloError for what a phase's settings ask of FSDP and cannot have; `fsdp_arguments` has accepted them."""
+    given = settings.training_arguments
+    if not given.get("fsdp"):
+        return
+    keys = {str(key).removeprefix("fsdp_"): value for key, value in (given.get("fsdp_config") or {}).items()}
+    if str(keys.get("version", 2)) != "2":
+        raise EloError(
+            f"training_arguments.fsdp_config.version: got {keys['version']!r}; only FSDP2 is supported, write 2"
+        )
+    if "state_dict_type" in keys:
+        raise EloError("training_arguments.fsdp_config.state_dict_type: is set by ELO, whose checkpoints are in pieces")
+    if "cpu_ram_efficient_loading" in keys:
+        raise EloError(
+            "training_arguments.fsdp_config.cpu_ram_efficient_loading: is set by ELO, which does so where it can"
+        )
+    if keys.get("activation_checkpointing") and settings.activation_checkpointing:
+        raise EloError("activation_checkpointing: is on here and in fsdp_config; leave it out of fsdp_config")
+    if settings.optim == "adamw_8bit":
+        raise EloError("optim: adamw_8bit does not take weights that FSDP has in pieces; write adamw or adafactor")
+    if world_size() == 1:
+        raise EloError(
+            "training_arguments.fsdp: divides weights among processes, and this is one; launch several "
+            "(torchrun --nproc_per_node N -m elo.cli run ...), or leave it out"
+        )
+
+
+def check_sharding(trainer: Any, settings: TrainingSettings, checkpoint: Path | None) -> None:
+    """Raise EloError for FSDP1, for what the launcher alone asks for, or where `checkpoint` cannot be gone on from."""
+    now = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
+    if now == "FSDP" and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise EloError("FSDP: the launcher asks for its first version; only FSDP2 is supported (fsdp_version: 2)")
+    if now and not settings.divides_model:
+        raise EloError(
+            f"{now}: is asked for by the launcher alone; write it in this section's training_arguments "
+            "(docs/launching.md), and launch with torchrun"
+        )
+    if checkpoint is None:
+        return
+    anew = f"or remove {checkpoint.parent} to begin the phase anew"
+    by_deepspeed = (checkpoint / "latest").is_file()
+    was = "FSDP" if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir() else "DeepSpeed" if by_deepspeed else None
+    if was != now:
+        written, running = (f"with {each}" if each else "without FSDP or DeepSpeed" for each in (was, now))
+        raise EloError(f"{checkpoint}: was written {written}, and this run is {running}; go on as it began, {anew}")
+    optimizer_states = list(checkpoint.glob("global_step*/*_optim_states.pt"))
+    if optimizer_states and len(optimizer_states) != world_size():
+        raise EloError(
+            f"{checkpoint}: was written by {len(optimizer_states)} processes, and these are {world_size()}, which "
+            f"DeepSpeed cannot go on from; launch {len(optimizer_states)}, {anew}"
+        )
+
+
+def whole_parts(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Each decoder layer's tensors, and each tensor outside the layers, whole and on the CPU; tied ones once.
+
+    What is given is decided when this is called; every process has to go through the iterator to its end, since all
+    take part in putting a tensor together.
+    """
+    prefix = find_architecture(model).layers_path + "."
+    parts: dict[str, dict[str, Tensor]] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            part = prefix + name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else name
+            parts.setdefault(part, {})[name] = tensor
+    return ({name: _whole(tensor) for name, tensor in part.items()} for part in parts.values())
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    if hasattr(tensor, "ds_id"):  # DeepSpeed's ZeRO-3
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().to("cpu", copy=True)
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu")

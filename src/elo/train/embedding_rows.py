@@ -1,0 +1,70 @@
+"""Embedding and LM head in an optimizer: their own learning rate, and rows of them that must not move."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from elo.checkpoint.architecture import find_architecture
+
+
+def set_embeddings_apart(
+    optimizer: torch.optim.Optimizer, model: Any, learning_rate: float | None = None, first_row: int = 0
+) -> None:
+    """Give trained embedding and head weights groups of their own in an optimizer that has not stepped yet.
+
+    With `first_row` the optimizer gets the rows from there on alone, as a view into the weight: no decay, moment or
+    rounding can reach the others, and no optimizer state is held for them. Their gradients are set to zero before
+    anything sees them, so that clipping does not count them either.
+
+    Args:
+        model: where it is trained; its weights must not be moved afterwards.
+        learning_rate: peak rate of these groups; None is that of the others.
+        first_row: rows of [V, D] weights and [V] biases before this one stay as they are.
+    """
+    apart = {id(each) for each in _trained(model)}
+    for group in list(optimizer.param_groups):
+        found = [each for each in group["params"] if id(each) in apart]
+        if not found:
+            continue
+        group["params"] = [each for each in group["params"] if id(each) not in apart]
+        chosen = [_rows_from(optimizer, each, first_row) for each in found] if first_row else found
+        settings = {key: value for key, value in group.items() if key != "params"}
+        optimizer.add_param_group(
+            {**settings, "params": chosen, "lr": group["lr"] if learning_rate is None else learning_rate}
+        )
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def rows_left_out(model: Any, first_row: int) -> int:
+    """How many elements of trained embedding and head weights lie in rows before `first_row`."""
+    return sum(each[:first_row].numel() for each in _trained(model))
+
+
+def _trained(model: Any) -> list[nn.Parameter]:
+    """The trained weights and biases of embedding and head; tied ones once."""
+    parts = find_architecture(model)
+    modules = [model.get_submodule(path) for path in (parts.embedding_path, parts.head_path)]
+    every = {id(each): each for module in modules for each in module.parameters() if each.requires_grad}
+    return list(every.values())
+
+
+def _rows_from(optimizer: torch.optim.Optimizer, weight: nn.Parameter, first_row: int) -> nn.Parameter:
+    """Rows of a weight from `first_row` on as a parameter that shares its memory and, at each step, its gradient."""
+    rows = nn.Parameter(weight.data[first_row:])
+
+    def without_old_rows(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient[:first_row] = 0
+        return gradient
+
+    def lend(*_: Any) -> None:
+        rows.grad = None if weight.grad is None else weight.grad[first_row:]
+
+    def give_back(*_: Any) -> None:
+        rows.grad = None
+
+    weight.register_hook(without_old_rows)
+    optimizer.register_step_pre_hook(lend)
+    optimizer.register_step_post_hook(give_back)
+    return rows

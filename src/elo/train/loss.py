@@ -1,0 +1,299 @@
+"""The LM head's cross-entropy, without ever holding all logits where that pays.
+
+Once the middle layers are gone, the head and its loss are about half of the work of ELO pretraining, and the logits
+most of the activation memory. Shapes: N tokens, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from elo.data.packing import IGNORE_INDEX
+from elo.store.processes import from_main
+from elo.train.settings import CHUNK, HeadLoss
+
+_SUMS_IN_FP32 = torch.__version__ >= "2.12"  # CUDA's products of bf16 matrices, out as they were summed
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its logits after the head: `softcap * tanh(scale * logits / softcap)`."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> "LogitTransform":
+        """Read it from a model's config: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`."""
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return cls(float(scale), getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, logits_NV: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy in nats with both gradients computed during forward, a chunk of tokens at a time.
+
+    Each chunk's logits are made once, turned into their own gradient in place and dropped: the matmul FLOPs are the
+    floor (head forward, input gradient, and the weight gradient only for a head that trains). Products are in the
+    hidden states' dtype; the weight's gradient is summed and handed on in float32. One backward only.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        transform: LogitTransform,
+        chunk: int,
+        first_row: int,
+    ) -> Tensor:
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        own_dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        weight_VD = weight_VD.to(hidden_ND.dtype)
+        bias_V = None if bias_V is None else bias_V.to(hidden_ND.dtype)
+        grad_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        for start in range(0, hidden_ND.shape[0], chunk):
+            piece = slice(start, start + chunk)
+            hidden_CD, labels_C = hidden_ND[piece], labels_N[piece]
+            kept_C1 = (labels_C != IGNORE_INDEX).unsqueeze(1)
+            index_C1 = labels_C.clamp(min=0).unsqueeze(1)
+            logits_CV = _logits(hidden_CD, weight_VD, bias_V)
+            if transform.scale != 1.0:
+                logits_CV *= transform.scale
+            capped_CV = None
+            if transform.softcap is not None:
+                capped_CV = logits_CV.div_(transform.softcap).tanh_()
+                logits_CV = transform.softcap * capped_CV
+            target_C1 = logits_CV.gather(1, index_C1)
+            largest_C1 = logits_CV.amax(-1, keepdim=True)
+            grad_CV = logits_CV.sub_(largest_C1).exp_()
+            mass_C1 = grad_CV.sum(-1, keepdim=True)
+            total += torch.where(kept_C1, mass_C1.log() + largest_C1 - target_C1, 0.0).sum()
+            if wants_hidden or wants_weight:
+                # d(nats)/d(logits) = softmax - one-hot, then back through the softcap (1 - tanh^2) and the scale.
+                factor_C1 = kept_C1 * transform.scale
+                grad_CV *= factor_C1 / mass_C1
+                grad_CV.scatter_add_(1, index_C1, -factor_C1.to(grad_CV.dtype))
+                if capped_CV is not None:
+                    grad_CV *= capped_CV.square_().neg_().add_(1)
+                if grad_bias_V is not None:
+                    grad_bias_V += grad_CV.sum(0)
+                grad_CV = grad_CV.to(weight_VD.dtype)
+                if grad_hidden_ND is not None:
+                    torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[piece])
+                if grad_weight_VD is not None:
+                    _add_product(grad_weight_VD[first_row:], grad_CV[:, first_row:].t(), hidden_CD)
+            del logits_CV, capped_CV, grad_CV  # else they are there while the next chunk's are made
+        # Not saved by autograd, which would keep them until the whole backward is over.
+        ctx.gradients = [(grad_hidden_ND, hidden_ND.dtype)]
+        ctx.gradients += zip((grad_weight_VD, grad_bias_V), own_dtypes, strict=True)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = outputs
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the chunked head loss goes backward once")
+        scaled = [None if each is None else each.mul_(grad_output).to(dtype) for each, dtype in gradients]
+        return *scaled, None, None, None, None
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """The chunk's logits in float32."""
+    if hidden_CD.dtype != torch.float32 and hidden_CD.is_cuda and _SUMS_IN_FP32:
+        logits_CV = torch.mm(hidden_CD, weight_VD.t(), out_dtype=torch.float32)
+        return logits_CV if bias_V is None else logits_CV.add_(bias_V)
+    return F.linear(hidden_CD, weight_VD, bias_V).float()
+
+
+def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
+    """`total += left @ right` in float32, without another [V, D] beside it where the device can."""
+    if left_VC.dtype == total_VD.dtype:
+        total_VD.addmm_(left_VC, right_CD)
+    elif _SUMS_IN_FP32 and total_VD.is_cuda:
+        torch.addmm(total_VD, left_VC, right_CD, out_dtype=torch.float32, out=total_VD)
+    else:
+        total_VD += left_VC @ right_CD
+
+
+def head_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    transform: LogitTransform | None = None,
+    implementation: HeadLoss = "chunked",
+    chunk: int | None = None,
+    first_row: int = 0,
+) -> Tensor:
+    """Summed cross-entropy in nats of next-token prediction.
+
+    Args:
+        hidden_ND: the decoder's last hidden states, after the final norm.
+        weight_VD: the LM head's weight; its gradient is computed only when it requires one.
+        labels_N: the token that follows each position; -100 where there is none to predict.
+        bias_V: the LM head's bias, if it has one.
+        transform: what the model does to its logits.
+        implementation: `chunked` (ours; see benchmarks/head_loss.py), `plain` (all logits at once) or
+            `linear_cross_entropy` (PyTorch's; no softcap and no scale).
+        chunk: tokens a chunk of `chunked`.
+        first_row: the weight's gradient is wanted from this row on; `chunked` saves the work for those before it.
+
+    Returns:
+        float32 scalar: the sum over labelled tokens.
+    """
+    transform = transform or LogitTransform()
+    if torch.is_autocast_enabled(hidden_ND.device.type):
+        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(hidden_ND.device.type))
+    elif hidden_ND.dtype != weight_VD.dtype:
+        hidden_ND = hidden_ND.to(weight_VD.dtype)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        if implementation == "chunked":
+            chunk = chunk or CHUNK["gpu" if hidden_ND.is_cuda else "cpu"]
+            total: Tensor = _ChunkedCrossEntropy.apply(
+                hidden_ND, weight_VD, bias_V, labels_N, transform, chunk, first_row
+            )
+            return total
+        weight_VD = weight_VD.to(hidden_ND.dtype)
+        bias_V = None if bias_V is None else bias_V.to(hidden_ND.dtype)
+        if implementation == "linear_cross_entropy":
+            if transform != LogitTransform():
+                raise ValueError("linear_cross_entropy cannot scale or soft-cap logits; use 'chunked'")
+            return F.linear_cross_entropy(
+                hidden_ND,
+                weight_VD,
+                labels_N,
+                linear_bias=bias_V,
+                reduction="sum",
+                options=torch.nn.LinearCrossEntropyOptions(),
+            ).float()
+        logits_NV = transform(F.linear(hidden_ND, weight_VD, bias_V).float())
+        return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def install_head_loss(
+    model: PreTrainedModel,
+    implementation: HeadLoss = "chunked",
+    autocast_dtype: torch.dtype | None = None,
+    first_row: int = 0,
+) -> Callable[[], None]:
+    """Let `model(input_ids=..., shift_labels=...)` return the summed loss without all logits.
+
+    The loss has to be computed inside `forward`, where DDP, FSDP, autocast and compilation already are. Whether our own
+    path (decoder, then head weight, then transform) computes what the model computes is asked of the model itself, on
+    random input with enlarged hidden states (so that a softcap shows); a model that does something else with its
+    logits keeps its own path, as `implementation="model"` does.
+
+    Args:
+        implementation: as for `head_cross_entropy`.
+        autocast_dtype: what the model will run under; frozen parts may be in it while others are fp32.
+        first_row: of the head's weight, whose gradient is not wanted before it.
+
+    Returns:
+        A function that takes the change back.
+    """
+    original = model.forward
+    head = model.get_output_embeddings()
+    decoder = model.base_model
+    transform = LogitTransform.of(model.config.get_text_config())
+
+    def forward(*args: Any, shift_labels: Tensor | None = None, **inputs: Any) -> Any:
+        if shift_labels is None:
+            return original(*args, **inputs)
+        hidden_BTD = decoder(**inputs, use_cache=False)[0]
+        return CausalLMOutput(
+            loss=_eager_head_loss(hidden_BTD, head, shift_labels, transform, implementation, first_row)
+        )
+
+    def forward_model(*args: Any, shift_labels: Tensor | None = None, **inputs: Any) -> Any:
+        if shift_labels is None:
+            return original(*args, **inputs)
+        logits_BTV = original(**inputs, use_cache=False).logits.float()
+        nats = F.cross_entropy(logits_BTV.flatten(0, 1), shift_labels.flatten(), reduction="sum")
+        return CausalLMOutput(loss=nats)
+
+    with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        # The others may have no weights yet.
+        own_path = implementation != "model" and from_main(
+            lambda: _head_is_separable(model, original, decoder, head, transform)
+        )
+    model.forward = forward if own_path else forward_model
+
+    def restore() -> None:
+        model.forward = original
+
+    return restore
+
+
+@torch.compiler.disable
+def _eager_head_loss(
+    hidden_BTD: Tensor,
+    head: nn.Module,
+    labels_BT: Tensor,
+    transform: LogitTransform,
+    implementation: HeadLoss,
+    first_row: int,
+) -> Tensor:
+    weight, bias = head.weight, getattr(head, "bias", None)
+    assert isinstance(weight, Tensor)
+    return head_cross_entropy(
+        hidden_BTD.flatten(0, 1),
+        weight,
+        labels_BT.flatten(),
+        bias_V=bias,
+        transform=transform,
+        implementation=implementation,
+        first_row=first_row,
+    )
+
+
+@torch.no_grad()
+def _head_is_separable(
+    model: PreTrainedModel,
+    original: Callable[..., Any],
+    decoder: nn.Module,
+    head: nn.Module | None,
+    transform: LogitTransform,
+    enlarge: float = 50.0,
+) -> bool:
+    """Whether `transform(head(decoder(ids)))` is what the model returns as logits, also for large hidden states."""
+    weight = getattr(head, "weight", None)
+    if head is None or decoder is model or not isinstance(weight, Tensor) or weight.is_meta:
+        return False
+    training = model.training
+    model.eval()
+    ids = torch.arange(8, device=weight.device).unsqueeze(0) % weight.shape[0]
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * enlarge, *inputs[1:]))
+    try:
+        theirs = original(input_ids=ids, use_cache=False).logits.float()
+        hidden = decoder(input_ids=ids, use_cache=False)[0] * enlarge
+        bias = getattr(head, "bias", None)
+        ours = transform(F.linear(hidden.float(), weight.float(), None if bias is None else bias.float()).float())
+        return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.std()))
+    except TypeError:  # the decoder takes other arguments than the model
+        return False
+    finally:
+        hook.remove()
+        model.train(training)

@@ -1,0 +1,238 @@
+"""One training phase on disk: a checkpoint folder in, a trained checkpoint folder out."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elo.errors import EloError
+from elo.store.files import atomic_directory, disk_errors_told
+from elo.store.processes import from_main, is_main
+from elo.train.prepared import Prepared
+from elo.train.settings import TrainingSettings
+from elo.train.vocabulary_cut import CutSequences, VocabularyCut
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import Dataset
+    from transformers import PreTrainedModel
+
+    from elo.data.shards import PreparedData
+    from elo.data.tokenizer import TextTokenizer
+    from elo.train.trainer import Evaluate
+
+
+def train_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    *,
+    rows: "Dataset",
+    prepare: "Callable[[PreTrainedModel], Prepared]",
+    seed: int,
+    settings: TrainingSettings,
+    scratch: Path,
+    vocabulary: Path | None = None,
+    evaluate: "Evaluate | None" = None,
+    trust_remote_code: bool = False,
+    label: str | None = None,
+) -> dict[str, Any]:
+    """Train the checkpoint in folder `checkpoint` and write it to `output` in its own dtype.
+
+    Args:
+        rows: packed sequences, as many as the phase trains on.
+        prepare: makes the model ready: says what trains, and adds what the phase needs.
+        scratch: folder for training checkpoints, from which an interrupted call resumes.
+        vocabulary: file that lists the rows of the vocabulary that training computes with; None is all.
+
+    Returns:
+        The stage's record: tokens, steps, seconds, tokens_per_second, peak_memory_bytes, losses, evaluations, ...
+    """
+    from elo.train.loop import train
+
+    model, dtype, main_alone = load_trainable(checkpoint, settings, trust_remote_code=trust_remote_code)
+    prepared = prepare(model)
+    cut = None
+    if vocabulary is not None:
+        cut = VocabularyCut(model, vocabulary)
+        rows = CutSequences(rows, cut)
+        prepared = replace(prepared, first_row=cut.first_row(prepared.first_row))
+        if evaluate is not None:
+            evaluate = _on_whole_vocabulary(evaluate, cut)
+    if _keeps_frozen_in(dtype, settings):
+        _freeze_in(model, dtype, empty=main_alone and not is_main())
+
+    def save(trained: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]] | None") -> None:
+        if cut is not None:
+            cut.restore()
+        prepared.fold()
+        save_checkpoint(trained, parts, dtype, output, side_files=checkpoint)
+
+    result = train(
+        model,
+        rows,
+        settings=settings,
+        output_dir=scratch,
+        seed=seed,
+        prepared=prepared,
+        evaluate=evaluate,
+        save=save,
+        main_alone=main_alone,
+        label=label,
+    )
+    record = asdict(result)
+    return record | {"tokens_per_second": result.tokens / result.seconds, "precision": _precision(settings)}
+
+
+def _on_whole_vocabulary(evaluate: "Evaluate", cut: VocabularyCut) -> "Evaluate":
+    def measure(model: "PreTrainedModel") -> dict[str, float]:
+        with cut.whole():
+            return evaluate(model)
+
+    return measure
+
+
+def load_trainable(
+    checkpoint: Path, settings: TrainingSettings, *, trust_remote_code: bool = False
+) -> "tuple[PreTrainedModel, Any, bool]":
+    """Load a checkpoint in fp32, so that what trains has fp32 master weights.
+
+    Returns:
+        The model; the dtype it is stored in; whether the main process alone has its weights: under FSDP, where that can
+        be, the others have memory for them that is never touched, so never taken, until they get their pieces.
+
+    Raises:
+        EloError: the folder holds no checkpoint in safetensors that transformers can load.
+    """
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from elo.checkpoint.counting import read_config, text_config
+    from elo.evaluate.loading import load_model
+    from elo.train.distributed import main_alone_loads, without_weights
+    from elo.train.loop import wants_bf16
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    config = read_config(str(checkpoint), trust_remote_code=trust_remote_code)
+    dtype = text_config(config).dtype or config.dtype or torch.float32
+    if settings.training_arguments.get("deepspeed") and wants_bf16(settings) and dtype == torch.float32:
+        raise EloError(
+            f"{checkpoint}: is stored in fp32, and DeepSpeed in bf16 would round its weights; write bf16: false"
+        )
+    loaded: list[PreTrainedModel] = []
+
+    def load() -> None:
+        loaded.append(load_model(str(checkpoint), "cpu", torch.float32, None, trust_remote_code))
+
+    if settings.training_arguments.get("fsdp"):
+        model = without_weights(config, torch.float32, trust_remote_code=trust_remote_code)
+        if main_alone_loads(settings, model):
+            from_main(load)
+            return (loaded[0] if loaded else model), dtype, True
+    load()
+    return loaded[0], dtype, False
+
+
+def save_checkpoint(
+    model: "PreTrainedModel",
+    parts: "Iterator[dict[str, Tensor]] | None",
+    dtype: Any,
+    output: Path,
+    *,
+    side_files: Path,
+) -> None:
+    """Write a model in `dtype` with the tokenizer files of `side_files`; the folder appears whole or not at all.
+
+    Args:
+        parts: the weights, part by part, where the model holds only pieces of them; each becomes a file.
+    """
+    from elo.checkpoint.folder import copy_tokenizer
+
+    with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
+        if parts is None:
+            model.to(dtype).save_pretrained(folder)
+        else:
+            _write_parts(model, parts, dtype, folder)
+        copy_tokenizer(side_files, folder)
+
+
+def _write_parts(model: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]]", dtype: Any, folder: Path) -> None:
+    """Write each part as a file of its own, under the names that transformers gives its tensors on disk."""
+    from elo.checkpoint.tensor_files import SINGLE_FILE, join_files
+
+    written: list[Path] = []
+    for number, part in enumerate(parts):
+        place = folder / f"part-{number}"
+        model.save_pretrained(
+            place,
+            state_dict={name: t.to(dtype) if t.is_floating_point() else t for name, t in part.items()},
+            max_shard_size=sum(t.nbytes for t in part.values()) + 1,
+        )
+        written.append(place / SINGLE_FILE)
+    for file in written[0].parent.iterdir():
+        if file.name != SINGLE_FILE:
+            file.rename(folder / file.name)
+    model.config.dtype = dtype  # transformers notes the model's own, in which it is trained
+    model.config.save_pretrained(folder)
+    join_files(folder, written)
+    for file in written:
+        shutil.rmtree(file.parent)
+
+
+def heldout_evaluator(
+    prepared: "PreparedData",
+    languages: Sequence[str],
+    tokenizer: "TextTokenizer",
+    *,
+    sequence_length: int,
+    max_bytes: int | None,
+    settings: TrainingSettings,
+) -> "Evaluate":
+    """Bits per byte of the held-out text of each language, for the measurements during training.
+
+    It is the text, cut in the same way, that `evaluate` measures on, so that curves can be compared with final values.
+    """
+    import torch
+
+    from elo.data.heldout import cut_corpus
+    from elo.evaluate.bits_per_byte import bits_per_byte
+    from elo.train.loop import wants_bf16
+
+    tokenizer = replace(tokenizer, split_special_tokens=prepared.split_special_tokens)
+    corpora = {language: cut_corpus(prepared.heldout(language), tokenizer, max_bytes) for language in languages}
+    autocast = torch.bfloat16 if wants_bf16(settings) else None
+
+    def evaluate(model: "PreTrainedModel") -> dict[str, float]:
+        return {
+            language: bits_per_byte(
+                model, corpus, sequence_length=sequence_length, autocast_dtype=autocast
+            ).bits_per_byte
+            for language, corpus in corpora.items()
+        }
+
+    return evaluate
+
+
+def _keeps_frozen_in(dtype: Any, settings: TrainingSettings) -> bool:
+    """Whether frozen parameters stay exactly as they are stored, so that what is saved is what was loaded."""
+    import torch
+
+    from elo.train.loop import wants_bf16
+
+    return torch.cuda.is_available() and wants_bf16(settings) and dtype in (torch.bfloat16, torch.float16)
+
+
+def _freeze_in(model: "PreTrainedModel", dtype: Any, *, empty: bool = False) -> None:
+    """Keep frozen parameters in `dtype`: they need no master weights. `empty` ones have no values and get none."""
+    import torch
+
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = torch.empty_like(parameter, dtype=dtype) if empty else parameter.data.to(dtype)
+
+
+def _precision(settings: TrainingSettings) -> str:
+    from elo.train.loop import wants_bf16
+
+    return "bf16" if wants_bf16(settings) else "fp32"

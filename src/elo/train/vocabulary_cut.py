@@ -1,0 +1,149 @@
+"""Train against the part of the vocabulary that the text uses, and put the whole back.
+
+Embedding and LM head are most of a small model with a large vocabulary, while a corpus of two languages uses a fraction
+of their rows (Vocabulary Trimming, arXiv 2305.15020). The rows that stay in are those that the training text uses, the
+special tokens, and a random sample of the others, which keeps the softmax from forgetting that there are more. Shapes:
+V rows of the vocabulary, K of them kept, D hidden width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from elo.checkpoint.architecture import find_architecture
+from elo.checkpoint.counting import read_config, text_config
+from elo.data.packing import IGNORE_INDEX
+from elo.data.shards import PreparedData
+from elo.errors import EloError
+from elo.store.files import read_json
+
+_TOKENS_AT_A_TIME = 1 << 24
+
+
+def choose_rows(data: PreparedData, base: Path, *, sample: int, seed: int) -> np.ndarray:
+    """Ids of the rows that training computes with, ascending: int64 [K].
+
+    Args:
+        data: whose training shards are counted.
+        base: checkpoint folder; its configuration names the special tokens.
+        sample: rows beside those that are used, drawn at random.
+    """
+    config = text_config(read_config(str(base)))
+    used = np.zeros(int(config.vocab_size), bool)
+    for language in data.languages:
+        for corpus in data.train(language):
+            for shard in corpus.shards:
+                tokens = shard.arrays.tokens
+                for start in range(0, len(tokens), _TOKENS_AT_A_TIME):
+                    used[np.unique(tokens[start : start + _TOKENS_AT_A_TIME])] = True
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
+        ids = getattr(config, name, None)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if isinstance(token, int) and 0 <= token < len(used):
+                used[token] = True
+    used[[data.prefix_token_id, data.eos_token_id]] = True
+    others = np.flatnonzero(~used)
+    drawn = np.random.default_rng(seed).choice(others, min(sample, len(others)), replace=False)
+    used[drawn] = True
+    return np.flatnonzero(used)
+
+
+class VocabularyCut:
+    """A model's embedding and LM head with some of their rows, for the time of training.
+
+    Rows that are left out stay exactly as they were.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows_file: Path) -> None:
+        """Cut `model` to the rows that `rows_file` lists.
+
+        Raises:
+            EloError: the file lists rows that the model does not have.
+        """
+        self.ids = torch.tensor(read_json(rows_file), dtype=torch.int64)
+        parts = find_architecture(model)
+        modules = [model.get_submodule(path) for path in (parts.embedding_path, parts.head_path)]
+        self._whole: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._cut: dict[int, nn.Parameter] = {}
+        num_rows = len(modules[0].weight)  # type: ignore[arg-type]
+        if not len(self.ids) or int(self.ids[-1]) >= num_rows:
+            raise EloError(f"{rows_file}: lists rows beyond the model's {num_rows}; start the run anew")
+        for module in modules:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                self._whole.append((module, name, parameter))
+        self._lookup = torch.full((num_rows,), -1, dtype=torch.int64)
+        self._lookup[self.ids] = torch.arange(len(self.ids))
+        self._embedding, self._padding_idx = modules[0], getattr(modules[0], "padding_idx", None)
+        self.install()
+
+    def install(self) -> None:
+        """Let the modules compute with the chosen rows."""
+        for module, name, whole in self._whole:
+            if id(whole) not in self._cut:
+                chosen = whole.detach()[self.ids.to(whole.device)].clone()
+                rows = nn.Parameter(chosen, requires_grad=whole.requires_grad)
+                self._cut[id(whole)] = rows
+            setattr(module, name, self._cut[id(whole)])
+        if self._padding_idx is not None:
+            place = int(self._lookup[self._padding_idx])
+            self._embedding.padding_idx = place if place >= 0 else None  # type: ignore[assignment]
+
+    def restore(self) -> None:
+        """Put all rows back, the chosen ones with the values that training gave them."""
+        with torch.no_grad():
+            for module, name, whole in self._whole:
+                rows = self._cut[id(whole)]
+                whole.requires_grad_(rows.requires_grad)
+                whole.data = whole.data.to(rows.device)
+                whole.data[self.ids.to(rows.device)] = rows.detach().to(whole.dtype)
+                setattr(module, name, whole)
+        if self._padding_idx is not None:
+            self._embedding.padding_idx = self._padding_idx
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """The whole vocabulary for a while: what is measured during training is measured on all rows."""
+        self.restore()
+        try:
+            yield
+        finally:
+            self.install()
+
+    def first_row(self, first: int) -> int:
+        """Where rows from `first` on begin among the chosen ones."""
+        return int(torch.searchsorted(self.ids, first))
+
+    def renumber(self, ids: Tensor) -> Tensor:
+        """Token ids as places among the chosen rows; labels that are ignored stay so.
+
+        Raises:
+            EloError: a token is not among the chosen rows.
+        """
+        ignored = ids == IGNORE_INDEX
+        places = self._lookup[ids.masked_fill(ignored, int(self.ids[0]))]
+        if bool((places < 0).any()):
+            raise EloError("training.vocabulary: corpus: the text holds tokens that were not counted; prepare it again")
+        return places.masked_fill_(ignored, IGNORE_INDEX)
+
+
+class CutSequences(Dataset[dict[str, Any]]):
+    """Sequences whose token ids are places among the chosen rows."""
+
+    def __init__(self, sequences: Any, cut: VocabularyCut) -> None:
+        self.sequences, self.cut = sequences, cut
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = dict(self.sequences[index])
+        for name in ("input_ids", "shift_labels"):
+            row[name] = self.cut.renumber(torch.as_tensor(row[name])).numpy()
+        return row

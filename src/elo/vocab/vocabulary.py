@@ -1,0 +1,347 @@
+"""`elo vocab`: how many tokens languages take, and a checkpoint with new pieces for one of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elo.errors import EloError
+from elo.store.files import write_json
+from elo.surgery.detach_attach import check_replaceable, resolve_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+    from elo.checkpoint.footprint import Footprint
+    from elo.data.tokenizer import TextTokenizer
+    from elo.data.tokenizing import TextCounts
+    from elo.vocab.pieces import Identity
+    from elo.vocab.words import Fertility
+
+DEFAULT_PIECES = (2000, 4000, 8000, 16000)
+_MOST_PIECES = 10_000_000
+# Characters read of a language: more hardly changes which pieces are learnt.
+_TARGET_CHARACTERS = 50_000_000
+_SOURCE_CHARACTERS = 20_000_000
+# One document in this many is kept to measure on, and not learnt from.
+_EVERY = 10
+# Training FLOPs a byte of the target language, against now, up to which an extension is called worth it.
+_WORTH_IT = 0.8
+
+
+def measure_vocabulary(
+    model: str | Path,
+    corpora: Mapping[str, str | Path],
+    *,
+    target: str | None = None,
+    pieces: Sequence[int] = DEFAULT_PIECES,
+    tokenizer: str | Path | None = None,
+    text_column: str = "text",
+    max_characters: int | None = None,
+    split_special_tokens: bool = True,
+    allow_lost_text: bool = False,
+    output: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Measure how many tokens a model's tokenizer makes of languages and, given a `target`, what new pieces bring.
+
+    Args:
+        model: checkpoint folder or hub id; its weights are not read.
+        corpora: text by language, anything that `elo prepare` reads.
+        target: the language among `corpora` to extend for; the others are those that must stay as they are.
+        pieces: numbers of new pieces to try.
+        tokenizer: folder or hub id, if it is not in the model's folder.
+        text_column: key or column that holds a document's text.
+        max_characters: read at most this many characters of each language; by default 50 M of the target, 20 M of
+            another.
+        split_special_tokens: tokenise special tokens spelled in text as text.
+        allow_lost_text: accept text of which the tokenizer loses more than 5 %.
+        output: JSON file to write.
+        trust_remote_code: run code that ships with the checkpoint.
+
+    Returns:
+        {"languages": {language: fertility, and what of the text is lost}, "candidates": [what each number of pieces
+        would change], "advice": words, "warnings": [words]}
+
+    Raises:
+        EloError: something given cannot be read, or the tokenizer cannot be extended.
+    """
+    from elo.checkpoint.counting import footprint, read_config
+    from elo.data.text_loss import judge_loss, text_encoder
+    from elo.data.tokenizer import load_tokenizer
+    from elo.vocab.pieces import PieceLearner, compare_tokenizers, extend_tokenizer
+    from elo.vocab.words import measure_fertility
+
+    if not corpora:
+        raise EloError("vocab: nothing to measure on; give --corpus LANGUAGE=FILE")
+    if target is not None and target not in corpora:
+        raise EloError(f"--target {target!r}: has no corpus; the corpora are {', '.join(corpora)}")
+    if not pieces or min(pieces) < 1 or max(pieces) > _MOST_PIECES:
+        raise EloError(f"--pieces {list(pieces)}: give numbers of new pieces, each from 1 to {_MOST_PIECES:,}")
+    loaded = replace(load_tokenizer(tokenizer or model, trust_remote_code), split_special_tokens=split_special_tokens)
+    backend = loaded.backend
+    texts = {
+        language: _read(path, text_column, max_characters or _limit(language == target), language)
+        for language, path in corpora.items()
+    }
+    counts = {language: _count(loaded, heldout) for language, (_, heldout) in texts.items()}
+    warnings = [
+        judge_loss(
+            f"{corpora[language]} ({language})",
+            loaded.name,
+            found.lost_bytes,
+            found.checked_bytes,
+            allowed=allow_lost_text,
+            key="--allow-lost-text",
+        )
+        for language, found in counts.items()
+    ]
+    measured = {language: measure_fertility(loaded.encoder, heldout) for language, (_, heldout) in texts.items()}
+    results: dict[str, Any] = {
+        "model": str(model),
+        "tokens": backend.get_vocab_size(),
+        "languages": {
+            language: _fertility(each)
+            | {
+                "lost_text": counts[language].lost_bytes / max(counts[language].checked_bytes, 1),
+                "special_tokens": counts[language].special_tokens,
+            }
+            for language, each in measured.items()
+        },
+        "candidates": [],
+        "advice": None,
+        "warnings": [warning for warning in warnings if warning is not None],
+    }
+    if target is not None:
+        now = footprint(read_config(model, trust_remote_code=trust_remote_code))
+        spent_now = _flops_per_byte(now, measured[target])
+        learning = [train for language, (train, _) in texts.items() if language != target]
+        learner = PieceLearner(backend, texts[target][0], learning, max(pieces))
+        found = {len(extension.pieces): extension for extension in map(learner.extension, pieces)}
+        for count, extension in sorted(found.items()):
+            extended = extend_tokenizer(backend, extension)
+            encoder = text_encoder(extended, loaded.special_tokens) if split_special_tokens else extended
+            after = measure_fertility(encoder, texts[target][1])
+            larger = now.with_vocabulary(max(now.vocab_size, extended.get_vocab_size()))
+            results["candidates"].append(
+                {
+                    "pieces": count,
+                    "bytes_per_token": after.bytes_per_token,
+                    "tokens": after.tokens / measured[target].tokens,
+                    "flops_per_byte": _flops_per_byte(larger, after) / spent_now,
+                    "new_parameters": larger.total - now.total,
+                    "source": {
+                        language: _identity(compare_tokenizers(backend, extended, heldout))
+                        for language, (_, heldout) in texts.items()
+                        if language != target
+                    },
+                }
+            )
+        results["advice"] = _advice(target, measured[target], results["candidates"])
+    if output is not None:
+        write_json(Path(output), results)
+    return results
+
+
+def extend_vocabulary(
+    model: str | Path,
+    target: str | Path | None = None,
+    source: str | Path | None = None,
+    *,
+    output: str | Path,
+    pieces: int = 8000,
+    tokenizer: str | Path | None = None,
+    init: str = "pieces",
+    head_init: str | None = None,
+    rows: str | Path | None = None,
+    pad_to_multiple_of: int = 64,
+    seed: int = 0,
+    text_column: str = "text",
+    max_characters: int | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Write a checkpoint whose tokenizer has new pieces for the target language, with rows for them.
+
+    Args:
+        model: checkpoint folder or hub id.
+        target: text of the language to learn pieces for, anything that `elo prepare` reads.
+        source: text of the language that must be tokenised as before.
+        output: folder to write; it appears whole or not at all.
+        pieces: how many new pieces.
+        tokenizer: folder or hub id of an extended tokenizer to take instead of learning one; it must keep all old ids.
+        init: what new embedding rows begin as: pieces, first, mean or noise (elo.vocab.rows).
+        head_init: the same for the rows of an untied LM head; by default as `init`.
+        rows: safetensors file with rows computed elsewhere: `embedding` and, for an untied head, `head`.
+        pad_to_multiple_of: the number of rows is a multiple of this.
+        seed: of `noise`.
+        text_column: key or column that holds a document's text.
+        max_characters: read so much of each language; by default 50 M of the target, 20 M of the source.
+        overwrite: replace an existing output.
+        trust_remote_code: run code that ships with the checkpoint.
+
+    Returns:
+        The record in config.json: which rows are new, how they were initialised, bytes a token before and after, and
+        how many source documents that were not learnt from are tokenised as before.
+
+    Raises:
+        EloError: something given cannot be read or does not fit, or the tokenizer cannot be extended.
+    """
+    from elo.data.tokenizer import save_with_backend
+    from elo.vocab.pieces import (
+        PieceLearner,
+        compare_tokenizers,
+        extend_tokenizer,
+        require_old_ids,
+    )
+    from elo.vocab.rows import INITIALISATIONS, NewTokens, RowInit, extend_checkpoint
+    from elo.vocab.words import measure_fertility
+
+    for name, value in (("--init", init), ("--head-init", head_init or init)):
+        if value not in INITIALISATIONS:
+            raise EloError(f"{name} {value!r}: unknown; choose one of {', '.join(INITIALISATIONS)}")
+    if not (1 <= pieces <= _MOST_PIECES and 1 <= pad_to_multiple_of <= _MOST_PIECES):
+        raise EloError(
+            f"--pieces and --pad-to must be from 1 to {_MOST_PIECES:,}; got {pieces} and {pad_to_multiple_of}"
+        )
+    if tokenizer is None and (target is None or source is None):
+        raise EloError(
+            "vocab extend: give --target FILE to learn pieces from and --source FILE whose words stay as they are, or "
+            "an extended --tokenizer"
+        )
+    check_replaceable(Path(output), overwrite)
+    given = None if rows is None else _read_rows(Path(rows))
+    folder = resolve_checkpoint(model, trust_remote_code=trust_remote_code)
+    old = _backend(folder, trust_remote_code)
+    none: tuple[list[str], list[str]] = ([], [])
+    of_target = none if target is None else _read(target, text_column, max_characters or _limit(True), "target")
+    of_source = none if source is None else _read(source, text_column, max_characters or _limit(False), "source")
+    if tokenizer is None:
+        print(f"vocab: learning up to {pieces:,} pieces from {sum(map(len, of_target[0])):,} characters", flush=True)
+        new = extend_tokenizer(old, PieceLearner(old, of_target[0], [of_source[0]], pieces).extension(pieces))
+        require_old_ids(old, new, "extended")
+    else:
+        new = _backend(tokenizer, trust_remote_code)
+        require_old_ids(old, new, str(tokenizer))
+    first_id = max(old.get_vocab().values()) + 1
+    tokens = sorted((index, token) for token, index in new.get_vocab().items() if index >= first_id)
+    if [index for index, _ in tokens] != list(range(first_id, first_id + len(tokens))) or not tokens:
+        raise EloError(
+            f"tokenizer {tokenizer}: its new tokens must be numbered from {first_id} on without a gap, and be at least "
+            "one; it is not an extension of the model's"
+        )
+    record: dict[str, Any] = {"base": str(model)}
+    for name, (_, heldout) in (("target", of_target), ("source", of_source)):
+        if heldout:
+            before, after = measure_fertility(old, heldout), measure_fertility(new, heldout)
+            if name == "target" and after.tokens >= before.tokens:
+                raise EloError(
+                    "vocab: the new pieces are never used on text that they were not learnt from; give more text, or "
+                    "see whether the tokenizer's added tokens take the words first"
+                )
+            record[f"{name}_bytes_per_token"] = [round(before.bytes_per_token, 4), round(after.bytes_per_token, 4)]
+    if of_source[1]:
+        record["source_identity"] = _identity(compare_tokenizers(old, new, of_source[1]))
+    return extend_checkpoint(
+        folder,
+        Path(output),
+        NewTokens(first_id, [_origin(old, token) for _, token in tokens]),
+        save_tokenizer=lambda place: save_with_backend(folder, new, place, trust_remote_code),
+        init=RowInit(init, head_init or init, given, seed),  # type: ignore[arg-type]
+        pad_to_multiple_of=pad_to_multiple_of,
+        record=record,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        label="vocab: writing",
+    )
+
+
+def _backend(path: str | Path, trust_remote_code: bool) -> "Tokenizer":
+    from elo.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(path, trust_remote_code).backend
+
+
+def _count(tokenizer: "TextTokenizer", texts: Sequence[str]) -> "TextCounts":
+    """What is counted of texts while they are tokenised."""
+    from elo.data.tokenizing import TextCounts, batched
+
+    return TextCounts(*sum(tokenizer.encode_and_check(batch)[1].sum(axis=0) for batch in batched(texts)).tolist())
+
+
+def _limit(target: bool) -> int:
+    return _TARGET_CHARACTERS if target else _SOURCE_CHARACTERS
+
+
+def _read(path: str | Path, text_column: str, limit: int, label: str) -> tuple[list[str], list[str]]:
+    """Documents to learn from and documents to measure on, `limit` characters in all."""
+    from elo.data.sources import read_documents
+    from elo.log import Progress
+
+    documents: list[list[str]] = [[], []]
+    with Progress(limit, f"vocab: reading {label}", "characters") as progress:
+        for number, text in enumerate(_until(read_documents(path, text_column), limit)):
+            documents[number % _EVERY == 0].append(text)
+            progress.advance(len(text))
+    train, heldout = documents
+    if not train:
+        raise EloError(
+            f"{path}: has less than two documents{f' within {limit:,} characters' if heldout else ''}; give more text "
+            "(or a larger --max-characters), to learn from and to measure on"
+        )
+    return train, heldout
+
+
+def _until(texts: Iterator[str], limit: int) -> Iterator[str]:
+    for text in texts:
+        yield text[:limit]
+        limit -= len(text)
+        if limit <= 0:
+            return
+
+
+def _origin(old: "Tokenizer", token: str) -> list[int]:
+    """The old tokens that a new token's text is tokenised into, as its vocabulary spells it; unknown parts left out."""
+    unknown = getattr(old.model, "unk_token", None)
+    return [each.id for each in old.model.tokenize(token) if each.value != unknown]
+
+
+def _read_rows(path: Path) -> "dict[str, torch.Tensor]":
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise EloError(f"--rows {path}: no such file; give a safetensors file with embedding and head rows")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise EloError(f"--rows {path}: is not a safetensors file, or damaged ({error})") from None
+
+
+def _fertility(measured: "Fertility") -> dict[str, Any]:
+    return asdict(measured) | {
+        "bytes_per_token": measured.bytes_per_token,
+        "tokens_per_word": measured.tokens_per_word,
+    }
+
+
+def _identity(found: "Identity") -> dict[str, Any]:
+    return asdict(found) | {"holds": found.holds, "words": list(found.words)}
+
+
+def _flops_per_byte(counted: "Footprint", measured: "Fertility") -> float:
+    """Matmul FLOPs that full CPT spends on a byte of text."""
+    return counted.flops_per_token("trained", sequence_length=2048).total / measured.bytes_per_token
+
+
+def _advice(target: str, now: "Fertility", candidates: Sequence[Mapping[str, Any]]) -> str:
+    best = min(candidates, key=lambda each: each["flops_per_byte"])
+    told = (
+        f"{best['pieces']:,} new pieces bring {target} to {best['tokens']:.0%} of the tokens "
+        f"({now.bytes_per_token:.2f} -> {best['bytes_per_token']:.2f} bytes a token), at {best['flops_per_byte']:.0%} "
+        "of the training FLOPs for the same text"
+    )
+    if best["flops_per_byte"] <= _WORTH_IT:
+        return f"worth it: {told}"
+    return f"not worth it: {told}, while every new row has to be learnt first"

@@ -49,6 +49,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     from elo.evaluate.scoring import longest_sequence, takes_position_ids
     from elo.methods.base import first_new_row
     from elo.surgery.equivalence import build_hollow_causal_lm
+    from elo.train.attention import require_own_positions
     from elo.train.settings import check_also_train
 
     open_checkpoint(base)
@@ -72,6 +73,10 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     length, limit = config.data.sequence_length, longest_sequence(model)
     if limit is not None and length > limit:
         raise EloError(f"data.sequence_length: {length} is beyond the {limit} positions of {config.model}")
+    for batch_size in {config.settings(phase).per_device_train_batch_size for phase in config.method.phases}:
+        require_own_positions(
+            model_config, length, packed=config.data.packing, batch_size=batch_size, section="training"
+        )
     if config.data.packing and (is_recurrent(model) or not takes_position_ids(model)):
         raise EloError(
             f"data.packing: {model_config.model_type} does not keep packed documents apart (it has layers other than "

@@ -41,6 +41,7 @@ _ELSEWHERE = {
     "num_epochs": "tokens",
     "max_steps": "tokens",
     "sample_packing": "data.packing",
+    "split_special_tokens": "data.split_special_tokens",
     "warmup_ratio": "training.warmup_steps",
     "flash_attention": "training.attn_implementation",
     "modules_to_save": "method.also_train",

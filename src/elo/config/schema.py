@@ -77,7 +77,12 @@ class DataConfig(_Section):
     """Tokens in a packed row."""
     packing: bool = True
     on_error: Literal["stop", "skip"] = "stop"
-    """What a document that cannot be read does."""
+    """What a document that cannot be read does: `stop` the run, or be left out and counted (`skip`)."""
+    split_special_tokens: bool = True
+    """Whether special tokens spelled in a document (`<|endoftext|>`) are tokenised as text; otherwise they become the
+    tokens."""
+    allow_lost_text: bool = False
+    """Accept text of which the tokenizer loses more than 5 %, by unknown tokens or dropped characters."""
     workers: int | None = Field(None, ge=1, le=4096)
     """Processes that tokenise; by default chosen by the number of cores."""
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from elo.data.shards import token_dtype
+from elo.data.text_loss import special_spellings, text_encoder
 from elo.data.tokenizer_reading import one_reading, read_stored, require_sentencepiece
-from elo.data.tokenizing import encode_documents
+from elo.data.tokenizing import TextChecker, encode_documents
 from elo.errors import EloError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -33,6 +35,23 @@ class TextTokenizer:
     """Tokens without the added ones."""
     sha256: str
     """Of the tokenizer's content."""
+    split_special_tokens: bool = True
+    """Whether special tokens spelled in a text are text; otherwise they become the tokens."""
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """Spellings of the special tokens."""
+        return special_spellings(self.backend, {self.prefix_token_id, self.eos_token_id})
+
+    @cached_property
+    def encoder(self) -> Tokenizer:
+        """What text is encoded with: `backend`, to which special tokens may be text."""
+        return text_encoder(self.backend, self.special_tokens) if self.split_special_tokens else self.backend
+
+    @cached_property
+    def checker(self) -> TextChecker:
+        """Counts special tokens in text, and text that the tokenizer loses."""
+        return TextChecker(self.backend, self.special_tokens)
 
     @property
     def dtype(self) -> np.dtype:
@@ -40,15 +59,25 @@ class TextTokenizer:
         return token_dtype(self.vocab_size)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, without special tokens."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        """Token ids of each text, without the frame."""
+        encodings = self.encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Each text as it is stored: prefix, text tokens, eos."""
-        tokens, lengths = encode_documents(
-            self.backend, list(texts), self.prefix_token_id, self.eos_token_id, self.dtype
-        )
+        return self._split(*self._encode(texts))
+
+    def encode_and_check(self, texts: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        """As `encode_documents`; with the `TextCounts` of each text, int64 [texts, 3]."""
+        tokens, lengths = self._encode(texts)
+        checked = np.ones(len(texts), np.bool_)
+        return self._split(tokens, lengths), self.checker.count(self.encoder, texts, tokens, lengths, checked)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return encode_documents(self.encoder, list(texts), self.prefix_token_id, self.eos_token_id, self.dtype)
+
+    @staticmethod
+    def _split(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
         return np.split(tokens, np.cumsum(lengths)[:-1])
 
     def check_embedding(self, rows: int, where: str = "the model") -> None:

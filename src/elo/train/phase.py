@@ -182,6 +182,7 @@ def heldout_evaluator(
     from elo.evaluate.bits_per_byte import bits_per_byte
     from elo.train.loop import wants_bf16
 
+    tokenizer = replace(tokenizer, split_special_tokens=prepared.split_special_tokens)
     corpora = {language: cut_corpus(prepared.heldout(language), tokenizer, max_bytes) for language in languages}
     autocast = torch.bfloat16 if wants_bf16(settings) else None
 

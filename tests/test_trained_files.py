@@ -18,6 +18,7 @@ from elo.checkpoint.folder import copy_side_files
 from elo.checkpoint.naming import map_names
 from elo.checkpoint.new_rows import VOCABULARY_KEY
 from elo.errors import EloError, UnsupportedArchitectureError
+from elo.evaluate.loading import load_model
 from elo.methods.base import METHODS, Method, Phase, Setup
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 from elo.surgery.scale_change import scale_change
@@ -55,7 +56,7 @@ def _model(kind: str) -> PreTrainedModel:
         text = tiny_config("gemma3_text", **_TEXT).to_dict()
         vision = {**_VISION, "image_size": 28, "patch_size": 14}
         return tiny_model(tiny_config("gemma3", text_config=text, vision_config=vision))
-    if kind == "decoder of a wrapper":  # Llama 4 with a vision tower, of which transformers loads the decoder alone
+    if kind == "another wrapper":  # Llama 4 with a vision tower, of which AutoModelForCausalLM loads the decoder alone
         vision = {**_VISION, "vision_output_dim": 16, "image_size": 28, "patch_size": 14}
         config = Llama4Config(text_config=tiny_config("llama4_text").to_dict(), vision_config=vision)
         torch.manual_seed(0)
@@ -65,7 +66,7 @@ def _model(kind: str) -> PreTrainedModel:
 
 
 KINDS = (
-    "llama", "wrapper", "mixtral", "gpt2-tied", "llama-tied", "decoder of a wrapper", "qwen3_moe", "deepseek_v3",
+    "llama", "wrapper", "mixtral", "gpt2-tied", "llama-tied", "another wrapper", "qwen3_moe", "deepseek_v3",
 )  # fmt: skip
 """mixtral, qwen3_moe and deepseek_v3 store each expert alone, where the model has them in one tensor."""
 
@@ -138,7 +139,7 @@ def test_what_did_not_train_is_bit_identical(number: int, kind: str, tmp_path: P
     base = start = write_random_base(tmp_path / "base", kind, seed=100 * number + KINDS.index(kind))
     bridge = None
     if phase.middle == "bridged":
-        whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        whole = load_model(str(base), "cpu", torch.float32, None, False)
         mixture = rows(20)
         bridge = fit_bridge(whole, KEPT, [mixture[index] for index in range(20)])
     if phase.detached:
@@ -172,7 +173,7 @@ def test_what_did_not_train_is_bit_identical(number: int, kind: str, tmp_path: P
             if _part(name) in ("embedding", "head"):
                 assert torch.equal(_bits(before[name][:NEW_ROW]), _bits(after[name][:NEW_ROW]))
                 assert not torch.equal(before[name][NEW_ROW:], after[name][NEW_ROW:])
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype=torch.float32).state_dict()
+    loaded = load_model(str(tmp_path / "trained"), "cpu", torch.float32, None, False).state_dict()
     if phase.middle != "adapted":  # whose adapters are merged later
         for name, tensor in seen.items():
             torch.testing.assert_close(loaded[name], tensor, atol=1e-6, rtol=2**-8, msg=name)
@@ -333,7 +334,7 @@ def test_what_lies_beside_the_weights_and_what_does_not_come_along(tmp_path: Pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_a_file_are_known_by_what_they_become(kind: str, tmp_path: Path) -> None:
     base = write_random_base(tmp_path / "base", kind, seed=1)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = load_model(str(base), "cpu", torch.float32, None, False)
     tensors = {name: tensor.to("meta") for name, tensor in stored(base).items()}
     names = map_names(model, tensors)
     outside = {"embedding", "norm", "head"}

@@ -16,7 +16,10 @@ from surgery_fixtures import assert_same, edit_config, llama, stored
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from elo.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from elo.config import load_config
+from elo.errors import EloError
 from elo.evaluate.loading import load_model
+from elo.preflight import check_model
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
 TEXT = {
@@ -65,6 +68,11 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
     "qwen3_vl": ("Qwen3VL", SECTIONS, TOWER | {"deepstack_visual_indexes": [0]}, {"image_token_id": 3}),
 }
 
+DATA = {
+    "tokens": 4096,
+    "data": {"target": "ko", "source": "en", "corpora": {"ko": "ko.jsonl", "en": "en.jsonl"}, "sequence_length": 32},
+}
+
 
 def wrapper(family: str) -> PreTrainedModel:
     name, text, vision, whole = WRAPPERS[family]
@@ -94,6 +102,16 @@ def test_a_wrapper_is_read_whole_detached_and_attached(family: str, tmp_path: Pa
     small.save_pretrained(tmp_path / "trained")
     attach_checkpoint(tmp_path / "trained", tmp_path / "base", tmp_path / "again")
     assert_same(stored(tmp_path / "again"), stored(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("family", ["llama4", "mistral3"])
+def test_a_run_checks_the_wrapper_that_it_trains_before_tokenising(family: str, tmp_path: Path) -> None:
+    wrapper(family).save_pretrained(tmp_path / "base")
+    config = load_config({"model": str(tmp_path / "base"), "output": str(tmp_path / "run"), **DATA, "layers": "0,-1"})
+    assert check_model(config, tmp_path / "base") == (0, 3)
+    edit_config(tmp_path / "base", model_type="voxtral", architectures=None)  # of which transformers has no causal LM
+    with pytest.raises(EloError, match=r"causal language model|cannot be read"):
+        check_model(config, tmp_path / "base")
 
 
 @pytest.mark.parametrize("left", ["index alone", "index and shards"])

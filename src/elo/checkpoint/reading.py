@@ -18,8 +18,13 @@ def auto_class(config: PretrainedConfig) -> Any:
     A multimodal wrapper (Gemma 3, Llama 4, Mistral 3) is read whole. AutoModelForCausalLM takes only the text part of
     some wrappers, under another model type, and does not know others.
     """
-    is_wrapper = text_config_of(config) is not config
-    if is_wrapper and type(config) in AutoModelForImageTextToText._model_mapping:
+    text = text_config_of(config)
+    is_wrapper = text is not config and not getattr(config, "is_encoder_decoder", False)
+    if (
+        is_wrapper
+        and not getattr(text, "is_encoder_decoder", False)
+        and type(config) in AutoModelForImageTextToText._model_mapping
+    ):
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
 

@@ -79,8 +79,8 @@ class DataConfig(_Section):
     packing: bool = True
     """Pack documents end to end into sequences, kept apart; otherwise one document a sequence, padded."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a document that cannot be read does: `stop` the run, or `skip`: it is left out and counted. A file that breaks
-    off is then read up to there; a file of which nothing can be read still stops the run."""
+    """What a document that cannot be read does: `stop` the run, or `skip`: it is left out and counted. A file that
+    breaks off is then read up to there; a file of which nothing can be read still stops the run."""
     split_special_tokens: bool = True
     """Tokenise special tokens that are spelled in a document, such as `<|endoftext|>`, as text; otherwise they become
     the tokens."""

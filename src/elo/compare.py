@@ -99,7 +99,7 @@ class _Comparison:
         self.say = inputs.folder.say
         self.data: PreparedData = prepare_data(inputs)
         heldout = heldout_text(inputs, self.data)
-        self.base = measure(inputs, "evaluate-base", inputs.base, heldout, brief=True)
+        self.base = measure(inputs, "evaluate-base", inputs.base, heldout)
         # Before anything is trained, so that missing validation text is noticed.
         validation = validation_text(inputs, self.data)
         self.base_validation = measure(inputs, "validate-base", inputs.base, validation, brief=True)
@@ -284,7 +284,7 @@ class _Comparison:
             "",
             inputs.config.seed,
             adapted.records,
-            measure(inputs, "evaluate", adapted.model, heldout_text(inputs, self.data), brief=True),
+            measure(inputs, "evaluate", adapted.model, heldout_text(inputs, self.data)),
             before_alignment=adapted.before_alignment,
             learning_rates=rates,
             validation=self._validate(inputs, adapted) if validated else None,

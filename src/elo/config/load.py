@@ -93,8 +93,6 @@ def contestant_run(
         **{f"training.phases.{phase}.learning_rate": rate for phase, rate in learning_rates.items()},
         "method": config.method(name).model_dump(mode="json"),
         "training.evaluations": 0,
-        "evaluation.cloze": {},
-        "evaluation.prompts": {},
         "output": str(folder),
         "tokens": tokens,
         "seed": seed,

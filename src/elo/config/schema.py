@@ -189,6 +189,9 @@ class Contestant(_Section):
     """Name in the report."""
     changes: dict[str, Any] = Field(default_factory=dict)
     """Keys of the run that this contestant changes, as key.path: value."""
+    tokens_per_second: float | None = Field(None, gt=0)
+    """Training speed, in tokens per second of the budget's kind, measured beforehand on a quiet machine
+    (benchmarks/methods_speed.py); a time budget is then worked out from it instead of trial runs."""
     learning_rates: list[Rate] | dict[str, list[Rate]] | None = None
     """Rates to try, for all its phases or by phase; by default those of the comparison."""
 

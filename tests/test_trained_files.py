@@ -259,23 +259,54 @@ def test_elements_that_did_not_change_keep_their_bits(dtype: torch.dtype, tmp_pa
     assert torch.equal(after[3], (before[3].float() + 1).to(dtype))
 
 
-def test_rows_that_training_computes_without_keep_their_bits(tmp_path: Path) -> None:
-    base = write_random_base(tmp_path / "base", "llama", seed=3)
-    (tmp_path / "rows.json").write_text(json.dumps(list(range(61))))
+CUT: list[tuple[str, dict[str, Any], str]] = [
+    *(("full", {}, kind) for kind in ("llama", "llama-tied", "gpt2-tied", "wrapper", "mixtral")),
+    ("elo", {"middle": "removed", "also_train": ("embedding", "head")}, "llama"),
+    ("elo", {"middle": "removed", "also_train": ()}, "another wrapper"),
+    ("lora", {"rank": 2, "also_train": ("embedding", "head")}, "llama-tied"),
+    ("lora", {"rank": 2}, "llama"),
+    ("embeddings_first", {}, "llama"),
+    ("frozen", {"embedding_rows": "new"}, "deepseek_v3"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "kind"), CUT, ids=[f"{name}-{kind}" for name, _, kind in CUT])
+def test_rows_that_training_computes_without_keep_their_bits(
+    name: str, settings: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    """vocabulary: corpus: embedding and head train with some of their rows, and whole they are what is written."""
+    method = METHODS[name](**settings)
+    phase = method.phases[0]
+    base = start = write_random_base(tmp_path / "base", kind, seed=len(name) + KINDS.index(kind))
+    if phase.detached:
+        detach_checkpoint(base, KEPT, start := tmp_path / "detached")
+    sequences = rows(2 * rows_per_step(LENGTH, QUICK))
+    used = {int(i) for number in range(len(sequences)) for i in sequences[number]["input_ids"]}
+    chosen = sorted(used | {62})
+    (tmp_path / "rows.json").write_text(json.dumps(chosen))
     train_checkpoint(
-        base,
+        start,
         tmp_path / "trained",
-        rows=rows(rows_per_step(LENGTH, QUICK)),
-        prepare=lambda model: METHODS["full"]().prepare(model, METHODS["full"]().phases[0], Setup()),
+        rows=sequences,
+        prepare=lambda model: method.prepare(model, phase, Setup(KEPT, None, seed=7)),
         seed=7,
         settings=QUICK,
         scratch=tmp_path / "scratch",
         vocabulary=tmp_path / "rows.json",
     )
-    before, after = stored(base), stored(tmp_path / "trained")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert torch.equal(_bits(before[name][61:]), _bits(after[name][61:]))
-        assert not torch.equal(before[name][:61], after[name][:61])
+    before, after = stored(start), stored(tmp_path / "trained")
+    trains = _trains(method, phase, kind.endswith("tied"))
+    cut = [each for each in before if _part(each) in ("embedding", "head")]
+    assert cut
+    for each in cut:
+        changed = {row for row in range(64) if not torch.equal(_bits(before[each][row]), _bits(after[each][row]))}
+        assert changed <= set(chosen), each
+        assert bool(changed) == (_part(each) in trains), each
+        if method.needs_new_rows or phase.name == "embeddings":
+            assert min(changed) >= NEW_ROW, each
+    others = {_part(n) for n in before if n not in cut and not torch.equal(_bits(before[n]), _bits(after[n]))}
+    assert others <= trains and (others or phase.name == "embeddings")
+    assert [(n, t.dtype, t.shape) for n, t in before.items()] == [(n, t.dtype, t.shape) for n, t in after.items()]
 
 
 def test_values_that_the_stored_dtype_cannot_hold_are_refused(tmp_path: Path) -> None:

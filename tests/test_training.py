@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from elo.methods.methods import select_layers
 from training_fixtures import LENGTH, SETTINGS, VOCAB, corpus, rows, tiny_llama
 
 from elo.data.mixture import Mixture
 from elo.data.packing import PaddedStream
 from elo.errors import EloError, TrainingDivergedError
 from elo.evaluate.bits_per_byte import bits_per_byte
+from elo.methods.base import select_layers
 from elo.surgery.in_memory import attach_layers, detach_layers
 from elo.train.checkpoints import MANIFEST, check_checkpoint, latest_checkpoint
 from elo.train.loop import StoppedBySignalError, check_settings, rows_per_step, train

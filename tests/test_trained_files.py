@@ -341,7 +341,7 @@ def test_what_lies_beside_the_weights_and_what_does_not_come_along(tmp_path: Pat
     llama().save_pretrained(tmp_path / "base", max_shard_size="20KB")
     carried = {"LICENSE", "preprocessor_config.json", "additional_chat_templates/rag.jinja", "assets/logo.png"}
     left = {
-        "adapter_config.json", "adapter_model.safetensors", "consolidated.safetensors", "pytorch_model.bin",
+        "adapter_model.safetensors", "consolidated.safetensors", "pytorch_model.bin",
         "trainer_state.json", ".gitattributes", "modeling_ours.py", "checkpoint-5/optimizer.pt",
         "checkpoint-5/config.json", "model.gguf",
     }  # fmt: skip
@@ -350,7 +350,7 @@ def test_what_lies_beside_the_weights_and_what_does_not_come_along(tmp_path: Pat
         (tmp_path / "base" / name).write_text("{}")
     save_file({"draft.weight": torch.ones(1)}, tmp_path / "base" / "mtp.safetensors")
     save_file({"lm_head.weight": torch.ones(1)}, tmp_path / "base" / "old.safetensors")  # the same tensor
-    model = llama()  # transformers would load the adapter
+    model = llama()
     save_checkpoint(model, None, TrainedFiles(tmp_path / "base", model), tmp_path / "out")
     own = {path.name for path in (tmp_path / "base").glob("*-of-*.safetensors")} | {
         "config.json", "generation_config.json", "model.safetensors.index.json",

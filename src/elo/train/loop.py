@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.integrations import get_reporting_integration_callbacks
 
 from elo.checkpoint.architecture import layers_of
-from elo.errors import EloError
+from elo.errors import EloError, StoppedBySignalError
 from elo.evaluate.bits_per_byte import isolates_documents
 from elo.evaluate.scoring import evaluating, takes_position_ids
 from elo.log import Progress
@@ -66,14 +66,6 @@ class TrainingResult:
     attention: str
     losses: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
-
-
-class StoppedBySignalError(Exception):
-    """Training wrote a checkpoint and stopped because a signal asked for it."""
-
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; a checkpoint is written")
-        self.number = number
 
 
 def rows_per_step(sequence_length: int, settings: TrainingSettings) -> int:

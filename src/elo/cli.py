@@ -37,6 +37,13 @@ Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that ships with the checkpoint. Only if you trust it."),
 ]
+SplitSpecials = Annotated[
+    bool,
+    typer.Option(help="Tokenise special tokens that are spelled in the text as text, or as the tokens they spell."),
+]
+LostText = Annotated[
+    bool, typer.Option("--allow-lost-text", help="Accept text of which the tokenizer loses more than 5 %.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
@@ -173,6 +180,8 @@ def chat_vector(
         trust_remote_code=trust_remote_code,
     )
     told = f", {record['rows_kept']:,} rows of embedding and head as they were" if record["rows_kept"] else ""
+    if record["rows_added"]:
+        told += f", {record['rows_added']:,} rows taken from the chat model, which alone has them"
     typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{told}")
     if record["differs"]:
         typer.echo(
@@ -202,6 +211,8 @@ def evaluate(
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
     text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
+    split_special_tokens: SplitSpecials = True,
+    allow_lost_text: LostText = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure bits per byte and cloze accuracy of any Hugging Face causal LM, by language."""
@@ -220,6 +231,8 @@ def evaluate(
         sequence_length=sequence_length,
         max_bytes=max_bytes,
         text_column=text_column,
+        split_special_tokens=split_special_tokens,
+        allow_lost_text=allow_lost_text,
         output=output,
         trust_remote_code=trust_remote_code,
     )
@@ -281,12 +294,14 @@ def plan(
     from elo.plan.table import render_plan
     from elo.store.files import write_json
 
+    if not 1 <= tokens < 1e18:
+        raise EloError(f"--tokens {tokens}: give the number of training tokens, such as 1e9")
     arguments: dict[str, Any] = {
         "layers": layers,
         "stand_in": stand_in,
         "also_train": [] if also_train == "none" else names(also_train),
         "alignment": alignment,
-        "tokens": int(tokens) if tokens == tokens and abs(tokens) < 1e18 else 0,
+        "tokens": int(tokens),
         "alignment_share": alignment_share,
         "sequence_length": sequence_length,
         "per_device_train_batch_size": batch_size,
@@ -300,8 +315,6 @@ def plan(
         raise EloError("plan: --set changes keys of a run's CONFIG.yaml; this is a model, so use the options instead")
     if output is not None and output.is_dir():
         raise EloError(f"--output {output}: is a folder; name the file to write, for example {output / 'plan.json'}")
-    if not 1 <= tokens < 1e18:
-        raise EloError(f"--tokens {tokens}: give the number of training tokens, such as 1e9")
     planned = plan(
         model,
         **arguments,
@@ -345,6 +358,8 @@ def vocab_measure(
     ] = "2000,4000,8000,16000",
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
     text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
+    split_special_tokens: SplitSpecials = True,
+    allow_lost_text: LostText = False,
     max_characters: Annotated[int | None, typer.Option(min=1, help="Read so much of each language.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
     trust_remote_code: Trust = False,
@@ -362,6 +377,8 @@ def vocab_measure(
         pieces=numbers("--pieces", pieces),
         tokenizer=tokenizer,
         text_column=text_column,
+        split_special_tokens=split_special_tokens,
+        allow_lost_text=allow_lost_text,
         max_characters=max_characters,
         output=output,
         trust_remote_code=trust_remote_code,

@@ -79,7 +79,14 @@ class DataConfig(_Section):
     packing: bool = True
     """Pack documents end to end into sequences, kept apart; otherwise one document a sequence, padded."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a document that cannot be read does: `stop` the run, or `skip` it and count it."""
+    """What a document that cannot be read does: `stop` the run, or `skip` it and count it. A file that breaks off is
+    then read up to there, with a warning; a file of which nothing can be read stops the run all the same."""
+    split_special_tokens: bool = True
+    """Tokenise special tokens that are spelled in a document, such as `<|endoftext|>`, as text; otherwise they become
+    the tokens."""
+    allow_lost_text: bool = False
+    """Accept text of which the tokenizer loses more than 5 %, by unknown tokens or dropped characters. The loss is
+    measured by decoding all held-out text and, of training text, the first 256 documents and one in 16 after them."""
     workers: int | None = Field(None, ge=1, le=4096)
     """Processes that tokenise; by default chosen by the number of cores."""
 
@@ -183,6 +190,9 @@ class Contestant(_Section):
     """Name in the report."""
     changes: dict[str, Any] = Field(default_factory=dict)
     """Keys of the run that this contestant changes, as key.path: value."""
+    tokens_per_second: float | None = Field(None, gt=0)
+    """Training speed, in tokens per second of the budget's kind, measured beforehand on a quiet machine
+    (benchmarks/methods_speed.py); a time budget is then worked out from it instead of trial runs."""
     learning_rates: list[Rate] | dict[str, list[Rate]] | None = None
     """Rates to try, for all its phases or by phase; by default those of the comparison."""
 

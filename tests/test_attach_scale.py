@@ -67,7 +67,7 @@ def test_it_is_tried_on_the_whole_model_and_the_base_stays(tmp_path, monkeypatch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [0.25, 1.0, 1.5])
 def test_what_is_written_is_base_and_a_share_of_the_change(tmp_path, scale, dtype):
-    base, trained = _moved(tmp_path / "base", dtype=dtype)
+    _, trained = _moved(tmp_path / "base", dtype=dtype)
     setattr(trained.config, VOCABULARY_KEY, {"rows": {"start": 300, "stop": trained.config.vocab_size}})
     trained.save_pretrained(tmp_path / "trained")
     scale_change(tmp_path / "base", tmp_path / "trained", tmp_path / "out", scale)
@@ -89,7 +89,7 @@ def test_what_is_written_is_base_and_a_share_of_the_change(tmp_path, scale, dtyp
 def test_another_base_is_refused(tmp_path):
     write_base(tmp_path / "base", layers=3)
     write_base(tmp_path / "trained")
-    with pytest.raises(EloError, match="layers.3.*is missing.*give its own base"):
+    with pytest.raises(EloError, match=r"layers\.3.*is missing.*give its own base"):
         scale_change(tmp_path / "base", tmp_path / "trained", tmp_path / "out", 0.5)
     assert not (tmp_path / "out").exists()
 

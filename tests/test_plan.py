@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from elo.methods.methods import Options, find_method
 from plan_fixtures import LLAMA_8B, tiny_llama
 from rich.console import Console
 
 from elo.checkpoint.counting import footprint, read_config
 from elo.errors import EloError, UnsupportedArchitectureError
-from elo.methods.methods import Options, find_method
 from elo.plan.devices import DEVICES, find_device, measure_matmul_rate
 from elo.plan.plan import plan
 from elo.plan.stage import Choices

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from elo.methods.methods import select_layers
 from elo.model import activations, memory
 from plan_fixtures import LiveBytes, known_configs, tiny_gpt2, tiny_llama
 from transformers import (
@@ -20,7 +21,6 @@ from transformers import (
 from elo.checkpoint.counting import footprint
 from elo.checkpoint.layers import gaps_between
 from elo.errors import EloError
-from elo.methods.methods import select_layers
 from elo.plan.activations import saved_activations
 from elo.plan.memory import check_optimizer, stage_memory
 from elo.surgery.in_memory import detach_layers

@@ -43,10 +43,10 @@ def problems(folder: Path, *, trust_remote_code: bool = False) -> Iterator[str]:
         EloError: it is no checkpoint that transformers loads whole.
     """
     from elo.checkpoint.folder import open_folder
+    from elo.checkpoint.model_config import text_config_of
     from elo.checkpoint.naming import load_hollow
     from elo.evaluate.scoring import vocabulary_size
     from elo.surgery.equivalence import build_hollow_causal_lm
-    from elo.surgery.layer_config import text_config_of
 
     opened = open_folder(folder, trust_remote_code)
     hollow = build_hollow_causal_lm(opened.config, trust_remote_code=trust_remote_code)
@@ -103,7 +103,7 @@ def _generation_config(folder: Path, config: Any) -> Any:
     from transformers import GenerationConfig
 
     from elo.checkpoint.naming import quiet_transformers
-    from elo.surgery.layer_config import error_line
+    from elo.errors import error_line
 
     try:
         with quiet_transformers(), tempfile.TemporaryDirectory() as scratch:

@@ -88,7 +88,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
 def _check_ids(base: Path, model_config: "PretrainedConfig") -> None:
     """Refuse generation settings that transformers refuses, and warn of a padding id that is another token's."""
     from elo.check_output import generation_problem
-    from elo.surgery.layer_config import text_config_of
+    from elo.checkpoint.model_config import text_config_of
 
     if problem := generation_problem(base, model_config):
         raise EloError(f"{base / 'generation_config.json'}: {problem}; mend or remove the file, the model needs none")

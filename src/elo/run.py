@@ -16,7 +16,6 @@ from elo.budget import Sequences, divide_budget
 from elo.checkpoint.counting import footprint, read_config, text_config
 from elo.circumstances import circumstances
 from elo.config import RunConfig, load_config
-from elo.data.prepare import corpus_sources
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.errors import EloError
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
@@ -147,7 +146,7 @@ def open_run(config: RunConfig, *, shared: bool = False) -> Iterator[Inputs]:
 def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
     """Token shards of all corpora."""
     config, folder = inputs.config, inputs.folder
-    corpora, heldout = corpus_sources(config.data)
+    corpora, heldout = stages.corpus_sources(config.data)
     decisive: dict[str, Any] = {
         "tokenizer": tokenizer_identity(inputs.tokenizer),
         "corpora": {name: [corpus_identity(each) for each in sources] for name, sources in corpora.items()},

@@ -21,7 +21,6 @@ from elo.log import Progress, short
 from elo.store.files import TEMPORARY_PREFIX, remove, sha256_json, write_json
 
 if TYPE_CHECKING:
-    from elo.config import CorpusConfig, DataConfig
     from elo.data.corpora import CorpusTask, Preparation
     from elo.data.shards import PreparedData
     from elo.data.tokenizer import TextTokenizer
@@ -60,16 +59,6 @@ def source_files(source: CorpusSource | str) -> list[Path]:
 
     path = source if isinstance(source, str) else source.path
     return [Path(file.location) for file in list_inputs(str(path)) if not file.is_hub]
-
-
-def corpus_sources(data: "DataConfig") -> tuple[dict[str, list[CorpusSource]], dict[str, CorpusSource]]:
-    """The training and the held-out corpora of a configuration, by language."""
-
-    def source(given: "CorpusConfig") -> CorpusSource:
-        return CorpusSource(given.path, text_column=given.text_column)
-
-    corpora = {language: [source(each) for each in sources] for language, sources in data.corpora.items()}
-    return corpora, {language: source(each) for language, each in data.heldout.items()}
 
 
 def prepare(

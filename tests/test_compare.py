@@ -268,7 +268,10 @@ def test_killed_and_started_again_ends_the_same(finished, tmp_path):
             {"contestants": {"elo": {"changes": {"data.replay_ratio": 0.5}}, "full": {}}},
             "data must be the same for all",
         ),
-        ({"contestants": {"elo": {"learning_rates": {"full": [1e-3]}}}}, "it has no phase 'full', but elo_pretraining, layer_alignment"),
+        (
+            {"contestants": {"elo": {"learning_rates": {"full": [1e-3]}}}},
+            "it has no phase 'full', but elo_pretraining, layer_alignment",
+        ),
         ({"contestants": {"elo": {"label": 3}}}, "contestants.elo.label"),
         ({"contestants": {}}, "contestants"),
         ({"contestants": {"../elo": {"method": "elo"}}}, "may hold letters"),

@@ -158,14 +158,21 @@ def test_a_change_redoes_what_depends_on_it_and_no_more(finished, tmp_path, caps
     said = capsys.readouterr().out
     assert "prepared: done already" in said, "changing the mix must not tokenise again"
     assert "detach: done already" in said
-    assert "elo_pretraining: changed: rows.mixture.replay_ratio 0.1 -> 0.3" in said
+    assert "bridge: changed: rows.mixture.replay_ratio 0.1 -> 0.3" in said
+    assert "elo_pretraining: changed: rows.mixture." in said
 
 
 def test_stages_one_by_one_give_the_same(finished, tmp_path):
     root, config, _ = finished
     alone = {**config, "output": str(tmp_path / "run")}
     made = {"prepare": "prepared"}
-    assert stage_names(load_config(config).method) == ["prepare", "detach", "elo_pretraining", "attach", "layer_alignment"]
+    assert stage_names(load_config(config).method) == [
+        "prepare",
+        "detach",
+        "elo_pretraining",
+        "attach",
+        "layer_alignment",
+    ]
     for until in ("prepare", "elo_pretraining", "layer_alignment"):
         output = tmp_path / "run" / made.get(until, until)
         assert not output.exists()

@@ -198,7 +198,12 @@ def test_a_run_that_wants_new_rows_needs_them(world, tmp_path, capsys, record, s
     shutil.copytree(root / "base", base)
     if record:
         edit_config(base, **{VOCABULARY_KEY: record})
-    config = {**config, "model": str(base), "output": str(tmp_path / "run"), "method": {"name": "elo", "embedding_rows": "new"}}
+    config = {
+        **config,
+        "model": str(base),
+        "output": str(tmp_path / "run"),
+        "method": {"name": "elo", "embedding_rows": "new"},
+    }
     path = write_config(tmp_path, config)
     with unchanged(root):
         status, error = run_elo(["run", path], capsys)

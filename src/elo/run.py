@@ -198,7 +198,8 @@ def adapt(
             raise ReachedError
         return artifact
 
-    for phase in method.phases:
+    phases = method.phases
+    for phase in phases:
         settings = config.settings(phase)
         bridge = vocabulary = None
         start = adapted.model
@@ -261,7 +262,7 @@ def adapt(
                 ),
                 "attach",
             )
-        last = phase is method.phases[-1]
+        last = phase is phases[-1]
         if method.scale != 1.0 and (phase.detached or (last and "scale" not in adapted.records)):
             adapted.model = done(_keep_share(inputs, adapted.model, sequences), "scale")
         if phase.detached and not last:

@@ -127,6 +127,7 @@ class RunFolder:
         inputs = {key: identity(value) for key, value in arguments.items()}
 
         def work() -> dict[str, Any]:
+            output.parent.mkdir(parents=True, exist_ok=True)
             return function(output, **arguments, **(execution or {}))
 
         fingerprint = self._stage(name, inputs, work, outputs=outputs, scratch=scratch, collective=collective)

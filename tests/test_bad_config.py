@@ -417,6 +417,23 @@ def test_override(override, world, tmp_path, capsys):
     assert_refused(["run", path, "--set", override], OVERRIDES[override], (root, tmp_path), capsys)
 
 
+@pytest.mark.parametrize(
+    ("method", "vocabulary", "words"),
+    [
+        ("lora", "all", ("lora: low-rank adapters train on whole weights",)),
+        ({"name": "elo", "alignment": "lora"}, "all", ("layer_alignment: low-rank adapters",)),
+        ("full", "corpus", ("full: training.vocabulary: corpus takes rows out of whole weights",)),
+    ],
+)
+@pytest.mark.parametrize("divided", ["fsdp", "deepspeed"])
+def test_what_cannot_be_divided(divided, method, vocabulary, words, world, tmp_path, capsys):
+    root, config = world
+    changed = change(config, output=str(tmp_path / "run"), method=method, training__vocabulary=vocabulary)
+    changed["training"]["training_arguments"] = {divided: True}
+    path = write_config(tmp_path, changed)
+    assert_refused(["run", path], (*words, "leave fsdp and deepspeed out"), (root, tmp_path), capsys)
+
+
 def test_not_a_file(world, tmp_path, capsys):
     assert_refused(["run", tmp_path], ("is a folder",), (tmp_path,), capsys)
     assert_refused(["run", tmp_path / "none.yaml"], ("no such configuration file",), (tmp_path,), capsys)

@@ -53,7 +53,7 @@ def sharded(
     if phases is None:
         changed["training"] |= divided
     else:
-        changed["training"]["phases"] = {phase: divided for phase in phases}
+        changed["training"]["phases"] = dict.fromkeys(phases, divided)
     return changed
 
 

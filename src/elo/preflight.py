@@ -17,11 +17,12 @@ from elo.config import RunConfig
 from elo.errors import EloError
 from elo.evaluate.cloze import read_cloze
 from elo.evaluate.scoring import longest_sequence, takes_position_ids
+from elo.methods import Phase
 from elo.methods.base import first_new_row
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.train.attention import VARLEN, require_own_positions
 from elo.train.loop import check_settings
-from elo.train.settings import check_also_train
+from elo.train.settings import TrainingSettings, check_also_train
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ def check_inputs(config: RunConfig) -> None:
     """Find what is missing before anything is loaded."""
 
     for phase in config.method.phases:
+        _check_divided(phase, config.settings(phase))
         check_settings(config.settings(phase), config.data.sequence_length, "training")
     config.method.check()
     output = Path(config.output)
@@ -46,6 +48,20 @@ def check_inputs(config: RunConfig) -> None:
             raise EloError(f"evaluation.prompts: {language!r} is neither the target nor the source language")
     if Path(config.output).exists() and not Path(config.output).is_dir():
         raise EloError(f"output: {config.output}: is a file; name a folder for the run")
+
+
+def _check_divided(phase: Phase, settings: TrainingSettings) -> None:
+    """Raise EloError where a phase needs whole weights that FSDP or DeepSpeed divide."""
+    if not settings.divides_model:
+        return
+    needs_whole = "low-rank adapters train on" if phase.middle == "adapted" else None
+    if settings.vocabulary == "corpus":
+        needs_whole = "training.vocabulary: corpus takes rows out of"
+    if needs_whole:
+        raise EloError(
+            f"training.training_arguments: {phase.name}: {needs_whole} whole weights, which FSDP and DeepSpeed divide "
+            "among processes; leave fsdp and deepspeed out"
+        )
 
 
 def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:

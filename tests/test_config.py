@@ -107,7 +107,7 @@ def test_settings_of_a_phase():
         ("training.optim", "sgdd", "training.optim: must be one of adafactor"),
         ("training.vocabulary", "some", "'all' or 'corpus', got 'some'"),
         ("training.phases", {"full": {}}, "'full' is not a phase of method elo, which has elo_pretraining, layer_ali"),
-        ("training.phases", {"layer_alignment": {"lr": 1}}, "layer_alignment.lr: unknown key; known keys here: adam_"),
+        ("training.phases", {"layer_alignment": {"lr": 1}}, "layer_alignment.lr: unknown key; known keys here: activation_"),
         ("training.phases", {"layer_alignment": {"optim": "x"}}, "layer_alignment.optim: must be one of adafactor"),
         ("method", {"name": "elo", "also_train": ["middle"]}, "got 'middle'"),
         ("method", {"name": "elo", "middle": "bridges"}, "got 'bridges'"),
@@ -117,7 +117,7 @@ def test_settings_of_a_phase():
         ("method", {"rank": 2}, "method: "),
         ("method", {"name": "elo", "share": 1}, "less than 1, got 1"),
         ("method", "eol", "method: there is no method 'eol'; did you mean 'elo'?"),
-        ("method", "sft", "choose one of align_only, elo"),
+        ("method", "sft", "choose one of align_only, "),
         ("training.max_loss_spike_nats", float("inf"), "finite number"),
         ("data.target", False, "quote it"),
         ("output", "", "at least 1 character"),
@@ -196,7 +196,7 @@ def test_every_setting_is_documented_and_described():
         for name, field in section.model_fields.items():
             assert f"| `{name}` |" in documented, f"{section.__name__}.{name}"
             inner = _section_of(field.annotation)
-            if inner is not None and inner.__name__ != "Elo":
+            if inner is not None and name != "method":
                 walk(inner)
 
     walk(RunConfig)

@@ -114,7 +114,7 @@ def test_identities():
 def test_a_name_may_have_parts(folder):
     stage = Stage()
     found = folder.once("trials/full-1", stage, a=1, keep=False)
-    assert json.loads(folder.path("stages", "trials", "full-1.json").read_text())["stage"] == "trials/full-1"
+    assert json.loads(folder.path("stages", "trials-full-1.json").read_text())["stage"] == "trials/full-1"
     assert found.record["answer"] == 42
     assert list(folder.path("trials").iterdir()) == [], "scratch"
     folder.once("trials/full-1", stage, a=1, keep=False)
@@ -245,4 +245,4 @@ def test_an_error_after_a_stage_is_done_keeps_the_folder(tmp_path):
     with pytest.raises(EloError, match="wrong"), folder.locked():
         folder.once("trials/one", Stage(), keep=False)
         raise EloError("wrong")
-    assert folder.path("stages", "trials", "one.json").is_file()
+    assert folder.path("stages", "trials-one.json").is_file()

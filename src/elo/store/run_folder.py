@@ -88,7 +88,7 @@ class RunFolder:
 
     def _nothing_done(self) -> bool:
         """Whether the run folder holds nothing but what every start writes."""
-        begun = all(path.name.endswith(".begun.json") for path in (self.root / "stages").rglob("*.json"))
+        begun = all(path.name.endswith(".begun.json") for path in (self.root / "stages").iterdir())
         return begun and {path.name for path in self.root.iterdir()} <= {"stages", "run.lock", "config.json"}
 
     def path(self, *parts: str) -> Path:
@@ -175,9 +175,7 @@ class RunFolder:
         self._mark_begun(name, fingerprint, inputs)
 
     def _mark_begun(self, name: str, fingerprint: str, inputs: Mapping[str, Any]) -> None:
-        path = self._stage_file(name, begun=True)
-        path.parent.mkdir(parents=True, exist_ok=True)  # a name may have parts, such as trials/full-1
-        write_json(path, {"fingerprint": fingerprint, "inputs": dict(inputs)})
+        write_json(self._stage_file(name, begun=True), {"fingerprint": fingerprint, "inputs": dict(inputs)})
 
     def _is_done(self, name: str, fingerprint: str, inputs: Mapping[str, Any], outputs: Paths, scratch: Paths) -> bool:
         """Whether the stage is done with these inputs; if not, what an earlier one with others left is cleared away."""

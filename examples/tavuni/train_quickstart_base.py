@@ -1,4 +1,4 @@
-"""Make the base model that the quickstart ships: write its corpus, then pretrain on it with benchmarks/train_base.py.
+"""Make the base model that the quickstart ships: write its corpus, then pretrain on it (train_base.py).
 
     OMP_NUM_THREADS=1 python examples/tavuni/train_quickstart_base.py --output src/elo/quickstart/base
 

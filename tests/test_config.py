@@ -107,7 +107,11 @@ def test_settings_of_a_phase():
         ("training.optim", "sgdd", "training.optim: must be one of adafactor"),
         ("training.vocabulary", "some", "'all' or 'corpus', got 'some'"),
         ("training.phases", {"full": {}}, "'full' is not a phase of method elo, which has elo_pretraining, layer_ali"),
-        ("training.phases", {"layer_alignment": {"lr": 1}}, "layer_alignment.lr: unknown key; known keys here: activation_"),
+        (
+            "training.phases",
+            {"layer_alignment": {"lr": 1}},
+            "layer_alignment.lr: unknown key; known keys here: ",
+        ),
         ("training.phases", {"layer_alignment": {"optim": "x"}}, "layer_alignment.optim: must be one of adafactor"),
         ("method", {"name": "elo", "also_train": ["middle"]}, "got 'middle'"),
         ("method", {"name": "elo", "middle": "bridges"}, "got 'bridges'"),

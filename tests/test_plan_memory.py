@@ -224,6 +224,8 @@ def assert_within_a_tenth(planned: Memory, measured: int) -> None:
         ("embeddings_first", {}),
         ("lisa", {"layers": 2}),
         ("lisa", {"layers": 2, "micro_steps": 2}),
+        ("lora", {"rank": 8}),
+        ("lora", {"rank": 8, "also_train": ("embedding", "head"), "micro_steps": 2}),
     ],
     ids=str,
 )
@@ -244,11 +246,6 @@ def test_peak_memory_of_other_shapes_is_within_a_tenth(
     name: str, changes: dict[str, Any], arguments: dict[str, Any]
 ) -> None:
     assert_within_a_tenth(*planned_and_measured(tiny_llama(**SMALL | changes), name, **arguments))
-
-
-def test_adapters_are_planned_with_no_less_than_they_take() -> None:
-    planned, measured = planned_and_measured(tiny_llama(**SMALL), "lora", rank=8)
-    assert 0.95 < (planned.peak_bytes - memory.RUNTIME_BYTES["cpu"]) / measured < 1.5, planned
 
 
 def test_a_softcap_keeps_the_logits_twice() -> None:

@@ -15,7 +15,7 @@ from elo.checkpoint.layers import parse_layers
 from elo.checkpoint.refusals import require_detachable
 from elo.config import RunConfig, load_config
 from elo.errors import EloError
-from elo.methods import METHODS, Method
+from elo.methods import METHODS
 from elo.plan.devices import Device, find_device, measure_matmul_rate
 from elo.plan.measure import measure_utilisation
 from elo.plan.memory import OPTIMIZER_BYTES
@@ -75,7 +75,12 @@ def plan(
         raise EloError(f"compare_with: there is no method {unknown[0]!r}; choose among {', '.join(METHODS)}")
     found = None if measure else find_device(device or DEFAULT_DEVICE)
 
+    others = [
+        config.model_copy(update={"method": METHODS[name].model_validate({"name": name})}) for name in compare_with
+    ]
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
+    if any(phase.detached for each in (config, *others) for phase in each.method.phases):
+        require_detachable(model_config)
     counted = footprint(model_config)
     layers = parse_layers(config.layers, counted.num_layers)
     notes: list[str] = []
@@ -100,12 +105,11 @@ def plan(
 
     run = _plan_method(model, machine, config, layers, total)
     baselines = []
-    for name in compare_with:
-        if name != config.method.name:
-            other = config.model_copy(update={"method": METHODS[name].model_validate({"name": name})})
+    for other in others:
+        if other.method.name != config.method.name:
             baselines.append(_plan_method(model, machine, other, layers, total))
-        if name == "full":
-            baselines += _full_recomputing(model, machine, config, layers, total)
+        if other.method.name == "full":
+            baselines += _full_recomputing(model, machine, other, layers, total)
     return Plan(
         model=PlannedModel(
             name=config.model,
@@ -162,6 +166,8 @@ def planned_run(
     Raises:
         EloError: the configuration cannot be read, or a key or value is wrong.
     """
+    if tokens is not None and not (isfinite(tokens) and tokens >= 1):
+        raise EloError(f"--tokens {tokens:g}: write a number of training tokens, such as 1e9")
     changes = [*(overrides or [])]
     changes += [] if method is None else [f"method={method}"]
     changes += [] if tokens is None else [f"tokens={tokens!r}"]
@@ -190,7 +196,8 @@ def this_machine() -> Device:
 
 def _plan_method(model: Model, machine: Machine, config: RunConfig, layers: Sequence[int], total: int) -> MethodPlan:
     method, length = config.method, config.data.sequence_length
-    _check(model, method)
+    for phase in method.phases:
+        check_also_train(phase.also_train, tied=model.whole.tied)
     pretraining, alignment = divide_sequences(config, total // length)
     sequences = {"pretraining": pretraining, "alignment": alignment, "all": pretraining + alignment}
     phases = [
@@ -210,26 +217,17 @@ def _plan_method(model: Model, machine: Machine, config: RunConfig, layers: Sequ
 
 
 def _full_recomputing(
-    model: Model, machine: Machine, config: RunConfig, layers: Sequence[int], total: int
+    model: Model, machine: Machine, full: RunConfig, layers: Sequence[int], total: int
 ) -> list[MethodPlan]:
     """Full CPT with activation checkpointing, unless it has that anyway."""
-    full = METHODS["full"].model_validate({"name": "full"})
-    (phase,) = full.phases
-    if config.settings(phase).activation_checkpointing:
+    (phase,) = full.method.phases
+    if full.settings(phase).activation_checkpointing:
         return []
-    changed = config.training.phases.get(phase.name, {}) | {"activation_checkpointing": True}
-    training = config.training.model_copy(update={"phases": {phase.name: changed}})
-    planned = _plan_method(
-        model, machine, config.model_copy(update={"method": full, "training": training}), layers, total
-    )
-    return [planned.model_copy(update={"name": "full_recomputing", "label": f"{full.label}, recomputing"})]
-
-
-def _check(model: Model, method: Method) -> None:
-    if any(phase.detached for phase in method.phases):
-        require_detachable(model.config)
-    for phase in method.phases:
-        check_also_train(phase.also_train, tied=model.whole.tied)
+    changed = full.training.phases.get(phase.name, {}) | {"activation_checkpointing": True}
+    training = full.training.model_copy(update={"phases": {phase.name: changed}})
+    planned = _plan_method(model, machine, full.model_copy(update={"training": training}), layers, total)
+    label = f"{full.method.label}, recomputing"
+    return [planned.model_copy(update={"name": "full_recomputing", "label": label})]
 
 
 def _vocabulary_rows(config: RunConfig, counted: Footprint, asked: int | None, notes: list[str]) -> int:

@@ -56,4 +56,4 @@ EloTrainer._save_checkpoint = _save_and_die  # type: ignore[method-assign]
 loading.load_model = _count_and_load
 train.load_trainable = _load_in_main_alone
 if os.environ.get("ELO_TEST_FROZEN_AS_STORED"):
-    train._keeps_frozen_in = lambda *_: True
+    train._keeps_frozen_as_stored = lambda *_: True

@@ -17,6 +17,7 @@ from elo.surgery.detach_attach import detach
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+SHARD = "model-00001-of-00001.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +69,15 @@ def only(folder: Path, *names: str) -> None:
 
 
 def index(folder: Path, value: Any) -> None:
+    """An index instead of the single file, which is not read where there is a single file."""
+    if (folder / WEIGHTS).exists():
+        (folder / WEIGHTS).rename(folder / SHARD)
     (folder / INDEX).write_text(value if isinstance(value, str) else json.dumps(value))
 
 
 def mapped(folder: Path, target: Any) -> None:
     """An index that places every tensor in the one file, but the norm in `target`."""
-    names = dict.fromkeys(load_file(folder / WEIGHTS), WEIGHTS)
+    names = dict.fromkeys(load_file(folder / WEIGHTS), SHARD)
     index(folder, {"weight_map": names | {NORM: target}})
 
 
@@ -201,7 +205,7 @@ BASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "index of a pickle": (lambda f: mapped(f, "pytorch_model.bin"), ("not a safetensors file",)),
     "index of a missing file": (lambda f: mapped(f, "model-2.safetensors"), ("model-2.safetensors", "missing")),
     "index names what is not there": (
-        lambda f: index(f, {"weight_map": {"model.ghost.weight": WEIGHTS}}),
+        lambda f: index(f, {"weight_map": {"model.ghost.weight": SHARD}}),
         ("model.ghost.weight", "but it is not"),
     ),
     "tensor stored twice": (

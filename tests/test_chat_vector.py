@@ -142,6 +142,31 @@ def test_tied_parts_are_left_out_together(tmp_path):
         assert torch.equal(summed[name], ours[name]), name
 
 
+def test_parts_of_a_wrapper_are_left_out(tmp_path):
+    """In the files of a Gemma 3 with a vision tower the embedding has another name than in the model."""
+    text = tiny_config("gemma3_text").to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    model = tiny_model(tiny_config("gemma3", text_config=text, vision_config=vision))
+    model.save_pretrained(tmp_path / "base")
+    for name, seed in (("adapted", 1), ("chat", 2)):
+        changed(model, tmp_path / name, seed)
+    add(*(tmp_path / name for name in ("adapted", "base", "chat")), tmp_path / "sum", leave_out=["embedding", "norm"])
+    ours, summed = stored(tmp_path / "adapted"), stored(tmp_path / "sum")
+    same = {name for name in ours if torch.equal(ours[name], summed[name])}
+    assert same == {"language_model.model.embed_tokens.weight", "language_model.model.norm.weight"}
+
+
+def test_chat_templates_are_the_chat_models_alone(tmp_path):
+    adapted, base, chat = three(tmp_path)
+    for folder, name in ((adapted, "old"), (chat, "rag")):
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(name)
+    (adapted / "chat_template.jinja").write_text("adapted")
+    add(adapted, base, chat, tmp_path / "sum")
+    assert [path.name for path in (tmp_path / "sum").rglob("*.jinja")] == ["rag.jinja"]
+
+
 def test_settings_come_from_the_chat_model(tmp_path):
     adapted, base, chat = three(tmp_path)
     edit_config(chat, eos_token_id=[7, 9], rope_theta=5e5)
@@ -237,10 +262,10 @@ def test_a_token_of_the_chat_model_that_is_another_piece_now_is_refused(talking,
         (lambda root: llama(layers=3).save_pretrained(root / "chat"), "has model.layers.3.*which .*chat has not"),
         (lambda root: llama(layers=5).save_pretrained(root / "base"), "base: has model.layers.4"),
         (lambda root: tiny_model(tiny_config("gpt2")).save_pretrained(root / "chat"), "is a gpt2"),
-        (lambda root: widened(root / "chat"), "leave embedding and head out"),
+        (lambda root: resized(root / "chat", 60), "leave embedding and head out"),
         (lambda root: shutil.rmtree(root / "base"), "no such folder"),
     ],
-    ids=["detached", "fewer layers", "more layers", "another family", "more rows", "missing"],
+    ids=["detached", "fewer layers", "more layers", "another family", "fewer rows", "missing"],
 )
 def test_what_does_not_belong_together_is_refused(spoil, said, tmp_path):
     folders = three(tmp_path)
@@ -250,16 +275,60 @@ def test_what_does_not_belong_together_is_refused(spoil, said, tmp_path):
     assert not (tmp_path / "sum").exists()
 
 
-def widened(folder):
-    model = llama()
-    model.resize_token_embeddings(70, mean_resizing=False)
-    model.save_pretrained(folder)
+def resized(folder, rows, seed=4, **arguments):
+    model = llama(**arguments)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return changed(model, folder, seed)
 
 
-def test_more_rows_in_the_chat_model_are_left_out(tmp_path):
+@pytest.mark.parametrize("left_out", [[], ["embedding", "head"]])
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_only_the_chat_model_has_are_the_chat_models(tied, left_out, tmp_path):
+    adapted, base, chat = three(tmp_path, torch.bfloat16, tied=tied)
+    resized(chat, 70, tied=tied)
+    record = add(adapted, base, chat, tmp_path / "sum", leave_out=left_out)
+    assert record["rows_added"] == 6
+    assert "vocab_size" not in record["differs"]
+    ours, theirs, chats, summed = (stored(folder) for folder in (adapted, base, chat, tmp_path / "sum"))
+    assert ("lm_head.weight" in summed) is not tied
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & summed.keys():
+        change = 0 if left_out else chats[name][:64].double() - theirs[name].double()
+        assert torch.equal(summed[name][:64], (ours[name].double() + change).to(torch.bfloat16)), name
+        assert torch.equal(summed[name][64:], chats[name][64:].to(torch.bfloat16)), name
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sum")
+    assert model.config.vocab_size == model.get_output_embeddings().weight.shape[0] == 70
+
+
+@pytest.mark.parametrize("left_out", [[], ["--leave-out", "embedding,head"]])
+def test_a_chat_model_with_tokens_of_its_own_ends_its_turns(talking, left_out, tmp_path, caplog):
+    """As ChatML models made from Llama 2 or Mistral: 32000 tokens, then two more."""
+    chat = shutil.copytree(talking / "chat", tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(chat)
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|stop|>"]})
+    tokenizer.eos_token = "<|stop|>"
+    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{ m.content }}<|stop|>{% endfor %}"
+    model = AutoModelForCausalLM.from_pretrained(chat)
+    model.resize_token_embeddings(rows + 2, mean_resizing=False)
+    model.config.eos_token_id = model.generation_config.eos_token_id = rows + 1
+    changed(model, chat, 5)
+    tokenizer.save_pretrained(chat)
+    command = ["chat-vector", talking / "adapted", "--base", talking / "base", "--chat", chat, "-o", tmp_path / "sum"]
+    main([str(each) for each in [*command, *left_out]])
+    found, prompt = rendered(tmp_path / "sum")
+    ids = found(prompt)["input_ids"]
+    summed = AutoModelForCausalLM.from_pretrained(tmp_path / "sum")
+    assert ids[-1] == found.eos_token_id == summed.generation_config.eos_token_id == rows + 1
+    assert summed.get_input_embeddings().weight.shape[0] == rows + 2
+    with torch.no_grad():
+        assert torch.isfinite(summed(input_ids=torch.tensor([ids])).logits).all()
+    assert not caplog.text
+    (chat / "generation_config.json").write_text(json.dumps({"eos_token_id": rows}))
+    main([str(each) for each in [*command, *left_out, "--overwrite"]])
+    assert f"eos_token is '<|stop|>' ({rows + 1}), but generation stops at {rows}" in caplog.text
+
+
+def test_only_parts_of_the_model_are_left_out(tmp_path):
     adapted, base, chat = three(tmp_path)
-    widened(chat)
-    add(adapted, base, chat, tmp_path / "sum", leave_out=["embedding", "head"])
-    assert torch.equal(stored(tmp_path / "sum")["lm_head.weight"], stored(adapted)["lm_head.weight"])
     with pytest.raises(EloError, match="choose among embedding, norm, head"):
         add(adapted, base, chat, tmp_path / "other", leave_out=["lm_head"])

@@ -112,6 +112,16 @@ MISTAKES = {
     "no results": (["report", "{tmp}"], "results.json"),
     "plan without a folder": (["plan", "{world}/base", "-o", "{tmp}/no/plan.json"], "No such file or directory"),
     "plan for no number": (["plan", "{world}/base", "--tokens", "nan"], "--tokens nan"),
+    "plan without an end": (["plan", "{world}/base", "--tokens", "inf"], "--tokens inf"),
+    "plan of a run for no number": (["plan", "{world}/config.yaml", "--tokens", "nan"], "--tokens nan"),
+    "too many pieces": (
+        ["vocab", "measure", "{world}/base", "--corpus", "en={world}/en.jsonl", "--pieces", "1" + "0" * 20],
+        "each from 1 to 10,000,000",
+    ),
+    "a folder that is not there": (
+        ["evaluate", "{world}/base", "--corpus", "en=data/train"],
+        "there is no folder data",
+    ),
     "overwriting what is no checkpoint": (
         ["detach", "{world}/base", "-o", "{here}", "--overwrite"],
         "not a checkpoint",

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -10,7 +11,8 @@ import pytest
 import zstandard
 from data_fixtures import make_texts, write_jsonl
 
-from elo.data.sources import TEXT_LIMIT, FileReader, list_inputs, read_documents
+from elo.data import compressed, sources
+from elo.data.sources import TEXT_LIMIT, FileReader, InputFile, list_inputs, read_documents
 from elo.errors import EloError
 
 TEXTS = make_texts(25)
@@ -101,7 +103,7 @@ BAD_LINES = {
     "surrogate": (b'{"text": "a\\ud800b"}', "half of a surrogate pair"),
     "two objects": (b'{"text": "a"} {"text": "b"}', "not a line of JSON (Extra data"),
     "deep": (b'{"text": ' + b"[" * 100_000, "not a line of JSON"),
-    "huge number": (b'{"text": ' + b"1" * 5000 + b"}", "not a line of JSON"),
+    "huge number": (b'{"text": ' + b"1" * 5000 + b"}", "column 'text' is number, not text"),
 }
 
 
@@ -132,14 +134,14 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "empty.jsonl": (b"", ":1: the file is empty"),
         "blank.jsonl": (b"\n \n", ":1: no document in the whole file"),
         "blank.txt": (b"\n\n", ":1: no document in the whole file"),
-        "short.jsonl.gz": (gzip.compress(data)[:-20], ": the file is damaged from here on"),
+        "short.jsonl.gz": (gzip.compress(data)[:-20], ": the file is damaged from here on: it ends too early"),
         "not.jsonl.gz": (data, ":1: the file is damaged from here on (Not a gzipped file"),
         "flip.jsonl.gz": (gzip.compress(data)[:-8] + b"\0" * 8, ": the file is damaged from here on (CRC"),
         "short.jsonl.zst": (zstandard.compress(data)[:-20], ": the file is damaged from here on"),
         "not.jsonl.zst": (data, ":1: the file is damaged from here on"),
         "not.parquet": (data, ":1: the file is damaged from here on"),
         "latin.txt": ("eins\nzwei\nschön\n".encode("latin-1"), ":3: not UTF-8 (byte 0xf6 at byte 4 of the line)"),
-        "utf16.jsonl": (data.decode().encode("utf-16"), ":1: not UTF-8"),
+        "utf16.jsonl": (data.decode().encode("utf-16"), ":1: the file is not UTF-8 but UTF-16"),
     }
     found = {}
     for name, (content, said) in files.items():
@@ -164,6 +166,18 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
     return found
 
 
+LOST_WHOLE = (
+    "utf16.jsonl",
+    "not.jsonl.gz",
+    "not.jsonl.zst",
+    "short.jsonl.zst",
+    "not.parquet",
+    "short.parquet",
+    "holes.parquet",
+    "column.parquet",
+)
+
+
 def test_damaged_files_are_named_and_skipped(tmp_path: Path) -> None:
     cases = damaged_files(tmp_path)
     assert len(cases) == 17
@@ -171,7 +185,12 @@ def test_damaged_files_are_named_and_skipped(tmp_path: Path) -> None:
         with pytest.raises(EloError) as caught:
             list(read_documents(path))
         assert str(caught.value).startswith(str(path)) and said in str(caught.value), (name, str(caught.value))
+        if name in LOST_WHOLE:  # what skips documents does not skip a file
+            with pytest.raises(EloError, match=re.escape(said)):
+                list(read_documents(path, on_error="skip"))
+            continue
         skipped = list(read_documents(path, on_error="skip"))
+        assert skipped or not name.endswith(".gz"), "what comes before the damage is read"
         assert skipped == (TEXTS * 100)[: len(skipped)], name
 
 
@@ -212,3 +231,171 @@ def test_a_dataset_is_read_through_the_datasets_library(tmp_path: Path, monkeypa
     with pytest.raises(EloError, match="not a dataset id"):
         list(read_documents("hf://a:b:c:d"))
     assert list_inputs("owner/name")[0].location == "hf://owner/name"
+
+
+def zstd(window_log: int, data: bytes) -> bytes:
+    """As `zstd --long` writes it; streamed, so that the window is not reduced to the size of the content."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=window_log, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return stream.compress(data) + stream.flush()
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_zstandard_files_of_large_windows_are_read(tmp_path: Path, window_log: int) -> None:
+    path = tmp_path / "long.jsonl.zst"
+    path.write_bytes(zstd(window_log, lines(TEXTS)))
+    assert zstandard.get_frame_parameters(path.read_bytes()[:32]).window_size == 1 << window_log
+    assert list(read_documents(path)) == TEXTS
+
+
+def refusal(path: Path, **options: str) -> str:
+    with pytest.raises(EloError) as caught:
+        list(read_documents(path, **options))
+    return str(caught.value)
+
+
+def test_a_limit_is_no_damage_and_no_file_is_one_skipped_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "long.jsonl.zst"
+    path.write_bytes(zstd(28, lines(TEXTS)))
+    monkeypatch.setattr(compressed, "MAX_WINDOW", 1 << 27)
+    for on_error in ("stop", "skip"):
+        said = refusal(path, on_error=on_error)
+        assert said.startswith(f"{path}:1: the file is compressed with a window of more than 128 MiB")
+        assert "damaged" not in said
+    dictionary = zstandard.train_dictionary(2000, [text.encode() for text in make_texts(2000)])
+    path.write_bytes(zstandard.ZstdCompressor(dict_data=dictionary).compress(lines(TEXTS)))
+    assert "decompress it with that dictionary" in refusal(path)
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    table = write_parquet(tmp_path / "a.parquet", {"text": TEXTS})
+    with monkeypatch.context() as patched:
+        patched.setattr(pyarrow.parquet, "ParquetFile", no_memory)
+        assert "there is not enough memory" in refusal(table)
+    table.unlink()
+    table.mkdir()  # what the system refuses names the system's reason
+    file = InputFile(str(table), 1)
+    (record,) = FileReader(file).records()
+    assert record.problem == f"{table}:1: the file cannot be read (Is a directory); " + (
+        "check its permissions and the disk, then run again"
+    )
+
+
+def test_what_comes_before_damage_is_kept_and_the_file_is_named(tmp_path: Path) -> None:
+    texts = make_texts(3000)
+    whole = gzip.compress(lines(texts))
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    kept = list(read_documents(path, on_error="skip"))
+    assert 1000 < len(kept) < 2000 and kept == texts[: len(kept)]
+    *_, last = FileReader(list_inputs(str(path))[0]).records()
+    assert last.ends_file and not last.loses_file and last.number == len(kept)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        '{"text": "ab',
+        '{"text": "강',
+        '{"text": "ab"',
+        '{"text"',
+        "{",
+        '{"a": tru',
+        '{"text": "a\\u00',
+        '{"a": -',
+        '{"a": 1,',
+    ],
+)
+def test_a_cut_last_line_is_called_that(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "cut.jsonl"
+    path.write_bytes(lines(TEXTS[:2]) + end.encode())
+    said = refusal(path)
+    assert said.startswith(f"{path}:3: not a line of JSON: the last line is cut after")
+    path.write_bytes(lines(TEXTS[:2]) + end.encode() + b"\n")
+    assert "is cut after" not in refusal(path)
+
+
+def test_a_last_line_cut_within_a_character_is_called_that_and_other_faults_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jsonl"
+    path.write_bytes(lines(TEXTS[:2]) + '{"text": "강'.encode()[:-1])
+    assert "the last line is cut" in refusal(path)
+    for wrong in (b"hello", b"{'text': 'a'}", b'{"text": "a} ', b'{"a": nil}', '{"text": "é"}'.encode("latin-1")):
+        path.write_bytes(lines(TEXTS[:2]) + wrong)
+        assert "the last line is cut" not in refusal(path)
+
+
+def test_long_integers_and_long_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"id": ' + b"9" * 5000 + b', "text": "one"}\n{"text": "two"}\n')
+    assert list(read_documents(path)) == ["one", "two"]
+    monkeypatch.setattr(sources, "LINE_LIMIT", 1 << 10)
+    path.write_bytes(lines(["first", "x" * 5000, "last"]))
+    assert f"{path}:2: the line is longer than" in refusal(path)
+    assert list(read_documents(path, on_error="skip")) == ["first", "last"]
+    assert [record.line for record in FileReader(list_inputs(str(path))[0]).records()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "kind", [pyarrow.binary(), pyarrow.large_binary(), pyarrow.dictionary(pyarrow.int32(), pyarrow.binary())]
+)
+def test_binary_columns_of_parquet_are_read_as_utf8(tmp_path: Path, kind: pyarrow.DataType) -> None:
+    data = [text.encode() for text in TEXTS]
+    path = write_parquet(tmp_path / "a.parquet", {"text": pyarrow.array(data, pyarrow.binary()).cast(kind)})
+    assert list(read_documents(path)) == TEXTS
+    write_parquet(path, {"text": pyarrow.array([*data[:2], b"\xff\xfe"], pyarrow.binary())})
+    assert f"{path}:3: column 'text' is binary and not UTF-8 (byte 0xff at byte 1 of the value)" in refusal(path)
+
+
+def test_paths_that_look_local_are_not_looked_up_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    write_jsonl(tmp_path / "mine" / "train.jsonl", TEXTS[:1])
+    for path, said in {
+        "mine/trian.jsonl": "mine/trian.jsonl: no such file or folder (did you mean mine/train.jsonl?)",
+        "mine/train": "(did you mean mine/train.jsonl?); check the path; a Hugging Face dataset is written hf://mine/train",
+        "data/train": "(there is no folder data); check the path; a Hugging Face dataset is written hf://data/train",
+        "corpus": "corpus: no such file or folder; check the path",
+    }.items():
+        with pytest.raises(EloError, match=re.escape(said)):
+            list_inputs(path)
+    assert list_inputs("hf://data/train")[0].location == "hf://data/train"
+
+
+def test_a_dataset_that_cannot_be_reached_is_answered_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def refuse(self: object, name: str, **options: object) -> None:
+        asked.append((name, options["timeout"]))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(EloError, match=r"hf://owner/name: .*no network.*there is no such file or folder here"):
+        list(read_documents("owner/name"))
+    assert asked == [("owner/name", sources.HUB_TIMEOUT_S)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"])
+def test_a_file_of_another_kind_than_its_name_is_called_that(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    data = lines(TEXTS)
+    contents = {
+        "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+        "a web page": b"\n<!DOCTYPE html><html><body>404</body></html>",
+        "compressed with gzip; add .gz": gzip.compress(data),
+        "compressed with Zstandard; add .zst": zstandard.compress(data),
+        "a zip archive": b"PK\x03\x04" + data,
+        "UTF-16": data.decode().encode("utf-16"),
+    }
+    for kind, content in contents.items():
+        path.write_bytes(content)
+        if kind.split(" ")[2:3] == [{".gz": "gzip;", ".zst": "Zstandard;"}.get(path.suffix)]:
+            assert list(read_documents(path)) == TEXTS
+        elif not (kind == "a web page" and name == "a.txt"):
+            for on_error in ("stop", "skip"):
+                assert kind in refusal(path, on_error=on_error)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from elo.data import tokenizing
 from elo.data.shards import token_dtype
 from elo.data.tokenizer import load_tokenizer, wrap_tokenizer
-from elo.data.tokenizing import TokenizerPool, WorkerDied, encode_long
+from elo.data.tokenizing import TextChecker, TokenizerPool, WorkerDied, encode_long
 from elo.errors import EloError
 
 
@@ -72,10 +72,12 @@ def test_dtype_follows_the_vocabulary() -> None:
 def test_batches_come_back_in_order_from_any_number_of_workers(workers: int) -> None:
     backend = make_backend()
     batches = [[text.encode() for text in make_texts(7, seed)] for seed in range(12)]
-    with TokenizerPool(backend, PREFIX, EOS, np.dtype("<u2"), workers) as pool:
-        found = list(pool.map(batches, lambda batch: batch))
-    assert [batch for batch, _, _ in found] == batches
-    for batch, tokens, lengths in found:
+    checker = TextChecker(backend, ["<bos>", "<eos>"])
+    with TokenizerPool(backend, PREFIX, EOS, np.dtype("<u2"), workers, checker) as pool:
+        found = list(pool.map(batches, lambda batch: batch, lambda batch: [True] * 6 + [False]))
+    assert [batch for batch, _ in found] == batches
+    for batch, (tokens, lengths, counts) in found:
+        assert counts.tolist() == [[0, len(text), 0] for text in batch[:6]] + [[0, 0, 0]]
         encodings = backend.encode_batch([text.decode() for text in batch], add_special_tokens=False)
         expected = [id for encoding in encodings for id in (PREFIX, *encoding.ids, EOS)]
         assert tokens.tolist() == expected
@@ -85,7 +87,7 @@ def test_batches_come_back_in_order_from_any_number_of_workers(workers: int) -> 
 def test_a_worker_that_is_killed_is_noticed_and_none_is_left_behind() -> None:
     with (
         pytest.raises(WorkerDied, match=f"status -{signal.SIGKILL.value}"),
-        TokenizerPool(make_backend(), PREFIX, EOS, np.dtype("<u2"), 2) as pool,
+        TokenizerPool(make_backend(), PREFIX, EOS, np.dtype("<u2"), 2, TextChecker(make_backend(), [])) as pool,
     ):
         processes = list(pool._processes)
         os.kill(processes[0].pid, signal.SIGKILL)
@@ -103,12 +105,22 @@ def test_a_long_text_is_cut_only_where_that_changes_no_token(monkeypatch: pytest
     assert encode_long(backend, text, piece=1000).tolist() == whole
     assert len(calls) > 10
 
-    # A tokenizer that puts a space before every start of text may not be cut at all.
+    # A tokenizer that puts a space before every start of text is cut where there is a space.
     spaced = Tokenizer.from_str(backend.to_str())
     spaced.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    calls.clear()
-    assert encode_long(spaced, text, piece=1000).tolist() == spaced.encode(text, add_special_tokens=False).ids
-    assert calls == [len(text)]
-    assert encode_long(backend, "no line end " * 1000, 100).tolist() == (
-        backend.encode("no line end " * 1000, add_special_tokens=False).ids
-    )
+    metaspace = Tokenizer.from_str(backend.to_str())
+    metaspace.pre_tokenizer = pre_tokenizers.Metaspace()
+    for each in (spaced, metaspace, backend):
+        for long in (text, "no line end " * 1000):
+            calls.clear()
+            assert encode_long(each, long, piece=500).tolist() == each.encode(long, add_special_tokens=False).ids
+            assert len(calls) > 10
+
+
+def test_a_long_text_without_a_place_to_cut_is_cut_all_the_same() -> None:
+    spaced = Tokenizer.from_str(make_backend().to_str())
+    spaced.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    text = "강돌" * 5000
+    ids = encode_long(spaced, text, piece=1000).tolist()
+    assert len(ids) < 1.01 * len(spaced.encode(text, add_special_tokens=False).ids)
+    assert spaced.decode(ids).replace(" ", "") == text

@@ -374,3 +374,26 @@ def test_a_file_can_be_tokenised_into_memory(tmp_path: Path, inputs: dict[str, P
     with pytest.raises(EloError, match="no column 'body'"):
         tokenize_source(inputs["held"], TOKENIZER, "body")
     assert make_corpus([[5, 3]]).document_bytes(0) == 3
+
+
+def test_a_cut_file_is_counted_as_a_file_and_a_lost_one_stops(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", make_texts(30))
+    whole = write_jsonl(folder / "b.jsonl.gz", make_texts(3000, 1)).read_bytes()
+    (folder / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    options: dict = {"heldout_share": 0, "on_error": "skip"}
+    prepared = prepare(TOKENIZER, {"ko": str(folder)}, tmp_path / "out", **options)
+    (found,) = prepared.manifest["languages"]["ko"]["train"]
+    assert (found["cut_files"], found["skipped"]) == (1, 0) and 1000 < found["documents"] < 2000
+    said = capsys.readouterr().err
+    assert "b.jsonl.gz:" in said and "it ends too early" in said
+    assert "ko: 1 files could not be read to their end; the rest of each is left out" in said
+    with pytest.raises(EloError, match="it ends too early"):  # what was left out is not taken for all of it
+        prepare(TOKENIZER, {"ko": str(folder)}, tmp_path / "out", heldout_share=0, overwrite=True)
+    (folder / "c.jsonl.zst").write_bytes(b"not zstd")
+    with pytest.raises(EloError, match=r"c.jsonl.zst:1: .*on_error: skip leaves out documents, not whole files"):
+        prepare(TOKENIZER, {"ko": str(folder)}, tmp_path / "other", **options)
+    assert not (tmp_path / "other").exists()

@@ -12,7 +12,7 @@ from elo.data.mixture import Mixture
 from elo.data.packing import PaddedStream
 from elo.errors import EloError, TrainingDivergedError
 from elo.evaluate.bits_per_byte import bits_per_byte
-from elo.methods.methods import select_layers
+from elo.methods.base import select_layers
 from elo.surgery.in_memory import attach_layers, detach_layers
 from elo.train.checkpoints import MANIFEST, check_checkpoint, latest_checkpoint
 from elo.train.loop import StoppedBySignalError, check_settings, rows_per_step, train
@@ -249,7 +249,7 @@ def test_frozen_in_bf16_as_on_a_gpu(tmp_path):
     stored = tiny_llama().to(torch.bfloat16)
     model = detach_layers(stored, [0, 3]).float()
     select_layers(model, [0, 1])
-    _freeze_in(model, torch.bfloat16)
+    _freeze_in(model, {id(each): torch.bfloat16 for each in model.parameters()})
     assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
     settings = SETTINGS.model_copy(update={"bf16": True, "head_loss": "chunked"})
     held = corpus(9, 10)
@@ -267,7 +267,7 @@ def test_frozen_in_bf16_as_on_a_gpu(tmp_path):
 def test_head_loss_is_recognised_under_autocast():
     model = detach_layers(tiny_llama().to(torch.bfloat16), [0, 3]).float()
     select_layers(model, [0, 1])
-    _freeze_in(model, torch.bfloat16)
+    _freeze_in(model, {id(each): torch.bfloat16 for each in model.parameters()})
     install_head_loss(model, "chunked", torch.bfloat16)
     assert "forward_model" not in model.forward.__qualname__
 

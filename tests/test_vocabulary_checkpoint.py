@@ -10,8 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import FAMILIES, tiny_config, tiny_model
 
 from elo.checkpoint.architecture import find_architecture
-from elo.checkpoint.new_rows import VOCABULARY_KEY, NewRows, read_new_rows
+from elo.checkpoint.counting import build_on_meta
+from elo.checkpoint.new_rows import VOCABULARY_KEY, NewRows, read_new_rows, share_record
 from elo.errors import EloError
+from elo.methods.base import first_new_row
 from elo.surgery.in_memory import attach_layers, detach_layers
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 from elo.vocab.rows import INITIALISATIONS, NewTokens, RowInit, extend_checkpoint
@@ -179,6 +181,27 @@ def test_a_damaged_record_is_told(record, tmp_path):
     edit_config(tmp_path / "base", **{VOCABULARY_KEY: record})
     with pytest.raises(EloError, match="record is damaged"):
         read_new_rows(AutoConfig.from_pretrained(tmp_path / "base"))
+
+
+def test_the_record_of_a_wrapper_is_found_by_whatever_loads_its_decoder_alone(tmp_path):
+    text = tiny_config("gemma3_text").to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    tiny_model(tiny_config("gemma3", text_config=text, vision_config=vision)).save_pretrained(tmp_path / "base")
+    extend(tmp_path / "base", tmp_path / "new")
+    longer = {name for name, tensor in stored(tmp_path / "new").items() if tensor.shape[0] == 72}
+    assert longer == {"language_model.model.embed_tokens.weight"}
+    config = AutoConfig.from_pretrained(tmp_path / "new")
+    rows = NewRows(64, 67)
+    assert read_new_rows(config) == read_new_rows(config.text_config) == rows
+    written = json.loads((tmp_path / "new" / "config.json").read_text())
+    for kept in ({VOCABULARY_KEY: None}, {"text_config": {**written["text_config"], VOCABULARY_KEY: None}}):
+        edit_config(tmp_path / "new", **{**written, **kept})  # another tool may keep one of the two
+        config = AutoConfig.from_pretrained(tmp_path / "new")
+        assert read_new_rows(config) == rows
+        model = build_on_meta(config)
+        share_record(config, model.config)
+        assert first_new_row(model) == 64
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from elo.checkpoint.counting import build_on_meta, parameter_counts, read_config
-from elo.checkpoint.new_rows import VOCABULARY_KEY, read_new_rows
+from elo.checkpoint.new_rows import read_new_rows, record_of
 from elo.config import RunConfig
 from elo.data.shards import PreparedData
 from elo.store.environment import command_line, hardware, versions
@@ -23,7 +23,7 @@ def circumstances(config: RunConfig, base: Path, layers: tuple[int, ...], data: 
             "name": config.model,
             "parameters": counts["total"],
             "num_layers": len(counts["layers"]),
-            **({"vocabulary": getattr(model_config, VOCABULARY_KEY)} if extended else {}),
+            **({"vocabulary": record_of(model_config)} if extended else {}),
         },
         "languages": {"targets": [config.data.target], "sources": [config.data.source]},
         "hardware": hardware(),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from elo.cli_values import files_by_language, names, numbers, texts_by_language
-from elo.errors import EloError
+from elo.errors import EloError, StoppedBySignalError
 from elo.store.files import disk_problem
 
 app = typer.Typer(
@@ -37,15 +37,31 @@ Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that ships with the checkpoint. Only if you trust it."),
 ]
+SplitSpecials = Annotated[
+    bool,
+    typer.Option(help="Tokenise special tokens that are spelled in the text as text, or as the tokens they spell."),
+]
+LostText = Annotated[
+    bool, typer.Option("--allow-lost-text", help="Accept text of which the tokenizer loses more than 5 %.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
 @app.command()
-def run(config: Config, set_: Set = None) -> None:
-    """Do all stages of a run, or go on with one that was interrupted."""
+def run(
+    config: Config,
+    set_: Set = None,
+    until: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STAGE", help="Stop when this stage is done: prepare, detach, attach, or the name of a phase."
+        ),
+    ] = None,
+) -> None:
+    """Run all stages, or resume an interrupted run."""
     from elo.run import run
 
-    run(config, overrides=set_)
+    run(config, overrides=set_, until=until)
 
 
 @app.command()
@@ -53,16 +69,35 @@ def prepare(
     config: Config,
     set_: Set = None,
     together: Annotated[
-        bool, typer.Option("--together", help="Share the work with others that do the same on this run folder.")
+        bool, typer.Option("--together", help="Share the work with other processes that prepare the same run folder.")
     ] = False,
 ) -> None:
     """Tokenise the corpora of a run into token shards."""
-    if not together:
-        _until("prepare", config, set_)
-        return
-    from elo.run import prepare_together
+    from elo.run import prepare_together, run
 
-    prepare_together(config, overrides=set_)
+    if together:
+        prepare_together(config, overrides=set_)
+    else:
+        run(config, overrides=set_, until="prepare")
+
+
+@app.command("config")
+def config_(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id that the configuration is for.")] = "MODEL",
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a run's configuration.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of printing.")] = None,
+) -> None:
+    """Write a commented configuration with every key and its default."""
+    from elo.config.document import commented_yaml, json_schema
+    from elo.store.files import write_text
+
+    text = json_schema() if schema else commented_yaml(model)
+    if output is None:
+        typer.echo(text)
+    elif output.exists():
+        raise EloError(f"--output {output}: exists already; choose another file")
+    else:
+        write_text(output, text)
 
 
 @app.command()
@@ -81,12 +116,6 @@ def detach(
     record = detach(checkpoint, layers, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
     kept = ", ".join(str(index) for index in record["layers"])
     typer.echo(f"{output}: layers {kept} of {record['num_base_layers']}")
-
-
-@app.command()
-def pretrain(config: Config, set_: Set = None) -> None:
-    """Train the detached layers of a run (and what comes before, where it is not done)."""
-    _until("elo_pretraining", config, set_)
 
 
 @app.command()
@@ -124,12 +153,6 @@ def attach(
     typer.echo(f"{output}: layers {kept} of {record['num_base_layers']} put back{told}")
 
 
-@app.command()
-def align(config: Config, set_: Set = None) -> None:
-    """Fine-tune the attached model of a run briefly (and what comes before, where it is not done)."""
-    _until("layer_alignment", config, set_)
-
-
 @app.command("chat-vector")
 def chat_vector(
     adapted: Annotated[str, typer.Argument(help="Adapted model, trained from the base: folder or hub id.")],
@@ -157,6 +180,8 @@ def chat_vector(
         trust_remote_code=trust_remote_code,
     )
     told = f", {record['rows_kept']:,} rows of embedding and head as they were" if record["rows_kept"] else ""
+    if record["rows_added"]:
+        told += f", {record['rows_added']:,} rows taken from the chat model, which alone has them"
     typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{told}")
     if record["differs"]:
         typer.echo(
@@ -186,6 +211,8 @@ def evaluate(
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
     text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
+    split_special_tokens: SplitSpecials = True,
+    allow_lost_text: LostText = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure bits per byte and cloze accuracy of any Hugging Face causal LM, by language."""
@@ -204,6 +231,8 @@ def evaluate(
         sequence_length=sequence_length,
         max_bytes=max_bytes,
         text_column=text_column,
+        split_special_tokens=split_special_tokens,
+        allow_lost_text=allow_lost_text,
         output=output,
         trust_remote_code=trust_remote_code,
     )
@@ -300,6 +329,8 @@ def vocab_measure(
     ] = "2000,4000,8000,16000",
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
     text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
+    split_special_tokens: SplitSpecials = True,
+    allow_lost_text: LostText = False,
     max_characters: Annotated[int | None, typer.Option(min=1, help="Read so much of each language.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
     trust_remote_code: Trust = False,
@@ -317,6 +348,8 @@ def vocab_measure(
         pieces=numbers("--pieces", pieces),
         tokenizer=tokenizer,
         text_column=text_column,
+        split_special_tokens=split_special_tokens,
+        allow_lost_text=allow_lost_text,
         max_characters=max_characters,
         output=output,
         trust_remote_code=trust_remote_code,
@@ -368,12 +401,6 @@ def vocab_extend(
     typer.echo(_one_line(f"{output}: {extension_line(record)}"))
 
 
-def _until(stage: str, config: Path, overrides: list[str] | None) -> None:
-    from elo.run import run
-
-    run(config, overrides=overrides, until=stage)  # type: ignore[arg-type]
-
-
 # typer brings its own copy of click from some version on, so its exception is asked of typer.
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
@@ -398,26 +425,15 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:  # disk full, permission denied, a folder that is not there
         print(f"elo: {_one_line(disk_problem(error))}", file=sys.stderr)
         sys.exit(2)
-    except Exception as error:
-        number = _stopped_by(error)
-        if number is None:
-            raise
-        print(f"elo: {error}; the same command goes on from there", file=sys.stderr)
-        sys.exit(128 + number)
+    except StoppedBySignalError as error:
+        print(f"elo: {error}; the same command resumes from there", file=sys.stderr)
+        sys.exit(128 + error.number)
 
 
 def _one_line(message: Any) -> str:
     """A message as one line: what it quotes may hold line breaks, or control characters that a terminal obeys."""
     text = " ".join(str(message).split())
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
-def _stopped_by(error: Any) -> int | None:
-    """The signal that stopped training, if that is what `error` says."""
-    loop = sys.modules.get("elo.train.loop")
-    if loop is not None and isinstance(error, loop.StoppedBySignalError):
-        return int(error.number)
-    return None
 
 
 if __name__ == "__main__":

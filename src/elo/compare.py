@@ -99,7 +99,7 @@ class _Comparison:
         self.say = inputs.folder.say
         self.data: PreparedData = prepare_data(inputs)
         heldout = heldout_text(inputs, self.data)
-        self.base = measure(inputs, "evaluate-base", inputs.base, heldout, brief=True)
+        self.base = measure(inputs, "evaluate-base", inputs.base, heldout)
         # Before anything is trained, so that missing validation text is noticed.
         validation = validation_text(inputs, self.data)
         self.base_validation = measure(inputs, "validate-base", inputs.base, validation, brief=True)
@@ -134,6 +134,9 @@ class _Comparison:
         """Tokens of a contestant's run within a budget: of time, by its own measured rates."""
         if budget.tokens is not None:
             return budget.tokens
+        if speed := self.config.contestants[name].tokens_per_second:
+            step = max(self._run(name, 1).settings(phase).tokens_per_step for phase in self.config.method(name).phases)
+            return max(1, round(speed * budget.value / step)) * step
 
         def look(output: Path, *, seconds: float, run: Any) -> dict[str, Any]:
             run = self._run(name, 1)
@@ -230,7 +233,8 @@ class _Comparison:
 
     def _trial(self, name: str, rates: Rates, tokens: int, seed: int) -> schema.Trial:
         # One trial serves for tuning and for the report.
-        trial = self._train(name, rates, tokens, seed, validated=seed == self.config.seeds[0])
+        tuned = any(len(grid) > 1 for grid in self._grids(name).values())
+        trial = self._train(name, rates, tokens, seed, validated=tuned and seed == self.config.seeds[0])
         self.seconds[_identity(name, rates, tokens, seed)] = trial.seconds
         done = len(self.seconds)
         shown = trial.failed or ", ".join(f"{language} {value:.4f}" for language, value in trial.measured.bpb.items())
@@ -284,7 +288,7 @@ class _Comparison:
             "",
             inputs.config.seed,
             adapted.records,
-            measure(inputs, "evaluate", adapted.model, heldout_text(inputs, self.data), brief=True),
+            measure(inputs, "evaluate", adapted.model, heldout_text(inputs, self.data)),
             before_alignment=adapted.before_alignment,
             learning_rates=rates,
             validation=self._validate(inputs, adapted) if validated else None,

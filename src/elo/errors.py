@@ -1,5 +1,7 @@
 """Errors that are the user's to mend: the command line prints their message alone and exits with status 2."""
 
+import signal
+
 
 class EloError(ValueError):
     """A mistake in what the user gave: says what, where, what was got and what to do, in one message."""
@@ -15,3 +17,11 @@ class UnfinishedError(EloError):
 
 class TrainingDivergedError(EloError):
     """The loss is not finite, or it has jumped and stayed up."""
+
+
+class StoppedBySignalError(Exception):
+    """Training wrote a checkpoint and stopped because a signal asked for it."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; a checkpoint is written")
+        self.number = number

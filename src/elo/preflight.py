@@ -1,5 +1,6 @@
 """What is wrong with a run is told before anything is prepared, loaded or hired; weights are not read."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,10 @@ from elo.config import RunConfig
 from elo.errors import EloError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+log = logging.getLogger(__name__)
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -38,18 +42,23 @@ def check_inputs(config: RunConfig) -> None:
 def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     """The layers to train, once the model is known to take them, the rows and their length; weights are not read."""
     from elo.checkpoint.architecture import find_architecture, is_recurrent
-    from elo.checkpoint.counting import build_on_meta, read_config
+    from elo.checkpoint.counting import read_config
+    from elo.checkpoint.new_rows import share_record
     from elo.checkpoint.refusals import require_detachable
     from elo.checkpoint.tensor_files import open_checkpoint
     from elo.evaluate.scoring import longest_sequence, takes_position_ids
     from elo.methods.base import first_new_row
+    from elo.surgery.equivalence import build_hollow_causal_lm
+    from elo.train.attention import require_own_positions
     from elo.train.settings import check_also_train
 
     open_checkpoint(base)
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
     if any(phase.detached for phase in config.method.phases):
         require_detachable(model_config)
-    model = build_on_meta(model_config, trust_remote_code=config.trust_remote_code)
+    _check_ids(base, model_config)
+    model = build_hollow_causal_lm(model_config, trust_remote_code=config.trust_remote_code)
+    share_record(model_config, model.config)
     _check_attention(config, model)
     layers = parse_layers(config.layers, find_architecture(model).num_layers)
     if (
@@ -64,12 +73,35 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     length, limit = config.data.sequence_length, longest_sequence(model)
     if limit is not None and length > limit:
         raise EloError(f"data.sequence_length: {length} is beyond the {limit} positions of {config.model}")
+    for batch_size in {config.settings(phase).per_device_train_batch_size for phase in config.method.phases}:
+        require_own_positions(
+            model_config, length, packed=config.data.packing, batch_size=batch_size, section="training"
+        )
     if config.data.packing and (is_recurrent(model) or not takes_position_ids(model)):
         raise EloError(
             f"data.packing: {model_config.model_type} does not keep packed documents apart (it has layers other than "
             "attention, or takes no position ids); write data.packing: false"
         )
     return layers
+
+
+def _check_ids(base: Path, model_config: "PretrainedConfig") -> None:
+    """Refuse generation settings that transformers refuses, and warn of a padding id that is another token's."""
+    from elo.check_output import generation_problem
+    from elo.surgery.layer_config import text_config_of
+
+    if problem := generation_problem(base, model_config):
+        raise EloError(f"{base / 'generation_config.json'}: {problem}; mend or remove the file, the model needs none")
+    decoder = text_config_of(model_config)
+    pad = getattr(decoder, "pad_token_id", None)
+    if pad is not None and pad == getattr(decoder, "bos_token_id", None):
+        log.warning(
+            "warning: %s: pad_token_id is %s, which is bos_token_id, too; transformers gives the padding row of the "
+            "embedding no gradient, so the row of bos stays as it is in whatever trains embeddings; set pad_token_id "
+            "to the end-of-text id or an unused one",
+            base / "config.json",
+            pad,
+        )
 
 
 def _check_attention(config: RunConfig, model: "PreTrainedModel") -> None:

@@ -155,6 +155,8 @@ def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
         "heldout_share": config.data.heldout_share,
         "validation_share": config.data.validation_share,
         "on_error": config.data.on_error,
+        "split_special_tokens": config.data.split_special_tokens,
+        "allow_lost_text": config.data.allow_lost_text,
     }
     model_config = text_config(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
     execution: dict[str, Any] = {
@@ -317,6 +319,7 @@ def measure(
         cloze=cloze,
         brief=brief,
         sequence_length=config.data.sequence_length,
+        split_special_tokens=config.data.split_special_tokens,
         execution={"tokenizer": inputs.tokenizer, "trust_remote_code": config.trust_remote_code},
     )
     shown = ", ".join(f"{language} {value:.4f}" for language, value in stage.record["bpb"].items())

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from elo.check_output import check_output
 from elo.config import DataConfig, EvaluationConfig
 from elo.data.mixture import MixtureRows
 from elo.data.prepare import corpus_sources, prepare
@@ -20,6 +21,7 @@ from elo.evaluate.scale_search import search_scale
 from elo.evaluate.warnings import worse_than_base
 from elo.methods import Method, Phase, Setup
 from elo.store.files import atomic_directory, write_json
+from elo.store.processes import from_main
 from elo.store.run_folder import Artifact
 from elo.surgery.detach_attach import attach, detach
 from elo.surgery.scale_change import scale_change
@@ -51,6 +53,32 @@ def _measured(stage: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, A
     return measured
 
 
+def _checked(
+    made_from: str, *, collective: bool = False
+) -> Callable[[Callable[..., dict[str, Any]]], Callable[..., dict[str, Any]]]:
+    """Load back what a stage wrote; faults that its input has already are let pass.
+
+    This is no part of what is measured.
+
+    Args:
+        made_from: the stage's argument that is the checkpoint which its output was made from.
+        collective: every process of the launch calls the stage.
+    """
+
+    def decorate(stage: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        @functools.wraps(stage)
+        def checked(output: Path, **keywords: Any) -> dict[str, Any]:
+            record = stage(output, **keywords)
+            remedy = f"{output} is not what it should be; report it, with the model's name"
+            trust = keywords["trust_remote_code"]
+            from_main(lambda: check_output(output, (keywords[made_from].path,), remedy=remedy, trust_remote_code=trust))
+            return record
+
+        return checked
+
+    return decorate
+
+
 def prepare_data(
     output: Path,
     *,
@@ -78,6 +106,8 @@ def prepare_data(
         validation_share=data.validation_share,
         workers=data.workers,
         on_error=data.on_error,
+        split_special_tokens=data.split_special_tokens,
+        allow_lost_text=data.allow_lost_text,
         vocab_size=vocab_size,
         together=together,
         overwrite=not together,
@@ -108,12 +138,14 @@ def fit_middle(
     }
 
 
+@_checked("base")
 @_measured
 def detach_layers(output: Path, *, base: Artifact, layers: Sequence[int], trust_remote_code: bool) -> dict[str, Any]:
     """Write the detached model: the chosen layers with embedding, norm and head."""
     return detach(str(base.path), list(layers), output=output, overwrite=True, trust_remote_code=trust_remote_code)
 
 
+@_checked("base")
 @_measured
 def attach_layers(
     output: Path, *, base: Artifact, trained: Artifact, include: Sequence[str], trust_remote_code: bool
@@ -129,6 +161,7 @@ def attach_layers(
     )
 
 
+@_checked("trained")
 @_measured
 def keep_share(
     output: Path,
@@ -160,6 +193,7 @@ def cut_vocabulary(output: Path, *, data: Artifact, sample: int, seed: int, base
     return {"rows": len(chosen)}
 
 
+@_checked("checkpoint", collective=True)
 def train(
     output: Path,
     *,
@@ -231,6 +265,7 @@ def measure(
     cloze: Any,
     brief: bool,
     sequence_length: int,
+    split_special_tokens: bool,
     tokenizer: str,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
@@ -248,6 +283,7 @@ def measure(
         prompts={} if brief else evaluation.prompts,
         sequence_length=sequence_length,
         max_bytes=evaluation.max_bytes,
+        split_special_tokens=split_special_tokens,
         max_new_tokens=evaluation.max_new_tokens,
         trust_remote_code=trust_remote_code,
         progress=False,

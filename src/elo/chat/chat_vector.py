@@ -36,10 +36,11 @@ def chat_vector(
         trust_remote_code: allow the checkpoints' own Python code to define the model.
 
     Returns:
-        {"adapted", "base", "chat", "scale", "leave_out", "tensors", "rows_kept", "differs"}, see
+        {"adapted", "base", "chat", "scale", "leave_out", "tensors", "rows_kept", "rows_added", "differs"}, see
         elo.chat.vector_files.add_chat_vector.
     """
     from elo.chat.vector_files import add_chat_vector
+    from elo.check_output import check_output
 
     if not (isfinite(scale) and abs(scale) <= 100):
         raise EloError(f"scale: {scale} is not a number within 100 of 0; 1 adds what chat training changed")
@@ -54,6 +55,11 @@ def chat_vector(
             chats,
             Path(output),
             save_tokenizer=lambda folder: _save_tokenizer(ours, chats, folder, trust_remote_code),
+            check=lambda folder: check_output(
+                folder,
+                remedy="give a chat model and an adapted model whose tokens have rows; nothing was written",
+                trust_remote_code=trust_remote_code,
+            ),
             scale=scale,
             leave_out=leave_out,
             overwrite=overwrite,

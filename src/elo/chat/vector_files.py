@@ -10,21 +10,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from elo.checkpoint.architecture import Architecture, find_architecture, group_of
+from elo.checkpoint.architecture import find_architecture
 from elo.checkpoint.folder import (
+    TEMPLATE_PATTERNS,
     TOKENIZER_PATTERNS,
     CheckpointFolder,
     copy_side_files,
+    copy_unlisted_weights,
     open_folder,
     refuse_overlap,
     write_config,
 )
+from elo.checkpoint.naming import NameMap, map_names
 from elo.checkpoint.new_rows import first_new_row_of
 from elo.checkpoint.tensor_files import CHUNK_BYTES, MAX_SHARD_BYTES, NewTensor, StoredTensor, write_checkpoint
 from elo.errors import EloError
 from elo.store.files import atomic_directory, disk_errors_told
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.surgery.in_memory import INCLUDABLE
+from elo.surgery.layer_config import edit_json, text_config_of
 from elo.surgery.matching import match_names, redundant, tensor_bytes
 from elo.surgery.provenance import PROVENANCE_KEY
 
@@ -42,6 +46,7 @@ def add_chat_vector(
     output: Path,
     *,
     save_tokenizer: Callable[[Path], None],
+    check: Callable[[Path], None] = lambda folder: None,
     scale: float = 1.0,
     leave_out: Sequence[str] = (),
     overwrite: bool = False,
@@ -53,8 +58,9 @@ def add_chat_vector(
 
     Sums are in float64 and rounded once, to the adapted model's dtype: where it is still the base, what is written is
     the chat model, bit for bit. Rows of embedding and head that base and chat do not have, such as those of
-    `elo vocab`, stay as they are. Token ids that begin, end and pad, and generation_config.json, are the chat model's;
-    the rest of config.json is the adapted model's.
+    `elo vocab`, stay as they are; rows that only the chat model has, such as those of ChatML's tokens, are the chat
+    model's, also in parts that are left out. Token ids that begin, end and pad, and generation_config.json, are the
+    chat model's; the rest of config.json is the adapted model's.
 
     Args:
         adapted: a checkpoint folder, trained from `base`.
@@ -62,6 +68,7 @@ def add_chat_vector(
         chat: folder of the chat model made from `base`.
         output: folder to write; it appears whole or not at all.
         save_tokenizer: writes the tokenizer's files and chat template into a folder.
+        check: called with the whole folder before it appears as `output`; refuses it by raising EloError.
         scale: of the vector.
         leave_out: of "embedding", "norm" and "head", what nothing is added to; of tied parts both or neither.
         overwrite: replace an existing output.
@@ -71,7 +78,8 @@ def add_chat_vector(
 
     Returns:
         {"adapted", "base", "chat", "scale", "leave_out", "tensors" (number that the vector was added to), "rows_kept"
-        (rows of embedding and head that stayed as they were), "differs" (keys of config.json in which the chat model
+        (rows of embedding and head that stayed as they were), "rows_added" (rows that only the chat model has),
+        "differs" (keys of config.json in which the chat model
         differs from the base; the adapted model's values stay)}
 
     Raises:
@@ -91,29 +99,36 @@ def add_chat_vector(
             )
         refuse_overlap(output, each.folder)
     hollow = build_hollow_causal_lm(ours.config, trust_remote_code=trust_remote_code)
-    parts = find_architecture(hollow)
+    names, tied = map_names(hollow, ours.weights.meta_state_dict()), find_architecture(hollow).tied
     left_out = {*leave_out}
-    if parts.tied and left_out & {"embedding", "head"}:
+    if tied and left_out & {"embedding", "head"}:
         left_out |= {"embedding", "head"}
-    in_base, in_chat = (_matched(ours, each, hollow, parts) for each in (theirs, chats))
+    in_base, in_chat = (_matched(ours, each, hollow, names) for each in (theirs, chats))
     sums = [
         _Sum.of(
             tensor,
             in_base.get(name),
             in_chat.get(name),
             ours,
-            parts,
-            0.0 if group_of(name, parts) in left_out else scale,
+            names.group(name),
+            0.0 if names.group(name) in left_out else scale,
         )
         for name, tensor in ours.weights.tensors.items()
     ]
-    config_json = ours.config_json | {key: chats.config_json[key] for key in _TOKEN_IDS if key in chats.config_json}
+    added = max((each.rows_added for each in sums), default=0)
+    resized = ours.config_json
+    if added:
+        resized = edit_json(resized, ours.config, {"vocab_size": text_config_of(ours.config).vocab_size + added})
+    config_json = resized | {key: chats.config_json[key] for key in _TOKEN_IDS if key in chats.config_json}
     with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
         write_config(folder, config_json)
         save_tokenizer(folder)  # which may refuse, so before gigabytes are written
         write_checkpoint(folder, [each.tensor() for each in sums], max_shard_bytes, label)
-        for source in (chats, ours):
-            copy_side_files(source.folder, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
+        copy_unlisted_weights(ours.weights, folder)
+        copy_side_files(chats.folder, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
+        without = (*TOKENIZER_PATTERNS, *TEMPLATE_PATTERNS)
+        copy_side_files(ours.folder, folder, python=trust_remote_code, leave_out=without)
+        check(folder)
     return {
         "adapted": str(adapted),
         "base": str(base),
@@ -122,23 +137,26 @@ def add_chat_vector(
         "leave_out": list(leave_out),
         "tensors": sum(each.elements > 0 for each in sums),
         "rows_kept": max((each.rows_kept for each in sums), default=0),
+        "rows_added": added,
         "differs": sorted(
             key
             for key in theirs.config_json.keys() | chats.config_json.keys()
-            if key not in _SAYS_NOTHING and theirs.config_json.get(key) != chats.config_json.get(key)
+            if key not in (_SAYS_NOTHING | ({"vocab_size"} if added else set()))
+            and theirs.config_json.get(key) != chats.config_json.get(key)
         ),
     }
 
 
 @dataclass(frozen=True)
 class _Sum:
-    """A tensor of the adapted model, and what is added to its first `elements`."""
+    """A tensor of the adapted model, what is added to its first `elements`, and rows of the chat model after it."""
 
     adapted: StoredTensor
     base: StoredTensor
     chat: StoredTensor
     scale: float
     elements: int
+    rows_added: int = 0
 
     @classmethod
     def of(
@@ -147,20 +165,24 @@ class _Sum:
         base: StoredTensor | None,
         chat: StoredTensor | None,
         ours: CheckpointFolder,
-        parts: Architecture,
+        group: str | None,
         scale: float,
     ) -> "_Sum":
         """Add `scale` times what chat training changed, as far as the three have the same rows."""
+        added = 0
+        if group in ("embedding", "head") and base is not None and chat is not None and adapted.shape == base.shape:
+            added = max(0, chat.shape[0] - base.shape[0]) if chat.shape[1:] == base.shape[1:] else 0
         if base is None or chat is None or scale == 0 or not adapted.torch_dtype.is_floating_point:
-            return cls(adapted, adapted, adapted, 0.0, 0)
-        group = group_of(adapted.name, parts)
+            return cls(adapted, adapted, chat if added and chat is not None else adapted, 0.0, 0, added)
+        if added:
+            return cls(adapted, base, chat, scale, math.prod(base.shape), added)
         longer = group in ("embedding", "head") and adapted.shape[0] >= base.shape[0]
         if base.shape != chat.shape or adapted.shape[longer:] != base.shape[longer:]:
             raise EloError(
                 f"{chat.file}: {chat.name} is {list(chat.shape)}, {list(base.shape)} in the base and "
                 f"{list(adapted.shape)} in {ours.folder}; "
                 + (
-                    "leave embedding and head out, or give models with the same number of rows"
+                    "leave embedding and head out, or give a chat model with at least the base's rows"
                     if group in ("embedding", "head")
                     else "the three are not of one model"
                 )
@@ -179,7 +201,16 @@ class _Sum:
     def tensor(self) -> NewTensor:
         """The sum, whose bytes are made when they are written."""
         each = self.adapted
-        return NewTensor(each.name, each.dtype, each.shape, each.size, self._chunks if self.elements else each.chunks)
+        shape = (each.shape[0] + self.rows_added, *each.shape[1:]) if self.rows_added else each.shape
+        size = math.prod(shape) * each.size // max(1, math.prod(each.shape))
+        return NewTensor(each.name, each.dtype, shape, size, self._with_added_rows)
+
+    def _with_added_rows(self) -> Iterator[bytes]:
+        yield from self._chunks() if self.elements else self.adapted.chunks()
+        if self.rows_added:
+            rows = bytearray(self.chat.read(self.chat.size // self.chat.shape[0] * self.adapted.shape[0]))
+            tail = torch.frombuffer(rows, dtype=self.chat.torch_dtype)
+            yield tensor_bytes(tail.to(self.adapted.torch_dtype))
 
     def _chunks(self) -> Iterator[bytes]:
         step, left = CHUNK_BYTES // 16, self.elements
@@ -200,17 +231,17 @@ class _Sum:
 
 
 def _matched(
-    ours: CheckpointFolder, other: CheckpointFolder, hollow: PreTrainedModel, parts: Architecture
+    ours: CheckpointFolder, other: CheckpointFolder, hollow: PreTrainedModel, names: NameMap
 ) -> dict[str, StoredTensor]:
     """Tensors of another checkpoint of the same model, by their names in ours; none for what a model can go without."""
-    found, absent = match_names(ours.weights.tensors, other.weights)
-    embedding = next((found[name] for name in found if group_of(name, parts) == "embedding"), None)
+    found, absent = match_names(ours.weights.tensors, other.weights, hollow)
+    embedding = next((found[name] for name in found if names.group(name) == "embedding"), None)
     extra = other.weights.tensors.keys() - {tensor.name for tensor in found.values()}
-    for folder, without, names in ((ours, other, absent), (other, ours, extra)):
-        if names and not redundant(folder.weights.tensors, names, type(hollow), folder.config):
+    for folder, without, alone in ((ours, other, absent), (other, ours, extra)):
+        if alone and not redundant(folder.weights.tensors, alone, type(hollow), folder.config):
             raise EloError(
-                f"{folder.folder}: has {min(names)}, which {without.folder} has not; adapted model, base and chat "
+                f"{folder.folder}: has {min(alone)}, which {without.folder} has not; adapted model, base and chat "
                 "model must be of one model (merge adapters first)"
             )
-    tied = {name for name in absent if parts.tied and group_of(name, parts) == "head"}
+    tied = {name for name in absent if find_architecture(hollow).tied and names.group(name) == "head"}
     return found | (dict.fromkeys(tied, embedding) if embedding else {})

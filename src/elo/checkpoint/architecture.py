@@ -77,13 +77,18 @@ def modules_of(model: PreTrainedModel, parts: Collection[str]) -> list[nn.Module
     return [model.get_submodule(path) for part in parts if (path := paths[part]) is not None]
 
 
-def group_of(name: str, parts: Architecture) -> str | None:
-    """Whether a tensor is of the "embedding", "head" or "norm", by its name in the model or in a file."""
-    stem = name.rpartition(".")[0]
-    for group, path in (("embedding", parts.embedding_path), ("head", parts.head_path), ("norm", parts.norm_path)):
-        if path and stem and (stem == path or path.endswith("." + stem) or stem.endswith("." + path)):
-            return group
-    return None
+def tensor_groups(model: PreTrainedModel) -> dict[str, str]:
+    """The tensors of the "embedding", "head" and "norm" by their names in the model's state dict.
+
+    A tensor that is shared with one of these parts, but is called otherwise, belongs to it as well. For names in files
+    see elo.checkpoint.naming.NameMap.group.
+    """
+    parts = find_architecture(model)
+    paths = {"embedding": parts.embedding_path, "head": parts.head_path, "norm": parts.norm_path}
+    state = model.state_dict(keep_vars=True)
+    groups = {name: group for name in state for group, path in paths.items() if path and name.startswith(f"{path}.")}
+    shared = {id(state[name]): group for name, group in groups.items()}
+    return {name: groups.get(name) or shared[id(t)] for name, t in state.items() if name in groups or id(t) in shared}
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:

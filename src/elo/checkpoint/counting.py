@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from elo.checkpoint.architecture import find_architecture
 from elo.checkpoint.footprint import Footprint, LayerFootprint, Middle
 from elo.checkpoint.layers import parse_layers
+from elo.checkpoint.reading import auto_class, require_pad_row
 from elo.errors import EloError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+[\w.-]*")
@@ -42,31 +43,36 @@ def read_config(
             f"model: {source}: no such file or folder; give a checkpoint folder, a config.json or a Hugging Face id"
         )
     try:
-        return AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             str(path) if local else str(source), revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # a family's own config code may fail in any way on values that do not fit each other
         reason = str(error).strip().split("\n")[0]
         remedy = "it must be a transformers config" if local else "no such folder is here, and the hub did not give it"
         raise EloError(f"model: {source}: its config cannot be read ({reason}); {remedy}") from None
+    require_pad_row(config, str(source))
+    return config
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """The decoder's own config: the text part of a multimodal one, otherwise `config` itself."""
-    part = config.get_text_config(decoder=True)
-    return part if type(part) in AutoModelForCausalLM._model_mapping else config
+    return config.get_text_config(decoder=True)
 
 
 def build_on_meta(config: PretrainedConfig, **arguments: Any) -> PreTrainedModel:
     """The causal language model of `config` without memory for its weights; `config` itself is not changed.
 
+    Of a multimodal wrapper this is the decoder alone where transformers has a class for it, else the whole.
+
     Raises:
         EloError: transformers has no causal language model for it, or its values do not fit each other.
     """
-    config = copy.deepcopy(text_config(config))
+    part = text_config(config)
+    config = copy.deepcopy(part if type(part) in AutoModelForCausalLM._model_mapping else config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **arguments)
+            model: PreTrainedModel = auto_class(config).from_config(config, **arguments)
+            return model
     except Exception as error:  # values that do not fit each other fail anywhere in a family's own code
         reason = str(error).strip().split("\n")[0]
         raise EloError(

@@ -1,6 +1,7 @@
 """A checkpoint folder: its configuration and headers read, and what lies beside its weights copied."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Collection
@@ -10,7 +11,9 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from elo.checkpoint.tensor_files import Checkpoint, open_checkpoint
+from elo.checkpoint.reading import require_pad_row
+from elo.checkpoint.shared_files import copy_shared
+from elo.checkpoint.tensor_files import Checkpoint, open_checkpoint, read_header
 from elo.errors import EloError, UnfinishedError, UnsupportedArchitectureError
 from elo.store.files import read_json
 from elo.surgery.layer_config import error_line, require_edits_kept
@@ -20,8 +23,13 @@ TOKENIZER_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
 )  # fmt: skip
 """Globs of the files that a tokenizer may be made of, its chat template apart."""
-_SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+TEMPLATE_PATTERNS = ("chat_template*", "additional_chat_templates")
+"""Globs of a tokenizer's chat templates; the second is a folder."""
+_WEIGHT_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx", ".npz", ".pkl", ".distcp",
+}  # fmt: skip
 _NOT_SIDE = {"config.json", "adapter_config.json", "trainer_state.json", "quantize_config.json"}
+_OTHER_FORMATS = ("consolidated*", "adapter*")  # the same weights in another format, and adapters of them
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ def open_folder(folder: Path, trust_remote_code: bool) -> CheckpointFolder:
             f"{folder / CONFIG_FILE}: transformers cannot read it ({error_line(error)})"
             + ("" if trust_remote_code else "; a model that brings its own code needs trust_remote_code")
         ) from None
+    require_pad_row(config, str(folder / CONFIG_FILE))
     return CheckpointFolder(folder, config_json, config, open_checkpoint(folder))
 
 
@@ -90,25 +99,51 @@ def write_config(folder: Path, config_json: dict[str, Any]) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files and its chat template."""
-    for pattern in (*TOKENIZER_PATTERNS, "chat_template*"):
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+    """Copy a tokenizer's files and its chat templates."""
+    for pattern in (*TOKENIZER_PATTERNS, *TEMPLATE_PATTERNS):
+        for path in source.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(path, target / path.name)
 
 
 def copy_side_files(source: Path, target: Path, *, python: bool, leave_out: Collection[str] = ()) -> None:
-    """Tokenizer, generation settings, licence and the like; never weights, what is already there, or these globs."""
+    """Copy what is beside the weights: tokenizer, processors, generation settings, licence, folders of templates.
+
+    Never copied are weights in any format, folders that hold some, hidden files, what is already in `target`, Python
+    unless `python`, and what the globs `leave_out` match.
+    """
     for path in sorted(source.iterdir()):
-        wanted = path.suffix in _SIDE_SUFFIXES or path.name.upper().startswith(
-            ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-        )
         if (
-            not (wanted or (python and path.suffix == ".py"))
+            path.name.startswith(".")
             or path.name in _NOT_SIDE
-            or any(path.match(pattern) for pattern in leave_out)
             or path.name.endswith(".index.json")
+            or any(path.match(pattern) for pattern in leave_out)
+            or target.resolve().is_relative_to(path.resolve())
         ):
             continue
-        if path.is_file() and not (target / path.name).exists():
-            shutil.copyfile(path, target / path.name)
+        files = [path]
+        if path.is_dir():
+            files = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
+            if any(file.suffix in _WEIGHT_SUFFIXES for file in files):  # another checkpoint
+                continue
+        for file in files:
+            copied = target / file.relative_to(source)
+            wanted = file.suffix not in _WEIGHT_SUFFIXES and (python or file.suffix != ".py")
+            if wanted and file.is_file() and not copied.exists():
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copied)
+
+
+def copy_unlisted_weights(weights: Checkpoint, target: Path) -> None:
+    """Copy safetensors files that the index does not name and that hold other tensors than the checkpoint."""
+    for path in sorted(weights.folder.glob("*.safetensors")):
+        if path.name in weights.files or any(path.match(pattern) for pattern in _OTHER_FORMATS):
+            continue
+        try:
+            names = {tensor.name for tensor in read_header(path)}
+        except UnfinishedError:  # transformers does not open it either
+            continue
+        if not names & weights.tensors.keys() and not (target / path.name).exists():
+            copy_shared(path, target / path.name)

@@ -1,23 +1,34 @@
-"""Names as they stand in a checkpoint's files, which in many families are not the names of the modules.
+"""Names in a checkpoint's files, which in many families are not the names of the modules.
 
-Which tensor belongs to which layer is read from the names (`model.layers.3.mlp...`, `h.3.attn...`). Whether a set of
-names makes a whole model is asked of transformers itself, by loading tensors without data.
+`map_names` is the one place that relates the two, with transformers' own renamings and conversions: what is embedding,
+norm, head or a decoder layer in a file is asked of it. Whether a set of names makes a whole model is asked of
+transformers as well, by loading tensors without data.
 """
 
+import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.utils import logging as transformers_logging
 
-from elo.checkpoint.architecture import find_architecture
+from elo.checkpoint.architecture import find_architecture, tensor_groups
 from elo.checkpoint.tensor_files import Checkpoint
 from elo.errors import UnfinishedError, UnsupportedArchitectureError
-from elo.surgery.layer_config import error_line
+from elo.surgery.layer_config import config_of_class, error_line
 
 _NUMBER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
 
@@ -43,6 +54,128 @@ class LayerNames:
 
 
 @dataclass(frozen=True)
+class Link:
+    """Tensors in a file, and the tensors of the model that they become.
+
+    Attributes:
+        stored: names in the file; several where transformers joins them (experts, fused projections).
+        loaded: names in the model's state dict; several where transformers divides a stored tensor.
+        converted: whether loading does more than rename.
+    """
+
+    stored: tuple[str, ...]
+    loaded: tuple[str, ...]
+    converted: bool
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """The relation between the names in a checkpoint's files and those in a model."""
+
+    links: tuple[Link, ...]
+    """Without tensors that the model does not load, such as those of multi-token prediction."""
+    unknown: Mapping[str, str]
+    """Names in the file that the model does not load, and what transformers calls each of them."""
+    _groups: Mapping[str, str]
+    _used: Any = field(compare=False, repr=False)
+    _by_stored: dict[str, Link] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_stored", {name: link for link in self.links for name in link.stored})
+
+    def link(self, stored: str) -> Link | None:
+        """What a tensor in the file is part of; None where the model does not load it."""
+        return self._by_stored.get(stored)
+
+    def group(self, stored: str) -> str | None:
+        """Whether a tensor in the file is of the "embedding", "head" or "norm"; None for layers and all else."""
+        link = self.link(stored)
+        return next((self._groups[name] for name in link.loaded if name in self._groups), None) if link else None
+
+    def identity(self, stored: str) -> tuple[str, ...]:
+        """What a tensor is in the model, however its file calls it: equal for the same tensor in two files."""
+        link = self.link(stored)
+        if link is None:
+            return ("unknown", stored)
+        return ("converted", *link.loaded, stored) if link.converted else ("renamed", *link.loaded)
+
+    def revert(self, link: Link, loaded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A link's tensors as the file has them, from those of the model.
+
+        Raises:
+            UnsupportedArchitectureError: transformers cannot undo what it did when it loaded them.
+        """
+        if not link.converted:
+            return dict.fromkeys(link.stored, loaded[link.loaded[0]])
+        model = self._used
+        try:
+            reverted = revert_weight_conversion(model, {name: loaded[name] for name in link.loaded})
+        except Exception as error:  # conversions raise anything
+            raise self._cannot_revert(link, error_line(error)) from None
+        found: dict[str, torch.Tensor] = {}
+        for name, tensor in reverted.items():
+            prefix = f"{model.base_model_prefix}."  # files may be without it, or have it where the model has not
+            for candidate in (name, name.removeprefix(prefix), prefix + name):
+                if candidate in link.stored:
+                    found[candidate] = tensor
+        if len(reverted) != len(link.stored) or found.keys() != set(link.stored):
+            raise self._cannot_revert(link, f"it makes {', '.join(sorted(reverted))} of it")
+        return found
+
+    def _cannot_revert(self, link: Link, why: str) -> UnsupportedArchitectureError:
+        return UnsupportedArchitectureError(
+            f"model type {self._used.config.model_type!r}: transformers converts {link.stored[0]} on loading and "
+            f"cannot convert it back ({why}), so it cannot be trained here"
+        )
+
+
+def map_names(model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> NameMap:
+    """Relate the names in a checkpoint's files to those in `model`, as transformers does when it loads them.
+
+    Args:
+        model: with its tensors or without; the model of the checkpoint's configuration.
+        stored: the checkpoint's tensors by their names in the files, on the meta device.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    prefix, state = model.base_model_prefix, model.state_dict()
+    renamed: dict[str, list[str]] = {}
+    joined: dict[str, tuple[Any, list[str]]] = {}
+    unknown: dict[str, str] = {}
+    for name in sorted(stored, key=dot_natural_key):  # some renamings depend on what came before
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target not in state:
+            unknown[name] = target
+        elif pattern is None:
+            renamed.setdefault(target, []).append(name)
+        else:
+            converter, names = joined.setdefault(target, (copy.deepcopy(by_pattern[pattern]), []))
+            converter.add_tensor(target, name, pattern, stored[name].to(torch.float32))  # one dtype, to be joined
+            names.append(name)
+    links = [Link(tuple(names), (target,), converted=False) for target, names in renamed.items()]
+    for target, (converter, names) in joined.items():
+        links.append(Link(tuple(names), _converted_names(converter, target, model, state), converted=True))
+    used = [each for each in transforms if each.was_used()]
+    reverting = SimpleNamespace(
+        _weight_conversions=used, config=model.config, base_model_prefix=prefix, get_parameter=model.get_parameter
+    )
+    return NameMap(tuple(links), unknown, tensor_groups(model), reverting)
+
+
+def _converted_names(converter: Any, target: str, model: PreTrainedModel, state: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a conversion makes, found by converting tensors without data."""
+    try:
+        made = converter.convert(target, model=model, config=model.config)
+    except Exception:  # shapes that do not fit, which loading reports
+        return (target,)
+    return tuple(name for name in made if name in state) or (target,)
+
+
+@dataclass(frozen=True)
 class LoadingReport:
     """What transformers says of a set of tensors: module names, but for `unexpected`."""
 
@@ -50,12 +183,6 @@ class LoadingReport:
     unexpected: frozenset[str]
     mismatched: frozenset[str]
     errors: tuple[str, ...]
-
-    def does_not_know(self, name: str) -> bool:
-        """Whether a name in the file is among the unexpected ones, which are told with the model's prefix."""
-        return any(
-            name == other or other.endswith("." + name) or name.endswith("." + other) for other in self.unexpected
-        )
 
     def incomplete(self) -> str | None:
         """The first thing that keeps the tensors from making a model, in words; unknown ones do not."""
@@ -95,7 +222,7 @@ def load_hollow(
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             loaded: Any = model_class.from_pretrained(
                 None,
-                config=config,
+                config=config_of_class(model_class, config),
                 state_dict=state_dict,
                 device_map={"": "meta"},
                 output_loading_info=True,
@@ -129,33 +256,27 @@ def find_layer_names(hollow: PreTrainedModel, weights: Checkpoint) -> LayerNames
             f"{weights.folder}: its tensors do not make the {model_class.__name__} that its config.json describes: "
             f"{problem}"
         )
-    candidates = _numbered_prefixes(state_dict, parts.num_layers)
-    if len(candidates) > 1:  # a vision tower may have as many layers: keep what fills the decoder's layers
-        every = frozenset(loaded.state_dict())
-        inside = frozenset(name for name in every if name.startswith(parts.layers_path + "."))
-        candidates = [
-            prefix for prefix in candidates if inside - _missing_with(model_class, config, state_dict, prefix)
-        ]
-    if len(candidates) != 1:
-        found = f"found {', '.join(candidates)}" if candidates else "found no such names"
+    prefixes = _layer_prefixes(map_names(loaded, state_dict), parts.layers_path)
+    if not prefixes:
         raise UnsupportedArchitectureError(
-            f"model type {config.model_type!r}: cannot tell the names of its {parts.num_layers} decoder layers in the "
-            f"checkpoint, which should read PREFIX.0... to PREFIX.{parts.num_layers - 1}... ({found})"
+            f"model type {config.model_type!r}: cannot find the names of its {parts.num_layers} decoder layers in the "
+            f"checkpoint, which should read PREFIX.0... to PREFIX.{parts.num_layers - 1}..."
         )
-    return LayerNames(candidates[0], parts.num_layers)
+    return LayerNames(min(prefixes, key=len), parts.num_layers)
 
 
-def _missing_with(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, state_dict: dict[str, torch.Tensor], prefix: str
-) -> frozenset[str]:
-    subset = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-    return load_hollow(model_class, config, subset)[1].missing
-
-
-def _numbered_prefixes(names: Iterable[str], num_layers: int) -> list[str]:
-    numbers: dict[str, set[int]] = {}
-    for name in names:
-        for match in _NUMBER.finditer(name):
-            numbers.setdefault(name[: match.start()], set()).add(int(match[1]))
-    full = [prefix for prefix, found in numbers.items() if found >= set(range(num_layers))]
-    return sorted(p for p in full if not any(p != other and p.startswith(other) for other in full))
+def _layer_prefixes(names: "NameMap", layers_path: str) -> set[str]:
+    """What the names of all tensors of decoder layers have in common before the layer's index."""
+    found: set[str] | None = None
+    modules = LayerNames(layers_path + ".", 0)
+    for link in names.links:
+        layers = {modules.split(name)[0] for name in link.loaded}
+        if layers == {None}:
+            continue
+        (layer, *others) = layers
+        for stored in link.stored:
+            here = {stored[: match.start()] for match in _NUMBER.finditer(stored) if int(match[1]) == layer}
+            found = here if found is None else found & here
+        if others:
+            return set()
+    return found or set()

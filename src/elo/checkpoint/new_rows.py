@@ -1,6 +1,7 @@
 """Which rows of embedding and head `elo vocab` added: an extra key of config.json."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -24,13 +25,26 @@ class NewRows:
     stop: int
 
 
+def record_of(config: PretrainedConfig) -> Any:
+    """What `extend_checkpoint` wrote into a configuration or, of a wrapper, its decoder's part; None without."""
+    parts = (config, text_config_of(config))
+    return next((found for part in parts if (found := getattr(part, VOCABULARY_KEY, None)) is not None), None)
+
+
+def share_record(whole: PretrainedConfig, part: PretrainedConfig) -> None:
+    """Give the configuration of a wrapper's decoder the record of the wrapper, which loading it alone drops."""
+    record = record_of(whole)
+    if record is not None and record_of(part) is None:
+        setattr(part, VOCABULARY_KEY, record)
+
+
 def read_new_rows(config: PretrainedConfig) -> NewRows | None:
     """What `extend_checkpoint` wrote into a model's configuration; None where the vocabulary was not extended.
 
     Raises:
         EloError: the record is damaged.
     """
-    value = getattr(config, VOCABULARY_KEY, None)
+    value = record_of(config)
     if value is None:
         return None
     rows = value.get("rows") if isinstance(value, dict) else None
@@ -49,6 +63,6 @@ def read_new_rows(config: PretrainedConfig) -> NewRows | None:
 
 
 def first_new_row_of(config: PretrainedConfig, group: str | None) -> int | None:
-    """The first new row of a tensor of this group (elo.checkpoint.architecture.group_of); None where it has none."""
+    """The first new row of a tensor of this group (elo.checkpoint.naming.NameMap.group); None where it has none."""
     rows = read_new_rows(config) if group in ("embedding", "head") else None
     return None if rows is None else rows.start

@@ -4,7 +4,9 @@ The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's 
 JSON {name: {dtype, shape, data_offsets}}, then the tensors' bytes without holes.
 """
 
+import functools
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -18,10 +20,21 @@ from elo.errors import EloError, UnfinishedError
 from elo.log import Progress
 from elo.store.files import read_json
 
+log = logging.getLogger(__name__)
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 CHUNK_BYTES = 16 << 20  # a multiple of every dtype's size
+ADAPTER_CONFIG = "adapter_config.json"
+_WRAPPERS = {
+    "base_model.model.": "peft",
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel or DeepSpeed",
+    "_forward_module.": "Lightning",
+    "_fsdp_wrapped_module.": "FSDP",
+}
+"""What training wrappers put before every tensor's name, and which wrapper does."""
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 _DTYPES = {
@@ -97,6 +110,15 @@ class Checkpoint:
     indexed: bool
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
+    def main_dtype(self) -> torch.dtype:
+        """The floating dtype that most bytes are stored in; float32 where there is none."""
+        sizes: dict[torch.dtype, int] = {torch.float32: 0}
+        for tensor in self.tensors.values():
+            dtype = _DTYPES.get(tensor.dtype)
+            if dtype is not None and dtype.is_floating_point:
+                sizes[dtype] = sizes.get(dtype, 0) + tensor.size
+        return max(sizes, key=sizes.__getitem__)
+
     def meta_state_dict(self) -> dict[str, torch.Tensor]:
         """Every tensor without its data."""
         return {name: tensor.meta() for name, tensor in self.tensors.items()}
@@ -105,16 +127,28 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the headers of a folder's weights.
 
+    As transformers does, the single file is read where there is one, and the index only where there is none.
+
     Raises:
         UnfinishedError: a file is missing, truncated or damaged.
-        EloError: the weights are in a format that is not read, or a path leaves the folder.
+        EloError: the weights are in a format that is not read, a path leaves the folder, an adapter lies beside the
+            weights, or every tensor's name begins with what a training wrapper puts there.
     """
-    if (folder / INDEX_FILE).exists():
-        checkpoint = Checkpoint(folder, _indexed_files(folder), indexed=True)
-    elif (folder / SINGLE_FILE).exists():
+    if (folder / SINGLE_FILE).exists():
         checkpoint = Checkpoint(folder, [SINGLE_FILE], indexed=False)
+        if (folder / INDEX_FILE).exists():
+            _warn_of_index(folder)
+    elif (folder / INDEX_FILE).exists():
+        checkpoint = Checkpoint(folder, _indexed_files(folder), indexed=True)
     else:
         raise EloError(_no_weights(folder))
+    if (folder / ADAPTER_CONFIG).exists():
+        raise EloError(
+            f"{folder}: holds a whole model and an adapter ({ADAPTER_CONFIG}): elo would read the model alone, "
+            "transformers adds the adapter to it where peft is installed; if the adapter is merged into the weights "
+            "already, remove adapter_config.json and adapter_model.*, else merge it first (peft: "
+            "model.merge_and_unload().save_pretrained(NEW_FOLDER))"
+        )
     for name in checkpoint.files:
         for tensor in read_header(folder / name):
             if tensor.name in checkpoint.tensors:
@@ -129,7 +163,51 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                     f"{folder / INDEX_FILE}: says that {tensor_name} is in {file_name}, but it is not; "
                     "download the checkpoint again"
                 )
+    _require_plain_names(checkpoint)
     return checkpoint
+
+
+@functools.cache  # one folder is opened many times in a run
+def _warn_of_index(folder: Path) -> None:
+    """Warn where the index beside a single file names other files."""
+    index = _read_quietly(folder / INDEX_FILE)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    named = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    if named != {SINGLE_FILE}:
+        log.warning(
+            "warning: %s: holds %s and an index of other files (%s); the weights are read from %s, as transformers "
+            "does; remove the index and the files that it names if they are old",
+            folder,
+            SINGLE_FILE,
+            ", ".join(sorted(named)[:2]) or "unreadable",
+            SINGLE_FILE,
+        )
+
+
+def _read_quietly(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except UnfinishedError:
+        return None
+
+
+def _require_plain_names(checkpoint: Checkpoint) -> None:
+    """Refuse names that a training wrapper has put its own prefix before: transformers would match none of them."""
+    names = list(checkpoint.tensors)
+    prefix = ""
+    while found := next((each for each in _WRAPPERS if all(n.startswith(prefix + each) for n in names)), None):
+        if not names:
+            return
+        prefix += found
+    if prefix:
+        outer = next(each for each in _WRAPPERS if prefix.startswith(each))
+        raise EloError(
+            f"{checkpoint.folder}: the name of every tensor begins with {prefix!r}, which {_WRAPPERS[outer]} puts "
+            f"there, so transformers would match none of them (first {names[0]}); save the model inside it "
+            "(unwrapped_model.save_pretrained(NEW_FOLDER)), or rename the tensors: "
+            f"save_file({{k.removeprefix({prefix!r}): v for k, v in load_file(FILE).items()}}, FILE, "
+            "{'format': 'pt'})"
+        )
 
 
 def _indexed_files(folder: Path) -> list[str]:
@@ -153,7 +231,7 @@ def _indexed_files(folder: Path) -> list[str]:
 
 def _no_weights(folder: Path) -> str:
     names = {path.name for path in folder.iterdir()}
-    if "adapter_config.json" in names:
+    if ADAPTER_CONFIG in names:
         return (
             f"{folder}: holds an adapter (adapter_config.json), not a whole model; merge it into its base first "
             "(peft: model.merge_and_unload().save_pretrained(...))"
@@ -254,19 +332,6 @@ def write_checkpoint(
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             _write_file(folder / name, shard, progress)
             weight_map.update({tensor.name: name for tensor in shard})
-    _write_index(folder, weight_map, total)
-
-
-def join_files(folder: Path, files: list[Path]) -> None:
-    """Move safetensors files into a checkpoint folder, under the names of its shards and with an index."""
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, file in enumerate(files, 1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        file.rename(folder / name)
-        tensors = read_header(folder / name)
-        weight_map |= {tensor.name: name for tensor in tensors}
-        total += sum(tensor.size for tensor in tensors)
     _write_index(folder, weight_map, total)
 
 

@@ -50,6 +50,7 @@ class CorpusConfig(_Section):
     weight: float = Field(1.0, gt=0, le=1e6)
     """Relative number of passes over this corpus among those of its language."""
     text_column: str = "text"
+    """Field or column that holds a document's text."""
 
     @model_validator(mode="before")
     @classmethod
@@ -74,10 +75,18 @@ class DataConfig(_Section):
     replay_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of training tokens in the source language."""
     sequence_length: int = Field(2048, ge=8, le=1 << 24)
-    """Tokens in a packed row."""
+    """Tokens in a packed sequence."""
     packing: bool = True
+    """Pack documents end to end into sequences, kept apart; otherwise one document a sequence, padded."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a document that cannot be read does."""
+    """What a document that cannot be read does: `stop` the run, or `skip` it and count it. A file that breaks off is
+    then read up to there, with a warning; a file of which nothing can be read stops the run all the same."""
+    split_special_tokens: bool = True
+    """Tokenise special tokens that are spelled in a document, such as `<|endoftext|>`, as text; otherwise they become
+    the tokens."""
+    allow_lost_text: bool = False
+    """Accept text of which the tokenizer loses more than 5 %, by unknown tokens or dropped characters. The loss is
+    measured by decoding all held-out text and, of training text, the first 256 documents and one in 16 after them."""
     workers: int | None = Field(None, ge=1, le=4096)
     """Processes that tokenise; by default chosen by the number of cores."""
 
@@ -121,6 +130,7 @@ class EvaluationConfig(_Section):
     prompts: dict[str, list[str]] = Field(default_factory=dict)
     """Prompts by language, for samples before and after."""
     max_new_tokens: int = Field(48, gt=0)
+    """Length of a sample, in tokens."""
 
 
 class RunConfig(_Section):
@@ -138,8 +148,9 @@ class RunConfig(_Section):
     tokens: Annotated[int | None, BeforeValidator(_whole_number)] = Field(None, gt=0, le=10**15)
     """The run's token budget; null: one pass over the target language."""
     seed: int = Field(42, ge=0, lt=2**32)
+    """Seed of data order and of everything that is drawn."""
     tokenizer: str | None = Field(None, min_length=1)
-    """Folder or hub id, if it is not the model's."""
+    """Folder or hub id of the tokenizer; null is the model's own."""
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationConfig = EvaluationConfig()
     trust_remote_code: bool = False
@@ -179,6 +190,9 @@ class Contestant(_Section):
     """Name in the report."""
     changes: dict[str, Any] = Field(default_factory=dict)
     """Keys of the run that this contestant changes, as key.path: value."""
+    tokens_per_second: float | None = Field(None, gt=0)
+    """Training speed, in tokens per second of the budget's kind, measured beforehand on a quiet machine
+    (benchmarks/methods_speed.py); a time budget is then worked out from it instead of trial runs."""
     learning_rates: list[Rate] | dict[str, list[Rate]] | None = None
     """Rates to try, for all its phases or by phase; by default those of the comparison."""
 

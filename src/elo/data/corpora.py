@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from elo.data.shard_writer import COUNTS, Position, UnitState, UnitWriter
+from elo.data.shard_writer import READER_COUNTS, Position, UnitState, UnitWriter
 from elo.data.shards import SCHEMA, SPLITS, TokenCorpus
-from elo.data.sources import FileReader, InputFile, list_inputs
+from elo.data.sources import FileReader, InputFile, Record, list_inputs
+from elo.data.text_loss import judge_loss
 from elo.data.tokenizer import TextTokenizer
-from elo.data.tokenizing import TokenizerPool, WorkerDied
+from elo.data.tokenizing import TextCounts, TokenizerPool, WorkerDied
 from elo.errors import EloError
 from elo.store.files import TEMPORARY_PREFIX, read_json, remove, sha256_json, write_json
 
@@ -22,6 +23,10 @@ BATCH_DOCUMENTS = 1 << 13
 UNIT_BYTES = 1 << 28
 """Small files are taken together up to this size on disk; a larger file is a unit of its own."""
 SHOWN_PROBLEMS = 10
+FIRST_CHECKED, CHECKED_EVERY = 256, 16
+"""Documents that are decoded again, to measure lost text: the first of each run of files, then one in so many."""
+JUDGED_FROM = 1 << 20
+"""Bytes decoded again from which a corpus may be refused before all of it is tokenised."""
 PLAN = "plan.json"
 
 log = logging.getLogger(__name__)
@@ -94,6 +99,7 @@ class CorpusTask:
         return {
             "schema": SCHEMA,
             "tokenizer": [tokenizer.sha256, tokenizer.prefix_token_id, tokenizer.eos_token_id],
+            "split_special_tokens": tokenizer.split_special_tokens,
             "files": [file.fingerprint() for file in self.files],
             "text_column": self.text_column,
             "shard_tokens": shard_tokens,
@@ -110,6 +116,8 @@ class Batch:
     texts: list[bytes] = field(default_factory=list)
     sides: list[int] = field(default_factory=list)
     """Index into `SPLITS` of where each goes."""
+    checked: list[bool] = field(default_factory=list)
+    """Which are decoded again; decided by their place in the files, so that a resumed run measures the same."""
     positions: list[Position] = field(default_factory=list)
     counts: list[tuple[int, ...]] = field(default_factory=list)
     places: list[tuple[str, int]] = field(default_factory=list)
@@ -132,7 +140,7 @@ class DocumentReader:
         self._told = 0
         self._reader: FileReader | None = None
         self._before = 0
-        self.counts: tuple[int, ...] = (0,) * len(COUNTS)
+        self.counts: tuple[int, ...] = (0,) * len(READER_COUNTS)
 
     @property
     def bytes_read(self) -> int:
@@ -140,7 +148,7 @@ class DocumentReader:
         return self._before + (self._reader.bytes_read if self._reader is not None else 0)
 
     def _count(self, name: str) -> None:
-        which = COUNTS.index(name)
+        which = READER_COUNTS.index(name)
         self.counts = tuple(count + (i == which) for i, count in enumerate(self.counts))
 
     def batches(self, start: Position) -> Iterator[Batch]:
@@ -158,7 +166,7 @@ class DocumentReader:
             self._reader = FileReader(file, self._task.text_column)
             for record in self._reader.records(start.record if number == start.file else 0):
                 if record.problem is not None:
-                    self._handle(record.problem)
+                    self._handle(record)
                     continue
                 text = record.text
                 if not text or text.isspace():
@@ -172,6 +180,11 @@ class DocumentReader:
                         self._count("overlapping")
                 batch.texts.append(text)
                 batch.sides.append(side)
+                batch.checked.append(
+                    self._task.split == "heldout"
+                    or (number == 0 and record.number < FIRST_CHECKED)
+                    or (number + record.number) % CHECKED_EVERY == 0
+                )
                 batch.positions.append(Position(number, record.number + 1))
                 batch.counts.append(self.counts)
                 batch.places.append((file.location, record.line))
@@ -191,9 +204,17 @@ class DocumentReader:
         chosen = value < self._task.validation_threshold and digest not in self._known
         return SPLITS.index("validation" if chosen else "train")
 
-    def _handle(self, problem: str) -> None:
+    def _handle(self, record: Record) -> None:
+        problem = record.problem
+        assert problem is not None
         if self._on_error != "skip":
-            raise EloError(f"{problem} (on_error: skip leaves such documents out)")
+            raise EloError(problem if record.ends_file else f"{problem} (on_error: skip leaves such documents out)")
+        if record.ends_file:
+            if record.loses_file:
+                raise EloError(f"{problem} (on_error: skip leaves out documents, not whole files)")
+            self._count("cut_files")
+            self._tell(f"warning: {problem}")
+            return
         self._count("skipped")
         self._told += 1
         if self._told <= SHOWN_PROBLEMS:
@@ -213,6 +234,7 @@ class Preparation:
     embedding_rows: int | None
     known_heldout: frozenset[bytes]
     tell: Callable[[str], None]
+    allow_lost_text: bool = False
 
     def writer(self, task: CorpusTask, unit: int) -> UnitWriter:
         """The writer of a unit of `task`."""
@@ -264,12 +286,19 @@ class Preparation:
             return
         known = self.known_heldout if task.split == "train" else frozenset()
         reader = DocumentReader(task, task.units[unit], self.on_error, known, self.tell)
+        found = np.zeros(len(TextCounts._fields), np.int64)
+        batches = pool.map(reader.batches(writer.position), lambda batch: batch.texts, lambda batch: batch.checked)
         try:
-            for batch, tokens, lengths in pool.map(reader.batches(writer.position), lambda batch: batch.texts):
+            for batch, (tokens, lengths, text_counts) in batches:
                 self._check_ids(tokens, lengths, batch)
-                writer.append(tokens, lengths, batch.texts, np.array(batch.sides), batch.positions, batch.counts)
+                totals = (found + np.cumsum(text_counts, axis=0)).tolist()
+                counts = [(*read, *total) for read, total in zip(batch.counts, totals, strict=True)]
+                writer.append(tokens, lengths, batch.texts, np.array(batch.sides), batch.positions, counts)
+                found = np.array(totals[-1])
+                if found[1] >= JUDGED_FROM:
+                    self.judge(task, TextCounts(*totals[-1]))
                 yield reader.bytes_read, len(tokens)
-            writer.finish(reader.counts)
+            writer.finish((*reader.counts, *found.tolist()))
         except WorkerDied as error:
             raise EloError(
                 f"{error}; most likely memory ran out: use fewer workers. The same command goes on where this stopped"
@@ -281,6 +310,22 @@ class Preparation:
             ) from None
         finally:
             writer.discard()
+
+    def judge(self, task: CorpusTask, counts: TextCounts) -> str | None:
+        """A warning where the tokenizer loses much of a corpus, else None.
+
+        Raises:
+            EloError: it loses too much.
+        """
+        where = f"{task.files[0].location}{' and further files' if len(task.files) > 1 else ''} ({task.language})"
+        return judge_loss(
+            where,
+            self.tokenizer.name,
+            counts.lost_bytes,
+            counts.checked_bytes,
+            allowed=self.allow_lost_text,
+            key="data.allow_lost_text: true",
+        )
 
     def _check_ids(self, tokens: np.ndarray, lengths: np.ndarray, batch: Batch) -> None:
         rows = self.embedding_rows
@@ -312,10 +357,9 @@ def tokenize_source(
     reader = DocumentReader(task, files, on_error, frozenset(), log.warning)
     documents: list[np.ndarray] = []
     sizes: list[int] = []
-    with TokenizerPool(
-        tokenizer.backend, tokenizer.prefix_token_id, tokenizer.eos_token_id, tokenizer.dtype, workers=1
-    ) as pool:
-        for batch, tokens, lengths in pool.map(reader.batches(Position()), lambda batch: batch.texts):
+    frame = (tokenizer.prefix_token_id, tokenizer.eos_token_id)
+    with TokenizerPool(tokenizer.encoder, *frame, tokenizer.dtype, 1, tokenizer.checker) as pool:
+        for batch, (tokens, lengths, _) in pool.map(reader.batches(Position()), lambda batch: batch.texts):
             for document, text in zip(np.split(tokens, np.cumsum(lengths)[:-1]), batch.texts, strict=True):
                 documents.append(document)
                 sizes.append(len(text))

@@ -1,18 +1,17 @@
 """Which text a model is measured on: the first bytes of every held-out document, the same for every tokenizer."""
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 import numpy as np
 
 from elo.data.shards import TokenCorpus
 from elo.data.tokenizer import TextTokenizer
+from elo.data.tokenizing import TextCounts, batched
 
 MIN_DOCUMENTS = 30
 """Below this many documents a language, a difference between models may be one between documents."""
 MIN_BYTES = 1000
 """Of each document, where there are more documents than that leaves room for."""
-_BATCH_DOCUMENTS = 256
 
 
 def choose_bytes(sizes: Sequence[int] | np.ndarray, max_bytes: int | None) -> dict[int, int]:
@@ -60,13 +59,20 @@ def cut_text(text: str, size: int) -> str:
 
 def tokenize_texts(texts: Iterable[str], tokenizer: TextTokenizer, name: str) -> TokenCorpus:
     """Documents in memory, from their texts."""
+    return tokenize_and_check(texts, tokenizer, name)[0]
+
+
+def tokenize_and_check(texts: Iterable[str], tokenizer: TextTokenizer, name: str) -> tuple[TokenCorpus, TextCounts]:
+    """Documents in memory, from their texts, and what was counted of the texts."""
     documents: list[np.ndarray] = []
     sizes: list[int] = []
-    remaining = iter(texts)
-    while batch := list(islice(remaining, _BATCH_DOCUMENTS)):
-        documents += tokenizer.encode_documents(batch)
+    counts = np.zeros(len(TextCounts._fields), np.int64)
+    for batch in batched(texts):
+        ids, found = tokenizer.encode_and_check(batch)
+        documents += ids
+        counts += found.sum(axis=0)
         sizes += [len(text.encode()) for text in batch]
-    return TokenCorpus.from_documents(documents, sizes, name)
+    return TokenCorpus.from_documents(documents, sizes, name), TextCounts(*counts.tolist())
 
 
 def cut_corpus(corpus: TokenCorpus, tokenizer: TextTokenizer, max_bytes: int | None) -> TokenCorpus:

@@ -44,6 +44,7 @@ def make_manifest(job: "Preparation", tasks: "list[CorpusTask]", plan: str) -> d
             "vocab_size": tokenizer.vocab_size,
             "prefix_token_id": tokenizer.prefix_token_id,
             "eos_token_id": tokenizer.eos_token_id,
+            "split_special_tokens": tokenizer.split_special_tokens,
         },
         "languages": languages,
     }
@@ -76,8 +77,24 @@ def _check_not_empty(languages: dict[str, Any], tasks: "list[CorpusTask]") -> No
         raise EloError(f"{files}: {split} text for {language!r}: {why}")
 
 
+def judge_lost_text(job: "Preparation", tasks: "list[CorpusTask]", manifest: dict[str, Any]) -> list[str]:
+    """Warnings about corpora of which the tokenizer loses text.
+
+    Raises:
+        EloError: it loses too much of one.
+    """
+    from elo.data.tokenizing import TextCounts
+
+    found = []
+    for task in tasks:
+        corpus = manifest["languages"][task.language][task.split][task.index]
+        found.append(job.judge(task, TextCounts(*(corpus[name] for name in TextCounts._fields))))
+    return [warning for warning in found if warning is not None]
+
+
 def tell_totals(manifest: dict[str, Any], tell: "Callable[[str], None]") -> None:
     """Say what came out, by language, and warn of held-out documents that are trained on too."""
+    spelled = "tokenised as text" if manifest["tokenizer"]["split_special_tokens"] else "taken as tokens"
     for language, splits in manifest["languages"].items():
         train, heldout, validation = splits["train"], splits["heldout"], splits["validation"]
 
@@ -92,9 +109,14 @@ def tell_totals(manifest: dict[str, Any], tell: "Callable[[str], None]") -> None
             + (f"; for validation {total(validation, 'documents'):,} documents" if validation else "")
         )
         both = [*train, *heldout]
-        for key, said in (("skipped", "could not be read and were left out"), ("empty", "hold no text")):
+        for key, said in (
+            ("skipped", "documents could not be read and were left out"),
+            ("cut_files", "files could not be read to their end; the rest of each is left out"),
+            ("empty", "documents hold no text"),
+            ("special_tokens", f"special tokens are spelled in the text; they are {spelled}"),
+        ):
             if total(both, key):
-                tell(f"{language}: {total(both, key):,} documents {said}")
+                tell(f"{language}: {total(both, key):,} {said}")
         if total(train, "overlapping"):
             tell(
                 f"warning: {language}: {total(train, 'overlapping'):,} training documents are also in held-out text; "
@@ -104,19 +126,21 @@ def tell_totals(manifest: dict[str, Any], tell: "Callable[[str], None]") -> None
 
 def reopen(output: Path, plan: str, on_error: str) -> "PreparedData | None":
     """The finished data in `output` if it is whole and what would be made now; None otherwise."""
+    from elo.data.shard_writer import LEFT_OUT
     from elo.data.shards import PreparedData
 
     try:
         prepared = PreparedData.open(output)
     except UnfinishedError:
         return None
-    skipped = sum(
-        corpus.get("skipped", 0)
+    left_out = sum(
+        corpus.get(name, 0)
+        for name in LEFT_OUT
         for splits in prepared.manifest["languages"].values()
         for corpora in splits.values()
         for corpus in corpora
     )
-    same = prepared.manifest.get("plan") == plan and not (on_error == "stop" and skipped)
+    same = prepared.manifest.get("plan") == plan and not (on_error == "stop" and left_out)
     return prepared if same else None
 
 

@@ -24,7 +24,8 @@ class PackedRow(NamedTuple):
     """One training row, int64 [T] each.
 
     `shift_labels[t]` is the token after `input_ids[t]` in the same document, IGNORE_INDEX at a document's last token.
-    `position_ids` restart at 0 at every document start and at the row's start. `attention_mask` (1 = token, 0 =
+    `position_ids` restart at 0 at every document start and at the row's start, and are 0 at padding, so that the
+    largest is the document's own. `attention_mask` (1 = token, 0 =
     padding) is there in unpacked rows only.
     """
 
@@ -220,11 +221,12 @@ class PaddedStream(_Stream):
         row = PackedRow(
             np.full(T, int(tokens[stop - 1]), np.int64),  # a document's last token is the eos
             np.full(T, IGNORE_INDEX, np.int64),
-            np.arange(T, dtype=np.int64),
+            np.zeros(T, np.int64),
             np.zeros(T, np.int64),
         )
         assert row.attention_mask is not None
         used = min(len(ids), T)
+        row.position_ids[:used] = np.arange(used)
         row.input_ids[:used] = ids[:used]
         row.attention_mask[:used] = 1
         row.shift_labels[: len(ids) - 1] = ids[1:]

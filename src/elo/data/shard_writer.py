@@ -13,11 +13,16 @@ from typing import Any
 import numpy as np
 
 from elo.data.shards import SPECIALS_PER_DOCUMENT, SPLITS, shard_paths, shard_sizes
+from elo.data.tokenizing import TextCounts
 from elo.errors import UnfinishedError
 from elo.store.files import TEMPORARY_PREFIX, read_json, write_json
 
-COUNTS = ("skipped", "empty", "overlapping")
-"""What a segment counts beside its documents: unreadable, without text, and also in held-out text."""
+READER_COUNTS = ("skipped", "cut_files", "empty", "overlapping")
+"""What a segment counts beside its documents: unreadable documents, files that could not be read to their end,
+documents without text, and documents that are also in held-out text."""
+COUNTS = (*READER_COUNTS, *TextCounts._fields)
+LEFT_OUT = ("skipped", "cut_files")
+"""What must be 0 when nothing may be left out."""
 
 
 class ShardFile:
@@ -86,6 +91,10 @@ class ShardFile:
             path.unlink(missing_ok=True)
 
 
+def _left_out(record: dict[str, Any]) -> int:
+    return sum(record["counts"][name] for name in LEFT_OUT)
+
+
 def _close(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
@@ -138,12 +147,12 @@ class UnitWriter:
         """
         segments: list[dict[str, Any]] = []
         while (record := self._read(self._record_path(len(segments)))) is not None:
-            if (strict and record["counts"]["skipped"]) or not self._intact(record):
+            if (strict and _left_out(record)) or not self._intact(record):
                 break
             segments.append(record)
         end = self._read(self._end_path())
         finished = end is not None and end.get("segments") == len(segments)
-        finished = finished and not (strict and end is not None and end["counts"]["skipped"])
+        finished = finished and not (strict and end is not None and _left_out(end))
         if not finished and not look:
             self._end_path().unlink(missing_ok=True)
             number = len(segments)

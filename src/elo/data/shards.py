@@ -285,6 +285,11 @@ class PreparedData:
         return str(self.manifest["tokenizer"]["sha256"])
 
     @property
+    def split_special_tokens(self) -> bool:
+        """Whether special tokens spelled in the text were tokenised as text."""
+        return bool(self.manifest["tokenizer"].get("split_special_tokens", False))
+
+    @property
     def eos_token_id(self) -> int:
         """The token that ends every document."""
         return int(self.manifest["tokenizer"]["eos_token_id"])
@@ -318,13 +323,20 @@ class PreparedData:
         }
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
-        """By split (`SPLITS`) and language: documents, tokens, text_tokens, bytes and bytes_per_token."""
+        """By split (`SPLITS`) and language: documents, tokens, text_tokens, bytes and bytes_per_token.
+
+        Where text was decoded again, also `lost_text`, the share of it that the tokenizer loses, and `special_tokens`,
+        the number that the text spells.
+        """
         found: dict[str, dict[str, dict[str, float]]] = {split: {} for split in SPLITS}
         for language, splits in self.manifest["languages"].items():
             for split, corpora in splits.items():
                 keys = ("documents", "tokens", "text_tokens", "bytes")
                 totals: dict[str, float] = {key: sum(corpus[key] for corpus in corpora) for key in keys}
                 totals["bytes_per_token"] = totals["bytes"] / max(totals["text_tokens"], 1)
+                if checked := sum(corpus.get("checked_bytes", 0) for corpus in corpora):
+                    totals["lost_text"] = sum(corpus.get("lost_bytes", 0) for corpus in corpora) / checked
+                    totals["special_tokens"] = sum(corpus.get("special_tokens", 0) for corpus in corpora)
                 found[split][language] = totals
         return found
 

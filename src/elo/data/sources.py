@@ -1,12 +1,11 @@
 """Documents out of files: JSON lines, parquet, plain text, folders and globs of them, Hugging Face datasets.
 
 Whatever is wrong with an input comes out as a `Record` with a `problem` that names the file and line (`stop`), or is
-counted (`skip`); the memory needed is that of the largest single document.
+counted (`skip`). The memory needed is that of the largest single document, and of the window of a Zstandard file.
 """
 
+import difflib
 import glob
-import gzip
-import io
 import json
 import logging
 import re
@@ -14,22 +13,35 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 import zstandard
 
+from elo.data.compressed import decompressed, file_problem, wrong_kind
 from elo.errors import EloError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".txt.gz", ".txt.zst")
 HUB_PREFIX = "hf://"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+LOCAL_FOLDERS = {"corpora", "corpus", "data", "dataset", "datasets", "dev", "eval", "heldout", "input", "inputs", "raw"}
+LOCAL_FOLDERS |= {"test", "text", "texts", "train"}
+"""First names of paths that are never taken for the owner of a Hugging Face dataset."""
 TEXT_PIECE = 1 << 18
 """Bytes from which a plain-text document ends at the next blank line (a smaller file is one document)."""
 TEXT_LIMIT = 1 << 20
 """Bytes at which a plain-text document ends even inside a line."""
-BUFFER = 1 << 20
+LINE_LIMIT = 1 << 28
+"""Bytes from which a line is no JSON document."""
+PARQUET_BATCH = 1 << 24
+"""Bytes of text that are converted from parquet at once, about."""
+THRIFT_LIMIT = 1 << 30
+"""Size of parquet metadata up to which a file is read; pyarrow's own limit is too low for files of many row groups."""
+HUB_TIMEOUT_S = 5.0
+
+# Python refuses to convert integers of more than 4300 digits; beside the text, a float is as good.
+_JSON_OF_LONG_INTEGERS = json.JSONDecoder(parse_int=lambda digits: float(digits) if len(digits) > 4000 else int(digits))
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +58,13 @@ class Record(NamedTuple):
     """UTF-8."""
     problem: str | None = None
     """A whole message, file and line first."""
+    ends_file: bool = False
+    """Whether the problem is one of the file: nothing after it can be read."""
+
+    @property
+    def loses_file(self) -> bool:
+        """Whether not one document of the file could be read, so that leaving it out would go unnoticed."""
+        return self.ends_file and self.number == 0
 
 
 @dataclass(frozen=True)
@@ -91,9 +110,26 @@ def list_inputs(path: str) -> list[InputFile]:
         if not files:
             raise EloError(f"{path}: the pattern matches folders only; end it with /* or name the folder itself")
         return [_input_file(file) for file in files]
-    if HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES):
+    if HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES) and not _looks_local(found):
         return [InputFile(HUB_PREFIX + path)]
-    raise EloError(f"{path}: no such file or folder; check the path (Hugging Face datasets are written owner/name)")
+    hint = f"; a Hugging Face dataset is written {HUB_PREFIX}{path}" if HUB_ID.fullmatch(path) else ""
+    raise EloError(f"{path}: no such file or folder{_near(found)}; check the path{hint}")
+
+
+def _looks_local(path: Path) -> bool:
+    """Whether the first part of `owner/name` is a folder here, or a usual name of one."""
+    first = path.parts[0]
+    return Path(first).exists() or first.lower() in LOCAL_FOLDERS
+
+
+def _near(path: Path) -> str:
+    """The file or folder beside a missing one that has the nearest name, as words of a message."""
+    try:
+        names = [each.name for each in path.parent.iterdir()]
+    except OSError:
+        return f" (there is no folder {path.parent})" if not path.parent.exists() else ""
+    close = difflib.get_close_matches(path.name, names, 1)
+    return f" (did you mean {path.with_name(close[0])}?)" if close else ""
 
 
 def _is_visible(file: Path, folder: Path) -> bool:
@@ -146,10 +182,9 @@ class FileReader:
                 yield record
             if start == 0 and number < 0:
                 yield Record(0, 1, b"", f"{name}:1: no document in the whole file; remove it from the corpus")
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException) as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            problem = f"{name}:{line + 1}: the file is damaged from here on ({reason}); replace it"
-            yield Record(number + 1, line + 1, b"", problem)
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, MemoryError) as error:
+            problem = f"{name}:{line + 1}: {file_problem(error)}"
+            yield Record(number + 1, line + 1, b"", problem, ends_file=True)
         finally:
             self._raw, self._done = None, self.file.size
 
@@ -157,76 +192,89 @@ class FileReader:
         name = self.file.location
         with Path(name).open("rb") as raw:
             self._raw = raw
+            if (kind := wrong_kind(raw, name)) is not None:
+                yield Record(0, 1, b"", f"{name}:1: {kind}", ends_file=True)
+                return
             if name.endswith(".parquet"):
                 yield from _parquet_records(raw, name, self.text_column, start)
                 return
-            with _decompressed(raw, name) as lines:
+            with decompressed(raw, name) as lines:
                 if name.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
                     yield from _text_records(lines, name, start)
                 else:
                     yield from _json_records(lines, name, self.text_column, start)
 
 
-class _ZstdFile(io.RawIOBase):
-    """Decompressed bytes of a Zstandard file of one or more frames; one cut short raises EOFError."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._frame: Any = None
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        while not self._ready:
-            chunk = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            chunk = chunk or self._raw.read(1 << 17)
-            if not chunk:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("the compressed file ends in the middle")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = memoryview(self._frame.decompress(chunk))
-        count = min(len(target), len(self._ready))
-        target[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
-
-
-def _decompressed(raw: BinaryIO, name: str) -> BinaryIO:
-    if name.endswith(".gz"):
-        return cast("BinaryIO", io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=raw)), BUFFER))
-    if name.endswith(".zst"):
-        return io.BufferedReader(_ZstdFile(raw), BUFFER)
-    return raw
-
-
 def _json_records(lines: BinaryIO, name: str, column: str, start: int) -> Iterator[Record]:
-    for number, line in enumerate(lines):
+    for number, line in enumerate(iter(lambda: lines.readline(LINE_LIMIT), b"")):
+        if len(line) == LINE_LIMIT and not line.endswith(b"\n"):
+            while (rest := lines.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
+                pass
+            if number >= start:
+                problem = f"the line is longer than {LINE_LIMIT >> 20} MiB; write one JSON object per document and line"
+                yield Record(number, number + 1, b"", f"{name}:{number + 1}: {problem}")
+            continue
         if number < start or line.isspace():
             continue
         if number == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
         try:
-            yield Record(number, number + 1, json.loads(line.decode())[column].encode())
+            yield Record(number, number + 1, _json_value(line)[column].encode())
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             problem = _json_problem(line, column, error)
             yield Record(number, number + 1, b"", f"{name}:{number + 1}: {problem}")
 
 
+def _json_value(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:
+        return _JSON_OF_LONG_INTEGERS.decode(line.decode())
+
+
 def _json_problem(line: bytes, column: str, error: Exception) -> str:
     """What is wrong with a line that could not be read, what was got, and what to do."""
+    if _is_cut(line, error):
+        return (
+            f"not a line of JSON: the last line is cut after {len(line):,} bytes, got {_shown(line)!r}; "
+            "the file is incomplete, fetch it again or remove the line"
+        )
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 ({_bad_byte(error)}); convert the file to UTF-8"
-    shown = line[:60].decode(errors="replace").strip() + ("..." if len(line) > 60 else "")
-    if isinstance(error, RecursionError) or (isinstance(error, ValueError) and not isinstance(error, UnicodeError)):
-        return f'not a line of JSON ({error}), got {shown!r}; each line must be an object such as {{"text": "..."}}'
-    value = json.loads(line)
+    if isinstance(error, RecursionError):
+        return (
+            f"not a line of JSON that can be read: it is nested too deeply, got {_shown(line)!r}; flatten or remove it"
+        )
+    if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
+        return (
+            f'not a line of JSON ({error}), got {_shown(line)!r}; each line must be an object such as {{"text": "..."}}'
+        )
+    value = _json_value(line)
     if not isinstance(value, dict):
-        return f'a JSON {_kind(value)}, not an object: {shown!r}; each line must be like {{"text": "..."}}'
+        return f'a JSON {_kind(value)}, not an object: {_shown(line)!r}; each line must be like {{"text": "..."}}'
     return _column_problem(value, column)
+
+
+def _shown(line: bytes) -> str:
+    return line[:60].decode(errors="replace").strip() + ("..." if len(line) > 60 else "")
+
+
+def _is_cut(line: bytes, error: Exception) -> bool:
+    """Whether `line` is the last of a file and ends within an object, as after a broken download."""
+    if line.endswith(b"\n") or not line.lstrip().startswith(b"{"):
+        return False
+    if isinstance(error, UnicodeDecodeError):
+        return error.end == len(line) and _broken_character(line) != b""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    rest = error.doc[error.pos :].rstrip()
+    if error.msg.startswith("Unterminated string"):  # whose place is where the string begins
+        return not rest.endswith("}")
+    if error.msg.startswith("Invalid \\u"):
+        return len(rest) < len("\\uffff")
+    return any(value.startswith(rest) for value in ("true", "false", "null", "-"))
 
 
 def _column_problem(row: dict[str, Any], column: str) -> str:
@@ -244,8 +292,8 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
 
-def _bad_byte(error: UnicodeDecodeError) -> str:
-    return f"byte 0x{error.object[error.start]:02x} at byte {error.start + 1} of the line"
+def _bad_byte(error: UnicodeDecodeError, of: str = "line") -> str:
+    return f"byte 0x{error.object[error.start]:02x} at byte {error.start + 1} of the {of}"
 
 
 def _text_records(lines: BinaryIO, name: str, start: int) -> Iterator[Record]:
@@ -295,10 +343,13 @@ def _broken_character(data: bytes) -> bytes:
 
 
 def _parquet_records(raw: BinaryIO, name: str, column: str, start: int) -> Iterator[Record]:
-    file = pyarrow.parquet.ParquetFile(raw)
+    file = pyarrow.parquet.ParquetFile(
+        raw, thrift_string_size_limit=THRIFT_LIMIT, thrift_container_size_limit=THRIFT_LIMIT
+    )
     names = file.schema_arrow.names
     if column not in names:
-        yield Record(0, 1, b"", f"{name}:1: {_column_problem(dict.fromkeys(names), column)}")
+        problem = f"{name}:1: {_column_problem(dict.fromkeys(names), column)}"
+        yield Record(0, 1, b"", problem, ends_file=True)
         return
     number = 0
     for group in range(file.num_row_groups):
@@ -306,7 +357,9 @@ def _parquet_records(raw: BinaryIO, name: str, column: str, start: int) -> Itera
         if number + rows <= start:
             number += rows
             continue
-        for batch in file.iter_batches(batch_size=512, row_groups=[group], columns=[column]):
+        size = max(file.metadata.row_group(group).total_byte_size // max(rows, 1), 1)
+        batch_size = min(max(PARQUET_BATCH // size, 1), 512)
+        for batch in file.iter_batches(batch_size=batch_size, row_groups=[group], columns=[column]):
             for value in batch.column(0).to_pylist():
                 if number >= start:
                     yield _value_record(number, {column: value}, column, name)
@@ -314,15 +367,23 @@ def _parquet_records(raw: BinaryIO, name: str, column: str, start: int) -> Itera
 
 
 def _value_record(number: int, row: dict[str, Any], column: str, name: str) -> Record:
+    value = row.get(column)
     try:
+        if isinstance(value, bytes):  # a binary column: UTF-8 is text all the same
+            value.decode()
+            return Record(number, number + 1, value)
         return Record(number, number + 1, row[column].encode())
+    except UnicodeDecodeError as error:
+        problem = f"column {column!r} is binary and not UTF-8 ({_bad_byte(error, 'value')}); convert it to text"
     except (KeyError, AttributeError, UnicodeEncodeError):
-        return Record(number, number + 1, b"", f"{name}:{number + 1}: {_column_problem(row, column)}")
+        problem = _column_problem(row, column)
+    return Record(number, number + 1, b"", f"{name}:{number + 1}: {problem}")
 
 
 def _hub_records(location: str, column: str, start: int) -> Iterator[Record]:
     """Rows of a Hugging Face dataset, `hf://name[:config][:split]`, streamed."""
     import datasets
+    import huggingface_hub
 
     name, *rest = location.removeprefix(HUB_PREFIX).split(":")
     config = rest[0] if len(rest) > 1 and rest[0] else None
@@ -331,6 +392,9 @@ def _hub_records(location: str, column: str, start: int) -> Iterator[Record]:
         raise EloError(f"{location}: not a dataset id; write hf://owner/name, ...:split or ...:config:split")
     number = start
     try:
+        if not Path(name).exists() and not huggingface_hub.constants.HF_HUB_OFFLINE:
+            # Without a network load_dataset retries for 24 s.
+            huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         for row in rows.skip(start) if start else rows:
             yield _value_record(number, row, column, location)
@@ -342,7 +406,8 @@ def _hub_records(location: str, column: str, start: int) -> Iterator[Record]:
         raise EloError(
             f"{location}: the Hugging Face dataset cannot be read at row {number + 1} "
             f"({type(error).__name__}: {reason}); "
-            "check its name, config and split, and the network; the same command goes on from here"
+            "check its name (there is no such file or folder here), config and split, and the network; "
+            "the same command resumes here"
         ) from None
 
 
@@ -354,9 +419,9 @@ def read_documents(path: str | Path, text_column: str = "text", on_error: str = 
     """
     for file in list_inputs(str(path)):
         for record in FileReader(file, text_column).records():
-            if record.problem and on_error != "skip":
+            if record.problem and (on_error != "skip" or record.loses_file):
                 raise EloError(record.problem)
             if record.problem:
-                log.warning("left out: %s", record.problem)
+                log.warning("%s%s", "" if record.ends_file else "left out: ", record.problem)
             elif not record.text.isspace() and record.text:
                 yield record.text.decode()

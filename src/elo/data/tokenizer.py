@@ -1,9 +1,9 @@
 """A model's fast tokenizer, and the two tokens that frame every document."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from elo.data.shards import token_dtype
-from elo.data.tokenizing import encode_documents
+from elo.data.text_loss import special_spellings, text_encoder
+from elo.data.tokenizer_reading import one_reading, read_stored, require_sentencepiece
+from elo.data.tokenizing import TextChecker, encode_documents
 from elo.errors import EloError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -33,6 +35,23 @@ class TextTokenizer:
     """Tokens without the added ones."""
     sha256: str
     """Of the tokenizer's content."""
+    split_special_tokens: bool = True
+    """Whether special tokens spelled in a text are text; otherwise they become the tokens."""
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """Spellings of the special tokens."""
+        return special_spellings(self.backend, {self.prefix_token_id, self.eos_token_id})
+
+    @cached_property
+    def encoder(self) -> Tokenizer:
+        """What text is encoded with: `backend`, to which special tokens may be text."""
+        return text_encoder(self.backend, self.special_tokens) if self.split_special_tokens else self.backend
+
+    @cached_property
+    def checker(self) -> TextChecker:
+        """Counts special tokens in text, and text that the tokenizer loses."""
+        return TextChecker(self.backend, self.special_tokens)
 
     @property
     def dtype(self) -> np.dtype:
@@ -40,15 +59,25 @@ class TextTokenizer:
         return token_dtype(self.vocab_size)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, without special tokens."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        """Token ids of each text, without the frame."""
+        encodings = self.encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Each text as it is stored: prefix, text tokens, eos."""
-        tokens, lengths = encode_documents(
-            self.backend, list(texts), self.prefix_token_id, self.eos_token_id, self.dtype
-        )
+        return self._split(*self._encode(texts))
+
+    def encode_and_check(self, texts: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
+        """As `encode_documents`; with the `TextCounts` of each text, int64 [texts, 3]."""
+        tokens, lengths = self._encode(texts)
+        checked = np.ones(len(texts), np.bool_)
+        return self._split(tokens, lengths), self.checker.count(self.encoder, texts, tokens, lengths, checked)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return encode_documents(self.encoder, list(texts), self.prefix_token_id, self.eos_token_id, self.dtype)
+
+    @staticmethod
+    def _split(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
         return np.split(tokens, np.cumsum(lengths)[:-1])
 
     def check_embedding(self, rows: int, where: str = "the model") -> None:
@@ -68,8 +97,14 @@ def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> T
     """Load the fast tokenizer of a checkpoint folder or a Hugging Face hub id.
 
     Raises:
-        EloError: there is none, only a slow one, or it has neither a bos nor an eos token.
+        EloError: there is none, only a slow one, it has neither a bos nor an eos token, or transformers reads another
+            one than tokenizer.json holds.
     """
+    return load_with_settings(path_or_id, trust_remote_code)[1]
+
+
+def load_with_settings(path_or_id: str | Path, trust_remote_code: bool = False) -> tuple[Any, TextTokenizer]:
+    """As `load_tokenizer`, after the tokenizer of transformers, which has the special tokens and chat templates."""
     name = str(path_or_id)
     folder = Path(name)
     if folder.is_file():
@@ -77,9 +112,11 @@ def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> T
     if folder.is_dir():
         if not any((folder / file).is_file() for file in TOKENIZER_FILES):
             raise EloError(f"{folder}: no tokenizer there (looked for {', '.join(TOKENIZER_FILES)}); give its folder")
+        require_sentencepiece(folder)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise EloError(f"{name}: no such folder; give a folder with a tokenizer, or a Hugging Face hub id")
-    tokenizer = _load(str(folder) if folder.is_dir() else name, trust_remote_code)
+    source = str(folder) if folder.is_dir() else name
+    tokenizer = _load(source, trust_remote_code)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise EloError(
@@ -92,7 +129,10 @@ def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> T
             f"{name}: the tokenizer has neither a bos nor an eos token, so documents cannot be told apart; "
             "set eos_token in its tokenizer_config.json"
         )
-    return wrap_tokenizer(backend, bos, eos, name)
+    stored = read_stored(source)
+    if stored is not None:
+        backend = one_reading(stored, backend, name, type(tokenizer).__name__)
+    return tokenizer, wrap_tokenizer(backend, bos, eos, name)
 
 
 def wrap_tokenizer(backend: Tokenizer, bos: int | None, eos: int | None, name: str) -> TextTokenizer:
@@ -123,18 +163,14 @@ def save_with_backend(
     tokenizer.save_pretrained(folder)
     for name in ("vocab.json", "merges.txt"):  # some classes write their old ones as well
         (folder / name).unlink(missing_ok=True)
-    found = _load(str(folder), trust_remote_code).backend_tokenizer
-    if found.get_vocab() != backend.get_vocab() or _what_decides(found) != _what_decides(backend):
+    try:
+        copied = Tokenizer.from_str(backend.to_str())
+        one_reading(copied, _load(str(folder), trust_remote_code).backend_tokenizer, str(folder), "transformers")
+    except EloError:
         raise EloError(
             f"{path_or_id}: {type(tokenizer).__name__} does not keep an extended vocabulary when it is saved and "
             "loaded; extend it with the tool it was made with, and give the result with --tokenizer"
-        )
-
-
-def _what_decides(backend: Tokenizer) -> Any:
-    """The parts of a tokenizer that decide how text is tokenised."""
-    state = json.loads(backend.to_str())
-    return state["model"], state["normalizer"], state["pre_tokenizer"]
+        ) from None
 
 
 def _load(name: str, trust_remote_code: bool) -> Any:
@@ -144,7 +180,10 @@ def _load(name: str, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=trust_remote_code)
     except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise EloError(f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {reason})") from None
+        raise EloError(
+            f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {reason}); a tokenizer.json is read as "
+            'it stands with "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
+        ) from None
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
         if type(error) is not Exception:
             raise

@@ -7,26 +7,145 @@ It imports nothing of elo, so that a worker starts in a fraction of a second.
 """
 
 import contextlib
+import json
 import os
 import queue
+import re
 import signal
 import struct
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+import unicodedata
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, TypeVar
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 LONG_TEXT = 1 << 19
 """Characters from which a text is tokenised in pieces: the tokenizer needs some 200 bytes a character meanwhile."""
 WINDOW = 1024
 FEEDING_THREADS = 2
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 1 << 20
+_PLACES_TO_CUT = [
+    (re.compile(r"\n(?=\w)"), 0),
+    (re.compile(r"\w(?= \w)"), 0),
+    (re.compile(r"\w(?= \w)"), 1),
+    (re.compile(r"."), 0),
+]
+"""Patterns that end where a piece may end, and the characters to drop there."""
+
+CHECKED_CHARACTERS = 1 << 16
+"""Characters from the start of a document that are decoded again to find text that is lost."""
 
 Batch = TypeVar("Batch")
+
+
+class TextCounts(NamedTuple):
+    """What is counted of a text while it is tokenised."""
+
+    special_tokens: int
+    """Special tokens of the tokenizer that the text spells."""
+    checked_bytes: int
+    """UTF-8 bytes that were decoded again."""
+    lost_bytes: int
+    """Of these, the bytes that decoding does not give back."""
+
+
+class TextChecker:
+    """Counts special tokens spelled in text, and text that encoding and decoding does not give back.
+
+    Args:
+        backend: the tokenizer as it was loaded.
+        special_tokens: spellings to look for.
+    """
+
+    def __init__(self, backend: Tokenizer, special_tokens: Sequence[str]) -> None:
+        self.special_tokens = list(special_tokens)
+        self.backend = backend
+        state = json.loads(backend.to_str())
+        unknown = state["model"].get("unk_id")
+        if (token := state["model"].get("unk_token")) is not None:
+            unknown = backend.token_to_id(token)
+        self._unknown = -1 if unknown is None else int(unknown)
+        if state["decoder"] is None and (decoder := _missing_decoder(state)) is not None:
+            self.backend = Tokenizer.from_str(backend.to_str())
+            self.backend.decoder = decoder
+        kind = "Joined" if self.backend.decoder is None else (state["decoder"] or {}).get("type")
+        self._ignores_space = kind in ("Joined", "WordPiece")
+        # Specials by their first two characters: a text without any of these spells none, which is quickly seen.
+        self._by_start: dict[str, tuple[set[str], list[int]]] = {}
+        for start in {token[:2] for token in special_tokens if token}:
+            tokens = {token for token in special_tokens if token.startswith(start)}
+            self._by_start[start] = tokens, sorted({len(token) for token in tokens}, reverse=True)
+        self._start = re.compile("|".join(re.escape(start) for start in sorted(self._by_start, key=len, reverse=True)))
+
+    def count(
+        self, encoder: Tokenizer, texts: Sequence[str], tokens: np.ndarray, lengths: np.ndarray, checked: np.ndarray
+    ) -> np.ndarray:
+        """`TextCounts` of each text, int64 [texts, 3]; only texts that are `checked` (bool [texts]) are decoded.
+
+        `tokens` and `lengths` are what `encode_documents` made of the texts with `encoder`.
+        """
+        counts = np.zeros((len(texts), 3), np.int64)
+        ends = np.cumsum(lengths)
+        parts, decodable = [], []
+        for index, text in enumerate(texts):
+            counts[index, 0] = self._spelled(text)
+            if checked[index]:
+                ids = tokens[ends[index] - lengths[index] + 1 : ends[index] - 1]
+                if len(text) > CHECKED_CHARACTERS:
+                    text = text[:CHECKED_CHARACTERS]
+                    ids = np.array(encoder.encode(text, add_special_tokens=False).ids)
+                parts.append((index, text))
+                decodable.append(ids[ids != self._unknown].tolist())
+        decoded = self.backend.decode_batch(decodable, skip_special_tokens=False)
+        for (index, text), back in zip(parts, decoded, strict=True):
+            counts[index, 1] = len(text.encode())
+            counts[index, 2] = lost_bytes(text, back, ignore_space=self._ignores_space)
+        return counts
+
+    def _spelled(self, text: str) -> int:
+        if not any(start in text for start in self._by_start):
+            return 0
+        count, position = 0, 0
+        while found := self._start.search(text, position):
+            tokens, sizes = self._by_start[found.group()]
+            size = next((size for size in sizes if text[found.start() : found.start() + size] in tokens), 0)
+            count += size > 0
+            position = found.start() + (size or 1)
+        return count
+
+
+def lost_bytes(text: str, decoded: str, *, ignore_space: bool = False) -> int:
+    """UTF-8 bytes of `text` that are not in `decoded`, counted character by character.
+
+    The canonical composition of characters (NFC) is not a loss; nor is white space that the decoder adds.
+    """
+    if text == decoded:
+        return 0
+    ours, theirs = unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", decoded)
+    missing = Counter(ours) - Counter(theirs)
+    lost = sum(
+        times * len(character.encode())
+        for character, times in missing.items()
+        if not (ignore_space and character.isspace())
+    )
+    return round(lost * len(text.encode()) / len(ours.encode()))
+
+
+def _missing_decoder(state: dict) -> decoders.Decoder | None:
+    """The decoder that belongs to a tokenizer whose file has none; None where its tokens are words."""
+    before = json.dumps([state["pre_tokenizer"], state["normalizer"]], ensure_ascii=False)
+    if '"ByteLevel"' in before:
+        return decoders.ByteLevel()
+    if '"Metaspace"' in before or "\N{LOWER ONE EIGHTH BLOCK}" in before:
+        space = decoders.Replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+        return decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse()])
+    return None
 
 
 def encode_documents(
@@ -55,31 +174,57 @@ def encode_documents(
 def encode_long(backend: Tokenizer, text: str, piece: int = LONG_TEXT // 2) -> np.ndarray:
     """Token ids of a text of any length, tokenised in pieces of about `piece` characters.
 
-    It is cut at line ends, and only where tokenising a window across the cut gives the same tokens as tokenising its
-    two sides apart. Tokenizers that split text before they merge allow that nearly everywhere; those that do not (a
-    prefix space at every start of text, say) get the text whole.
+    It is cut where tokenising a window across the cut gives the same tokens as tokenising its two sides apart: at line
+    ends, before or at a space (tokenizers that begin every text with a space take the place of one that is dropped), or
+    between any two characters. Where none of the places that are tried is such, it is cut all the same: memory stays
+    bounded, and at most the tokens beside the cut differ.
     """
     ids: list[np.ndarray] = []
     start = 0
     while start < len(text):
-        cut = _find_cut(backend, text, start + piece)
-        encoding = backend.encode_batch_fast([text[start:cut]], add_special_tokens=False)[0]
+        stop, after = _find_cut(backend, text, start + piece)
+        encoding = backend.encode_batch_fast([text[start:stop]], add_special_tokens=False)[0]
         ids.append(np.array(encoding.ids, dtype=np.uint32))
-        start = cut
+        start = after
     return np.concatenate(ids) if ids else np.zeros(0, np.uint32)
 
 
-def _find_cut(backend: Tokenizer, text: str, at: int, tries: int = 8) -> int:
-    for _ in range(tries):
-        at = text.find("\n", at) + 1
-        if at == 0:
-            break
-        if at < len(text) and text[at].isalnum():
-            left, right = text[max(at - WINDOW, 0) : at], text[at : at + WINDOW]
-            both, one, two = backend.encode_batch_fast([left + right, left, right], add_special_tokens=False)
+def _find_cut(backend: Tokenizer, text: str, at: int, tries: int = 8) -> tuple[int, int]:
+    """Where a piece ends, from `at` on, and where the next begins: one further where a space is dropped."""
+    if at >= len(text):
+        return len(text), len(text)
+    furthest = min(len(text), at + LONG_TEXT // 4)
+    for pattern, dropped in _PLACES_TO_CUT:
+        for number, found in enumerate(pattern.finditer(text, at, furthest)):
+            if number == tries:
+                break
+            stop, after = found.end(), found.end() + dropped
+            left, right = text[max(stop - WINDOW, 0) : stop], text[after : after + WINDOW]
+            across = text[max(stop - WINDOW, 0) : after + WINDOW]
+            both, one, two = backend.encode_batch_fast([across, left, right], add_special_tokens=False)
             if both.ids == one.ids + two.ids:
-                return at
-    return len(text)
+                return stop, after
+    return at, at
+
+
+def batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in batches of 256, or of about a million characters, so that tokenising them takes little memory."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def token_ids(backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """Token ids of each text, without special tokens; long texts are tokenised in pieces."""
+    tokens, lengths = encode_documents(backend, texts, 0, 0, np.dtype(np.uint32))
+    return [framed[1:-1] for framed in np.split(tokens, np.cumsum(lengths)[:-1])]
 
 
 def write_frame(file: IO[bytes], *parts: bytes | memoryview) -> None:
@@ -104,8 +249,9 @@ def serve() -> None:
     """A worker's life: a first frame with the tokenizer, then a frame of token ids for every frame of text."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     source, sink = sys.stdin.buffer, sys.stdout.buffer
-    serialized, header, dtype_name = read_frame(source)
+    serialized, header, dtype_name, as_loaded, special_tokens = read_frame(source)
     backend = Tokenizer.from_str(serialized.decode())
+    checker = TextChecker(Tokenizer.from_str(as_loaded.decode()), json.loads(special_tokens))
     prefix, eos = struct.unpack("<2q", header)
     dtype = np.dtype(dtype_name.decode())
     while frame := read_frame(source):
@@ -113,19 +259,31 @@ def serve() -> None:
         ends = np.cumsum(np.frombuffer(frame[0], np.int64)).tolist()
         texts = [text[start:end].decode() for start, end in zip([0, *ends], ends, strict=False)]
         tokens, lengths = encode_documents(backend, texts, prefix, eos, dtype)
-        write_frame(sink, tokens.data.cast("B"), lengths.data.cast("B"))
+        counts = checker.count(backend, texts, tokens, lengths, np.frombuffer(frame[2], np.bool_))
+        write_frame(sink, *(array.data.cast("B") for array in (tokens, lengths, counts)))
+
+
+class Tokenized(NamedTuple):
+    """Token ids of a batch of documents end to end, the length of each (int64), and `TextCounts` of each (int64)."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    counts: np.ndarray
 
 
 class TokenizerPool:
-    """Tokenises batches of UTF-8 texts, in order.
+    """Tokenises batches of UTF-8 texts, in order, and counts what `checker` looks for.
 
     With one worker it is this process, where the library's own threads use all cores, and two threads of ours feed them
     so that turning ids into arrays does not make them wait. Measured on 2 cores this costs 15 % less CPU than two
     processes. On many cores those threads get into each other's way; then `workers` processes of one thread each.
     """
 
-    def __init__(self, backend: Tokenizer, prefix: int, eos: int, dtype: np.dtype, workers: int) -> None:
+    def __init__(
+        self, backend: Tokenizer, prefix: int, eos: int, dtype: np.dtype, workers: int, checker: TextChecker
+    ) -> None:
         self._backend, self._prefix, self._eos, self._dtype = backend, prefix, eos, dtype
+        self._checker = checker
         self.workers = workers
         self._processes: list[subprocess.Popen] = []
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
@@ -143,7 +301,8 @@ class TokenizerPool:
             for process in self._processes:
                 assert process.stdin is not None
                 header = struct.pack("<2q", self._prefix, self._eos)
-                write_frame(process.stdin, serialized, header, self._dtype.str.encode())
+                check = (self._checker.backend.to_str().encode(), json.dumps(self._checker.special_tokens).encode())
+                write_frame(process.stdin, serialized, header, self._dtype.str.encode(), *check)
                 self._idle.put(process)
         return self
 
@@ -160,30 +319,41 @@ class TokenizerPool:
         self._processes = []
 
     def map(
-        self, batches: Iterable[Batch], texts: Callable[[Batch], list[bytes]]
-    ) -> Iterator[tuple[Batch, np.ndarray, np.ndarray]]:
-        """Yield (batch, token ids, document lengths) in the order of `batches`; a few batches are under way at once."""
+        self,
+        batches: Iterable[Batch],
+        texts: Callable[[Batch], list[bytes]],
+        checked: Callable[[Batch], list[bool]] | None = None,
+    ) -> Iterator[tuple[Batch, Tokenized]]:
+        """Yield each batch with its tokens, in the order of `batches`; a few batches are under way at once.
+
+        Args:
+            texts: gives the documents of a batch.
+            checked: gives which of them are decoded again; by default all.
+        """
         encode = self._remote if self.workers > 1 else self._local
-        waiting: deque[tuple[Batch, Future]] = deque()
+        waiting: deque[tuple[Batch, Future[Tokenized]]] = deque()
         for batch in batches:
-            waiting.append((batch, self._threads.submit(encode, texts(batch))))
+            documents = texts(batch)
+            which = np.ones(len(documents), np.bool_) if checked is None else np.array(checked(batch), np.bool_)
+            waiting.append((batch, self._threads.submit(encode, documents, which)))
             if len(waiting) > 2 * max(self.workers, FEEDING_THREADS):
                 done, future = waiting.popleft()
-                yield done, *future.result()
+                yield done, future.result()
         while waiting:
             done, future = waiting.popleft()
-            yield done, *future.result()
+            yield done, future.result()
 
-    def _local(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def _local(self, texts: list[bytes], checked: np.ndarray) -> Tokenized:
         decoded = [text.decode() for text in texts]
-        return encode_documents(self._backend, decoded, self._prefix, self._eos, self._dtype)
+        tokens, lengths = encode_documents(self._backend, decoded, self._prefix, self._eos, self._dtype)
+        return Tokenized(tokens, lengths, self._checker.count(self._backend, decoded, tokens, lengths, checked))
 
-    def _remote(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    def _remote(self, texts: list[bytes], checked: np.ndarray) -> Tokenized:
         process = self._idle.get()
         assert process.stdin is not None and process.stdout is not None
         try:
             sizes = np.fromiter(map(len, texts), np.int64, len(texts))
-            write_frame(process.stdin, sizes.data.cast("B"), b"".join(texts))
+            write_frame(process.stdin, sizes.data.cast("B"), b"".join(texts), checked.data.cast("B"))
             reply = read_frame(process.stdout)
         except (OSError, ValueError):  # a broken pipe, or one that was closed
             reply = []
@@ -191,7 +361,8 @@ class TokenizerPool:
             self._idle.put(process)  # a dead one too: who takes it next must fail rather than wait for another
         if not reply:
             raise WorkerDied(f"a tokenizing process ended with status {process.wait()}")
-        return np.frombuffer(reply[0], self._dtype), np.frombuffer(reply[1], np.int64)
+        counts = np.frombuffer(reply[2], np.int64).reshape(-1, len(TextCounts._fields))
+        return Tokenized(np.frombuffer(reply[0], self._dtype), np.frombuffer(reply[1], np.int64), counts)
 
 
 class WorkerDied(RuntimeError):

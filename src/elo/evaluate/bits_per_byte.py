@@ -5,8 +5,10 @@ Shapes: B rows, T positions.
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +24,7 @@ from elo.evaluate.scoring import (
     evaluating,
     forward_logits,
     longest_sequence,
+    rope_regime,
     takes_position_ids,
     token_nats,
     vocabulary_size,
@@ -87,7 +90,8 @@ def bits_per_byte(
     """Measure `model` on `corpus`; see `BitsPerByte` for what is measured.
 
     Documents share rows where the model keeps packed documents apart (asked of the model itself, by running it);
-    other models, such as recurrent ones, get one document a row. The value is the same.
+    other models, such as recurrent ones, get one document a row. Where the longest sequence of a batch decides about
+    the others (`rope_regime`), it decides the same for all of them. The value is the same.
 
     Args:
         model: any causal LM, in any mode and dtype; left as it was.
@@ -116,9 +120,10 @@ def bits_per_byte(
     tokens_per_batch = batch_size * sequence_length if batch_size else batch_tokens(model)
     document_nats = np.zeros(count)
     with evaluating(model, device, autocast_dtype) as place, Progress(text_tokens, progress, "tokens") as bar:
-        packed = takes_position_ids(model) and isolates_documents(model, place)
+        packed = not rope_regime(model.config, sequence_length)
+        packed = packed and takes_position_ids(model) and isolates_documents(model, place)
         rows = _packed_rows(pieces, sequence_length) if packed else [[piece] for piece in pieces]
-        for batch in _batches(rows, tokens_per_batch):
+        for batch in _batches(rows, tokens_per_batch, partial(rope_regime, model.config)):
             arrays = _collate(corpus, batch)
             check_ids(int(arrays["input_ids"].max()), model, "the corpus to evaluate")
             tensors = {name: torch.from_numpy(array).to(place) for name, array in arrays.items()}
@@ -183,15 +188,19 @@ def _packed_rows(pieces: list[_Piece], sequence_length: int) -> list[list[_Piece
     return rows
 
 
-def _batches(rows: list[list[_Piece]], tokens_per_batch: int) -> Iterator[list[list[_Piece]]]:
-    """Rows of like width together, the widest first, so that memory runs out at once or never."""
+def _batches(
+    rows: list[list[_Piece]], tokens_per_batch: int, regime: Callable[[int], int]
+) -> Iterator[list[list[_Piece]]]:
+    """Rows of like width and one regime together, the widest first, so that memory runs out at once or never."""
     width = {id(row): sum(piece.length for piece in row) for row in rows}
     rows = sorted(rows, key=lambda row: -width[id(row)])
     start = 0
     while start < len(rows):
-        count = max(1, tokens_per_batch // width[id(rows[start])])
-        yield rows[start : start + count]
-        start += count
+        widest = width[id(rows[start])]
+        batch = rows[start : start + max(1, tokens_per_batch // widest)]
+        batch = list(takewhile(lambda row: regime(width[id(row)]) == regime(widest), batch))  # noqa: B023  # used here
+        yield batch
+        start += len(batch)
 
 
 def _collate(corpus: TokenCorpus, rows: list[list[_Piece]]) -> dict[str, np.ndarray]:

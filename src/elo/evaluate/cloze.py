@@ -21,6 +21,7 @@ from elo.evaluate.scoring import (
     evaluating,
     forward_logits,
     longest_sequence,
+    rope_regime,
     token_nats,
 )
 from elo.log import Progress
@@ -140,6 +141,8 @@ def cloze_accuracy(
         while start < len(candidates):
             count = batch_size or max(1, batch_tokens(model) // (len(candidates[start].ids) - 1))
             batch = candidates[start : start + count]
+            regime = rope_regime(model.config, len(batch[0].ids) - 1)
+            batch = [each for each in batch if rope_regime(model.config, len(each.ids) - 1) == regime]
             for candidate, cost in zip(batch, _costs(model, batch, place), strict=True):
                 nats[candidate.item][candidate.choice] = cost
             start += len(batch)

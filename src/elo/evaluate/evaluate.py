@@ -3,8 +3,8 @@
 import datetime
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from elo.data.shards import TokenCorpus
     from elo.data.tokenizer import TextTokenizer
+    from elo.data.tokenizing import TextCounts
     from elo.evaluate.cloze import ClozeItem
 
 DEFAULT_SEQUENCE_LENGTH = 2048
@@ -35,6 +36,8 @@ def evaluate(
     batch_size: int | None = None,
     text_column: str = "text",
     on_error: str = "stop",
+    split_special_tokens: bool = True,
+    allow_lost_text: bool = False,
     device: str | None = None,
     dtype: "torch.dtype | str | None" = None,
     revision: str | None = None,
@@ -57,6 +60,9 @@ def evaluate(
         batch_size: rows a forward pass; by default as many as keep logits within 1 GiB.
         text_column: key or column that holds a document's text.
         on_error: "stop" at broken input, or "skip" it.
+        split_special_tokens: tokenise special tokens spelled in text and cloze items as text; in prompts they are
+            always tokens.
+        allow_lost_text: accept text of which the tokenizer loses more than 5 %: its bits per byte are too low.
         device: by default cuda where there is one, else cpu; a model in memory stays where it is.
         dtype: of the loaded weights; by default the checkpoint's on a GPU, fp32 on a CPU.
         revision: branch, tag or commit of a hub id.
@@ -97,6 +103,12 @@ def evaluate(
     ]
     if tokenizer is not None or items or prompts or any(tokenised):
         encoder = _tokenizer(tokenizer if tokenizer is not None else name, trust_remote_code)
+        encoder = replace(encoder, split_special_tokens=split_special_tokens)
+    texts_read: dict[str, _Text] = {}
+    for language, given in (corpora or {}).items():
+        if isinstance(given, str | Path):
+            assert encoder is not None
+            texts_read[language] = _tokenise(given, encoder, max_bytes, text_column, on_error, allow_lost_text)
 
     if isinstance(model, str | Path):
         model = load_model(name, device, dtype, revision, trust_remote_code)
@@ -113,8 +125,7 @@ def evaluate(
     for language, given in (corpora or {}).items():
         corpus = given
         if isinstance(corpus, str | Path):
-            assert encoder is not None
-            corpus = _tokenise(corpus, encoder, max_bytes, text_column, on_error)
+            corpus = texts_read[language].corpus
         elif encoder is not None:
             corpus = cut_corpus(corpus, encoder, max_bytes)
         label = f"bits per byte {language}" if progress else None
@@ -190,6 +201,7 @@ def evaluate(
                 "bytes": result.bytes,
                 "documents": result.documents,
                 "seconds": seconds[language],
+                **(texts_read[language].record() if language in texts_read else {}),
             }
             for language, result in measured.items()
         },
@@ -201,7 +213,26 @@ def evaluate(
         write_json(target, results)
     if progress:
         _print_table(results)
+        for language, text in texts_read.items():
+            if text.counts.special_tokens:
+                spelled = "tokenised as text" if split_special_tokens else "taken as tokens"
+                print(f"{language}: {text.counts.special_tokens:,} special tokens are spelled in the text; {spelled}")
+            if text.warning is not None:
+                print(text.warning, flush=True)
     return results
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A corpus that was tokenised to be measured on, and what the tokenizer made of its text."""
+
+    corpus: "TokenCorpus"
+    counts: "TextCounts"
+    warning: str | None
+
+    def record(self) -> dict[str, Any]:
+        lost, checked = self.counts.lost_bytes, self.counts.checked_bytes
+        return {"lost_text": lost / max(checked, 1), "special_tokens": self.counts.special_tokens}
 
 
 def _check_output(output: str | Path | None) -> Path | None:
@@ -233,23 +264,29 @@ def _tokenizer(
 
 
 def _tokenise(
-    path: str | Path, encoder: "TextTokenizer", max_bytes: int | None, text_column: str, on_error: str
-) -> "TokenCorpus":
+    path: str | Path,
+    encoder: "TextTokenizer",
+    max_bytes: int | None,
+    text_column: str,
+    on_error: str,
+    allow_lost_text: bool,
+) -> _Text:
     """The documents of `path` that are measured on, as token ids in memory. It is read twice where it is cut."""
-    from elo.data.heldout import choose_bytes, cut_text, tokenize_texts
+    from elo.data.heldout import choose_bytes, cut_text, tokenize_and_check
     from elo.data.sources import read_documents
+    from elo.data.text_loss import judge_loss
 
-    if max_bytes is None:
-        corpus = tokenize_texts(read_documents(path, text_column, on_error), encoder, str(path))
-    else:
-        sizes = [len(text.encode()) for text in read_documents(path, text_column, on_error)]
-        chosen = choose_bytes(sizes, max_bytes)
-        texts = enumerate(read_documents(path, text_column, on_error))
-        cut = (cut_text(text, chosen[index]) for index, text in texts if index in chosen)
-        corpus = tokenize_texts(cut, encoder, str(path))
+    texts: Iterable[str] = read_documents(path, text_column, on_error)
+    if max_bytes is not None:
+        chosen = choose_bytes([len(text.encode()) for text in texts], max_bytes)
+        numbered = enumerate(read_documents(path, text_column, on_error))
+        texts = (cut_text(text, chosen[index]) for index, text in numbered if index in chosen)
+    corpus, counts = tokenize_and_check(texts, encoder, str(path))
     if not corpus.num_documents:
         raise EloError(f"{path}: holds no text to evaluate on")
-    return corpus
+    lost, checked = counts.lost_bytes, counts.checked_bytes
+    warning = judge_loss(str(path), encoder.name, lost, checked, allowed=allow_lost_text, key="--allow-lost-text")
+    return _Text(corpus, counts, warning)
 
 
 def _print_table(results: dict[str, Any]) -> None:
@@ -261,7 +298,7 @@ def _print_table(results: dict[str, Any]) -> None:
     corpora, cloze = results["corpora"], results["cloze"]
     table = Table(title=results["model"]["name"], title_justify="left")
     table.add_column("language")
-    headings = ["bits per byte", "documents", "text tokens", "bytes"] if corpora else []
+    headings = ["bits per byte", "documents", "text tokens", "bytes", "text lost"] if corpora else []
     headings += ["cloze accuracy", "chance", "items"] if cloze else []
     for heading in headings:
         table.add_column(heading, justify="right")
@@ -275,9 +312,10 @@ def _print_table(results: dict[str, Any]) -> None:
                     f"{text['documents']:,}",
                     f"{text['text_tokens']:,}",
                     count(text["bytes"]),
+                    f"{text['lost_text']:.2%}" if "lost_text" in text else "",
                 ]
                 if text
-                else [""] * 4
+                else [""] * 5
             )
         if cloze:
             asked = cloze.get(language)

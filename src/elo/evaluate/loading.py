@@ -1,15 +1,23 @@
 """Models from disk or hub, ready to be measured."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
+from elo.checkpoint.counting import read_config
+from elo.checkpoint.reading import auto_class
+from elo.checkpoint.tensor_files import open_checkpoint
 from elo.errors import EloError
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -35,27 +43,23 @@ def load_model(
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise EloError(f"{folder}: holds no config.json, so it is not a checkpoint; give the folder of a model")
-        if not any(folder.glob("*.safetensors")):
-            raise EloError(
-                f"{folder}: holds no .safetensors weights (pickled .bin files are never opened); "
-                "save the model again with save_pretrained"
-            )
+        open_checkpoint(folder)
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise EloError(f"{name}: no such folder; give a checkpoint folder or a Hugging Face hub id")
+    config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.float32 if torch.device(place).type == "cpu" else "auto"
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=dtype,
-            revision=revision or "main",
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with _untied_told(name):
+            loaded: Any = auto_class(config).from_pretrained(
+                name,
+                dtype=dtype,
+                revision=revision or "main",
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except (
         OSError,
         ValueError,
@@ -68,10 +72,12 @@ def load_model(
     ) as error:
         reason = " ".join(str(error).split())[:300]
         raise EloError(f"{name}: the model cannot be loaded ({type(error).__name__}: {reason})") from None
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     model, info = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise EloError(
+            f"{name}: transformers adds an adapter (adapter_config.json) to its weights; merge it first (peft: "
+            "model.merge_and_unload().save_pretrained(NEW_FOLDER)), or remove it where it is merged already"
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise EloError(
@@ -81,6 +87,41 @@ def load_model(
     move(model, place)
     evaluated: PreTrainedModel = model.eval()
     return evaluated
+
+
+class _Kept(logging.Handler):
+    """Keeps the messages that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def _untied_told(name: str) -> Iterator[None]:
+    """Within, transformers draws no progress bars and warns of nothing but a head that it will not tie."""
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    library, kept = logging.getLogger("transformers"), _Kept()
+    handlers, propagate = library.handlers[:], library.propagate
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_warning()
+    library.handlers, library.propagate = [kept], False
+    try:
+        yield
+    finally:
+        library.handlers, library.propagate = handlers, propagate
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+    if any("NOT tie" in message for message in kept.messages):
+        log.warning(
+            "warning: %s: config.json ties the head to the embedding (tie_word_embeddings), but both are stored and "
+            "differ, so transformers does not tie them; set tie_word_embeddings to false if that is meant",
+            name,
+        )
 
 
 def move(model: PreTrainedModel, device: str) -> None:

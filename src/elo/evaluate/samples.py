@@ -62,7 +62,8 @@ def generate_samples(
         Progress(len(prompts), progress, "samples") as bar,
     ):
         for prompt in prompts:
-            ids = [tokenizer.prefix_token_id, *tokenizer.encode_batch([prompt])[0].tolist()]
+            # A prompt may frame a chat turn, so special tokens in it are tokens.
+            ids = [tokenizer.prefix_token_id, *tokenizer.backend.encode(prompt, add_special_tokens=False).ids]
             check_ids(max(ids), model, f"prompt {prompt[:60]!r}")
             if limit is not None:
                 ids = ids[-(limit - max_new_tokens) :]

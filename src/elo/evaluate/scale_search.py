@@ -15,7 +15,7 @@ from elo.checkpoint.architecture import find_architecture, modules_of
 from elo.checkpoint.new_rows import read_new_rows
 from elo.data.packing import IGNORE_INDEX
 from elo.errors import EloError
-from elo.evaluate.scoring import batch_tokens, evaluating, forward_logits, takes_position_ids, token_nats
+from elo.evaluate.scoring import batch_tokens, evaluating, forward_logits, rope_regime, takes_position_ids, token_nats
 from elo.surgery.in_memory import blend
 
 _COARSE, _FINE = 0.25, 0.125
@@ -99,7 +99,10 @@ def lowest_scale(nats: Callable[[float], float]) -> tuple[float, dict[float, flo
 def _nats_per_token(model: PreTrainedModel, sequences: Sequence[dict[str, Any]]) -> float:
     names = ["input_ids", "attention_mask", *(["position_ids"] if takes_position_ids(model) else [])]
     names = [name for name in names if name in sequences[0]]
-    together = max(1, min(_BATCH_TOKENS, batch_tokens(model)) // len(sequences[0]["input_ids"]))
+    length = len(sequences[0]["input_ids"])
+    together = max(1, min(_BATCH_TOKENS, batch_tokens(model)) // length)
+    if rope_regime(model.config, length):
+        together = 1
     nats, tokens = 0.0, 0
     with evaluating(model) as device:
         for start in range(0, len(sequences), together):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from elo.data.packing import IGNORE_INDEX
 from elo.errors import EloError
@@ -75,6 +75,43 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
     """Positions the model was made for (`max_position_embeddings`), or None when its config sets no limit."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def rope_regime(config: PreTrainedConfig, length: int) -> int:
+    """What the length of a sequence decides about rotary frequencies; only sequences of one regime share a batch.
+
+    With `longrope` and `dynamic` rotary embeddings the longest position in a batch chooses the frequencies of all its
+    sequences: 0 up to the original number of positions; beyond, 1 where there is one other set of frequencies, and the
+    length itself where each length has its own.
+    """
+    found = 0
+    for rope, original in _ropes(config.get_text_config(decoder=True)):
+        if length > original:
+            found = max(found, length if "dynamic" in rope else 1)
+    return found
+
+
+def rope_limit(config: PreTrainedConfig) -> int | None:
+    """Positions up to which rotary frequencies do not depend on the longest sequence in the batch; None: always so."""
+    return min((original for _, original in _ropes(config.get_text_config(decoder=True))), default=None)
+
+
+def _ropes(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
+    """Kind and original positions of each rotary embedding whose frequencies depend on the length."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    positions = getattr(config, "max_position_embeddings", None)
+    for rope in each:
+        kind = str(rope.get("rope_type", rope.get("type", "")))
+        original = positions
+        if "dynamic" not in kind:
+            if not {"long_factor", "long_mscale"} & rope.keys():
+                continue
+            original = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", positions
+            )
+        if isinstance(original, int):
+            yield kind, original
 
 
 def batch_tokens(model: PreTrainedModel) -> int:

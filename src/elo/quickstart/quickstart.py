@@ -1,12 +1,14 @@
-"""The whole job on the base model and the bilingual corpus that come with ELO: no network, minutes on two cores."""
+"""A small comparison on the base model and the bilingual corpus that come with ELO: no network, minutes on a CPU."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 import zstandard
 
-from elo.config import load_config
+from elo.compare import compare
+from elo.config import load_comparison
 from elo.errors import EloError
 from elo.store.files import TEMPORARY_PREFIX, atomic_directory, write_text
 
@@ -15,37 +17,33 @@ WORLD = Path(__file__).parent
 
 
 def quickstart(output: Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Write the corpus, then do the run that quickstart/config.yaml describes; returns its results.
+    """Write the corpus, run the comparison that quickstart/config.yaml describes, and return its results.
 
     Args:
-        output: run folder. Started again after a kill, it goes on where it was.
-        overrides: `key.path=value`, as for `elo run`.
+        output: folder of the comparison. Started again after a kill, it resumes.
+        overrides: `key.path=value`, as for `elo compare`.
 
     Raises:
-        EloError: `output` holds something else, or cannot be written.
+        EloError: `output` is not empty and not a quickstart, or cannot be written.
     """
-    import yaml
-
-    from elo.run import run
-
     output = Path(output)
     corpus = output / "corpus"
     others = (
         [path for path in output.iterdir() if not path.name.startswith(TEMPORARY_PREFIX)] if output.is_dir() else []
     )
     if others and not corpus.is_dir():
-        raise EloError(f"{output}: the folder holds other things; choose another with --output, or remove it")
+        raise EloError(f"{output}: the folder is not empty and is not a quickstart; choose another with --output")
     config = yaml.safe_load((WORLD / "config.yaml").read_text(encoding="utf-8"))
     _fill_in(config, {"{base}": str(WORLD / "base"), "{corpus}": str(corpus), "{output}": str(output)})
-    load_config(config, overrides)  # a mistake in them is told before anything is written
+    load_comparison(config, overrides)  # a mistake in them is found before anything is written
     if not corpus.is_dir():
         print("quickstart: unpacking a small bilingual corpus", flush=True)
         unpack_corpus(corpus)
     (output / "stages").mkdir(exist_ok=True)  # the folder is ours
-    config["evaluation"]["prompts"] = json.loads((corpus / "prompts.json").read_text(encoding="utf-8"))
-    # What is run is an ordinary configuration: read it, change it, run it with `elo run`.
+    config["run"]["evaluation"]["prompts"] = json.loads((corpus / "prompts.json").read_text(encoding="utf-8"))
+    # It is an ordinary configuration: read it, change it, run it with `elo compare`.
     write_text(output / "config.yaml", yaml.safe_dump(config, allow_unicode=True, sort_keys=False))
-    return run(load_config(config, overrides))
+    return compare(load_comparison(config, overrides))
 
 
 def unpack_corpus(output: Path) -> None:

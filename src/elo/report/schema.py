@@ -33,6 +33,8 @@ class TextSize(Record):
     documents: Count | None = Field(None, description="Number of documents.")
     tokens: Count | None = Field(None, description="Number of tokens.")
     bytes: Count | None = Field(None, description="Number of UTF-8 bytes.")
+    lost_text: float | None = Field(None, ge=0, le=1, description="Share of the text that the tokenizer loses.")
+    special_tokens: Count | None = Field(None, description="Number of special tokens that the text spells.")
 
     @property
     def bytes_per_token(self) -> float | None:

@@ -257,7 +257,8 @@ class RunFolder:
             remove(leftover)
 
     def _stage_file(self, name: str, *, begun: bool = False) -> Path:
-        return self.root / "stages" / (f"{name}.begun.json" if begun else f"{name}.json")
+        flat = name.replace("/", "-")
+        return self.root / "stages" / (f"{flat}.begun.json" if begun else f"{flat}.json")
 
 
 def identity(value: Any) -> Any:

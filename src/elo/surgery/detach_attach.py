@@ -11,6 +11,7 @@ from elo.errors import EloError
 from elo.store.files import disk_problem
 
 WEIGHT_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+_OTHER_WEIGHTS = ["original/*", "consolidated*", "[!a]*/*", "a[!d]*/*"]  # all folders but additional_chat_templates
 
 
 def detach(
@@ -138,9 +139,10 @@ def resolve_checkpoint(checkpoint: str | Path, *, revision: str | None = None, t
 
     try:
         patterns = [*WEIGHT_PATTERNS, *(["*.py"] if trust_remote_code else [])]
-        ignored = ["original/*", "consolidated*", "*/*"]
         return Path(
-            snapshot_download(str(checkpoint), revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
+            snapshot_download(
+                str(checkpoint), revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_WEIGHTS
+            )
         )
     except Exception as error:  # the hub client raises its own, httpx's and OSError
         lines = str(error).strip().splitlines()

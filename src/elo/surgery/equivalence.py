@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from elo.checkpoint import quirks
 from elo.checkpoint.architecture import Architecture, find_architecture
+from elo.checkpoint.reading import auto_class
 from elo.errors import UnsupportedArchitectureError
-from elo.surgery.layer_config import error_line
+from elo.surgery.layer_config import config_of_class, error_line
 
 _SCALARS = (bool, int, float, str, type(None), torch.dtype)
 _FACTORIES = {torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}
@@ -74,17 +75,21 @@ def build_hollow(model_class: type[PreTrainedModel], config: PretrainedConfig) -
         UnsupportedArchitectureError: it cannot be built.
     """
     with _hollow_construction(config.model_type):
+        config = config_of_class(model_class, config)
         return model_class._from_config(copy.deepcopy(config), dtype=config.dtype or torch.float32)
 
 
 def build_hollow_causal_lm(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal LM that transformers takes for `config`, without data.
+    """The causal LM that `config` is read as (elo.checkpoint.reading), without data.
 
     Raises:
         UnsupportedArchitectureError: there is none, or it cannot be built.
     """
     with _hollow_construction(config.model_type):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = auto_class(config).from_config(
+            copy.deepcopy(config), trust_remote_code=trust_remote_code
+        )
+        return model
 
 
 def require_same_layers(base: PreTrainedModel, detached: PreTrainedModel, kept: Sequence[int]) -> None:

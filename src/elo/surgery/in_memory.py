@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from elo.checkpoint.architecture import Architecture, find_architecture, group_of
+from elo.checkpoint.architecture import Architecture, find_architecture, tensor_groups
 from elo.checkpoint.layers import parse_layers
 from elo.checkpoint.new_rows import first_new_row_of
 from elo.checkpoint.refusals import require_detachable
@@ -104,7 +104,7 @@ def attach_layers(
         raise EloError(
             f"attach: the detached model should have {len(kept)} layers, but has {num_layers_of(detached.config)}"
         )
-    theirs = dict(_named_tensors(detached))
+    theirs, groups = dict(_named_tensors(detached)), tensor_groups(model)
     updates: list[tuple[torch.Tensor, torch.Tensor, int | None]] = []
     for name, ours in _named_tensors(model):
         source_name, layer = _name_in_detached(name, parts, kept)
@@ -114,8 +114,8 @@ def attach_layers(
         if new is None or new.shape != ours.shape:
             found = "is missing" if new is None else f"is {list(new.shape)} instead of {list(ours.shape)}"
             raise EloError(f"attach: {source_name or name} {found} in the detached model; it is not from this base")
-        if layer is not None or group_of(name, parts) in include:
-            updates.append((ours, new, first_new_row_of(model.config, group_of(name, parts))))
+        if layer is not None or groups.get(name) in include:
+            updates.append((ours, new, first_new_row_of(model.config, groups.get(name))))
         elif not same_values(ours, new):
             raise EloError(
                 f"attach: {name} is not in a detached layer, but differs from the base's; give the base that the "
@@ -137,14 +137,16 @@ def check_include(include: Sequence[str]) -> None:
 
 
 def blend(base: torch.Tensor, trained: torch.Tensor, scale: float, whole_from: int | None = None) -> torch.Tensor:
-    """theta0 + scale * (theta - theta0) in float32, in the base's dtype; integers are taken as trained.
+    """theta0 + scale * (theta - theta0) in float32, in the base's dtype; what did not change keeps its bits.
 
-    So are rows from `whole_from` on: of a token that is new, theta0 is nothing to go back to.
+    Integers are taken as trained. So are rows from `whole_from` on: of a token that is new, theta0 is nothing to go
+    back to.
     """
     if scale == 1.0 or not base.is_floating_point():
         return trained.to(base.dtype)
     wide = torch.promote_types(base.dtype, torch.float32)
     blended = (base.to(wide) + scale * (trained.to(wide) - base.to(wide))).to(base.dtype)
+    blended = torch.where(base.to(wide) == trained.to(wide), base, blended)  # a negative zero would become positive
     if whole_from is not None:
         blended[whole_from:] = trained[whole_from:].to(base.dtype)
     return blended

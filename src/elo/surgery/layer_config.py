@@ -19,6 +19,11 @@ def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def config_of_class(model_class: Any, config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a configuration that a model class takes: transformers loads some wrappers as their decoder alone."""
+    return config if isinstance(config, model_class.config_class) else text_config_of(config)
+
+
 def num_layers_of(config: PretrainedConfig) -> int:
     """Number of decoder layers.
 

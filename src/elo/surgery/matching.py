@@ -4,16 +4,17 @@ A detached checkpoint may come back from any tool: in other shards, another dtyp
 gives when it saves, which are not always those of the base's files.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from elo.checkpoint.naming import load_hollow, quiet_transformers
+from elo.checkpoint.naming import load_hollow, map_names, quiet_transformers
 from elo.checkpoint.tensor_files import CHUNK_BYTES, Checkpoint, StoredTensor, open_checkpoint
 from elo.errors import EloError
+from elo.surgery.equivalence import build_hollow
 from elo.surgery.in_memory import same_values
 
 
@@ -36,10 +37,11 @@ def match_tensors(
     Raises:
         EloError: a tensor is missing, or there is one that the base has not, or a tied head is not the embedding.
     """
-    matched, absent = match_names(wanted, trained)
+    hollow = build_hollow(model_class, config)
+    matched, absent = match_names(wanted, trained, hollow)
     if absent and not redundant(wanted, absent, model_class, config):
         trained = _under_base_names(wanted, trained, model_class, config, scratch)
-        matched, absent = match_names(wanted, trained)
+        matched, absent = match_names(wanted, trained, hollow)
         if absent and not redundant(wanted, absent, model_class, config):
             raise EloError(f"{trained.folder}: {min(absent)} is missing, so it cannot be attached")
     used = {tensor.name for tensor in matched.values()}
@@ -47,8 +49,9 @@ def match_tensors(
     if extra:
         _, report = load_hollow(model_class, config, {name: trained.tensors[name].meta() for name in used})
         _, full_report = load_hollow(model_class, config, trained.meta_state_dict())
+        unknown = map_names(hollow, trained.meta_state_dict()).unknown
         for name in sorted(extra):
-            if report.incomplete() or full_report.does_not_know(name):
+            if report.incomplete() or unknown.get(name) in full_report.unexpected:
                 raise EloError(
                     f"{trained.folder}: has {name}, which the base has not; only a model with the detached model's own "
                     "tensors can be attached (merge adapters first)"
@@ -89,30 +92,20 @@ def _require_copy(extra: StoredTensor, matched: Iterable[StoredTensor]) -> None:
         )
 
 
-def match_names(wanted: dict[str, StoredTensor], trained: Checkpoint) -> tuple[dict[str, StoredTensor], set[str]]:
-    """Match equal names, or names that differ by one prefix throughout (`h.0...`, `transformer.h.0...`).
+def match_names(
+    wanted: Mapping[str, StoredTensor], other: Checkpoint, hollow: PreTrainedModel
+) -> tuple[dict[str, StoredTensor], set[str]]:
+    """Match tensors that become the same in the model that `hollow` is, whatever their files call them.
 
     Returns:
         What was found, by the names in `wanted`, and the names there that have no match.
     """
-    prefix = _extra_prefix(wanted, trained)
-    matched = {}
-    for name in wanted:
-        for candidate in (name, prefix + name, name.removeprefix(prefix)):
-            if candidate in trained.tensors:
-                matched[name] = trained.tensors[candidate]
-                break
+    theirs = map_names(hollow, other.meta_state_dict())
+    found = {theirs.identity(name): tensor for name, tensor in other.tensors.items()}
+    ours = map_names(hollow, {name: tensor.meta() for name, tensor in wanted.items()})
+    identities = {name: ours.identity(name) for name in wanted}
+    matched = {name: found[identity] for name, identity in identities.items() if identity in found}
     return matched, wanted.keys() - matched.keys()
-
-
-def _extra_prefix(wanted: dict[str, StoredTensor], trained: Checkpoint) -> str:
-    longest = max(wanted, key=lambda name: (name.count("."), name), default="")
-    for other in trained.tensors:
-        if other.endswith("." + longest):
-            return other.removesuffix(longest)
-        if longest.endswith("." + other) and other.count(".") > 1:
-            return longest.removesuffix(other)
-    return ""
 
 
 def redundant(

@@ -11,18 +11,19 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from elo.checkpoint.architecture import Architecture, find_architecture, group_of
+from elo.checkpoint.architecture import find_architecture
 from elo.checkpoint.folder import (
     CONFIG_FILE,
     CheckpointFolder,
     copy_side_files,
+    copy_unlisted_weights,
     open_folder,
     read_edited_config,
     refuse_overlap,
     write_config,
 )
 from elo.checkpoint.layers import parse_layers
-from elo.checkpoint.naming import LayerNames, find_layer_names, load_hollow
+from elo.checkpoint.naming import LayerNames, NameMap, find_layer_names, load_hollow, map_names
 from elo.checkpoint.new_rows import first_new_row_of
 from elo.checkpoint.refusals import require_detachable
 from elo.checkpoint.shared_files import copy_shared
@@ -163,13 +164,13 @@ def attach_checkpoint(
     refuse_overlap(Path(output), small.folder)
     hollow = build_hollow_causal_lm(whole.config, trust_remote_code=trust_remote_code)
     names = find_layer_names(hollow, whole.weights)
-    parts = find_architecture(hollow)
+    mapped = map_names(hollow, whole.weights.meta_state_dict())
     _check_base(whole, names, record)
 
     wanted = _small_tensors(whole.weights, names, kept, type(hollow), small.config)
     with tempfile.TemporaryDirectory(prefix="elo-attach-") as scratch:
         matched = match_tensors(wanted, small.weights, type(hollow), small.config, Path(scratch))
-        updates = _updates(wanted, matched, small, names, parts, include)
+        updates = _updates(wanted, matched, names, mapped, find_architecture(hollow).tied, include)
         with disk_errors_told(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
             written = {tensor.file.name for tensor, _ in updates}
             sizes = {name: (whole.folder / name).stat().st_size for name in whole.weights.files}
@@ -181,10 +182,11 @@ def attach_checkpoint(
             if whole.weights.indexed:
                 shutil.copyfile(whole.folder / INDEX_FILE, folder / INDEX_FILE)
             for tensor, trained in updates:
-                whole_from = first_new_row_of(whole.config, group_of(tensor.name, parts))
+                whole_from = first_new_row_of(whole.config, mapped.group(tensor.name))
                 path = folder / tensor.file.name
                 patch_tensor(path, tensor, base=tensor, trained=trained, scale=scale, whole_from=whole_from)
             shutil.copyfile(whole.folder / CONFIG_FILE, folder / CONFIG_FILE)
+            copy_unlisted_weights(whole.weights, folder)
             copy_side_files(whole.folder, folder, python=trust_remote_code)
     return {
         "base": str(base),
@@ -216,9 +218,10 @@ def _small_tensors(
             tensors[name] = tensor
         elif layer in kept:
             tensors[names.join(kept.index(layer), rest)] = tensor
-    _, report = load_hollow(model_class, small_config, {n: t.meta() for n, t in tensors.items()})
+    hollow, report = load_hollow(model_class, small_config, {n: t.meta() for n, t in tensors.items()})
     if report.unexpected:
-        tensors = {name: t for name, t in tensors.items() if not report.does_not_know(name)}
+        unknown = map_names(hollow, {n: t.meta() for n, t in tensors.items()}).unknown
+        tensors = {name: t for name, t in tensors.items() if unknown.get(name) not in report.unexpected}
         _, report = load_hollow(model_class, small_config, {n: t.meta() for n, t in tensors.items()})
     if problem := report.problem():
         raise UnfinishedError(
@@ -322,9 +325,9 @@ def _check_base(whole: CheckpointFolder, names: LayerNames, record: dict[str, An
 def _updates(
     wanted: dict[str, StoredTensor],
     matched: dict[str, StoredTensor],
-    small: CheckpointFolder,
     names: LayerNames,
-    parts: Architecture,
+    mapped: NameMap,
+    tied: bool,
     include: Sequence[str],
 ) -> list[tuple[StoredTensor, StoredTensor]]:
     """(base tensor, trained tensor) for everything that is put back; the rest must be as in the base."""
@@ -338,7 +341,7 @@ def _updates(
                 f"{trained.file}: {trained.name} is {list(trained.shape)}, but {list(tensor.shape)} in the base; "
                 "attach needs the same shapes"
             )
-        group = group_of(name, parts)
+        group = mapped.group(tensor.name)
         if names.split(name)[0] is not None or group in include:
             updates.append((tensor, trained))
         elif not same_bytes(tensor, trained):
@@ -351,9 +354,9 @@ def _updates(
                 )
                 + ", or train with everything but the layers frozen"
             )
-    tied_updates = [pair for pair in updates if group_of(pair[0].name, parts) == "embedding"]
+    tied_updates = [pair for pair in updates if tied and mapped.group(pair[0].name) == "embedding"]
     for name, tensor in wanted.items():
-        if tied_updates and name not in matched and group_of(name, parts) == "head" and parts.tied:
+        if tied_updates and name not in matched and mapped.group(tensor.name) == "head":
             updates.append((tensor, tied_updates[0][1]))
     return updates
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from elo.checkpoint.architecture import find_architecture, group_of
-from elo.checkpoint.folder import open_folder, refuse_overlap
+from elo.checkpoint.folder import copy_side_files, open_folder, refuse_overlap
+from elo.checkpoint.naming import map_names
 from elo.checkpoint.new_rows import first_new_row_of
 from elo.checkpoint.shared_files import copy_shared
 from elo.errors import EloError
@@ -42,14 +42,16 @@ def scale_change(
             raise EloError(
                 f"{base}: {name} {found}, but {tensor.dtype} {list(tensor.shape)} in {trained}; give its own base"
             )
-    parts = find_architecture(build_hollow_causal_lm(after.config, trust_remote_code=trust_remote_code))
+    hollow = build_hollow_causal_lm(after.config, trust_remote_code=trust_remote_code)
+    names = map_names(hollow, after.weights.meta_state_dict())
     with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
         for path in sorted(trained.iterdir()):
             if path.is_file():
                 copy_shared(path, folder / path.name, link=False)
+        copy_side_files(trained, folder, python=trust_remote_code)  # those in folders
         patched = [tensor for tensor in after.weights.tensors.values() if tensor.torch_dtype.is_floating_point]
         for tensor in patched:
-            whole_from = first_new_row_of(after.config, group_of(tensor.name, parts))
+            whole_from = first_new_row_of(after.config, names.group(tensor.name))
             patch_tensor(
                 folder / tensor.file.name,
                 tensor,

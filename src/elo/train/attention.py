@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from elo.errors import EloError
+from elo.evaluate.scoring import rope_limit
 from elo.store.processes import from_main
 
 VARLEN = "elo_varlen"
@@ -142,6 +143,22 @@ def choose_attention(
         model.set_attn_implementation(VARLEN)
         return VARLEN
     return current
+
+
+def require_own_positions(
+    config: PreTrainedConfig, sequence_length: int, *, packed: bool, batch_size: int, section: str = ""
+) -> None:
+    """Raise EloError where the longest document of a batch would decide about the rotary frequencies of the others."""
+    limit = rope_limit(config)
+    if limit is None or sequence_length <= limit or not (packed or batch_size > 1):
+        return
+    size = f"{section}.per_device_train_batch_size".removeprefix(".")
+    keys = [*(["data.packing: false"] if packed else []), *([f"{size}: 1"] if batch_size > 1 else [])]
+    raise EloError(
+        f"{'data.packing' if packed else size}: beyond {limit:,} positions the rotary embedding "
+        f"of this {config.model_type} model follows the longest document of a batch, so documents trained together "
+        f"change each other; write {' and '.join(keys)}, or data.sequence_length: {limit} or less"
+    )
 
 
 def _agrees(model: PreTrainedModel, sequence_length: int, autocast_dtype: torch.dtype | None) -> bool:

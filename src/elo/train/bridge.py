@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from elo.checkpoint.architecture import find_architecture, layers_of
 from elo.checkpoint.layers import Gap, gaps_between
 from elo.errors import EloError
-from elo.evaluate.scoring import evaluating, takes_position_ids
+from elo.evaluate.scoring import evaluating, rope_regime, takes_position_ids
 
 BRIDGE_FILE = "elo_bridge.safetensors"
 _BATCH_TOKENS = 4096
@@ -124,7 +124,7 @@ def fit_bridge(
         for index, gap in enumerate(gaps):
             for place, kept in ((gap.start, entering), (gap.stop, leaving)):
                 hooks.callback(_record_input(_module_at(model, place), kept, index).remove)
-        for number, batch in enumerate(_batches(rows)):
+        for number, batch in enumerate(_batches(rows, model.config)):
             inputs = {"input_ids": batch["input_ids"].to(device)}
             if takes_position_ids(model) and "position_ids" in batch:
                 inputs["position_ids"] = batch["position_ids"].to(device)
@@ -237,13 +237,13 @@ class _Solution(NamedTuple):
     ridge: float
 
 
-def _batches(rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Tensor]]:
+def _batches(rows: Iterable[dict[str, Any]], config: PreTrainedConfig) -> Iterable[dict[str, Tensor]]:
     pending: list[dict[str, Any]] = []
     tokens = 0
     for row in rows:
         pending.append(row)
         tokens += len(row["input_ids"])
-        if tokens >= _BATCH_TOKENS:
+        if tokens >= _BATCH_TOKENS or rope_regime(config, len(row["input_ids"])):
             yield _stack(pending)
             pending, tokens = [], 0
     if pending:

@@ -12,11 +12,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, TrainingArguments
+from transformers import PretrainedConfig, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import FSDP_MODEL_NAME
 
 from elo.checkpoint.architecture import find_architecture
+from elo.checkpoint.reading import auto_class
 from elo.errors import EloError
 from elo.store.processes import world_size
 from elo.train.settings import TrainingSettings
@@ -52,9 +53,7 @@ def main_alone_loads(settings: TrainingSettings, model: nn.Module) -> bool:
 def without_weights(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """The causal language model of `config` with its buffers, and parameters on the CPU of no particular values."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        model = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))

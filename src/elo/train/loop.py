@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.integrations import get_reporting_integration_callbacks
 
 from elo.checkpoint.architecture import layers_of
-from elo.errors import EloError
+from elo.errors import EloError, StoppedBySignalError
 from elo.evaluate.bits_per_byte import isolates_documents
 from elo.evaluate.scoring import evaluating, takes_position_ids
 from elo.log import Progress
 from elo.store.processes import from_main, is_main, world_size
-from elo.train.attention import VARLEN, choose_attention
+from elo.train.attention import VARLEN, choose_attention, require_own_positions
 from elo.train.checkpoints import latest_checkpoint
 from elo.train.distributed import (
     check_fsdp,
@@ -66,14 +66,6 @@ class TrainingResult:
     attention: str
     losses: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
-
-
-class StoppedBySignalError(Exception):
-    """Training wrote a checkpoint and stopped because a signal asked for it."""
-
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; a checkpoint is written")
-        self.number = number
 
 
 def rows_per_step(sequence_length: int, settings: TrainingSettings) -> int:
@@ -237,6 +229,12 @@ def _fitted(model: PreTrainedModel, rows: Dataset, settings: TrainingSettings, f
     if on_gpu:
         model.to("cuda")  # type: ignore[arg-type]
     packed = "attention_mask" not in rows[0]
+    require_own_positions(
+        model.config,
+        len(rows[0]["input_ids"]),
+        packed=packed,
+        batch_size=settings.per_device_train_batch_size,
+    )
     autocast_dtype = torch.bfloat16 if wants_bf16(settings) else None
     own_attention = model.config._attn_implementation
     if packed:

@@ -1,6 +1,5 @@
 """One training phase on disk: a checkpoint folder in, a trained checkpoint folder out."""
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from elo.data.shards import PreparedData
     from elo.data.tokenizer import TextTokenizer
+    from elo.train.trained_files import TrainedFiles
     from elo.train.trainer import Evaluate
 
 
@@ -37,7 +37,7 @@ def train_checkpoint(
     trust_remote_code: bool = False,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Train the checkpoint in folder `checkpoint` and write it to `output` in its own dtype.
+    """Train the checkpoint in folder `checkpoint` and write it to `output` with what changed.
 
     Args:
         rows: packed sequences, as many as the phase trains on.
@@ -49,9 +49,15 @@ def train_checkpoint(
         The stage's record: tokens, steps, seconds, tokens_per_second, peak_memory_bytes, losses, evaluations, ...
     """
     from elo.train.loop import train
+    from elo.train.trained_files import TrainedFiles
 
-    model, dtype, main_alone = load_trainable(checkpoint, settings, trust_remote_code=trust_remote_code)
+    model, _, main_alone = load_trainable(checkpoint, settings, trust_remote_code=trust_remote_code)
+    files = TrainedFiles(checkpoint, model)
+    stored = files.stored_dtypes(model)
     prepared = prepare(model)
+    files.set_trained(model)
+    if _keeps_frozen_as_stored(settings):
+        _freeze_in(model, stored, empty=main_alone and not is_main())
     cut = None
     if vocabulary is not None:
         cut = VocabularyCut(model, vocabulary)
@@ -59,14 +65,12 @@ def train_checkpoint(
         prepared = replace(prepared, first_row=cut.first_row(prepared.first_row))
         if evaluate is not None:
             evaluate = _on_whole_vocabulary(evaluate, cut)
-    if _keeps_frozen_in(dtype, settings):
-        _freeze_in(model, dtype, empty=main_alone and not is_main())
 
     def save(trained: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]] | None") -> None:
         if cut is not None:
             cut.restore()
         prepared.fold()
-        save_checkpoint(trained, parts, dtype, output, side_files=checkpoint)
+        save_checkpoint(trained, parts, files, output, python=trust_remote_code)
 
     result = train(
         model,
@@ -98,8 +102,9 @@ def load_trainable(
     """Load a checkpoint in fp32, so that what trains has fp32 master weights.
 
     Returns:
-        The model; the dtype it is stored in; whether the main process alone has its weights: under FSDP, where that can
-        be, the others have memory for them that is never touched, so never taken, until they get their pieces.
+        The model; the dtype that most of it is stored in; whether the main process alone has its weights: under FSDP,
+        where that can be, the others have memory for them that is never touched, so never taken, until they get their
+        pieces.
 
     Raises:
         EloError: the folder holds no checkpoint in safetensors that transformers can load.
@@ -107,7 +112,9 @@ def load_trainable(
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from elo.checkpoint.counting import read_config, text_config
+    from elo.checkpoint.counting import read_config
+    from elo.checkpoint.new_rows import share_record
+    from elo.checkpoint.tensor_files import open_checkpoint
     from elo.evaluate.loading import load_model
     from elo.train.distributed import main_alone_loads, without_weights
     from elo.train.loop import wants_bf16
@@ -115,7 +122,7 @@ def load_trainable(
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = read_config(str(checkpoint), trust_remote_code=trust_remote_code)
-    dtype = text_config(config).dtype or config.dtype or torch.float32
+    dtype = open_checkpoint(checkpoint).main_dtype()  # what config.json says may be another, or nothing
     if settings.training_arguments.get("deepspeed") and wants_bf16(settings) and dtype == torch.float32:
         raise EloError(
             f"{checkpoint}: is stored in fp32, and DeepSpeed in bf16 would round its weights; write bf16: false"
@@ -124,9 +131,11 @@ def load_trainable(
 
     def load() -> None:
         loaded.append(load_model(str(checkpoint), "cpu", torch.float32, None, trust_remote_code))
+        share_record(config, loaded[0].config)
 
     if settings.training_arguments.get("fsdp"):
         model = without_weights(config, torch.float32, trust_remote_code=trust_remote_code)
+        share_record(config, model.config)
         if main_alone_loads(settings, model):
             from_main(load)
             return (loaded[0] if loaded else model), dtype, True
@@ -137,47 +146,21 @@ def load_trainable(
 def save_checkpoint(
     model: "PreTrainedModel",
     parts: "Iterator[dict[str, Tensor]] | None",
-    dtype: Any,
+    files: "TrainedFiles",
     output: Path,
     *,
-    side_files: Path,
+    python: bool = False,
 ) -> None:
-    """Write a model in `dtype` with the tokenizer files of `side_files`; the folder appears whole or not at all.
+    """Write a trained model as its base with what changed; the folder appears whole or not at all.
 
     Args:
-        parts: the weights, part by part, where the model holds only pieces of them; each becomes a file.
+        parts: the weights, part by part, where the model holds only pieces of them.
+        python: copy the base's Python files too.
     """
-    from elo.checkpoint.folder import copy_tokenizer
+    from elo.train.distributed import whole_parts
 
     with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
-        if parts is None:
-            model.to(dtype).save_pretrained(folder)
-        else:
-            _write_parts(model, parts, dtype, folder)
-        copy_tokenizer(side_files, folder)
-
-
-def _write_parts(model: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]]", dtype: Any, folder: Path) -> None:
-    """Write each part as a file of its own, under the names that transformers gives its tensors on disk."""
-    from elo.checkpoint.tensor_files import SINGLE_FILE, join_files
-
-    written: list[Path] = []
-    for number, part in enumerate(parts):
-        place = folder / f"part-{number}"
-        model.save_pretrained(
-            place,
-            state_dict={name: t.to(dtype) if t.is_floating_point() else t for name, t in part.items()},
-            max_shard_size=sum(t.nbytes for t in part.values()) + 1,
-        )
-        written.append(place / SINGLE_FILE)
-    for file in written[0].parent.iterdir():
-        if file.name != SINGLE_FILE:
-            file.rename(folder / file.name)
-    model.config.dtype = dtype  # transformers notes the model's own, in which it is trained
-    model.config.save_pretrained(folder)
-    join_files(folder, written)
-    for file in written:
-        shutil.rmtree(file.parent)
+        files.write(folder, model, whole_parts(model) if parts is None else parts, python=python)
 
 
 def heldout_evaluator(
@@ -199,6 +182,7 @@ def heldout_evaluator(
     from elo.evaluate.bits_per_byte import bits_per_byte
     from elo.train.loop import wants_bf16
 
+    tokenizer = replace(tokenizer, split_special_tokens=prepared.split_special_tokens)
     corpora = {language: cut_corpus(prepared.heldout(language), tokenizer, max_bytes) for language in languages}
     autocast = torch.bfloat16 if wants_bf16(settings) else None
 
@@ -213,21 +197,27 @@ def heldout_evaluator(
     return evaluate
 
 
-def _keeps_frozen_in(dtype: Any, settings: TrainingSettings) -> bool:
-    """Whether frozen parameters stay exactly as they are stored, so that what is saved is what was loaded."""
+def _keeps_frozen_as_stored(settings: TrainingSettings) -> bool:
+    """Whether frozen parameters stay in the dtypes that they are stored in, which saves memory."""
     import torch
 
     from elo.train.loop import wants_bf16
 
-    return torch.cuda.is_available() and wants_bf16(settings) and dtype in (torch.bfloat16, torch.float16)
+    return torch.cuda.is_available() and wants_bf16(settings)
 
 
-def _freeze_in(model: "PreTrainedModel", dtype: Any, *, empty: bool = False) -> None:
-    """Keep frozen parameters in `dtype`: they need no master weights. `empty` ones have no values and get none."""
+def _freeze_in(model: "PreTrainedModel", stored: "dict[int, Any]", *, empty: bool = False) -> None:
+    """Keep frozen parameters in their stored half precision: they need no master weights.
+
+    Args:
+        stored: dtype by the parameter's `id`.
+        empty: they have no values, and get none.
+    """
     import torch
 
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        dtype = stored.get(id(parameter))
+        if not parameter.requires_grad and dtype in (torch.bfloat16, torch.float16):
             parameter.data = torch.empty_like(parameter, dtype=dtype) if empty else parameter.data.to(dtype)
 
 

@@ -16,8 +16,10 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from elo.data.tokenizing import batched, token_ids
 from elo.errors import EloError
 from elo.vocab.words import Spelling, split_words
 
@@ -200,9 +202,10 @@ def require_extendable(backend: Tokenizer) -> dict[str, Any]:
 
 def compare_tokenizers(old: Tokenizer, new: Tokenizer, texts: Sequence[str]) -> Identity:
     """Tokenise texts of one language with both and compare, id by id."""
-    before = old.encode_batch_fast(list(texts), add_special_tokens=False)
-    after = new.encode_batch_fast(list(texts), add_special_tokens=False)
-    changed = [text for text, a, b in zip(texts, before, after, strict=True) if a.ids != b.ids]
+    changed = []
+    for batch in batched(texts):
+        both = zip(batch, token_ids(old, batch), token_ids(new, batch), strict=True)
+        changed += [text for text, a, b in both if not np.array_equal(a, b)]
     words_old, words_new = _WordTokenizer(old), _WordTokenizer(new)
     scripts = words_old.own_scripts(Counter(word for text in texts for word in split_words(old, text)))
     foreign, words = 0, dict[str, None]()

@@ -11,17 +11,18 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from elo.checkpoint.architecture import find_architecture, group_of
+from elo.checkpoint.architecture import find_architecture
 from elo.checkpoint.folder import (
     TOKENIZER_PATTERNS,
     CheckpointFolder,
     copy_side_files,
+    copy_unlisted_weights,
     open_folder,
     read_edited_config,
     refuse_overlap,
     write_config,
 )
-from elo.checkpoint.naming import load_hollow
+from elo.checkpoint.naming import load_hollow, map_names
 from elo.checkpoint.new_rows import VOCABULARY_KEY, NewRows
 from elo.checkpoint.tensor_files import MAX_SHARD_BYTES, NewTensor, StoredTensor, write_checkpoint
 from elo.errors import EloError, UnsupportedArchitectureError
@@ -79,6 +80,7 @@ def extend_checkpoint(
     new: NewTokens,
     *,
     save_tokenizer: Callable[[Path], None],
+    check: Callable[[Path], None] = lambda folder: None,
     init: RowInit = RowInit(),  # frozen
     pad_to_multiple_of: int = 64,
     record: Mapping[str, Any] | None = None,
@@ -95,6 +97,7 @@ def extend_checkpoint(
         checkpoint: folder with config.json and safetensors weights.
         output: folder to write; it appears whole or not at all.
         save_tokenizer: writes the extended tokenizer's files into a folder.
+        check: called with the whole folder before it appears as `output`; refuses it by raising EloError.
         pad_to_multiple_of: W is a multiple of this, as tensor cores like it.
         record: further keys of the record in config.json.
         overwrite: replace an existing output.
@@ -120,13 +123,14 @@ def extend_checkpoint(
     old_rows = next(base.weights.tensors[name].shape[0] for name in resized)
     rows = max(old_rows, -(-new.rows.stop // pad_to_multiple_of) * pad_to_multiple_of)
     makers = {name: _RowMaker(base.weights.tensors[name], group, new, init, rows) for name, group in resized.items()}
-    config_json = edit_json(base.config_json, base.config, {"vocab_size": rows})
     written = {
         "rows": asdict(new.rows),
         "embedding_init": "given" if init.given else init.embedding,
         "head_init": None if tied else "given" if init.given else init.head,
         **(record or {}),
     }
+    # Of a wrapper in the decoder's part too: transformers may load that alone.
+    config_json = edit_json(base.config_json, base.config, {"vocab_size": rows, VOCABULARY_KEY: written})
     config_json[VOCABULARY_KEY] = written
     _require_loadable(base, config_json, rows, makers.keys(), trust_remote_code)
     with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
@@ -137,7 +141,9 @@ def extend_checkpoint(
             for name, each in base.weights.tensors.items()
         ]
         write_checkpoint(folder, tensors, max_shard_bytes, label)
+        copy_unlisted_weights(base.weights, folder)
         copy_side_files(checkpoint, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
+        check(folder)
     return written
 
 
@@ -223,16 +229,11 @@ def _resized(base: CheckpointFolder, hollow: PreTrainedModel) -> dict[str, str]:
     embedding = hollow.get_submodule(parts.embedding_path).weight
     assert isinstance(embedding, torch.Tensor)
     rows = embedding.shape[0]
+    names = map_names(hollow, tensors)
     found: dict[str, str] = {}
     for name, tensor in tensors.items():
-        if tensor.shape[:1] != (rows,):
-            continue
-        group = group_of(name, parts)
-        if group is None:  # the file may call it otherwise than the model: see which module another shape offends
-            longer = torch.empty((rows + 1, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
-            _, report = load_hollow(type(hollow), base.config, tensors | {name: longer})
-            group = next((group_of(module, parts) for module in sorted(report.mismatched)), None)
-        if group in ("embedding", "head"):
+        group = names.group(name)
+        if tensor.shape[:1] == (rows,) and group in ("embedding", "head"):
             found[name] = "embedding" if parts.tied else group
     if "embedding" not in found.values():
         raise UnsupportedArchitectureError(

@@ -11,7 +11,7 @@ from rich.text import Text
 def render_vocabulary(measured: Mapping[str, Any]) -> RenderableType:
     """Tables of `elo.vocab.vocabulary.measure_vocabulary`."""
     languages = Table(title=f"{measured['model']}: {measured['tokens']:,} tokens", title_justify="left")
-    for column in ("language", "bytes a token", "tokens a word", "documents", "tokens"):
+    for column in ("language", "bytes a token", "tokens a word", "documents", "tokens", "text lost"):
         languages.add_column(column, justify="left" if column == "language" else "right")
     for language, each in measured["languages"].items():
         languages.add_row(
@@ -20,8 +20,13 @@ def render_vocabulary(measured: Mapping[str, Any]) -> RenderableType:
             f"{each['tokens_per_word']:.2f}",
             f"{each['documents']:,}",
             f"{each['tokens']:,}",
+            f"{each['lost_text']:.2%}",
         )
     parts: list[RenderableType] = [languages]
+    for language, each in measured["languages"].items():
+        if each["special_tokens"]:
+            parts.append(Text(f"{language}: {each['special_tokens']:,} special tokens are spelled in the text"))
+    parts += [Text(warning) for warning in measured["warnings"]]
     if measured["candidates"]:
         candidates = Table(title="With new pieces", title_justify="left")
         for column in ("pieces", "bytes a token", "tokens", "training FLOPs", "new parameters", "source as before"):

@@ -1,7 +1,7 @@
 """`elo vocab`: how many tokens languages take, and a checkpoint with new pieces for one of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from elo.checkpoint.footprint import Footprint
+    from elo.data.tokenizer import TextTokenizer
+    from elo.data.tokenizing import TextCounts
     from elo.vocab.pieces import Identity
     from elo.vocab.words import Fertility
 
 DEFAULT_PIECES = (2000, 4000, 8000, 16000)
+_MOST_PIECES = 10_000_000
 # Characters read of a language: more hardly changes which pieces are learnt.
 _TARGET_CHARACTERS = 50_000_000
 _SOURCE_CHARACTERS = 20_000_000
@@ -36,6 +39,8 @@ def measure_vocabulary(
     tokenizer: str | Path | None = None,
     text_column: str = "text",
     max_characters: int | None = None,
+    split_special_tokens: bool = True,
+    allow_lost_text: bool = False,
     output: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -48,17 +53,23 @@ def measure_vocabulary(
         pieces: numbers of new pieces to try.
         tokenizer: folder or hub id, if it is not in the model's folder.
         text_column: key or column that holds a document's text.
-        max_characters: read so much of each language; by default 50 M of the target, 20 M of another.
+        max_characters: read at most this many characters of each language; by default 50 M of the target, 20 M of
+            another.
+        split_special_tokens: tokenise special tokens spelled in text as text.
+        allow_lost_text: accept text of which the tokenizer loses more than 5 %.
         output: JSON file to write.
         trust_remote_code: run code that ships with the checkpoint.
 
     Returns:
-        {"languages": {language: fertility}, "candidates": [what each number of pieces would change], "advice": words}
+        {"languages": {language: fertility, and what of the text is lost}, "candidates": [what each number of pieces
+        would change], "advice": words, "warnings": [words]}
 
     Raises:
         EloError: something given cannot be read, or the tokenizer cannot be extended.
     """
     from elo.checkpoint.counting import footprint, read_config
+    from elo.data.text_loss import judge_loss, text_encoder
+    from elo.data.tokenizer import load_tokenizer
     from elo.vocab.pieces import PieceLearner, compare_tokenizers, extend_tokenizer
     from elo.vocab.words import measure_fertility
 
@@ -66,20 +77,41 @@ def measure_vocabulary(
         raise EloError("vocab: nothing to measure on; give --corpus LANGUAGE=FILE")
     if target is not None and target not in corpora:
         raise EloError(f"--target {target!r}: has no corpus; the corpora are {', '.join(corpora)}")
-    if not pieces or min(pieces) < 1:
-        raise EloError(f"--pieces {list(pieces)}: give numbers of new pieces, each at least 1")
-    backend = _backend(tokenizer or model, trust_remote_code)
+    if not pieces or min(pieces) < 1 or max(pieces) > _MOST_PIECES:
+        raise EloError(f"--pieces {list(pieces)}: give numbers of new pieces, each from 1 to {_MOST_PIECES:,}")
+    loaded = replace(load_tokenizer(tokenizer or model, trust_remote_code), split_special_tokens=split_special_tokens)
+    backend = loaded.backend
     texts = {
         language: _read(path, text_column, max_characters or _limit(language == target), language)
         for language, path in corpora.items()
     }
-    measured = {language: measure_fertility(backend, heldout) for language, (_, heldout) in texts.items()}
+    counts = {language: _count(loaded, heldout) for language, (_, heldout) in texts.items()}
+    warnings = [
+        judge_loss(
+            f"{corpora[language]} ({language})",
+            loaded.name,
+            found.lost_bytes,
+            found.checked_bytes,
+            allowed=allow_lost_text,
+            key="--allow-lost-text",
+        )
+        for language, found in counts.items()
+    ]
+    measured = {language: measure_fertility(loaded.encoder, heldout) for language, (_, heldout) in texts.items()}
     results: dict[str, Any] = {
         "model": str(model),
         "tokens": backend.get_vocab_size(),
-        "languages": {language: _fertility(each) for language, each in measured.items()},
+        "languages": {
+            language: _fertility(each)
+            | {
+                "lost_text": counts[language].lost_bytes / max(counts[language].checked_bytes, 1),
+                "special_tokens": counts[language].special_tokens,
+            }
+            for language, each in measured.items()
+        },
         "candidates": [],
         "advice": None,
+        "warnings": [warning for warning in warnings if warning is not None],
     }
     if target is not None:
         now = footprint(read_config(model, trust_remote_code=trust_remote_code))
@@ -89,7 +121,8 @@ def measure_vocabulary(
         found = {len(extension.pieces): extension for extension in map(learner.extension, pieces)}
         for count, extension in sorted(found.items()):
             extended = extend_tokenizer(backend, extension)
-            after = measure_fertility(extended, texts[target][1])
+            encoder = text_encoder(extended, loaded.special_tokens) if split_special_tokens else extended
+            after = measure_fertility(encoder, texts[target][1])
             larger = now.with_vocabulary(max(now.vocab_size, extended.get_vocab_size()))
             results["candidates"].append(
                 {
@@ -155,6 +188,7 @@ def extend_vocabulary(
     Raises:
         EloError: something given cannot be read or does not fit, or the tokenizer cannot be extended.
     """
+    from elo.check_output import check_output
     from elo.data.tokenizer import save_with_backend
     from elo.vocab.pieces import (
         PieceLearner,
@@ -168,8 +202,10 @@ def extend_vocabulary(
     for name, value in (("--init", init), ("--head-init", head_init or init)):
         if value not in INITIALISATIONS:
             raise EloError(f"{name} {value!r}: unknown; choose one of {', '.join(INITIALISATIONS)}")
-    if pieces < 1 or pad_to_multiple_of < 1:
-        raise EloError(f"--pieces and --pad-to must be at least 1; got {pieces} and {pad_to_multiple_of}")
+    if not (1 <= pieces <= _MOST_PIECES and 1 <= pad_to_multiple_of <= _MOST_PIECES):
+        raise EloError(
+            f"--pieces and --pad-to must be from 1 to {_MOST_PIECES:,}; got {pieces} and {pad_to_multiple_of}"
+        )
     if tokenizer is None and (target is None or source is None):
         raise EloError(
             "vocab extend: give --target FILE to learn pieces from and --source FILE whose words stay as they are, or "
@@ -213,6 +249,9 @@ def extend_vocabulary(
         Path(output),
         NewTokens(first_id, [_origin(old, token) for _, token in tokens]),
         save_tokenizer=lambda place: save_with_backend(folder, new, place, trust_remote_code),
+        check=lambda place: check_output(
+            place, remedy="mend that in the base first; nothing was written", trust_remote_code=trust_remote_code
+        ),
         init=RowInit(init, head_init or init, given, seed),  # type: ignore[arg-type]
         pad_to_multiple_of=pad_to_multiple_of,
         record=record,
@@ -226,6 +265,13 @@ def _backend(path: str | Path, trust_remote_code: bool) -> "Tokenizer":
     from elo.data.tokenizer import load_tokenizer
 
     return load_tokenizer(path, trust_remote_code).backend
+
+
+def _count(tokenizer: "TextTokenizer", texts: Sequence[str]) -> "TextCounts":
+    """What is counted of texts while they are tokenised."""
+    from elo.data.tokenizing import TextCounts, batched
+
+    return TextCounts(*sum(tokenizer.encode_and_check(batch)[1].sum(axis=0) for batch in batched(texts)).tolist())
 
 
 def _limit(target: bool) -> int:

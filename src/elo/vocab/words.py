@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 
 from tokenizers import Tokenizer, decoders
 
+from elo.data.tokenizing import batched, token_ids
 from elo.errors import EloError
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -16,7 +16,8 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 _AT_SPACES = re.compile(f"{_SPACE}*[^{_SPACE}]+|{_SPACE}+")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _BYTE_LEVEL = decoders.ByteLevel()
-_BATCH = 256
+_PART_CHARACTERS = 1 << 18
+_SPACE_IN_TEXT = re.compile(r"(?<=\S)\s")
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,12 @@ def measure_fertility(backend: Tokenizer, texts: Iterable[str]) -> Fertility:
         EloError: there are none.
     """
     documents = size = characters = words = tokens = 0
-    remaining = iter(texts)
-    while batch := list(islice(remaining, _BATCH)):
+    for batch in batched(texts):
         documents += len(batch)
         size += sum(len(text.encode()) for text in batch)
         characters += sum(map(len, batch))
         words += sum(len(text.split()) for text in batch)
-        tokens += sum(len(each.ids) for each in backend.encode_batch_fast(batch, add_special_tokens=False))
+        tokens += sum(map(len, token_ids(backend, batch)))
     if not tokens:
         raise EloError(
             f"vocab: {documents:,} documents make no token at all; the text is empty, or the tokenizer drops all of it"
@@ -71,6 +71,21 @@ def split_words(backend: Tokenizer, text: str) -> Iterator[str]:
     They are what the pre-tokenizer gives; where it leaves texts whole (Llama-2, Gemma), each SentencePiece space begins
     one.
     """
+    for part in _parts(text):
+        yield from _words_of(backend, part)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A long text in parts that begin at white space: the pre-tokenizer needs hundreds of bytes a character."""
+    start = 0
+    while start < len(text):
+        space = _SPACE_IN_TEXT.search(text, start + _PART_CHARACTERS)
+        stop = space.start() if space else len(text)
+        yield text[start:stop]
+        start = stop
+
+
+def _words_of(backend: Tokenizer, text: str) -> Iterator[str]:
     normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
     if normalizer is not None:
         text = normalizer.normalize_str(text)

@@ -1,0 +1,127 @@
+"""Training speed of every contestant of a comparison, side by side in one process, beside what FLOPs allow.
+
+    python benchmarks/methods_speed.py COMPARISON.yaml --steps 6 --rounds 3 --output results/methods_speed.json
+
+Each round trains every phase of every contestant for a few updates, in turn, so that a slow spell of the machine hits
+all alike; the fastest round counts. Time is CPU time, so run it on one pinned core (taskset -c 0, OMP_NUM_THREADS=1).
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from elo.budget import divide_budget
+from elo.checkpoint.counting import footprint, read_config
+from elo.config import CompareConfig, RunConfig, contestant_run, load_comparison
+from elo.evaluate.loading import load_model
+from elo.methods import Phase, Setup
+from elo.preflight import check_model
+from elo.run import Inputs, open_run, prepare_data
+from elo.store.environment import hardware, versions
+from elo.surgery.in_memory import detach_layers
+from elo.train.bridge import Bridge, fit_bridge
+from elo.train.loop import train
+from elo.train.phase import load_trainable
+from elo.train.vocabulary_cut import CutSequences, VocabularyCut, choose_rows
+
+
+def contestant_config(comparison: CompareConfig, name: str, tokens: int, folder: Path) -> RunConfig:
+    """The run of a contestant at its default rates."""
+    return contestant_run(comparison, name, folder, learning_rates={}, tokens=tokens, seed=comparison.seeds[0])
+
+
+class Speeds:
+    """Times phases of contestants on the shared data of a comparison."""
+
+    def __init__(self, comparison: CompareConfig, inputs: Inputs, steps: int) -> None:
+        self.comparison, self.inputs, self.steps = comparison, inputs, steps
+        self.data = prepare_data(inputs)
+        self.footprint = footprint(read_config(str(inputs.base.path)))
+        self.bridges: dict[tuple[int, ...], Bridge] = {}
+
+    def rows(self, sample: int) -> list[int]:
+        """Rows of the vocabulary that training text uses, and `sample` others."""
+        return [int(each) for each in choose_rows(self.data, self.inputs.base.path, sample=sample, seed=1)]
+
+    def measure(self, config: RunConfig, layers: tuple[int, ...], phase: Phase, scratch: Path) -> dict[str, Any]:
+        """Train one phase for a few updates; returns tokens per CPU second and FLOPs per token."""
+        settings = config.settings(phase).model_copy(update={"save_steps": 10**6, "evaluations": 0})
+        sequences = divide_budget(config, self.data, lambda _: None)
+        rows: Any = sequences.first(self.steps * settings.tokens_per_step)
+        model, _, _ = load_trainable(self.inputs.base.path, settings)
+        if phase.detached:
+            model = detach_layers(model, list(layers))
+        bridge = self._bridge(config, layers) if phase.middle == "bridged" else None
+        prepared = config.method.prepare(model, phase, Setup(layers, bridge, config.seed))
+        counted = self.footprint
+        if settings.vocabulary == "corpus":
+            file = scratch / "rows.json"
+            file.write_text(json.dumps(self.rows(settings.vocabulary_sample)))
+            cut = VocabularyCut(model, file)
+            rows = CutSequences(rows, cut)
+            counted = counted.with_vocabulary(len(cut.ids))
+        with tempfile.TemporaryDirectory() as folder:
+            result = train(model, rows, settings=settings, output_dir=Path(folder), seed=config.seed, prepared=prepared)
+        flops = config.method.flops_per_token(phase, counted, layers, config.data.sequence_length)
+        return {"tokens_per_cpu_second": result.tokens / result.cpu_seconds, "flops_per_token": flops.total}
+
+    def _bridge(self, config: RunConfig, layers: tuple[int, ...]) -> Bridge:
+        if layers not in self.bridges:
+            model = load_model(str(self.inputs.base.path), None, None, None, False)
+            rows = divide_budget(config, self.data, lambda _: None).first(8192)
+            self.bridges[layers] = fit_bridge(model, layers, (rows[index] for index in range(len(rows))))
+        return self.bridges[layers]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", type=Path)
+    parser.add_argument("--steps", type=int, default=6, help="updates of a phase in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    arguments = parser.parse_args()
+    comparison = load_comparison(arguments.comparison)
+    scratch = Path(tempfile.mkdtemp())
+    configs = {name: contestant_config(comparison, name, 10**6, scratch) for name in comparison.contestants}
+    first = contestant_run(
+        comparison, next(iter(configs)), Path(comparison.output), learning_rates={}, tokens=10**6, seed=1
+    )
+    best: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in configs}
+    with open_run(first) as inputs:
+        speeds = Speeds(comparison, inputs, arguments.steps)
+        layers = {name: check_model(config, inputs.base.path) for name, config in configs.items()}
+        for number in range(arguments.rounds):
+            for name, config in configs.items():
+                for phase in config.method.phases:
+                    found = speeds.measure(config, layers[name], phase, scratch)
+                    known = best[name].get(phase.name)
+                    if known is None or found["tokens_per_cpu_second"] > known["tokens_per_cpu_second"]:
+                        best[name][phase.name] = found
+                    rate = found["tokens_per_cpu_second"]
+                    print(f"round {number + 1}: {name} {phase.name}: {rate:.1f} tokens per CPU second", flush=True)
+    contestants = {}
+    for name, phases in best.items():
+        method = configs[name].method
+        shares = {"pretraining": 1 - method.alignment_share, "alignment": method.alignment_share, "all": 1.0}
+        parts = [(shares[phase.rows], phases[phase.name]) for phase in method.phases]
+        contestants[name] = {
+            "phases": phases,
+            "tokens_per_cpu_second": 1 / sum(share / each["tokens_per_cpu_second"] for share, each in parts),
+            "flops_per_token": sum(share * each["flops_per_token"] for share, each in parts),
+        }
+    reference = contestants.get("full")
+    for each in contestants.values():
+        if reference is not None:
+            each["speed_up_of_full"] = each["tokens_per_cpu_second"] / reference["tokens_per_cpu_second"]
+            each["flops_bound"] = reference["flops_per_token"] / each["flops_per_token"]
+    record = {"hardware": hardware(), "versions": versions(), "steps": arguments.steps, "contestants": contestants}
+    arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+    for name, each in contestants.items():
+        bound = f", {each['speed_up_of_full']:.2f}x full (FLOPs: {each['flops_bound']:.2f}x)" if reference else ""
+        print(f"{name}: {each['tokens_per_cpu_second']:.1f} tokens per CPU second{bound}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Decompressed bytes of gzip and Zstandard files, and why a file cannot be read to its end."""
+
+import gzip
+import io
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow
+import zstandard
+
+BUFFER = 1 << 20
+MAX_WINDOW = 1 << 31
+"""Largest Zstandard window, in bytes (`zstd --long=31`): the memory that reading such a file may take."""
+
+_BEGINNINGS = {
+    b"version https://git-lfs": "a Git LFS pointer instead of the data; fetch the data: git lfs pull",
+    b"<!doctype html": "a web page instead of the data, such as a server's error page; fetch the file again",
+    b"<html": "a web page instead of the data, such as a server's error page; fetch the file again",
+    b"\x1f\x8b": "compressed with gzip; add .gz to its name",
+    b"\x28\xb5\x2f\xfd": "compressed with Zstandard; add .zst to its name",
+    b"PAR1": "a parquet file; let its name end in .parquet",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"BZh": "compressed with bzip2; decompress it",
+    b"\xfd7zXZ\x00": "compressed with xz; decompress it",
+    b"\xff\xfe": "not UTF-8 but UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE",
+    b"\xfe\xff": "not UTF-8 but UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE",
+}
+_EXPECTED = {".gz": (b"\x1f\x8b",), ".zst": (b"\x28\xb5\x2f\xfd",), ".parquet": (b"PAR1",)}
+
+
+def wrong_kind(raw: BinaryIO, name: str) -> str | None:
+    """What a file is, and what to do, where its first bytes belong to another kind of file than its name."""
+    beginning = raw.read(64)
+    raw.seek(0)
+    if beginning.startswith(_EXPECTED.get(Path(name).suffix, ())):
+        return None
+    for start, kind in _BEGINNINGS.items():
+        if beginning.startswith(start) or (start.startswith(b"<") and beginning.lower().lstrip().startswith(start)):
+            if start.startswith((b"<", b"BZh", b"PAR1")) and ".txt" in name:  # plain text may begin with these
+                continue
+            return f"the file is {kind}"
+    return None
+
+
+def decompressed(raw: BinaryIO, name: str) -> BinaryIO:
+    """The bytes of a file, decompressed when its name ends in .gz or .zst."""
+    if name.endswith(".gz"):
+        return io.BufferedReader(_GzipFile(raw), BUFFER)
+    if name.endswith(".zst"):
+        return io.BufferedReader(_ZstdFile(raw), BUFFER)
+    return raw
+
+
+def file_problem(error: Exception) -> str:
+    """Why the rest of a file cannot be read, and what to do: a limit or the system's refusal is no damage."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, MemoryError) or "not enough memory" in reason:
+        return (
+            "there is not enough memory to decompress the file; compress it again with a smaller window or row groups"
+        )
+    if "requires too much memory" in reason:
+        return (
+            f"the file is compressed with a window of more than {MAX_WINDOW >> 20:,} MiB, the largest that can be "
+            "read; decompress it where there is memory for that, and compress it again with a smaller window"
+        )
+    if isinstance(error, zstandard.ZstdError) and "ictionary" in reason:
+        return "the file is compressed with a Zstandard dictionary; decompress it with that dictionary (zstd -D)"
+    if isinstance(error, pyarrow.ArrowNotImplementedError):
+        return f"pyarrow cannot read this parquet file ({reason}); write it again with zstd or snappy compression"
+    if "encrypt" in reason or "decrypt" in reason:
+        return f"the parquet file is encrypted ({reason}); give a decrypted copy"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"the file cannot be read ({error.strerror}); check its permissions and the disk, then run again"
+    if isinstance(error, EOFError):
+        return f"the file is damaged from here on: it ends too early ({reason}), so it was cut short; fetch it again"
+    return f"the file is damaged from here on ({reason}); replace it"
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompressed bytes of a Zstandard file of one or more frames; one cut short raises EOFError."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self._ready:
+            chunk = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            chunk = chunk or self._raw.read(1 << 17)
+            if not chunk:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("the compressed file ends in the middle")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
+            self._ready = memoryview(self._frame.decompress(chunk))
+        count = min(len(target), len(self._ready))
+        target[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+class _GzipFile(io.RawIOBase):
+    """Decompressed bytes of a gzip file, step by step: what comes before damage is read."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._file = gzip.GzipFile(fileobj=raw)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        data = self._file.read1(len(target))
+        target[: len(data)] = data
+        return len(data)

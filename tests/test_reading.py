@@ -1,0 +1,181 @@
+"""One reading of a checkpoint folder, which is that of transformers: its weight files, and wrappers as a whole."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from bad_input_fixtures import assert_refused, copy_of
+from run_fixtures import write_base
+from safetensors.torch import load_file, save_file
+from surgery_fixtures import assert_same, edit_config, llama, stored
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from elo.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE, open_checkpoint
+from elo.config import load_config
+from elo.errors import EloError
+from elo.evaluate.loading import load_model
+from elo.preflight import check_model
+from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
+
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TOWER = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": 14,
+    "out_hidden_size": 16,
+}
+SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+EXPERTS = {"intermediate_size_mlp": 24, "num_local_experts": 2, "interleave_moe_layer_step": 1}
+PROJECTOR = {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+# Class of the wrapper, further keys of the text part, of the vision part and of the whole.
+WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma3": ("Gemma3", {"query_pre_attn_scalar": 8}, VISION, {"mm_tokens_per_image": 4, "image_token_index": 3}),
+    "llama4": ("Llama4", EXPERTS, VISION | PROJECTOR, {"image_token_index": 3}),
+    "llava": ("Llava", {"model_type": "llama"}, VISION | {"model_type": "clip_vision_model"}, {"image_token_index": 3}),
+    "mistral3": (
+        "Mistral3",
+        {"model_type": "mistral"},
+        VISION | {"model_type": "pixtral", "head_dim": 8},
+        {"image_token_index": 3},
+    ),
+    "qwen3_vl": ("Qwen3VL", SECTIONS, TOWER | {"deepstack_visual_indexes": [0]}, {"image_token_id": 3}),
+}
+
+DATA = {
+    "tokens": 4096,
+    "data": {"target": "ko", "source": "en", "corpora": {"ko": "ko.jsonl", "en": "en.jsonl"}, "sequence_length": 32},
+}
+
+
+def wrapper(family: str) -> PreTrainedModel:
+    name, text, vision, whole = WRAPPERS[family]
+    config = getattr(transformers, f"{name}Config")(text_config=TEXT | text, vision_config=vision, **whole)
+    torch.manual_seed(0)
+    model: PreTrainedModel = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    return model
+
+
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_a_wrapper_is_read_whole_detached_and_attached(family: str, tmp_path: Path) -> None:
+    wrapper(family).save_pretrained(tmp_path / "base")
+    detach_checkpoint(tmp_path / "base", "0,-1", tmp_path / "detached")
+    ids = torch.tensor([[1, 7, 8, 9]])
+    small = load_model(str(tmp_path / "detached"), "cpu", None, None, False)
+    assert small.config.get_text_config(decoder=True).num_hidden_layers == 2
+    assert type(small).__name__.endswith("ForConditionalGeneration")
+    with torch.no_grad():
+        assert torch.isfinite(small(input_ids=ids).logits).all()
+    attach_checkpoint(tmp_path / "detached", tmp_path / "base", tmp_path / "attached")
+    assert_same(stored(tmp_path / "attached"), stored(tmp_path / "base"))
+    whole = load_model(str(tmp_path / "attached"), "cpu", None, None, False)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval()
+    with torch.no_grad():
+        assert torch.equal(whole(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    # What a training tool saves of the detached wrapper comes back under the base's names.
+    small.save_pretrained(tmp_path / "trained")
+    attach_checkpoint(tmp_path / "trained", tmp_path / "base", tmp_path / "again")
+    assert_same(stored(tmp_path / "again"), stored(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("family", ["llama4", "mistral3"])
+def test_a_run_checks_the_wrapper_that_it_trains_before_tokenising(family: str, tmp_path: Path) -> None:
+    wrapper(family).save_pretrained(tmp_path / "base")
+    config = load_config({"model": str(tmp_path / "base"), "output": str(tmp_path / "run"), **DATA, "layers": "0,-1"})
+    assert check_model(config, tmp_path / "base") == (0, 3)
+    edit_config(tmp_path / "base", model_type="voxtral", architectures=None)  # of which transformers has no causal LM
+    with pytest.raises(EloError, match=r"causal language model|cannot be read"):
+        check_model(config, tmp_path / "base")
+
+
+@pytest.mark.parametrize("left", ["index alone", "index and shards"])
+def test_a_single_file_is_read_before_an_index_as_transformers_does(
+    left: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    llama(seed=0).save_pretrained(old, max_shard_size="20KB")
+    llama(seed=1).save_pretrained(new)
+    for file in old.glob("model*" if left == "index and shards" else "*.index.json"):
+        shutil.copy(file, new)
+    assert (new / INDEX_FILE).exists()
+    with caplog.at_level(logging.WARNING):
+        checkpoint = open_checkpoint(new)
+    assert checkpoint.files == [SINGLE_FILE]
+    assert "index of other files" in caplog.text and str(new) in caplog.text
+    detach_checkpoint(new, "0-2", tmp_path / "detached")  # whose layers keep their names
+    taken, single = stored(tmp_path / "detached"), load_file(new / SINGLE_FILE)
+    assert_same(taken, {name: single[name] for name in taken})
+    theirs = AutoModelForCausalLM.from_pretrained(new).state_dict()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in taken.items())
+
+
+def test_an_adapter_beside_the_weights_is_refused_before_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_base(tmp_path / "base")
+    both = copy_of(base, tmp_path / "both")
+    (both / "adapter_config.json").write_text("{}")
+    words = ("adapter_config.json", "whole model and an adapter", "remove", "merge")
+    assert_refused(["detach", both, "-o", tmp_path / "out"], words, (tmp_path,), capsys)
+    assert_refused(["evaluate", both, "--prompt", "en=a"], words, (tmp_path,), capsys)
+    vector = ["chat-vector", base, "--base", base, "--chat", both, "-o", tmp_path / "out"]
+    assert_refused(vector, words, (tmp_path,), capsys)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
+def test_a_prefix_of_every_name_is_named_with_the_cure(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_base(tmp_path / "base")
+    tensors = load_file(folder / SINGLE_FILE)
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, folder / SINGLE_FILE, {"format": "pt"})
+    words = (repr(prefix), "removeprefix", "save_pretrained")
+    assert_refused(["detach", folder, "-o", tmp_path / "out"], words, (tmp_path,), capsys)
+    assert_refused(["evaluate", folder, "--prompt", "en=a"], words, (tmp_path,), capsys)
+
+
+def test_a_pad_id_beyond_the_rows_is_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_base(tmp_path / "base")
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    edit_config(folder, pad_token_id=rows)
+    words = ("pad_token_id", f"is {rows}", f"{rows} embedding rows", "set it")
+    for command in (["detach", folder, "-o", tmp_path / "out"], ["evaluate", folder, "--prompt", "en=a"]):
+        assert_refused(command, words, (tmp_path,), capsys)
+    assert_refused(["plan", folder], words, (tmp_path,), capsys)
+
+
+def test_transformers_will_not_tie_is_passed_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    llama(tied=False).save_pretrained(tmp_path / "base")
+    with caplog.at_level(logging.WARNING):
+        load_model(str(tmp_path / "base"), "cpu", None, None, False)
+        assert not caplog.text
+        edit_config(tmp_path / "base", tie_word_embeddings=True)
+        model = load_model(str(tmp_path / "base"), "cpu", None, None, False)
+    assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
+    assert "does not tie" in caplog.text and "tie_word_embeddings" in caplog.text

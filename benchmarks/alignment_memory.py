@@ -5,7 +5,7 @@
 Layer alignment and full CPT train every layer, which is the peak of a run that has such a phase. Each contestant trains
 a Llama of random weights for a few updates in a process of its own. Printed beside: what `elo plan --measure` says of
 memory and rate, and what the model's weights, gradients and AdamW state alone take, the floor of plain training.
-What the same choices do to the loss is `elo compare benchmarks/compare_alignment.yaml`.
+What the same choices do to the loss is a question for `elo compare`.
 """
 
 import argparse

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from elo.methods.methods import Options, find_method
 from measuring import MIB, in_process, print_table, write_report
 from throughput import make_config, make_ready, train_some
 from transformers import PretrainedConfig
 
 from elo.checkpoint.counting import footprint
-from elo.methods.methods import Options, find_method
 from elo.plan.plan import plan
 from elo.train.settings import PUBLISHED, EloOptions, TrainingSettings
 

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from alignment_memory import CONTESTANTS, Contestant, measure_apart, planned_stage, settings_of
+from elo.methods.methods import Method, Prepared, Setup, find_method
 from measuring import print_table, write_report
 from throughput import make_rows
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from elo.checkpoint.counting import footprint
 from elo.checkpoint.layers import gaps_between
-from elo.methods.methods import Method, Prepared, Setup, find_method
 from elo.surgery.in_memory import detach_layers
 from elo.train import loop
 from elo.train.bridge import Bridge

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from elo.methods.methods import Method, Options, Prepared, Setup, find_method
 from measuring import synchronise, write_report
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,7 +26,6 @@ from elo.checkpoint.counting import footprint
 from elo.data.mixture import Mixture
 from elo.data.packing import PackedStream
 from elo.data.shards import TokenCorpus
-from elo.methods.methods import Method, Options, Prepared, Setup, find_method
 from elo.plan.devices import measure_matmul_rate
 from elo.surgery.in_memory import detach_layers
 from elo.train.bridge import fit_bridge

@@ -77,6 +77,8 @@ class Method(BaseModel):
     """Name in reports."""
     redraws_layers: ClassVar[bool] = False
     """Whether other layers train from time to time, so that all weights are kept in fp32."""
+    uses_layers: ClassVar[bool] = True
+    """Whether the layers that the configuration chooses matter to it."""
     name: str
     scale: Scale = 1.0
     """Share of the trained change that is kept, base + scale x (trained - base). `search` tries scales on text that

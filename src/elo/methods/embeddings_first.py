@@ -16,6 +16,7 @@ class EmbeddingsFirst(Method):
     """Train the new rows of embedding and head (all rows where there are no new ones), then every parameter."""
 
     label: ClassVar[str] = "Embeddings first, then full CPT"
+    uses_layers: ClassVar[bool] = False
     name: Literal["embeddings_first"] = "embeddings_first"
     full_share: float = Field(0.1, gt=0, lt=1)
     """Share of the run's tokens that the second phase trains on."""

@@ -26,6 +26,7 @@ class Lisa(Method):
 
     label: ClassVar[str] = "LISA"
     redraws_layers: ClassVar[bool] = True
+    uses_layers: ClassVar[bool] = False
     name: Literal["lisa"] = "lisa"
     layers: int = Field(4, gt=0)
     """Decoder layers that train at a time."""

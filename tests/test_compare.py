@@ -116,7 +116,7 @@ def test_rates_are_chosen_on_training_text_and_reported_values_are_of_all_held_o
         assert not texts[0] & texts[1]
         size = {"documents": heldout.num_documents, "tokens": heldout.num_text_tokens, "bytes": heldout.num_bytes}
         for measured in (results["base"], *(trial["measured"] for trial in results["trials"])):
-            assert measured["heldout"][language] == size
+            assert {key: measured["heldout"][language][key] for key in size} == size
             assert measured["document_bytes"][language] == heldout.document_sizes.tolist()
             nats = sum(measured["document_nats"][language])
             assert nats / math.log(2) / size["bytes"] == pytest.approx(measured["bpb"][language], rel=1e-4)

@@ -37,6 +37,9 @@ def _same(left: Path, right: Path) -> None:
         assert tensor.equal(theirs[name]), name
 
 
+_STAGES = ("prepare", "bridge", "detach", "elo_pretraining", "attach", "scale", "layer_alignment")
+
+
 def _total(trial, key):
     return sum(stage[key] for stage in trial["stages"])
 
@@ -167,14 +170,8 @@ def test_stages_one_by_one_give_the_same(finished, tmp_path):
     root, config, _ = finished
     alone = {**config, "output": str(tmp_path / "run")}
     made = {"prepare": "prepared"}
-    assert stage_names(load_config(config).method) == [
-        "prepare",
-        "detach",
-        "elo_pretraining",
-        "attach",
-        "layer_alignment",
-    ]
-    for until in ("prepare", "elo_pretraining", "layer_alignment"):
+    assert stage_names(load_config(config).method) == list(_STAGES)
+    for until in _STAGES:
         output = tmp_path / "run" / made.get(until, until)
         assert not output.exists()
         assert run(alone, until=until) == {}

@@ -54,7 +54,8 @@ def run(
     until: Annotated[
         str | None,
         typer.Option(
-            metavar="STAGE", help="Stop when this stage is done: prepare, detach, attach, or the name of a phase."
+            metavar="STAGE",
+            help="Stop when this stage is done: prepare, bridge, detach, attach, scale, or the name of a phase.",
         ),
     ] = None,
 ) -> None:

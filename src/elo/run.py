@@ -86,7 +86,7 @@ def run(
     Args:
         config: a configuration, its file, or a dict of the same form.
         overrides: `key.path=value`, applied to a file or dict.
-        until: stop when this stage is done: prepare, detach, attach, scale, or the name of a phase.
+        until: stop when this stage is done: prepare, bridge, detach, attach, scale, or the name of a phase.
 
     Returns:
         The results, as written to results.json (docs/results.md); {} when `until` stopped the run before.
@@ -403,8 +403,12 @@ def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:
 def stage_names(method: Method) -> list[str]:
     """The stages that `until` may name."""
     names = ["prepare"]
-    for phase in method.phases:
+    phases = method.phases
+    for phase in phases:
+        names += ["bridge"] if phase.middle == "bridged" else []
         names += ["detach", phase.name, "attach"] if phase.detached else [phase.name]
+        if method.scale != 1.0 and "scale" not in names and (phase.detached or phase is phases[-1]):
+            names.append("scale")
     return names
 
 

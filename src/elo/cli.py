@@ -181,7 +181,7 @@ def chat_vector(
     )
     note = f", {record['rows_kept']:,} rows of embedding and head unchanged" if record["rows_kept"] else ""
     if record["rows_added"]:
-        told += f", {record['rows_added']:,} rows taken from the chat model, which alone has them"
+        note += f", {record['rows_added']:,} rows taken from the chat model, which alone has them"
     typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{note}")
     if record["differs"]:
         typer.echo(

@@ -253,80 +253,51 @@ def report(
 
 @app.command()
 def plan(
-    model: Annotated[
-        str, typer.Argument(help="Checkpoint folder, config.json, hub id, or a run's CONFIG.yaml; no weights are read.")
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG.yaml|MODEL",
+            help="Configuration of a run; or a checkpoint folder, config.json or hub id, for a run with defaults.",
+        ),
     ],
     set_: Set = None,
-    layers: Annotated[str, typer.Option(help="Layers that ELO trains.")] = "first:1,last:1",
-    stand_in: Annotated[
-        str, typer.Option(help="What stands for the other layers: forward_only, bridge or none (as published).")
-    ] = "forward_only",
-    also_train: Annotated[
-        str, typer.Option(help="What trains besides: embedding, norm, head, joined by commas; or none.")
-    ] = "embedding,head",
-    alignment: Annotated[
-        str, typer.Option(help="What layer alignment trains: auto, full, forward_only or none.")
-    ] = "auto",
-    tokens: Annotated[float, typer.Option(help="Training tokens of the whole run.")] = 1e9,
-    alignment_share: Annotated[float, typer.Option(help="Share of them for layer alignment.")] = 0.1,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a packed row.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Rows in one micro-step of one device.")] = 1,
-    device: Annotated[str | None, typer.Option(help="A GPU, such as H100, A100-80GB, L4 or RTX4090.")] = None,
-    devices: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    method: Annotated[
+        str | None, typer.Option(help="Method; by default the configuration's, and for a MODEL the common ones.")
+    ] = None,
+    tokens: Annotated[float | None, typer.Option(help="Token budget; by default the configuration's, or 1e9.")] = None,
+    device: Annotated[str | None, typer.Option(help="A GPU, such as A100-80GB or L4; by default H100.")] = None,
+    devices: Annotated[int, typer.Option(help="Number of devices.")] = 1,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine for some seconds and plan for it.")
+        bool, typer.Option("--measure", help="Measure this machine for some seconds, and plan for it.")
     ] = False,
-    optim: Annotated[str, typer.Option(help="adamw, adamw_8bit or adafactor.")] = "adamw",
-    activation_checkpointing: Annotated[
-        bool, typer.Option("--activation-checkpointing", help="Recompute activations in layer alignment and LoRA.")
-    ] = False,
-    sharded: Annotated[
-        bool, typer.Option("--sharded", help="Divide weights and optimizer states among devices.")
-    ] = False,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of one device, in your currency.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Price of one device, in your currency.")] = None,
+    vocabulary_rows: Annotated[
+        int | None, typer.Option(help="Rows in training, with training.vocabulary: corpus.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here as JSON.")] = None,
-    trust_remote_code: Trust = False,
 ) -> None:
-    """Tell parameters, FLOPs, memory, time, cost and speed-ups before anything is loaded (docs/plan.md)."""
+    """Estimate parameters, FLOPs, memory, time and cost without loading weights (docs/plan.md)."""
     from rich.console import Console
 
-    from elo.plan.plan import plan
+    from elo.plan.plan import COMMON_METHODS, DEFAULT_BASELINES, is_configuration, plan, planned_run
     from elo.plan.table import render_plan
     from elo.store.files import write_json
 
-    if not 1 <= tokens < 1e18:
-        raise EloError(f"--tokens {tokens}: give the number of training tokens, such as 1e9")
-    arguments: dict[str, Any] = {
-        "layers": layers,
-        "stand_in": stand_in,
-        "also_train": [] if also_train == "none" else names(also_train),
-        "alignment": alignment,
-        "tokens": int(tokens),
-        "alignment_share": alignment_share,
-        "sequence_length": sequence_length,
-        "per_device_train_batch_size": batch_size,
-        "optim": optim,
-        "activation_checkpointing": activation_checkpointing,
-        "trust_remote_code": trust_remote_code,
-    }
-    if model.endswith((".yaml", ".yml")):
-        model, arguments = _planned_run(model, set_, int(tokens))
-    elif set_:
-        raise EloError("plan: --set changes keys of a run's CONFIG.yaml; this is a model, so use the options instead")
     if output is not None and output.is_dir():
         raise EloError(f"--output {output}: is a folder; name the file to write, for example {output / 'plan.json'}")
+    chosen = method is not None or is_configuration(source)
     planned = plan(
-        model,
-        **arguments,
+        planned_run(source, set_, method=method, tokens=tokens),
         device=device,
         devices=devices,
         measure=measure,
-        sharded=sharded,
         price_per_hour=price_per_hour,
+        vocabulary_rows=vocabulary_rows,
+        compare_with=DEFAULT_BASELINES if chosen else COMMON_METHODS,
     )
     Console().print(render_plan(planned))
     if output is not None:
-        write_json(output, planned)
+        write_json(output, planned.model_dump(mode="json"))
 
 
 @app.command()
@@ -432,34 +403,6 @@ def vocab_extend(
         trust_remote_code=trust_remote_code,
     )
     typer.echo(_one_line(f"{output}: {extension_line(record)}"))
-
-
-def _planned_run(config: str, overrides: list[str] | None, default_tokens: int) -> tuple[str, dict[str, Any]]:
-    """Model and arguments of `plan` for the run that a configuration file describes."""
-    from elo.config import load_config
-    from elo.train.settings import PUBLISHED
-
-    run = load_config(config, overrides)
-    pretraining, alignment = run.elo_pretraining, run.layer_alignment
-    elo = PUBLISHED if run.method == "elo_paper" else run.elo
-    return run.model, {
-        "layers": run.layers,
-        "stand_in": elo.stand_in,
-        "also_train": elo.also_train,
-        "alignment": elo.alignment,
-        "tokens": run.tokens or default_tokens,
-        "alignment_share": alignment.share,
-        "sequence_length": run.data.sequence_length,
-        "per_device_train_batch_size": pretraining.per_device_train_batch_size,
-        "alignment_per_device_train_batch_size": alignment.per_device_train_batch_size,
-        "tokens_per_step": pretraining.tokens_per_step,
-        "optim": pretraining.optim,
-        "alignment_optim": alignment.optim,
-        "activation_checkpointing": alignment.activation_checkpointing,
-        "pretraining_activation_checkpointing": pretraining.activation_checkpointing,
-        "head_loss": pretraining.head_loss,
-        "trust_remote_code": run.trust_remote_code,
-    }
 
 
 # typer brings its own copy of click from some version on, so its exception is asked of typer.

@@ -6,29 +6,39 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from elo.data.heldout import choose_bytes, cut_corpus, cut_text, tokenize_and_check
+from elo.data.shards import TokenCorpus
+from elo.data.sources import list_inputs, read_documents
+from elo.data.text_loss import judge_loss
+from elo.data.tokenizer import TextTokenizer, load_tokenizer, wrap_tokenizer
+from elo.data.tokenizing import TextCounts
 from elo.errors import EloError
+from elo.evaluate.bits_per_byte import BitsPerByte, bits_per_byte
+from elo.evaluate.cloze import ClozeItem, cloze_accuracy, read_cloze
+from elo.evaluate.loading import load_model, move
+from elo.evaluate.samples import generate_samples
+from elo.evaluate.scoring import longest_sequence, vocabulary_size
+from elo.evaluate.warnings import few_documents
+from elo.format import count
+from elo.store.environment import hardware, versions
 from elo.store.files import write_json
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from elo.data.shards import TokenCorpus
-    from elo.data.tokenizer import TextTokenizer
-    from elo.data.tokenizing import TextCounts
-    from elo.evaluate.cloze import ClozeItem
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 
 
 def evaluate(
-    model: "str | Path | PreTrainedModel",
-    tokenizer: "str | Path | PreTrainedTokenizerBase | TextTokenizer | None" = None,
+    model: str | Path | PreTrainedModel,
+    tokenizer: str | Path | PreTrainedTokenizerBase | TextTokenizer | None = None,
     *,
-    corpora: "Mapping[str, str | Path | TokenCorpus] | None" = None,
-    cloze: "Mapping[str, str | Path | Sequence[ClozeItem]] | None" = None,
+    corpora: Mapping[str, str | Path | TokenCorpus] | None = None,
+    cloze: Mapping[str, str | Path | Sequence[ClozeItem]] | None = None,
     prompts: Mapping[str, Sequence[str]] | None = None,
     sequence_length: int | None = None,
     max_bytes: int | None = None,
@@ -39,7 +49,7 @@ def evaluate(
     split_special_tokens: bool = True,
     allow_lost_text: bool = False,
     device: str | None = None,
-    dtype: "torch.dtype | str | None" = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     output: str | Path | None = None,
@@ -76,15 +86,6 @@ def evaluate(
     Raises:
         EloError: something given cannot be read or does not fit the model: what, where, and what to do.
     """
-    from elo.data.heldout import cut_corpus
-    from elo.data.sources import list_inputs
-    from elo.evaluate.bits_per_byte import BitsPerByte, bits_per_byte
-    from elo.evaluate.cloze import ClozeItem, cloze_accuracy, read_cloze
-    from elo.evaluate.loading import load_model, move
-    from elo.evaluate.samples import generate_samples
-    from elo.evaluate.scoring import longest_sequence, vocabulary_size
-    from elo.evaluate.warnings import few_documents
-    from elo.store.environment import hardware, versions
 
     # What can be wrong without the model is found before it is loaded.
     target = _check_output(output)
@@ -226,8 +227,8 @@ def evaluate(
 class _Text:
     """A corpus that was tokenised to be measured on, and what the tokenizer made of its text."""
 
-    corpus: "TokenCorpus"
-    counts: "TextCounts"
+    corpus: TokenCorpus
+    counts: TextCounts
     warning: str | None
 
     def record(self) -> dict[str, Any]:
@@ -248,10 +249,7 @@ def _check_output(output: str | Path | None) -> Path | None:
     return target
 
 
-def _tokenizer(
-    given: "str | Path | PreTrainedTokenizerBase | TextTokenizer", trust_remote_code: bool
-) -> "TextTokenizer":
-    from elo.data.tokenizer import TextTokenizer, load_tokenizer, wrap_tokenizer
+def _tokenizer(given: str | Path | PreTrainedTokenizerBase | TextTokenizer, trust_remote_code: bool) -> TextTokenizer:
 
     if isinstance(given, TextTokenizer):
         return given
@@ -265,16 +263,13 @@ def _tokenizer(
 
 def _tokenise(
     path: str | Path,
-    encoder: "TextTokenizer",
+    encoder: TextTokenizer,
     max_bytes: int | None,
     text_column: str,
     on_error: str,
     allow_lost_text: bool,
 ) -> _Text:
     """The documents of `path` that are measured on, as token ids in memory. It is read twice where it is cut."""
-    from elo.data.heldout import choose_bytes, cut_text, tokenize_and_check
-    from elo.data.sources import read_documents
-    from elo.data.text_loss import judge_loss
 
     texts: Iterable[str] = read_documents(path, text_column, on_error)
     if max_bytes is not None:
@@ -290,10 +285,6 @@ def _tokenise(
 
 
 def _print_table(results: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from elo.format import count
 
     corpora, cloze = results["corpora"], results["cloze"]
     table = Table(title=results["model"]["name"], title_justify="left")

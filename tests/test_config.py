@@ -110,7 +110,7 @@ def test_settings_of_a_phase():
         (
             "training.phases",
             {"layer_alignment": {"lr": 1}},
-            "layer_alignment.lr: unknown key; known keys here: activation_",
+            "layer_alignment.lr: unknown key; known keys here: ",
         ),
         ("training.phases", {"layer_alignment": {"optim": "x"}}, "layer_alignment.optim: must be one of adafactor"),
         ("method", {"name": "elo", "also_train": ["middle"]}, "got 'middle'"),

@@ -8,7 +8,9 @@ import pytest
 import torch
 from method_fixtures import CASES, KEPT, SEED, Case, case_id, method
 from training_fixtures import LENGTH, SETTINGS, rows, tiny_llama
+from zoo import FAMILIES, tiny_config, tiny_model
 
+from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.counting import footprint
 from elo.errors import EloError
 from elo.methods import METHODS, Phase, Setup, base
@@ -240,6 +242,39 @@ def test_layers_below_the_floor_keep_nothing_for_a_backward_pass():
     floor.open()
     _loss(model)
     assert all(seen.values())
+    floor.remove()
+    assert not [module for module in model.modules() if module._forward_pre_hooks]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_floor_in_every_family(name):
+    """What leaves the top layer downwards is doubled, or there is none; the top layer has its own gradient always."""
+    model_type, particular = FAMILIES[name]
+    model = tiny_model(tiny_config(model_type, **particular)).eval()
+    layers, ids = layers_of(model), torch.arange(1, 21).unsqueeze(0)
+    select_layers(model, [0, 3])
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        found = [[each.grad for each in layers[at].parameters() if each.grad is not None] for at in (0, 3)]
+        return [torch.cat([gradient.flatten() for gradient in each]) if each else None for each in found]
+
+    first, top = gradients()
+    floor = GradientFloor(model)
+    floor.open(3, 2.0)
+    doubled, same = gradients()
+    torch.testing.assert_close(doubled, 2 * first, rtol=1e-3, atol=1e-4 * float(first.abs().max()))
+    torch.testing.assert_close(same, top, rtol=1e-3, atol=1e-4 * float(top.abs().max()))
+    floor.close()
+    layers[0].requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
+    seen = []
+    layers[2].register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    none, same = gradients()
+    assert none is None
+    assert not seen[0].requires_grad, "nothing below is differentiated"
+    torch.testing.assert_close(same, top, rtol=1e-3, atol=1e-4 * float(top.abs().max()))
     floor.remove()
     assert not [module for module in model.modules() if module._forward_pre_hooks]
 

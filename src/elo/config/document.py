@@ -76,7 +76,7 @@ def markdown() -> str:
     for title, model in _SECTIONS.items():
         lines += [f"## {title}", "", *_table(model), ""]
     lines += [
-        "## `method`",
+        "## method",
         "",
         "Written as a bare name (`method: lora`), or as a section with a `name` and settings:",
         "",

@@ -40,7 +40,7 @@ def test_detach_attach_evaluate(world, capsys, tmp_path):
     status, out, _ = _elo(
         capsys, "attach", tmp_path / "detached", "--base", world / "base", "--output", tmp_path / "attached"
     )
-    assert (status, out) == (0, f"{tmp_path / 'attached'}: layers 0, 3 of 4 put back\n")
+    assert (status, out) == (0, f"{tmp_path / 'attached'}: layers 0, 3 of 4 attached\n")
     results = tmp_path / "results.json"
     corpora = ["--corpus", f"en={world / 'en.jsonl'}", "--corpus", f"xx={world / 'xx.jsonl'}"]
     status, out, err = _elo(capsys, "evaluate", tmp_path / "attached", *corpora, "--output", results)

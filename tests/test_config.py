@@ -205,7 +205,7 @@ def test_every_setting_is_documented_and_described():
 
     walk(RunConfig)
     for name, method in METHODS.items():
-        assert f"### `{name}`" in documented
+        assert f"### {name}" in documented
         for key in method.model_fields:
             assert key == "name" or f"| `{key}` |" in documented
 

@@ -140,7 +140,10 @@ MISTAKES = {
     "measure no file": ("measure {base} --corpus xx={root}/none.jsonl", "none.jsonl: no such file"),
     "no text": ("extend {base} -o {new}", "--target FILE"),
     "no source": ("extend {base} --target {xx} -o {new}", "--source FILE"),
-    "negative pieces": ("extend {base} --target {xx} --source {en} --pieces -3 -o {new}", "must be from 1 to 10,000,000; got -3"),
+    "negative pieces": (
+        "extend {base} --target {xx} --source {en} --pieces -3 -o {new}",
+        "must be from 1 to 10,000,000; got -3",
+    ),
     "unknown init": ("extend {base} --tokenizer {extended} --init zeros -o {new}", "pieces, first, mean, noise"),
     "unknown head init": ("extend {base} --tokenizer {extended} --head-init x -o {new}", "--head-init 'x'"),
     "output is the base": ("extend {base} --tokenizer {extended} -o {base}/new", "overlaps the input"),

@@ -142,7 +142,7 @@ MISTAKES = {
     "no source": ("extend {base} --target {xx} -o {new}", "--source FILE"),
     "negative pieces": (
         "extend {base} --target {xx} --source {en} --pieces -3 -o {new}",
-        "must be from 1 to 10,000,000; got -3",
+        "from 1 to 10,000,000; got -3",
     ),
     "unknown init": ("extend {base} --tokenizer {extended} --init zeros -o {new}", "pieces, first, mean, noise"),
     "unknown head init": ("extend {base} --tokenizer {extended} --head-init x -o {new}", "--head-init 'x'"),

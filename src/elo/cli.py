@@ -203,6 +203,10 @@ def evaluate(
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="LANGUAGE=TEXT", help="Text to continue greedily; may be repeated.")
     ] = None,
+    in_context: Annotated[
+        bool,
+        typer.Option("--in-context", help="Measure copying, recall and pattern completion on random pieces; no data."),
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="Context in tokens.")] = None,
     max_bytes: Annotated[
@@ -215,19 +219,24 @@ def evaluate(
     allow_lost_text: LostText = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure bits per byte and cloze accuracy of any Hugging Face causal LM, by language."""
+    """Measure bits per byte, cloze accuracy and in-context ability of any Hugging Face causal LM."""
     from elo.evaluate.evaluate import evaluate
+    from elo.evaluate.in_context import InContext
 
     corpora, items = files_by_language("--corpus", corpus), files_by_language("--cloze", cloze)
     prompts = texts_by_language(prompt)
-    if not corpora and not items and not prompts:
-        raise EloError("evaluate: nothing to measure on; give --corpus LANGUAGE=FILE or --cloze LANGUAGE=FILE")
+    measures: list[Any] = [InContext()] if in_context else []
+    if not corpora and not items and not prompts and not measures:
+        raise EloError(
+            "evaluate: nothing to measure; give --corpus LANGUAGE=FILE, --cloze LANGUAGE=FILE or --in-context"
+        )
     evaluate(
         model,
         tokenizer=tokenizer,
         corpora=corpora,
         cloze=items,
         prompts=prompts,
+        measures=measures,
         sequence_length=sequence_length,
         max_bytes=max_bytes,
         text_column=text_column,

@@ -3,14 +3,15 @@
     python benchmarks/alignment_memory.py --layers 12 --hidden-size 768 --output alignment_memory.json
 
 Layer alignment and full CPT train every layer, which is the peak of a run that has such a phase. Each contestant trains
-a Llama of random weights for a few updates in a process of its own. Printed beside: what `elo plan --measure` says of
-memory and rate, and what the model's weights, gradients and AdamW state alone take, the floor of plain training.
-What the same choices do to the loss is `elo compare benchmarks/compare_alignment.yaml`.
+a Llama of random weights for a few updates in a process of its own. Printed beside: what `elo plan --measure` estimates
+of memory and rate, and what the model's weights, gradients and AdamW state alone take, the floor of plain training.
+What the same choices do to the loss is a question for `elo compare`.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,47 +22,38 @@ from throughput import make_config, make_ready, train_some
 from transformers import PretrainedConfig
 
 from elo.checkpoint.counting import footprint
-from elo.methods.methods import Options, find_method
-from elo.plan.plan import plan
-from elo.train.settings import PUBLISHED, EloOptions, TrainingSettings
+from elo.methods import METHODS, Method
+from elo.plan.plan import plan, planned_run
+from elo.plan.schema import PhasePlan
+from elo.train.settings import TrainingSettings
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to train, and where `elo plan` tells about it."""
+    """A method, whose first phase is trained, and the settings that it trains with."""
 
-    method: str
-    options: Options = field(default_factory=Options)
+    method: dict[str, Any]
     settings: dict[str, Any] = field(default_factory=dict)
-    planned: str | None = "layer_alignment"
-    """Its place among the stages or baselines of a plan; None: not planned."""
 
-    def plan_arguments(self) -> dict[str, Any]:
-        elo = self.options.elo
-        found: dict[str, Any] = {"stand_in": elo.stand_in, "also_train": elo.also_train, "alignment": "full"}
-        if optim := self.settings.get("optim"):
-            found |= {"optim": optim, "alignment_optim": optim}
-        return found | {"activation_checkpointing": self.settings.get("activation_checkpointing", False)}
+    def make(self) -> Method:
+        return METHODS[self.method["name"]].model_validate(self.method)
 
 
+FULL = {"name": "full"}
 CHECKPOINTING = {"activation_checkpointing": True}
 EIGHT_BIT = {"optim": "adamw_8bit"}
-FORWARD_ONLY = Options(elo=EloOptions(stand_in="forward_only", alignment="full"))
-BRIDGE = Options(elo=EloOptions(stand_in="bridge", alignment="full"))
 CONTESTANTS = {
-    "full, AdamW": Contestant("full"),
-    "full, activation checkpointing": Contestant("full", settings=CHECKPOINTING),
-    "full, 8-bit AdamW": Contestant("full", settings=EIGHT_BIT),
-    "full, 8-bit AdamW, checkpointing": Contestant("full", settings=EIGHT_BIT | CHECKPOINTING),
-    "full, Adafactor, checkpointing": Contestant("full", settings={"optim": "adafactor"} | CHECKPOINTING),
-    "LISA": Contestant("lisa", planned=None),
-    "frozen middle": Contestant("frozen", planned="frozen"),
-    "LoRA, rank 16": Contestant("lora", planned="lora"),
-    "forward-only middle": Contestant("elo", FORWARD_ONLY, planned="elo_pretraining"),
-    "forward-only middle, 8-bit AdamW": Contestant("elo", FORWARD_ONLY, EIGHT_BIT, "elo_pretraining"),
-    "detached, bridge": Contestant("elo", BRIDGE, planned="elo_pretraining"),
-    "detached, bridge, 8-bit AdamW": Contestant("elo", BRIDGE, EIGHT_BIT, "elo_pretraining"),
-    "detached, as published": Contestant("elo_paper", Options(elo=PUBLISHED), planned="elo_pretraining"),
+    "full, AdamW": Contestant(FULL),
+    "full, activation checkpointing": Contestant(FULL, CHECKPOINTING),
+    "full, 8-bit AdamW": Contestant(FULL, EIGHT_BIT),
+    "full, 8-bit AdamW, checkpointing": Contestant(FULL, EIGHT_BIT | CHECKPOINTING),
+    "full, Adafactor, checkpointing": Contestant(FULL, {"optim": "adafactor"} | CHECKPOINTING),
+    "LISA": Contestant({"name": "lisa"}),
+    "frozen middle": Contestant({"name": "frozen"}),
+    "LoRA, rank 16": Contestant({"name": "lora", "rank": 16}),
+    "detached, bridge": Contestant({"name": "elo"}),
+    "detached, bridge, 8-bit AdamW": Contestant({"name": "elo"}, EIGHT_BIT),
+    "detached, as published": Contestant({"name": "elo_paper"}),
 }
 
 
@@ -83,8 +75,7 @@ GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(MIB)}
 
 def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float]:
     """Train here, for a few updates: tokens/s after the first, and the peak of memory in bytes."""
-    method = find_method(contestant.method, contestant.options)
-    model, prepared = make_ready(args, args.layers, method, (0, args.layers - 1))
+    model, prepared = make_ready(args, args.layers, contestant.make(), (0, args.layers - 1))
     rate, peak = train_some(model, args, settings_of(args, contestant), prepared)
     return {"tokens_per_second": rate, "peak_memory_bytes": peak}
 
@@ -103,32 +94,29 @@ def measure_apart(
     return found if "failed" in found else json.loads(found["printed"].splitlines()[-1])
 
 
-def planned_stage(
+def planned_phase(
     args: argparse.Namespace, contestant: Contestant, config: PretrainedConfig, **where: Any
-) -> dict[str, Any] | None:
-    """What `elo plan` says of it; `where` is the device or how to measure this one."""
-    if contestant.planned is None:
-        return None
-    planned = plan(
-        config,
-        tokens=1_000_000,
-        alignment_share=0.5,
-        sequence_length=args.sequence_length,
-        per_device_train_batch_size=args.batch,
-        tokens_per_step=args.batch * args.accumulate * args.sequence_length,
-        **where,
-        **contestant.plan_arguments(),
-    )
-    found: dict[str, Any] = (planned["stages"] | planned["baselines"])[contestant.planned]
-    return found
+) -> PhasePlan:
+    """What `elo plan` estimates of its first phase; `where` is the device or how to measure this one."""
+    step = args.batch * args.accumulate * args.sequence_length
+    changes = {
+        "method": contestant.method,
+        "tokens": 100 * step,
+        "data.sequence_length": args.sequence_length,
+        "training.tokens_per_step": step,
+        "training.per_device_train_batch_size": args.batch,
+        **{f"training.{key}": value for key, value in contestant.settings.items()},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        run = planned_run(folder, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+        return plan(run, compare_with=(), **where).run.phases[0]
 
 
-def foretell(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any] | None:
+def estimate(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any]:
     """Tokens per second and peak of memory in bytes by `elo plan --measure`."""
-    stage = planned_stage(args, contestant, make_config(args, args.layers), measure=True)
-    if stage is None:
-        return None
-    return {"tokens_per_second": stage["tokens_per_second"], "peak_memory_bytes": stage["memory"]["peak"]}
+    phase = planned_phase(args, contestant, make_config(args, args.layers), measure=True)
+    return {"tokens_per_second": phase.tokens_per_second, "peak_memory_bytes": phase.memory.peak_bytes}
 
 
 def main() -> None:
@@ -159,15 +147,15 @@ def main() -> None:
             continue
         in_use = {} if torch.cuda.is_available() else measure_apart(args, name, env=GIVES_BACK)
         measured["in_use_bytes"] = in_use.get("peak_memory_bytes", measured["peak_memory_bytes"])
-        foretold = foretell(args, CONTESTANTS[name])
-        results[name] = {"measured": measured, "planned": foretold}
+        planned = estimate(args, CONTESTANTS[name])
+        results[name] = {"measured": measured, "planned": planned}
         plain = results.get("full, AdamW", {}).get("measured", measured)
         cells = [f"{measured[key] // MIB:,}" for key in ("peak_memory_bytes", "in_use_bytes")]
         cells.append(f"{measured['tokens_per_second']:,.0f}")
         for key in ("in_use_bytes", "tokens_per_second"):
             cells.append(f"{measured[key] / plain[key]:.2f}")
-        for key, planned in (("in_use_bytes", "peak_memory_bytes"), ("tokens_per_second", "tokens_per_second")):
-            cells.append("" if foretold is None else f"{foretold[planned] / measured[key]:.2f}")
+        for key, estimated in (("in_use_bytes", "peak_memory_bytes"), ("tokens_per_second", "tokens_per_second")):
+            cells.append(f"{planned[estimated] / measured[key]:.2f}")
         rows.append([name, *cells])
         print(f"{name}: {cells[0]} MiB, {cells[2]} tokens/s", file=sys.stderr, flush=True)
     columns = ["", "peak MiB", "in use", "tokens/s", "in use / plain", "rate / plain", "planned / in use", "rate"]

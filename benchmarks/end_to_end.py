@@ -19,22 +19,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from elo.methods.methods import Options, find_method
 from measuring import finished, print_table, write_report
 
 from elo.checkpoint.counting import footprint, read_config
+from elo.checkpoint.footprint import Middle
 from elo.checkpoint.layers import parse_layers
 from elo.evaluate.evaluate import evaluate
 from elo.plan.devices import measure_matmul_rate
+from elo.plan.plan import plan
 from elo.quickstart.quickstart import WORLD, unpack_corpus
-from elo.train.settings import EloOptions
 
 ROOT = Path(__file__).parent
-OURS: dict[str, tuple[str, dict[str, Any]]] = {
-    "elo run, forward-only middle": ("elo", {"stand_in": "forward_only"}),
-    "elo run, detached, bridge": ("elo", {"stand_in": "bridge", "alignment": "none"}),
-    "elo run, as published": ("elo_paper", {}),
-    "elo run, full CPT": ("full", {}),
+OURS: dict[str, dict[str, Any]] = {
+    "elo run, frozen middle": {"name": "frozen"},
+    "elo run, detached, bridge": {"name": "elo", "alignment": "none"},
+    "elo run, as published": {"name": "elo_paper"},
+    "elo run, full CPT": {"name": "full"},
 }
 PEERS = {
     "transformers.Trainer, full CPT": "full",
@@ -50,20 +50,12 @@ LLAMA_FACTORY = {
 LAYERS = "first:1,last:1"
 
 
-def our_code(args: argparse.Namespace, name: str, output: Path) -> str:
-    """`elo run` on the same text, nothing measured on the way but the base and the end, on little text."""
-    method, elo = OURS[name]
-    section = {
-        "learning_rate": args.learning_rate,
-        "tokens_per_step": args.batch * args.sequence_length,
-        "per_device_train_batch_size": args.batch,
-        "evaluations": 0,
-        "save_steps": 10**9,
-    }
-    config = {
+def our_config(args: argparse.Namespace, name: str, output: Path) -> dict[str, Any]:
+    """A run on the same text, nothing measured on the way but the base and the end, on little text."""
+    return {
         "model": str(args.base),
         "output": str(output),
-        "method": method,
+        "method": OURS[name],
         "layers": LAYERS,
         "tokens": args.tokens,
         "data": {
@@ -73,13 +65,19 @@ def our_code(args: argparse.Namespace, name: str, output: Path) -> str:
             "heldout": {"target": str(args.heldout_target), "source": str(args.heldout_source)},
             "sequence_length": args.sequence_length,
         },
-        "elo": elo,
-        "elo_pretraining": section,
-        "layer_alignment": section,
-        "full": section,
+        "training": {
+            "learning_rate": args.learning_rate,
+            "tokens_per_step": args.batch * args.sequence_length,
+            "per_device_train_batch_size": args.batch,
+            "evaluations": 0,
+            "save_steps": 10**9,
+        },
         "evaluation": {"max_bytes": 4000},
     }
-    return f"import elo; elo.run({config!r})"
+
+
+def our_code(args: argparse.Namespace, name: str, output: Path) -> str:
+    return f"from elo.api import run; run({our_config(args, name, output)!r})"
 
 
 def peer_code(args: argparse.Namespace, name: str, output: Path) -> str:
@@ -102,23 +100,19 @@ def seconds_of_training(printed: str, output: Path) -> float:
 
 def floor_flops(args: argparse.Namespace, name: str) -> float:
     """Matmul FLOPs of all trained tokens."""
-    counted = footprint(read_config(args.base))
-    layers = parse_layers(LAYERS, counted.num_layers)
     if name in OURS:
-        method_name, elo = OURS[name]
-        method = find_method(method_name, Options(elo=EloOptions(**elo)))
-        phases = {
-            phase.rows: method.flops_per_token(phase, counted, layers, args.sequence_length) for phase in method.phases
-        }
-        aligned = 0.1 * args.tokens if len(phases) > 1 else 0
-        shares = {"alignment": aligned, "pretraining": args.tokens - aligned, "all": args.tokens}
-        return sum(cost * shares[rows] for rows, cost in phases.items())
-    kind: Any = (PEERS | LLAMA_FACTORY)[name]
-    also = ("embedding", "norm", "head") if kind == "frozen" else ()
-    if kind == "freeze":
-        kind, layers = "frozen", parse_layers("last:2", counted.num_layers)
-    kind = "full" if kind == "trl" else kind
-    cost = counted.flops_per_token(kind, layers, sequence_length=args.sequence_length, also_train=also)
+        return plan(our_config(args, name, Path("none")), compare_with=()).run.flops
+    counted = footprint(read_config(args.base))
+    kind = (PEERS | LLAMA_FACTORY)[name]
+    layers = parse_layers("last:2" if kind == "freeze" else LAYERS, counted.num_layers)
+    middles: dict[str, Middle] = {"lora": "adapted", "frozen": "frozen", "freeze": "frozen"}
+    cost = counted.flops_per_token(
+        middles.get(kind, "trained"),
+        layers,
+        sequence_length=args.sequence_length,
+        lora_rank=16 if kind == "lora" else 0,
+        also_train=("embedding", "norm", "head") if kind == "frozen" else (),
+    )
     return cost.total * args.tokens
 
 

@@ -21,17 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from alignment_memory import CONTESTANTS, Contestant, measure_apart, planned_stage, settings_of
+from alignment_memory import CONTESTANTS, Contestant, measure_apart, planned_phase, settings_of
 from measuring import print_table, write_report
 from throughput import make_rows
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from elo.checkpoint.counting import footprint
 from elo.checkpoint.layers import gaps_between
-from elo.methods.methods import Method, Prepared, Setup, find_method
+from elo.methods import Method, Setup
 from elo.surgery.in_memory import detach_layers
 from elo.train import loop
 from elo.train.bridge import Bridge
+from elo.train.prepared import Prepared
 from elo.train.trainer import EloTrainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "dev" / "null_gpu"))
@@ -63,7 +64,7 @@ def make_ready(args: argparse.Namespace, method: Method) -> tuple[Any, Prepared]
     with torch.device("cuda"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     bridge = None
-    if phase.needs_bridge:
+    if phase.middle == "bridged":
         width, gaps = config.hidden_size, tuple(gaps_between(layers, config.num_hidden_layers))
         zeros = tuple(torch.zeros(width, width) for _ in gaps), tuple(torch.zeros(width) for _ in gaps)
         bridge = Bridge(gaps, *zeros, tuple(0.0 for _ in gaps))
@@ -82,7 +83,7 @@ def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float
     if on_a_null_gpu():
         answer_for_it()
     EloTrainer._save_checkpoint = lambda *_: None  # type: ignore[method-assign]  # tens of GB of what nobody wants
-    model, prepared = make_ready(args, find_method(contestant.method, contestant.options))
+    model, prepared = make_ready(args, contestant.make())
     args.vocab_size = model.config.vocab_size
     rows = make_rows(args, args.steps * args.batch * args.accumulate)
     with tempfile.TemporaryDirectory() as folder:
@@ -97,15 +98,12 @@ def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float
     }
 
 
-def foretell(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any] | None:
-    """What `elo plan` says of its stage: what PyTorch allocates (without CUDA's own), and seconds of an update."""
-    stage = planned_stage(args, contestant, config_of(args), device=DEVICE)
-    if stage is None:
-        return None
-    memory = stage["memory"]
+def estimate(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any]:
+    """What `elo plan` estimates: what PyTorch allocates (without CUDA's own), and seconds of an update."""
+    phase = planned_phase(args, contestant, config_of(args), device=DEVICE)
     return {
-        "peak_bytes": memory["peak"] - memory["parts"]["runtime"],
-        "seconds_per_update": args.batch * args.accumulate * args.sequence_length / stage["tokens_per_second"],
+        "peak_bytes": phase.memory.peak_bytes - phase.memory.parts["runtime"],
+        "seconds_per_update": args.batch * args.accumulate * args.sequence_length / phase.tokens_per_second,
     }
 
 
@@ -126,7 +124,7 @@ def main() -> None:
     rows: list[list[str]] = []
     results: dict[str, dict[str, Any]] = {}
     for name in args.only or CONTESTANTS:
-        measured, planned = measure_apart(args, name, module="gpu_memory"), foretell(args, CONTESTANTS[name])
+        measured, planned = measure_apart(args, name, module="gpu_memory"), estimate(args, CONTESTANTS[name])
         results[name] = {"measured": measured, "planned": planned}
         if "failed" in measured:
             rows.append([name, "failed", *[""] * 5])
@@ -135,9 +133,9 @@ def main() -> None:
         plain = results.get("full, AdamW", {}).get("measured", {}).get("peak_bytes")
         cells = [f"{measured[key] / GIB:.1f}" for key in ("peak_bytes", "reserved_bytes")]
         cells.append(f"{measured['peak_bytes'] / plain:.3f}" if plain else "")
-        cells.append("" if planned is None else f"{planned['peak_bytes'] / measured['peak_bytes']:.3f}")
+        cells.append(f"{planned['peak_bytes'] / measured['peak_bytes']:.3f}")
         cells.append(f"{measured['seconds_per_update']:.2f}")
-        cells.append("" if planned is None else f"{planned['seconds_per_update']:.2f}")
+        cells.append(f"{planned['seconds_per_update']:.2f}")
         rows.append([name, *cells])
         print(f"{name}: {cells[0]} GiB", file=sys.stderr, flush=True)
     update = "s an update, host alone" if on_a_null_gpu() else "s an update"

@@ -25,22 +25,22 @@ from elo.checkpoint.counting import footprint
 from elo.data.mixture import Mixture
 from elo.data.packing import PackedStream
 from elo.data.shards import TokenCorpus
-from elo.methods.methods import Method, Options, Prepared, Setup, find_method
+from elo.methods import METHODS, Method, Setup
 from elo.plan.devices import measure_matmul_rate
 from elo.surgery.in_memory import detach_layers
 from elo.train.bridge import fit_bridge
 from elo.train.loop import train, wants_bf16
-from elo.train.settings import EloOptions, TrainingSettings
+from elo.train.prepared import Prepared
+from elo.train.settings import TrainingSettings
 
 # Each trains embedding and head as it does in a run, so that the rates are those of the methods.
-METHODS_SHOWN: dict[str, tuple[str, Options]] = {
-    "full CPT": ("full", Options()),
-    "LoRA": ("lora", Options()),
-    "LISA": ("lisa", Options()),
-    "frozen middle": ("frozen", Options()),
-    "forward-only middle": ("elo", Options(elo=EloOptions(stand_in="forward_only"))),
-    "detached, bridge": ("elo", Options(elo=EloOptions(stand_in="bridge"))),
-    "detached, as published": ("elo_paper", Options()),
+METHODS_SHOWN: dict[str, dict[str, Any]] = {
+    "full CPT": {"name": "full"},
+    "LoRA": {"name": "lora"},
+    "LISA": {"name": "lisa"},
+    "frozen middle": {"name": "frozen"},
+    "detached, bridge": {"name": "elo"},
+    "detached, as published": {"name": "elo_paper"},
 }
 BARE = ("full CPT", "detached, as published")
 
@@ -81,7 +81,7 @@ def make_ready(args: argparse.Namespace, depth: int, method: Method, layers: tup
     phase = method.phases[0]
     model: Any = make_model(args, depth)
     bridge = None
-    if phase.needs_bridge:
+    if phase.middle == "bridged":
         rows = make_rows(args, 8)
         bridge = fit_bridge(model, layers, (rows[index] for index in range(len(rows))))
     if phase.detached:
@@ -210,12 +210,12 @@ def main() -> None:
         layers = (0, depth - 1)
         counted = footprint(make_config(args, depth))
         contestants: dict[str, tuple[Callable[[], float], float]] = {}
-        for label, (name, options) in METHODS_SHOWN.items():
+        for label, fields in METHODS_SHOWN.items():
             if args.only and not any(only.startswith(label) for only in args.only):
                 continue
-            method = find_method(name, options)
+            method = METHODS[fields["name"]].model_validate(fields)
             phase = method.phases[0]
-            cost = method.flops_per_token(phase, counted, layers, args.sequence_length)
+            cost = method.flops_per_token(phase, counted, layers, args.sequence_length).total
             model, prepared = make_ready(args, depth, method, layers)
             contestants[label] = ours(model, args, settings, prepared), cost
             if label in BARE:

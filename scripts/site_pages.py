@@ -17,8 +17,6 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
     "dev/LOG.md": "log.md",
-    "dev/depth.png": "depth.png",
-    "dev/korean_reach.png": "korean_reach.png",
     "examples/tavuni/README.md": "tavuni.md",
 }
 INSIDE = {in_site: path for path, in_site in OUTSIDE.items()}

@@ -15,7 +15,7 @@ from typing import Any
 from fork_fixtures import ended, finish, forked
 from run_fixtures import write_world
 
-WEIGHTS = ("elo/detached", "elo/elo_pretraining", "elo/attached", "elo/layer_alignment")
+WEIGHTS = ("detach", "elo_pretraining", "attach", "scale", "layer_alignment")
 LONGEST_DELAY = 0.35
 """Seconds between the moment a child has reached its target and the kill: about the length of a stage."""
 
@@ -24,8 +24,7 @@ def small_world(root: Path) -> dict[str, Any]:
     """A whole run of a second or two, with a checkpoint at every step."""
     root.mkdir(parents=True, exist_ok=True)
     config = write_world(root)
-    for section in ("elo_pretraining", "layer_alignment", "full"):
-        config[section] |= {"save_steps": 1, "evaluations": 1, "logging_steps": 1}
+    config["training"] |= {"save_steps": 1, "evaluations": 1, "logging_steps": 1}
     config["tokens"] = 640
     del config["evaluation"]
     return config
@@ -70,12 +69,12 @@ def where(run: Path) -> str:
     """What a killed run was in the middle of, by what it left."""
     if not (run / "stages").is_dir():
         return "start"
-    unsealed = [each for each in run.glob("elo/*/checkpoint-*") if not (each / "elo_checkpoint.json").exists()]
+    unsealed = [each for each in run.glob("*/checkpoint-*") if not (each / "elo_checkpoint.json").exists()]
     if unsealed:
         return "checkpoint save"
     begun = [path.name.removesuffix(".begun.json") for path in run.glob("stages/*.begun.json")]
     if begun:
-        return begun[0].removeprefix("elo-")
+        return begun[0]
     if (run / "report.html").exists():
         return "after the report"
     return "report" if (run / "results.json").exists() else "between stages"

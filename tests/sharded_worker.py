@@ -12,12 +12,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from elo.cli import main as main
-from elo.evaluate import loading
 from elo.store.processes import is_main
 from elo.train import phase as train
 from elo.train.trainer import EloTrainer
 
-_init, _save, _load = AcceleratorState.__init__, EloTrainer._save_checkpoint, loading.load_model
+_init, _save, _load = AcceleratorState.__init__, EloTrainer._save_checkpoint, train.load_model
 _load_trainable = train.load_trainable
 
 
@@ -53,7 +52,7 @@ def _load_in_main_alone(checkpoint: Any, settings: Any, **keywords: Any) -> Any:
 
 AcceleratorState.__init__ = _engage  # type: ignore[method-assign]
 EloTrainer._save_checkpoint = _save_and_die  # type: ignore[method-assign]
-loading.load_model = _count_and_load
+train.load_model = _count_and_load
 train.load_trainable = _load_in_main_alone
 if os.environ.get("ELO_TEST_FROZEN_AS_STORED"):
     train._keeps_frozen_as_stored = lambda *_: True

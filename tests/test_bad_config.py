@@ -35,7 +35,7 @@ VALUES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("output", "", ("output", "got ''")),
     ("output", 3.5, ("output", "got 3.5")),
     ("output", "{root}/en.jsonl", ("en.jsonl", "is a file")),
-    ("output", "{root}", ("holds other things than a run",)),
+    ("output", "{root}", ("is not empty and is not an ELO run",)),
     ("output", "{root}/en.jsonl/run", ("en.jsonl", "Not a directory")),
     ("output", "/proc/elo-run", ("/proc/elo-run", "cannot be written")),
     ("output", "{root}/" + "x" * 300, ("File name too long",)),
@@ -109,9 +109,30 @@ VALUES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("data__workers", -1, ("data.workers", "got -1")),
     ("data__workers", "all", ("data.workers", "got 'all'")),
     ("data__workers", HUGE, ("data.workers",)),
-    ("method", "loro", ("method", "got 'loro'")),
+    ("method", "loro", ("method: there is no method 'loro'", "'lora'")),
     ("method", None, ("method", "got None")),
     ("method", ["elo"], ("method",)),
+    ("method", {}, ("method",)),
+    ("method", {"name": None}, ("method",)),
+    ("method", {"name": "elo", "middel": "removed"}, ("'method.elo.middel'", "'middle'")),
+    ("method", {"name": "elo", "middle": "none"}, ("method.elo.middle", "'bridged' or 'removed'", "got 'none'")),
+    ("method", {"name": "elo", "share": 0}, ("method.elo.share", "got 0")),
+    ("method", {"name": "elo", "share": 1}, ("method.elo.share", "less than 1")),
+    ("method", {"name": "elo", "scale": 0}, ("above 0 and at most 2",)),
+    ("method", {"name": "full", "scale": "best"}, ("method.full.scale",)),
+    ("method", {"name": "elo", "alignment": "some"}, ("method.elo.alignment", "got 'some'")),
+    ("method", {"name": "elo", "also_train": ["tail"]}, ("method.elo.also_train", "got 'tail'")),
+    ("method", {"name": "elo", "also_train": [], "embedding_rows": "new"}, ("name them in also_train",)),
+    ("method", {"name": "elo_paper", "also_train": ["head"]}, ("exactly the published method",)),
+    ("method", {"name": "frozen", "backward_share": 2}, ("method.frozen.backward_share", "got 2")),
+    ("method", {"name": "lora", "rank": 0}, ("method.lora.rank", "got 0")),
+    ("method", {"name": "lora", "dropout": 1}, ("method.lora.dropout", "less than 1")),
+    ("method", {"name": "lisa", "layers": "all"}, ("method.lisa.layers", "got 'all'")),
+    ("training", [], ("training", "got []")),
+    ("training__phases", {"full": {}}, ("'full' is not a phase of method elo",)),
+    ("training__phases", {"layer_alignment": {"lr": 1}}, ("layer_alignment.lr: unknown key",)),
+    ("training__phases", {"layer_alignment": {"learning_rate": -1}}, ("layer_alignment.learning_rate",)),
+    ("training__phases", {"layer_alignment": 3}, ("training.phases.layer_alignment", "got 3")),
     ("tokens", 0, ("tokens", "greater than 0")),
     ("tokens", -5, ("tokens", "got -5")),
     ("tokens", 1.5, ("tokens", "1.5")),
@@ -129,11 +150,6 @@ VALUES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("tokenizer", "{root}", ("no tokenizer there",)),
     ("tokenizer", 9, ("tokenizer", "got 9")),
     ("tokenizer", "", ("tokenizer",)),
-    ("controls", "full", ("controls", "got 'full'")),
-    ("controls", ["elo"], ("controls: 'elo' is the run's own method",)),
-    ("controls", ["full", "ful"], ("controls.1", "got 'ful'")),
-    ("controls", ["full_at_wall_time"], ("full_at_wall_time", "full among the controls")),
-    ("controls", ["full", "full"], ("controls", "'full'", "twice")),
     ("trust_remote_code", "perhaps", ("trust_remote_code", "got 'perhaps'")),
     ("title", 12, ("title", "got 12")),
     ("evaluation", [], ("evaluation", "got []")),
@@ -182,15 +198,14 @@ VALUES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("layers", True, ("layers", "got True")),
 ]
 
-# The same for every section that trains.
+# In the section training.
 TRAINING: list[tuple[str, Any, tuple[str, ...]]] = [
     ("learning_rate", 0, ("greater than 0",)),
     ("learning_rate", -1e-4, ("got -0.0001",)),
     ("learning_rate", 2, ("less than or equal to 1",)),
     ("learning_rate", "fast", ("got 'fast'", "plain number")),
     ("learning_rate", float("nan"), ("nan",)),
-    ("learning_rate", None, ("got None",)),
-    ("lr_scheduler_type", "cosin", ("'cosine'", "got 'cosin'")),
+    ("lr_scheduler_type", "cosin", ("cosine", "got 'cosin'")),
     ("warmup_steps", -1, ("got -1",)),
     ("warmup_steps", float("inf"), ("inf",)),
     ("warmup_steps", "3%", ("got '3%'",)),
@@ -200,7 +215,7 @@ TRAINING: list[tuple[str, Any, tuple[str, ...]]] = [
     ("adam_beta2", -0.5, ("got -0.5",)),
     ("adam_beta2", 1, ("less than 1",)),
     ("max_grad_norm", -1, ("got -1",)),
-    ("optim", "sgd", ("'adamw'", "got 'sgd'")),
+    ("optim", "sgdd", ("adamw", "got 'sgdd'")),
     ("tokens_per_step", 0, ("greater than 0",)),
     ("tokens_per_step", 100, ("is not a multiple", "write for example")),
     ("tokens_per_step", 64.5, ("got 64.5",)),
@@ -217,8 +232,8 @@ TRAINING: list[tuple[str, Any, tuple[str, ...]]] = [
     ("save_steps", -1, ("got -1",)),
     ("save_total_limit", 0, ("got 0",)),
     ("evaluations", -1, ("got -1",)),
-    ("loss_spike", 0, ("got 0",)),
-    ("loss_spike", float("nan"), ("nan",)),
+    ("max_loss_spike_nats", 0, ("got 0",)),
+    ("max_loss_spike_nats", float("nan"), ("nan",)),
     ("dataloader_num_workers", -1, ("got -1",)),
     ("dataloader_num_workers", "two", ("got 'two'",)),
     ("report_to", "nowhere", ("nowhere",)),
@@ -231,7 +246,9 @@ TRAINING: list[tuple[str, Any, tuple[str, ...]]] = [
     ("training_arguments", {"hub_token": "hf_abc"}, ("hub_token", "secret", "HF_TOKEN")),
     ("training_arguments", {"fsdp": "wat"}, ("transformers refuses",)),
     ("training_arguments", {"deepspeed": "{root}/none.json"}, ("transformers refuses", "deepspeed")),
-    ("also_train", ["tail"], ("unknown key", "elo.also_train")),
+    ("vocabulary", "some", ("'all' or 'corpus'", "got 'some'")),
+    ("vocabulary_sample", -1, ("got -1",)),
+    ("also_train", ["tail"], ("unknown key", "method.also_train")),
 ]
 
 # What other tools call it -> what it is called here.
@@ -248,26 +265,34 @@ ELSEWHERE: list[tuple[str, str]] = [
     ("sequence_length", "data.sequence_length"),
     ("datasets", "data.corpora"),
     ("dataset", "data.corpora"),
-    ("alignment", "layer_alignment"),
-    ("pretraining", "elo_pretraining"),
+    ("elo_pretraining", "training"),
+    ("layer_alignment", "training.phases.layer_alignment"),
+    ("full", "training"),
+    ("elo", "method"),
+    ("lora", "method"),
+    ("lisa", "method"),
+    ("controls", "contestants of a comparison (elo compare)"),
+    ("learning_rate", "training.learning_rate"),
+    ("lora_rank", "method.rank"),
+    ("modules_to_save", "method.also_train"),
     ("num_train_epochs", "tokens"),
     ("max_steps", "tokens"),
     ("sample_packing", "data.packing"),
     ("data__replay", "replay_ratio"),
     ("data__sequence_lenght", "sequence_length"),
     ("data__cutoff_len", "data.sequence_length"),
-    ("elo_pretraining__lr", "learning_rate"),
-    ("elo_pretraining__optimizer", "optim"),
-    ("elo_pretraining__gradient_checkpointing", "activation_checkpointing"),
-    ("elo_pretraining__micro_batch_size", "per_device_train_batch_size"),
-    ("elo_pretraining__batch_size", "per_device_train_batch_size"),
-    ("elo_pretraining__gradient_accumulation_steps", "tokens_per_step"),
-    ("elo_pretraining__warmup_ratio", "warmup_steps"),
-    ("elo_pretraining__flash_attention", "attn_implementation"),
-    ("elo_pretraining__lr_scheduler", "lr_scheduler_type"),
-    ("elo_pretraining__learning_rat", "learning_rate"),
-    ("layer_alignment__shar", "share"),
-    ("full__savesteps", "save_steps"),
+    ("training__lr", "training.learning_rate"),
+    ("training__optimizer", "training.optim"),
+    ("training__gradient_checkpointing", "training.activation_checkpointing"),
+    ("training__micro_batch_size", "training.per_device_train_batch_size"),
+    ("training__batch_size", "training.per_device_train_batch_size"),
+    ("training__gradient_accumulation_steps", "training.tokens_per_step"),
+    ("training__warmup_ratio", "training.warmup_steps"),
+    ("training__flash_attention", "training.attn_implementation"),
+    ("training__lr_scheduler", "training.lr_scheduler_type"),
+    ("training__learning_rat", "learning_rate"),
+    ("training__savesteps", "save_steps"),
+    ("training__loss_spike", "max_loss_spike_nats"),
     ("evaluation__max_byte", "max_bytes"),
     ("evaluation__max_tokens", "evaluation.max_bytes"),
     ("modle", "model"),
@@ -328,9 +353,10 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     ".=1": ("unknown key",),
     "a.b.c.d=1": ("unknown key 'a'",),
     "layers=first:99": ("first:99",),
-    "elo_pretraining=5": ("elo_pretraining", "got 5"),
+    "training=5": ("training", "got 5"),
+    "method.rank=5": ("'method.elo.rank'",),
     "data.corpora.xx.path=x": ("'xx' is a value",),
-    "full.optim=[": ("is not YAML",),
+    "training.optim=[": ("is not YAML",),
     "data=!!python/name:os.system": ("is not YAML",),
     "data.corpora={a: b, a: c}": ("twice",),
     "seed=" + "9" * 5000: ("--set", "digits"),
@@ -362,10 +388,10 @@ def test_value(key, value, words, world, tmp_path, capsys):
 @pytest.mark.parametrize(("key", "value", "words"), TRAINING, ids=[f"{k}={_name(v)}" for k, v, _ in TRAINING])
 def test_training_setting(key, value, words, world, tmp_path, capsys):
     root, config = world
-    changes = {"output": str(tmp_path / "run"), f"elo_pretraining__{key}": _filled(value, root)}
+    changes = {"output": str(tmp_path / "run"), f"training__{key}": _filled(value, root)}
     path = write_config(tmp_path, change(config, **changes))
     words = words if "transformers refuses" in words else (key, *words)
-    assert_refused(["run", path], ("elo_pretraining", *words), (root, tmp_path), capsys)
+    assert_refused(["run", path], ("training", *words), (root, tmp_path), capsys)
 
 
 @pytest.mark.parametrize(("key", "ours"), ELSEWHERE, ids=[key for key, _ in ELSEWHERE])
@@ -389,6 +415,23 @@ def test_override(override, world, tmp_path, capsys):
     root, config = world
     path = write_config(tmp_path, {**config, "output": str(tmp_path / "run")})
     assert_refused(["run", path, "--set", override], OVERRIDES[override], (root, tmp_path), capsys)
+
+
+@pytest.mark.parametrize(
+    ("method", "vocabulary", "words"),
+    [
+        ("lora", "all", ("lora: low-rank adapters train on whole weights",)),
+        ({"name": "elo", "alignment": "lora"}, "all", ("layer_alignment: low-rank adapters",)),
+        ("full", "corpus", ("full: training.vocabulary: corpus takes rows out of whole weights",)),
+    ],
+)
+@pytest.mark.parametrize("divided", ["fsdp", "deepspeed"])
+def test_what_cannot_be_divided(divided, method, vocabulary, words, world, tmp_path, capsys):
+    root, config = world
+    changed = change(config, output=str(tmp_path / "run"), method=method, training__vocabulary=vocabulary)
+    changed["training"]["training_arguments"] = {divided: True}
+    path = write_config(tmp_path, changed)
+    assert_refused(["run", path], (*words, "leave fsdp and deepspeed out"), (root, tmp_path), capsys)
 
 
 def test_not_a_file(world, tmp_path, capsys):

@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 from zoo import FAMILIES, tiny_config, tiny_model
 
 from elo.checkpoint.architecture import layers_of
+from elo.checkpoint.layers import Gap, gaps_between
 from elo.errors import EloError
-from elo.methods.methods import select_layers
+from elo.methods.base import select_layers
 from elo.surgery.in_memory import detach_layers
-from elo.train.bridge import Bridge, Gap, _PastTheMiddle, fit_bridge, gaps_between, install_bridge, pass_forward_only
+from elo.train import bridge as train_bridge
+from elo.train.bridge import RIDGES, Bridge, fit_bridge, install_bridge
 from elo.train.loop import rows_per_step, train
 
 
@@ -60,7 +62,7 @@ def test_a_middle_that_does_nothing_is_bridged_exactly():
 
 def test_fit_is_weighted_least_squares():
     model = tiny_llama()
-    found = fit_bridge(model, [0, 3], _rows(), ridge=0.0)
+    found = fit_bridge(model, [0, 3], _rows(), ridges=(0.0,))
     entering, leaving = [], []
     model.model.layers[1].register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
     model.model.layers[3].register_forward_pre_hook(lambda _, inputs: leaving.append(inputs[0]))
@@ -79,7 +81,7 @@ def test_fit_is_weighted_least_squares():
 
 def test_explained_is_measured_on_tokens_that_were_not_fitted():
     torch.manual_seed(0)
-    few = fit_bridge(tiny_llama(), [0, 3], _rows(1), ridge=0.0).explained[0]
+    few = fit_bridge(tiny_llama(), [0, 3], _rows(1), ridges=(0.0,)).explained[0]
     assert few > 0.99  # 16 tokens, 17 unknowns a dimension: fits them by heart
     noisy = [
         {"input_ids": torch.randint(0, 61, (512,)).numpy(), "position_ids": (torch.arange(512) % 64).numpy()}
@@ -138,47 +140,63 @@ def test_bridge_is_frozen_and_its_layers_learn(tmp_path):
     assert torch.equal(held, bridge.weights[0])
 
 
-def test_forward_only_computes_the_whole_model_and_the_bridges_gradient():
-    model = tiny_llama().double()
-    bridge = fit_bridge(model, [0, 3], _rows())
-    inputs = {**_inputs(_rows(1)[0]), "use_cache": False}
-    whole = model(**inputs).logits
-    select_layers(model, [0, 3], ["embedding"])
-    undo = pass_forward_only(model, bridge)
+def _noisy(count=16, length=512, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "input_ids": torch.randint(0, 61, (length,), generator=generator).numpy(),
+            "position_ids": (torch.arange(length) % 64).numpy(),
+        }
+        for _ in range(count)
+    ]
+
+
+def _active_middle(layers=4):
+    model = tiny_llama(layers)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.down_proj.weight, std=0.3)
+    return model
+
+
+def test_the_ridge_that_explains_most_of_unseen_tokens_is_taken(monkeypatch):
+    monkeypatch.setattr(train_bridge, "_BATCH_TOKENS", 256)
+    rows = _noisy(9, 256)  # nine batches, of which two are checked
+    chosen = fit_bridge(_active_middle(), [0, 3], rows)
+    each = {ridge: fit_bridge(_active_middle(), [0, 3], rows, ridges=(ridge,)) for ridge in RIDGES}
+    best = max(each, key=lambda ridge: each[ridge].explained[0])
+    assert chosen.ridge == (best,)
+    assert chosen.explained == each[best].explained
+    assert torch.equal(chosen.weights[0], each[best].weights[0])
+    assert 0 < chosen.cosine[0] <= 1
+
+
+def test_explained_is_that_of_the_tokens_it_was_not_fitted_on(monkeypatch):
+    """Against the share computed by hand on the second batch, which is the one that is checked."""
+    monkeypatch.setattr(train_bridge, "_BATCH_TOKENS", 256)
+    model = _active_middle()
+    rows = _noisy(3, 256)
+    bridge = fit_bridge(model, [0, 3], rows, ridges=(0.1,))
     seen: dict[str, torch.Tensor] = {}
-    model.model.layers[1].register_forward_pre_hook(lambda _, x: seen.update(middle=x[0]))
-    handle = model.model.layers[3].register_forward_pre_hook(
-        lambda _, x: x[0].register_hook(lambda grad: seen.update(leaving=grad)) and None
-    )
-    hooked = model.model.layers[0].register_forward_hook(
-        lambda _, __, out: out.register_hook(lambda grad: seen.update(entering=grad)) and None
-    )
-    logits = model(**inputs).logits
-    assert torch.equal(logits, whole), "the forward pass is exact"
-    assert not seen["middle"].requires_grad, "the middle has no graph"
-    logits.square().sum().backward()
-    jacobian = torch.eye(16, dtype=torch.float64) + bridge.weights[0].double()
-    torch.testing.assert_close(seen["entering"], seen["leaving"] @ jacobian, atol=1e-4, rtol=1e-4)
-    assert all(p.grad is None for layer in model.model.layers[1:3] for p in layer.parameters())
-    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
-    handle.remove(), hooked.remove(), undo()
-    assert not [name for name, _ in model.named_buffers() if "elo" in name]
+    for name, layer in (("x", 1), ("y", 3)):
+        model.model.layers[layer].register_forward_pre_hook(lambda _, x, name=name: seen.update({name: x[0][0]}))
+    with torch.no_grad():
+        model(**_inputs(rows[1]), use_cache=False)
+    x, y = seen["x"].double(), seen["y"].double()
+    weight = y.square().mean(-1, keepdim=True).rsqrt()
+    change = (y - x) * weight
+    found = (x @ bridge.weights[0].double().T + bridge.biases[0].double()) * weight
+    mean = (weight * change).sum(0) / weight.square().sum() * weight
+    explained = 1 - (change - found).square().sum() / (change - mean).square().sum()
+    assert bridge.explained[0] == pytest.approx(float(explained), abs=1e-3)
+    cosine = torch.nn.functional.cosine_similarity(change.flatten(), found.flatten(), dim=0)
+    assert bridge.cosine[0] == pytest.approx(float(cosine), abs=1e-3)
 
 
-def test_past_the_middle_multiplies_in_autocasts_dtype():
-    generator = torch.Generator().manual_seed(0)
-    entering, leaving, seen = (torch.randn(5, 7, 64, generator=generator) for _ in range(3))
-    weight = torch.randn(64, 64, generator=generator) / 8
-    entering.requires_grad_()
-    exact = seen + seen @ weight
-    for bf16 in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            passed = _PastTheMiddle.apply(leaving, entering, weight)
-        (got,) = torch.autograd.grad(passed, entering, seen)
-        assert torch.equal(passed, leaving)
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got, exact, rtol=0.0, atol=0.03 if bf16 else 1e-5)
-        assert torch.equal(got, seen + (seen.bfloat16() @ weight.bfloat16()).float()) == bf16
+def test_a_bridge_that_explains_little_is_refused():
+    bridge = fit_bridge(_active_middle(), [0, 3], _rows())
+    bridge.require(min(0.0, bridge.explained[0]))
+    with pytest.raises(EloError, match=r"layers 1 to 2 explains .*cosine .*less than 100%; choose more layers"):
+        bridge.require(1.0)
 
 
 def test_round_trip_through_a_file(tmp_path):
@@ -186,6 +204,7 @@ def test_round_trip_through_a_file(tmp_path):
     bridge.save(tmp_path / "elo_bridge.safetensors")
     again = Bridge.load(tmp_path / "elo_bridge.safetensors")
     assert again.gaps == bridge.gaps and again.explained == bridge.explained
+    assert again.cosine == bridge.cosine and again.ridge == bridge.ridge and len(again.ridge) == 2
     for ours, theirs in zip((*bridge.weights, *bridge.biases), (*again.weights, *again.biases), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -236,37 +255,40 @@ def test_other_families_and_ends(build, kept):
     loss = detached(**inputs, labels=inputs["input_ids"]).loss
     loss.backward()
     assert torch.isfinite(loss)
-    undo = pass_forward_only(model, bridge)
-    select_layers(model, kept, [])
-    whole = model(**inputs, labels=inputs["input_ids"]).loss
-    whole.backward()
-    undo()
-    assert whole == model(**inputs, labels=inputs["input_ids"]).loss
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_bridged_and_passed(name):
-    """The forward pass past the middle is exact, its gradient reaches the first layer, and nothing of it stays."""
+def test_every_family_is_bridged(name):
+    """What crosses the bridge is what the fit promises, the first layer has a gradient, and nothing of it stays."""
     model_type, particular = FAMILIES[name]
     model = tiny_model(tiny_config(model_type, **particular)).eval()
     ids = torch.arange(1, 21).unsqueeze(0)
-    with torch.no_grad():
-        whole = model(input_ids=ids, use_cache=False).logits
     padded = [{"input_ids": ids[0], "attention_mask": torch.ones(20, dtype=torch.int64)}] * 4
     bridge = fit_bridge(model, [0, 3], padded)
     assert all(torch.isfinite(weight).all() for weight in bridge.weights)
-    select_layers(model, [0, 3])
-    undo = pass_forward_only(model, bridge)
-    logits = model(input_ids=ids, use_cache=False).logits
-    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5 * max(1.0, float(whole.abs().max())))
+    detached = detach_layers(model, [0, 3]).eval()
+    plain = detached(input_ids=ids, use_cache=False).logits.detach()
+    select_layers(detached, [0, 1])
+    undo = install_bridge(detached, bridge)
+    crossed: dict[str, torch.Tensor] = {}
+    layers_of(detached)[1].register_forward_pre_hook(
+        lambda _, x, k: crossed.update(after=x[0] if x else k["hidden_states"]), with_kwargs=True
+    )
+    layers_of(detached)[0].register_forward_hook(
+        lambda _, __, out: crossed.update(before=out[0] if isinstance(out, tuple) else out)
+    )
+    logits = detached(input_ids=ids, use_cache=False).logits
+    before, after = crossed["before"], crossed["after"]
+    expected = before + before @ bridge.weights[0].T + bridge.biases[0]
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4 * max(1.0, float(expected.abs().max())))
     logits.square().sum().backward()
-    layers = layers_of(model)
+    layers = layers_of(detached)
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in layers[0].parameters())
-    assert all(p.grad is None for layer in layers[1:3] for p in layer.parameters())
     undo()
-    assert not [module for module in model.modules() if module._forward_pre_hooks]
+    assert torch.equal(detached(input_ids=ids, use_cache=False).logits, plain)
+    assert not [name for name, _ in detached.named_buffers() if "elo" in name]
 
 
 def test_nothing_left_out_has_nothing_to_bridge():
-    with pytest.raises(EloError, match=r"elo\.stand_in"):
+    with pytest.raises(EloError, match=r"method\.middle: no layer is left out"):
         fit_bridge(tiny_llama(), [0, 1, 2, 3], _rows(2))

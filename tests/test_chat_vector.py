@@ -10,13 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabulary_fixtures import ENGLISH, KOREAN, texts, tokenizer_of, write_texts
 from zoo import FAMILIES, tiny_config, tiny_model
 
-import elo
+from elo.chat.chat_vector import chat_vector
 from elo.chat.vector_files import add_chat_vector
 from elo.checkpoint.new_rows import VOCABULARY_KEY, NewRows
 from elo.cli import main
 from elo.errors import EloError
 from elo.surgery.on_disk import detach_checkpoint
 from elo.vocab.rows import NewTokens, extend_checkpoint
+from elo.vocab.vocabulary import extend_vocabulary
 
 SOME = ["llama-untied", "gpt2", "gemma3", "qwen3_moe", "gpt_oss", "mamba"]  # other names on disk, tied, experts, states
 
@@ -199,7 +200,7 @@ def talking(tmp_path_factory):
     ko, en = (
         write_texts(root / f"{name}.jsonl", texts(words, 60, 0)) for name, words in (("ko", KOREAN), ("en", ENGLISH))
     )
-    elo.extend_vocabulary(root / "adapted", ko, en, output=root / "extended", pieces=30, pad_to_multiple_of=8)
+    extend_vocabulary(root / "adapted", ko, en, output=root / "extended", pieces=30, pad_to_multiple_of=8)
     return root
 
 
@@ -233,7 +234,7 @@ def test_new_pieces_and_the_template_go_together(talking, recorded, tmp_path):
     adapted = shutil.copytree(talking / "extended", tmp_path / "adapted")
     if not recorded:
         edit_config(adapted, **{VOCABULARY_KEY: None})
-    elo.chat_vector(adapted, talking / "base", talking / "chat", output=tmp_path / "sum")
+    chat_vector(adapted, talking / "base", talking / "chat", output=tmp_path / "sum")
     tokenizer, prompt = rendered(tmp_path / "sum")
     ours = AutoTokenizer.from_pretrained(talking / "extended")
     ids = tokenizer(prompt)["input_ids"]
@@ -251,7 +252,7 @@ def test_a_token_of_the_chat_model_that_is_another_piece_now_is_refused(talking,
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
     tokenizer.save_pretrained(chat)
     with pytest.raises(EloError, match=r"at id \d+, where .* has '<\|tool\|>'"):
-        elo.chat_vector(talking / "extended", talking / "base", chat, output=tmp_path / "sum")
+        chat_vector(talking / "extended", talking / "base", chat, output=tmp_path / "sum")
     assert not (tmp_path / "sum").exists()
 
 
@@ -271,7 +272,7 @@ def test_what_does_not_belong_together_is_refused(spoil, said, tmp_path):
     folders = three(tmp_path)
     spoil(tmp_path)
     with pytest.raises(EloError, match=said):
-        elo.chat_vector(*folders, output=tmp_path / "sum")
+        chat_vector(*folders, output=tmp_path / "sum")
     assert not (tmp_path / "sum").exists()
 
 

@@ -10,6 +10,7 @@ import yaml
 from run_fixtures import SOURCE, write_base, write_documents, write_world
 
 from elo.cli import main
+from elo.config import load_config
 
 
 def _elo(capsys, *arguments) -> tuple[int, str, str]:
@@ -39,7 +40,7 @@ def test_detach_attach_evaluate(world, capsys, tmp_path):
     status, out, _ = _elo(
         capsys, "attach", tmp_path / "detached", "--base", world / "base", "--output", tmp_path / "attached"
     )
-    assert (status, out) == (0, f"{tmp_path / 'attached'}: layers 0, 3 of 4 put back\n")
+    assert (status, out) == (0, f"{tmp_path / 'attached'}: layers 0, 3 of 4 attached\n")
     results = tmp_path / "results.json"
     corpora = ["--corpus", f"en={world / 'en.jsonl'}", "--corpus", f"xx={world / 'xx.jsonl'}"]
     status, out, err = _elo(capsys, "evaluate", tmp_path / "attached", *corpora, "--output", results)
@@ -63,25 +64,34 @@ def test_evaluate_continues_prompts(world, capsys, tmp_path):
 def test_plan_reads_a_runs_configuration(world, capsys):
     status, out, err = _elo(capsys, "plan", world / "config.yaml")
     assert status == 0, err
-    assert "ELO pretraining" in out
     assert "4 layers" in out
-    assert "ELO pretraining, bridge" in out and "layer alignment" in out, "as its section elo says"
-    status, out, err = _elo(capsys, "plan", world / "config.yaml", "--set", "method=elo_paper")
-    assert status == 0, err
-    assert "ELO pretraining, detached" in out and "layer alignment" in out
 
 
-def test_plan_takes_what_stands_in_and_what_trains_besides(world, capsys):
-    status, out, err = _elo(capsys, "plan", world / "base", "--stand-in", "bridge", "--also-train", "none")
-    assert status == 0, err
-    assert "ELO pretraining, bridge" in out and "train: layers 0, 3\n" in out
+def test_config_writes_a_file_that_is_a_configuration(world, capsys, tmp_path):
+    path = tmp_path / "new.yaml"
+    assert _elo(capsys, "config", world / "base", "-o", path)[0] == 0
+    assert load_config(path).model == str(world / "base")
+    status, _, err = _elo(capsys, "config", "-o", path)
+    assert (status, err) == (2, f"elo: --output {path}: exists already; choose another file\n")
+    status, out, _ = _elo(capsys, "config", "--schema")
+    assert (status, json.loads(out)["title"]) == (0, "RunConfig")
 
 
-@pytest.mark.parametrize(("alignment", "stage"), [("full", True), ("none", False)])
-def test_plan_takes_what_alignment_trains(world, capsys, alignment, stage):
-    status, out, err = _elo(capsys, "plan", world / "base", "--alignment", alignment)
-    assert status == 0, err
-    assert ("layer alignment" in out) == stage
+def test_run_until_a_stage(world, capsys, tmp_path):
+    arguments = ["run", world / "config.yaml", "--set", f"output={tmp_path / 'run'}", "--until"]
+    assert _elo(capsys, *arguments, "detach")[0] == 0
+    assert (tmp_path / "run" / "detach" / "config.json").is_file()
+    assert not (tmp_path / "run" / "elo_pretraining").exists()
+    status, _, err = _elo(capsys, *arguments, "align")
+    assert status == 2
+    assert "--until align: method elo has no such stage; it has prepare, detach, elo_pretraining, attach" in err
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "align"])
+def test_verbs_that_are_gone(world, capsys, verb):
+    status, _, err = _elo(capsys, verb, world / "config.yaml")
+    assert status == 2
+    assert f"No such command '{verb}'" in err
 
 
 def test_report_of_a_run(world, capsys):
@@ -132,12 +142,12 @@ MISTAKES = {
     ),
     "empty corpus": (["run", "{world}/config.yaml", "--set", "data.corpora.xx={world}/empty.jsonl"], "empty"),
     "unknown reporter": (
-        ["run", "{world}/config.yaml", "--set", "full.report_to=nowhere", "--set", "method=full"],
+        ["run", "{world}/config.yaml", "--set", "training.report_to=nowhere", "--set", "method=full"],
         "nowhere",
     ),
     "bad training argument": (
-        ["run", "{world}/config.yaml", "--set", "elo_pretraining.training_arguments={{fsdp: wat}}"],
-        "elo_pretraining: transformers refuses",
+        ["run", "{world}/config.yaml", "--set", "training.training_arguments={{fsdp: wat}}"],
+        "training: transformers refuses",
     ),
     "damaged weights": (["run", "{world}/config.yaml", "--set", "model={world}/damaged"], "model.safetensors"),
     "scale is no number": (
@@ -146,8 +156,8 @@ MISTAKES = {
     ),
     "unknown device": (["plan", "{world}/base", "--device", "H1000"], "H1000"),
     "step does not divide": (
-        ["run", "{world}/config.yaml", "--set", "elo_pretraining.tokens_per_step=100"],
-        "elo_pretraining.tokens_per_step: 100 is not a multiple",
+        ["run", "{world}/config.yaml", "--set", "training.tokens_per_step=100"],
+        "training.tokens_per_step: 100 is not a multiple",
     ),
     "cloze missing": (["run", "{world}/config.yaml", "--set", "evaluation.cloze.xx={tmp}/n"], "n: no such file"),
 }

@@ -11,34 +11,33 @@ from pathlib import Path
 
 import pytest
 import yaml
-from elo.recipes import trial as trial_module
 from run_fixtures import write_world
 
-from elo.compare import compare
-from elo.config import contestant_run, load_comparison
+from elo import compare as compare_module
+from elo.compare import _Comparison, compare
+from elo.config import load_comparison
 from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
-from elo.recipes import trial as trial_module
-from elo.compare import compare
 from elo.report.files import read_results
-from elo.trial import TEST, VALIDATION
+from elo.report.schema import Trial
+from elo.train.trainer import EloTrainer
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BUDGET = "1,280 tokens"
 
 
 def _world(root):
     run = write_world(root)
-    for key in ("output", "tokens"):
+    for key in ("output", "tokens", "method"):
         run.pop(key)
-    quick = {**run["full"], "evaluations": 0}
-    run |= {"lora": {**quick, "rank": 2}, "lisa": {**quick, "layers": 1, "period": 2}}
+    run["training"]["evaluations"] = 0
     run["data"]["heldout_share"] = 0.2
     return {
         "run": run,
         "output": str(root / "comparison"),
         "contestants": {
-            "elo": {"changes": {"elo.stand_in": "forward_only"}},
-            "bridge": {"method": "elo", "changes": {"elo.stand_in": "bridge"}},
+            "frozen": {},
+            "bridge": {"method": "elo", "label": "ELO with a bridge"},
             "full": {"learning_rates": [1e-3, 3e-3]},
         },
         "budgets": [{"tokens": 1280}],
@@ -63,6 +62,8 @@ def test_every_contestant_has_every_seed_and_the_rates_that_did_best(finished):
     assert json.loads((root / "comparison" / "results.json").read_text()) == json.loads(json.dumps(results))
     known = read_results(results)
     assert [each.name for each in known.contestants] == list(config["contestants"])
+    assert [each.layers for each in known.contestants] == [(0, 3), (0, 3), ()], "full is asked for no layers"
+    assert [each.label for each in known.contestants] == ["Frozen middle", "ELO with a bridge", "Full CPT"]
     for name in config["contestants"]:
         trials = reported(results, name)
         assert [trial["seed"] for trial in trials] == [1, 2]
@@ -90,17 +91,18 @@ def test_rates_beyond_the_grid_are_tried_where_its_edge_is_best(finished):
 
 def test_what_a_trial_cost_is_recorded(finished):
     _, config, results = finished
-    trials = {name: read_results(results).finished(name, "1,280 tokens")[0] for name in config["contestants"]}
+    trials = {name: read_results(results).finished(name, BUDGET)[0] for name in config["contestants"]}
     assert all(trial.tokens == 1280 for trial in trials.values())
-    assert trials["bridge"].flops < trials["elo"].flops < trials["full"].flops
-    assert trials["bridge"].attach_scale > 0 and trials["elo"].attach_scale is None
+    assert trials["bridge"].flops < trials["frozen"].flops < trials["full"].flops
+    assert trials["bridge"].attach_scale > 0 and trials["frozen"].attach_scale is None
     assert trials["bridge"].before_alignment.bpb.keys() == {"xx", "en"}
 
 
 def test_no_model_is_kept_and_the_report_is_there(finished):
     root, _, _ = finished
     folder = root / "comparison"
-    assert not list((folder / "trials").iterdir())
+    assert not [path for path in folder.rglob("trials/*") if path.is_dir()]
+    assert len(list((folder / "stages").glob("trials-*.json"))) >= 6
     assert not list(folder.rglob("*.safetensors"))
     assert "bits per byte" in (folder / "report.md").read_text()
 
@@ -113,35 +115,35 @@ def test_rates_are_chosen_on_training_text_and_reported_values_are_of_all_held_o
         texts = [{each.document_text(i) for i in range(each.num_documents)} for each in (heldout, validation)]
         assert not texts[0] & texts[1]
         size = {"documents": heldout.num_documents, "tokens": heldout.num_text_tokens, "bytes": heldout.num_bytes}
-        for measured in (results["base"], *(trial for entry in results["entries"] for trial in entry["trials"])):
-            assert measured["heldout"][language] == size
-            assert measured["documents_bytes"][language] == heldout.document_sizes.tolist()
-            nats = sum(measured["documents_nats"][language])
-            assert nats / math.log(2) / size["bytes"] == pytest.approx(measured["bpb"][language], rel=1e-12)
-    record = json.loads((root / "comparison" / "stages" / "evaluate-base-validation.json").read_text())["record"]
-    assert record["heldout"]["xx"]["documents"] == prepared.validation("xx").num_documents >= 1
-    assert any("below 30" in line for line in results["warnings"])
+        for measured in (results["base"], *(trial["measured"] for trial in results["trials"])):
+            assert {key: measured["heldout"][language][key] for key in size} == size
+            assert measured["document_bytes"][language] == heldout.document_sizes.tolist()
+            nats = sum(measured["document_nats"][language])
+            assert nats / math.log(2) / size["bytes"] == pytest.approx(measured["bpb"][language], rel=1e-4)
+    base = results["base_validation"]["heldout"]
+    assert base["xx"]["documents"] == prepared.validation("xx").num_documents >= 1
+    assert any("30 is the least" in line for line in results["verdict"]["warnings"])
 
 
 def test_missing_validation_text_is_noticed_before_anything_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(trial_module.Trials, "run", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(_Comparison, "run", lambda self: pytest.fail("trained"))
     config = _world(tmp_path)
     config["run"]["data"]["validation_share"] = 0
-    with pytest.raises(EloError, match=r"no validation text for 'xx'.*validation_share"):
+    with pytest.raises(EloError, match=r"validation_share"):
         compare(config)
     # A source language without replay has held-out text alone: fine, unless it counts when rates are chosen.
     data = config["run"]["data"]
     data |= {"replay_ratio": 0, "validation_share": 0.005, "heldout": {"en": data["corpora"].pop("en")}}
     with pytest.raises(EloError, match=r"source_weight: 1 counts 'en' when rates are chosen, but it has no validation"):
         compare({**config, "source_weight": 1, "output": str(tmp_path / "weighed")})
-    monkeypatch.setattr(trial_module.Trials, "run", lambda *_, **__: pytest.skip("trains"))
+    monkeypatch.setattr(_Comparison, "run", lambda self: pytest.skip("trains"))
     with pytest.raises(pytest.skip.Exception):
         compare({**config, "output": str(tmp_path / "plain")})
 
 
 def test_a_second_call_trains_nothing(finished, monkeypatch):
     _, config, results = finished
-    monkeypatch.setattr(trial_module.Trials, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(_Comparison, "_run_trial", lambda *_: pytest.fail("trained again"))
     again = compare(config)
     assert again["trials"] == results["trials"]
 
@@ -149,66 +151,93 @@ def test_a_second_call_trains_nothing(finished, monkeypatch):
 def test_what_is_added_is_all_that_is_done(finished, monkeypatch):
     _, config, results = finished
     trained = []
-    original = trial_module.Trials._train
+    original = _Comparison._run_trial
 
-    def train(self, run, folder, name, validated):
+    def train(self, name, *arguments):
         trained.append(name)
-        return original(self, run, folder, name, validated)
+        return original(self, name, *arguments)
 
-    monkeypatch.setattr(trial_module.Trials, "_train", train)
-    more = {**config, "contestants": {**config["contestants"], "lisa": {"learning_rates": [1e-3]}}}
-    grown = compare(more)
+    monkeypatch.setattr(_Comparison, "_run_trial", train)
+    lisa = {"method": {"name": "lisa", "layers": 1, "period": 2}, "learning_rates": [1e-3]}
+    grown = compare({**config, "contestants": {**config["contestants"], "lisa": lisa}})
     assert trained == ["lisa", "lisa"]
     assert grown["trials"][:-2] == results["trials"]
 
 
-def test_a_wall_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypatch):
+def test_a_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypatch):
     """With a clock that gives full CPT 100 tokens a second and a fixed 2 s, 100 s are 9,800 tokens, in whole steps."""
     config = _world(tmp_path)
     config |= {"contestants": ["full"], "budgets": [{"seconds": 100.0}], "learning_rates": [1e-3], "seeds": [1]}
     trained = []
 
-    def train(self, run, folder, name, validated):
-        trained.append(run.tokens)
-        seconds = run.tokens / 100
+    def train(self, name, inputs, output, validated):
+        tokens = inputs.config.tokens
+        trained.append(tokens)
         stages = [
             {"name": "surgery", "seconds": 2.0, "tokens": 0},
-            {"name": "full", "seconds": seconds, "tokens": run.tokens},
+            {"name": "full", "seconds": tokens / 100, "tokens": tokens},
         ]
         measured = {"bpb": {"xx": 1.0, "en": 1.0}}
-        return {
-            "contestant": name, "budget": "", "seed": run.seed, "failed": None, "measured": measured,
-            "validation": measured, "stages": stages,
-        }  # fmt: skip
+        trial = Trial(contestant=name, budget="", seed=inputs.config.seed, measured=measured, stages=stages)
+        return {"trial": trial.model_dump(mode="json")}
 
-    monkeypatch.setattr(trial_module.Trials, "_train", train)
+    monkeypatch.setattr(_Comparison, "_run_trial", train)
     results = compare(config)
-    step = config["run"]["full"]["tokens_per_step"]
+    step = config["run"]["training"]["tokens_per_step"]
     assert trained[0] == 6 * step, "the first look"
     assert trained[1] == 1300 // step * step, "the second: 15 % of the budget, less the fixed costs"
-    assert trained[2:] == [9800 // step * step], "which serves for the seed too"
+    assert trained[2] == 9800 // step * step
     (trial,) = read_results(results).trials
     assert trial.seconds == pytest.approx(100, rel=0.01)
+    trained.clear()
+    known = {**config, "contestants": {"full": {"tokens_per_second": 50.0}}, "output": str(tmp_path / "known")}
+    compare(known)
+    assert trained == [5000 // step * step], "measured beforehand, there is nothing to look at"
 
 
 def test_a_diverged_trial_is_a_result(tmp_path, monkeypatch):
     config = _world(tmp_path)
-    config |= {"contestants": ["full"], "seeds": [1], "learning_rates": [1e-3, 2e-3]}
-    import elo.run
+    config |= {"contestants": ["full"], "seeds": [1], "learning_rates": [1e-3, 2e-3], "budgets": [{"tokens": 256}]}
+    original = compare_module.adapt
 
-    original = elo.run.adapt
-
-    def adapt(job, *args, **kwargs):
-        if job.config.full.learning_rate > 1.5e-3:
+    def adapt(inputs, *arguments, **keywords):
+        (phase,) = inputs.config.method.phases
+        if inputs.config.settings(phase).learning_rate > 1.5e-3:
             raise TrainingDivergedError("training diverged at step 3")
-        return original(job, *args, **kwargs)
+        return original(inputs, *arguments, **keywords)
 
-    monkeypatch.setattr(elo.run, "adapt", adapt)
+    monkeypatch.setattr(compare_module, "adapt", adapt)
     results = compare(config)
     assert reported(results, "full")[0]["learning_rates"]["full"] <= 1e-3
     failed = [trial for trial in results["trials"] if trial["failed"]]
     assert [trial["learning_rates"] for trial in failed] == [{"full": 2e-3}]
-    assert ": failed" in (tmp_path / "comparison" / "report.md").read_text()
+
+
+def test_a_trial_that_was_killed_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    config = _world(tmp_path)
+    config |= {"contestants": {"full": {}}, "seeds": [1]}
+    expected = compare({**config, "output": str(tmp_path / "whole")})
+    save, steps = EloTrainer._save_checkpoint, []
+
+    class KilledError(Exception):
+        pass
+
+    def dying(self, *arguments):
+        save(self, *arguments)
+        steps.append(self.state.global_step)
+        if self.state.global_step == 10:
+            raise KilledError
+
+    monkeypatch.setattr(EloTrainer, "_save_checkpoint", dying)
+    with pytest.raises(KilledError):
+        compare(config)
+    assert not (tmp_path / "comparison" / "results.json").exists()
+    steps.clear()
+    found = compare(config)
+    assert steps[0] == 12, "not from the start"
+    for one, other in zip(found["trials"], expected["trials"], strict=True):
+        assert one["measured"]["bpb"] == other["measured"]["bpb"]
+        assert one["measured"]["document_nats"] == other["measured"]["document_nats"]
 
 
 @pytest.mark.slow
@@ -233,18 +262,21 @@ def test_killed_and_started_again_ends_the_same(finished, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"contestants": {"mine": {}}}, "contestants.mine: is not a method; write method: one of elo, elo_paper"),
+        ({"contestants": {"mine": {}}}, "contestants.mine: is not a method; write method: one of align_only, "),
         ({"contestants": {"elo": {"changes": {"layres": 1}}}}, "unknown key 'layres'; did you mean 'layers'"),
         (
             {"contestants": {"elo": {"changes": {"data.replay_ratio": 0.5}}, "full": {}}},
             "data must be the same for all",
         ),
-        ({"contestants": {"elo": {"learning_rates": {"full": [1e-3]}}}}, "does not train with section 'full'"),
+        (
+            {"contestants": {"elo": {"learning_rates": {"full": [1e-3]}}}},
+            "it has no phase 'full', but elo_pretraining, layer_alignment",
+        ),
         ({"contestants": {"elo": {"label": 3}}}, "contestants.elo.label"),
         ({"contestants": {}}, "contestants"),
         ({"contestants": {"../elo": {"method": "elo"}}}, "may hold letters"),
         ({"budgets": []}, "budgets"),
-        ({"budgets": [{"tokens": 10, "seconds": 1}]}, "write one of the two"),
+        ({"budgets": [{"tokens": 10, "seconds": 1}]}, "write one of them"),
         ({"budgets": [{"hours": 1}]}, "unknown key 'budgets.0.hours'"),
         ({"budgets": [{"tokens": 64}]}, "tokens: the budget"),
         ({"seeds": [1, 1]}, "holds one twice"),
@@ -254,20 +286,12 @@ def test_killed_and_started_again_ends_the_same(finished, tmp_path):
     ],
 )
 def test_mistakes_are_told_before_anything_trains(tmp_path, change, message, monkeypatch):
-    monkeypatch.setattr(trial_module.Trials, "run", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(_Comparison, "run", lambda self: pytest.fail("trained"))
     if message.startswith("tokens"):
         monkeypatch.undo()
     with pytest.raises(EloError) as caught:
         compare({**_world(tmp_path), **change})
     assert message in str(caught.value)
-
-
-def test_a_contestants_run_is_the_shared_one_with_its_changes(tmp_path):
-    config = load_comparison(_world(tmp_path))
-    run = contestant_run(config, "bridge", tmp_path, learning_rates={"layer_alignment": 0.5}, tokens=99, seed=7)
-    assert (run.method, run.elo.stand_in, run.tokens, run.seed) == ("elo", "bridge", 99, 7)
-    assert run.layer_alignment.learning_rate == 0.5
-    assert run.elo_pretraining.learning_rate == 1e-3
 
 
 @pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("compare_*.yaml")), ids=lambda file: file.stem)

@@ -8,12 +8,11 @@ import torch
 from training_fixtures import SETTINGS, VOCAB, rows, tiny_llama
 
 from elo.checkpoint.new_rows import VOCABULARY_KEY
-from elo.errors import EloError
-from elo.methods.methods import Options, Setup, find_method
+from elo.errors import EloError, StoppedBySignalError
+from elo.methods import METHODS, Setup
 from elo.surgery.in_memory import detach_layers
 from elo.train.bridge import fit_bridge
-from elo.train.loop import StoppedBySignalError, train
-from elo.train.settings import EloOptions, LoraSettings
+from elo.train.loop import train
 
 FIRST = 40
 KEPT = (0, 3)
@@ -29,7 +28,7 @@ def extended_llama(*, tie: bool = False, seed: int = 0):
 def prepared(method, model):
     phase = method.phases[0]
     bridge = None
-    if phase.needs_bridge:
+    if phase.middle == "bridged":
         mixture = rows(40)
         bridge = fit_bridge(model, KEPT, [mixture[index] for index in range(40)])
     if phase.detached:
@@ -37,8 +36,15 @@ def prepared(method, model):
     return model, method.prepare(model, phase, Setup(KEPT, bridge))
 
 
-def new_rows(stand_in="none", **options):
-    return find_method("elo", Options(elo=EloOptions(stand_in=stand_in, embedding_rows="new", **options)))
+def find_method(name, **settings):
+    return METHODS[name].model_validate({"name": name, **settings})
+
+
+def new_rows(middle="removed", **settings):
+    """A method that trains new rows alone with the chosen layers."""
+    if middle == "frozen":
+        return find_method("frozen", embedding_rows="new", **settings)
+    return find_method("elo", middle=middle, embedding_rows="new", **settings)
 
 
 def run(model, ready, folder, settings=SETTINGS, before_step=None):
@@ -65,9 +71,9 @@ def test_the_head_loss_makes_no_difference(tmp_path, head_loss):
 
 @pytest.mark.parametrize("optim", ["adamw", "adafactor", "adamw_8bit"])
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("stand_in", ["none", "bridge", "forward_only"])
-def test_old_rows_stay_bit_for_bit_and_new_ones_learn(tmp_path, stand_in, tie, optim):
-    model, ready = prepared(new_rows(stand_in), extended_llama(tie=tie))
+@pytest.mark.parametrize("middle", ["removed", "bridged", "frozen"])
+def test_old_rows_stay_bit_for_bit_and_new_ones_learn(tmp_path, middle, tie, optim):
+    model, ready = prepared(new_rows(middle), extended_llama(tie=tie))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = SETTINGS.model_copy(update={"weight_decay": 0.1, "optim": optim})
     result = run(model, ready, tmp_path, settings)
@@ -77,7 +83,7 @@ def test_old_rows_stay_bit_for_bit_and_new_ones_learn(tmp_path, stand_in, tie, o
         assert torch.equal(after[name][:FIRST], before[name][:FIRST]), name
         assert not torch.equal(after[name][FIRST:], before[name][FIRST:]), name
     weights = model.model.embed_tokens.weight.numel() // VOCAB * (VOCAB - FIRST) * (1 if tie else 2)
-    layers = [model.model.layers[index] for index in (range(2) if stand_in != "forward_only" else KEPT)]
+    layers = [model.model.layers[index] for index in (KEPT if middle == "frozen" else range(2))]
     assert result.trainable_parameters == weights + sum(p.numel() for layer in layers for p in layer.parameters())
     if tie:
         assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -97,7 +103,7 @@ def test_new_rows_learn_what_training_them_by_hand_gives(tmp_path):
     quick = SETTINGS.model_copy(update={"max_grad_norm": 0.0})
     model, ready = prepared(new_rows(), extended_llama())
     run(model, ready, tmp_path / "new", quick)
-    other, plain = prepared(find_method("elo", Options(elo=EloOptions(stand_in="none"))), extended_llama())
+    other, plain = prepared(find_method("elo", middle="removed"), extended_llama())
     names = ("model.embed_tokens.weight", "lm_head.weight")
     old = {name: other.state_dict()[name][:FIRST].clone() for name in names}
 
@@ -124,7 +130,7 @@ def test_clipping_does_not_count_what_old_rows_would_have_wanted(tmp_path):
 @pytest.mark.parametrize("tie", [False, True])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path, tie):
     def start():
-        return prepared(new_rows("forward_only"), extended_llama(tie=tie))
+        return prepared(new_rows("frozen"), extended_llama(tie=tie))
 
     settings = SETTINGS.model_copy(update={"embedding_learning_rate": 1e-2, "save_steps": 2})
     whole, ready = start()
@@ -150,8 +156,7 @@ def test_embedding_and_head_have_their_own_learning_rate(tmp_path, first):
     settings = SETTINGS.model_copy(
         update={"embedding_learning_rate": 7e-3, "lr_scheduler_type": "constant", "warmup_steps": 0}
     )
-    options = Options(elo=EloOptions(stand_in="none", embedding_rows=first))
-    model, ready = prepared(find_method("elo", options), extended_llama())
+    model, ready = prepared(find_method("elo", middle="removed", embedding_rows=first), extended_llama())
     rates = {}
 
     def look(step, optimizer):
@@ -170,8 +175,8 @@ def test_a_model_without_new_rows_is_refused():
 
 
 def test_old_rows_stay_through_a_full_alignment_too(tmp_path):
-    method = new_rows("bridge")
-    assert [phase.middle for phase in method.phases] == ["bridge", "computed"]
+    method = new_rows("bridged")
+    assert [phase.middle for phase in method.phases] == ["bridged", "trained"]
     model = extended_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     run(model, method.prepare(model, method.phases[1], Setup(KEPT)), tmp_path)
@@ -183,7 +188,7 @@ def test_old_rows_stay_through_a_full_alignment_too(tmp_path):
 
 def test_new_rows_of_nothing_are_refused():
     with pytest.raises(ValueError, match="name them in also_train"):
-        EloOptions(embedding_rows="new", also_train=("norm",))
+        new_rows(also_train=("norm",))
 
 
 def test_embeddings_first_begins_with_new_rows_alone(tmp_path):
@@ -211,7 +216,7 @@ def test_embeddings_first_without_new_rows_trains_all_of_them(tmp_path):
 
 def test_lora_can_train_embedding_and_head_beside_its_adapters(tmp_path):
     pytest.importorskip("peft")
-    method = find_method("lora", Options(lora=LoraSettings(rank=2, also_train=("embedding", "head"))))
+    method = find_method("lora", rank=2, also_train=("embedding", "head"))
     model = tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ready = method.prepare(model, method.phases[0], Setup())

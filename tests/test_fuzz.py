@@ -105,7 +105,7 @@ def _clean_up():
 @functools.cache
 def good_config() -> dict[str, Any]:
     config = write_world(world() / "work")
-    config["controls"] = ["full"]
+    config["training"]["phases"] = {"layer_alignment": {"learning_rate": 1e-4}}
     config["evaluation"]["cloze"] = {"xx": "c.jsonl"}
     return config
 

@@ -6,8 +6,8 @@ from data_fixtures import make_texts, make_tokenizer, write_jsonl
 from evaluation_fixtures import text_tokenizer, tiny_model
 
 from elo.data.heldout import MIN_BYTES, MIN_DOCUMENTS, choose_bytes, cut_corpus, cut_text
-from elo.evaluate.evaluate import evaluate
 from elo.data.prepare import prepare
+from elo.evaluate.evaluate import evaluate
 
 
 def largest_allowance(sizes, max_bytes):

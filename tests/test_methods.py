@@ -1,39 +1,37 @@
-"""Training methods: what trains, what is added for it, and that it folds back into a plain model."""
+"""Methods: what trains, that its gradient is what the method claims, and that a plain model comes out."""
 
 import re
-from dataclasses import replace
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from method_fixtures import CASES, KEPT, SEED, Case, case_id, method
 from training_fixtures import LENGTH, SETTINGS, rows, tiny_llama
+from zoo import FAMILIES, tiny_config, tiny_model
 
-import elo.methods.methods
+from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.counting import footprint
 from elo.errors import EloError
-from elo.methods.methods import METHODS, Options, Setup, find_method, select_layers
-from elo.surgery.in_memory import detach_layers
-from elo.train.bridge import fit_bridge
-from elo.train.loop import StoppedBySignalError, rows_per_step, train
-from elo.train.settings import EloOptions, LisaSettings, LoraSettings
+from elo.methods import METHODS, Phase, Setup, base
+from elo.methods.base import select_layers
+from elo.methods.frozen import topmost_block
+from elo.methods.gradient_floor import GradientFloor
+from elo.train.loop import rows_per_step, train
+from elo.train.settings import TrainingSettings
 
-KEPT = (0, 3)
-SMALL_RANK = Options(lora=LoraSettings(rank=2))
-FORWARD_ONLY = Options(elo=EloOptions(stand_in="forward_only", alignment="forward_only"))
 QUICK = SETTINGS.model_copy(update={"save_steps": 100})
-
-
-def _rows(count=40):
-    mixture = rows(count)
-    return [mixture[index] for index in range(count)]
-
-
-def _ready(method, phase, model=None):
-    """The model of a phase with everything that the method adds, and what it was prepared with."""
-    whole = model or tiny_llama()
-    bridge = fit_bridge(whole, KEPT, _rows()) if phase.needs_bridge else None
-    model = detach_layers(whole, list(KEPT)) if phase.detached else whole
-    return model, method.prepare(model, phase, Setup(KEPT, bridge, seed=7))
+ONE_STEP = SETTINGS.model_copy(
+    update={
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "max_grad_norm": 0,
+        "evaluations": 0,
+    }
+)
+ENDS = {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 def _train(model, folder, prepared, *, steps=6, settings=QUICK):
@@ -47,75 +45,297 @@ def _train(model, folder, prepared, *, steps=6, settings=QUICK):
     )
 
 
-CASES = [
-    (find_method(name, options), phase)
-    for name in METHODS
-    for options in ([Options(), FORWARD_ONLY] if name == "elo" else [SMALL_RANK])
-    for phase in find_method(name, options).phases
-]
+def _loss(model, count=4):
+    """Mean nats per predicted token of the first rows, by the model's own forward."""
+    mixture = rows(count)
+    batch = {
+        name: torch.stack([torch.from_numpy(mixture[index][name]) for index in range(count)])
+        for name in ("input_ids", "position_ids", "shift_labels")
+    }
+    labels = batch.pop("shift_labels")
+    logits = model(**batch, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-@pytest.mark.parametrize(("method", "phase"), CASES, ids=lambda each: getattr(each, "middle", None) or each.name)
-def test_each_phase_learns_and_leaves_a_plain_model(tmp_path, method, phase):
-    model, prepared = _ready(method, phase)
-    plain = detach_layers(tiny_llama(), list(KEPT)) if phase.detached else tiny_llama()
+def _exact(case, **arguments):
+    """The gradient of every parameter by autograd, of the model that the phase trains, by name."""
+    model, prepared = case.ready(**arguments)
+    if case.phase.middle in ("adapted", "frozen"):  # adapters begin at no change; nothing is cut off or scaled
+        prepared.fold()
+    model.requires_grad_(True)
+    _loss(model).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def _cosine(left, right):
+    return float(torch.nn.functional.cosine_similarity(left.flatten(), right.flatten(), dim=0))
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_each_phase_learns_changes_what_it_may_and_leaves_a_plain_model(tmp_path, case):
+    plain = case.start()
+    model, prepared = case.ready()
     result = _train(model, tmp_path, prepared)
     assert result.losses[-1]["loss"] < result.losses[0]["loss"]
     prepared.fold()
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert [name for name, _ in model.named_modules()] == [name for name, _ in plain.named_modules()]
-    assert not [module for module in model.modules() if module._forward_pre_hooks]
+    assert not [module for module in model.modules() if module._forward_pre_hooks or module._forward_hooks]
     changed = {name for name, tensor in plain.state_dict().items() if not torch.equal(tensor, model.state_dict()[name])}
-    everything = set(plain.state_dict())
-    kept = {name for name in everything if any(f".layers.{at}." in name for at in ((0, 1) if phase.detached else KEPT))}
-    ends = {"model.embed_tokens.weight", "lm_head.weight"}
-    if method.name == "lisa":
-        drawn = {name.split(".")[2] for name in changed if ".layers." in name}
-        assert len(drawn) == method.settings.layers
-        drawn_too = {name for name in everything if ".layers." not in name or name.split(".")[2] in drawn}
-        assert changed == drawn_too
+    if case.method.name == "lisa":
+        drawn = {int(name.split(".")[2]) for name in changed if ".layers." in name}
+        assert changed >= {
+            name for name in plain.state_dict() if ".layers." in name and int(name.split(".")[2]) in drawn
+        }
         return
-    expected = {
-        "elo": everything if phase.middle == "computed" else kept | ends,
-        "elo_paper": everything if phase.middle == "computed" else kept,
-        "frozen": kept | ends,
-        "embeddings_first": ends if phase.name == "embeddings" else everything,
-        "lora": {name for name in everything if "_proj" in name},
-    }.get(method.name, everything)
-    assert changed == expected
+    assert changed == case.may_change(model)
 
 
-@pytest.mark.parametrize(("method", "phase"), CASES, ids=lambda each: getattr(each, "middle", None) or each.name)
-def test_what_trains_agrees_with_the_count_of_flops(method, phase):
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.phase.middle != "adapted"], ids=case_id)
+def test_an_update_is_the_gradient_that_autograd_gives(tmp_path, case, tie):
+    """One step of plain SGD through the training loop; what has no gradient does not move at all."""
+    model, prepared = case.ready(tie=tie)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    _train(model, tmp_path, prepared, steps=1, settings=ONE_STEP)
+    exact = _exact(case, tie=tie)
+    moved = {name: before[name] - tensor for name, tensor in model.state_dict().items()}
+    moved = {name: change for name, change in moved.items() if change.any()}
+    assert moved.keys() <= case.may_change(model)
+    if not case.stochastic:
+        assert moved.keys() == case.may_change(model)
+    assert any(".layers." in name for name in moved) or case.phase.name == "embeddings"
+    scale = _scale_of_the_first_update(case)
+    for name, change in moved.items():
+        expected = exact[name].clone()
+        if prepared.first_row and name in ENDS:
+            expected[: prepared.first_row] = 0
+        if name in ENDS and (scale != 1 or _is_cut_off(case)):
+            continue  # test_the_embedding_gets_the_heads_part_alone, test_..._is_unbiased
+        factor = scale if any(f".layers.{layer}." in name for layer in (0,)) else 1.0
+        assert _cosine(change, expected) > 0.999, name
+        torch.testing.assert_close(change, factor * expected, rtol=1e-2, atol=1e-5, msg=name)
+
+
+def _is_cut_off(case):
+    """Whether the first update computes no gradient for the embedding's input side."""
+    model, prepared = case.ready()
+    if prepared.before_step is None:
+        return False
+    prepared.before_step(0, torch.optim.SGD(model.parameters(), lr=1.0))
+    _loss(model).backward()
+    return model.model.embed_tokens.weight.grad is None
+
+
+def _scale_of_the_first_update(case):
+    share = getattr(case.method, "backward_share", 1.0)
+    return 1.0 if share in (0.0, 1.0) or _is_cut_off(case) else 1 / share
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.phase.middle == "adapted"], ids=case_id)
+def test_an_update_of_adapters_is_the_chain_rule(tmp_path, case):
+    """With W + s B A and B = 0: one step of SGD moves W by -lr s^2 (dL/dW) A^T A."""
+    model, prepared = case.ready()
+    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert len(adapted) == 4 * 7
+    down = {name: module.lora_A["default"].weight.detach().clone() for name, module in adapted.items()}
+    scale = next(iter(adapted.values())).scaling["default"]
+    before = {name: tensor.clone() for name, tensor in case.start().state_dict().items()}
+    _train(model, tmp_path, prepared, steps=1, settings=ONE_STEP)
+    prepared.fold()
+    exact = _exact(case)
+    for name, matrix in down.items():
+        change = before[f"{name}.weight"] - model.state_dict()[f"{name}.weight"]
+        assert _cosine(change, scale**2 * exact[f"{name}.weight"] @ matrix.T @ matrix) > 0.999, name
+    for name in ENDS if case.phase.also_train else ():
+        assert _cosine(before[name] - model.state_dict()[name], exact[name]) > 0.999, name
+
+
+def _gradients(case, updates, tie=False):
+    """Gradients by parameter of the same rows at updates 0, 1, ..., of a model that does not move."""
+    model, prepared = case.ready(tie=tie)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for step in range(updates):
+        prepared.before_step(step, optimizer)
+        model.zero_grad()
+        _loss(model).backward()
+        yield {name: None if each.grad is None else each.grad.clone() for name, each in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+def test_the_mean_of_a_share_of_backward_passes_is_the_exact_gradient(tie):
+    """Each update has the exact gradient times 1/share below the topmost block, or none: unbiased, never in between."""
+    share, updates = 0.5, 200
+    case = Case("frozen", chosen := method("frozen", backward_share=share), chosen.phases[0])
+    exact = _exact(case, tie=tie)
+    total = {name: torch.zeros_like(gradient) for name, gradient in exact.items()}
+    opened = 0
+    for found in _gradients(case, updates, tie):
+        first = found["model.layers.0.mlp.up_proj.weight"]
+        opened += first is not None
+        for name, gradient in found.items():
+            if gradient is not None:
+                total[name] += gradient
+        if first is not None:
+            torch.testing.assert_close(first, exact["model.layers.0.mlp.up_proj.weight"] / share, rtol=1e-3, atol=1e-7)
+        top = "model.layers.3.mlp.up_proj.weight"
+        torch.testing.assert_close(found[top], exact[top], rtol=1e-3, atol=1e-7)
+        assert all(found[f"model.layers.{layer}.mlp.up_proj.weight"] is None for layer in (1, 2))
+    standard_error = ((1 - share) / share / updates) ** 0.5
+    assert abs(opened / updates / share - 1) < 3 * standard_error, f"{opened} of {updates}"
+    assert opened not in (0, updates)
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
+        ratio = float((total[name] / updates * exact[name]).sum() / exact[name].square().sum())
+        assert abs(ratio - 1) < 3 * standard_error, f"{name}: {ratio:.3f}, standard error {standard_error:.3f}"
+        assert _cosine(total[name], exact[name]) > 0.999
+    name = "model.embed_tokens.weight"  # tied, it has the head's part in every update
+    error = (total[name] / updates - exact[name]).norm() / exact[name].norm()
+    assert error < 3 * standard_error, f"embedding: {error:.3f}"
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "settings", [{"name": "frozen", "backward_share": 0}, {"name": "lisa", "window": True}], ids=str
+)
+def test_below_the_floor_there_is_no_gradient_at_all(settings, tie):
+    chosen = method(**settings)
+    case = Case(chosen.name, chosen, chosen.phases[0])
+    exact = _exact(case, tie=tie)
+    head = _gradient_of_the_head_alone(case) if tie else None
+    floors = set()
+    for found in _gradients(case, 12, tie):
+        trained = [layer for layer in range(4) if found[f"model.layers.{layer}.mlp.up_proj.weight"] is not None]
+        floors.add(trained[0])
+        assert trained == [3] if chosen.name == "frozen" else len(trained) == 2
+        for layer in trained:
+            name = f"model.layers.{layer}.mlp.up_proj.weight"
+            assert _cosine(found[name], exact[name]) > 0.999
+        embedding = found["model.embed_tokens.weight"]
+        if trained[0] == 0:
+            torch.testing.assert_close(embedding, exact["model.embed_tokens.weight"], rtol=1e-3, atol=1e-7)
+        elif tie:
+            torch.testing.assert_close(embedding, head, rtol=1e-3, atol=1e-7)
+            assert _cosine(embedding, exact["model.embed_tokens.weight"]) < 0.999, "its input side does not count"
+        else:
+            assert embedding is None
+    assert len(floors) > 1 or chosen.name == "frozen"
+
+
+def _gradient_of_the_head_alone(case):
+    """By autograd, of a model whose head is a copy of the embedding that it is otherwise tied to."""
+    model = case.start(tie=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    _loss(model).backward()
+    return model.lm_head.weight.grad
+
+
+def test_layers_below_the_floor_keep_nothing_for_a_backward_pass():
+    model = tiny_llama()
+    select_layers(model, [3], ["embedding", "head"])
+    floor = GradientFloor(model)
+    seen = {}
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda _, __, out, index=index: seen.update({index: out.requires_grad}))
+    floor.close()
+    _loss(model)
+    assert seen == {0: False, 1: False, 2: False, 3: True}
+    floor.open()
+    _loss(model)
+    assert all(seen.values())
+    floor.remove()
+    assert not [module for module in model.modules() if module._forward_pre_hooks]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_floor_in_every_family(name):
+    """What leaves the top layer downwards is doubled, or there is none; the top layer has its own gradient always."""
+    model_type, particular = FAMILIES[name]
+    model = tiny_model(tiny_config(model_type, **particular)).eval()
+    layers, ids = layers_of(model), torch.arange(1, 21).unsqueeze(0)
+    select_layers(model, [0, 3])
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        found = [[each.grad for each in layers[at].parameters() if each.grad is not None] for at in (0, 3)]
+        return [torch.cat([gradient.flatten() for gradient in each]) if each else None for each in found]
+
+    first, top = gradients()
+    floor = GradientFloor(model)
+    floor.open(3, 2.0)
+    doubled, same = gradients()
+    torch.testing.assert_close(doubled, 2 * first, rtol=1e-3, atol=1e-4 * float(first.abs().max()))
+    torch.testing.assert_close(same, top, rtol=1e-3, atol=1e-4 * float(top.abs().max()))
+    floor.close()
+    layers[0].requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)
+    seen = []
+    layers[2].register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    none, same = gradients()
+    assert none is None
+    assert not seen[0].requires_grad, "nothing below is differentiated"
+    torch.testing.assert_close(same, top, rtol=1e-3, atol=1e-4 * float(top.abs().max()))
+    floor.remove()
+    assert not [module for module in model.modules() if module._forward_pre_hooks]
+
+
+@pytest.mark.parametrize(
+    ("layers", "top"), [((0, 3), 3), ((0, 2, 3), 2), ((1, 2, 3), 1), ((0,), 0), ((0, 1, 5, 7, 8), 7)]
+)
+def test_topmost_block(layers, top):
+    assert topmost_block(layers) == top
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_what_trains_agrees_with_the_count_of_flops(case):
     counted = footprint(tiny_llama())
-    flops = method.flops_per_token(phase, counted, KEPT, LENGTH)
-    full = find_method("full").flops_per_token(phase, counted, KEPT, LENGTH)
-    assert 0 < flops <= full
-    if method.name not in ("full", "full_at_wall_time", "align_only") and phase.middle != "computed":
-        assert flops < full
+    flops = case.method.flops_per_token(case.phase, counted, KEPT, LENGTH).total
+    full = method("full").flops_per_token(method("full").phases[0], counted, KEPT, LENGTH).total
+    if case.phase.middle == "trained":
+        assert flops == full
+    elif case.method.name == "lora":
+        assert flops > 0  # adapters of rank 2 on a width of 16 are no saving
+    else:
+        assert 0 < flops < full or case.phase.middle == "adapted"
 
 
-def test_flops_order_of_what_stands_for_the_middle():
+def test_flops_order_of_what_becomes_of_the_middle():
     counted = footprint(tiny_llama(12))
 
-    def flops(stand_in):
-        method = find_method("elo", Options(elo=EloOptions(stand_in=stand_in)))
-        return method.flops_per_token(method.phases[0], counted, (0, 11), LENGTH)
+    def flops(name, **settings):
+        chosen = method(name, **settings)
+        return chosen.flops_per_token(chosen.phases[0], counted, (0, 11), LENGTH).total
 
-    none, bridge, forward_only = map(flops, ("none", "bridge", "forward_only"))
-    assert bridge - none == 2 * 2 * 16 * 16, "one map, forward and input gradient"
-    assert none < bridge < forward_only < find_method("full").flops_per_token(None, counted, (), LENGTH)
+    removed, bridged = flops("elo", middle="removed"), flops("elo")
+    top, half, frozen = (flops("frozen", backward_share=share) for share in (0.0, 0.5, 1.0))
+    assert bridged - removed == 2 * 2 * 16 * 16, "one map, forward and input gradient"
+    assert removed < bridged < top < half < frozen < flops("full")
+    assert half == pytest.approx((top + frozen) / 2)
+    assert flops("lisa", window=True) < flops("lisa") < flops("full")
 
 
-def test_elo_paper_is_as_published_whatever_the_options_say():
-    method = find_method("elo_paper", Options(elo=EloOptions(stand_in="bridge", also_train=("head",), scale=0.5)))
-    assert (method.also_train, method.scale) == ((), 1.0)
-    assert [phase.middle for phase in method.phases] == ["absent", "computed"]
+def test_elo_paper_is_as_published():
+    paper = method("elo_paper")
+    assert (paper.also_train, paper.scale, paper.share) == ((), 1.0, 0.1)
+    assert [phase.middle for phase in paper.phases] == ["removed", "trained"]
+    for settings in ({"middle": "bridged"}, {"also_train": ["head"]}, {"scale": 0.5}, {"alignment": "lora"}):
+        with pytest.raises(ValueError):
+            method("elo_paper", **settings)
+
+
+def test_every_method_divides_the_whole_budget():
+    for name in METHODS:
+        chosen = method(name)
+        parts = {phase.rows for phase in chosen.phases}
+        assert parts in ({"all"}, {"pretraining", "alignment"}, {"alignment"}), name
+        assert (chosen.alignment_share > 0) == ("alignment" in parts), name
+        assert len({phase.name for phase in chosen.phases}) == len(chosen.phases), name
+        assert chosen.label and type(chosen).__doc__
 
 
 def test_lora_merges_to_what_it_computed(tmp_path):
-    method = find_method("lora", Options(lora=LoraSettings(rank=4)))
-    model, prepared = _ready(method, method.phases[0])
+    chosen = method("lora", rank=4)
+    model, prepared = Case("lora", chosen, chosen.phases[0]).ready()
     _train(model, tmp_path, prepared)
     ids = torch.arange(1, 12).unsqueeze(0)
     with torch.no_grad():
@@ -124,63 +344,34 @@ def test_lora_merges_to_what_it_computed(tmp_path):
         torch.testing.assert_close(model(input_ids=ids).logits, adapted, atol=1e-5, rtol=1e-5)
 
 
-def test_lisa_draws_few_layers_again_and_again():
-    method = find_method("lisa", Options(lisa=LisaSettings(layers=1, period=3)))
-    model, prepared = _ready(method, method.phases[0], tiny_llama(8))
+@pytest.mark.parametrize("window", [False, True])
+def test_lisa_draws_few_layers_again_and_again(window):
+    chosen = method("lisa", layers=2, period=3, window=window)
+    model = tiny_llama(8)
+    prepared = chosen.prepare(model, chosen.phases[0], Setup(seed=SEED))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    drawn = []
+    turns = []
     for step in range(30):
         prepared.before_step(step, optimizer)
-        on = [i for i, layer in enumerate(model.model.layers) if next(layer.parameters()).requires_grad]
-        assert len(on) == 1
-        drawn += on
-        model(input_ids=torch.arange(8).unsqueeze(0), labels=torch.arange(8).unsqueeze(0)).loss.backward()
+        on = tuple(i for i, layer in enumerate(model.model.layers) if next(layer.parameters()).requires_grad)
+        assert len(on) == 2
+        assert not window or on[1] == on[0] + 1
+        turns += [on] if step % 3 == 0 else []
+        assert turns[-1] == on
+        _loss(model).backward()
         optimizer.step()
         optimizer.zero_grad()
         held = {i for i, layer in enumerate(model.model.layers) if next(layer.parameters()) in optimizer.state}
         assert held == set(on), "no optimizer state is held for layers that do not train"
-    turns = [set(drawn[start : start + 3]) for start in range(0, 30, 3)]
-    assert all(len(turn) == 1 for turn in turns)
-    assert len(set(drawn)) > 2
+    assert len(set(turns)) > 2
 
 
-@pytest.mark.parametrize("name", ["lisa", "lora", "elo"])
-def test_stopped_and_resumed_equals_uninterrupted(tmp_path, name):
-    options = Options(
-        lisa=LisaSettings(layers=1, period=2), lora=LoraSettings(rank=4), elo=EloOptions(stand_in="forward_only")
-    )
-    method = find_method(name, options)
-    phase = method.phases[0]
-    whole, prepared = _ready(method, phase)
-    _train(whole, tmp_path / "whole", prepared)
-    prepared.fold()
-
-    import os
-    import signal
-
-    stopped, prepared = _ready(method, phase)
-
-    def stop_at_three(step, optimizer, then=prepared.before_step):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        if then:
-            then(step, optimizer)
-
-    with pytest.raises(StoppedBySignalError):
-        _train(stopped, tmp_path / "stopped", replace(prepared, before_step=stop_at_three))
-    resumed, prepared = _ready(method, phase)
-    _train(resumed, tmp_path / "stopped", prepared)
-    prepared.fold()
-    for key, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, resumed.state_dict()[key]), key
-
-
-@pytest.mark.parametrize("stand_in", ["forward_only", "bridge"])
-def test_recomputed_activations_give_the_same(tmp_path, stand_in):
-    method = find_method("elo", Options(elo=EloOptions(stand_in=stand_in)))
+@pytest.mark.parametrize("name", ["elo", "frozen-half", "lisa-window", "lora"])
+def test_recomputed_activations_give_the_same(tmp_path, name):
+    case = next(case for case in CASES if case.name == name)
     losses = []
     for recompute in (False, True):
-        model, prepared = _ready(method, method.phases[0])
+        model, prepared = case.ready()
         settings = QUICK.model_copy(update={"activation_checkpointing": recompute, "tokens_per_step": 8 * LENGTH})
         result = _train(model, tmp_path / str(recompute), prepared, settings=settings, steps=4)
         losses.append([point["loss"] for point in result.losses])
@@ -189,38 +380,41 @@ def test_recomputed_activations_give_the_same(tmp_path, stand_in):
 
 def test_the_documents_example_is_a_method(tmp_path):
     text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    names = vars(elo.methods.methods) | {}
-    exec(code, names)
-    method = names["Norms"](Options())
-    model, prepared = _ready(method, method.phases[0])
+    code = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)[0]
+    names = dict(vars(base))
+    try:
+        exec(code, names)
+        norms = names["Norms"]()
+    finally:
+        METHODS.pop("norms", None)
+    model = tiny_llama()
+    prepared = norms.prepare(model, norms.phases[0], Setup(KEPT))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     _train(model, tmp_path, prepared)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if "norm" in name}
 
 
-def test_unknown_method_is_named():
-    with pytest.raises(EloError, match="'eol' is unknown; choose one of elo, elo_paper"):
-        find_method("eol")
-
-
 def test_lora_says_what_it_needs(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(EloError, match=r"pip install 'elo-cpt\[lora\]'"):
-        find_method("lora").check()
-    monkeypatch.undo()
-    sharded = LoraSettings(training_arguments={"fsdp": "full_shard"})
-    with pytest.raises(EloError, match="leave fsdp and deepspeed out"):
-        find_method("lora", Options(lora=sharded)).check()
+    for chosen in (method("lora"), method("elo", alignment="lora")):
+        with pytest.raises(EloError, match=r"pip install 'elo-cpt\[lora\]'"):
+            chosen.check()
+    method("elo").check()
 
 
-def test_lisa_needs_one_process(monkeypatch):
+def test_what_changes_between_updates_needs_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(EloError, match="one process"):
-        find_method("lisa").check()
+    for chosen in (method("lisa"), method("frozen", backward_share=0.5)):
+        with pytest.raises(EloError, match="one process"):
+            chosen.check()
+    method("frozen").check()
+
+
+@pytest.mark.parametrize("scale", [0, -1, 2.5, "best"])
+def test_scales_out_of_reach(scale):
+    with pytest.raises(ValueError, match=r"above 0 and at most 2|search"):
+        method("full", scale=scale)
 
 
 def test_parts_train_and_mind_ties():
@@ -231,3 +425,12 @@ def test_parts_train_and_mind_ties():
     assert "model.embed_tokens.weight" not in trained
     with pytest.raises(EloError, match="ties its LM head"):
         select_layers(tiny_llama(tie=True), [0], ["head"])
+
+
+def test_execution_settings_and_scale_do_not_decide_a_training():
+    assert method("full", scale=0.5).decisive() == method("full").decisive()
+    assert method("lora", rank=3).decisive() != method("lora").decisive()
+    settings = TrainingSettings()
+    assert settings.model_copy(update={"save_steps": 1}).decisive() == settings.decisive()
+    assert settings.model_copy(update={"vocabulary": "corpus"}).decisive() != settings.decisive()
+    assert Phase("a", "trained").decisive() != Phase("a", "frozen").decisive()

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from elo.checkpoint.counting import footprint, parameter_counts, read_config, training_flops_per_token
-from elo.checkpoint.footprint import Flops, Method
 from elo.errors import EloError
+from elo.methods import METHODS
 
 # ELO pretraining over full CPT per token, the same when full CPT recomputes, LM head's share, whole run both ways.
 PUBLISHED = {
@@ -31,8 +31,8 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_arithmetic_of_known_models(name: str) -> None:
     counted = footprint(known_configs()[name])
-    elo = counted.flops_per_token("elo", (0, counted.num_layers - 1))
-    full, recomputed = (counted.flops_per_token("full", activation_checkpointing=c).total for c in (False, True))
+    elo = counted.flops_per_token("removed", (0, counted.num_layers - 1))
+    full, recomputed = (counted.flops_per_token("trained", activation_checkpointing=c).total for c in (False, True))
 
     def whole_run(baseline: float) -> float:
         return 10 * baseline / (9 * elo.total + baseline)
@@ -139,8 +139,8 @@ def measured_flops(config: PretrainedConfig, trains: list[int] | None, *, checkp
 def test_flops_are_what_training_computes(config: PretrainedConfig) -> None:
     last = config.num_hidden_layers - 1
     counted = footprint(config)
-    assert measured_flops(config, None) == counted.flops_per_token("full").total
-    recomputing = counted.flops_per_token("full", activation_checkpointing=True).total
+    assert measured_flops(config, None) == counted.flops_per_token("trained").total
+    recomputing = counted.flops_per_token("trained", activation_checkpointing=True).total
     with set_checkpoint_early_stop(False):
         assert measured_flops(config, None, checkpointing=True) == recomputing
     # As it is by default, PyTorch leaves out each layer's last product, whose output nothing keeps.
@@ -150,26 +150,34 @@ def test_flops_are_what_training_computes(config: PretrainedConfig) -> None:
 
 
 @pytest.mark.parametrize("also_train", [(), ("head",), ("embedding", "head")])
-def test_a_forward_only_middle_costs_a_forward_and_the_backward_of_the_ends(also_train: tuple[str, ...]) -> None:
+def test_a_bridge_costs_a_product_each_way(also_train: tuple[str, ...]) -> None:
     counted = footprint(tiny_llama())
+    bridged, removed = (
+        counted.flops_per_token(middle, (0, 4), sequence_length=96, also_train=also_train)
+        for middle in ("bridged", "removed")
+    )
+    product = 2 * 64 * 64
+    assert bridged.forward - removed.forward == bridged.backward - removed.backward == product
 
-    def count(method: Method) -> Flops:
-        return counted.flops_per_token(
-            method, (0, 4), sequence_length=96, activation_checkpointing=True, also_train=also_train
-        )
 
-    ours, ends = count("forward_only"), count("elo")
-    assert ours.forward == count("frozen").forward == count("full").forward
-    assert (ours.backward, ours.recompute, ours.head) == (ends.backward, ends.recompute, ends.head)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_counts_what_each_of_its_phases_trains(name: str) -> None:
+    counted, method = footprint(tiny_llama()), METHODS[name].model_validate({"name": name})
+    for phase in method.phases:
+        layers = method.layers_at_once(phase, (0, 4), counted.num_layers)
+        trainable = counted.trainable(phase.middle, layers, lora_rank=phase.lora_rank, also_train=phase.also_train)
+        flops = method.flops_per_token(phase, counted, (0, 4), 96)
+        assert trainable > 0 and 0 < flops.head < flops.total
+        assert flops.total <= counted.flops_per_token("trained", sequence_length=96).total or phase.lora_rank
 
 
 def test_what_also_trains_is_counted_once() -> None:
     untied, tied = footprint(tiny_llama()), footprint(tiny_llama(tie_word_embeddings=True))
-    layers = untied.trainable("elo", (0, 4))
+    layers = untied.trainable("removed", (0, 4))
     ends = ("embedding", "head")
-    assert untied.trainable("forward_only", (0, 4), also_train=ends) == layers + 2 * 512 * 64
-    assert tied.trainable("forward_only", (0, 4), also_train=ends) == layers + 512 * 64
-    assert untied.trainable("elo", (0, 4), also_train=("norm",)) == layers + 64
+    assert untied.trainable("frozen", (0, 4), also_train=ends) == layers + 2 * 512 * 64
+    assert tied.trainable("frozen", (0, 4), also_train=ends) == layers + 512 * 64
+    assert untied.trainable("removed", (0, 4), also_train=("norm",)) == layers + 64
     assert untied.bridge_elements((0, 4)) == 64 * 64 == untied.bridge_elements((3, 4))
     assert untied.bridge_elements((1, 3)) == 3 * 64 * 64
 
@@ -184,8 +192,8 @@ def test_more_rows_count_as_in_a_model_that_has_them(tied: bool) -> None:
 def test_flops_of_a_detached_model() -> None:
     detached = tiny_llama(num_hidden_layers=2)
     measured = measured_flops(detached, [0, 1])
-    assert measured == training_flops_per_token(detached, "elo")
-    assert measured == training_flops_per_token(tiny_llama(), "elo", layers="first:1,last:1")
+    assert measured == training_flops_per_token(detached, "removed")
+    assert measured == training_flops_per_token(tiny_llama(), "removed", layers="first:1,last:1")
 
 
 def test_a_first_layer_without_input_norm_costs_no_more_than_two_percent_less() -> None:
@@ -197,15 +205,15 @@ def test_a_first_layer_without_input_norm_costs_no_more_than_two_percent_less() 
         num_attention_heads=4,
         pad_token_id=0,
     )
-    planned = training_flops_per_token(config, "elo")
+    planned = training_flops_per_token(config, "removed")
     assert 0 < planned - measured_flops(config, [0, 1]) == 2 * 3 * 64 * 64
 
 
 def test_adapters_cost_six_flops_a_parameter_and_save_the_weight_gradient() -> None:
     counted = footprint(tiny_llama())
     weights = sum(layer.active_matmul for layer in counted.layers)
-    lora = counted.flops_per_token("lora", lora_rank=4)
-    assert lora.total == 4 * weights + 6 * counted.trainable("lora", lora_rank=4) + 4 * counted.head_matmul
+    lora = counted.flops_per_token("adapted", lora_rank=4)
+    assert lora.total == 4 * weights + 6 * counted.trainable("adapted", lora_rank=4) + 4 * counted.head_matmul
     shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64)]
     assert counted.lora_parameters(4) == 5 * 4 * sum(rows + columns for rows, columns in shapes)
 
@@ -224,7 +232,7 @@ def test_attention_scores_are_half_a_square(window: int | None) -> None:
 def test_scores_have_a_backward_of_twice_their_forward() -> None:
     counted = footprint(tiny_llama())
     scores = sum(layer.score_flops(128) for layer in counted.layers)
-    with_scores, without = (counted.flops_per_token("full", sequence_length=length) for length in (128, 0))
+    with_scores, without = (counted.flops_per_token("trained", sequence_length=length) for length in (128, 0))
     assert with_scores.forward - without.forward == pytest.approx(scores)
     assert with_scores.backward - without.backward == pytest.approx(2 * scores)
 
@@ -237,8 +245,6 @@ def test_sliding_windows_are_found() -> None:
 def test_mistakes_are_told() -> None:
     with pytest.raises(EloError, match="no such file or folder"):
         read_config("nowhere/config.json")
-    with pytest.raises(EloError, match="method: 'fill' is not one of full, frozen, lora, elo, forward_only"):
-        training_flops_per_token(tiny_llama(), "fill")  # type: ignore[arg-type]
     with pytest.raises(EloError, match="first:9"):
         parameter_counts(tiny_llama(), "first:9")
     with pytest.raises(EloError, match="no causal language model can be built"):

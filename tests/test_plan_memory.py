@@ -1,12 +1,12 @@
 """Planned memory against what real training keeps and allocates."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from elo.model import activations, memory
 from plan_fixtures import LiveBytes, known_configs, tiny_gpt2, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
@@ -19,13 +19,16 @@ from transformers import (
 
 from elo.checkpoint.counting import footprint
 from elo.checkpoint.layers import gaps_between
-from elo.errors import EloError
-from elo.methods.methods import select_layers
+from elo.methods import METHODS, Method, Phase, Setup
+from elo.methods.base import select_layers
+from elo.plan import activations, memory
 from elo.plan.activations import saved_activations
-from elo.plan.memory import check_optimizer, stage_memory
+from elo.plan.memory import phase_memory
+from elo.plan.schema import Memory
 from elo.surgery.in_memory import detach_layers
 from elo.train import loss as losses
-from elo.train.bridge import Bridge, install_bridge, pass_forward_only
+from elo.train.bridge import Bridge
+from elo.train.settings import TrainingSettings
 
 GIB = 2**30
 _TRACED, _AS_STORED = "under autocast", "in bf16 throughout"
@@ -110,151 +113,146 @@ def test_other_families_are_traced_too(config: PretrainedConfig) -> None:
     assert fp32.cast_weights == 0 < bf16.per_layer[0] < fp32.per_layer[0]
 
 
-def allocated_at_peak(
-    config: PretrainedConfig,
-    method: Any,
-    layers: Sequence[int],
-    *,
-    also_train: Sequence[Any] = (),
-    bridge: bool = False,
-    rows: int,
-    length: int,
-    micro_steps: int,
-    checkpointing: bool,
-    head_loss: Any,
-) -> int:
+@dataclass(frozen=True)
+class Case:
+    """A phase of a method with the settings that it trains with."""
+
+    method: Method
+    checkpointing: bool = False
+    head_loss: Any = "chunked"
+    micro_steps: int = 1
+
+    ROWS: ClassVar[int] = 4
+    LENGTH: ClassVar[int] = 128
+
+    @property
+    def phase(self) -> Phase:
+        return self.method.phases[0]
+
+    @property
+    def settings(self) -> TrainingSettings:
+        return TrainingSettings(
+            per_device_train_batch_size=self.ROWS,
+            tokens_per_step=self.ROWS * self.LENGTH * self.micro_steps,
+            activation_checkpointing=self.checkpointing,
+            head_loss=self.head_loss,
+        )
+
+
+def allocated_at_peak(config: PretrainedConfig, case: Case, layers: Sequence[int]) -> int:
     """Most bytes of tensors alive at once in two real optimizer steps on a CPU, weights included."""
     torch.manual_seed(0)
     model = build(config)
     width = config.hidden_size
     gaps = tuple(gaps_between(layers, config.num_hidden_layers))
     maps = Bridge(gaps, tuple(torch.zeros(width, width) for _ in gaps), tuple(torch.zeros(width) for _ in gaps), ())
-    if method == "elo":
+    if case.phase.detached:
         model = detach_layers(model, layers)
-        select_layers(model, range(len(layers)), also_train)
-        if bridge:
-            install_bridge(model, maps)
-    elif method == "forward_only":
-        select_layers(model, layers, also_train)
-        pass_forward_only(model, maps)
-    elif method == "frozen":
-        select_layers(model, layers, also_train)
-    if checkpointing:
+    prepared = case.method.prepare(model, case.phase, Setup(layers, maps))
+    if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    losses.install_head_loss(model, head_loss)
+    losses.install_head_loss(model, case.head_loss)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    position_ids = torch.arange(length).repeat(rows, 1) % (length // 2)
+    position_ids = torch.arange(case.LENGTH).repeat(case.ROWS, 1) % (case.LENGTH // 2)
     with LiveBytes() as live:
         for tensor in (*model.parameters(), *model.buffers()):
             live.add(tensor)
-        for _ in range(2):
-            for _ in range(micro_steps):
-                ids = torch.randint(0, 512, (rows, length))
+        for step in range(2):
+            if prepared.before_step is not None:
+                prepared.before_step(step, optimizer)
+            for _ in range(case.micro_steps):
+                ids = torch.randint(0, 512, (case.ROWS, case.LENGTH))
                 model(input_ids=ids, shift_labels=ids, position_ids=position_ids).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     return live.peak
 
 
-def planned_and_measured(
-    config: PretrainedConfig,
-    method: Any,
-    *,
-    also_train: Sequence[Any] = (),
-    bridge: bool = False,
-    checkpointing: bool = False,
-    head_loss: Any = "chunked",
-    micro_steps: int = 1,
-) -> tuple[memory.StageMemory, int]:
-    layers, rows, length = (0, config.num_hidden_layers - 1), 4, 128
-    counted = footprint(config)
-    kept = None if method == "full" else layers
-    planned = stage_memory(
+def planned_and_measured(config: PretrainedConfig, name: str, **arguments: Any) -> tuple[Memory, int]:
+    """Planned memory of a method's first phase, and what two updates take."""
+    fields = {key: arguments.pop(key) for key in ("also_train", "middle", "rank", "layers") if key in arguments}
+    case = Case(METHODS[name].model_validate({"name": name, **fields}), **arguments)
+    ends = (0, config.num_hidden_layers - 1)
+    counted, phase = footprint(config), case.phase
+    layers = case.method.layers_at_once(phase, ends, counted.num_layers)
+    whole = phase.middle in ("trained", "adapted")
+    planned = phase_memory(
         counted,
         saved_activations(
-            config, counted, kept, precision="fp32", kind="cpu", also_train=also_train, in_place=method == "frozen"
+            config,
+            counted,
+            None if whole else layers,
+            precision="fp32",
+            kind="cpu",
+            also_train=() if whole else phase.also_train,
+            in_place=phase.middle == "frozen",
         ),
-        method,
+        phase,
         layers,
-        tokens=rows * length,
-        sequence_length=length,
+        case.settings,
+        sequence_length=case.LENGTH,
         precision="fp32",
         kind="cpu",
-        activation_checkpointing=checkpointing,
-        head_loss=head_loss,
-        accumulates=micro_steps > 1,
-        also_train=also_train,
-        bridge=bridge,
+        fp32_throughout=case.method.redraws_layers,
     )
-    measured = allocated_at_peak(
-        config,
-        method,
-        layers,
-        also_train=also_train,
-        bridge=bridge,
-        rows=rows,
-        length=length,
-        micro_steps=micro_steps,
-        checkpointing=checkpointing,
-        head_loss=head_loss,
-    )
-    return planned, measured
+    return planned, allocated_at_peak(config, case, ends)
 
 
 SMALL = {"vocab_size": 2048, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6}
 ENDS = ("embedding", "head")
 
 
+def assert_within_a_tenth(planned: Memory, measured: int) -> None:
+    assert planned.peak_bytes - memory.RUNTIME_BYTES["cpu"] == pytest.approx(measured, rel=0.10), planned
+
+
 @pytest.mark.parametrize(
-    ("method", "checkpointing", "head_loss", "micro_steps"),
+    ("name", "arguments"),
     [
-        ("elo", False, "chunked", 1),
-        ("elo", False, "plain", 2),
-        ("elo", True, "chunked", 2),
-        ("full", False, "chunked", 2),
-        ("full", False, "plain", 1),
-        ("full", True, "plain", 2),
-        ("full", True, "chunked", 1),
+        ("elo_paper", {}),
+        ("elo_paper", {"head_loss": "plain", "micro_steps": 2}),
+        ("elo_paper", {"checkpointing": True, "micro_steps": 2}),
+        ("full", {"micro_steps": 2}),
+        ("full", {"head_loss": "plain"}),
+        ("full", {"checkpointing": True, "head_loss": "plain", "micro_steps": 2}),
+        ("full", {"checkpointing": True}),
+        ("elo", {"middle": "removed", "micro_steps": 2}),
+        ("elo", {"checkpointing": True, "head_loss": "plain"}),
+        ("elo", {"also_train": ("head", "norm")}),
+        ("frozen", {"micro_steps": 2}),
+        ("frozen", {"also_train": (), "checkpointing": True}),
+        ("embeddings_first", {}),
+        ("lisa", {"layers": 2}),
+        ("lisa", {"layers": 2, "micro_steps": 2}),
+        ("lora", {"rank": 8}),
+        ("lora", {"rank": 8, "also_train": ("embedding", "head"), "micro_steps": 2}),
     ],
+    ids=str,
 )
-def test_peak_memory_is_within_a_tenth(method: Any, checkpointing: bool, head_loss: Any, micro_steps: int) -> None:
-    planned, measured = planned_and_measured(
-        tiny_llama(**SMALL), method, checkpointing=checkpointing, head_loss=head_loss, micro_steps=micro_steps
-    )
-    assert planned.peak - memory.RUNTIME_BYTES["cpu"] == pytest.approx(measured, rel=0.10), planned
+def test_peak_memory_is_within_a_tenth(name: str, arguments: dict[str, Any]) -> None:
+    assert_within_a_tenth(*planned_and_measured(tiny_llama(**SMALL), name, **arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "arguments"),
+    [
+        ("frozen", {"num_hidden_layers": 12}, {}),
+        ("elo", {"vocab_size": 16384, "tie_word_embeddings": True}, {"checkpointing": True}),
+        ("elo", {"vocab_size": 16384}, {"also_train": ("embedding",), "checkpointing": True, "micro_steps": 2}),
+    ],
+    ids=str,
+)
+def test_peak_memory_of_other_shapes_is_within_a_tenth(
+    name: str, changes: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    assert_within_a_tenth(*planned_and_measured(tiny_llama(**SMALL | changes), name, **arguments))
 
 
 def test_a_softcap_keeps_the_logits_twice() -> None:
     size = SMALL | {"vocab_size": 32768, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 32}
     for softcap in (None, 30.0):
         config = Gemma3TextConfig(**size, num_key_value_heads=2, final_logit_softcapping=softcap)
-        planned, measured = planned_and_measured(config, "elo")
-        assert planned.peak - memory.RUNTIME_BYTES["cpu"] == pytest.approx(measured, rel=0.10), planned
-
-
-@pytest.mark.parametrize(
-    ("method", "also_train", "changes", "settings"),
-    [
-        ("forward_only", ENDS, {}, {}),
-        ("forward_only", ENDS, {}, {"head_loss": "plain", "micro_steps": 2}),
-        ("forward_only", ENDS, {}, {"checkpointing": True}),
-        ("forward_only", ENDS, {"num_hidden_layers": 12}, {"micro_steps": 2}),
-        ("forward_only", ENDS, {"vocab_size": 16384, "tie_word_embeddings": True}, {"checkpointing": True}),
-        ("forward_only", (), {}, {"micro_steps": 2}),
-        ("forward_only", ("embedding",), {"vocab_size": 16384}, {"checkpointing": True, "micro_steps": 2}),
-        ("elo", ENDS, {}, {"micro_steps": 2}),
-        ("elo", ENDS, {}, {"bridge": True, "checkpointing": True, "head_loss": "plain"}),
-        ("elo", ("head", "norm"), {}, {"bridge": True}),
-        ("frozen", ENDS, {}, {"micro_steps": 2}),
-        ("frozen", ENDS, {"num_hidden_layers": 12}, {}),
-        ("frozen", (), {}, {"checkpointing": True}),
-    ],
-)
-def test_peak_memory_of_what_a_run_can_choose_is_within_a_tenth(
-    method: Any, also_train: Any, changes: dict[str, Any], settings: dict[str, Any]
-) -> None:
-    planned, measured = planned_and_measured(tiny_llama(**SMALL | changes), method, also_train=also_train, **settings)
-    assert planned.peak - memory.RUNTIME_BYTES["cpu"] == pytest.approx(measured, rel=0.10), planned
+        assert_within_a_tenth(*planned_and_measured(config, "elo_paper"))
 
 
 @pytest.mark.parametrize("fails", [(_TRACED,), (_TRACED, _AS_STORED)], ids=["in bf16", "not at all"])
@@ -293,37 +291,48 @@ def saved_8b(layers: tuple[int, ...] | None) -> memory.SavedActivations:
     return saved_activations(config, footprint(config), layers)
 
 
-def plan_8b(method: Any, **arguments: Any) -> memory.StageMemory:
-    counted = footprint(known_configs()["Llama-3.1-8B"])
+MIDDLES = {
+    "removed": Phase("p", "removed"),
+    "trained": Phase("p", "trained"),
+    "adapted": Phase("p", "adapted", lora_rank=16),
+}
+
+
+def plan_8b(middle: str, *, sequence_length: int = 8192, devices: int = 1, **settings: Any) -> Memory:
     layers = (0, 31)
-    saved = saved_8b(layers if method == "elo" else None)
-    length = arguments.pop("sequence_length", 8192)
-    return stage_memory(
-        counted, saved, method, layers, tokens=length, sequence_length=length, precision="bf16", **arguments
+    return phase_memory(
+        footprint(known_configs()["Llama-3.1-8B"]),
+        saved_8b(layers if middle == "removed" else None),
+        MIDDLES[middle],
+        layers,
+        TrainingSettings(**{"tokens_per_step": 2**20} | settings),
+        sequence_length=sequence_length,
+        precision="bf16",
+        devices=devices,
     )
 
 
 def test_an_8b_model_trains_its_ends_on_a_24_gib_card_but_not_itself_on_80() -> None:
-    elo, full = plan_8b("elo"), plan_8b("full", activation_checkpointing=True)
-    assert elo.parts["weights"] == 4 * 436_224_000 + 2 * (2 * 128256 * 4096 + 4096)
-    assert elo.parts["optimizer"] == 8 * 436_224_000
-    assert elo.peak < 22 * GIB
-    assert full.peak > 120 * GIB
+    ends, full = plan_8b("removed"), plan_8b("trained", activation_checkpointing=True)
+    assert ends.parts["weights"] == 4 * 436_224_000 + 2 * (2 * 128256 * 4096 + 4096)
+    assert ends.parts["optimizer"] == 8 * 436_224_000
+    assert ends.peak_bytes < 22 * GIB
+    assert full.peak_bytes > 120 * GIB
 
 
 def test_parts_add_up_and_each_setting_helps() -> None:
-    plain = plan_8b("full")
-    assert sum(plain.parts.values()) == plain.peak
+    plain = plan_8b("trained")
+    assert sum(plain.parts.values()) == plain.peak_bytes
     for arguments in (
         {"activation_checkpointing": True},
-        {"optimizer": "adamw_8bit"},
-        {"sharded_over": 8},
+        {"optim": "adamw_8bit"},
+        {"devices": 8, "training_arguments": {"fsdp": True}},
         {"sequence_length": 4096},
-        {"accumulates": False},
+        {"tokens_per_step": 8192},
     ):
-        assert plan_8b("full", **arguments).peak < plain.peak, arguments
-    assert plan_8b("full", head_loss="plain").peak > plain.peak
-    assert plan_8b("lora").peak < plain.peak
+        assert plan_8b("trained", **arguments).peak_bytes < plain.peak_bytes, arguments
+    assert plan_8b("trained", head_loss="plain").peak_bytes > plain.peak_bytes
+    assert plan_8b("adapted").peak_bytes < plain.peak_bytes
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -332,18 +341,32 @@ def test_8_bit_adamw_keeps_the_embedding_in_32_bits(tied: bool) -> None:
     counted = footprint(config)
     saved = saved_activations(config, counted, precision="fp32")
 
-    def states(method: Any, *also_train: str) -> int:
-        return stage_memory(
-            counted, saved, method, (0, 4), tokens=64, sequence_length=64, precision="fp32", optimizer="adamw_8bit",
-            also_train=also_train,
+    def states(middle: Any, *also_train: Any) -> int:
+        return phase_memory(
+            counted, saved, Phase("p", middle, also_train=also_train), (0, 4), TrainingSettings(optim="adamw_8bit"),
+            sequence_length=64, precision="fp32",
         ).parts["optimizer"]  # fmt: skip
 
-    assert states("full") == round(2.04 * (counted.total - counted.embedding) + 8 * counted.embedding)
+    assert states("trained") == round(2.04 * (counted.total - counted.embedding) + 8 * counted.embedding)
     layers = sum(counted.layers[index].parameters for index in (0, 4))
-    assert states("elo") == round(2.04 * layers)
-    assert states("forward_only", "embedding", "head") == round(2.04 * (layers + counted.head) + 8 * counted.embedding)
+    assert states("removed") == round(2.04 * layers)
+    assert states("frozen", "embedding", "head") == round(2.04 * (layers + counted.head) + 8 * counted.embedding)
 
 
-def test_an_unknown_optimizer_is_told() -> None:
-    with pytest.raises(EloError, match="optim: 'sgd' is unknown; choose one of adamw, adamw_8bit, adafactor"):
-        check_optimizer("sgd")
+def test_weights_of_layers_that_are_drawn_later_are_in_fp32() -> None:
+    config = tiny_llama()
+    counted = footprint(config)
+    phase = Phase("p", "frozen", also_train=ENDS)
+    arguments: dict[str, Any] = {"sequence_length": 64, "precision": "bf16"}
+    saved = {
+        drawn: saved_activations(config, counted, (0, 1), also_train=ENDS, in_place=True, frozen_in_fp32=drawn)
+        for drawn in (False, True)
+    }
+    stays, drawn = (
+        phase_memory(counted, saved[fp32], phase, (0, 1), TrainingSettings(), fp32_throughout=fp32, **arguments)
+        for fp32 in (False, True)
+    )
+    assert drawn.parts["weights"] == 4 * counted.total > stays.parts["weights"]
+    assert drawn.parts["optimizer"] == stays.parts["optimizer"] < 8 * counted.total
+    assert saved[True].cast_weights == pytest.approx(2 * sum(each.matmul for each in counted.layers), rel=0.01)
+    assert saved[True].cast_weights > saved[False].cast_weights

@@ -16,7 +16,7 @@ from run_fixtures import SOURCE, TARGET, write_documents, write_world
 
 import elo.data.corpora
 import elo.data.prepare
-import elo.job
+import elo.stages
 from elo.cli import main
 from elo.data.prepare import _locked
 from elo.data.shard_writer import UnitWriter
@@ -45,7 +45,7 @@ def start(config, output: Path, *arguments: str, dies: bool = False) -> int:
     def work() -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         elo.data.corpora.UNIT_BYTES = 1000
-        elo.job.prepare = functools.partial(elo.data.prepare.prepare, shard_tokens=300)
+        elo.stages.prepare = functools.partial(elo.data.prepare.prepare, shard_tokens=300)
         if dies:
             close, times = UnitWriter._close_segment, []
 
@@ -132,7 +132,7 @@ def test_a_run_takes_what_was_prepared_together(config, tmp_path, capsys):
     shards = {each: each.stat().st_mtime_ns for each in (tmp_path / "run" / "prepared").rglob("*.bin")}
     run(path, until="prepare")
     assert shards == {each: each.stat().st_mtime_ns for each in (tmp_path / "run" / "prepared").rglob("*.bin")}
-    assert json.loads((tmp_path / "run" / "stages" / "prepare.json").read_text())["record"]
+    assert json.loads((tmp_path / "run" / "stages" / "prepared.json").read_text())["fingerprint"]
     assert run_elo(["prepare", path, "--together"], capsys)[0] == 0, "once more"
     content(tmp_path / "run" / "prepared")
 
@@ -144,7 +144,7 @@ def test_another_configuration_is_refused(config, tmp_path, capsys):
     other["data"]["heldout_share"] = 0.2
     other_path = tmp_path / "other.yaml"
     other_path.write_text(yaml.safe_dump(other))
-    words = ("prepare was begun there with other inputs", "heldout_share")
+    words = ("prepared was begun there with other inputs", "heldout_share")
     assert_refused(["prepare", other_path, "--together"], words, (tmp_path / "run" / "prepared",), capsys)
 
 

@@ -1,8 +1,10 @@
-"""A whole run: its stages, its restarts, its controls, its results."""
+"""A whole run: its stages, its restarts, its results, by several methods."""
 
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,14 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from bad_input_fixtures import change
 from run_fixtures import write_world
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import elo
+from elo.config import load_config
+from elo.data.shards import PreparedData
 from elo.errors import EloError
 from elo.report.files import read_results
-from elo.run import run
+from elo.run import run, stage_names
 
 
 def _tensors(folder: Path) -> dict:
@@ -31,38 +37,41 @@ def _same(left: Path, right: Path) -> None:
         assert tensor.equal(theirs[name]), name
 
 
+_STAGES = ("prepare", "bridge", "detach", "elo_pretraining", "attach", "scale", "layer_alignment")
+
+
 def _total(trial, key):
     return sum(stage[key] for stage in trial["stages"])
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run with every control."""
+    """A finished run by ELO with a bridge and a searched scale."""
     root = tmp_path_factory.mktemp("world")
     config = write_world(root)
-    config["controls"] = ["full_at_wall_time", "full", "align_only", "frozen", "elo_paper"]
-    results = run(config)
-    return root, config, results
+    config["method"] = {"name": "elo", "share": 0.2}
+    return root, config, run(config)
+
+
+def _stage(root: Path, name: str) -> dict:
+    return json.loads((root / "run" / "stages" / f"{name}.json").read_text())
 
 
 def test_every_artefact_is_there_and_nothing_temporary(finished):
     root, _, results = finished
     run_folder = root / "run"
-    for name in ("detached", "elo_pretraining", "attached", "layer_alignment"):
-        assert (run_folder / "elo" / name / "config.json").is_file(), name
-    for name in ("results.json", "report.html", "report.md", "config.json", "model/model.safetensors"):
-        assert (run_folder / name).is_file(), name
+    for name in ("detach", "elo_pretraining", "attach", "scale", "layer_alignment"):
+        assert (run_folder / name / "config.json").is_file(), name
+    for name in ("results.json", "report.html", "report.md", "config.json", "model/model.safetensors", "bridge"):
+        assert (run_folder / name).exists(), name
     assert json.loads((run_folder / "results.json").read_text()) == results
     left_over = [path for path in run_folder.rglob("*") if path.name.startswith(".tmp-") or "checkpoint" in path.name]
     assert left_over == []
 
 
 def test_final_model_is_plain_hugging_face(finished):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     root, _, _ = finished
-    for name in ("elo/detached", "elo/elo_pretraining", "elo/attached", "model"):
+    for name in ("detach", "elo_pretraining", "attach", "scale", "model"):
         model, loading = AutoModelForCausalLM.from_pretrained(root / "run" / name, output_loading_info=True)
         assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), name
         assert model.dtype == torch.bfloat16, name
@@ -70,45 +79,43 @@ def test_final_model_is_plain_hugging_face(finished):
     assert tokenizer.decode(tokenizer("the cat")["input_ids"]) == "the cat"
 
 
-def test_only_the_chosen_layers_change_before_alignment(finished):
+def test_what_trains_is_put_back_and_nothing_else(finished):
     root, _, _ = finished
-    base, attached = _tensors(root / "base"), _tensors(root / "run" / "elo_paper" / "attached")
-    assert base.keys() == attached.keys()
-    for name, tensor in base.items():
-        chosen = ".layers.0." in name or ".layers.3." in name
-        assert chosen or tensor.equal(attached[name]), name
-    assert any(not tensor.equal(attached[name]) for name, tensor in base.items())
+    base = _tensors(root / "base")
+    for stage in ("attach", "scale"):
+        found = _tensors(root / "run" / stage)
+        assert base.keys() == found.keys()
+        changed = {name for name, tensor in base.items() if not tensor.equal(found[name])}
+        assert {"model.embed_tokens.weight", "lm_head.weight"} <= changed
+        assert any(".layers.0." in name for name in changed) and any(".layers.3." in name for name in changed)
+        assert not [name for name in changed if ".layers.1." in name or ".layers.2." in name]
+        assert "model.norm.weight" not in changed
 
 
-def test_embedding_and_head_are_put_back_where_they_train(finished):
-    root, _, _ = finished
-    base, attached = _tensors(root / "base"), _tensors(root / "run" / "elo" / "attached")
-    changed = {name for name, tensor in base.items() if not tensor.equal(attached[name])}
-    assert {"model.embed_tokens.weight", "lm_head.weight"} <= changed
-    assert "model.norm.weight" not in changed
-    assert not [name for name in changed if ".layers.1." in name or ".layers.2." in name]
+def test_a_share_of_the_change_is_kept(finished):
+    root, _, results = finished
+    scale = _stage(root, "scale")["record"]["scale"]
+    base, trained, kept = (_tensors(root / place) for place in ("base", "run/attach", "run/scale"))
+    for name, tensor in kept.items():
+        expected = base[name].double() + scale * (trained[name].double() - base[name].double())
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-2, atol=1e-4, msg=name)
+    assert results["trials"][0]["attach_scale"] == scale
 
 
 def test_results_tell_what_happened(finished):
     _, config, results = finished
-    methods = {trial["contestant"]: trial for trial in results["trials"]}
-    assert list(methods) == ["elo", *config["controls"][1:], "full_at_wall_time"], "what is matched comes last"
-    own = methods["elo"]
+    (own,) = results["trials"]
     stages = {stage["name"]: stage for stage in own["stages"]}
-    assert list(stages) == ["bridge", "detach", "elo_pretraining", "attach", "layer_alignment"]
+    assert list(stages) == ["bridge", "detach", "elo_pretraining", "attach", "scale", "layer_alignment"]
     assert stages["elo_pretraining"]["tokens"] == 1024
     assert stages["layer_alignment"]["tokens"] == 256
-    full = methods["full"]
-    assert _total(own, "tokens") == _total(full, "tokens") == config["tokens"]
-    assert _total(methods["align_only"], "tokens") == 256
-    wanted = _total(own, "seconds") * config["tokens"] / _total(full, "seconds")
-    assert 0 <= _total(methods["full_at_wall_time"], "tokens") - wanted <= 2 * config["full"]["tokens_per_step"]
-    for trial in results["trials"]:
-        assert set(trial["measured"]["bpb"]) == {"xx", "en"}
-        tokens = [point["tokens"] for point in trial["evaluations"]]
-        assert tokens == sorted(tokens)
-        assert tokens[-1] == _total(trial, "tokens")
-    assert full["measured"]["bpb"]["xx"] < results["base"]["bpb"]["xx"]
+    assert stages["elo_pretraining"]["flops"] > 0 and stages["layer_alignment"]["flops"] > 0
+    assert stages["elo_pretraining"]["flops"] / 1024 < stages["layer_alignment"]["flops"] / 256
+    assert _total(own, "tokens") == config["tokens"]
+    assert set(own["measured"]["bpb"]) == {"xx", "en"}
+    tokens = [point["tokens"] for point in own["evaluations"]]
+    assert tokens == sorted(tokens)
+    assert tokens[-1] == _total(own, "tokens")
     assert [stage["name"] for stage in own["stages"] if stage["detached"]] == ["elo_pretraining"]
     assert own["learning_rates"] == {"elo_pretraining": 1e-3, "layer_alignment": 1e-3}
     assert read_results(results).contestants[0].layers == (0, 3)
@@ -117,37 +124,17 @@ def test_results_tell_what_happened(finished):
 
 def test_alignment_sees_text_that_pretraining_did_not(finished):
     root, _, _ = finished
-    inputs = {
-        name: json.loads((root / "run" / "stages" / f"{name}.json").read_text())["inputs"]["rows"]
-        for name in ("elo-elo_pretraining", "elo-layer_alignment", "full-full", "align_only-layer_alignment")
-    }
-    assert inputs["elo-elo_pretraining"] == [0, 32]
-    assert inputs["elo-layer_alignment"] == [32, 40] == inputs["align_only-layer_alignment"]
-    assert inputs["full-full"] == [0, 40]
+    rows = {name: _stage(root, name)["inputs"]["rows"]["rows"] for name in ("elo_pretraining", "layer_alignment")}
+    assert rows == {"elo_pretraining": [0, 32], "layer_alignment": [32, 40]}
 
 
-def test_the_scale_that_predicts_unseen_rows_best_is_attached(finished):
+def test_the_scale_is_that_which_predicts_unseen_rows_best(finished):
     root, _, _ = finished
-    stage = json.loads((root / "run" / "stages" / "elo-attach.json").read_text())
+    stage = _stage(root, "scale")
     tried = {float(scale): nats for scale, nats in stage["record"]["scales_tried"].items()}
     assert {0.5, 0.75} < set(tried)
     assert stage["record"]["scale"] == min(tried, key=tried.__getitem__)
-    assert stage["inputs"]["rows"][0] == 32, "rows that pretraining did not see"
-
-
-def test_the_default_recipe_detaches_nothing_and_needs_no_alignment(tmp_path):
-    config = {**write_world(tmp_path), "controls": ["elo_paper"]}
-    config.pop("elo")
-    results = run(config)
-    own, paper = results["trials"]
-    assert [stage["name"] for stage in own["stages"]] == ["bridge", "elo_pretraining"]
-    assert _total(own, "tokens") == _total(paper, "tokens") == config["tokens"], (
-        "what has no alignment trains on its rows too"
-    )
-    base, final = _tensors(tmp_path / "base"), _tensors(tmp_path / "run" / "model")
-    changed = {name for name, tensor in base.items() if not tensor.equal(final[name])}
-    assert {"model.embed_tokens.weight", "lm_head.weight"} <= changed
-    assert not [name for name in changed if ".layers.1." in name or ".layers.2." in name or name == "model.norm.weight"]
+    assert stage["inputs"]["rows_identity"]["rows"][0] == 40, "rows that no phase trains on"
 
 
 def test_nothing_is_done_twice(finished, capsys):
@@ -160,41 +147,99 @@ def test_nothing_is_done_twice(finished, capsys):
     assert again["trials"] == results["trials"]
 
 
-def test_a_change_redoes_what_depends_on_it_and_no_more(tmp_path, capsys):
-    config = write_world(tmp_path)
-    run(config)
-    capsys.readouterr()
-    config["layer_alignment"]["learning_rate"] = 5e-4
+def test_a_change_redoes_what_depends_on_it_and_no_more(finished, tmp_path, capsys):
+    root, config, _ = finished
+    shutil.copytree(root / "run", tmp_path / "run", symlinks=True)
+    config = change(config, output=str(tmp_path / "run"))
+    config["training"]["phases"] = {"layer_alignment": {"learning_rate": 5e-4, "save_steps": 1}}
     run(config)
     said = capsys.readouterr().out
-    assert "elo-layer_alignment: changed: settings.learning_rate 0.001 -> 0.0005; doing it again" in said
-    for stage in ("prepare", "evaluate-base", "elo-bridge", "elo-detach", "elo-elo_pretraining", "elo-attach"):
+    assert "layer_alignment: changed: settings.learning_rate 0.001 -> 0.0005; doing it again" in said
+    for stage in ("prepared", "evaluate-base", "bridge", "detach", "elo_pretraining", "attach", "scale"):
         assert f"{stage}: done already" in said
     config["data"]["replay_ratio"] = 0.3
-    run(config)
+    run(config, until="elo_pretraining")
     said = capsys.readouterr().out
-    assert "prepare: done already" in said, "changing the mix must not tokenise again"
-    assert "elo-elo_pretraining: changed: mixture.replay_ratio 0.1 -> 0.3" in said
+    assert "prepared: done already" in said, "changing the mix must not tokenise again"
+    assert "detach: done already" in said
+    for stage in ("bridge", "elo_pretraining"):
+        assert re.search(rf"^{stage}: changed: .*rows\.mixture\.shares\.en 0\.1 -> 0\.3", said, re.M)
 
 
 def test_stages_one_by_one_give_the_same(finished, tmp_path):
     root, config, _ = finished
-    alone = {**config, "output": str(tmp_path / "run"), "controls": []}
-    for until, made in (
-        ("prepare", "prepared"),
-        ("elo_pretraining", "elo/elo_pretraining"),
-        ("layer_alignment", "elo/layer_alignment"),
-    ):
-        assert not (tmp_path / "run" / made).exists()
+    alone = {**config, "output": str(tmp_path / "run")}
+    made = {"prepare": "prepared"}
+    assert stage_names(load_config(config).method) == list(_STAGES)
+    for until in _STAGES:
+        output = tmp_path / "run" / made.get(until, until)
+        assert not output.exists()
         assert run(alone, until=until) == {}
-        assert (tmp_path / "run" / made).exists()
-    _same(root / "run" / "elo" / "layer_alignment", tmp_path / "run" / "elo" / "layer_alignment")
+        assert output.exists()
+    assert not (tmp_path / "run" / "results.json").exists()
+    _same(root / "run" / "layer_alignment", tmp_path / "run" / "layer_alignment")
+
+
+def test_a_share_of_what_full_pretraining_changed_is_kept(finished, tmp_path):
+    root, config, _ = finished
+    config = {**config, "output": str(tmp_path / "run"), "method": {"name": "full", "scale": 0.5}, "tokens": 256}
+    results = run(config)
+    assert [stage["name"] for stage in results["trials"][0]["stages"]] == ["full", "scale"]
+    assert results["contestants"][0]["layers"] == [], "it is asked for no layers"
+    base, trained, kept = (_tensors(place) for place in (root / "base", tmp_path / "run/full", tmp_path / "run/model"))
+    for name, tensor in kept.items():
+        expected = (base[name].double() + trained[name].double()) / 2
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-2, atol=1e-4, msg=name)
+    assert any(not tensor.equal(trained[name]) for name, tensor in kept.items())
+
+
+def test_a_run_on_the_rows_that_its_text_uses(tmp_path):
+    config = write_world(tmp_path)
+    config |= {"method": "full", "tokens": 512}
+    config["training"] |= {"vocabulary": "corpus", "vocabulary_sample": 5}
+    results = run(config)
+    rows = json.loads((tmp_path / "run" / "vocabulary-full" / "rows.json").read_text())
+    base, final = _tensors(tmp_path / "base"), _tensors(tmp_path / "run" / "model")
+    data = PreparedData.open(tmp_path / "run" / "prepared")
+    used = {token for language in ("xx", "en") for corpus in data.train(language) for shard in corpus.shards
+            for token in shard.arrays.tokens.tolist()}  # fmt: skip
+    assert used <= set(rows) and len(rows) <= len(used) + 5 + 2
+    assert len(rows) < len(base["lm_head.weight"]), "some are left out"
+    left_out = sorted(set(range(len(base["lm_head.weight"]))) - set(rows))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert final[name].shape == base[name].shape
+        assert final[name][left_out].equal(base[name][left_out])
+        assert not final[name][rows].equal(base[name][rows])
+    stages = {stage["name"]: stage for stage in results["trials"][0]["stages"]}
+    assert list(stages) == ["vocabulary-full", "full"]
+    measured = results["trials"][0]
+    assert measured["evaluations"][-1]["bpb"] == pytest.approx(measured["measured"]["bpb"], abs=1e-3)  # bf16 on disk
+    plain = run(change(config, output=str(tmp_path / "plain"), training__vocabulary="all"))
+    (whole,) = [stage for stage in plain["trials"][0]["stages"] if stage["name"] == "full"]
+    assert stages["full"]["flops"] < whole["flops"]
+    everything = change(config, output=str(tmp_path / "every"), training__vocabulary_sample=10_000)
+    _close(run(everything), tmp_path / "every" / "model", tmp_path / "plain" / "model")
+
+
+def _close(_, left: Path, right: Path) -> None:
+    ours, theirs = _tensors(left), _tensors(right)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.float(), theirs[name].float(), rtol=1e-2, atol=1e-4, msg=name)
+
+
+def test_layers_do_not_matter_to_a_method_that_has_none(finished, tmp_path, capsys):
+    _, config, _ = finished
+    config = {**config, "output": str(tmp_path / "run"), "method": "align_only", "tokens": 640}
+    run(config, until="layer_alignment")
+    capsys.readouterr()
+    run({**config, "layers": "0,1"}, until="layer_alignment")
+    assert "layer_alignment: done already" in capsys.readouterr().out
 
 
 @pytest.mark.slow  # test_run_faults.py does the same in forked children
 def test_killed_at_random_moments_and_started_again_gives_identical_weights(finished, tmp_path):
     root, config, _ = finished
-    victim = {**config, "output": str(tmp_path / "run"), "controls": []}
+    victim = {**config, "output": str(tmp_path / "run")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(victim))
     generator = random.Random(os.environ.get("ELO_TEST_SEED", "7"))
     command = [sys.executable, "-m", "elo.cli", "run", str(tmp_path / "config.yaml")]
@@ -214,17 +259,17 @@ def test_killed_at_random_moments_and_started_again_gives_identical_weights(fini
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert kills > 0
-    _same(root / "run" / "elo" / "layer_alignment", tmp_path / "run" / "elo" / "layer_alignment")
+    _same(root / "run" / "layer_alignment", tmp_path / "run" / "layer_alignment")
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".tmp-")]
 
 
 def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     config = write_world(tmp_path)
-    config["tokens"], config["elo_pretraining"]["save_steps"] = 64 * 2000, 10_000
+    config["tokens"], config["training"]["save_steps"] = 64 * 2000, 10_000
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "elo.cli", "run", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    scratch = tmp_path / "run" / "elo" / "elo_pretraining-checkpoints"
+    scratch = tmp_path / "run" / "elo_pretraining-checkpoints"
     while not scratch.exists() and process.poll() is None:
         time.sleep(0.05)
     time.sleep(2)
@@ -232,27 +277,29 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, stderr
     assert "stopped by SIGTERM" in stderr
-    assert "the same command goes on from there" in stderr
+    assert "the same command resumes from there" in stderr
     assert "Traceback" not in stderr
     assert len(list(scratch.glob("checkpoint-*/elo_checkpoint.json"))) == 1
 
 
 def test_python_calls(finished, tmp_path):
+    from elo import api
+
     root, config, _ = finished
-    elo.detach(root / "base", "0,-1", output=tmp_path / "detached")
-    elo.attach(tmp_path / "detached", root / "base", output=tmp_path / "attached")
+    api.detach(root / "base", "0,-1", output=tmp_path / "detached")
+    api.attach(tmp_path / "detached", root / "base", output=tmp_path / "attached")
     _same(root / "base", tmp_path / "attached")
-    measured = elo.evaluate(root / "base", corpora={"en": root / "en.jsonl"}, progress=False)
+    measured = api.evaluate(root / "base", corpora={"en": root / "en.jsonl"}, progress=False)
     assert measured["bpb"]["en"] > 0
     with pytest.raises(EloError, match="unknown key 'modle'"):
-        elo.run({**config, "modle": "x"})
+        api.run({**config, "modle": "x"})
 
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path):
     config = write_world(tmp_path)
     config["output"] = str(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(EloError, match="holds other things than a run"):
+    with pytest.raises(EloError, match="is not empty and is not an ELO run"):
         run(config)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -260,7 +307,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
 def test_a_stage_that_the_method_does_not_have(tmp_path):
     config = write_world(tmp_path)
     config["method"] = "full"
-    with pytest.raises(EloError, match="method 'full' has no stage 'elo_pretraining'; it has prepare, full"):
+    with pytest.raises(EloError, match="--until elo_pretraining: method full has no such stage; it has prepare, full"):
         run(config, until="elo_pretraining")
     assert not (tmp_path / "run" / "prepared").exists()
 
@@ -268,44 +315,35 @@ def test_a_stage_that_the_method_does_not_have(tmp_path):
 def test_budget_below_one_step_is_refused(tmp_path):
     config = write_world(tmp_path)
     config["tokens"] = 64
-    with pytest.raises(EloError, match="tokens: the budget of 64 tokens is less than one step"):
+    with pytest.raises(EloError, match="tokens: the budget of 64 tokens is less than one update"):
         run(config)
 
 
 def test_a_target_language_worse_than_the_base_is_warned_of(tmp_path, capsys):
     config = write_world(tmp_path)
-    config["method"] = "full"
-    config["full"] |= {"learning_rate": 1.0, "lr_scheduler_type": "constant", "loss_spike": 1000}
+    config |= {"method": "full", "tokens": 512}
+    config["training"] |= {"learning_rate": 1.0, "lr_scheduler_type": "constant", "max_loss_spike_nats": 1000}
     results = run(config)
-    base, after = results["base"]["bpb"]["xx"], results["methods"][0]["bpb"]["xx"]
+    (trial,) = results["trials"]
+    base, after = results["base"]["bpb"]["xx"], trial["measured"]["bpb"]["xx"]
     assert after > base, "a learning rate of 1 must do harm for this test to mean anything"
-    expected = f"full: xx is worse than the base model ({after:.4f} bits per byte, base {base:.4f})"
-    assert any(line.startswith(expected) for line in results["warnings"])
+    warnings = results["verdict"]["warnings"]
+    assert any("the target language xx is worse than in the base model" in line for line in warnings)
     said = capsys.readouterr().out
-    assert f"warning: {expected}" in said
-    during = [point["bpb"]["xx"] for point in results["methods"][0]["evaluations"]]
+    during = [point["bpb"]["xx"] for point in trial["evaluations"]]
+    assert during
     for value in during:
-        assert value <= base or f"xx is worse than the base model ({value:.4f} bits per byte" in said
-    assert any(line.startswith("xx: measured on") and "below 30" in line for line in results["warnings"])
-    assert "is worse than the base model" in (tmp_path / "run" / "report.md").read_text()
-    assert "is worse than the base model" in (tmp_path / "run" / "report.html").read_text()
-
-
-def test_no_harm_is_reported_where_there_is_none(finished):
-    _, _, results = finished
-    base = results["base"]["bpb"]["xx"]
-    worse = {method["name"] for method in results["methods"] if method["bpb"]["xx"] > base}
-    assert worse != {method["name"] for method in results["methods"]}
-    for method in results["methods"]:
-        said = [line for line in results["warnings"] if line.startswith(f"{method['name']}: xx is worse")]
-        assert len(said) == (method["name"] in worse)
+        line = f"warning: full: xx is worse than the base model ({value:.4f} bits per byte, base {base:.4f})"
+        assert (line in said) == (value > base)
+    assert any(line.startswith("xx: ") and "held-out documents; 30 is the least" in line for line in warnings)
+    for name in ("report.md", "report.html"):
+        assert "worse than in the base model" in (tmp_path / "run" / name).read_text()
 
 
 def test_every_value_has_what_it_was_measured_on(finished):
     _, _, results = finished
-    for measured in (results["base"], *results["methods"]):
+    for measured in (results["base"], results["trials"][0]["measured"]):
         for language, text in measured["heldout"].items():
             assert text == results["base"]["heldout"][language]
-            assert len(measured["documents_nats"][language]) == text["documents"]
-            assert sum(measured["documents_bytes"][language]) == text["bytes"]
-            assert text["bytes"] == results["data"]["heldout"][language]["bytes"], "all of it fits"
+            assert len(measured["document_nats"][language]) == text["documents"]
+            assert sum(measured["document_bytes"][language]) == text["bytes"]

@@ -18,7 +18,7 @@ import elo.report.drawing as drawing
 from elo.run import run
 from elo.train.trainer import EloTrainer
 
-CHECKPOINTS = "elo/elo_pretraining-checkpoints"
+CHECKPOINTS = "elo_pretraining-checkpoints"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory):
         config = small_world(root / "world")
         run({**config, "output": str(root / "run")})
         reference = weights(root / "run")
-        assert len(reference) == 4
+        assert len(reference) == 5
         yield config, reference
 
 
@@ -83,7 +83,7 @@ def test_no_room_for_a_file(limit, undisturbed, tmp_path):
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        main(["align", str(write_config(tmp_path, config))])
+        main(["run", str(write_config(tmp_path, config)), "--until", "layer_alignment"])
 
     log = tmp_path / "log.txt"
     assert finish(forked(work, log)) == 2, log.read_text()
@@ -113,12 +113,12 @@ def test_other_micro_batch_after_a_kill(undisturbed, tmp_path):
     config, _ = undisturbed
     whole = run_losses(Path(config["model"]).parent.parent / "run")
     config = run_to(tmp_path, config, 3)
-    run(change(config, elo_pretraining__per_device_train_batch_size=1), until="elo_pretraining")
+    run(change(config, training__per_device_train_batch_size=1), until="elo_pretraining")
     assert run_losses(tmp_path / "run") == pytest.approx(whole, abs=1e-5)
 
 
 def run_losses(root: Path) -> list[float]:
-    record = json.loads((root / "stages" / "elo-elo_pretraining.json").read_text())["record"]
+    record = json.loads((root / "stages" / "elo_pretraining.json").read_text())["record"]
     assert [point["tokens"] for point in record["losses"]] == [64 * step for step in range(1, 9)], "no step twice"
     return [point["loss"] for point in record["losses"]]
 
@@ -127,23 +127,23 @@ def test_a_flipped_bit_in_what_a_stage_left(undisturbed, tmp_path, capsys):
     config, reference = undisturbed
     config = {**config, "output": str(tmp_path / "run")}
     run(config, until="elo_pretraining")
-    damaged = tmp_path / "run" / "elo" / "elo_pretraining" / "model.safetensors"
+    damaged = tmp_path / "run" / "elo_pretraining" / "model.safetensors"
     flip(damaged)
     path = write_config(tmp_path, config)
-    status, said = run_elo(["align", path], capsys)
+    status, said = run_elo(["run", path, "--until", "layer_alignment"], capsys)
     assert status == 2
     assert f"{damaged}: does not have the checksum it was written with" in said
     assert "the same command makes it again" in said
-    assert run_elo(["align", path], capsys)[0] == 0
+    assert run_elo(["run", path, "--until", "layer_alignment"], capsys)[0] == 0
     assert weights(tmp_path / "run") == reference
 
     # Records that are cut or of another shape: the stage is done again, and nothing else.
     before = finished_stages(tmp_path / "run")
-    (tmp_path / "run" / "stages" / "elo-attach.json").write_text('{"stage": "elo-at')
-    (tmp_path / "run" / "stages" / "elo-detach.json").write_text("[]")
-    assert run_elo(["align", path], capsys)[0] == 0
+    (tmp_path / "run" / "stages" / "attach.json").write_text('{"stage": "at')
+    (tmp_path / "run" / "stages" / "detach.json").write_text("[]")
+    assert run_elo(["run", path, "--until", "layer_alignment"], capsys)[0] == 0
     after = finished_stages(tmp_path / "run")
-    assert {name for name in after if after[name] != before[name]} == {"elo-attach", "elo-detach"}
+    assert {name for name in after if after[name] != before[name]} == {"attach", "detach"}
     assert weights(tmp_path / "run") == reference
 
 
@@ -155,11 +155,11 @@ def test_a_flipped_bit_in_a_token_shard(undisturbed, tmp_path, capsys):
     shard = min((tmp_path / "run" / "prepared" / "xx" / "train").rglob("*.tokens"))
     flip(shard)
     path = write_config(tmp_path, config)
-    status, said = run_elo(["align", path], capsys)
+    status, said = run_elo(["run", path, "--until", "layer_alignment"], capsys)
     assert status == 2
     assert f"{shard}: token shard does not have the checksum" in said
     shard.unlink()  # what the message asks for
-    assert run_elo(["align", path], capsys)[0] == 0
+    assert run_elo(["run", path, "--until", "layer_alignment"], capsys)[0] == 0
     assert weights(tmp_path / "run") == reference
 
 
@@ -174,7 +174,7 @@ def test_two_runs_in_one_folder(undisturbed, tmp_path, capsys):
     assert status == 2
     assert f"another run (process {first}) works in this folder" in said
     assert finish(first) == 0
-    assert (tmp_path / "run" / "elo" / "detached" / "config.json").is_file()
+    assert (tmp_path / "run" / "detach" / "config.json").is_file()
 
 
 def test_a_link_in_the_place_of_the_lock_is_not_followed(undisturbed, tmp_path, capsys):
@@ -196,7 +196,7 @@ def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(undisturbed, tmp_pa
     def work() -> None:
         from elo.cli import main
 
-        main(["align", str(write_config(tmp_path, config))])
+        main(["run", str(write_config(tmp_path, config)), "--until", "layer_alignment"])
 
     process = forked(work, tmp_path / "log.txt")
     scratch = tmp_path / "run" / CHECKPOINTS
@@ -206,6 +206,6 @@ def test_interrupt_leaves_a_checkpoint_and_says_how_to_go_on(undisturbed, tmp_pa
     assert finish(process) == 130
     said = (tmp_path / "log.txt").read_text()
     assert "elo: stopped by SIGINT at step" in said
-    assert "the same command goes on from there" in said
+    assert "the same command resumes from there" in said
     newest = max(int(path.name.removeprefix("checkpoint-")) for path in scratch.iterdir())
     assert f"at step {newest};" in said

@@ -26,7 +26,7 @@ from elo.train.settings import TrainingSettings
 from elo.train.trained_files import TrainedFiles
 
 _launches = itertools.count()
-STAGES = ("elo-elo_pretraining", "elo-layer_alignment", "full-full")
+STAGES = ("elo_pretraining", "layer_alignment")
 
 
 def launch(config: dict[str, Any], path: Path, *, processes: int = 2, **environment: str) -> tuple[int, str]:
@@ -45,14 +45,15 @@ def launch(config: dict[str, Any], path: Path, *, processes: int = 2, **environm
 
 
 def sharded(
-    config: dict[str, Any],
-    output: Path,
-    sections: Sequence[str] = ("elo_pretraining", "layer_alignment"),
-    **arguments: Any,
+    config: dict[str, Any], output: Path, phases: Sequence[str] | None = None, **arguments: Any
 ) -> dict[str, Any]:
-    changed = {**config, "output": str(output)}
-    for section in sections:
-        changed[section] = {**config[section], "training_arguments": arguments or {"fsdp": True}}
+    """The same run with weights divided among processes, in all phases or in some."""
+    changed = {**config, "output": str(output), "training": {**config["training"]}}
+    divided = {"training_arguments": arguments or {"fsdp": True}}
+    if phases is None:
+        changed["training"] |= divided
+    else:
+        changed["training"]["phases"] = dict.fromkeys(phases, divided)
     return changed
 
 
@@ -63,17 +64,16 @@ def losses(root: Path, stage: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run of one process, and one of two that share weights but in its control, killed once and gone on with."""
+    """A run of one process, and one of two that share weights, killed once and gone on with."""
     root = tmp_path_factory.mktemp("sharded")
     config = write_world(root)
     write_base(root / "base", tie=True)
-    config |= {"controls": ["full"], "elo": {"stand_in": "forward_only", "alignment": "full"}}
-    for section in ("elo_pretraining", "layer_alignment", "full"):
-        config[section] |= {"per_device_train_batch_size": 1, "embedding_learning_rate": 2e-3}
+    config["method"] = {"name": "elo", "share": 0.2, "scale": 1.0}
+    config["training"] |= {"per_device_train_batch_size": 1, "embedding_learning_rate": 2e-3}
     run(config)
     shared = sharded(config, root / "shared")
     status, said = launch(shared, root / "shared.yaml", die_at="layer_alignment:2")
-    checkpoint = root / "shared" / "elo" / "layer_alignment-checkpoints" / "checkpoint-2"
+    checkpoint = root / "shared" / "layer_alignment-checkpoints" / "checkpoint-2"
     assert status != 0 and (checkpoint / "elo_checkpoint.json").is_file(), said
     assert not list(checkpoint.glob("*.bin")), "no process writes the whole model"
     with pytest.raises(EloError, match=r"checkpoint-2: was written with FSDP, .*without.*go on as it began"):
@@ -112,9 +112,8 @@ def test_never_killed_it_ends_in_the_same_weights(world: dict[str, Any]) -> None
 
 @pytest.mark.slow
 def test_untied_weights_and_the_bridge(tmp_path: Path) -> None:
-    config = write_world(tmp_path) | {"elo": {"stand_in": "bridge", "alignment": "full"}}
-    for section in ("elo_pretraining", "layer_alignment"):
-        config[section] |= {"per_device_train_batch_size": 1}
+    config = write_world(tmp_path) | {"method": {"name": "elo", "share": 0.2}}
+    config["training"] |= {"per_device_train_batch_size": 1}
     run(config)
     status, said = launch(sharded(config, tmp_path / "shared"), tmp_path / "shared.yaml")
     assert status == 0, said
@@ -124,27 +123,27 @@ def test_untied_weights_and_the_bridge(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fewer_processes_go_on(tmp_path: Path) -> None:
-    config = write_world(tmp_path) | {"elo": {"stand_in": "forward_only", "alignment": "none"}, "tokens": 1920}
-    config["elo_pretraining"] |= {"per_device_train_batch_size": 1, "tokens_per_step": 192}
+    config = write_world(tmp_path) | {"method": "frozen", "tokens": 1920}
+    config["training"] |= {"per_device_train_batch_size": 1, "tokens_per_step": 192}
     run(config)
     shared = sharded(config, tmp_path / "shared")
-    _, said = launch(shared, tmp_path / "shared.yaml", processes=3, die_at="elo_pretraining:4")
-    assert (tmp_path / "shared" / "elo" / "elo_pretraining-checkpoints" / "checkpoint-4").is_dir(), said
+    _, said = launch(shared, tmp_path / "shared.yaml", processes=3, die_at="frozen:4")
+    assert (tmp_path / "shared" / "frozen-checkpoints" / "checkpoint-4").is_dir(), said
     status, said = launch(shared, tmp_path / "shared.yaml", processes=2)
     assert status == 0, said
-    assert losses(tmp_path / "shared", STAGES[0]) == pytest.approx(losses(tmp_path / "run", STAGES[0]), abs=2e-5)
+    assert losses(tmp_path / "shared", "frozen") == pytest.approx(losses(tmp_path / "run", "frozen"), abs=2e-5)
 
 
 @pytest.mark.parametrize("frozen_as_stored", ["1", pytest.param("", marks=pytest.mark.slow)])
 def test_in_bf16_the_losses_are_those_of_one_process(frozen_as_stored: str, tmp_path: Path) -> None:
-    config = write_world(tmp_path) | {"elo": {"stand_in": "forward_only", "alignment": "none"}}
-    config["elo_pretraining"] |= {"per_device_train_batch_size": 1, "bf16": True}
+    config = write_world(tmp_path) | {"method": "frozen"}
+    config["training"] |= {"per_device_train_batch_size": 1, "bf16": True}
     run(config)
     status, said = launch(
         sharded(config, tmp_path / "shared"), tmp_path / "shared.yaml", frozen_as_stored=frozen_as_stored
     )
     assert status == 0, said
-    assert losses(tmp_path / "shared", STAGES[0]) == pytest.approx(losses(tmp_path / "run", STAGES[0]), abs=1e-2)
+    assert losses(tmp_path / "shared", "frozen") == pytest.approx(losses(tmp_path / "run", "frozen"), abs=1e-2)
     base, model, alone = (stored(tmp_path / name) for name in ("base", "shared/model", "run/model"))
     trained = [name for name in base if not torch.equal(base[name], model[name])]
     assert trained == [name for name in base if not torch.equal(base[name], alone[name])]
@@ -157,9 +156,8 @@ def test_deepspeed_killed_and_gone_on_with_ends_as_one_process(
 ) -> None:
     pytest.importorskip("deepspeed", reason="pip install deepspeed; it compiles an operation when it is first used")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    config = write_world(tmp_path) | {"elo": {"stand_in": "forward_only", "alignment": "full"}}
-    for section in ("elo_pretraining", "layer_alignment"):
-        config[section] |= {"per_device_train_batch_size": 1}
+    config = write_world(tmp_path) | {"method": {"name": "elo", "share": 0.2, "scale": 1.0}}
+    config["training"] |= {"per_device_train_batch_size": 1}
     run(config)
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
     deepspeed = {"zero_optimization": {"stage": stage}, **auto}

@@ -329,7 +329,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
 
 
 def test_spike_stops_the_run(tmp_path):
-    settings = SETTINGS.model_copy(update={"loss_spike": 1.0})
+    settings = SETTINGS.model_copy(update={"max_loss_spike_nats": 1.0})
     model = _detached()
 
     def spoil():

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from vocabulary_fixtures import tokenizer_of
 
-from elo import extend_vocabulary, measure_vocabulary, run
 from elo.checkpoint.new_rows import VOCABULARY_KEY
 from elo.report.files import read_results
+from elo.run import run
+from elo.vocab.vocabulary import extend_vocabulary, measure_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +68,9 @@ def test_a_run_that_trains_new_rows_leaves_the_others_alone(world, tmp_path):
         **config,
         "model": str(root / "extended"),
         "output": str(tmp_path / "run"),
-        "elo": {"stand_in": "bridge", "embedding_rows": "new", "alignment": "none"},
-        "controls": ["embeddings_first"],
-        "layer_alignment": {**config["layer_alignment"], "share": 0.5},
+        "method": {"name": "elo", "embedding_rows": "new", "alignment": "none"},
     }
-    config["elo_pretraining"] = {**config["elo_pretraining"], "embedding_learning_rate": 5e-3, "weight_decay": 0.1}
+    config["training"] = {**config["training"], "embedding_learning_rate": 5e-3, "weight_decay": 0.1}
     results = run(config)
     base, final = stored(root / "extended"), stored(tmp_path / "run" / "model")
     start = json.loads((root / "extended" / "config.json").read_text())[VOCABULARY_KEY]["rows"]["start"]
@@ -81,7 +80,6 @@ def test_a_run_that_trains_new_rows_leaves_the_others_alone(world, tmp_path):
     for name in base:
         if ".layers.1." in name or ".layers.2." in name:
             assert torch.equal(base[name], final[name]), name
-    assert [stage["name"] for stage in results["trials"][1]["stages"]] == ["embeddings", "full"]
     assert results["model"]["vocabulary"]["source_identity"]["holds"]
     report = (tmp_path / "run" / "report.html").read_text()
     assert "extended by 40 tokens" in report
@@ -137,12 +135,15 @@ MISTAKES = {
     "no corpus": ("measure {base} --corpus xx=", "LANGUAGE=FILE"),
     "target without a corpus": ("measure {base} --corpus xx={xx} --target ko", "'ko': has no corpus"),
     "pieces no number": ("measure {base} --corpus xx={xx} --pieces many", "whole numbers"),
-    "pieces zero": ("measure {base} --corpus xx={xx} --pieces 0", "at least 1"),
+    "pieces zero": ("measure {base} --corpus xx={xx} --pieces 0", "each from 1 to 10,000,000"),
     "measure no model": ("measure {root}/none --corpus xx={xx}", "{root}/none"),
     "measure no file": ("measure {base} --corpus xx={root}/none.jsonl", "none.jsonl: no such file"),
     "no text": ("extend {base} -o {new}", "--target FILE"),
     "no source": ("extend {base} --target {xx} -o {new}", "--source FILE"),
-    "negative pieces": ("extend {base} --target {xx} --source {en} --pieces -3 -o {new}", "at least 1"),
+    "negative pieces": (
+        "extend {base} --target {xx} --source {en} --pieces -3 -o {new}",
+        "from 1 to 10,000,000; got -3",
+    ),
     "unknown init": ("extend {base} --tokenizer {extended} --init zeros -o {new}", "pieces, first, mean, noise"),
     "unknown head init": ("extend {base} --tokenizer {extended} --head-init x -o {new}", "--head-init 'x'"),
     "output is the base": ("extend {base} --tokenizer {extended} -o {base}/new", "overlaps the input"),
@@ -200,7 +201,12 @@ def test_a_run_that_wants_new_rows_needs_them(world, tmp_path, capsys, record, s
     shutil.copytree(root / "base", base)
     if record:
         edit_config(base, **{VOCABULARY_KEY: record})
-    config = {**config, "model": str(base), "output": str(tmp_path / "run"), "elo": {"embedding_rows": "new"}}
+    config = {
+        **config,
+        "model": str(base),
+        "output": str(tmp_path / "run"),
+        "method": {"name": "elo", "embedding_rows": "new"},
+    }
     path = write_config(tmp_path, config)
     with unchanged(root):
         status, error = run_elo(["run", path], capsys)

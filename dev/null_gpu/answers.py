@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from elo.evaluate import bits_per_byte
-from elo.methods import attach_scale
+from elo.evaluate import bits_per_byte, scale_search
 from elo.surgery import in_memory
 from elo.train import attention, bridge, loop, loss
 
@@ -27,7 +26,7 @@ def answer_for_it() -> None:
     loop._require_isolation = yes
     bits_per_byte.isolates_documents = yes
     in_memory.same_values = yes
-    measured = attach_scale._nats_per_token
+    measured = scale_search._nats_per_token
 
     def nats_per_token(*given: Any) -> float:
         try:
@@ -35,11 +34,11 @@ def answer_for_it() -> None:
         except ZeroDivisionError:  # tokens are counted on the device
             return 0.0
 
-    attach_scale._nats_per_token = nats_per_token  # type: ignore[assignment]
+    scale_search._nats_per_token = nats_per_token  # type: ignore[assignment]
     bridge._Regression.solve = _no_bridge  # type: ignore[method-assign, assignment]
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN is not there
 
 
-def _no_bridge(fit: Any, ridge: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+def _no_bridge(fit: Any, ridge: float) -> bridge._Solution:
     width = fit.fitted["gram"].shape[0] - 1
-    return torch.zeros(width, width), torch.zeros(width), 0.0
+    return bridge._Solution(torch.zeros(width, width), torch.zeros(width), 1.0, 0.0, ridge)

@@ -1,4 +1,4 @@
-"""Make the base model that the quickstart ships: write its corpus, then pretrain on it with benchmarks/train_base.py.
+"""Make the base model that the quickstart ships: write its corpus, then pretrain on it (train_base.py).
 
     OMP_NUM_THREADS=1 python examples/tavuni/train_quickstart_base.py --output src/elo/quickstart/base
 
@@ -45,7 +45,7 @@ def main() -> None:
             # Many small steps: at 3 M parameters steps are what is short, not tokens.
             "--batch": 4,
         }
-        script = Path(__file__).parents[2] / "benchmarks" / "train_base.py"
+        script = Path(__file__).parent / "train_base.py"
         command = [sys.executable, str(script), "--no-compile"]
         command += ["--corpus", f"{SOURCE}={paths.pretrain_source}", "--corpus", f"{TARGET}={paths.pretrain_target}"]
         for name, value in options.items():

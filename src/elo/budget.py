@@ -75,6 +75,19 @@ def divide_budget(config: RunConfig, data: PreparedData, say: Callable[[str], No
                 f"note: the budget of {total * length:,} tokens passes over the {language!r} text "
                 f"{total / once:.1f} times"
             )
+    return Sequences(mixture, *divide_sequences(config, total))
+
+
+def divide_sequences(config: RunConfig, total: int) -> tuple[int, int]:
+    """Divide `total` packed sequences in whole updates.
+
+    Returns:
+        Those of phases with rows `pretraining` or `all`, and those of phases with rows `alignment`.
+
+    Raises:
+        EloError: they are less than one update of a phase.
+    """
+    length = config.data.sequence_length
     steps = {phase.rows: rows_per_step(length, config.settings(phase)) for phase in config.method.phases}
     alignment = 0
     if "alignment" in steps:
@@ -89,7 +102,7 @@ def divide_budget(config: RunConfig, data: PreparedData, say: Callable[[str], No
             f"tokens: the budget of {total * length:,} tokens is less than one update of each phase, which takes "
             f"{needed}; give more text or tokens, or lower training.tokens_per_step"
         )
-    return Sequences(mixture, pretraining, alignment)
+    return pretraining, alignment
 
 
 def _mixture(config: RunConfig, data: PreparedData) -> Mixture:

@@ -9,7 +9,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from elo.errors import EloError, UnsupportedArchitectureError
+from transformers import GenerationConfig
+
+from elo.checkpoint.counting import read_config
+from elo.checkpoint.folder import open_folder
+from elo.checkpoint.model_config import text_config_of
+from elo.checkpoint.naming import load_hollow, quiet_transformers
+from elo.data.tokenizer import TOKENIZER_FILES, load_with_settings
+from elo.errors import EloError, UnsupportedArchitectureError, error_line
+from elo.evaluate.scoring import vocabulary_size
+from elo.surgery.equivalence import build_hollow_causal_lm
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +51,6 @@ def problems(folder: Path, *, trust_remote_code: bool = False) -> Iterator[str]:
     Raises:
         EloError: it is no checkpoint that transformers loads whole.
     """
-    from elo.checkpoint.folder import open_folder
-    from elo.checkpoint.naming import load_hollow
-    from elo.evaluate.scoring import vocabulary_size
-    from elo.surgery.equivalence import build_hollow_causal_lm
-    from elo.surgery.layer_config import text_config_of
 
     opened = open_folder(folder, trust_remote_code)
     hollow = build_hollow_causal_lm(opened.config, trust_remote_code=trust_remote_code)
@@ -74,8 +78,6 @@ def problems(folder: Path, *, trust_remote_code: bool = False) -> Iterator[str]:
 
 def _warn_of_end_of_text(folder: Path, trust_remote_code: bool) -> None:
     """Warn where generation does not stop at the tokenizer's end of text."""
-    from elo.checkpoint.counting import read_config
-    from elo.data.tokenizer import TOKENIZER_FILES, load_with_settings
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return
@@ -100,10 +102,6 @@ def generation_problem(folder: Path, config: Any) -> str | None:
 
 def _generation_config(folder: Path, config: Any) -> Any:
     """The generation settings that transformers reads, or its reason to refuse them."""
-    from transformers import GenerationConfig
-
-    from elo.checkpoint.naming import quiet_transformers
-    from elo.surgery.layer_config import error_line
 
     try:
         with quiet_transformers(), tempfile.TemporaryDirectory() as scratch:
@@ -118,7 +116,6 @@ def _generation_config(folder: Path, config: Any) -> Any:
 
 
 def _of_tokenizer(folder: Path, rows: int, trust_remote_code: bool) -> Iterator[str]:
-    from elo.data.tokenizer import TOKENIZER_FILES, load_with_settings
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return

@@ -1,4 +1,4 @@
-"""The command line: each verb parses its arguments and calls one recipe."""
+"""The command line: each command parses its arguments and calls one function."""
 
 import os
 import sys
@@ -13,14 +13,14 @@ from elo.store.files import disk_problem
 
 app = typer.Typer(
     name="elo",
-    help="Teach an existing LLM a new language by training a few detached layers.",
+    help="Teach an existing LLM a new language, and measure what each way of doing it costs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 vocab = typer.Typer(
-    help="Measure how many tokens a language takes, and extend the vocabulary for it.",
+    help="Measure tokens per language, and extend a vocabulary.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -54,7 +54,8 @@ def run(
     until: Annotated[
         str | None,
         typer.Option(
-            metavar="STAGE", help="Stop when this stage is done: prepare, detach, attach, or the name of a phase."
+            metavar="STAGE",
+            help="Stop when this stage is done: prepare, bridge, detach, attach, scale, or the name of a phase.",
         ),
     ] = None,
 ) -> None:
@@ -110,7 +111,7 @@ def detach(
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Cut the chosen layers, with embedding, final norm and LM head, out of a checkpoint."""
+    """Write a small model of the chosen layers with embedding, final norm and LM head."""
     from elo.surgery.detach_attach import detach
 
     record = detach(checkpoint, layers, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
@@ -123,17 +124,17 @@ def attach(
     detached: Annotated[Path, typer.Argument(help="Folder of the trained detached model.")],
     base: Annotated[str, typer.Option(help="Checkpoint folder or hub id that it was detached from.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    scale: Annotated[float, typer.Option(help="Put back base + scale x (trained - base).")] = 1.0,
+    scale: Annotated[float, typer.Option(help="Attach base + scale x (trained - base).")] = 1.0,
     include: Annotated[
-        str, typer.Option(help="What is put back besides the layers: embedding, norm, head, joined by commas.")
+        str, typer.Option(help="Parts to attach besides the layers: embedding, norm, head, joined by commas.")
     ] = "",
     link: Annotated[
-        bool, typer.Option("--link", help="Weight files that do not change become hard links to the base's.")
+        bool, typer.Option("--link", help="Hard-link weight files that do not change to the base's.")
     ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Put trained layers back at their places in the untouched base."""
+    """Write the base with trained layers back at their places."""
     from elo.surgery.detach_attach import attach
 
     record = attach(
@@ -149,24 +150,24 @@ def attach(
     kept = ", ".join(str(index) for index in record["layers"])
     files = record["files"]
     shared = files.get("linked", 0) + files.get("cloned", 0)
-    told = f"; {shared} of {sum(files.values())} weight files share their blocks with the base's" if shared else ""
-    typer.echo(f"{output}: layers {kept} of {record['num_base_layers']} put back{told}")
+    note = f"; {shared} of {sum(files.values())} weight files share their blocks with the base's" if shared else ""
+    typer.echo(f"{output}: layers {kept} of {record['num_base_layers']} attached{note}")
 
 
 @app.command("chat-vector")
 def chat_vector(
-    adapted: Annotated[str, typer.Argument(help="Adapted model, trained from the base: folder or hub id.")],
-    base: Annotated[str, typer.Option(help="The base of both: checkpoint folder or hub id.")],
-    chat: Annotated[str, typer.Option(help="The base's chat (instruct) model: checkpoint folder or hub id.")],
+    adapted: Annotated[str, typer.Argument(help="Adapted model: folder or hub id.")],
+    base: Annotated[str, typer.Option(help="Base model of both: checkpoint folder or hub id.")],
+    chat: Annotated[str, typer.Option(help="Chat model made from the base: checkpoint folder or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     scale: Annotated[float, typer.Option(help="Add scale x (chat - base).")] = 1.0,
     leave_out: Annotated[
-        str, typer.Option(help="What nothing is added to: embedding, norm, head, joined by commas.")
+        str, typer.Option(help="Parts to leave unchanged: embedding, norm, head, joined by commas.")
     ] = "",
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Add what chat training changed in the base to an adapted model, and its chat template; nothing is trained."""
+    """Add the weights that chat training changed, and the chat template, to an adapted model."""
     from elo.chat.chat_vector import chat_vector
 
     record = chat_vector(
@@ -179,14 +180,14 @@ def chat_vector(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
-    told = f", {record['rows_kept']:,} rows of embedding and head as they were" if record["rows_kept"] else ""
+    note = f", {record['rows_kept']:,} rows of embedding and head unchanged" if record["rows_kept"] else ""
     if record["rows_added"]:
-        told += f", {record['rows_added']:,} rows taken from the chat model, which alone has them"
-    typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{told}")
+        note += f", {record['rows_added']:,} rows taken from the chat model, which alone has them"
+    typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{note}")
     if record["differs"]:
         typer.echo(
             f"note: the chat model's configuration differs from the base's in {', '.join(record['differs'])}; "
-            "the adapted model's stays"
+            "the adapted model's values are kept"
         )
 
 
@@ -282,85 +283,56 @@ def report(
 
 @app.command()
 def plan(
-    model: Annotated[
-        str, typer.Argument(help="Checkpoint folder, config.json, hub id, or a run's CONFIG.yaml; no weights are read.")
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG.yaml|MODEL",
+            help="Configuration of a run; or a checkpoint folder, config.json or hub id, for a run with defaults.",
+        ),
     ],
     set_: Set = None,
-    layers: Annotated[str, typer.Option(help="Layers that ELO trains.")] = "first:1,last:1",
-    stand_in: Annotated[
-        str, typer.Option(help="What stands for the other layers: forward_only, bridge or none (as published).")
-    ] = "forward_only",
-    also_train: Annotated[
-        str, typer.Option(help="What trains besides: embedding, norm, head, joined by commas; or none.")
-    ] = "embedding,head",
-    alignment: Annotated[
-        str, typer.Option(help="What layer alignment trains: auto, full, forward_only or none.")
-    ] = "auto",
-    tokens: Annotated[float, typer.Option(help="Training tokens of the whole run.")] = 1e9,
-    alignment_share: Annotated[float, typer.Option(help="Share of them for layer alignment.")] = 0.1,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a packed row.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Rows in one micro-step of one device.")] = 1,
-    device: Annotated[str | None, typer.Option(help="A GPU, such as H100, A100-80GB, L4 or RTX4090.")] = None,
-    devices: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    method: Annotated[
+        str | None, typer.Option(help="Method; by default the configuration's, and for a MODEL the common ones.")
+    ] = None,
+    tokens: Annotated[float | None, typer.Option(help="Token budget; by default the configuration's, or 1e9.")] = None,
+    device: Annotated[str | None, typer.Option(help="A GPU, such as A100-80GB or L4; by default H100.")] = None,
+    devices: Annotated[int, typer.Option(help="Number of devices.")] = 1,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine for some seconds and plan for it.")
+        bool, typer.Option("--measure", help="Measure this machine for some seconds, and plan for it.")
     ] = False,
-    optim: Annotated[str, typer.Option(help="adamw, adamw_8bit or adafactor.")] = "adamw",
-    activation_checkpointing: Annotated[
-        bool, typer.Option("--activation-checkpointing", help="Recompute activations in layer alignment and LoRA.")
-    ] = False,
-    sharded: Annotated[
-        bool, typer.Option("--sharded", help="Divide weights and optimizer states among devices.")
-    ] = False,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of one device, in your currency.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Price of one device, in your currency.")] = None,
+    vocabulary_rows: Annotated[
+        int | None, typer.Option(help="Rows in training, with training.vocabulary: corpus.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here as JSON.")] = None,
-    trust_remote_code: Trust = False,
 ) -> None:
-    """Tell parameters, FLOPs, memory, time, cost and speed-ups before anything is loaded (docs/plan.md)."""
+    """Estimate parameters, FLOPs, memory, time and cost without loading weights (docs/plan.md)."""
     from rich.console import Console
 
-    from elo.plan.plan import plan
+    from elo.plan.plan import COMMON_METHODS, DEFAULT_BASELINES, is_configuration, plan, planned_run
     from elo.plan.table import render_plan
     from elo.store.files import write_json
 
-    if not 1 <= tokens < 1e18:
-        raise EloError(f"--tokens {tokens}: give the number of training tokens, such as 1e9")
-    arguments: dict[str, Any] = {
-        "layers": layers,
-        "stand_in": stand_in,
-        "also_train": [] if also_train == "none" else names(also_train),
-        "alignment": alignment,
-        "tokens": int(tokens),
-        "alignment_share": alignment_share,
-        "sequence_length": sequence_length,
-        "per_device_train_batch_size": batch_size,
-        "optim": optim,
-        "activation_checkpointing": activation_checkpointing,
-        "trust_remote_code": trust_remote_code,
-    }
-    if model.endswith((".yaml", ".yml")):
-        model, arguments = _planned_run(model, set_, int(tokens))
-    elif set_:
-        raise EloError("plan: --set changes keys of a run's CONFIG.yaml; this is a model, so use the options instead")
     if output is not None and output.is_dir():
         raise EloError(f"--output {output}: is a folder; name the file to write, for example {output / 'plan.json'}")
+    chosen = method is not None or is_configuration(source)
     planned = plan(
-        model,
-        **arguments,
+        planned_run(source, set_, method=method, tokens=tokens),
         device=device,
         devices=devices,
         measure=measure,
-        sharded=sharded,
         price_per_hour=price_per_hour,
+        vocabulary_rows=vocabulary_rows,
+        compare_with=DEFAULT_BASELINES if chosen else COMMON_METHODS,
     )
     Console().print(render_plan(planned))
     if output is not None:
-        write_json(output, planned)
+        write_json(output, planned.model_dump(mode="json"))
 
 
 @app.command()
 def compare(config: Config, set_: Set = None) -> None:
-    """Train several methods within the same budgets, tuned and with several seeds, and report which buys most."""
+    """Compare methods within the same budget, each tuned, over several seeds."""
     from elo.compare import compare
 
     compare(config, overrides=set_)
@@ -368,10 +340,10 @@ def compare(config: Config, set_: Set = None) -> None:
 
 @app.command()
 def quickstart(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("elo-quickstart"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the comparison.")] = Path("elo-quickstart"),
     set_: Set = None,
 ) -> None:
-    """Do a whole run, controls included, on the base and the bilingual corpus that come with ELO (minutes on a CPU)."""
+    """Compare three methods on a small built-in model and corpus, in minutes on a CPU."""
     from elo.quickstart.quickstart import quickstart
 
     quickstart(output, set_)
@@ -381,7 +353,7 @@ def quickstart(
 def vocab_measure(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; no weights are read.")],
     corpus: Annotated[list[str], typer.Option(metavar="LANGUAGE=FILE", help="Text of a language; may be repeated.")],
-    target: Annotated[str | None, typer.Option(help="The language among them to try new pieces for.")] = None,
+    target: Annotated[str | None, typer.Option(help="Language to try new pieces for.")] = None,
     pieces: Annotated[
         str, typer.Option(help="Numbers of new pieces to try, joined by commas.")
     ] = "2000,4000,8000,16000",
@@ -389,11 +361,13 @@ def vocab_measure(
     text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
     split_special_tokens: SplitSpecials = True,
     allow_lost_text: LostText = False,
-    max_characters: Annotated[int | None, typer.Option(min=1, help="Read so much of each language.")] = None,
+    max_characters: Annotated[
+        int | None, typer.Option(min=1, help="Read at most this many characters per language.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Tell bytes a token and fertility by language and, with --target, whether new pieces would pay."""
+    """Report bytes per token and fertility; with --target, whether extending the vocabulary is worth it."""
     from rich.console import Console
 
     from elo.vocab.table import render_vocabulary
@@ -420,22 +394,24 @@ def vocab_extend(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     target: Annotated[str | None, typer.Option(help="Text to learn pieces from.")] = None,
-    source: Annotated[str | None, typer.Option(help="Text whose words must be tokenised as before.")] = None,
-    pieces: Annotated[int, typer.Option(help="How many new pieces.")] = 8000,
-    tokenizer: Annotated[str | None, typer.Option(help="Take this extended tokenizer instead of learning one.")] = None,
+    source: Annotated[str | None, typer.Option(help="Text whose words must keep their tokens.")] = None,
+    pieces: Annotated[int, typer.Option(help="Number of new pieces.")] = 8000,
+    tokenizer: Annotated[str | None, typer.Option(help="Use this extended tokenizer instead of learning one.")] = None,
     init: Annotated[
         str, typer.Option(help="New embedding rows: pieces, first, mean or noise (docs/vocabulary.md).")
     ] = "pieces",
     head_init: Annotated[str | None, typer.Option(help="New LM head rows; by default as --init.")] = None,
-    rows: Annotated[Path | None, typer.Option(help="Safetensors file with rows computed elsewhere.")] = None,
-    pad_to: Annotated[int, typer.Option(help="The number of rows is a multiple of this.")] = 64,
-    seed: Annotated[int, typer.Option(help="Of --init noise.")] = 0,
+    rows: Annotated[Path | None, typer.Option(help="Safetensors file with embedding rows computed elsewhere.")] = None,
+    pad_to: Annotated[int, typer.Option(help="Round the number of rows up to a multiple of this.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of --init noise.")] = 0,
     text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
-    max_characters: Annotated[int | None, typer.Option(min=1, help="Read so much of each language.")] = None,
+    max_characters: Annotated[
+        int | None, typer.Option(min=1, help="Read at most this many characters per language.")
+    ] = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write a checkpoint with new pieces for a language, words of the source language tokenised as before."""
+    """Write a checkpoint with new vocabulary pieces; words of the source language keep their tokens."""
     from elo.vocab.table import extension_line
     from elo.vocab.vocabulary import extend_vocabulary
 
@@ -457,34 +433,6 @@ def vocab_extend(
         trust_remote_code=trust_remote_code,
     )
     typer.echo(_one_line(f"{output}: {extension_line(record)}"))
-
-
-def _planned_run(config: str, overrides: list[str] | None, default_tokens: int) -> tuple[str, dict[str, Any]]:
-    """Model and arguments of `plan` for the run that a configuration file describes."""
-    from elo.config import load_config
-    from elo.train.settings import PUBLISHED
-
-    run = load_config(config, overrides)
-    pretraining, alignment = run.elo_pretraining, run.layer_alignment
-    elo = PUBLISHED if run.method == "elo_paper" else run.elo
-    return run.model, {
-        "layers": run.layers,
-        "stand_in": elo.stand_in,
-        "also_train": elo.also_train,
-        "alignment": elo.alignment,
-        "tokens": run.tokens or default_tokens,
-        "alignment_share": alignment.share,
-        "sequence_length": run.data.sequence_length,
-        "per_device_train_batch_size": pretraining.per_device_train_batch_size,
-        "alignment_per_device_train_batch_size": alignment.per_device_train_batch_size,
-        "tokens_per_step": pretraining.tokens_per_step,
-        "optim": pretraining.optim,
-        "alignment_optim": alignment.optim,
-        "activation_checkpointing": alignment.activation_checkpointing,
-        "pretraining_activation_checkpointing": pretraining.activation_checkpointing,
-        "head_loss": pretraining.head_loss,
-        "trust_remote_code": run.trust_remote_code,
-    }
 
 
 # typer brings its own copy of click from some version on, so its exception is asked of typer.

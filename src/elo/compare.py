@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from elo.budget import divide_budget
-from elo.checkpoint.counting import footprint, read_config
 from elo.circumstances import circumstances
 from elo.config import Budget, CompareConfig, RunConfig, contestant_run, load_comparison
 from elo.data.shards import PreparedData
@@ -22,7 +21,17 @@ from elo.preflight import check_inputs, check_model
 from elo.report import collect, schema
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
-from elo.run import Adapted, Inputs, adapt, heldout_text, measure, open_run, prepare_data, validation_text
+from elo.run import (
+    Adapted,
+    Inputs,
+    adapt,
+    heldout_text,
+    measure,
+    open_run,
+    prepare_data,
+    training_flops,
+    validation_text,
+)
 from elo.store.processes import is_main
 from elo.store.run_folder import Artifact, RunFolder
 
@@ -90,7 +99,8 @@ def _open(config: CompareConfig) -> Iterator[tuple[Inputs, dict[str, tuple[int, 
                     "compared"
                 )
     with open_run(first) as inputs:
-        yield inputs, {name: check_model(run, inputs.base.path) for name, run in runs.items()}
+        layers = {name: check_model(run, inputs.base.path) for name, run in runs.items()}
+        yield inputs, {name: chosen if runs[name].method.uses_layers else () for name, chosen in layers.items()}
 
 
 class _Comparison:
@@ -350,19 +360,6 @@ class _Comparison:
             }
         )
         return judged(results)
-
-
-def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:
-    """Matmul FLOPs of training by phase, without fitting a bridge or searching a scale."""
-    config = inputs.config
-    counted = footprint(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
-    found = {}
-    for phase in config.method.phases:
-        rows = adapted.records.get(f"vocabulary-{phase.name}", {}).get("rows")
-        of_phase = counted.with_vocabulary(rows) if rows else counted
-        per_token = config.method.flops_per_token(phase, of_phase, inputs.layers, config.data.sequence_length)
-        found[phase.name] = adapted.records[phase.name]["tokens"] * per_token.total
-    return found
 
 
 def _identity(name: str, rates: Rates, tokens: int, seed: int) -> str:

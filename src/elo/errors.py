@@ -25,3 +25,9 @@ class StoppedBySignalError(Exception):
     def __init__(self, number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; a checkpoint is written")
         self.number = number
+
+
+def error_line(error: Exception) -> str:
+    """What another library's exception says, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:300] if lines else type(error).__name__

@@ -2,24 +2,36 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from transformers import PretrainedConfig, PreTrainedModel
+
+from elo.check_output import generation_problem
+from elo.checkpoint.architecture import find_architecture, is_recurrent
+from elo.checkpoint.counting import read_config
 from elo.checkpoint.layers import parse_layers
+from elo.checkpoint.model_config import text_config_of
+from elo.checkpoint.new_rows import share_record
+from elo.checkpoint.refusals import require_detachable
+from elo.checkpoint.tensor_files import open_checkpoint
 from elo.config import RunConfig
 from elo.errors import EloError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
+from elo.evaluate.cloze import read_cloze
+from elo.evaluate.scoring import longest_sequence, takes_position_ids
+from elo.methods import Phase
+from elo.methods.base import first_new_row
+from elo.surgery.equivalence import build_hollow_causal_lm
+from elo.train.attention import VARLEN, require_own_positions
+from elo.train.loop import check_settings
+from elo.train.settings import TrainingSettings, check_also_train
 
 log = logging.getLogger(__name__)
 
 
 def check_inputs(config: RunConfig) -> None:
     """Find what is missing before anything is loaded."""
-    from elo.evaluate.cloze import read_cloze
-    from elo.train.loop import check_settings
 
+    for phase in config.method.phases:
+        _check_divided(phase, config.settings(phase))
     for phase in config.method.phases:
         check_settings(config.settings(phase), config.data.sequence_length, "training")
     config.method.check()
@@ -41,18 +53,22 @@ def check_inputs(config: RunConfig) -> None:
         raise EloError(f"output: {config.output}: is a file; name a folder for the run")
 
 
+def _check_divided(phase: Phase, settings: TrainingSettings) -> None:
+    """Raise EloError where a phase needs whole weights that FSDP or DeepSpeed divide."""
+    if not settings.divides_model:
+        return
+    needs_whole = "low-rank adapters train on" if phase.middle == "adapted" else None
+    if settings.vocabulary == "corpus":
+        needs_whole = "training.vocabulary: corpus takes rows out of"
+    if needs_whole:
+        raise EloError(
+            f"training.training_arguments: {phase.name}: {needs_whole} whole weights, which FSDP and DeepSpeed divide "
+            "among processes; leave fsdp and deepspeed out"
+        )
+
+
 def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     """The layers to train, once the model is known to take them, the rows and their length; weights are not read."""
-    from elo.checkpoint.architecture import find_architecture, is_recurrent
-    from elo.checkpoint.counting import read_config
-    from elo.checkpoint.new_rows import share_record
-    from elo.checkpoint.refusals import require_detachable
-    from elo.checkpoint.tensor_files import open_checkpoint
-    from elo.evaluate.scoring import longest_sequence, takes_position_ids
-    from elo.methods.base import first_new_row
-    from elo.surgery.equivalence import build_hollow_causal_lm
-    from elo.train.attention import require_own_positions
-    from elo.train.settings import check_also_train
 
     open_checkpoint(base)
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
@@ -87,10 +103,8 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     return layers
 
 
-def _check_ids(base: Path, model_config: "PretrainedConfig") -> None:
+def _check_ids(base: Path, model_config: PretrainedConfig) -> None:
     """Refuse generation settings that transformers refuses, and warn of a padding id that is another token's."""
-    from elo.check_output import generation_problem
-    from elo.surgery.layer_config import text_config_of
 
     if problem := generation_problem(base, model_config):
         raise EloError(f"{base / 'generation_config.json'}: {problem}; mend or remove the file, the model needs none")
@@ -106,9 +120,8 @@ def _check_ids(base: Path, model_config: "PretrainedConfig") -> None:
         )
 
 
-def _check_attention(config: RunConfig, model: "PreTrainedModel") -> None:
+def _check_attention(config: RunConfig, model: PreTrainedModel) -> None:
     """Raise EloError where an attention that is asked for by name cannot be had; `model` is on the meta device."""
-    from elo.train.attention import VARLEN
 
     for name in {config.settings(phase).attn_implementation for phase in config.method.phases}:
         if name in ("auto", VARLEN):

@@ -13,10 +13,9 @@ from typing import Any
 
 from elo import stages
 from elo.budget import Sequences, divide_budget
-from elo.checkpoint.counting import read_config, text_config
+from elo.checkpoint.counting import footprint, read_config, text_config
 from elo.circumstances import circumstances
 from elo.config import RunConfig, load_config
-from elo.data.prepare import corpus_sources
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.errors import EloError
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
@@ -87,7 +86,7 @@ def run(
     Args:
         config: a configuration, its file, or a dict of the same form.
         overrides: `key.path=value`, applied to a file or dict.
-        until: stop when this stage is done: prepare, detach, attach, scale, or the name of a phase.
+        until: stop when this stage is done: prepare, bridge, detach, attach, scale, or the name of a phase.
 
     Returns:
         The results, as written to results.json (docs/results.md); {} when `until` stopped the run before.
@@ -147,7 +146,7 @@ def open_run(config: RunConfig, *, shared: bool = False) -> Iterator[Inputs]:
 def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
     """Token shards of all corpora."""
     config, folder = inputs.config, inputs.folder
-    corpora, heldout = corpus_sources(config.data)
+    corpora, heldout = stages.corpus_sources(config.data)
     decisive: dict[str, Any] = {
         "tokenizer": tokenizer_identity(inputs.tokenizer),
         "corpora": {name: [corpus_identity(each) for each in sources] for name, sources in corpora.items()},
@@ -188,6 +187,7 @@ def adapt(
         ReachedError: the stage `until` is done.
     """
     config, folder, method, base = inputs.config, inputs.folder, inputs.config.method, inputs.base
+    layers = inputs.layers if method.uses_layers else ()
     trust = {"trust_remote_code": config.trust_remote_code}
     shards = Artifact(data.path, data.fingerprint)
     adapted = Adapted(base)
@@ -198,21 +198,22 @@ def adapt(
             raise ReachedError
         return artifact
 
-    for phase in method.phases:
+    phases = method.phases
+    for phase in phases:
         settings = config.settings(phase)
         bridge = vocabulary = None
         start = adapted.model
         if phase.middle == "bridged":
             rows = sequences.first(max(_BRIDGE_TOKENS, 16 * _hidden_size(inputs)))
             bridge = done(
-                folder.once("bridge", stages.fit_middle, base=base, layers=inputs.layers, rows=rows, execution=trust),
+                folder.once("bridge", stages.fit_middle, base=base, layers=layers, rows=rows, execution=trust),
                 "bridge",
             )
             shown = ", ".join(f"{share:.0%}" for share in bridge.record["explained"])
             folder.say(f"bridge: explains {shown} of what the middle does to the hidden states, on unseen tokens")
         if phase.detached:
             start = done(
-                folder.once("detach", stages.detach_layers, base=base, layers=inputs.layers, execution=trust), "detach"
+                folder.once("detach", stages.detach_layers, base=base, layers=layers, execution=trust), "detach"
             )
         if settings.vocabulary == "corpus":
             sample = settings.vocabulary_sample
@@ -230,7 +231,7 @@ def adapt(
                 rows=sequences.of(phase),
                 method=method,
                 phase=phase,
-                layers=inputs.layers,
+                layers=layers,
                 bridge=bridge,
                 vocabulary=vocabulary,
                 settings=settings,
@@ -261,7 +262,7 @@ def adapt(
                 ),
                 "attach",
             )
-        last = phase is method.phases[-1]
+        last = phase is phases[-1]
         if method.scale != 1.0 and (phase.detached or (last and "scale" not in adapted.records)):
             adapted.model = done(_keep_share(inputs, adapted.model, sequences), "scale")
         if phase.detached and not last:
@@ -353,6 +354,7 @@ def write_report(
         final,
         before_alignment=adapted.before_alignment,
         learning_rates=rates,
+        flops=training_flops(inputs, adapted),
     )
     results = judged(
         schema.Results.model_validate(
@@ -364,7 +366,12 @@ def write_report(
                 "config": config.model_dump(mode="json"),
                 "base": collect.measured(base),
                 "contestants": [
-                    {"name": method.name, "label": method.label, "method": method.name, "layers": inputs.layers}
+                    {
+                        "name": method.name,
+                        "label": method.label,
+                        "method": method.name,
+                        "layers": inputs.layers if method.uses_layers else (),
+                    }
                 ],
                 "budgets": [budget],
                 "seeds": [config.seed],
@@ -381,11 +388,28 @@ def write_report(
     return results.model_dump(mode="json")
 
 
+def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:
+    """Matmul FLOPs of training by phase, without fitting a bridge or searching a scale."""
+    config = inputs.config
+    counted = footprint(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
+    found = {}
+    for phase in config.method.phases:
+        rows = adapted.records.get(f"vocabulary-{phase.name}", {}).get("rows")
+        of_phase = counted.with_vocabulary(rows) if rows else counted
+        per_token = config.method.flops_per_token(phase, of_phase, inputs.layers, config.data.sequence_length)
+        found[phase.name] = adapted.records[phase.name]["tokens"] * per_token.total
+    return found
+
+
 def stage_names(method: Method) -> list[str]:
     """The stages that `until` may name."""
     names = ["prepare"]
-    for phase in method.phases:
+    phases = method.phases
+    for phase in phases:
+        names += ["bridge"] if phase.middle == "bridged" else []
         names += ["detach", phase.name, "attach"] if phase.detached else [phase.name]
+        if method.scale != 1.0 and "scale" not in names and (phase.detached or phase is phases[-1]):
+            names.append("scale")
     return names
 
 

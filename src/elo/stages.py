@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from elo.check_output import check_output
-from elo.config import DataConfig, EvaluationConfig
+from elo.config import CorpusConfig, DataConfig, EvaluationConfig
 from elo.data.mixture import MixtureRows
-from elo.data.prepare import corpus_sources, prepare
+from elo.data.prepare import CorpusSource, prepare
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.data.tokenizer import load_tokenizer
 from elo.evaluate.evaluate import evaluate
@@ -77,6 +77,16 @@ def _checked(
         return checked
 
     return decorate
+
+
+def corpus_sources(data: DataConfig) -> tuple[dict[str, list[CorpusSource]], dict[str, CorpusSource]]:
+    """The training and the held-out corpora of a configuration, by language."""
+
+    def source(given: CorpusConfig) -> CorpusSource:
+        return CorpusSource(given.path, text_column=given.text_column)
+
+    corpora = {language: [source(each) for each in sources] for language, sources in data.corpora.items()}
+    return corpora, {language: source(each) for language, each in data.heldout.items()}
 
 
 def prepare_data(

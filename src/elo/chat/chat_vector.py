@@ -5,6 +5,12 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from elo.chat.vector_files import add_chat_vector
+from elo.check_output import check_output
+from elo.checkpoint.counting import read_config
+from elo.checkpoint.folder import copy_tokenizer
+from elo.checkpoint.new_rows import read_new_rows
+from elo.data.tokenizer import load_tokenizer, save_with_backend
 from elo.errors import EloError
 from elo.surgery.detach_attach import check_replaceable, readable_errors, resolve_checkpoint
 
@@ -39,8 +45,6 @@ def chat_vector(
         {"adapted", "base", "chat", "scale", "leave_out", "tensors", "rows_kept", "rows_added", "differs"}, see
         elo.chat.vector_files.add_chat_vector.
     """
-    from elo.chat.vector_files import add_chat_vector
-    from elo.check_output import check_output
 
     if not (isfinite(scale) and abs(scale) <= 100):
         raise EloError(f"scale: {scale} is not a number within 100 of 0; 1 adds what chat training changed")
@@ -74,10 +78,6 @@ def _save_tokenizer(adapted: Path, chat: Path, folder: Path, trust_remote_code: 
     Raises:
         EloError: a token of the chat model is another token, or none, in the adapted model.
     """
-    from elo.checkpoint.counting import read_config
-    from elo.checkpoint.folder import copy_tokenizer
-    from elo.checkpoint.new_rows import read_new_rows
-    from elo.data.tokenizer import load_tokenizer, save_with_backend
 
     ours, theirs = (load_tokenizer(each, trust_remote_code).backend for each in (adapted, chat))
     ids, chat_ids = (each.get_vocab(with_added_tokens=True) for each in (ours, theirs))

@@ -21,6 +21,7 @@ from elo.checkpoint.folder import (
     refuse_overlap,
     write_config,
 )
+from elo.checkpoint.model_config import text_config_of
 from elo.checkpoint.naming import NameMap, map_names
 from elo.checkpoint.new_rows import first_new_row_of
 from elo.checkpoint.tensor_files import CHUNK_BYTES, MAX_SHARD_BYTES, NewTensor, StoredTensor, write_checkpoint
@@ -28,7 +29,7 @@ from elo.errors import EloError
 from elo.store.files import atomic_directory, disk_errors_told
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.surgery.in_memory import INCLUDABLE
-from elo.surgery.layer_config import edit_json, text_config_of
+from elo.surgery.layer_config import edit_json
 from elo.surgery.matching import match_names, redundant, tensor_bytes
 from elo.surgery.provenance import PROVENANCE_KEY
 

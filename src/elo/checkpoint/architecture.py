@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from elo.checkpoint import quirks
+from elo.checkpoint.model_config import num_layers_of
 from elo.errors import UnsupportedArchitectureError
-from elo.surgery.layer_config import num_layers_of
 
 # Token mixers that carry a state along the sequence: position ids cannot keep packed documents apart in them.
 _RECURRENT = re.compile(

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ from transformers import AutoConfig, PretrainedConfig
 from elo.checkpoint.reading import require_pad_row
 from elo.checkpoint.shared_files import copy_shared
 from elo.checkpoint.tensor_files import Checkpoint, open_checkpoint, read_header
-from elo.errors import EloError, UnfinishedError, UnsupportedArchitectureError
+from elo.errors import EloError, UnfinishedError, UnsupportedArchitectureError, error_line
 from elo.store.files import read_json
-from elo.surgery.layer_config import error_line, require_edits_kept
 
 CONFIG_FILE = "config.json"
 TOKENIZER_PATTERNS = (
@@ -73,23 +71,6 @@ def refuse_overlap(output: Path, folder: Path) -> None:
     output, folder = output.resolve(), folder.resolve()
     if output == folder or output in folder.parents or folder in output.parents:
         raise EloError(f"{output}: overlaps the input {folder}; choose an output folder outside it")
-
-
-def read_edited_config(
-    config_json: dict[str, Any], base_config: PretrainedConfig, edits: dict[str, Any]
-) -> PretrainedConfig:
-    """The edited configuration as transformers will read it from disk, which must keep the edits."""
-    with tempfile.TemporaryDirectory(prefix="elo-detach-") as scratch:
-        write_config(Path(scratch), config_json)
-        try:
-            small_config = type(base_config).from_pretrained(scratch)
-        except Exception as error:  # as above: any type
-            raise UnsupportedArchitectureError(
-                f"model type {base_config.model_type!r}: these layers make a configuration that transformers refuses "
-                f"({error_line(error)}); choose other layers"
-            ) from None
-    require_edits_kept(small_config, edits)
-    return small_config
 
 
 def write_config(folder: Path, config_json: dict[str, Any]) -> None:

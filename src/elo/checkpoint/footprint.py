@@ -3,7 +3,7 @@
 FLOPs are those of matrix products (a multiply and an add are two), the convention of Kaplan et al. (2020, section 2.1)
 and of PaLM (2022, appendix B): per token, a weight of P elements costs 2P forward, 2P for the gradient with respect to
 its input and 2P for its own gradient. Norms, activations, rotary embeddings, scans and convolutions (but for their
-weights) are not counted. Neither torch nor transformers is imported here: a plan that was made before takes no seconds.
+weights) are not counted.
 """
 
 from collections.abc import Collection, Iterable, Sequence

@@ -26,9 +26,9 @@ from transformers.core_model_loading import (
 from transformers.utils import logging as transformers_logging
 
 from elo.checkpoint.architecture import find_architecture, tensor_groups
+from elo.checkpoint.model_config import config_of_class
 from elo.checkpoint.tensor_files import Checkpoint
-from elo.errors import UnfinishedError, UnsupportedArchitectureError
-from elo.surgery.layer_config import config_of_class, error_line
+from elo.errors import UnfinishedError, UnsupportedArchitectureError, error_line
 
 _NUMBER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from elo.checkpoint.model_config import text_config_of
 from elo.errors import EloError
-from elo.surgery.layer_config import text_config_of
 
 VOCABULARY_KEY = "elo_vocabulary"
 """Extra key of config.json that says which rows are new; it survives other tools' save_pretrained."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
+from elo.checkpoint.model_config import text_config_of
 from elo.errors import EloError
-from elo.surgery.layer_config import text_config_of
 
 
 def auto_class(config: PretrainedConfig) -> Any:

@@ -3,8 +3,8 @@
 from transformers import PretrainedConfig
 
 from elo.checkpoint import quirks
+from elo.checkpoint.model_config import text_config_of
 from elo.errors import UnsupportedArchitectureError
-from elo.surgery.layer_config import text_config_of
 
 
 def require_detachable(config: PretrainedConfig) -> None:

@@ -76,9 +76,9 @@ def markdown() -> str:
         "",
     ]
     for title, model in _SECTIONS.items():
-        lines += [f"## {_heading(title)}", "", *_table(model), ""]
+        lines += [f"## {title}", "", *_table(model), ""]
     lines += [
-        "## `method`",
+        "## method",
         "",
         "Written as a bare name (`method: lora`), or as a section with a `name` and settings:",
         "",
@@ -86,15 +86,11 @@ def markdown() -> str:
     lines += ["```yaml", "method: {name: lora, rank: 64, also_train: [embedding, head]}", "```", ""]
     for name, method in METHODS.items():
         about = " ".join((method.__doc__ or "").split())
-        lines += [f"### `{name}`", "", about, "", *_table(method, skip=("name",)), ""]
+        lines += [f"### {name}", "", about, "", *_table(method, skip=("name",)), ""]
     lines += ["# Comparisons", "", "`elo compare` reads a file of this form ([comparing](comparing.md)).", ""]
     for title, model in _COMPARISON.items():
-        lines += [f"## {_heading(title)}", "", *_table(model), ""]
+        lines += [f"## {title}", "", *_table(model), ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _heading(title: str) -> str:
-    return title if title[0].isupper() else f"`{title}`"
 
 
 def _yaml_section(model: type[BaseModel], path: str, examples: dict[str, Any], indent: str = "") -> list[str]:

@@ -181,7 +181,7 @@ class DocumentReader:
                 batch.texts.append(text)
                 batch.sides.append(side)
                 batch.checked.append(
-                    self._task.split == "heldout"
+                    "heldout" in (self._task.split, SPLITS[side])
                     or (number == 0 and record.number < FIRST_CHECKED)
                     or (number + record.number) % CHECKED_EVERY == 0
                 )

@@ -1,26 +1,24 @@
 """The manifest of prepared data: made from what is on disk when all is there, compared when it is asked for again."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from elo.data.corpora import CorpusTask, Preparation
+from elo.data.shard_writer import LEFT_OUT
+from elo.data.shards import MANIFEST, SCHEMA, SPLITS, PreparedData
+from elo.data.tokenizing import TextCounts
 from elo.errors import EloError, UnfinishedError
 from elo.log import short
 from elo.store.files import write_json
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
-    from elo.data.corpora import CorpusTask, Preparation
-    from elo.data.shards import PreparedData
-
-
-def make_manifest(job: "Preparation", tasks: "list[CorpusTask]", plan: str) -> dict[str, Any]:
+def make_manifest(job: Preparation, tasks: list[CorpusTask], plan: str) -> dict[str, Any]:
     """The manifest of finished corpora (documented key by key in `elo.data.shards`).
 
     Raises:
         EloError: a language came out without training text.
     """
-    from elo.data.shards import SCHEMA, SPLITS
 
     languages: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for task in sorted(tasks, key=lambda task: task.split != "train"):
@@ -52,13 +50,13 @@ def make_manifest(job: "Preparation", tasks: "list[CorpusTask]", plan: str) -> d
     return manifest
 
 
-def _corpus(task: "CorpusTask", segments: list[dict[str, Any]], side: str, more: dict[str, Any]) -> dict[str, Any]:
+def _corpus(task: CorpusTask, segments: list[dict[str, Any]], side: str, more: dict[str, Any]) -> dict[str, Any]:
     shards = [segment[side] for segment in segments if segment.get(side)]
     totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "text_tokens", "bytes")}
     return {"name": task.name, "weight": task.weight, **totals, **more, "shards": shards}
 
 
-def _check_not_empty(languages: dict[str, Any], tasks: "list[CorpusTask]") -> None:
+def _check_not_empty(languages: dict[str, Any], tasks: list[CorpusTask]) -> None:
     for split, language in dict.fromkeys((task.split, task.language) for task in tasks):
         corpora = languages[language][split]
         if any(corpus["documents"] for corpus in corpora):
@@ -77,13 +75,12 @@ def _check_not_empty(languages: dict[str, Any], tasks: "list[CorpusTask]") -> No
         raise EloError(f"{files}: {split} text for {language!r}: {why}")
 
 
-def judge_lost_text(job: "Preparation", tasks: "list[CorpusTask]", manifest: dict[str, Any]) -> list[str]:
+def judge_lost_text(job: Preparation, tasks: list[CorpusTask], manifest: dict[str, Any]) -> list[str]:
     """Warnings about corpora of which the tokenizer loses text.
 
     Raises:
         EloError: it loses too much of one.
     """
-    from elo.data.tokenizing import TextCounts
 
     found = []
     for task in tasks:
@@ -92,7 +89,7 @@ def judge_lost_text(job: "Preparation", tasks: "list[CorpusTask]", manifest: dic
     return [warning for warning in found if warning is not None]
 
 
-def tell_totals(manifest: dict[str, Any], tell: "Callable[[str], None]") -> None:
+def tell_totals(manifest: dict[str, Any], tell: Callable[[str], None]) -> None:
     """Say what came out, by language, and warn of held-out documents that are trained on too."""
     spelled = "tokenised as text" if manifest["tokenizer"]["split_special_tokens"] else "taken as tokens"
     for language, splits in manifest["languages"].items():
@@ -124,10 +121,8 @@ def tell_totals(manifest: dict[str, Any], tell: "Callable[[str], None]") -> None
             )
 
 
-def reopen(output: Path, plan: str, on_error: str) -> "PreparedData | None":
+def reopen(output: Path, plan: str, on_error: str) -> PreparedData | None:
     """The finished data in `output` if it is whole and what would be made now; None otherwise."""
-    from elo.data.shard_writer import LEFT_OUT
-    from elo.data.shards import PreparedData
 
     try:
         prepared = PreparedData.open(output)
@@ -146,7 +141,6 @@ def reopen(output: Path, plan: str, on_error: str) -> "PreparedData | None":
 
 def is_whole(output: Path) -> bool:
     """Whether `output` holds finished data of any kind."""
-    from elo.data.shards import PreparedData
 
     try:
         PreparedData.open(output)
@@ -155,7 +149,7 @@ def is_whole(output: Path) -> bool:
     return True
 
 
-def reweigh(prepared: "PreparedData", tasks: "list[CorpusTask]") -> "PreparedData":
+def reweigh(prepared: PreparedData, tasks: list[CorpusTask]) -> PreparedData:
     """Write names and weights that have changed into the manifest; nothing is tokenised for that."""
     changed = False
     for task in tasks:
@@ -164,7 +158,5 @@ def reweigh(prepared: "PreparedData", tasks: "list[CorpusTask]") -> "PreparedDat
             changed |= (corpus["name"], corpus["weight"]) != (task.name, task.weight)
             corpus.update(name=task.name, weight=task.weight)
     if changed:
-        from elo.data.shards import MANIFEST
-
         write_json(prepared.path / MANIFEST, prepared.manifest)
     return prepared

@@ -13,18 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from elo.data.corpora import CorpusTask, DocumentReader, Preparation, text_hash
 from elo.data.manifest import is_whole, judge_lost_text, make_manifest, reopen, reweigh, tell_totals
+from elo.data.shard_writer import Position
+from elo.data.shards import MANIFEST, SPLITS, PreparedData
+from elo.data.sources import list_inputs
+from elo.data.tokenizer import TextTokenizer, load_tokenizer
+from elo.data.tokenizing import TokenizerPool
 from elo.errors import EloError
 from elo.log import Progress, short
 from elo.store.files import TEMPORARY_PREFIX, remove, sha256_json, write_json
-
-if TYPE_CHECKING:
-    from elo.config import CorpusConfig, DataConfig
-    from elo.data.corpora import CorpusTask, Preparation
-    from elo.data.shards import PreparedData
-    from elo.data.tokenizer import TextTokenizer
 
 LANGUAGE = re.compile(r"[\w-]+")
 MARKER = "prepare.json"
@@ -56,24 +55,13 @@ def source_files(source: CorpusSource | str) -> list[Path]:
     Raises:
         EloError: there is nothing to read.
     """
-    from elo.data.sources import list_inputs
 
     path = source if isinstance(source, str) else source.path
     return [Path(file.location) for file in list_inputs(str(path)) if not file.is_hub]
 
 
-def corpus_sources(data: "DataConfig") -> tuple[dict[str, list[CorpusSource]], dict[str, CorpusSource]]:
-    """The training and the held-out corpora of a configuration, by language."""
-
-    def source(given: "CorpusConfig") -> CorpusSource:
-        return CorpusSource(given.path, text_column=given.text_column)
-
-    corpora = {language: [source(each) for each in sources] for language, sources in data.corpora.items()}
-    return corpora, {language: source(each) for language, each in data.heldout.items()}
-
-
 def prepare(
-    tokenizer: "str | Path | TextTokenizer",
+    tokenizer: str | Path | TextTokenizer,
     corpora: Mapping[str, Sequence[CorpusSource | str] | CorpusSource | str],
     output: str | Path,
     *,
@@ -90,7 +78,7 @@ def prepare(
     split_special_tokens: bool = True,
     allow_lost_text: bool = False,
     trust_remote_code: bool = False,
-) -> "PreparedData":
+) -> PreparedData:
     """Tokenise `corpora` ({language: corpora}) into `output`.
 
     Args:
@@ -113,9 +101,6 @@ def prepare(
     Raises:
         EloError: bad input, named by file and line; or `output` holds something else.
     """
-    from elo.data.corpora import Preparation
-    from elo.data.shards import MANIFEST, PreparedData
-    from elo.data.tokenizer import load_tokenizer
 
     if on_error not in ("stop", "skip"):
         raise EloError(f"on_error is either stop or skip, got {on_error!r}")
@@ -182,10 +167,8 @@ def prepare(
 
 def _list_tasks(
     corpora: Mapping[str, Sequence[CorpusSource | str] | CorpusSource | str], heldout: Mapping[str, CorpusSource | str]
-) -> "list[CorpusTask]":
+) -> list[CorpusTask]:
     """Every corpus with its files, held-out text first; all that is missing is told before anything is done."""
-    from elo.data.corpora import CorpusTask
-    from elo.data.sources import list_inputs
 
     if not corpora:
         raise EloError("no corpora; give at least one for one language")
@@ -278,16 +261,13 @@ def _taken(path: Path, together: bool) -> Iterator[bool]:
             yield True
 
 
-def _hashes_of_heldout(tasks: "list[CorpusTask]", on_error: str) -> frozenset[bytes]:
+def _hashes_of_heldout(tasks: list[CorpusTask], on_error: str) -> frozenset[bytes]:
     """Hashes of all documents given as held-out text, to be looked for in training text."""
-    from elo.data.corpora import text_hash
 
     return frozenset(text_hash(text) for task in tasks if task.split == "heldout" for text in _texts(task, on_error))
 
 
-def _texts(task: "CorpusTask", on_error: str) -> Iterator[bytes]:
-    from elo.data.corpora import DocumentReader
-    from elo.data.shard_writer import Position
+def _texts(task: CorpusTask, on_error: str) -> Iterator[bytes]:
 
     # What is left out is told when it is tokenised.
     reader = DocumentReader(task, list(task.files), on_error, frozenset(), lambda line: None)
@@ -296,8 +276,8 @@ def _texts(task: "CorpusTask", on_error: str) -> Iterator[bytes]:
 
 
 def _with_thresholds(
-    tasks: "list[CorpusTask]", heldout_share: float, validation_share: float, known: frozenset[bytes], on_error: str
-) -> "list[CorpusTask]":
+    tasks: list[CorpusTask], heldout_share: float, validation_share: float, known: frozenset[bytes], on_error: str
+) -> list[CorpusTask]:
     """Set which documents are held out of languages without held-out text, and which are cut out as validation text."""
     given = {task.language for task in tasks if task.split == "heldout"}
     thresholds: dict[str, tuple[int, int]] = {}
@@ -307,7 +287,7 @@ def _with_thresholds(
             own = [task for task in tasks if task.language == language and task.split == "train"]
             thresholds[language] = _thresholds(language, own, share, validation_share, known, on_error)
 
-    def threshold(task: "CorpusTask", which: int) -> int:
+    def threshold(task: CorpusTask, which: int) -> int:
         return thresholds.get(task.language, (0, 0))[which] if task.split == "train" else 0
 
     return [replace(task, threshold=threshold(task, 0), validation_threshold=threshold(task, 1)) for task in tasks]
@@ -315,7 +295,7 @@ def _with_thresholds(
 
 def _thresholds(
     language: str,
-    tasks: "list[CorpusTask]",
+    tasks: list[CorpusTask],
     heldout_share: float,
     validation_share: float,
     known: frozenset[bytes],
@@ -327,7 +307,6 @@ def _thresholds(
     a hundred documents, but at least one and at most `MIN_VALIDATION_DOCUMENTS`. Some text is always left to train on.
     Reading ends when that is certain, so in a large corpus it costs nothing.
     """
-    from elo.data.corpora import text_hash
 
     bound, span = int(heldout_share * 2**64), int(validation_share * 2**64)
     lowest, first, documents, several = 2**64, None, 0, False
@@ -363,13 +342,12 @@ def _thresholds(
     return bound, max(bound + span, above[wanted - 1] + 1)
 
 
-def _paths(tasks: "list[CorpusTask]") -> str:
+def _paths(tasks: list[CorpusTask]) -> str:
     return ", ".join(dict.fromkeys(task.files[0].location for task in tasks))
 
 
-def _sweep(output: Path, tasks: "list[CorpusTask]") -> None:
+def _sweep(output: Path, tasks: list[CorpusTask]) -> None:
     """Remove corpora that are asked for no more, and what a killed run was writing."""
-    from elo.data.shards import SPLITS
 
     wanted = {output / folder for task in tasks for folder in task.own_folders}
     for split in SPLITS:
@@ -380,9 +358,8 @@ def _sweep(output: Path, tasks: "list[CorpusTask]") -> None:
         remove(leftover)
 
 
-def _tokenize(job: "Preparation", tasks: "list[CorpusTask]", workers: int | None, show: bool, together: bool) -> int:
+def _tokenize(job: Preparation, tasks: list[CorpusTask], workers: int | None, show: bool, together: bool) -> int:
     """Tokenise what is missing of every corpus; returns how many units others are at work on."""
-    from elo.data.tokenizing import TokenizerPool
 
     unknown = any(file.is_hub for task in tasks for file in task.files)
     total = sum(file.size for task in tasks for file in task.files)

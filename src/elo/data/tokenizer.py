@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from elo.data.shards import token_dtype
 from elo.data.text_loss import special_spellings, text_encoder
@@ -174,7 +175,6 @@ def save_with_backend(
 
 
 def _load(name: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=trust_remote_code)

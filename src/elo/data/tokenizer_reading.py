@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from transformers.utils import cached_file
 
 from elo.errors import EloError
 
@@ -44,7 +45,6 @@ def read_stored(name: str) -> Tokenizer | None:
     Raises:
         EloError: it is damaged.
     """
-    from transformers.utils import cached_file
 
     found = cached_file(
         name,

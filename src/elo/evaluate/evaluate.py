@@ -6,33 +6,42 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from elo.data.heldout import choose_bytes, cut_corpus, cut_text, tokenize_and_check
+from elo.data.shards import TokenCorpus
+from elo.data.sources import list_inputs, read_documents
+from elo.data.text_loss import judge_loss
+from elo.data.tokenizer import TextTokenizer, load_tokenizer, wrap_tokenizer
+from elo.data.tokenizing import TextCounts
 from elo.errors import EloError
+from elo.evaluate.base import Measure, MeasureValue, Subject
+from elo.evaluate.bits_per_byte import BitsPerByte, bits_per_byte
+from elo.evaluate.cloze import Cloze, ClozeItem
+from elo.evaluate.loading import load_model, move
+from elo.evaluate.samples import Samples
+from elo.evaluate.scoring import longest_sequence, vocabulary_size
+from elo.evaluate.warnings import few_documents
+from elo.format import count
+from elo.store.environment import hardware, versions
 from elo.store.files import write_json
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from elo.data.shards import TokenCorpus
-    from elo.data.tokenizer import TextTokenizer
-    from elo.data.tokenizing import TextCounts
-    from elo.evaluate.base import Measure, MeasureValue
-    from elo.evaluate.bits_per_byte import BitsPerByte
-    from elo.evaluate.cloze import ClozeItem
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 
 
 def evaluate(
-    model: "str | Path | PreTrainedModel",
-    tokenizer: "str | Path | PreTrainedTokenizerBase | TextTokenizer | None" = None,
+    model: str | Path | PreTrainedModel,
+    tokenizer: str | Path | PreTrainedTokenizerBase | TextTokenizer | None = None,
     *,
-    corpora: "Mapping[str, str | Path | TokenCorpus] | None" = None,
-    cloze: "Mapping[str, str | Path | Sequence[ClozeItem]] | None" = None,
+    corpora: Mapping[str, str | Path | TokenCorpus] | None = None,
+    cloze: Mapping[str, str | Path | Sequence[ClozeItem]] | None = None,
     prompts: Mapping[str, Sequence[str]] | None = None,
-    measures: "Sequence[Measure]" = (),
+    measures: Sequence[Measure] = (),
     sequence_length: int | None = None,
     max_bytes: int | None = None,
     max_new_tokens: int = 64,
@@ -42,7 +51,7 @@ def evaluate(
     split_special_tokens: bool = True,
     allow_lost_text: bool = False,
     device: str | None = None,
-    dtype: "torch.dtype | str | None" = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     output: str | Path | None = None,
@@ -82,14 +91,6 @@ def evaluate(
     Raises:
         EloError: something given cannot be read or does not fit the model: what, where, and what to do.
     """
-    from elo.data.sources import list_inputs
-    from elo.evaluate.base import Subject
-    from elo.evaluate.cloze import Cloze
-    from elo.evaluate.loading import load_model, move
-    from elo.evaluate.samples import Samples
-    from elo.evaluate.scoring import longest_sequence, vocabulary_size
-    from elo.evaluate.warnings import few_documents
-    from elo.store.environment import hardware, versions
 
     # What can be wrong without the model is found before it is loaded.
     target = _check_output(output)
@@ -198,23 +199,20 @@ def evaluate(
     return results
 
 
-def _cut(corpus: "TokenCorpus", encoder: "TextTokenizer | None", max_bytes: int | None) -> "TokenCorpus":
-    from elo.data.heldout import cut_corpus
-
+def _cut(corpus: TokenCorpus, encoder: TextTokenizer | None, max_bytes: int | None) -> TokenCorpus:
     return corpus if encoder is None else cut_corpus(corpus, encoder, max_bytes)
 
 
 def _bits_per_byte(
-    model: "PreTrainedModel",
-    corpus: "TokenCorpus",
+    model: PreTrainedModel,
+    corpus: TokenCorpus,
     name: str,
     given: Any,
     language: str,
     sequence_length: int,
     batch_size: int | None,
     progress: bool,
-) -> "BitsPerByte":
-    from elo.evaluate.bits_per_byte import bits_per_byte
+) -> BitsPerByte:
 
     label = f"bits per byte {language}" if progress else None
     result = bits_per_byte(model, corpus, sequence_length=sequence_length, batch_size=batch_size, progress=label)
@@ -229,8 +227,8 @@ def _bits_per_byte(
 class _Text:
     """A corpus that was tokenised to be measured on, and what the tokenizer made of its text."""
 
-    corpus: "TokenCorpus"
-    counts: "TextCounts"
+    corpus: TokenCorpus
+    counts: TextCounts
     warning: str | None
 
     def record(self) -> dict[str, Any]:
@@ -251,10 +249,7 @@ def _check_output(output: str | Path | None) -> Path | None:
     return target
 
 
-def _tokenizer(
-    given: "str | Path | PreTrainedTokenizerBase | TextTokenizer", trust_remote_code: bool
-) -> "TextTokenizer":
-    from elo.data.tokenizer import TextTokenizer, load_tokenizer, wrap_tokenizer
+def _tokenizer(given: str | Path | PreTrainedTokenizerBase | TextTokenizer, trust_remote_code: bool) -> TextTokenizer:
 
     if isinstance(given, TextTokenizer):
         return given
@@ -268,16 +263,13 @@ def _tokenizer(
 
 def _tokenise(
     path: str | Path,
-    encoder: "TextTokenizer",
+    encoder: TextTokenizer,
     max_bytes: int | None,
     text_column: str,
     on_error: str,
     allow_lost_text: bool,
 ) -> _Text:
     """The documents of `path` that are measured on, as token ids in memory. It is read twice where it is cut."""
-    from elo.data.heldout import choose_bytes, cut_text, tokenize_and_check
-    from elo.data.sources import read_documents
-    from elo.data.text_loss import judge_loss
 
     texts: Iterable[str] = read_documents(path, text_column, on_error)
     if max_bytes is not None:
@@ -293,10 +285,6 @@ def _tokenise(
 
 
 def _print_table(results: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from elo.format import count
 
     console = Console()
     if corpora := results["corpora"]:

@@ -12,6 +12,7 @@ class AlignOnly(Method):
     """Train every parameter, on the tokens that ELO's layer alignment would get."""
 
     label: ClassVar[str] = "Alignment alone"
+    uses_layers: ClassVar[bool] = False
     name: Literal["align_only"] = "align_only"
     share: float = Field(0.1, gt=0, lt=1)
     """Share of the run's tokens that it trains on."""

@@ -75,6 +75,10 @@ class Method(BaseModel):
 
     label: ClassVar[str]
     """Name in reports."""
+    redraws_layers: ClassVar[bool] = False
+    """Whether other layers train from time to time, so that all weights are kept in fp32."""
+    uses_layers: ClassVar[bool] = True
+    """Whether the layers that the configuration chooses matter to it."""
     name: str
     scale: Scale = 1.0
     """Share of the trained change that is kept, base + scale x (trained - base). `search` tries scales on text that
@@ -129,6 +133,15 @@ class Method(BaseModel):
         """The first row of embedding and head that trains."""
         return first_new_row(model) if self.needs_new_rows else 0
 
+    def layers_at_once(self, phase: Phase, layers: Sequence[int], num_layers: int) -> Sequence[int]:
+        """Decoder layers that have gradients and optimizer states at one time.
+
+        Args:
+            layers: those that the configuration chooses.
+            num_layers: of the base.
+        """
+        return range(num_layers) if phase.middle == "trained" else layers
+
     def flops_per_token(
         self, phase: Phase, footprint: Footprint, layers: Sequence[int], sequence_length: int, **counting: Any
     ) -> Flops:
@@ -141,7 +154,7 @@ class Method(BaseModel):
         """
         return footprint.flops_per_token(
             phase.middle,
-            layers,
+            self.layers_at_once(phase, layers, footprint.num_layers),
             sequence_length=sequence_length,
             lora_rank=phase.lora_rank,
             also_train=phase.also_train,

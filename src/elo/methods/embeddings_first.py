@@ -1,5 +1,6 @@
 """Embedding and head first, then everything: how EEVE begins with a new vocabulary (arXiv 2402.14714)."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -15,6 +16,7 @@ class EmbeddingsFirst(Method):
     """Train the new rows of embedding and head (all rows where there are no new ones), then every parameter."""
 
     label: ClassVar[str] = "Embeddings first, then full CPT"
+    uses_layers: ClassVar[bool] = False
     name: Literal["embeddings_first"] = "embeddings_first"
     full_share: float = Field(0.1, gt=0, lt=1)
     """Share of the run's tokens that the second phase trains on."""
@@ -37,6 +39,5 @@ class EmbeddingsFirst(Method):
         rows = read_new_rows(model.config)
         return Prepared(first_row=rows.start if rows else 0)
 
-    def flops_per_token(self, phase, footprint, layers, sequence_length, **counting):  # type: ignore[no-untyped-def]
-        chosen = layers if phase.middle == "trained" else ()
-        return super().flops_per_token(phase, footprint, chosen, sequence_length, **counting)
+    def layers_at_once(self, phase: Phase, layers: Sequence[int], num_layers: int) -> Sequence[int]:
+        return range(num_layers) if phase.middle == "trained" else ()

@@ -10,6 +10,7 @@ class Full(Method):
     """Train every parameter on all tokens."""
 
     label: ClassVar[str] = "Full CPT"
+    uses_layers: ClassVar[bool] = False
     name: Literal["full"] = "full"
 
     @property

@@ -1,5 +1,7 @@
 """Stop or scale the gradient at a decoder layer, so that nothing below it is differentiated."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +27,8 @@ class _Scaled(torch.autograd.Function):
 class GradientFloor:
     """Hooks on a model that cut the gradient off below its trained layers, or let it pass scaled.
 
-    While it is closed the embedding's output has no gradient, so that layers which do not train build no graph. A tied
-    embedding still trains through the head.
+    While it is closed neither the embedding's output nor the first layer's input has a gradient, so that layers which
+    do not train build no graph. A tied embedding still trains through the head.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -54,10 +56,20 @@ class GradientFloor:
         return output.detach() if self._closed else output
 
     def _before_layer(self, index: int) -> Any:
-        def scale(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if self._scale is None or self._scale[0] != index:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if self._closed and index == 0:  # position embeddings and norms may come after the embedding
+                change: Callable[[Tensor], Tensor] = Tensor.detach
+            elif self._scale is not None and self._scale[0] == index:
+                change = functools.partial(_scaled, factor=self._scale[1])
+            else:
                 return None
-            hidden, *rest = args
-            return (_Scaled.apply(hidden, self._scale[1]), *rest), kwargs
+            if args:
+                return (change(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
-        return scale
+        return before
+
+
+def _scaled(hidden: Tensor, factor: float) -> Tensor:
+    scaled: Tensor = _Scaled.apply(hidden, factor)
+    return scaled

@@ -25,6 +25,8 @@ class Lisa(Method):
     """
 
     label: ClassVar[str] = "LISA"
+    redraws_layers: ClassVar[bool] = True
+    uses_layers: ClassVar[bool] = False
     name: Literal["lisa"] = "lisa"
     layers: int = Field(4, gt=0)
     """Decoder layers that train at a time."""
@@ -64,12 +66,15 @@ class Lisa(Method):
 
         return Prepared(before_step=before_step, fold=floor.remove if floor else lambda: None)
 
+    def layers_at_once(self, phase: Phase, layers: Sequence[int], num_layers: int) -> Sequence[int]:
+        return range(min(self.layers, num_layers))  # as many as are drawn; the embedding trains, so any will do
+
     def flops_per_token(
         self, phase: Phase, footprint: Footprint, layers: Sequence[int], sequence_length: int, **counting: Any
     ) -> Flops:
         num_drawn = min(self.layers, footprint.num_layers)
-        if not self.window:  # the embedding trains, so it does not matter which layers are drawn
-            return super().flops_per_token(phase, footprint, range(num_drawn), sequence_length, **counting)
+        if not self.window:
+            return super().flops_per_token(phase, footprint, layers, sequence_length, **counting)
         starts = range(footprint.num_layers - num_drawn + 1)
         counts = [
             footprint.flops_per_token(

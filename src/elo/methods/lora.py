@@ -17,6 +17,7 @@ class Lora(Method):
     """Train low-rank adapters on every linear layer of the decoder, and merge them."""
 
     label: ClassVar[str] = "LoRA"
+    uses_layers: ClassVar[bool] = False
     name: Literal["lora"] = "lora"
     rank: int = Field(32, gt=0)
     alpha: int = Field(64, gt=0)

@@ -7,7 +7,7 @@ any family, with what its norms upcast and its activation function keeps.
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from elo.checkpoint.architecture import layers_of, modules_of
 from elo.checkpoint.counting import text_config
 from elo.checkpoint.footprint import Footprint, LayerFootprint
-from elo.plan.memory import Precision, SavedActivations
+from elo.plan.memory import Kind, Precision, SavedActivations
 from elo.surgery.layer_config import with_layers
 
 _PROBE = "elo_footprint"
@@ -65,9 +65,10 @@ def saved_activations(
     layers: Sequence[int] | None = None,
     *,
     precision: Precision = "bf16",
-    kind: Literal["gpu", "cpu"] = "gpu",
+    kind: Kind = "gpu",
     also_train: Collection[str] = (),
     in_place: bool = False,
+    frozen_in_fp32: bool = False,
 ) -> SavedActivations:
     """Measure what a training forward keeps, on fake tensors.
 
@@ -82,9 +83,11 @@ def saved_activations(
         also_train: parts that train with `layers`: embedding, norm, head. An embedding that trains is in fp32 on a GPU
             too, and so are all hidden states after it.
         in_place: the other layers, frozen, are computed and differentiated too.
+        frozen_in_fp32: frozen weights are in fp32 on a GPU too, as they are where other layers are drawn later.
     """
     chosen = list(range(counted.num_layers) if layers is None or in_place else layers)
     trained = set(chosen if layers is None else layers)
+    fp32_throughout = kind == "cpu" or frozen_in_fp32
     lowest = -1 if layers is None or "embedding" in also_train else min(trained)
     # One layer of each kind is enough: what it keeps depends on whether it trains, and whether its input needs a
     # gradient.
@@ -103,7 +106,13 @@ def saved_activations(
             with _quiet():
                 frozen_but_for = None if layers is None else (trained, also_train)
                 short, long = _trace(
-                    config, representatives, precision if as_trained else None, kind, attention, frozen_but_for
+                    config,
+                    representatives,
+                    precision if as_trained else None,
+                    kind,
+                    attention,
+                    frozen_but_for,
+                    fp32_throughout,
                 )
         except Exception:
             # Any family may do what fake tensors cannot (data-dependent shapes, kernels of its own): try the next way.
@@ -115,7 +124,7 @@ def saved_activations(
         constant = {i: max(0.0, scale * short[i] - slope[i] * _LENGTHS[0]) for i in short}
         by_kind = {key: (slope.get(i, 0.0), constant.get(i, 0.0)) for i, key in enumerate(kinds)}
         if precision == "bf16" and not as_trained:
-            by_kind = {key: (kept, _copies(key, kind)) for key, (kept, _) in by_kind.items()}
+            by_kind = {key: (kept, _copies(key, fp32_throughout)) for key, (kept, _) in by_kind.items()}
         return SavedActivations(
             per_layer=tuple(by_kind[key][0] for key in key_of),
             outside=slope.get(_OUTSIDE, 0.0),
@@ -124,13 +133,13 @@ def saved_activations(
             mask=mask,
             traced=True,
         )
-    copies = sum(_copies(key, kind) for key in key_of) if precision == "bf16" else 0.0
+    copies = sum(_copies(key, fp32_throughout) for key in key_of) if precision == "bf16" else 0.0
     return _rule_of_thumb(counted, chosen, item, mask, copies)
 
 
-def _copies(key: tuple[bool, bool, bool, LayerFootprint], kind: str) -> float:
-    """Bytes of a layer's bf16 copies under autocast: of what is in fp32, which on a GPU is what trains."""
-    return 2.0 * key[-1].matmul if key[1] or kind == "cpu" else 0.0
+def _copies(key: tuple[bool, bool, bool, LayerFootprint], fp32_throughout: bool) -> float:
+    """Bytes of a layer's bf16 copies under autocast, which are made of weights in fp32."""
+    return 2.0 * key[-1].matmul if key[1] or fp32_throughout else 0.0
 
 
 def _rule_of_thumb(
@@ -153,6 +162,7 @@ def _trace(
     kind: str,
     attention: str | None,
     frozen_but_for: tuple[Collection[int], Collection[str]] | None,
+    fp32_throughout: bool,
 ) -> list[dict[int, float]]:
     """For each of _LENGTHS: bytes saved by `layers` (by position), outside them, and the size of a layer's input.
 
@@ -173,7 +183,7 @@ def _trace(
             layer.requires_grad_(index in trained)
         for module in modules_of(model, also_train):
             module.requires_grad_(True)
-        if precision == "bf16" and kind == "gpu":
+        if precision == "bf16" and not fp32_throughout:
             # As training does: what is frozen is kept in bf16.
             with mode, torch.device("cpu"):
                 for module in list(model.modules()):

@@ -45,7 +45,7 @@ def measure_utilisation(
     where = torch.device("cuda" if device.kind == "gpu" else "cpu")
     counted = footprint(small)
     length = min(sequence_length, tokens)
-    per_token = counted.flops_per_token("full", sequence_length=length).total
+    per_token = counted.flops_per_token("trained", sequence_length=length).total
     while length > 64 and length * per_token > _MOST_FLOPS:
         length //= 2
     rows = max(1, min(tokens // length, int(_MOST_FLOPS / per_token / length)))
@@ -53,7 +53,7 @@ def measure_utilisation(
         with where:
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).train()
         ids_BT = torch.randint(0, small.vocab_size, (rows, length), device=where)
-    flops = counted.flops_per_token("full", sequence_length=length).total * rows * length
+    flops = counted.flops_per_token("trained", sequence_length=length).total * rows * length
     fastest, began = float("inf"), time.perf_counter()
     for trial in range(1000):
         start = time.perf_counter()

@@ -1,24 +1,31 @@
-"""Peak memory of training, by part, before anything is loaded.
+"""Peak memory of training, by part, from a footprint alone.
 
 Weights, gradients, optimizer states and logits are counted; what autograd keeps for the backward is measured
-(elo.plan.activations). Neither torch nor transformers is imported here.
+(elo.plan.activations).
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from elo.checkpoint.footprint import Footprint, Middle
-from elo.errors import EloError
-from elo.train.settings import CHUNK, HeadLoss
+from elo.checkpoint.footprint import Footprint
+from elo.methods import Phase
+from elo.plan.schema import Memory
+from elo.train.settings import CHUNK, HeadLoss, TrainingSettings
 
 Precision = Literal["bf16", "fp32"]
-Optimizer = Literal["adamw", "adamw_8bit", "adafactor"]
+Kind = Literal["gpu", "cpu"]
 
-OPTIMIZER_BYTES: dict[str, float] = {"adamw": 8.0, "adamw_8bit": 2.04, "adafactor": 0.02}
+OPTIMIZER_BYTES: dict[str, float] = {
+    "adamw_torch": 8.0,
+    "adamw_torch_fused": 8.0,
+    "adamw_bnb_8bit": 2.04,
+    "adafactor": 0.02,
+}
 """Bytes of state for one trained parameter. AdamW: two fp32 moments. 8-bit AdamW: two bytes and two fp32 scales for
 each 256 (bitsandbytes), but for the token embedding, tied or not, whose moments transformers keeps in fp32. Adafactor:
-a row and a column of each matrix, so next to nothing."""
+a row and a column of each matrix, so next to nothing. Others are taken to be AdamW."""
+_ADAMW = OPTIMIZER_BYTES["adamw_torch"]
 
 RUNTIME_BYTES = {"gpu": 700 * 2**20, "cpu": 600 * 2**20}
 """CUDA context, kernels and library workspaces; on a CPU the Python process with its libraries."""
@@ -41,93 +48,80 @@ class SavedActivations:
     """False: the modules could not be run on fake tensors, and a rule of thumb stands in."""
 
 
-@dataclass(frozen=True)
-class StageMemory:
-    """Peak memory of one device in one stage; `parts` (bytes) are what is there at that moment and add up to it."""
-
-    peak: int
-    moment: str
-    parts: dict[str, int] = field(default_factory=dict)
-
-
-def stage_memory(
+def phase_memory(
     counted: Footprint,
     saved: SavedActivations,
-    method: Middle,
+    phase: Phase,
     layers: Sequence[int],
+    settings: TrainingSettings,
     *,
-    tokens: int,
     sequence_length: int,
     precision: Precision,
-    kind: Literal["gpu", "cpu"] = "gpu",
-    optimizer: Optimizer = "adamw",
-    activation_checkpointing: bool = False,
-    head_loss: HeadLoss = "chunked",
-    accumulates: bool = True,
-    sharded_over: int = 1,
-    lora_rank: int = 16,
-    also_train: Collection[str] = (),
-    bridge: bool = False,
-) -> StageMemory:
+    kind: Kind = "gpu",
+    devices: int = 1,
+    fp32_throughout: bool = False,
+    set_aside: int = 0,
+) -> Memory:
     """Peak memory of one device.
 
     Args:
-        counted: the base model's footprint.
-        saved: as `saved_activations` measured it for this stage (a LoRA keeps what full training keeps, and
-            `forward_only` what `elo` keeps; for `frozen` with `in_place`).
-        method: `elo`, `forward_only`, `full` (also layer alignment), `frozen` or `lora`.
-        layers: the layers that `elo`, `forward_only` and `frozen` train.
-        tokens: in one micro-step of one device.
+        counted: the base model's footprint, with as many vocabulary rows as training computes with.
+        saved: as `saved_activations` measured it for this phase. Adapters are given what full training keeps.
+        layers: that train at one time.
+        settings: of the phase. Where they divide the model (FSDP, DeepSpeed), each device holds its share of weights,
+            gradients and optimizer states, one gathered layer and the gathered head.
         sequence_length: T; sizes the mask of CPU attention.
         precision: trained weights are fp32 always; under `bf16` products run on bf16 copies.
         kind: frozen weights are bf16 on a GPU under `bf16`, fp32 on a CPU.
-        accumulates: gradients stay from one micro-step to the next; otherwise none is there when the loss is computed.
-        sharded_over: devices that share weights, gradients and optimizer states (FSDP); each then also holds one
-            gathered layer and the gathered head.
-        also_train: parts that train with `layers`: embedding, norm, head.
-        bridge: for `elo`: a linear bridge stands in each gap. `forward_only` has one always.
+        fp32_throughout: frozen weights are in fp32 on a GPU too.
+        set_aside: fp32 parameters held beside the model: the whole embedding and head, where some rows train.
 
     Two moments can be the peak. At the loss all activations and the logits exist. At the optimizer step all gradients
     exist and no activation does. Between the two, under activation checkpointing, one layer's activations are back
     beside the layer inputs; that is the larger of the two where a layer keeps more than the head. The end of the
     backward, where the embedding's gradient is made before it is added to what is there, can pass them where much of
-    the model is embedding. What the middle of `forward_only` needs while it is computed (one layer's workspace beside
-    the activations of the layers below) is never more than the first backward needs.
+    the model is embedding.
     """
-    trainable = counted.trainable(method, layers, lora_rank=lora_rank, also_train=also_train)
-    held = counted.detached(layers) if method == "elo" else counted
-    frozen = counted.total if method == "lora" else held.total - trainable
+    tokens = settings.per_device_train_batch_size * sequence_length
+    accumulates = settings.tokens_per_step > tokens * devices
+    trainable = counted.trainable(phase.middle, layers, lora_rank=phase.lora_rank, also_train=phase.also_train)
+    held = counted.detached(layers) if phase.detached else counted
+    frozen = held.total - trainable + counted.lora_parameters(phase.lora_rank)  # adapters are not in held
     item = 2 if precision == "bf16" else 4
-    trains_head = method == "full" or "head" in also_train
-    trains_embedding = method == "full" or "embedding" in also_train
-    maps = counted.bridge_elements(layers) if method == "forward_only" or bridge else 0
-    share = 1.0 / sharded_over
-    weights = (4 * trainable + (item if kind == "gpu" else 4) * frozen) * share + 4 * maps
+    frozen_item = item if kind == "gpu" and not fp32_throughout else 4
+    trains_head = phase.middle == "trained" or "head" in phase.also_train
+    trains_embedding = phase.middle == "trained" or "embedding" in phase.also_train
+    maps = counted.bridge_elements(layers) if phase.middle == "bridged" else 0
+    is_divided = settings.divides_model and devices > 1
+    share = 1.0 / devices if is_divided else 1.0
+    weights = (4 * trainable + frozen_item * frozen) * share + 4 * maps + 4 * set_aside
     gradients = 4 * trainable * share
-    states = OPTIMIZER_BYTES[optimizer] * trainable * share
-    if optimizer == "adamw_8bit" and trains_embedding:
-        states += (OPTIMIZER_BYTES["adamw"] - OPTIMIZER_BYTES["adamw_8bit"]) * counted.embedding * share
+    state_bytes = OPTIMIZER_BYTES.get(settings.optimizer_name, _ADAMW)
+    states = state_bytes * trainable * share
+    if settings.optimizer_name == "adamw_bnb_8bit" and trains_embedding:
+        states += (_ADAMW - state_bytes) * counted.embedding * share
     copies = 0.0
-    if precision == "bf16" and method != "lora":
-        copies = saved.cast_weights + (2 * counted.head_matmul if trains_head or kind == "cpu" else 0)
-        copies += 2 * maps if bridge else 0
-    if sharded_over > 1:
+    if precision == "bf16":
+        copies = 2 * maps + (2 * counted.head_matmul if trains_head or kind == "cpu" else 0)
+        # Adapters' own copies are next to nothing, and what is frozen is in bf16 on a GPU.
+        copies += saved.cast_weights if phase.middle != "adapted" or kind == "cpu" else 0.0
+    if is_divided:
         copies = item * max(layer.parameters for layer in held.layers) + item * counted.head_matmul
     layer_bytes = [tokens * kept for kept in saved.per_layer]
     masks = saved.mask * tokens * sequence_length
-    if method == "lora":
-        layer_bytes = [kept + tokens * item * lora_rank * 8 for kept in layer_bytes]
+    if phase.middle == "adapted":
+        layer_bytes = [kept + tokens * item * phase.lora_rank * 8 for kept in layer_bytes]
     everything = sum(layer_bytes) + masks * len(layer_bytes) + tokens * saved.outside
     inputs = tokens * (saved.layer_input * len(layer_bytes) + saved.outside)
     one_layer = max(layer_bytes) + masks
-    head = head_loss_bytes(counted, tokens, precision, head_loss, trains_head, kind)
+    head = head_loss_bytes(counted, tokens, precision, settings.head_loss, trains_head, kind)
     widest = max(layer.widest for layer in held.layers)
     workspace = 3.0 * item * tokens * widest
     kept_gradients = gradients if accumulates else 0.0
     base = {"weights": weights, "optimizer": states, "runtime": float(RUNTIME_BYTES[kind])}
     moments: dict[str, dict[str, float]] = {}
     at_loss = base | {"gradients": kept_gradients, "bf16 weight copies": copies}
-    if activation_checkpointing:
+    if settings.activation_checkpointing:
         moments["loss"] = at_loss | {"activations": inputs, "logits": head}
         moments["recomputed layer"] = base | {
             "gradients": gradients if accumulates else gradients / 2,
@@ -150,7 +144,7 @@ def stage_memory(
     moments["optimizer step"] = base | {"gradients": gradients}
     moment, parts = max(moments.items(), key=lambda entry: sum(entry[1].values()))
     whole = {name: round(size) for name, size in parts.items() if size >= 1}
-    return StageMemory(sum(whole.values()), moment, whole)
+    return Memory(peak_bytes=sum(whole.values()), moment=moment, parts=whole)
 
 
 def head_loss_bytes(
@@ -159,7 +153,7 @@ def head_loss_bytes(
     precision: Precision,
     head_loss: HeadLoss,
     trains_head: bool,
-    kind: Literal["gpu", "cpu"] = "gpu",
+    kind: Kind = "gpu",
 ) -> float:
     """Bytes of the LM head's cross-entropy at its largest.
 
@@ -179,25 +173,3 @@ def head_loss_bytes(
     if precision == "bf16" and kind == "cpu":
         most += 2 * head
     return most + 2.0 * item * tokens * counted.hidden_size
-
-
-def check_optimizer(optimizer: str) -> Optimizer:
-    """`optimizer` if its memory is known.
-
-    Raises:
-        EloError: it is not.
-    """
-    if optimizer not in OPTIMIZER_BYTES:
-        raise EloError(f"optim: {optimizer!r} is unknown; choose one of {', '.join(OPTIMIZER_BYTES)}")
-    return optimizer  # type: ignore[return-value]
-
-
-def check_head_loss(head_loss: str) -> HeadLoss:
-    """`head_loss` if its memory is known.
-
-    Raises:
-        EloError: it is not.
-    """
-    if head_loss not in get_args(HeadLoss):
-        raise EloError(f"head_loss: {head_loss!r} is unknown; choose one of {', '.join(get_args(HeadLoss))}")
-    return head_loss  # type: ignore[return-value]

@@ -1,144 +1,116 @@
 """A plan as tables on a terminal."""
 
-from typing import Any
-
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from elo.format import count, duration
+from elo.plan.schema import MethodPlan, PhasePlan, Plan
+
 _GIB = 2**30
+_PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "bf16 weight copies": "bf16 copies",
+    "activations": "activations",
+    "logits": "logits",
+    "workspace": "workspace",
+    "runtime": "runtime",
+}
 
 
-def render_plan(plan: dict[str, Any]) -> RenderableType:
-    """Tables of parameters, stages, memory and speed-ups, with what the numbers assume.
-
-    Args:
-        plan: what elo.plan.plan.plan returned.
-    """
-    parts: list[RenderableType] = [_headline(plan), _stages(plan), _memory(plan), _speed_ups(plan)]
-    changes = [
-        f"{stage['label']} does not fit. Smallest change: {stage['change']['text']}"
-        for stage in _all_stages(plan)
-        if stage["change"] is not None
+def render_plan(plan: Plan) -> RenderableType:
+    """Tables of time, cost, speed-ups and memory, with what the numbers assume."""
+    parts: list[RenderableType] = [_headline(plan), _time(plan), _memory(plan)]
+    lines = [
+        f"{_phase_label(method, phase)} does not fit"
+        + (f"; it would with {' and '.join(phase.suggestion)}" if phase.suggestion else "")
+        for method in plan.methods
+        for phase in method.phases
+        if not phase.fits
     ]
-    if changes:
-        parts.append("\n".join(changes) + "\n")
-    parts.append("Assumptions\n" + "\n".join(f"  {note}" for note in plan["assumptions"]))
+    if lines:
+        parts.append("\n".join(lines) + "\n")
+    parts.append("Notes\n" + "\n".join(f"  {note}" for note in plan.notes))
     return Group(*parts)
 
 
-def _all_stages(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    return [*plan["stages"].values(), *plan["baselines"].values()]
-
-
-def _headline(plan: dict[str, Any]) -> str:
-    model, parameters, device, settings = plan["model"], plan["parameters"], plan["device"], plan["settings"]
-    kept = ", ".join(str(index) for index in model["layers"])
-    active = f", {_count(parameters['active'])} active a token" if parameters["active"] != parameters["total"] else ""
-    head = "tied to the embedding" if model["tied"] else _count(parameters["head"])
-    layers = sorted(set(parameters["layers"]))
-    sizes = _count(layers[0]) if len(layers) == 1 else f"{_count(layers[0])} to {_count(layers[-1])}"
-    forward_only = settings["stand_in"] == "forward_only"
-    held = f"whole: {_count(parameters['total'])}" if forward_only else f"detached: {_count(parameters['detached'])}"
+def _headline(plan: Plan) -> str:
+    model, device = plan.model, plan.device
+    active = model.active_parameters
+    experts = f", {count(active)} used by a token" if active != model.total_parameters else ""
+    head = "tied to the embedding" if model.tied else count(model.head_parameters)
+    sizes = sorted(set(model.layer_parameters))
+    each = count(sizes[0]) if len(sizes) == 1 else f"{count(sizes[0])} to {count(sizes[-1])}"
+    cut = (
+        "" if model.vocabulary_rows == model.vocab_size else f"; {model.vocabulary_rows:,} vocabulary rows in training"
+    )
     return (
-        f"{model['name']} ({model['model_type']}): {_count(parameters['total'])} parameters{active}\n"
-        f"  embedding {_count(parameters['embedding'])}, head {head}, {model['num_layers']} layers of {sizes}\n"
-        f"  {held} parameters in memory, {_count(parameters['trainable'])} of them train: "
-        f"{', '.join([f'layers {kept}', *settings['also_train']])}\n"
-        f"  on {device['count']} x {device['name']}, {device['memory_bytes'] / _GIB:.1f} GiB each\n"
+        f"{model.name} ({model.model_type}): {count(model.total_parameters)} parameters{experts}\n"
+        f"  embedding {count(model.embedding_parameters)}, head {head}, {model.num_layers} layers of {each}{cut}\n"
+        f"  layers {', '.join(map(str, model.layers))} chosen; "
+        f"{device.count} x {device.name}, {device.memory_bytes / _GIB:.1f} GiB each\n"
     )
 
 
-def _stages(plan: dict[str, Any]) -> Table:
-    priced = plan["device"]["price_per_hour"] is not None
-    table = Table(title="Time and cost", title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for name in ("tokens", "GFLOP per token", "tokens per hour", "time", "device hours", *(["cost"] if priced else [])):
+def _time(plan: Plan) -> Table:
+    priced = plan.device.price_per_hour is not None
+    table = _table("Time and cost")
+    for name in ("trained", "tokens", "GFLOP/token", "tokens/h", "time", "device h", *(["cost"] if priced else [])):
         table.add_column(name, justify="right")
-    for stage in plan["stages"].values():
-        _stage_row(table, stage, priced)
-    elo = plan["elo"]
-    row = [elo["label"], _count(elo["tokens"]), f"{elo['flops'] / elo['tokens'] / 1e9:.3g}"]
-    row += [_count(3600 * elo["tokens"] / elo["seconds"]), _duration(elo["seconds"]), f"{elo['device_hours']:.3g}"]
-    table.add_row(*row, *([f"{elo['cost']:,.2f}"] if priced else []), style="bold", end_section=True)
-    for stage in plan["baselines"].values():
-        _stage_row(table, stage, priced)
+    table.add_column("run is faster\nFLOPs / time", justify="right")
+    faster = {each.over: f"{each.flops:.1f}x / {each.seconds:.1f}x" for each in plan.speed_ups}
+    for method in plan.methods:
+        for phase in method.phases:
+            table.add_row(
+                _phase_label(method, phase),
+                count(phase.trainable_parameters),
+                *_cost(phase, priced),
+                faster.get(method.name, "") if len(method.phases) == 1 else "",
+            )
+        if len(method.phases) > 1:
+            table.add_row(f"{method.label}, whole", "", *_cost(method, priced), faster.get(method.name, ""))
+        if method is plan.run:
+            table.add_section()
     return table
 
 
-def _stage_row(table: Table, stage: dict[str, Any], priced: bool) -> None:
-    table.add_row(
-        stage["label"],
-        _count(stage["tokens"]),
-        f"{stage['flops_per_token']['total'] / 1e9:.3g}",
-        _count(stage["tokens_per_hour"]),
-        _duration(stage["seconds"]),
-        f"{stage['device_hours']:.3g}",
-        *([f"{stage['cost']:,.2f}"] if priced else []),
-    )
+def _cost(planned: PhasePlan | MethodPlan, priced: bool) -> list[str]:
+    return [
+        count(planned.tokens),
+        f"{planned.flops / planned.tokens / 1e9:.3g}",
+        count(3600 * planned.tokens / planned.seconds),
+        duration(planned.seconds),
+        f"{planned.device_hours:.3g}",
+        *([f"{planned.cost:,.2f}"] if priced else []),
+    ]
 
 
-def _memory(plan: dict[str, Any]) -> Table:
-    stages = _all_stages(plan)
-    table = Table(
-        title="Peak memory of one device, GiB", title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False
-    )
+def _memory(plan: Plan) -> Table:
+    table = _table("Peak memory of one device, GiB")
+    phases = [(method, phase) for method in plan.methods for phase in method.phases]
+    shown = [name for name in _PARTS if any(name in phase.memory.parts for _, phase in phases)]
+    for name in (*(_PARTS[name] for name in shown), "peak", "at the", "fits"):
+        table.add_column(name, justify="right")
+    for method, phase in phases:
+        parts = phase.memory.parts
+        cells = [_gib(parts[name]) if name in parts else "-" for name in shown]
+        cells += [_gib(phase.memory.peak_bytes), phase.memory.moment, "yes" if phase.fits else "no"]
+        table.add_row(_phase_label(method, phase), *cells, end_section=phase is plan.run.phases[-1])
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for stage in stages:
-        table.add_column(stage["label"], justify="right", min_width=max(map(len, stage["label"].split())))
-    for name in (
-        "weights",
-        "gradients",
-        "optimizer",
-        "bf16 weight copies",
-        "activations",
-        "logits",
-        "workspace",
-        "runtime",
-    ):
-        sizes = [stage["memory"]["parts"].get(name) for stage in stages]
-        if any(sizes):
-            shown = ("-" if size is None else _gib(size) for size in sizes)
-            table.add_row("bf16 copies" if name == "bf16 weight copies" else name, *shown)
-    table.add_section()
-    table.add_row("peak", *(_gib(stage["memory"]["peak"]) for stage in stages), style="bold")
-    table.add_row("at the", *(stage["memory"]["moment"] for stage in stages))
-    table.add_row("fits", *("yes" if stage["memory"]["fits"] else "no" for stage in stages))
     return table
 
 
-def _speed_ups(plan: dict[str, Any]) -> Table:
-    table = Table(
-        title="Speed-up (equal tokens): of FLOPs / of wall time",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-    )
-    table.add_column("over", no_wrap=True)
-    for name in plan["speed_up"]:
-        table.add_column(name.replace("elo_pretraining", "ELO pretraining").replace("_", " "), justify="right")
-    for name, baseline in plan["baselines"].items():
-        ratios = [speed_up[name] for speed_up in plan["speed_up"].values()]
-        table.add_row(baseline["label"], *(f"{ratio['flops']:.1f}x / {ratio['seconds']:.1f}x" for ratio in ratios))
-    return table
+def _phase_label(method: MethodPlan, phase: PhasePlan) -> str:
+    return method.label if len(method.phases) == 1 else f"{method.label}: {phase.name.replace('_', ' ')}"
 
 
 def _gib(size: float) -> str:
     gib = size / _GIB
     return f"{gib:.1f}" if gib >= 10 else f"{gib:.2f}"
-
-
-def _count(number: float) -> str:
-    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds >= 2 * 86400:
-        return f"{seconds / 86400:.1f} d"
-    if seconds >= 2 * 3600:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.1f} s"

@@ -3,7 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from elo.errors import EloError
+from elo.report.charts import draw_charts
+from elo.report.files import read_results
+from elo.report.page import CHART_FOLDER, html_page, markdown_page, terminal
 from elo.report.schema import Results
 from elo.store.files import atomic_directory, write_text
 
@@ -22,9 +27,6 @@ def report(results: Results | dict[str, Any] | str | Path, output: str | Path | 
     Raises:
         EloError: the results are missing, damaged or not results; or the output cannot be written.
     """
-    from elo.report.charts import draw_charts
-    from elo.report.files import read_results
-    from elo.report.page import CHART_FOLDER, html_page, markdown_page
 
     folder = _output_folder(results, output)
     known = results if isinstance(results, Results) else read_results(results)
@@ -44,10 +46,6 @@ def report(results: Results | dict[str, Any] | str | Path, output: str | Path | 
 
 def show(results: Results | dict[str, Any]) -> None:
     """Print the results on the terminal."""
-    from rich.console import Console
-
-    from elo.report.files import read_results
-    from elo.report.page import terminal
 
     console = Console()
     console.width = max(console.width, 118)  # a table that wraps in a log file cannot be read

@@ -108,11 +108,10 @@ class RunFolder:
         """Call `function(folder / name, **arguments, **execution)` unless it was done with these arguments already.
 
         The arguments are the stage's fingerprint, so that none can be forgotten: numbers, texts, lists, artifacts of
-        earlier stages, whatever has a
-        `fingerprint`, and settings and objects with `decisive()` or `identity()`.
+        earlier stages, whatever has a `fingerprint`, and settings and objects with `decisive()` or `identity()`.
 
         Args:
-            name: of the stage, unique in the folder, and of its output.
+            name: of the stage, unique in the folder, and path of its output there.
             function: makes its output at the path it is given and returns a JSON record. After a kill it is called
                 again with the same arguments and may find what the earlier call left; otherwise it finds nothing.
             execution: further arguments, which say how the work is done and do not count.
@@ -128,6 +127,7 @@ class RunFolder:
         inputs = {key: identity(value) for key, value in arguments.items()}
 
         def work() -> dict[str, Any]:
+            output.parent.mkdir(parents=True, exist_ok=True)
             return function(output, **arguments, **(execution or {}))
 
         fingerprint = self._stage(name, inputs, work, outputs=outputs, scratch=scratch, collective=collective)

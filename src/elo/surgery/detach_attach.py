@@ -9,6 +9,7 @@ from typing import Any
 from elo.checkpoint.layers import DEFAULT_LAYERS
 from elo.errors import EloError
 from elo.store.files import disk_problem
+from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
 WEIGHT_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
 _OTHER_WEIGHTS = ["original/*", "consolidated*", "[!a]*/*", "a[!d]*/*"]  # all folders but additional_chat_templates
@@ -36,7 +37,6 @@ def detach(
     Returns:
         The record of where the detached checkpoint comes from, as written to its config.json.
     """
-    from elo.surgery.on_disk import detach_checkpoint
 
     check_replaceable(Path(output), overwrite)
     folder = resolve_checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
@@ -83,7 +83,6 @@ def attach(
     Returns:
         What was put back: {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors", "files"}.
     """
-    from elo.surgery.on_disk import attach_checkpoint
 
     check_replaceable(Path(output), overwrite)
     if not (isfinite(scale) and abs(scale) <= 100):

@@ -18,9 +18,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from elo.checkpoint import quirks
 from elo.checkpoint.architecture import Architecture, find_architecture
+from elo.checkpoint.model_config import config_of_class
 from elo.checkpoint.reading import auto_class
-from elo.errors import UnsupportedArchitectureError
-from elo.surgery.layer_config import config_of_class, error_line
+from elo.errors import UnsupportedArchitectureError, error_line
 
 _SCALARS = (bool, int, float, str, type(None), torch.dtype)
 _FACTORIES = {torch.zeros, torch.ones, torch.full, torch.randn, torch.rand}

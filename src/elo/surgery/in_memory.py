@@ -11,19 +11,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from elo.checkpoint.architecture import Architecture, find_architecture, tensor_groups
 from elo.checkpoint.layers import parse_layers
+from elo.checkpoint.model_config import num_layers_of, text_config_of
 from elo.checkpoint.new_rows import first_new_row_of
 from elo.checkpoint.refusals import require_detachable
-from elo.errors import EloError, UnsupportedArchitectureError
+from elo.errors import EloError, UnsupportedArchitectureError, error_line
 from elo.surgery.equivalence import build_hollow, follow_configuration, require_same_layers
-from elo.surgery.layer_config import (
-    apply_edits,
-    edit_json,
-    error_line,
-    layer_edits,
-    num_layers_of,
-    require_edits_kept,
-    text_config_of,
-)
+from elo.surgery.layer_config import apply_edits, edit_json, layer_edits, require_edits_kept
 from elo.surgery.provenance import PROVENANCE_KEY, read_provenance
 
 INCLUDABLE = ("embedding", "norm", "head")

@@ -3,40 +3,19 @@
 import copy
 import itertools
 import math
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from elo.checkpoint import quirks
-from elo.errors import UnsupportedArchitectureError
+from elo.checkpoint.folder import write_config
+from elo.checkpoint.model_config import count_key, num_layers_of, text_config_of
+from elo.errors import UnsupportedArchitectureError, error_line
 
 _PER_LAYER_CONFIG = "per_layer_config"  # transformers' own scheme: {layer: {key: value}} where layers differ
-
-
-def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
-    """The part of a configuration that describes the decoder (itself, or for example its `text_config`)."""
-    return config.get_text_config(decoder=True)
-
-
-def config_of_class(model_class: Any, config: PretrainedConfig) -> PretrainedConfig:
-    """The part of a configuration that a model class takes: transformers loads some wrappers as their decoder alone."""
-    return config if isinstance(config, model_class.config_class) else text_config_of(config)
-
-
-def num_layers_of(config: PretrainedConfig) -> int:
-    """Number of decoder layers.
-
-    Raises:
-        UnsupportedArchitectureError: the configuration does not say.
-    """
-    text_config = text_config_of(config)
-    count = getattr(text_config, _count_key(text_config), None)
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise UnsupportedArchitectureError(
-            f"model type {config.model_type!r}: its configuration gives no number of decoder layers (num_hidden_layers)"
-        )
-    return count
 
 
 def layer_edits(text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
@@ -46,7 +25,7 @@ def layer_edits(text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str,
         UnsupportedArchitectureError: no configuration of this family describes these layers.
     """
     num_layers, model_type = num_layers_of(text_config), text_config.model_type
-    edits: dict[str, Any] = {_count_key(text_config): len(kept)}
+    edits: dict[str, Any] = {count_key(text_config): len(kept)}
     for key, value in vars(text_config).items():
         if key in edits or value is None:
             continue
@@ -103,10 +82,10 @@ def edit_json(config_json: dict[str, Any], config: PretrainedConfig, edits: dict
             part[stored] = copy.deepcopy(value)
         if stored not in part or key in part:
             part[key] = copy.deepcopy(value)
-    count_key = _count_key(text_config)
+    key_of_count = count_key(text_config)
     hidden = part.get("num_hidden_layers")
-    if count_key in edits and "num_hidden_layers" not in edits and isinstance(hidden, int):
-        part["num_hidden_layers"] = hidden * edits[count_key] // num_layers_of(config)
+    if key_of_count in edits and "num_hidden_layers" not in edits and isinstance(hidden, int):
+        part["num_hidden_layers"] = hidden * edits[key_of_count] // num_layers_of(config)
     return edited
 
 
@@ -118,6 +97,23 @@ def apply_edits(config: PretrainedConfig, small_config: PretrainedConfig, edits:
             setattr(text_config, key, copy.deepcopy(value))
     if _PER_LAYER_CONFIG in edits:
         vars(text_config)["_heterogeneity_spec"] = copy.deepcopy(vars(small_text)["_heterogeneity_spec"])
+
+
+def read_edited_config(
+    config_json: dict[str, Any], base_config: PretrainedConfig, edits: dict[str, Any]
+) -> PretrainedConfig:
+    """The edited configuration as transformers will read it from disk, which must keep the edits."""
+    with tempfile.TemporaryDirectory(prefix="elo-detach-") as scratch:
+        write_config(Path(scratch), config_json)
+        try:
+            small_config = type(base_config).from_pretrained(scratch)
+        except Exception as error:  # as above: any type
+            raise UnsupportedArchitectureError(
+                f"model type {base_config.model_type!r}: these layers make a configuration that transformers refuses "
+                f"({error_line(error)}); choose other layers"
+            ) from None
+    require_edits_kept(small_config, edits)
+    return small_config
 
 
 def require_edits_kept(small_config: PretrainedConfig, edits: dict[str, Any]) -> None:
@@ -132,17 +128,6 @@ def require_edits_kept(small_config: PretrainedConfig, edits: dict[str, Any]) ->
                 f"model type {small_config.model_type!r}: a model of these layers would need {key}={value!r}, but "
                 f"transformers makes that {found!r}; choose other layers"
             )
-
-
-def error_line(error: Exception) -> str:
-    """What another library's exception says, on one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:300] if lines else type(error).__name__
-
-
-def _count_key(text_config: PretrainedConfig) -> str:
-    by_type = quirks.LAYER_COUNT_KEY.get(text_config.model_type)
-    return by_type or type(text_config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
 
 
 def _part_name(config: PretrainedConfig, text_config: PretrainedConfig) -> str:

@@ -18,11 +18,11 @@ from elo.checkpoint.folder import (
     copy_side_files,
     copy_unlisted_weights,
     open_folder,
-    read_edited_config,
     refuse_overlap,
     write_config,
 )
 from elo.checkpoint.layers import parse_layers
+from elo.checkpoint.model_config import num_layers_of, text_config_of
 from elo.checkpoint.naming import LayerNames, NameMap, find_layer_names, load_hollow, map_names
 from elo.checkpoint.new_rows import first_new_row_of
 from elo.checkpoint.refusals import require_detachable
@@ -40,12 +40,7 @@ from elo.log import Progress
 from elo.store.files import atomic_directory, disk_errors_told, fsync_tree
 from elo.surgery.equivalence import build_hollow, build_hollow_causal_lm, require_same_layers
 from elo.surgery.in_memory import blend, check_include
-from elo.surgery.layer_config import (
-    edit_json,
-    layer_edits,
-    num_layers_of,
-    text_config_of,
-)
+from elo.surgery.layer_config import edit_json, layer_edits, read_edited_config
 from elo.surgery.matching import match_tensors, paired_chunks, same_bytes, tensor_bytes
 from elo.surgery.provenance import FORMAT, PROVENANCE_KEY, full_sha256, layer_sha256, read_provenance
 

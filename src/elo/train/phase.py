@@ -3,37 +3,45 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from elo.checkpoint.counting import read_config
+from elo.checkpoint.new_rows import share_record
+from elo.checkpoint.tensor_files import open_checkpoint
+from elo.data.heldout import cut_corpus
+from elo.data.shards import PreparedData
+from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
+from elo.evaluate.bits_per_byte import bits_per_byte
+from elo.evaluate.loading import load_model
 from elo.store.files import atomic_directory, disk_errors_told
 from elo.store.processes import from_main, is_main
+from elo.train.distributed import main_alone_loads, whole_parts, without_weights
+from elo.train.loop import train, wants_bf16
 from elo.train.prepared import Prepared
 from elo.train.settings import TrainingSettings
+from elo.train.trained_files import TrainedFiles
+from elo.train.trainer import Evaluate
 from elo.train.vocabulary_cut import CutSequences, VocabularyCut
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.utils.data import Dataset
-    from transformers import PreTrainedModel
-
-    from elo.data.shards import PreparedData
-    from elo.data.tokenizer import TextTokenizer
-    from elo.train.trained_files import TrainedFiles
-    from elo.train.trainer import Evaluate
 
 
 def train_checkpoint(
     checkpoint: Path,
     output: Path,
     *,
-    rows: "Dataset",
-    prepare: "Callable[[PreTrainedModel], Prepared]",
+    rows: Dataset,
+    prepare: Callable[[PreTrainedModel], Prepared],
     seed: int,
     settings: TrainingSettings,
     scratch: Path,
     vocabulary: Path | None = None,
-    evaluate: "Evaluate | None" = None,
+    evaluate: Evaluate | None = None,
     trust_remote_code: bool = False,
     label: str | None = None,
 ) -> dict[str, Any]:
@@ -48,8 +56,6 @@ def train_checkpoint(
     Returns:
         The stage's record: tokens, steps, seconds, tokens_per_second, peak_memory_bytes, losses, evaluations, ...
     """
-    from elo.train.loop import train
-    from elo.train.trained_files import TrainedFiles
 
     model, _, main_alone = load_trainable(checkpoint, settings, trust_remote_code=trust_remote_code)
     files = TrainedFiles(checkpoint, model)
@@ -66,7 +72,7 @@ def train_checkpoint(
         if evaluate is not None:
             evaluate = _on_whole_vocabulary(evaluate, cut)
 
-    def save(trained: "PreTrainedModel", parts: "Iterator[dict[str, Tensor]] | None") -> None:
+    def save(trained: PreTrainedModel, parts: Iterator[dict[str, Tensor]] | None) -> None:
         if cut is not None:
             cut.restore()
         prepared.fold()
@@ -88,8 +94,8 @@ def train_checkpoint(
     return record | {"tokens_per_second": result.tokens / result.seconds, "precision": _precision(settings)}
 
 
-def _on_whole_vocabulary(evaluate: "Evaluate", cut: VocabularyCut) -> "Evaluate":
-    def measure(model: "PreTrainedModel") -> dict[str, float]:
+def _on_whole_vocabulary(evaluate: Evaluate, cut: VocabularyCut) -> Evaluate:
+    def measure(model: PreTrainedModel) -> dict[str, float]:
         with cut.whole():
             return evaluate(model)
 
@@ -98,7 +104,7 @@ def _on_whole_vocabulary(evaluate: "Evaluate", cut: VocabularyCut) -> "Evaluate"
 
 def load_trainable(
     checkpoint: Path, settings: TrainingSettings, *, trust_remote_code: bool = False
-) -> "tuple[PreTrainedModel, Any, bool]":
+) -> tuple[PreTrainedModel, Any, bool]:
     """Load a checkpoint in fp32, so that what trains has fp32 master weights.
 
     Returns:
@@ -109,15 +115,6 @@ def load_trainable(
     Raises:
         EloError: the folder holds no checkpoint in safetensors that transformers can load.
     """
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    from elo.checkpoint.counting import read_config
-    from elo.checkpoint.new_rows import share_record
-    from elo.checkpoint.tensor_files import open_checkpoint
-    from elo.evaluate.loading import load_model
-    from elo.train.distributed import main_alone_loads, without_weights
-    from elo.train.loop import wants_bf16
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -144,9 +141,9 @@ def load_trainable(
 
 
 def save_checkpoint(
-    model: "PreTrainedModel",
-    parts: "Iterator[dict[str, Tensor]] | None",
-    files: "TrainedFiles",
+    model: PreTrainedModel,
+    parts: Iterator[dict[str, Tensor]] | None,
+    files: TrainedFiles,
     output: Path,
     *,
     python: bool = False,
@@ -157,36 +154,30 @@ def save_checkpoint(
         parts: the weights, part by part, where the model holds only pieces of them.
         python: copy the base's Python files too.
     """
-    from elo.train.distributed import whole_parts
 
     with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
         files.write(folder, model, whole_parts(model) if parts is None else parts, python=python)
 
 
 def heldout_evaluator(
-    prepared: "PreparedData",
+    prepared: PreparedData,
     languages: Sequence[str],
-    tokenizer: "TextTokenizer",
+    tokenizer: TextTokenizer,
     *,
     sequence_length: int,
     max_bytes: int | None,
     settings: TrainingSettings,
-) -> "Evaluate":
+) -> Evaluate:
     """Bits per byte of the held-out text of each language, for the measurements during training.
 
     It is the text, cut in the same way, that `evaluate` measures on, so that curves can be compared with final values.
     """
-    import torch
-
-    from elo.data.heldout import cut_corpus
-    from elo.evaluate.bits_per_byte import bits_per_byte
-    from elo.train.loop import wants_bf16
 
     tokenizer = replace(tokenizer, split_special_tokens=prepared.split_special_tokens)
     corpora = {language: cut_corpus(prepared.heldout(language), tokenizer, max_bytes) for language in languages}
     autocast = torch.bfloat16 if wants_bf16(settings) else None
 
-    def evaluate(model: "PreTrainedModel") -> dict[str, float]:
+    def evaluate(model: PreTrainedModel) -> dict[str, float]:
         return {
             language: bits_per_byte(
                 model, corpus, sequence_length=sequence_length, autocast_dtype=autocast
@@ -199,21 +190,17 @@ def heldout_evaluator(
 
 def _keeps_frozen_as_stored(settings: TrainingSettings) -> bool:
     """Whether frozen parameters stay in the dtypes that they are stored in, which saves memory."""
-    import torch
-
-    from elo.train.loop import wants_bf16
 
     return torch.cuda.is_available() and wants_bf16(settings)
 
 
-def _freeze_in(model: "PreTrainedModel", stored: "dict[int, Any]", *, empty: bool = False) -> None:
+def _freeze_in(model: PreTrainedModel, stored: dict[int, Any], *, empty: bool = False) -> None:
     """Keep frozen parameters in their stored half precision: they need no master weights.
 
     Args:
         stored: dtype by the parameter's `id`.
         empty: they have no values, and get none.
     """
-    import torch
 
     for parameter in model.parameters():
         dtype = stored.get(id(parameter))
@@ -222,6 +209,5 @@ def _freeze_in(model: "PreTrainedModel", stored: "dict[int, Any]", *, empty: boo
 
 
 def _precision(settings: TrainingSettings) -> str:
-    from elo.train.loop import wants_bf16
 
     return "bf16" if wants_bf16(settings) else "fp32"

@@ -162,8 +162,8 @@ class EloTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.first_row and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise EloError(
-                "training new rows alone (elo.embedding_rows: new, method embeddings_first) needs whole embeddings, "
-                "which FSDP and DeepSpeed take to pieces; leave them out of this section's training_arguments"
+                "training new rows alone (method.embedding_rows: new, method embeddings_first) needs whole embeddings, "
+                "which FSDP and DeepSpeed take to pieces; leave them out of training_arguments"
             )
         made = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
@@ -209,7 +209,7 @@ class EloTrainer(Trainer):
             shown = ", ".join(f"{value:.3f}" for value in recent)
             self._diverged(
                 f"the last three logged losses ({shown}) stay more than {self.loss_spike} nats above the "
-                f"recent median {statistics.median(before):.3f} (loss_spike)"
+                f"recent median {statistics.median(before):.3f} (max_loss_spike_nats)"
             )
 
     def _diverged(self, what: str) -> None:

@@ -18,17 +18,16 @@ from elo.checkpoint.folder import (
     copy_side_files,
     copy_unlisted_weights,
     open_folder,
-    read_edited_config,
     refuse_overlap,
     write_config,
 )
 from elo.checkpoint.naming import load_hollow, map_names
 from elo.checkpoint.new_rows import VOCABULARY_KEY, NewRows
 from elo.checkpoint.tensor_files import MAX_SHARD_BYTES, NewTensor, StoredTensor, write_checkpoint
-from elo.errors import EloError, UnsupportedArchitectureError
+from elo.errors import EloError, UnsupportedArchitectureError, error_line
 from elo.store.files import atomic_directory, disk_errors_told
 from elo.surgery.equivalence import build_hollow_causal_lm
-from elo.surgery.layer_config import edit_json, error_line
+from elo.surgery.layer_config import edit_json, read_edited_config
 from elo.surgery.matching import tensor_bytes
 from elo.surgery.provenance import PROVENANCE_KEY
 

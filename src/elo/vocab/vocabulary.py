@@ -3,21 +3,27 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from elo.check_output import check_output
+from elo.checkpoint.counting import footprint, read_config
+from elo.checkpoint.footprint import Footprint
+from elo.data.sources import read_documents
+from elo.data.text_loss import judge_loss, text_encoder
+from elo.data.tokenizer import TextTokenizer, load_tokenizer, save_with_backend
+from elo.data.tokenizing import TextCounts, batched
 from elo.errors import EloError
+from elo.log import Progress
 from elo.store.files import write_json
 from elo.surgery.detach_attach import check_replaceable, resolve_checkpoint
-
-if TYPE_CHECKING:
-    import torch
-    from tokenizers import Tokenizer
-
-    from elo.checkpoint.footprint import Footprint
-    from elo.data.tokenizer import TextTokenizer
-    from elo.data.tokenizing import TextCounts
-    from elo.vocab.pieces import Identity
-    from elo.vocab.words import Fertility
+from elo.vocab.pieces import Identity, PieceLearner, compare_tokenizers, extend_tokenizer, require_old_ids
+from elo.vocab.rows import INITIALISATIONS, NewTokens, RowInit, extend_checkpoint
+from elo.vocab.words import Fertility, measure_fertility
 
 DEFAULT_PIECES = (2000, 4000, 8000, 16000)
 _MOST_PIECES = 10_000_000
@@ -67,11 +73,6 @@ def measure_vocabulary(
     Raises:
         EloError: something given cannot be read, or the tokenizer cannot be extended.
     """
-    from elo.checkpoint.counting import footprint, read_config
-    from elo.data.text_loss import judge_loss, text_encoder
-    from elo.data.tokenizer import load_tokenizer
-    from elo.vocab.pieces import PieceLearner, compare_tokenizers, extend_tokenizer
-    from elo.vocab.words import measure_fertility
 
     if not corpora:
         raise EloError("vocab: nothing to measure on; give --corpus LANGUAGE=FILE")
@@ -188,16 +189,6 @@ def extend_vocabulary(
     Raises:
         EloError: something given cannot be read or does not fit, or the tokenizer cannot be extended.
     """
-    from elo.check_output import check_output
-    from elo.data.tokenizer import save_with_backend
-    from elo.vocab.pieces import (
-        PieceLearner,
-        compare_tokenizers,
-        extend_tokenizer,
-        require_old_ids,
-    )
-    from elo.vocab.rows import INITIALISATIONS, NewTokens, RowInit, extend_checkpoint
-    from elo.vocab.words import measure_fertility
 
     for name, value in (("--init", init), ("--head-init", head_init or init)):
         if value not in INITIALISATIONS:
@@ -261,15 +252,13 @@ def extend_vocabulary(
     )
 
 
-def _backend(path: str | Path, trust_remote_code: bool) -> "Tokenizer":
-    from elo.data.tokenizer import load_tokenizer
+def _backend(path: str | Path, trust_remote_code: bool) -> Tokenizer:
 
     return load_tokenizer(path, trust_remote_code).backend
 
 
-def _count(tokenizer: "TextTokenizer", texts: Sequence[str]) -> "TextCounts":
+def _count(tokenizer: TextTokenizer, texts: Sequence[str]) -> TextCounts:
     """What is counted of texts while they are tokenised."""
-    from elo.data.tokenizing import TextCounts, batched
 
     return TextCounts(*sum(tokenizer.encode_and_check(batch)[1].sum(axis=0) for batch in batched(texts)).tolist())
 
@@ -280,8 +269,6 @@ def _limit(target: bool) -> int:
 
 def _read(path: str | Path, text_column: str, limit: int, label: str) -> tuple[list[str], list[str]]:
     """Documents to learn from and documents to measure on, `limit` characters in all."""
-    from elo.data.sources import read_documents
-    from elo.log import Progress
 
     documents: list[list[str]] = [[], []]
     with Progress(limit, f"vocab: reading {label}", "characters") as progress:
@@ -305,15 +292,13 @@ def _until(texts: Iterator[str], limit: int) -> Iterator[str]:
             return
 
 
-def _origin(old: "Tokenizer", token: str) -> list[int]:
+def _origin(old: Tokenizer, token: str) -> list[int]:
     """The old tokens that a new token's text is tokenised into, as its vocabulary spells it; unknown parts left out."""
     unknown = getattr(old.model, "unk_token", None)
     return [each.id for each in old.model.tokenize(token) if each.value != unknown]
 
 
-def _read_rows(path: Path) -> "dict[str, torch.Tensor]":
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_rows(path: Path) -> dict[str, torch.Tensor]:
 
     if not path.is_file():
         raise EloError(f"--rows {path}: no such file; give a safetensors file with embedding and head rows")
@@ -323,23 +308,23 @@ def _read_rows(path: Path) -> "dict[str, torch.Tensor]":
         raise EloError(f"--rows {path}: is not a safetensors file, or damaged ({error})") from None
 
 
-def _fertility(measured: "Fertility") -> dict[str, Any]:
+def _fertility(measured: Fertility) -> dict[str, Any]:
     return asdict(measured) | {
         "bytes_per_token": measured.bytes_per_token,
         "tokens_per_word": measured.tokens_per_word,
     }
 
 
-def _identity(found: "Identity") -> dict[str, Any]:
+def _identity(found: Identity) -> dict[str, Any]:
     return asdict(found) | {"holds": found.holds, "words": list(found.words)}
 
 
-def _flops_per_byte(counted: "Footprint", measured: "Fertility") -> float:
+def _flops_per_byte(counted: Footprint, measured: Fertility) -> float:
     """Matmul FLOPs that full CPT spends on a byte of text."""
     return counted.flops_per_token("trained", sequence_length=2048).total / measured.bytes_per_token
 
 
-def _advice(target: str, now: "Fertility", candidates: Sequence[Mapping[str, Any]]) -> str:
+def _advice(target: str, now: Fertility, candidates: Sequence[Mapping[str, Any]]) -> str:
     best = min(candidates, key=lambda each: each["flops_per_byte"])
     told = (
         f"{best['pieces']:,} new pieces bring {target} to {best['tokens']:.0%} of the tokens "

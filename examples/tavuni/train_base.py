@@ -4,8 +4,8 @@ A base that really speaks its source language is the instrument every comparison
 to be in reach. The loop is bare PyTorch on purpose: it depends on nothing of ELO's, so that a mistake in ELO cannot
 hide in the base it is measured on.
 
-    python benchmarks/train_base.py --corpus en=../shared/data/en_wiki.jsonl.gz \
-        --corpus ko=../shared/data/ko_wiki.jsonl.gz --share ko=0.05 --tokens 8e6 --output /tmp/base-en
+    python examples/tavuni/train_base.py --corpus en=en_wiki.jsonl.gz --corpus ko=ko_wiki.jsonl.gz --share ko=0.05 \
+        --tokens 8e6 --output base-en
 """
 
 import argparse

@@ -1,0 +1,194 @@
+"""Estimate one phase of a method: FLOPs, time, memory, and which settings would make it fit."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from elo.checkpoint.footprint import Footprint
+from elo.methods import Method, Phase
+from elo.plan.activations import saved_activations
+from elo.plan.devices import Device
+from elo.plan.memory import Kind, Precision, SavedActivations, phase_memory
+from elo.plan.schema import FlopsPerToken, Memory, PhasePlan
+from elo.train.settings import TrainingSettings
+
+USABLE_MEMORY = 0.95
+"""Share of a device's memory that is planned for; the rest goes to the allocator's gaps."""
+
+_OPTIMIZER_TRAFFIC = {"adamw_bnb_8bit": 28.0, "adafactor": 28.0}
+_ADAMW_TRAFFIC = 40.0
+"""Bytes to and from memory for one trained parameter and update: weight, clipped gradient, states; read and written."""
+
+
+@dataclass
+class Model:
+    """A model as a plan sees it: counted without weights, and traced once for each way of training it."""
+
+    config: PretrainedConfig
+    whole: Footprint
+    vocabulary_rows: int
+    """Rows of embedding and head, where `training.vocabulary` is `corpus`."""
+    _traced: dict[Any, SavedActivations] = field(default_factory=dict)
+
+    def counted(self, settings: TrainingSettings) -> Footprint:
+        """The footprint with the rows that training computes with."""
+        return self.whole if settings.vocabulary == "all" else self.whole.with_vocabulary(self.vocabulary_rows)
+
+    def saved(self, phase: Phase, layers: Sequence[int], **trace: Any) -> SavedActivations:
+        """What a phase keeps for the backward; `layers` train at one time."""
+        if phase.middle in ("trained", "adapted"):
+            key: tuple[Any, ...] = (None, (), False)
+        else:
+            key = (tuple(layers), phase.also_train, not phase.detached)
+        chosen, also_train, in_place = key
+        key += tuple(trace.items())
+        if key not in self._traced:
+            self._traced[key] = saved_activations(
+                self.config, self.whole, chosen, also_train=also_train, in_place=in_place, **trace
+            )
+        return self._traced[key]
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether all activations are measured, none by a rule of thumb."""
+        return all(saved.traced for saved in self._traced.values())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the phases are planned for."""
+
+    device: Device
+    devices: int
+    utilisation: float
+    price_per_hour: float | None
+
+    def precision(self, settings: TrainingSettings) -> Precision:
+        if settings.bf16 == "auto":
+            return self.device.precision
+        return "bf16" if settings.bf16 else "fp32"
+
+    def holds(self, memory: Memory) -> bool:
+        return memory.peak_bytes <= USABLE_MEMORY * self.device.memory_bytes
+
+
+def plan_phase(
+    model: Model,
+    machine: Machine,
+    method: Method,
+    phase: Phase,
+    layers: Sequence[int],
+    settings: TrainingSettings,
+    *,
+    tokens: int,
+    sequence_length: int,
+) -> PhasePlan:
+    """Estimate one phase.
+
+    Args:
+        layers: decoder layers that the configuration chooses.
+        tokens: that it trains on.
+    """
+    counted = model.counted(settings)
+    flops = method.flops_per_token(
+        phase, counted, layers, sequence_length, activation_checkpointing=settings.activation_checkpointing
+    )
+    training = method.layers_at_once(phase, layers, counted.num_layers)
+    trainable = counted.trainable(phase.middle, training, lora_rank=phase.lora_rank, also_train=phase.also_train)
+    rate = machine.device.matmul_flops * machine.utilisation * machine.devices
+    updated = trainable / (machine.devices if settings.divides_model else 1)
+    traffic = _OPTIMIZER_TRAFFIC.get(settings.optimizer_name, _ADAMW_TRAFFIC)
+    update_seconds = traffic * updated / machine.device.bandwidth / settings.tokens_per_step
+    seconds_per_token = flops.total / rate + update_seconds
+    device_hours = seconds_per_token * tokens * machine.devices / 3600
+
+    def memory(settings: TrainingSettings) -> Memory:
+        return _memory(model, machine, method, phase, training, settings, sequence_length)
+
+    needed = memory(settings)
+    fits = machine.holds(needed)
+    suggestion: list[str] = []
+    if not fits:
+        for changes in _changes(machine, method, phase, settings):
+            if machine.holds(memory(settings.model_copy(update=changes))):
+                suggestion = [_written(key, value) for key, value in changes.items()]
+                break
+    return PhasePlan(
+        name=phase.name,
+        middle=phase.middle,
+        tokens=tokens,
+        trainable_parameters=trainable,
+        flops_per_token=FlopsPerToken(
+            forward=flops.forward,
+            backward=flops.backward,
+            recompute=flops.recompute,
+            head=flops.head,
+            total=flops.total,
+        ),
+        flops=flops.total * tokens,
+        seconds=seconds_per_token * tokens,
+        tokens_per_second=1 / seconds_per_token,
+        optimizer_share=update_seconds / seconds_per_token,
+        device_hours=device_hours,
+        cost=None if machine.price_per_hour is None else device_hours * machine.price_per_hour,
+        memory=needed,
+        fits=fits,
+        suggestion=suggestion,
+    )
+
+
+def _memory(
+    model: Model,
+    machine: Machine,
+    method: Method,
+    phase: Phase,
+    training: Sequence[int],
+    settings: TrainingSettings,
+    sequence_length: int,
+) -> Memory:
+    kind: Kind = machine.device.kind
+    precision = machine.precision(settings)
+    cut = settings.vocabulary == "corpus"
+    saved = model.saved(
+        phase, training, precision=precision, kind=kind, frozen_in_fp32=method.redraws_layers
+    )  # fmt: skip
+    return phase_memory(
+        model.counted(settings),
+        saved,
+        phase,
+        training,
+        settings,
+        sequence_length=sequence_length,
+        precision=precision,
+        kind=kind,
+        devices=machine.devices,
+        fp32_throughout=method.redraws_layers,
+        set_aside=model.whole.embedding + model.whole.head if cut else 0,
+    )
+
+
+def _changes(machine: Machine, method: Method, phase: Phase, settings: TrainingSettings) -> Iterator[dict[str, Any]]:
+    """Changes of one setting, then of two, that need less memory; what costs least speed first."""
+    single: dict[str, Any] = {}
+    if settings.per_device_train_batch_size > 1:
+        single["per_device_train_batch_size"] = 1
+    if machine.devices > 1 and not settings.divides_model and phase.middle in ("removed", "bridged", "trained"):
+        single["training_arguments"] = settings.training_arguments | {"fsdp": True}
+    if not settings.activation_checkpointing:
+        single["activation_checkpointing"] = True
+    if settings.optimizer_name.startswith("adamw_torch") and machine.device.kind == "gpu":
+        single["optim"] = "adamw_8bit"
+    for number in (1, 2):
+        for keys in combinations(single, number):
+            divided = settings.divides_model or "training_arguments" in keys
+            if not (divided and "optim" in keys):  # refused together
+                yield {key: single[key] for key in keys}
+
+
+def _written(key: str, value: Any) -> str:
+    if key == "training_arguments":
+        return "training_arguments: {fsdp: true}"
+    return f"{key}: {str(value).lower() if isinstance(value, bool) else value}"

@@ -71,7 +71,7 @@ class Tasks(Measure):
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise EloError(f"{where}: batch_size: must be at least 1, or auto; got {self.batch_size}")
         with _quiet():
-            known = _manager(self.include_path).all_tasks
+            known = self._manager().all_tasks
             for task in self.languages:
                 if task not in known:
                     close = difflib.get_close_matches(task, known, 3, 0.6)
@@ -119,12 +119,19 @@ class Tasks(Measure):
             write_text(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
         return Outcome([value for task in loaded for value in self._values(task, loaded[task], results)])
 
+    def _manager(self) -> Any:
+        """Only the tasks of `include_path` if they suffice, because lm-eval takes long to read its thousands."""
+        own = _manager(self.include_path, defaults=False) if self.include_path else None
+        if own is not None and all(task in own.all_tasks and task not in own.all_groups for task in self.languages):
+            return own
+        return _manager(self.include_path)
+
     def _load(self, task: str, where: str) -> list[Any]:
         """The tasks or the group of this name, with their data."""
         try:
-            built = _manager(self.include_path)._load_spec(task)
+            built = self._manager()._load_spec(task)
         except Exception as error:  # whatever a task's own code and data set raise
-            data = ", ".join(sorted(_data_sets(task, self.include_path))) or "unknown"
+            data = ", ".join(sorted(_data_sets(task, self._manager()))) or "unknown"
             if isinstance(error, OSError):  # ConnectionError and DatasetNotFoundError are of this kind
                 raise EloError(
                     f"{where}: task {task}: its data set {data} cannot be loaded ({_reason(error)}); connect to the "
@@ -186,20 +193,20 @@ def benchmark_tasks(
 
 
 @cache
-def _manager(include_path: str | None) -> Any:
+def _manager(include_path: str | None, *, defaults: bool = True) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path)
+    return TaskManager(include_path=include_path, include_defaults=defaults)
 
 
-def _data_sets(task: str, include_path: str | None) -> set[str]:
+def _data_sets(task: str, manager: Any) -> set[str]:
     """Data sets that a task, or a member of a group or tag, is made from."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    entry = _manager(include_path)._entry(task)
+    entry = manager._entry(task)
     if entry is None:
         return set()
-    found = {each for member in entry.tags if entry.yaml_path is None for each in _data_sets(member, include_path)}
+    found = {each for member in entry.tags if entry.yaml_path is None for each in _data_sets(member, manager)}
     if entry.yaml_path is not None:
         config = load_yaml(entry.yaml_path, resolve_func=False)
         if "dataset_path" in config:
@@ -209,7 +216,7 @@ def _data_sets(task: str, include_path: str | None) -> set[str]:
             )
         members = config.get("task")
         for member in members if isinstance(members, list) else []:
-            found |= _data_sets(member if isinstance(member, str) else str(member.get("task")), include_path)
+            found |= _data_sets(member if isinstance(member, str) else str(member.get("task")), manager)
     return found
 
 

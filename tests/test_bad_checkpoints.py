@@ -325,7 +325,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "include unknown": (["attach", D, "--base", B, "-o", OUT, "--include", "lm_head"], ("cannot put back 'lm_head'",)),
     "include layers": (["attach", D, "--base", B, "-o", OUT, "--include", "layers"], ("cannot put back 'layers'",)),
     "evaluate items of no kind": (["evaluate", "{t}", "--cloze", "en={p}/base/config.json"], ("config.json:1",)),
-    "evaluate nothing": (["evaluate", B], ("nothing to measure on",)),
+    "evaluate nothing": (["evaluate", B], ("nothing to measure",)),
     "evaluate no language": (["evaluate", B, "--corpus", "x.jsonl"], ("LANGUAGE=FILE",)),
     "evaluate no file": (["evaluate", B, "--corpus", "en="], ("LANGUAGE=FILE",)),
     "evaluate missing file": (["evaluate", B, "--corpus", "en={t}/no.jsonl"], ("no.jsonl", "no such file")),

@@ -115,7 +115,7 @@ MISTAKES = {
     "empty model folder": (["detach", "{tmp}", "-o", "{tmp}/out"], "config.json"),
     "output is there": (["detach", "{world}/base", "-o", "{here}"], "already exists"),
     "base to attach": (["attach", "{world}/base", "--base", "{world}/base", "-o", "{tmp}/out"], "detach"),
-    "nothing to evaluate on": (["evaluate", "{world}/base"], "nothing to measure on"),
+    "nothing to evaluate on": (["evaluate", "{world}/base"], "nothing to measure"),
     "no language": (["evaluate", "{world}/base", "--corpus", "{world}/en.jsonl"], "write LANGUAGE=FILE"),
     "language twice": (["evaluate", "{world}/base", "--corpus", "a=b", "--corpus", "a=c"], "'a' is given twice"),
     "corpus missing": (["evaluate", "{world}/base", "--corpus", "en={tmp}/none.jsonl"], "none.jsonl"),

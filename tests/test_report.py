@@ -128,7 +128,7 @@ def test_benchmarks_have_columns_with_the_direction_and_chance():
     assert (base["cloze ko"].text, own["cloze ko"].text, own["cloze ko"].detail) == ("27.0%", "44.0%", "±2.9")
     markdown = markdown_page(read_results(EXAMPLES["run"]), [])
     assert "cloze ko (↑, chance 25%)" in markdown
-    assert "| Base model | 22.0% (±3.4) | 32.0% (±3.8)" in markdown or "| Base model | 32.0% (±3.8) | 22.0%" in markdown
+    assert "| cloze ko: told in ko (↑, chance 25%) | 32.0% (±3.8) | 49.0% (±4.1) |" in markdown
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
@@ -323,9 +323,10 @@ def test_an_evaluation_record_becomes_a_measurement():
         "heldout": {"ko": {"documents": 2, "tokens": 30, "bytes": 100}},
         "documents_nats": {"ko": [51.98604, 52.0]},
         "documents_bytes": {"ko": [40, 60]},
-        "cloze": {
-            "ko": {"accuracy": 0.25, "items": 300, "chance": 0.2, "groups": {"river": {"accuracy": 1, "items": 4}}}
-        },
+        "measures": [
+            {"measure": "cloze", "language": "ko", "value": 0.25, "items": 300, "standard_error": 0.025},
+            {"measure": "in_context_nats", "value": 2.5, "unit": "number", "higher_is_better": False},
+        ],
         "samples": [{"language": "ko", "prompt": "a", "text": "b"}],
         "generation": {"ko": {"characters": 1, "seconds": 2.0}},
     }
@@ -333,8 +334,8 @@ def test_an_evaluation_record_becomes_a_measurement():
     assert found.document_nats == {"ko": (51.986, 52.0)}
     assert found.document_bytes == {"ko": (40, 60)}
     assert found.heldout["ko"].documents == 2
-    assert [(each.name, each.value, each.items) for each in found.measures] == [("all", 0.25, 300), ("river", 1.0, 4)]
-    assert found.measures[0].standard_error == pytest.approx(0.025)
+    assert [(each.language, each.value, each.items) for each in found.measures] == [("ko", 0.25, 300), ("", 2.5, None)]
+    assert found.measures[0].standard_error == 0.025
     assert collect.measured({"bpb": {"ko": 1.0}}).document_nats == {}
 
 

@@ -34,7 +34,17 @@ ORDER = [
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 COMMAND_LINE = {"cli.py", "__main__.py"}
 """Import what a verb needs when it is called, so that --help is quick."""
-OPTIONAL = {"accelerate", "bitsandbytes", "datasets", "deepspeed", "huggingface_hub", "matplotlib", "peft", "torch"}
+OPTIONAL = {
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "huggingface_hub",
+    "lm_eval",
+    "matplotlib",
+    "peft",
+    "torch",
+}
 """Heavy, or installed for some uses alone: may be imported where they are used."""
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 

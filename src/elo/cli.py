@@ -204,6 +204,24 @@ def evaluate(
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="LANGUAGE=TEXT", help="Text to continue greedily; may be repeated.")
     ] = None,
+    in_context: Annotated[
+        bool,
+        typer.Option("--in-context", help="Measure copying, recall and pattern completion on random pieces; no data."),
+    ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-eval, joined by commas; ko=TASK reports one under a language (extra eval)."),
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question of --tasks.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Questions of each task: the first ones, or a share below 1.")
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option(help="Sequences in a forward pass of --tasks; auto: as many as fit on a GPU, 1 on a CPU.")
+    ] = "auto",
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with task files (.yaml) of your own for --tasks.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="Context in tokens.")] = None,
     max_bytes: Annotated[
@@ -216,19 +234,30 @@ def evaluate(
     allow_lost_text: LostText = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure bits per byte and cloze accuracy of any Hugging Face causal LM, by language."""
+    """Measure bits per byte, cloze accuracy, in-context ability and benchmarks of any Hugging Face causal LM."""
     from elo.evaluate.evaluate import evaluate
+    from elo.evaluate.in_context import InContext
+    from elo.evaluate.lm_eval import benchmark_tasks
 
     corpora, items = files_by_language("--corpus", corpus), files_by_language("--cloze", cloze)
     prompts = texts_by_language(prompt)
-    if not corpora and not items and not prompts:
-        raise EloError("evaluate: nothing to measure on; give --corpus LANGUAGE=FILE or --cloze LANGUAGE=FILE")
+    measures: list[Any] = [InContext()] if in_context else []
+    if tasks is not None:
+        measures.append(benchmark_tasks(tasks, num_fewshot, limit, batch_size, include_path))
+    elif num_fewshot is not None or limit is not None or include_path is not None:
+        raise EloError("evaluate: --num-fewshot, --limit and --include-path belong to --tasks; give --tasks TASK")
+    if not corpora and not items and not prompts and not measures:
+        raise EloError(
+            "evaluate: nothing to measure; give --corpus LANGUAGE=FILE, --cloze LANGUAGE=FILE, --in-context or "
+            "--tasks TASK"
+        )
     evaluate(
         model,
         tokenizer=tokenizer,
         corpora=corpora,
         cloze=items,
         prompts=prompts,
+        measures=measures,
         sequence_length=sequence_length,
         max_bytes=max_bytes,
         text_column=text_column,

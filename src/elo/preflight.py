@@ -44,6 +44,8 @@ def check_inputs(config: RunConfig) -> None:
         if not Path(path).is_file():
             raise EloError(f"evaluation.cloze.{language}: {path}: no such file")
         read_cloze(Path(path))
+    for measure in config.evaluation.measures:
+        measure.check(f"evaluation.{measure.name}")
     for language in config.evaluation.prompts:
         if language not in (config.data.target, config.data.source):
             raise EloError(f"evaluation.prompts: {language!r} is neither the target nor the source language")

@@ -309,7 +309,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measure a model in a stage of its own and return the record."""
     config = inputs.config
-    cloze = {} if brief else {language: file_identity(Path(path)) for language, path in config.evaluation.cloze.items()}
+    paths = [] if brief else list(map(Path, config.evaluation.cloze.values()))
+    paths += [] if brief else [path for each in config.evaluation.measures for path in each.files()]
     stage = inputs.folder.once(
         name,
         stages.measure,
@@ -317,7 +318,7 @@ def measure(
         model=model,
         corpora=corpora,
         evaluation=config.evaluation,
-        cloze=cloze,
+        files={str(path): file_identity(path) for path in paths},
         brief=brief,
         sequence_length=config.data.sequence_length,
         split_special_tokens=config.data.split_special_tokens,

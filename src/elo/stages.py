@@ -279,17 +279,17 @@ def measure(
     model: Artifact,
     corpora: Mapping[str, TokenCorpus],
     evaluation: EvaluationConfig,
-    cloze: Any,
+    files: Any,
     brief: bool,
     sequence_length: int,
     split_special_tokens: bool,
     tokenizer: str,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """Measure a model: bits per byte by language and, unless `brief`, cloze accuracy and samples.
+    """Measure a model: bits per byte by language and, unless `brief`, every measure that is configured.
 
     Args:
-        cloze: identities of the files with cloze items.
+        files: identities of the files that measures read.
     """
     started = time.perf_counter()
     measured = evaluate(
@@ -298,11 +298,13 @@ def measure(
         corpora=corpora,
         cloze={} if brief else {language: Path(path) for language, path in evaluation.cloze.items()},
         prompts={} if brief else evaluation.prompts,
+        measures=[] if brief else evaluation.measures,
         sequence_length=sequence_length,
         max_bytes=evaluation.max_bytes,
         split_special_tokens=split_special_tokens,
         max_new_tokens=evaluation.max_new_tokens,
         trust_remote_code=trust_remote_code,
+        files=output,
         progress=False,
     )
     return measured | {"seconds": time.perf_counter() - started}

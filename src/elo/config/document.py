@@ -18,6 +18,7 @@ from elo.config.schema import (
     EvaluationConfig,
     RunConfig,
 )
+from elo.evaluate.measures import MEASURES, Measure
 from elo.methods import METHODS
 from elo.train.settings import EXECUTION, TrainingSection
 
@@ -35,6 +36,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "data.corpora": CorpusConfig,
     "training": TrainingSection,
     "evaluation": EvaluationConfig,
+    **{f"evaluation.{name}": measure for name, measure in MEASURES.items()},
 }
 _COMPARISON: dict[str, type[BaseModel]] = {
     "The comparison": CompareConfig,
@@ -167,6 +169,8 @@ def _values(kind: Any) -> str:
     names = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", type(None): "null"}
     if kind in names:
         return names[kind]
+    if isinstance(kind, type) and issubclass(kind, Measure):
+        return kind.short_form
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return "section"
     return "any value"

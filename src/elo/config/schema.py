@@ -4,9 +4,10 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator, model_validator
 
 from elo.checkpoint.layers import DEFAULT_LAYERS
+from elo.evaluate.measures import MEASURES, Measure
 from elo.methods import METHODS, Method, Phase
 from elo.methods.lora import Lora
 from elo.train.settings import TrainingSection, TrainingSettings
@@ -120,7 +121,7 @@ class DataConfig(_Section):
         return self
 
 
-class EvaluationConfig(_Section):
+class _EvaluationConfig(_Section):
     """What is measured before and after."""
 
     max_bytes: Annotated[int | None, BeforeValidator(_whole_number)] = Field(400_000, ge=1000)
@@ -131,6 +132,29 @@ class EvaluationConfig(_Section):
     """Prompts by language, for samples before and after."""
     max_new_tokens: int = Field(48, gt=0)
     """Length of a sample, in tokens."""
+
+    @property
+    def measures(self) -> list[Measure]:
+        """The registered measures that are asked for."""
+        found = [getattr(self, name) for name in MEASURES]
+        return [measure for measure in found if measure is not None]
+
+
+def _measure_field(measure: type[Measure]) -> Any:
+    """The section of a registered measure, null unless it is asked for."""
+    section = Annotated[measure | None, BeforeValidator(measure.from_short)]
+    return (section, Field(None, description=" ".join((measure.__doc__ or "").split())))
+
+
+if TYPE_CHECKING:
+    EvaluationConfig = _EvaluationConfig
+else:
+    EvaluationConfig = create_model(
+        "EvaluationConfig",
+        __base__=_EvaluationConfig,
+        __doc__=_EvaluationConfig.__doc__,
+        **{name: _measure_field(measure) for name, measure in MEASURES.items()},
+    )
 
 
 class RunConfig(_Section):

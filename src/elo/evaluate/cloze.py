@@ -5,9 +5,10 @@ Shapes: B rows, T positions.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from elo.data.packing import IGNORE_INDEX
 from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
+from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, share_error
 from elo.evaluate.scoring import (
     batch_tokens,
     check_ids,
@@ -78,6 +80,49 @@ class _Candidate:
     choice: int
     ids: list[int]
     scored: int
+
+
+class Cloze(Measure):
+    """Cloze accuracy by language, of all items and of each group of them."""
+
+    name: ClassVar[str] = "cloze"
+    given: dict[str, Any]
+    """By language the items, or the JSON-lines file that holds them."""
+
+    @cached_property
+    def items(self) -> dict[str, Sequence[ClozeItem]]:
+        """Items by language; files are read once."""
+        return {
+            language: read_cloze(Path(each)) if isinstance(each, str | Path) else each
+            for language, each in self.given.items()
+        }
+
+    def check(self, where: str) -> None:
+        assert self.items is not None
+
+    def measure(self, subject: Subject) -> Outcome:
+        values, record = [], {}
+        for language, items in self.items.items():
+            label = f"cloze {language}" if subject.progress else None
+            score = cloze_accuracy(
+                subject.model, subject.text_tokenizer, items, batch_size=subject.batch_size, progress=label
+            )
+            groups = {name: asdict(group) for name, group in score.groups.items()}
+            whole = {"accuracy": score.accuracy, "items": score.items}
+            record[language] = {**whole, "chance": score.chance, "groups": groups}
+            values += [
+                MeasureValue(
+                    measure="cloze",
+                    name=name,
+                    language=language,
+                    value=group["accuracy"],
+                    standard_error=share_error(group["accuracy"], group["items"]),
+                    items=group["items"],
+                    chance=score.chance,
+                )
+                for name, group in {"all": whole, **groups}.items()
+            ]
+        return Outcome(values, {"cloze": record})
 
 
 def read_cloze(path: Path) -> list[ClozeItem]:

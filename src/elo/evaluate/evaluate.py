@@ -1,10 +1,10 @@
-"""`elo evaluate`: bits per byte, cloze accuracy and samples of any Hugging Face causal LM, by language."""
+"""`elo evaluate`: bits per byte by language, and every measure that is asked for, of any Hugging Face causal LM."""
 
 import datetime
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from elo.data.text_loss import judge_loss
 from elo.data.tokenizer import TextTokenizer, load_tokenizer, wrap_tokenizer
 from elo.data.tokenizing import TextCounts
 from elo.errors import EloError
+from elo.evaluate.base import Measure, MeasureValue, Subject
 from elo.evaluate.bits_per_byte import BitsPerByte, bits_per_byte
-from elo.evaluate.cloze import ClozeItem, cloze_accuracy, read_cloze
+from elo.evaluate.cloze import Cloze, ClozeItem
 from elo.evaluate.loading import load_model, move
-from elo.evaluate.samples import generate_samples
+from elo.evaluate.samples import Samples
 from elo.evaluate.scoring import longest_sequence, vocabulary_size
 from elo.evaluate.warnings import few_documents
 from elo.format import count
@@ -40,6 +41,7 @@ def evaluate(
     corpora: Mapping[str, str | Path | TokenCorpus] | None = None,
     cloze: Mapping[str, str | Path | Sequence[ClozeItem]] | None = None,
     prompts: Mapping[str, Sequence[str]] | None = None,
+    measures: Sequence[Measure] = (),
     sequence_length: int | None = None,
     max_bytes: int | None = None,
     max_new_tokens: int = 64,
@@ -53,6 +55,7 @@ def evaluate(
     revision: str | None = None,
     trust_remote_code: bool = False,
     output: str | Path | None = None,
+    files: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure one model in every language that is asked for.
@@ -63,6 +66,7 @@ def evaluate(
         corpora: text by language (anything `elo prepare` reads), or token shards: gives bits per byte.
         cloze: items by language, or their JSON-lines file: gives cloze accuracy.
         prompts: texts by language to continue greedily: gives samples.
+        measures: further ones, with their settings (`elo.evaluate.measures.MEASURES`).
         sequence_length: context in tokens; by default what the model was made for, 2048 at most.
         max_bytes: UTF-8 bytes a language to measure on, shared among its documents (`elo.data.heldout.choose_bytes`):
             the same text for every tokenizer. None measures on all.
@@ -78,6 +82,7 @@ def evaluate(
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that ships with the checkpoint.
         output: JSON file to write.
+        files: path and stem of the files that measures write themselves; by default that of `output`.
         progress: show progress and a table.
 
     Returns:
@@ -89,21 +94,26 @@ def evaluate(
 
     # What can be wrong without the model is found before it is loaded.
     target = _check_output(output)
-    items: dict[str, Sequence[ClozeItem]] = {
-        language: read_cloze(Path(given)) if isinstance(given, str | Path) else given
-        for language, given in (cloze or {}).items()
-    }
+    asked: list[Measure] = []
+    if cloze:
+        asked.append(Cloze(given=dict(cloze)))
+    if prompts:
+        asked.append(Samples(prompts=dict(prompts), max_new_tokens=max_new_tokens))
+    asked += measures
+    for measure in asked:
+        measure.check(measure.name)
     for given in (corpora or {}).values():
         if isinstance(given, str | Path):
             list_inputs(str(given))
     name = str(model) if isinstance(model, str | Path) else model.config.name_or_path or type(model).__name__
+    source = tokenizer if tokenizer is not None else name
     encoder = None
     tokenised = [
         isinstance(given, str | Path) or (max_bytes is not None and max_bytes < given.num_bytes)
         for given in (corpora or {}).values()
     ]
-    if tokenizer is not None or items or prompts or any(tokenised):
-        encoder = _tokenizer(tokenizer if tokenizer is not None else name, trust_remote_code)
+    if tokenizer is not None or any(measure.needs_tokenizer for measure in asked) or any(tokenised):
+        encoder = _tokenizer(source, trust_remote_code)
         encoder = replace(encoder, split_special_tokens=split_special_tokens)
     texts_read: dict[str, _Text] = {}
     for language, given in (corpora or {}).items():
@@ -124,53 +134,20 @@ def evaluate(
     measured: dict[str, BitsPerByte] = {}
     seconds: dict[str, float] = {}
     for language, given in (corpora or {}).items():
-        corpus = given
-        if isinstance(corpus, str | Path):
-            corpus = texts_read[language].corpus
-        elif encoder is not None:
-            corpus = cut_corpus(corpus, encoder, max_bytes)
-        label = f"bits per byte {language}" if progress else None
         started = time.perf_counter()
-        result = bits_per_byte(
-            model,
-            corpus,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            progress=label,
-        )
-        if not math.isfinite(result.nats):
-            raise EloError(
-                f"{name}: its logits on {given} are not finite; the checkpoint is damaged, or needs dtype float32"
-            )
-        measured[language] = result
+        corpus = texts_read[language].corpus if isinstance(given, str | Path) else _cut(given, encoder, max_bytes)
+        measured[language] = _bits_per_byte(model, corpus, name, given, language, sequence_length, batch_size, progress)
         seconds[language] = time.perf_counter() - started
-    answered = {}
-    for language, questions in items.items():
-        assert encoder is not None
-        score = cloze_accuracy(
-            model, encoder, questions, batch_size=batch_size, progress=f"cloze {language}" if progress else None
-        )
-        answered[language] = {
-            "accuracy": score.accuracy,
-            "items": score.items,
-            "chance": score.chance,
-            "groups": {name: asdict(group) for name, group in score.groups.items()},
-        }
-    samples, generation = [], {}
-    for language, texts in (prompts or {}).items():
-        assert encoder is not None
-        started = time.perf_counter()
-        written = generate_samples(
-            model,
-            encoder,
-            texts,
-            max_new_tokens=max_new_tokens,
-            progress=f"samples {language}" if progress else None,
-        )
-        generation[language] = {"characters": sum(map(len, written)), "seconds": time.perf_counter() - started}
-        samples += [
-            {"language": language, "prompt": prompt, "text": text} for prompt, text in zip(texts, written, strict=True)
-        ]
+    files = files if files is not None else target.with_suffix("") if target else None
+    subject = Subject(
+        model, encoder, source, batch_size, progress, Path(files) if files is not None else None, trust_remote_code
+    )
+    values: list[MeasureValue] = []
+    records: dict[str, Any] = {"cloze": {}, "samples": [], "generation": {}}
+    for measure in asked:
+        outcome = measure.measure(subject)
+        values += outcome.values
+        records |= outcome.record
 
     heldout = {
         language: {"documents": result.documents, "tokens": result.text_tokens, "bytes": result.bytes}
@@ -206,9 +183,8 @@ def evaluate(
             }
             for language, result in measured.items()
         },
-        "cloze": answered,
-        "samples": samples,
-        "generation": generation,
+        "measures": [value.model_dump(mode="json") for value in values],
+        **records,
     }
     if target is not None:
         write_json(target, results)
@@ -221,6 +197,30 @@ def evaluate(
             if text.warning is not None:
                 print(text.warning, flush=True)
     return results
+
+
+def _cut(corpus: TokenCorpus, encoder: TextTokenizer | None, max_bytes: int | None) -> TokenCorpus:
+    return corpus if encoder is None else cut_corpus(corpus, encoder, max_bytes)
+
+
+def _bits_per_byte(
+    model: PreTrainedModel,
+    corpus: TokenCorpus,
+    name: str,
+    given: Any,
+    language: str,
+    sequence_length: int,
+    batch_size: int | None,
+    progress: bool,
+) -> BitsPerByte:
+
+    label = f"bits per byte {language}" if progress else None
+    result = bits_per_byte(model, corpus, sequence_length=sequence_length, batch_size=batch_size, progress=label)
+    if not math.isfinite(result.nats):
+        raise EloError(
+            f"{name}: its logits on {given} are not finite; the checkpoint is damaged, or needs dtype float32"
+        )
+    return result
 
 
 @dataclass(frozen=True)
@@ -286,36 +286,40 @@ def _tokenise(
 
 def _print_table(results: dict[str, Any]) -> None:
 
-    corpora, cloze = results["corpora"], results["cloze"]
-    table = Table(title=results["model"]["name"], title_justify="left")
-    table.add_column("language")
-    headings = ["bits per byte", "documents", "text tokens", "bytes", "text lost"] if corpora else []
-    headings += ["cloze accuracy", "chance", "items"] if cloze else []
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for language in dict.fromkeys((*corpora, *cloze)):
-        cells = []
-        if corpora:
-            text = corpora.get(language)
-            cells += (
-                [
-                    f"{text['bits_per_byte']:.4f}",
-                    f"{text['documents']:,}",
-                    f"{text['text_tokens']:,}",
-                    count(text["bytes"]),
-                    f"{text['lost_text']:.2%}" if "lost_text" in text else "",
-                ]
-                if text
-                else [""] * 5
-            )
-        if cloze:
-            asked = cloze.get(language)
-            cells += (
-                [f"{asked['accuracy']:.1%}", f"{asked['chance']:.1%}", f"{asked['items']:,}"] if asked else [""] * 3
-            )
-        table.add_row(language, *cells)
     console = Console()
-    if table.row_count:
+    if corpora := results["corpora"]:
+        table = Table(title=results["model"]["name"], title_justify="left")
+        table.add_column("language")
+        for heading in ("bits per byte", "documents", "text tokens", "bytes", "text lost"):
+            table.add_column(heading, justify="right")
+        for language, text in corpora.items():
+            table.add_row(
+                language,
+                f"{text['bits_per_byte']:.4f}",
+                f"{text['documents']:,}",
+                f"{text['text_tokens']:,}",
+                count(text["bytes"]),
+                f"{text['lost_text']:.2%}" if "lost_text" in text else "",
+            )
+        console.print(table)
+    if results["measures"]:
+        table = Table(title=results["model"]["name"], title_justify="left")
+        for heading in ("measure", "language", "of"):
+            table.add_column(heading)
+        for heading in ("value", "standard error", "chance", "items"):
+            table.add_column(heading, justify="right")
+        for each in results["measures"]:
+            form = ".1%" if each["unit"] == "share" else ".4f"
+            numbers = [each[key] for key in ("value", "standard_error", "chance")]
+            cells = ["" if number is None else format(number, form) for number in numbers]
+            cells[0] += " ↑" if each["higher_is_better"] else " ↓"
+            table.add_row(
+                each["measure"],
+                each["language"],
+                "" if each["name"] == "all" else each["name"],
+                *cells,
+                "" if each["items"] is None else f"{each['items']:,}",
+            )
         console.print(table)
     for line in results["warnings"]:
         console.print(f"warning: {line}", markup=False, highlight=False)

@@ -1,18 +1,48 @@
 """What a model writes after a prompt: read by people beside the numbers."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
+from elo.evaluate.base import Measure, Outcome, Subject
 from elo.evaluate.scoring import check_ids, evaluating, longest_sequence
 from elo.log import Progress
 
 _UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+class Samples(Measure):
+    """Greedy continuations of prompts, by language, and the speed of writing them."""
+
+    name: ClassVar[str] = "samples"
+    prompts: dict[str, Sequence[str]]
+    """Texts to continue, by language."""
+    max_new_tokens: int = 64
+    """Length of a sample, in tokens."""
+
+    def measure(self, subject: Subject) -> Outcome:
+        samples, generation = [], {}
+        for language, prompts in self.prompts.items():
+            started = time.perf_counter()
+            texts = generate_samples(
+                subject.model,
+                subject.text_tokenizer,
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                progress=f"samples {language}" if subject.progress else None,
+            )
+            generation[language] = {"characters": sum(map(len, texts)), "seconds": time.perf_counter() - started}
+            samples += [
+                {"language": language, "prompt": prompt, "text": text}
+                for prompt, text in zip(prompts, texts, strict=True)
+            ]
+        return Outcome(record={"samples": samples, "generation": generation})
 
 
 def generate_samples(

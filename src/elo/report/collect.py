@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from elo.evaluate.base import MeasureValue
 from elo.report.schema import (
     EvaluationPoint,
     Generation,
     LossPoint,
     Measured,
-    MeasureValue,
     Sample,
     StageCost,
     TextSize,
@@ -29,7 +29,7 @@ def measured(record: Mapping[str, Any]) -> Measured:
         # A ten-thousandth of a nat is a millionth of a short document.
         document_nats={language: tuple(round(each, 4) for each in values) for language, values in nats.items()},
         document_bytes={language: tuple(sizes[language]) for language in nats},
-        measures=tuple(each for language, score in record.get("cloze", {}).items() for each in _cloze(language, score)),
+        measures=tuple(MeasureValue.model_validate(value) for value in record.get("measures", [])),
         samples=tuple(Sample.model_validate(sample) for sample in record.get("samples", [])),
         generation={
             language: Generation.model_validate(written) for language, written in record.get("generation", {}).items()
@@ -113,21 +113,3 @@ def curves(stages: Stages) -> tuple[tuple[LossPoint, ...], tuple[EvaluationPoint
 def _text_size(record: Mapping[str, Any]) -> TextSize:
     tokens = record.get("tokens", record.get("text_tokens"))
     return TextSize(documents=record.get("documents"), tokens=tokens, bytes=record.get("bytes"))
-
-
-def _cloze(language: str, score: Mapping[str, Any]) -> list[MeasureValue]:
-    groups = {"all": score, **score.get("groups", {})}
-    return [
-        MeasureValue(
-            measure="cloze",
-            name=name,
-            language=language,
-            value=group["accuracy"],
-            standard_error=(group["accuracy"] * (1 - group["accuracy"]) / group["items"]) ** 0.5
-            if group["items"]
-            else None,
-            items=group["items"],
-            chance=score.get("chance"),
-        )
-        for name, group in groups.items()
-    ]

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from elo.evaluate.base import MeasureValue
+
 FILE_NAME = "results.json"
 SCHEMA_VERSION = 2
 MIN_DOCUMENTS = 30
@@ -39,24 +41,6 @@ class TextSize(Record):
     @property
     def bytes_per_token(self) -> float | None:
         return self.bytes / self.tokens if self.bytes and self.tokens else None
-
-
-class MeasureValue(Record):
-    """The value of one benchmark in one language."""
-
-    measure: str = Field(description="Name of the benchmark, for example `cloze`.")
-    name: str = Field("all", description="Subset of the items; `all` for the whole benchmark.")
-    language: str = Field(description="Language of the items.")
-    value: Finite = Field(description="Value in `unit`.")
-    unit: Literal["share", "number"] = Field(
-        "share", description="`share`: between 0 and 1, shown as a percentage; `number`: shown as it is."
-    )
-    higher_is_better: bool = Field(True, description="Direction of improvement.")
-    standard_error: NonNegative | None = Field(
-        None, description="Standard error of `value`, with items taken as independent."
-    )
-    items: Count | None = Field(None, description="Number of items.")
-    chance: Finite | None = Field(None, description="Expected value of guessing.")
 
 
 class Sample(Record):

@@ -130,13 +130,14 @@ def _measure_columns(
         if (value.name != "all") == subsets
     )
     found = []
-    for key in sorted(keys, key=lambda key: (key[0] not in results.languages.targets, key[0])):
+    for key in sorted(keys, key=lambda key: (key[0] not in results.languages.targets, not key[0], key[0])):
         arrow = "↓" if any(_is(v, key) and not v.higher_is_better for m in measured for v in m.measures) else "↑"
         base = _measure_cell([results.base], key)
         cells = [_measure_cell([trial.measured for trial in trials[each.name]], key) for each in order]
-        title = f"{key[0]}: {key[2]}".replace("_", " ") if subsets else f"{key[1]} {key[0]}"
+        title = f"{key[1]} {key[0]}".strip() + (f": {key[2]}" if subsets else "")
+        title = title.replace("_", " ")
         chance = next((v.chance for m in measured for v in m.measures if _is(v, key) and v.chance is not None), None)
-        unit = arrow if chance is None else f"{arrow}, chance {chance:.0%}"
+        unit = arrow if chance is None else f"{arrow}, chance {chance:.{0 if chance >= 0.01 else 2}%}"
         found.append((Column(title, unit), base, cells))
     return found
 
@@ -172,8 +173,9 @@ def measures_table(results: Results, budget: Budget) -> Table | None:
     columns = _measure_columns(results, results.contestants, trials, subsets=True)
     if all(cell.text == NOTHING for _, _, cells in columns for cell in cells):
         return None
-    note = "±: one standard error in percentage points, with items taken as independent."
-    return _table([_names(results, budget, results.contestants), *columns], note)
+    rows = tuple((Cell(column.title, column.unit), base, *cells) for column, base, cells in columns)
+    heads = (Column("Benchmark", is_text=True), Column("Base model"), *(Column(c.title) for c in results.contestants))
+    return Table(heads, rows, "±: one standard error, of shares in percentage points, with items taken as independent.")
 
 
 def stages_table(results: Results, trials: Sequence[Trial]) -> Table | None:

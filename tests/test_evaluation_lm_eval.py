@@ -1,0 +1,174 @@
+"""Benchmarks of lm-eval over local files: the same values as its own command line, and one message for a mistake."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from evaluation_fixtures import text_tokenizer, tiny_model, tiny_tokenizer
+
+from elo.config import load_config
+from elo.errors import EloError
+from elo.evaluate import lm_eval as measure_file
+from elo.evaluate.evaluate import evaluate
+from elo.evaluate.lm_eval import Tasks, benchmark_tasks
+from elo.report.collect import measured
+
+TASK = """\
+task: {name}
+tag: river_tasks
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {folder}/dev.jsonl, test: {folder}/test.jsonl}}}}
+output_type: multiple_choice
+test_split: test
+fewshot_split: validation
+doc_to_text: "{field}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+WORDS = ["river", "mill", "grain", "lamp", "bread", "salt", "bell", "ferryman"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("benchmarks")
+    tiny_model("llama", len(tiny_tokenizer())).save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    draw = random.Random(0)
+    for split, count in (("dev", 8), ("test", 24)):
+        lines = []
+        for _ in range(count):
+            choices = [" ".join(draw.sample(WORDS, draw.randint(1, 3))) for _ in range(4)]
+            item = {"question": f"Who saw the {draw.choice(WORDS)}?", "choices": choices, "answer": draw.randrange(4)}
+            lines.append(json.dumps(item) + "\n")
+        (root / f"{split}.jsonl").write_text("".join(lines))
+    tasks = root / "tasks"
+    tasks.mkdir()
+    (tasks / "river.yaml").write_text(TASK.format(name="river", folder=root, field="{{question}} Answer:"))
+    (tasks / "group.yaml").write_text(
+        "group: waters\ntask: [river, broken_copy]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )  # fmt: skip
+    (tasks / "copy.yaml").write_text(TASK.format(name="broken_copy", folder=root, field="{{question}}\\nA:"))
+    return root
+
+
+@pytest.fixture
+def installed():
+    pytest.importorskip("lm_eval")
+
+
+@pytest.mark.usefixtures("installed")
+def test_values_are_those_of_the_command_line(world, tmp_path):
+    tasks = Tasks(names=("en=river",), num_fewshot=2, limit=20, batch_size=3, include_path=str(world / "tasks"))
+    results = evaluate(world / "model", measures=[tasks], output=tmp_path / "ours.json", device="cpu", progress=False)
+    subprocess.run(
+        [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
+         f"pretrained={world / 'model'},dtype=float32", "--tasks", "river", "--include_path", str(world / "tasks"),
+         "--num_fewshot", "2", "--limit", "20", "--batch_size", "3", "--device", "cpu",
+         "--output_path", str(tmp_path / "theirs")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (path,) = (tmp_path / "theirs").rglob("results_*.json")
+    theirs = json.loads(path.read_text())["results"]["river"]
+    ours = {value.measure: value for value in measured(results).measures}
+    assert len(ours) == 2
+    for metric in ("acc", "acc_norm"):
+        value = ours[f"river {metric}"]
+        assert value.value == theirs[f"{metric},none"]
+        assert value.standard_error == theirs[f"{metric}_stderr,none"]
+        assert (value.language, value.items, value.chance) == ("en", 20, 0.25)
+    written = json.loads((tmp_path / "ours.lm_eval.json").read_text())
+    assert written["results"]["river"]["acc,none"] == theirs["acc,none"]
+
+
+@pytest.mark.usefixtures("installed")
+def test_groups_and_tags(world):
+    include = str(world / "tasks")
+
+    def names(task, **settings):
+        model = tiny_model("llama", len(tiny_tokenizer()))
+        tasks = Tasks(names=(task,), limit=4, include_path=include, **settings)
+        results = evaluate(model, text_tokenizer(), measures=[tasks], progress=False)
+        return {(value["measure"], value["name"]) for value in results["measures"]}
+
+    group = names("waters")
+    assert ("waters acc", "all") in group
+    assert ("waters acc", "river") not in group or ("river acc", "river") not in group
+    assert {name for _, name in group} == {"all", "river", "broken_copy"}
+    assert ("river acc", "all") in names("river_tasks"), "a tag stands for its tasks"
+
+
+@pytest.mark.usefixtures("installed")
+def test_mistakes_get_one_message(world, tmp_path, monkeypatch):
+    include = str(world / "tasks")
+
+    def message(*names, **settings):
+        with pytest.raises(EloError) as caught:
+            Tasks(names=names, **{"include_path": include, **settings}).check("--tasks")
+        return str(caught.value)
+
+    assert "there is no task 'rivr'; did you mean river" in message("rivr")
+    assert "include_path: /none: no such folder" in message("river", include_path="/none")
+    bad = tmp_path / "tasks"
+    bad.mkdir()
+    (bad / "a.yaml").write_text(TASK.format(name="gone", folder="/nowhere", field="{{question}}"))
+    (bad / "b.yaml").write_text(TASK.format(name="fieldless", folder=world, field="{{passage}}"))
+    (bad / "c.yaml").write_text(
+        'task: unreachable\ndataset_path: elo-tests/none\noutput_type: multiple_choice\ntest_split: test\n'
+        'doc_to_text: "{{a}}"\ndoc_to_choice: "{{b}}"\ndoc_to_target: "{{c}}"\n'
+    )  # fmt: skip
+    found = message("gone", include_path=str(bad))
+    assert "task gone: its data set json" in found
+    assert "/nowhere/test.jsonl" in found
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "task unreachable: its data set elo-tests/none cannot be loaded" in message(
+        "unreachable", include_path=str(bad)
+    )
+    model = tiny_model("llama", len(tiny_tokenizer()))
+    with pytest.raises(EloError, match=r"fieldless.*passage"):
+        evaluate(
+            model, text_tokenizer(), measures=[Tasks(names=("fieldless",), include_path=str(bad))],
+            output=tmp_path / "out.json", progress=False,
+        )  # fmt: skip
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_without_the_extra_there_is_one_message(monkeypatch):
+    monkeypatch.setattr(measure_file.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        EloError, match=r"evaluation.tasks: lm-eval is not installed; run: pip install 'elo-cpt\[eval\]'"
+    ):
+        Tasks(names=("river",)).check("evaluation.tasks")
+
+
+def test_options_and_configuration_give_the_same_settings():
+    asked = benchmark_tasks("ko=river, mill", 5, 20, "auto", None)
+    assert asked.languages == {"river": "ko", "mill": ""}
+    data = {"target": "ko", "source": "en", "corpora": {"ko": "a.txt", "en": "b.txt"}}
+    config = {"model": "m", "output": "o", "data": data}
+    section = {"names": ["ko=river", "mill"], "num_fewshot": 5, "limit": 20}
+    long = load_config({**config, "evaluation": {"tasks": section}})
+    assert long.evaluation.measures == [asked]
+    short = load_config({**config, "evaluation": {"tasks": ["river"], "in_context": True}})
+    assert [measure.name for measure in short.evaluation.measures] == ["in_context", "tasks"]
+    assert load_config({**config, "evaluation": {"in_context": False}}).evaluation.measures == []
+    with pytest.raises(EloError, match=r"unknown key 'evaluation.tasks.num_fewshots'; did you mean 'num_fewshot'\?"):
+        load_config({**config, "evaluation": {"tasks": {"names": ["a"], "num_fewshots": 1}}})
+
+
+@pytest.mark.parametrize(
+    ("names", "limit", "batch_size", "message"),
+    [
+        (" ,", None, "auto", "--tasks: names no task"),
+        ("a", 0.0, "auto", "--limit 0: give"),
+        ("a", None, "0", "--batch-size 0: give"),
+        ("a", None, "many", "--batch-size many: give"),
+    ],
+)
+def test_wrong_options(names, limit, batch_size, message):
+    with pytest.raises(EloError, match=message):
+        benchmark_tasks(names, None, limit, batch_size, None)

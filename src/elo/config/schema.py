@@ -142,7 +142,7 @@ class _EvaluationConfig(_Section):
 
 def _measure_field(measure: type[Measure]) -> Any:
     """The section of a registered measure, null unless it is asked for."""
-    section = Annotated[measure | None, BeforeValidator(measure.from_short)]
+    section = Annotated[measure | None, BeforeValidator(measure.from_short)]  # type: ignore[valid-type]
     return (section, Field(None, description=" ".join((measure.__doc__ or "").split())))
 
 

@@ -9,6 +9,8 @@ set -euo pipefail
 MODEL="${MODEL:-meta-llama/Llama-3.2-1B}"
 CHAT="${CHAT:-meta-llama/Llama-3.2-1B-Instruct}"
 TOKENS="${TOKENS:-200_000_000}"
+STEP="${STEP:-65536}"          # tokens of an update
+LENGTH="${LENGTH:-2048}"       # tokens of a sequence
 TARGET="${TARGET:?set TARGET to text in the target language}"
 SOURCE="${SOURCE:?set SOURCE to text in the source language}"
 OUT="${OUT:-runs/speedrun}"
@@ -27,8 +29,8 @@ data:
   target: target
   source: source
   corpora: {target: "$TARGET", source: "$SOURCE"}
-  sequence_length: 2048
-training: {tokens_per_step: 65536}
+  sequence_length: $LENGTH
+training: {tokens_per_step: $STEP}
 YAML
 
 # 3. Will it fit, and how long will it take? Nothing is loaded.

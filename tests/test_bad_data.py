@@ -42,13 +42,13 @@ CORPORA: dict[str, tuple[str, bytes | Callable[[Path], None], tuple[str, ...]]] 
     "blank lines": ("a.jsonl", b"\n\n  \n", ("a.jsonl:1", "no document")),
     "empty texts": ("a.jsonl", b'{"text": ""}\n' * 3, ("a.jsonl", "no document with text")),
     "white texts": ("a.jsonl", b'{"text": " \\n\\t"}\n' * 3, ("a.jsonl", "no document with text")),
-    "one document": ("a.jsonl", GOOD, ("a.jsonl", "a single document")),
-    "copies of one document": ("a.jsonl", GOOD * 9, ("a.jsonl", "a single document")),
-    "not JSON": ("a.jsonl", GOOD + b"hello\n", ("a.jsonl:2", "not a line of JSON", "hello")),
-    "cut line": ("a.jsonl", GOOD + b'{"text": "ab', ("a.jsonl:2", "not a line of JSON")),
-    "single quotes": ("a.jsonl", b"{'text': 'a'}\n", ("a.jsonl:1", "not a line of JSON")),
+    "one document": ("a.jsonl", GOOD, ("a.jsonl", "only one document")),
+    "copies of one document": ("a.jsonl", GOOD * 9, ("a.jsonl", "only one document")),
+    "not JSON": ("a.jsonl", GOOD + b"hello\n", ("a.jsonl:2", "not valid JSON", "hello")),
+    "cut line": ("a.jsonl", GOOD + b'{"text": "ab', ("a.jsonl:2", "not valid JSON")),
+    "single quotes": ("a.jsonl", b"{'text': 'a'}\n", ("a.jsonl:1", "not valid JSON")),
     "array": ("a.jsonl", b'["a"]\n', ("a.jsonl:1", "a JSON array")),
-    "whole array": ("a.jsonl", b'[\n{"text": "a"},\n{"text": "b"}\n]\n', ("a.jsonl:1", "not a line of JSON")),
+    "whole array": ("a.jsonl", b'[\n{"text": "a"},\n{"text": "b"}\n]\n', ("a.jsonl:1", "not valid JSON")),
     "string": ("a.jsonl", b'"a"\n', ("a.jsonl:1", "a JSON string")),
     "number": ("a.jsonl", b"7\n", ("a.jsonl:1", "a JSON number")),
     "null": ("a.jsonl", b"null\n", ("a.jsonl:1", "a JSON null")),
@@ -62,8 +62,8 @@ CORPORA: dict[str, tuple[str, bytes | Callable[[Path], None], tuple[str, ...]]] 
     "half a surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', ("a.jsonl:1", "surrogate")),
     "latin-1": ("a.jsonl", '{"text": "é"}\n'.encode("latin-1"), ("a.jsonl:1", "not UTF-8", "0xe9")),
     "utf-16": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), ("a.jsonl:1", "not UTF-8")),
-    "null bytes": ("a.jsonl", b"\0" * 100, ("a.jsonl:1", "not a line of JSON")),
-    "deep": ("a.jsonl", b"[" * 100_000 + b"\n", ("a.jsonl:1", "not a line of JSON")),
+    "null bytes": ("a.jsonl", b"\0" * 100, ("a.jsonl:1", "not valid JSON")),
+    "deep": ("a.jsonl", b"[" * 100_000 + b"\n", ("a.jsonl:1", "not valid JSON")),
     "digits": ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", ("a.jsonl:1",)),
     "terminal escapes": ("a.jsonl", b"\x1b[2J\x1b[31mhacked\n", ("a.jsonl:1", "\\x1b")),
     "gzip is none": ("a.jsonl.gz", GOOD, ("a.jsonl.gz:1", "damaged from here on")),
@@ -84,12 +84,12 @@ CORPORA: dict[str, tuple[str, bytes | Callable[[Path], None], tuple[str, ...]]] 
     "text latin-1": ("a.txt", "caf\xe9 au lait\n".encode("latin-1"), ("a.txt:1", "not UTF-8", "0xe9")),
     "text binary": ("a.txt", bytes(range(128, 256)) * 9, ("a.txt:1", "not UTF-8")),
     "text blank": ("a.txt", b"\n \n", ("a.txt",)),
-    "csv": ("a.csv", b"text\na\n", ("a.csv", "unknown kind of file '.csv'")),
-    "json": ("a.json", b"[]", ("a.json", "unknown kind of file", ".jsonl")),
-    "zip": ("a.zip", b"PK\3\4", ("a.zip", "unknown kind of file")),
-    "no suffix": ("corpus", b"a", ("corpus", "unknown kind of file")),
-    "pickle": ("a.pkl", b"\x80\x04.", ("a.pkl", "unknown kind of file")),
-    "upper case": ("A.JSONL", GOOD, ("A.JSONL", "unknown kind of file")),
+    "csv": ("a.csv", b"text\na\n", ("a.csv", "unknown file type '.csv'")),
+    "json": ("a.json", b"[]", ("a.json", "unknown file type", ".jsonl")),
+    "zip": ("a.zip", b"PK\3\4", ("a.zip", "unknown file type")),
+    "no suffix": ("corpus", b"a", ("corpus", "unknown file type")),
+    "pickle": ("a.pkl", b"\x80\x04.", ("a.pkl", "unknown file type")),
+    "upper case": ("A.JSONL", GOOD, ("A.JSONL", "unknown file type")),
     "too little text": ("a.jsonl", GOOD + b'{"text": "another"}\n', ("tokens: the budget", "less than one step")),
 }
 
@@ -147,7 +147,7 @@ def test_cloze(fault, world, tmp_path, capsys):
 
 
 TOKENIZERS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
-    "missing": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], ("no tokenizer there",)),
+    "missing": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], ("has no tokenizer",)),
     "not JSON": (lambda f: (f / "tokenizer.json").write_text("{"), ("tokenizer",)),
     "empty object": (lambda f: (f / "tokenizer.json").write_text("{}"), ("tokenizer",)),
     "cut": (lambda f: (f / "tokenizer.json").write_bytes((f / "tokenizer.json").read_bytes()[:900]), ("tokenizer",)),
@@ -270,7 +270,7 @@ def flip(folder: Path, suffix: str) -> None:
 
 
 PREPARED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), ("not finished",)),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), ("is unfinished",)),
     "manifest cut": (manifest(lambda m: json.dumps(m)[:99]), ("not JSON",)),
     "manifest a list": (manifest(lambda m: "[]"), ("not a manifest",)),
     "manifest null": (manifest(lambda m: "null"), ("not a manifest",)),

@@ -97,7 +97,7 @@ def test_two_at_once_the_second_is_told_and_leaves(tmp_path: Path, command: list
             time.sleep(0.005)
         first.send_signal(signal.SIGSTOP)  # however long the second takes to start
         second = subprocess.run([*command, str(output), "1"], capture_output=True, text=True)
-        assert "another prepare is at work there" in second.stderr
+        assert "another elo prepare is writing to it" in second.stderr
     finally:
         first.send_signal(signal.SIGCONT)
         assert first.wait() == 0

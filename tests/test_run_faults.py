@@ -157,7 +157,7 @@ def test_a_flipped_bit_in_a_token_shard(undisturbed, tmp_path, capsys):
     path = write_config(tmp_path, config)
     status, said = run_elo(["run", path, "--until", "layer_alignment"], capsys)
     assert status == 2
-    assert f"{shard}: token shard does not have the checksum" in said
+    assert f"{shard}: token shard is damaged: its checksum differs" in said
     shard.unlink()  # what the message asks for
     assert run_elo(["run", path, "--until", "layer_alignment"], capsys)[0] == 0
     assert weights(tmp_path / "run") == reference

@@ -149,7 +149,7 @@ def test_ids_are_those_of_tokenizer_json_and_of_transformers_or_both_are_named(
     assert not agrees or found == wanted
     if not agrees:
         words = (
-            r"read in two ways: .* by tokenizer\.json and .* by transformers, which loads \w+ .*PreTrainedTokenizerFast"
+            r"ambiguous: .* in tokenizer\.json and .* in transformers, which loads \w+ .*PreTrainedTokenizerFast"
         )
         with pytest.raises(EloError, match=words):
             load_tokenizer(folder)
@@ -192,7 +192,7 @@ def test_a_sentencepiece_model_alone_names_the_packages_it_needs(
 ) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     with pytest.raises(
-        EloError, match=r"needs the packages sentencepiece and protobuf.*pip install sentencepiece"
+        EloError, match=r"needs sentencepiece and protobuf.*pip install sentencepiece"
     ) as it:
         load_tokenizer(tmp_path)
     assert "tiktoken" not in str(it.value)

@@ -173,7 +173,7 @@ def test_tokenizer_of_another_model(world, tmp_path, capsys):
     root, config = world
     base = write_base(tmp_path / "base", vocab_size=100)
     changed = change(config, output=str(tmp_path / "run"), model=str(base), tokenizer=str(root / "base"))
-    words = ("100 embedding rows", "give the model's own tokenizer")
+    words = ("100 embedding rows", "give the tokenizer that belongs to the model")
     assert_refused(["run", write_config(tmp_path, changed)], words, (root, tmp_path), capsys)
 
 
@@ -272,35 +272,41 @@ def flip(folder: Path, suffix: str) -> None:
 PREPARED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), ("is unfinished",)),
     "manifest cut": (manifest(lambda m: json.dumps(m)[:99]), ("not JSON",)),
-    "manifest a list": (manifest(lambda m: "[]"), ("not a manifest",)),
-    "manifest null": (manifest(lambda m: "null"), ("not a manifest",)),
-    "manifest empty": (manifest(lambda m: "{}"), ("not a manifest", "schema")),
+    "manifest a list": (manifest(lambda m: "[]"), ("manifest of prepared data is damaged",)),
+    "manifest null": (manifest(lambda m: "null"), ("manifest of prepared data is damaged",)),
+    "manifest empty": (manifest(lambda m: "{}"), ("manifest of prepared data is damaged", "schema")),
     "schema other": (manifest(lambda m: m.update(schema=9)), ("format 9",)),
     "dtype other": (manifest(lambda m: m.update(dtype="<f4")), ("dtype '<f4'",)),
     "dtype object": (manifest(lambda m: m.update(dtype="O")), ("dtype 'O'",)),
-    "dtype a list": (manifest(lambda m: m.update(dtype=["<u2"])), ("not a manifest",)),
-    "languages a list": (manifest(lambda m: m.update(languages=[])), ("not a manifest",)),
-    "language null": (manifest(lambda m: m["languages"].update(en=None)), ("not a manifest",)),
-    "no split": (manifest(lambda m: m["languages"]["en"].pop("heldout")), ("not a manifest", "heldout")),
-    "tokenizer gone": (manifest(lambda m: m.pop("tokenizer")), ("not a manifest", "tokenizer")),
+    "dtype a list": (manifest(lambda m: m.update(dtype=["<u2"])), ("manifest of prepared data is damaged",)),
+    "languages a list": (manifest(lambda m: m.update(languages=[])), ("manifest of prepared data is damaged",)),
+    "language null": (manifest(lambda m: m["languages"].update(en=None)), ("manifest of prepared data is damaged",)),
+    "no split": (
+        manifest(lambda m: m["languages"]["en"].pop("heldout")),
+        ("manifest of prepared data is damaged", "heldout"),
+    ),
+    "tokenizer gone": (manifest(lambda m: m.pop("tokenizer")), ("manifest of prepared data is damaged", "tokenizer")),
     "vocabulary text": (manifest(lambda m: m["tokenizer"].update(vocab_size="330")), ("vocab_size '330'",)),
-    "shards null": (manifest(lambda m: m["languages"]["en"]["train"][0].update(shards=None)), ("not a manifest",)),
+    "shards null": (
+        manifest(lambda m: m["languages"]["en"]["train"][0].update(shards=None)),
+        ("manifest of prepared data is damaged",),
+    ),
     "weight text": (manifest(lambda m: m["languages"]["en"]["train"][0].update(weight="2")), ("weight",)),
     "name escapes": (shard("name", "../../../etc/passwd"), ("shard name",)),
     "name absolute": (shard("name", "/etc/passwd"), ("shard name",)),
     "name escapes within": (shard("name", "en/train/0/../../../../x/00000-00000"), ("shard name",)),
     "name with a newline": (shard("name", "en/train/0/00000-00000\n"), ("shard name",)),
-    "name number": (shard("name", 3), ("not a manifest",)),
+    "name number": (shard("name", 3), ("manifest of prepared data is damaged",)),
     "documents negative": (shard("documents", -1), ("documents -1",)),
     "documents true": (shard("documents", True), ("documents True",)),
     "documents other": (shard("documents", 3), ("bytes, expected",)),
     "tokens text": (shard("tokens", "9"), ("tokens '9'",)),
     "tokens other": (shard("tokens", 10**12), ("bytes, expected",)),
-    "sums gone": (shard("sha256", {}), ("not a manifest",)),
-    "sums null": (shard("sha256", None), ("not a manifest",)),
+    "sums gone": (shard("sha256", {}), ("manifest of prepared data is damaged",)),
+    "sums null": (shard("sha256", None), ("manifest of prepared data is damaged",)),
     "sums wrong": (
         shard("sha256", dict.fromkeys(("tokens", "offsets", "bytes"), "0" * 64)),
-        (".tokens", "does not have the checksum"),
+        (".tokens", "its checksum differs"),
     ),
     "tokens gone": (lambda f: min(f.rglob("*.tokens")).unlink(), (".tokens", "missing")),
     "tokens cut": (lambda f: min(f.rglob("*.tokens")).write_bytes(b"12"), (".tokens", "has 2 bytes")),

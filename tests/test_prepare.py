@@ -288,7 +288,9 @@ def test_damage_to_the_shards_is_found_and_mended(tmp_path: Path, inputs: dict[s
     data = shard.read_bytes()
 
     shard.write_bytes(data[:-2])
-    with pytest.raises(UnfinishedError, match=r"00000-00001.tokens: token shard is damaged: it has \d+ bytes, expected \d+"):
+    with pytest.raises(
+        UnfinishedError, match=r"00000-00001.tokens: token shard is damaged: it has \d+ bytes, expected \d+"
+    ):
         PreparedData.open(output)
     run(output, inputs)
     assert tree(output) == expected
@@ -297,7 +299,7 @@ def test_damage_to_the_shards_is_found_and_mended(tmp_path: Path, inputs: dict[s
     moved = tmp_path / "moved"  # a place that no checksum has been verified at
     shutil.copytree(output, moved)
     corpus = PreparedData.open(moved).train("ko")[0]
-    with pytest.raises(UnfinishedError, match=r"00000-00001.tokens: .*does not have the checksum"):
+    with pytest.raises(UnfinishedError, match=r"00000-00001.tokens: .*its checksum differs"):
         [corpus.document(i) for i in range(corpus.num_documents)]
     shard.unlink()
     with pytest.raises(UnfinishedError, match="token shard is missing"):

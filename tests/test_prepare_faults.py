@@ -120,7 +120,7 @@ def test_a_full_disk_is_told_and_finished_shards_are_kept(tmp_path: Path, monkey
         close(file)
 
     monkeypatch.setattr(shard_writer, "_close", close_until_full)
-    with pytest.raises(EloError, match=r"ko/train/0: cannot be written \(No space left on device\); make room"):
+    with pytest.raises(EloError, match=r"ko/train/0: cannot be written \(No space left on device\); free disk space"):
         prepare(make_tokenizer(), {"ko": str(source)}, output, **options)
     assert sum(name.endswith(".tokens") for name in tree(output)) == 2
     assert not any(".tmp-" in name for name in tree(output))

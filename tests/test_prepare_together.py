@@ -144,7 +144,7 @@ def test_another_configuration_is_refused(config, tmp_path, capsys):
     other["data"]["heldout_share"] = 0.2
     other_path = tmp_path / "other.yaml"
     other_path.write_text(yaml.safe_dump(other))
-    words = ("prepared was begun there with other inputs", "heldout_share")
+    words = ("prepared was begun with other inputs", "heldout_share")
     assert_refused(["prepare", other_path, "--together"], words, (tmp_path / "run" / "prepared",), capsys)
 
 

@@ -339,7 +339,7 @@ class Preparation:
         file, line = batch.places[document]
         raise EloError(
             f"{file}:{line}: tokenizer {self.tokenizer.name} gives token id {int(tokens[where])}, but the model has "
-            f"{rows} embedding rows; give the model's own tokenizer"
+            f"{rows} embedding rows; give the tokenizer that belongs to the model"
         )
 
 

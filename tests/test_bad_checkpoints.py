@@ -360,7 +360,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "plan output a folder": (["plan", B, "-o", "{t}"], ("{t}",)),
     "plan output below nothing": (["plan", B, "-o", "{t}/no/plan.json"], ("{t}/no",)),
     "quickstart unknown key": (["quickstart", "-o", OUT, "--set", "tokns=1"], ("tokns", "tokens")),
-    "quickstart onto other things": (["quickstart", "-o", "{p}"], ("holds other things",)),
+    "quickstart onto other things": (["quickstart", "-o", "{p}"], ("is not a quickstart",)),
     "prepare nothing": (["prepare", "{t}/none.yaml"], ("no such configuration file",)),
     "pretrain nothing": (["pretrain", "{t}/none.yaml"], ("no such configuration file",)),
     "align a folder": (["align", "{t}"], ("is a folder",)),

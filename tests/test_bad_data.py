@@ -42,13 +42,13 @@ CORPORA: dict[str, tuple[str, bytes | Callable[[Path], None], tuple[str, ...]]] 
     "blank lines": ("a.jsonl", b"\n\n  \n", ("a.jsonl:1", "no document")),
     "empty texts": ("a.jsonl", b'{"text": ""}\n' * 3, ("a.jsonl", "no document with text")),
     "white texts": ("a.jsonl", b'{"text": " \\n\\t"}\n' * 3, ("a.jsonl", "no document with text")),
-    "one document": ("a.jsonl", GOOD, ("a.jsonl", "a single document")),
-    "copies of one document": ("a.jsonl", GOOD * 9, ("a.jsonl", "a single document")),
-    "not JSON": ("a.jsonl", GOOD + b"hello\n", ("a.jsonl:2", "not a line of JSON", "hello")),
-    "cut line": ("a.jsonl", GOOD + b'{"text": "ab', ("a.jsonl:2", "not a line of JSON")),
-    "single quotes": ("a.jsonl", b"{'text': 'a'}\n", ("a.jsonl:1", "not a line of JSON")),
+    "one document": ("a.jsonl", GOOD, ("a.jsonl", "only one document")),
+    "copies of one document": ("a.jsonl", GOOD * 9, ("a.jsonl", "only one document")),
+    "not JSON": ("a.jsonl", GOOD + b"hello\n", ("a.jsonl:2", "not valid JSON", "hello")),
+    "cut line": ("a.jsonl", GOOD + b'{"text": "ab', ("a.jsonl:2", "not valid JSON")),
+    "single quotes": ("a.jsonl", b"{'text': 'a'}\n", ("a.jsonl:1", "not valid JSON")),
     "array": ("a.jsonl", b'["a"]\n', ("a.jsonl:1", "a JSON array")),
-    "whole array": ("a.jsonl", b'[\n{"text": "a"},\n{"text": "b"}\n]\n', ("a.jsonl:1", "not a line of JSON")),
+    "whole array": ("a.jsonl", b'[\n{"text": "a"},\n{"text": "b"}\n]\n', ("a.jsonl:1", "not valid JSON")),
     "string": ("a.jsonl", b'"a"\n', ("a.jsonl:1", "a JSON string")),
     "number": ("a.jsonl", b"7\n", ("a.jsonl:1", "a JSON number")),
     "null": ("a.jsonl", b"null\n", ("a.jsonl:1", "a JSON null")),
@@ -62,8 +62,8 @@ CORPORA: dict[str, tuple[str, bytes | Callable[[Path], None], tuple[str, ...]]] 
     "half a surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', ("a.jsonl:1", "surrogate")),
     "latin-1": ("a.jsonl", '{"text": "é"}\n'.encode("latin-1"), ("a.jsonl:1", "not UTF-8", "0xe9")),
     "utf-16": ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), ("a.jsonl:1", "not UTF-8")),
-    "null bytes": ("a.jsonl", b"\0" * 100, ("a.jsonl:1", "not a line of JSON")),
-    "deep": ("a.jsonl", b"[" * 100_000 + b"\n", ("a.jsonl:1", "not a line of JSON")),
+    "null bytes": ("a.jsonl", b"\0" * 100, ("a.jsonl:1", "not valid JSON")),
+    "deep": ("a.jsonl", b"[" * 100_000 + b"\n", ("a.jsonl:1", "not valid JSON")),
     "digits": ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", ("a.jsonl:1",)),
     "terminal escapes": ("a.jsonl", b"\x1b[2J\x1b[31mhacked\n", ("a.jsonl:1", "\\x1b")),
     "gzip is none": ("a.jsonl.gz", GOOD, ("a.jsonl.gz:1", "damaged from here on")),
@@ -84,12 +84,12 @@ CORPORA: dict[str, tuple[str, bytes | Callable[[Path], None], tuple[str, ...]]] 
     "text latin-1": ("a.txt", "caf\xe9 au lait\n".encode("latin-1"), ("a.txt:1", "not UTF-8", "0xe9")),
     "text binary": ("a.txt", bytes(range(128, 256)) * 9, ("a.txt:1", "not UTF-8")),
     "text blank": ("a.txt", b"\n \n", ("a.txt",)),
-    "csv": ("a.csv", b"text\na\n", ("a.csv", "unknown kind of file '.csv'")),
-    "json": ("a.json", b"[]", ("a.json", "unknown kind of file", ".jsonl")),
-    "zip": ("a.zip", b"PK\3\4", ("a.zip", "unknown kind of file")),
-    "no suffix": ("corpus", b"a", ("corpus", "unknown kind of file")),
-    "pickle": ("a.pkl", b"\x80\x04.", ("a.pkl", "unknown kind of file")),
-    "upper case": ("A.JSONL", GOOD, ("A.JSONL", "unknown kind of file")),
+    "csv": ("a.csv", b"text\na\n", ("a.csv", "unknown file type '.csv'")),
+    "json": ("a.json", b"[]", ("a.json", "unknown file type", ".jsonl")),
+    "zip": ("a.zip", b"PK\3\4", ("a.zip", "unknown file type")),
+    "no suffix": ("corpus", b"a", ("corpus", "unknown file type")),
+    "pickle": ("a.pkl", b"\x80\x04.", ("a.pkl", "unknown file type")),
+    "upper case": ("A.JSONL", GOOD, ("A.JSONL", "unknown file type")),
     "too little text": ("a.jsonl", GOOD + b'{"text": "another"}\n', ("tokens: the budget", "less than one step")),
 }
 
@@ -147,7 +147,7 @@ def test_cloze(fault, world, tmp_path, capsys):
 
 
 TOKENIZERS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
-    "missing": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], ("no tokenizer there",)),
+    "missing": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], ("has no tokenizer",)),
     "not JSON": (lambda f: (f / "tokenizer.json").write_text("{"), ("tokenizer",)),
     "empty object": (lambda f: (f / "tokenizer.json").write_text("{}"), ("tokenizer",)),
     "cut": (lambda f: (f / "tokenizer.json").write_bytes((f / "tokenizer.json").read_bytes()[:900]), ("tokenizer",)),
@@ -173,7 +173,7 @@ def test_tokenizer_of_another_model(world, tmp_path, capsys):
     root, config = world
     base = write_base(tmp_path / "base", vocab_size=100)
     changed = change(config, output=str(tmp_path / "run"), model=str(base), tokenizer=str(root / "base"))
-    words = ("100 embedding rows", "give the model's own tokenizer")
+    words = ("100 embedding rows", "give the tokenizer that belongs to the model")
     assert_refused(["run", write_config(tmp_path, changed)], words, (root, tmp_path), capsys)
 
 
@@ -270,37 +270,43 @@ def flip(folder: Path, suffix: str) -> None:
 
 
 PREPARED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), ("not finished",)),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), ("is unfinished",)),
     "manifest cut": (manifest(lambda m: json.dumps(m)[:99]), ("not JSON",)),
-    "manifest a list": (manifest(lambda m: "[]"), ("not a manifest",)),
-    "manifest null": (manifest(lambda m: "null"), ("not a manifest",)),
-    "manifest empty": (manifest(lambda m: "{}"), ("not a manifest", "schema")),
+    "manifest a list": (manifest(lambda m: "[]"), ("manifest of prepared data is damaged",)),
+    "manifest null": (manifest(lambda m: "null"), ("manifest of prepared data is damaged",)),
+    "manifest empty": (manifest(lambda m: "{}"), ("manifest of prepared data is damaged", "schema")),
     "schema other": (manifest(lambda m: m.update(schema=9)), ("format 9",)),
     "dtype other": (manifest(lambda m: m.update(dtype="<f4")), ("dtype '<f4'",)),
     "dtype object": (manifest(lambda m: m.update(dtype="O")), ("dtype 'O'",)),
-    "dtype a list": (manifest(lambda m: m.update(dtype=["<u2"])), ("not a manifest",)),
-    "languages a list": (manifest(lambda m: m.update(languages=[])), ("not a manifest",)),
-    "language null": (manifest(lambda m: m["languages"].update(en=None)), ("not a manifest",)),
-    "no split": (manifest(lambda m: m["languages"]["en"].pop("heldout")), ("not a manifest", "heldout")),
-    "tokenizer gone": (manifest(lambda m: m.pop("tokenizer")), ("not a manifest", "tokenizer")),
+    "dtype a list": (manifest(lambda m: m.update(dtype=["<u2"])), ("manifest of prepared data is damaged",)),
+    "languages a list": (manifest(lambda m: m.update(languages=[])), ("manifest of prepared data is damaged",)),
+    "language null": (manifest(lambda m: m["languages"].update(en=None)), ("manifest of prepared data is damaged",)),
+    "no split": (
+        manifest(lambda m: m["languages"]["en"].pop("heldout")),
+        ("manifest of prepared data is damaged", "heldout"),
+    ),
+    "tokenizer gone": (manifest(lambda m: m.pop("tokenizer")), ("manifest of prepared data is damaged", "tokenizer")),
     "vocabulary text": (manifest(lambda m: m["tokenizer"].update(vocab_size="330")), ("vocab_size '330'",)),
-    "shards null": (manifest(lambda m: m["languages"]["en"]["train"][0].update(shards=None)), ("not a manifest",)),
+    "shards null": (
+        manifest(lambda m: m["languages"]["en"]["train"][0].update(shards=None)),
+        ("manifest of prepared data is damaged",),
+    ),
     "weight text": (manifest(lambda m: m["languages"]["en"]["train"][0].update(weight="2")), ("weight",)),
     "name escapes": (shard("name", "../../../etc/passwd"), ("shard name",)),
     "name absolute": (shard("name", "/etc/passwd"), ("shard name",)),
     "name escapes within": (shard("name", "en/train/0/../../../../x/00000-00000"), ("shard name",)),
     "name with a newline": (shard("name", "en/train/0/00000-00000\n"), ("shard name",)),
-    "name number": (shard("name", 3), ("not a manifest",)),
+    "name number": (shard("name", 3), ("manifest of prepared data is damaged",)),
     "documents negative": (shard("documents", -1), ("documents -1",)),
     "documents true": (shard("documents", True), ("documents True",)),
     "documents other": (shard("documents", 3), ("bytes, expected",)),
     "tokens text": (shard("tokens", "9"), ("tokens '9'",)),
     "tokens other": (shard("tokens", 10**12), ("bytes, expected",)),
-    "sums gone": (shard("sha256", {}), ("not a manifest",)),
-    "sums null": (shard("sha256", None), ("not a manifest",)),
+    "sums gone": (shard("sha256", {}), ("manifest of prepared data is damaged",)),
+    "sums null": (shard("sha256", None), ("manifest of prepared data is damaged",)),
     "sums wrong": (
         shard("sha256", dict.fromkeys(("tokens", "offsets", "bytes"), "0" * 64)),
-        (".tokens", "does not have the checksum"),
+        (".tokens", "its checksum differs"),
     ),
     "tokens gone": (lambda f: min(f.rglob("*.tokens")).unlink(), (".tokens", "missing")),
     "tokens cut": (lambda f: min(f.rglob("*.tokens")).write_bytes(b"12"), (".tokens", "has 2 bytes")),

@@ -93,7 +93,7 @@ def test_epoch_rows_read_as_much_as_there_is(ratio: float) -> None:
     read = [which for which, _ in map(mixture.find, range(rows))]
     for index, (_, _, each) in enumerate(corpora):
         assert read.count(index) == pytest.approx(each.rows_per_epoch, abs=2)
-    with pytest.raises(EloError, match="takes nothing from 'ja'"):
+    with pytest.raises(EloError, match="'ja' has no share"):
         mixture.epoch_rows("ja")
 
 
@@ -107,7 +107,7 @@ def test_a_tiny_corpus_beside_a_large_one_does_not_cut_the_epoch_short() -> None
 def test_shares_and_lengths_are_checked() -> None:
     with pytest.raises(EloError, match="sum to 1"):
         Mixture([("ko", 0.5, stream())])
-    with pytest.raises(EloError, match="one sequence length"):
+    with pytest.raises(EloError, match="same sequence length"):
         Mixture([("ko", 0.5, stream()), ("en", 0.5, PackedStream(make_corpus([[20]]), 4))])
 
 
@@ -115,7 +115,7 @@ def test_weights_are_checked() -> None:
     corpora = [make_corpus([[5]], "wiki", 2.0), make_corpus([[5]], "news")]
     assert corpus_weights(corpora, "ko", {}) == [2.0, 1.0]
     assert corpus_weights(corpora, "ko", {"news": 0.5}) == [2.0, 0.5]
-    with pytest.raises(EloError, match="'ko' corpus 'blogs': no such corpus, only wiki, news"):
+    with pytest.raises(EloError, match="'ko' corpus 'blogs': no such corpus; choose among wiki, news"):
         corpus_weights(corpora, "ko", {"blogs": 1})
     with pytest.raises(EloError, match="weight of 'ko' corpus 'news' must be a number of at least 0, got -1"):
         corpus_weights(corpora, "ko", {"news": -1})

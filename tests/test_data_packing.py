@@ -118,7 +118,7 @@ def test_shuffled_is_a_permutation_that_never_changes() -> None:
 def test_bad_arguments_are_named(stream: type) -> None:
     with pytest.raises(EloError, match="sequence_length must be at least 1, got 0"):
         stream(make_corpus(LENGTHS), 0)
-    with pytest.raises(EloError, match="corpus 'nothing' has no documents"):
+    with pytest.raises(EloError, match="corpus 'nothing': has no documents"):
         stream(TokenCorpus((), "nothing"), 4)
     with pytest.raises(IndexError):
         stream(make_corpus(LENGTHS), 4).row(-1)

@@ -90,7 +90,7 @@ def test_folders_and_globs_are_listed_in_order_without_hidden_or_unknown_files(t
 
 
 BAD_LINES = {
-    "broken": (b'{"text": "cut', "not a line of JSON"),
+    "broken": (b'{"text": "cut', "not valid JSON"),
     "array": (b'["text"]', "a JSON array, not an object"),
     "string": (b'"text"', "a JSON string, not an object"),
     "number": (b"12", "a JSON number, not an object"),
@@ -101,8 +101,8 @@ BAD_LINES = {
     "list text": (b'{"text": ["a"]}', "column 'text' is array, not text"),
     "latin-1": ('{"text": "café"}'.encode("latin-1"), "not UTF-8 (byte 0xe9 at byte 14 of the line)"),
     "surrogate": (b'{"text": "a\\ud800b"}', "half of a surrogate pair"),
-    "two objects": (b'{"text": "a"} {"text": "b"}', "not a line of JSON (Extra data"),
-    "deep": (b'{"text": ' + b"[" * 100_000, "not a line of JSON"),
+    "two objects": (b'{"text": "a"} {"text": "b"}', "not valid JSON (Extra data"),
+    "deep": (b'{"text": ' + b"[" * 100_000, "not valid JSON"),
     "huge number": (b'{"text": ' + b"1" * 5000 + b"}", "column 'text' is number, not text"),
 }
 
@@ -132,9 +132,9 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
     data = lines(TEXTS)
     files = {
         "empty.jsonl": (b"", ":1: the file is empty"),
-        "blank.jsonl": (b"\n \n", ":1: no document in the whole file"),
-        "blank.txt": (b"\n\n", ":1: no document in the whole file"),
-        "short.jsonl.gz": (gzip.compress(data)[:-20], ": the file is damaged from here on: it ends too early"),
+        "blank.jsonl": (b"\n \n", ":1: the file has no document"),
+        "blank.txt": (b"\n\n", ":1: the file has no document"),
+        "short.jsonl.gz": (gzip.compress(data)[:-20], ": the file is damaged from here on: it is truncated"),
         "not.jsonl.gz": (data, ":1: the file is damaged from here on (Not a gzipped file"),
         "flip.jsonl.gz": (gzip.compress(data)[:-8] + b"\0" * 8, ": the file is damaged from here on (CRC"),
         "short.jsonl.zst": (zstandard.compress(data)[:-20], ": the file is damaged from here on"),
@@ -162,7 +162,7 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
     number = write_parquet(folder / "number.parquet", {"text": [1, 2]})
     found["number.parquet"] = (number, ":1: column 'text' is number, not text: '1'")
     none = write_parquet(folder / "none.parquet", {"text": pyarrow.array([], pyarrow.string())})
-    found["none.parquet"] = (none, ":1: no document in the whole file")
+    found["none.parquet"] = (none, ":1: the file has no document")
     return found
 
 
@@ -202,10 +202,10 @@ def test_missing_inputs_are_named(tmp_path: Path) -> None:
     for path, said in {
         f"{tmp_path}/none.jsonl": "no such file or folder",
         f"{tmp_path}/*.jsonl": "the pattern matches no file",
-        f"{tmp_path}/folder*": "the pattern matches folders only",
-        f"{tmp_path}/empty": "the folder has no file to read; it needs .jsonl",
-        f"{tmp_path}/data.json": "unknown kind of file '.json'; use .jsonl",
-        f"{tmp_path}/data.csv": "unknown kind of file '.csv'",
+        f"{tmp_path}/folder*": "the pattern matches only folders",
+        f"{tmp_path}/empty": "the folder has no readable file; add files named .jsonl",
+        f"{tmp_path}/data.json": "unknown file type '.json'; use .jsonl",
+        f"{tmp_path}/data.csv": "unknown file type '.csv'",
         "owner/name.jsonl": "no such file or folder",
     }.items():
         with pytest.raises(EloError) as caught:
@@ -313,9 +313,9 @@ def test_a_cut_last_line_is_called_that(tmp_path: Path, end: str) -> None:
     path = tmp_path / "cut.jsonl"
     path.write_bytes(lines(TEXTS[:2]) + end.encode())
     said = refusal(path)
-    assert said.startswith(f"{path}:3: not a line of JSON: the last line is cut after")
+    assert said.startswith(f"{path}:3: not valid JSON: the last line is cut off after")
     path.write_bytes(lines(TEXTS[:2]) + end.encode() + b"\n")
-    assert "is cut after" not in refusal(path)
+    assert "is cut off after" not in refusal(path)
 
 
 def test_a_last_line_cut_within_a_character_is_called_that_and_other_faults_are_not(tmp_path: Path) -> None:
@@ -355,8 +355,8 @@ def test_paths_that_look_local_are_not_looked_up_on_the_hub(tmp_path: Path, monk
     write_jsonl(tmp_path / "mine" / "train.jsonl", TEXTS[:1])
     for path, said in {
         "mine/trian.jsonl": "mine/trian.jsonl: no such file or folder (did you mean mine/train.jsonl?)",
-        "mine/train": "(did you mean mine/train.jsonl?); check the path; a Hugging Face dataset is written hf://mine/train",
-        "data/train": "(there is no folder data); check the path; a Hugging Face dataset is written hf://data/train",
+        "mine/train": "(did you mean mine/train.jsonl?); check the path; for a Hugging Face dataset write hf://mine/train",
+        "data/train": "(there is no folder data); check the path; for a Hugging Face dataset write hf://data/train",
         "corpus": "corpus: no such file or folder; check the path",
     }.items():
         with pytest.raises(EloError, match=re.escape(said)):
@@ -375,7 +375,7 @@ def test_a_dataset_that_cannot_be_reached_is_answered_soon(monkeypatch: pytest.M
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(EloError, match=r"hf://owner/name: .*no network.*there is no such file or folder here"):
+    with pytest.raises(EloError, match=r"hf://owner/name: .*no network.*there is no such local file or folder"):
         list(read_documents("owner/name"))
     assert asked == [("owner/name", sources.HUB_TIMEOUT_S)]
 

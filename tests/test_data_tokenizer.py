@@ -50,7 +50,7 @@ def test_documents_are_framed_and_truncation_and_templates_of_the_tokenizer_do_n
 
 
 def test_what_cannot_serve_is_refused_with_a_reason(tmp_path: Path) -> None:
-    with pytest.raises(EloError, match="no tokenizer there"):
+    with pytest.raises(EloError, match="has no tokenizer"):
         load_tokenizer(tmp_path)
     with pytest.raises(EloError, match="no such folder"):
         load_tokenizer(tmp_path / "nothing")

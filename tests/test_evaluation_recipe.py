@@ -119,7 +119,7 @@ def test_a_broken_line_is_found_wherever_the_sample_ends(checkpoint, tmp_path):
 
 
 def test_token_ids_without_text_are_not_cut(checkpoint):
-    with pytest.raises(EloError, match="holds token ids without text"):
+    with pytest.raises(EloError, match="has token ids but no text"):
         evaluate(checkpoint, corpora={"en": memory_corpus(TEXTS * 40, TOKENIZER)}, max_bytes=1000, progress=False)
 
 
@@ -138,7 +138,7 @@ def test_mistakes_are_told(checkpoint, corpus, tmp_path):
 
     assert "no such folder" in told(tmp_path / "none", corpora={"en": corpus})
     (tmp_path / "empty").mkdir()
-    assert "no tokenizer there" in told(tmp_path / "empty", corpora={"en": corpus})
+    assert "has no tokenizer" in told(tmp_path / "empty", corpora={"en": corpus})
     assert "no config.json" in told(tmp_path / "empty", TOKENIZER, corpora={"en": corpus})
     assert "no such file" in told(checkpoint, corpora={"en": tmp_path / "none.jsonl"})
     assert "is a folder; name the file" in told(checkpoint, corpora={"en": corpus}, output=tmp_path)

@@ -71,7 +71,7 @@ def test_held_out_documents_are_cut_by_their_text_and_copies_stay_together(tmp_p
     small = prepare(TOKENIZER, {"ko": str(source)}, tmp_path / "small", heldout_share=1e-9, progress=False)
     assert len(set(decoded(small.heldout("ko"), TOKENIZER))) == 1
     single = write_jsonl(tmp_path / "single.jsonl", ["one"] * 3)
-    with pytest.raises(EloError, match="a single document for 'ko'"):
+    with pytest.raises(EloError, match="only one document for 'ko'"):
         prepare(TOKENIZER, {"ko": str(single)}, tmp_path / "none", progress=False)
     assert not (tmp_path / "none").exists()
     with pytest.raises(EloError, match="all 200 documents were held out; lower heldout_share"):
@@ -130,7 +130,7 @@ def test_damaged_text_is_found(tmp_path: Path, inputs: dict[str, Path]) -> None:
     expected = tree(output)
     (text,) = sorted((output / "ko" / "heldout").rglob("*00000.text"))[:1]
     text.write_bytes(text.read_bytes()[:-1])
-    with pytest.raises(UnfinishedError, match=r"\.text: token shard has \d+ bytes, expected \d+"):
+    with pytest.raises(UnfinishedError, match=r"\.text: token shard is damaged: it has \d+ bytes, expected \d+"):
         PreparedData.open(output)
     run(output, inputs, heldout={"ko": str(inputs["held"])})
     assert tree(output) == expected
@@ -197,10 +197,10 @@ def test_a_partial_output_of_other_settings_starts_over_and_says_so(
     output = tmp_path / "out"
     run(output, inputs)
     (output / "manifest.json").unlink()
-    with pytest.raises(UnfinishedError, match="not finished"):
+    with pytest.raises(UnfinishedError, match="is unfinished"):
         PreparedData.open(output)
     run(output, inputs, shard_tokens=500, progress=True)
-    assert "made from other shard_tokens; starting it over" in capsys.readouterr().err
+    assert "made with a different shard_tokens; starting over" in capsys.readouterr().err
     run(tmp_path / "fresh", inputs, shard_tokens=500)
     assert tree(output) == tree(tmp_path / "fresh")
 
@@ -224,8 +224,8 @@ def test_bad_input_stops_with_file_and_line_leaves_nothing_and_can_be_skipped(
     corpus = prepared.manifest["languages"]["ko"]["train"][0]
     assert (corpus["skipped"], corpus["empty"], corpus["documents"]) == (2, 2, 60)
     said = capsys.readouterr().err
-    assert "left out: " in said and "bad.jsonl:63: no column 'text'" in said
-    assert "ko: 2 documents could not be read and were left out" in said and "2 documents hold no text" in said
+    assert "skipped: " in said and "bad.jsonl:63: no column 'text'" in said
+    assert "ko: 2 documents could not be read and were skipped" in said and "2 documents contain no text" in said
     with pytest.raises(EloError, match="holds finished data"):
         prepare(TOKENIZER, {"ko": str(bad)}, tmp_path / "out", progress=False, **options)
     with pytest.raises(EloError, match=r"bad.jsonl:62"):
@@ -238,18 +238,18 @@ def test_foreign_folders_and_wrong_arguments_are_refused(tmp_path: Path, inputs:
     (foreign / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("")
     cases: list[tuple[str, dict]] = [
-        ("the folder holds other things", {"output": foreign}),
+        ("was not made by elo prepare", {"output": foreign}),
         ("is a file", {"output": tmp_path / "file"}),
         ("cannot be written", {"output": tmp_path / "file" / "below"}),
-        ("language name '../up' may hold", {"corpora": {"../up": [str(inputs["ko"])]}}),
+        ("language name '../up': use only", {"corpora": {"../up": [str(inputs["ko"])]}}),
         ("language 'ko' has no corpus", {"corpora": {"ko": []}}),
         ("no corpora", {"corpora": {}}),
         ("no such file or folder", {"corpora": {"ko": ["/nothing/there.jsonl"]}}),
         ("weight must be", {"corpora": {"ko": CorpusSource(str(inputs["ko"]), -1)}}),
         ("no column 'body'; the columns are 'text'", {"corpora": {"ko": CorpusSource(str(inputs["ko"]), 1, "body")}}),
-        ("heldout_share is a share", {"heldout_share": 1.5}),
-        ("validation_share is a share", {"validation_share": 1.0}),
-        ("on_error is either", {"on_error": "ignore"}),
+        ("heldout_share must be at least 0 and below 1", {"heldout_share": 1.5}),
+        ("validation_share must be at least 0 and below 1", {"validation_share": 1.0}),
+        ("on_error must be stop or skip", {"on_error": "ignore"}),
         ("must be at least 1", {"shard_tokens": 0}),
         ("but the model has 7 embedding rows", {"vocab_size": 7}),
     ]
@@ -288,7 +288,9 @@ def test_damage_to_the_shards_is_found_and_mended(tmp_path: Path, inputs: dict[s
     data = shard.read_bytes()
 
     shard.write_bytes(data[:-2])
-    with pytest.raises(UnfinishedError, match=r"00000-00001.tokens: token shard has \d+ bytes, expected \d+"):
+    with pytest.raises(
+        UnfinishedError, match=r"00000-00001.tokens: token shard is damaged: it has \d+ bytes, expected \d+"
+    ):
         PreparedData.open(output)
     run(output, inputs)
     assert tree(output) == expected
@@ -297,7 +299,7 @@ def test_damage_to_the_shards_is_found_and_mended(tmp_path: Path, inputs: dict[s
     moved = tmp_path / "moved"  # a place that no checksum has been verified at
     shutil.copytree(output, moved)
     corpus = PreparedData.open(moved).train("ko")[0]
-    with pytest.raises(UnfinishedError, match=r"00000-00001.tokens: .*does not have the checksum"):
+    with pytest.raises(UnfinishedError, match=r"00000-00001.tokens: .*its checksum differs"):
         [corpus.document(i) for i in range(corpus.num_documents)]
     shard.unlink()
     with pytest.raises(UnfinishedError, match="token shard is missing"):
@@ -349,7 +351,7 @@ def test_mixture_from_prepared_data(tmp_path: Path, inputs: dict[str, Path]) -> 
         "needs a source language": {"source": None},
         "are both 'ko'": {"source": "ko"},
         "no language 'ja'": {"source": "ja"},
-        "with a weight above 0": {"weights": {"ko": {"ko": 0, "more": 0}}},
+        "has a weight above 0": {"weights": {"ko": {"ko": 0, "more": 0}}},
         "sequence_length must be": {"sequence_length": 0},
     }.items():
         with pytest.raises(EloError, match=said):
@@ -389,11 +391,11 @@ def test_a_cut_file_is_counted_as_a_file_and_a_lost_one_stops(
     (found,) = prepared.manifest["languages"]["ko"]["train"]
     assert (found["cut_files"], found["skipped"]) == (1, 0) and 1000 < found["documents"] < 2000
     said = capsys.readouterr().err
-    assert "b.jsonl.gz:" in said and "it ends too early" in said
-    assert "ko: 1 files could not be read to their end; the rest of each is left out" in said
-    with pytest.raises(EloError, match="it ends too early"):  # what was left out is not taken for all of it
+    assert "b.jsonl.gz:" in said and "it is truncated" in said
+    assert "ko: 1 files could not be read to the end; the rest of each was skipped" in said
+    with pytest.raises(EloError, match="it is truncated"):  # what was left out is not taken for all of it
         prepare(TOKENIZER, {"ko": str(folder)}, tmp_path / "out", heldout_share=0, overwrite=True)
     (folder / "c.jsonl.zst").write_bytes(b"not zstd")
-    with pytest.raises(EloError, match=r"c.jsonl.zst:1: .*on_error: skip leaves out documents, not whole files"):
+    with pytest.raises(EloError, match=r"c.jsonl.zst:1: .*on_error: skip skips documents, not whole files"):
         prepare(TOKENIZER, {"ko": str(folder)}, tmp_path / "other", **options)
     assert not (tmp_path / "other").exists()

@@ -97,7 +97,7 @@ def test_two_at_once_the_second_is_told_and_leaves(tmp_path: Path, command: list
             time.sleep(0.005)
         first.send_signal(signal.SIGSTOP)  # however long the second takes to start
         second = subprocess.run([*command, str(output), "1"], capture_output=True, text=True)
-        assert "another prepare is at work there" in second.stderr
+        assert "another elo prepare is writing to it" in second.stderr
     finally:
         first.send_signal(signal.SIGCONT)
         assert first.wait() == 0
@@ -120,7 +120,7 @@ def test_a_full_disk_is_told_and_finished_shards_are_kept(tmp_path: Path, monkey
         close(file)
 
     monkeypatch.setattr(shard_writer, "_close", close_until_full)
-    with pytest.raises(EloError, match=r"ko/train/0: cannot be written \(No space left on device\); make room"):
+    with pytest.raises(EloError, match=r"ko/train/0: cannot be written \(No space left on device\); free disk space"):
         prepare(make_tokenizer(), {"ko": str(source)}, output, **options)
     assert sum(name.endswith(".tokens") for name in tree(output)) == 2
     assert not any(".tmp-" in name for name in tree(output))

@@ -107,7 +107,7 @@ def test_a_unit_that_another_works_on_is_left_to_it_until_it_dies(config, tmp_pa
     other = forked(hold, tmp_path / "other.txt")
     until((tmp_path / "held").exists)
     helper = start(config, tmp_path / "run", "--together")
-    until(lambda: "others are at work on 1 runs of files" in said(tmp_path))
+    until(lambda: "waiting for other processes to finish 1 groups of files" in said(tmp_path))
     assert not ended(helper)
     assert not (prepared / "manifest.json").exists()
     os.kill(other, signal.SIGKILL)
@@ -144,7 +144,7 @@ def test_another_configuration_is_refused(config, tmp_path, capsys):
     other["data"]["heldout_share"] = 0.2
     other_path = tmp_path / "other.yaml"
     other_path.write_text(yaml.safe_dump(other))
-    words = ("prepared was begun there with other inputs", "heldout_share")
+    words = ("prepared was begun with other inputs", "heldout_share")
     assert_refused(["prepare", other_path, "--together"], words, (tmp_path / "run" / "prepared",), capsys)
 
 
@@ -154,7 +154,7 @@ def test_alone_and_together_exclude_each_other(config, tmp_path, capsys):
     output = tmp_path / "run" / "prepared"
     with _locked(output, shared=False):
         status, message = run_elo(["prepare", path, "--together"], capsys)
-    assert (status, "another prepare is at work" in message) == (2, True)
+    assert (status, "another elo prepare is writing to it" in message) == (2, True)
     with _locked(output, shared=True):
         status, message = run_elo(["prepare", path], capsys)
-    assert (status, "another prepare is at work" in message) == (2, True)
+    assert (status, "another elo prepare is writing to it" in message) == (2, True)

@@ -142,7 +142,7 @@ def test_nothing_is_done_twice(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in (root / "run").rglob("*.safetensors")}
     again = run(config)
     said = capsys.readouterr().out
-    assert said.count("done already") == len(list((root / "run" / "stages").glob("*.json")))
+    assert said.count("already done") == len(list((root / "run" / "stages").glob("*.json")))
     assert {path: path.stat().st_mtime_ns for path in (root / "run").rglob("*.safetensors")} == before
     assert again["trials"] == results["trials"]
 
@@ -154,14 +154,14 @@ def test_a_change_redoes_what_depends_on_it_and_no_more(finished, tmp_path, caps
     config["training"]["phases"] = {"layer_alignment": {"learning_rate": 5e-4, "save_steps": 1}}
     run(config)
     said = capsys.readouterr().out
-    assert "layer_alignment: changed: settings.learning_rate 0.001 -> 0.0005; doing it again" in said
+    assert "layer_alignment: changed: settings.learning_rate 0.001 -> 0.0005; repeating the stage" in said
     for stage in ("prepared", "evaluate-base", "bridge", "detach", "elo_pretraining", "attach", "scale"):
-        assert f"{stage}: done already" in said
+        assert f"{stage}: already done" in said
     config["data"]["replay_ratio"] = 0.3
     run(config, until="elo_pretraining")
     said = capsys.readouterr().out
-    assert "prepared: done already" in said, "changing the mix must not tokenise again"
-    assert "detach: done already" in said
+    assert "prepared: already done" in said, "changing the mix must not tokenise again"
+    assert "detach: already done" in said
     for stage in ("bridge", "elo_pretraining"):
         assert re.search(rf"^{stage}: changed: .*rows\.mixture\.shares\.en 0\.1 -> 0\.3", said, re.M)
 
@@ -233,7 +233,7 @@ def test_layers_do_not_matter_to_a_method_that_has_none(finished, tmp_path, caps
     run(config, until="layer_alignment")
     capsys.readouterr()
     run({**config, "layers": "0,1"}, until="layer_alignment")
-    assert "layer_alignment: done already" in capsys.readouterr().out
+    assert "layer_alignment: already done" in capsys.readouterr().out
 
 
 @pytest.mark.slow  # test_run_faults.py does the same in forked children

@@ -90,7 +90,7 @@ def test_no_room_for_a_file(limit, undisturbed, tmp_path):
     said = log.read_text()
     assert "Traceback" not in said
     assert said.splitlines()[-1].startswith(f"elo: {tmp_path}"), said
-    assert "make room and run the same command again" in said.splitlines()[-1]
+    assert "free disk space and run the same command again" in said.splitlines()[-1]
     run(config, until="layer_alignment")
     assert weights(tmp_path / "run") == reference
 
@@ -132,8 +132,8 @@ def test_a_flipped_bit_in_what_a_stage_left(undisturbed, tmp_path, capsys):
     path = write_config(tmp_path, config)
     status, said = run_elo(["run", path, "--until", "layer_alignment"], capsys)
     assert status == 2
-    assert f"{damaged}: does not have the checksum it was written with" in said
-    assert "the same command makes it again" in said
+    assert f"{damaged}: its checksum is not the recorded one" in said
+    assert "run the same command again to recreate it" in said
     assert run_elo(["run", path, "--until", "layer_alignment"], capsys)[0] == 0
     assert weights(tmp_path / "run") == reference
 
@@ -157,7 +157,7 @@ def test_a_flipped_bit_in_a_token_shard(undisturbed, tmp_path, capsys):
     path = write_config(tmp_path, config)
     status, said = run_elo(["run", path, "--until", "layer_alignment"], capsys)
     assert status == 2
-    assert f"{shard}: token shard does not have the checksum" in said
+    assert f"{shard}: token shard is damaged: its checksum differs" in said
     shard.unlink()  # what the message asks for
     assert run_elo(["run", path, "--until", "layer_alignment"], capsys)[0] == 0
     assert weights(tmp_path / "run") == reference
@@ -172,7 +172,7 @@ def test_two_runs_in_one_folder(undisturbed, tmp_path, capsys):
         time.sleep(0.01)
     status, said = run_elo(["run", write_config(tmp_path, config)], capsys)
     assert status == 2
-    assert f"another run (process {first}) works in this folder" in said
+    assert f"another run (process {first}) is using this folder" in said
     assert finish(first) == 0
     assert (tmp_path / "run" / "detach" / "config.json").is_file()
 

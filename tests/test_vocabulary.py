@@ -192,7 +192,7 @@ def test_each_of_several_languages_keeps_its_words():
 
 def test_text_without_any_token_is_told():
     nothing = Tokenizer(models.BPE())
-    with pytest.raises(EloError, match="no token at all"):
+    with pytest.raises(EloError, match="have no tokens"):
         measure_fertility(nothing, ["강물"])
 
 

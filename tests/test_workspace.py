@@ -91,7 +91,7 @@ def test_what_a_stage_is_made_from_counts_by_its_fingerprint(folder):
 @pytest.mark.parametrize("value", [object(), {"a": {1, 2}}, [lambda: None], b"bytes"], ids=type)
 def test_an_argument_without_identity_is_an_error(folder, value):
     stage = Stage()
-    with pytest.raises(TypeError, match="has no identity that a stage could depend on"):
+    with pytest.raises(TypeError, match="has no identity, so no stage can depend on it"):
         folder.once("s", stage, value=value)
     assert stage.calls == 0
 
@@ -220,7 +220,7 @@ def test_killed_between_the_record_and_the_end_of_its_stage(folder):
 def test_what_was_begun_is_gone_on_with_and_nothing_else(folder):
     folder.begin("s", a=1)
     folder.begin("s", a=1)
-    with pytest.raises(EloError, match=r"s was begun there with other inputs \(changed: a 1 -> 2\)"):
+    with pytest.raises(EloError, match=r"stage s was begun with other inputs \(changed: a 1 -> 2\)"):
         folder.begin("s", a=2)
     (folder.path("s-checkpoints")).mkdir()
     stage = Stage()

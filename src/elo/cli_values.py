@@ -1,23 +1,33 @@
-"""What options of the command line hold: names, numbers, a text or a file for each language."""
+"""Parse values of command-line options: names, numbers, texts or files by language."""
 
 from elo.errors import EloError
 
 
 def names(joined: str) -> list[str]:
-    """What is joined by commas."""
+    """Split names that are separated by commas."""
     return [name.strip() for name in joined.split(",") if name.strip()]
 
 
 def numbers(option: str, joined: str) -> list[int]:
-    """Whole numbers joined by commas."""
+    """Parse integers that are separated by commas.
+
+    Raises:
+        EloError: an item is not an integer.
+    """
     try:
         return [int(number) for number in names(joined)]
     except ValueError:
-        raise EloError(f"{option} {joined!r}: write whole numbers joined by commas, such as 4000,8000") from None
+        raise EloError(
+            f"{option} {joined!r}: not integers separated by commas; write, for example, 4000,8000"
+        ) from None
 
 
 def texts_by_language(pairs: list[str] | None) -> dict[str, list[str]]:
-    """Texts by language, of any number of LANGUAGE=TEXT."""
+    """Parse LANGUAGE=TEXT pairs, any number per language.
+
+    Raises:
+        EloError: an item is not LANGUAGE=TEXT.
+    """
     found: dict[str, list[str]] = {}
     for pair in pairs or []:
         language, equals, text = pair.partition("=")
@@ -28,13 +38,17 @@ def texts_by_language(pairs: list[str] | None) -> dict[str, list[str]]:
 
 
 def files_by_language(option: str, pairs: list[str] | None) -> dict[str, str]:
-    """A file for each language, of LANGUAGE=FILE."""
+    """Parse LANGUAGE=FILE pairs, one per language.
+
+    Raises:
+        EloError: an item is not LANGUAGE=FILE, or a language is given twice.
+    """
     found: dict[str, str] = {}
     for pair in pairs or []:
         language, equals, path = pair.partition("=")
         if not equals or not language or not path:
             raise EloError(f"{option} {pair!r}: write LANGUAGE=FILE, for example {option} ko=heldout.jsonl")
         if language in found:
-            raise EloError(f"{option}: {language!r} is given twice")
+            raise EloError(f"{option}: {language!r} is given twice; give one file per language")
         found[language] = path
     return found

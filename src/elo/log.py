@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+"""Show the progress of long work: a bar with rate and remaining time on a terminal, otherwise occasional lines."""
 
 import sys
 import time
@@ -13,13 +13,13 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress:
-    """Counts up to `total` of some `unit`; silent when `label` is None.
+    """Shows progress towards `total`; silent if `label` is None.
 
     Args:
-        total: amount at which the work is done; None if unknown.
-        label: what is being done.
-        unit: what is counted, for example `tokens`.
-        done: amount that was done before (on resume); it does not count towards the rate.
+        total: amount at which the work is complete; None if unknown.
+        label: name of the work.
+        unit: unit of the amounts, such as `tokens`.
+        done: amount done before a resume. It does not count towards the rate.
     """
 
     def __init__(self, total: float | None, label: str | None, unit: str, done: float = 0.0) -> None:
@@ -44,7 +44,7 @@ class Progress:
         return self
 
     def advance(self, amount: float, note: str = "") -> None:
-        """Count `amount` more; `note` is shown behind the rate."""
+        """Add `amount` to the count; show `note` after the rate."""
         self.update(self.done + amount, note)
 
     def update(self, done: float, note: str = "") -> None:
@@ -60,7 +60,7 @@ class Progress:
             self.say(f"{self.label}: {self._said(now, note)}{self._time_left(now)}")
 
     def say(self, line: str) -> None:
-        """Print a line of its own above the bar."""
+        """Print a line above the bar."""
         if self.label is not None:
             print(line, file=sys.stderr, flush=True)
 
@@ -86,7 +86,7 @@ class Progress:
 
 
 def short(value: float) -> str:
-    """A count in three digits or so: 950, 12.3 K, 4.56 M."""
+    """Format a count with about three digits: 950, 12.3 K, 4.56 M."""
     for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " K")):
         if value >= limit:
             return f"{value / limit:.3g}{unit}"
@@ -94,7 +94,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
+    """Format seconds in readable units: 42 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""`elo chat-vector`: give an adapted model the chat ability of its base's chat model, without any training."""
+"""`elo chat-vector`: add the chat abilities of a base's chat model to an adapted model, without training."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -28,16 +28,16 @@ def chat_vector(
 ) -> dict[str, Any]:
     """Write adapted + scale * (chat - base) (arXiv 2310.04799), with the chat model's template.
 
-    The tokenizer is the chat model's or, where the adapted model's has more tokens, that one with the chat
+    The tokenizer is the chat model's. If the adapted model's tokenizer has more tokens, it is that one with the chat
     model's settings and template.
 
     Args:
-        adapted: a model trained from `base`: a checkpoint folder or hub id, as are the other two.
-        base: the base of both.
-        chat: its chat (instruct) model.
-        output: folder to write; it appears whole or not at all.
-        scale: of what chat training changed; 1 adds all of it.
-        leave_out: of "embedding", "norm" and "head", what nothing is added to.
+        adapted: checkpoint folder or hub id of a model trained from `base`.
+        base: checkpoint folder or hub id of the base of both models.
+        chat: checkpoint folder or hub id of the chat (instruct) model made from `base`.
+        output: folder to write. It appears only when complete.
+        scale: factor for the change of chat training; 1 adds all of it.
+        leave_out: parts to which nothing is added, among "embedding", "norm" and "head".
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoints' own Python code to define the model.
 
@@ -47,7 +47,7 @@ def chat_vector(
     """
 
     if not (isfinite(scale) and abs(scale) <= 100):
-        raise EloError(f"scale: {scale} is not a number within 100 of 0; 1 adds what chat training changed")
+        raise EloError(f"scale: must be a number from -100 to 100, got {scale}; 1 adds all that chat training changed")
     check_replaceable(Path(output), overwrite)
     ours, theirs, chats = (
         resolve_checkpoint(each, trust_remote_code=trust_remote_code) for each in (adapted, base, chat)
@@ -61,7 +61,7 @@ def chat_vector(
             save_tokenizer=lambda folder: _save_tokenizer(ours, chats, folder, trust_remote_code),
             check=lambda folder: check_output(
                 folder,
-                remedy="give a chat model and an adapted model whose tokens have rows; nothing was written",
+                remedy="give a chat model and an adapted model with a row for every token; nothing was written",
                 trust_remote_code=trust_remote_code,
             ),
             scale=scale,
@@ -73,16 +73,16 @@ def chat_vector(
 
 
 def _save_tokenizer(adapted: Path, chat: Path, folder: Path, trust_remote_code: bool) -> None:
-    """Write the tokenizer of the sum: chat settings, and the adapted model's vocabulary where that was extended.
+    """Write the output's tokenizer: chat settings and, if it was extended, the adapted model's vocabulary.
 
     Raises:
-        EloError: a token of the chat model is another token, or none, in the adapted model.
+        EloError: the adapted model has another token, or none, at the id of a token of the chat model.
     """
 
     ours, theirs = (load_tokenizer(each, trust_remote_code).backend for each in (adapted, chat))
     ids, chat_ids = (each.get_vocab(with_added_tokens=True) for each in (ours, theirs))
     recorded = read_new_rows(read_config(str(adapted), trust_remote_code=trust_remote_code))
-    if recorded is None and set(ids.values()) <= set(chat_ids.values()):  # other tools keep no record
+    if recorded is None and set(ids.values()) <= set(chat_ids.values()):  # other tools write no record
         copy_tokenizer(chat, folder)
         return
     for token, number in sorted(chat_ids.items(), key=lambda pair: pair[1]):
@@ -91,6 +91,6 @@ def _save_tokenizer(adapted: Path, chat: Path, folder: Path, trust_remote_code: 
             raise EloError(
                 f"{adapted}: its tokenizer has {'no token' if found is None else repr(found)} at id {number}, where "
                 f"{chat} has {token!r}; extend the vocabulary of the chat model's tokenizer (elo vocab extend BASE "
-                "--tokenizer FOLDER) and adapt again, or take a chat model with the base's tokens"
+                "--tokenizer FOLDER) and adapt again, or give a chat model with the base's tokens"
             )
     save_with_backend(chat, ours, folder, trust_remote_code)

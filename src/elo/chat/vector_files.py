@@ -1,4 +1,4 @@
-"""Chat vector: what chat training changed in a base, added to a model adapted from the same base (arXiv 2310.04799)."""
+"""Add a chat vector, the change of chat training, to a model adapted from the same base (arXiv 2310.04799)."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SAYS_NOTHING = {
     *_TOKEN_IDS, "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
-"""Keys of config.json in which a base and its chat model may differ without computing something else."""
+"""Keys of config.json that do not affect computation, so a base and its chat model may differ in them."""
 
 
 def add_chat_vector(
@@ -55,36 +55,39 @@ def add_chat_vector(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Write adapted + scale * (chat - base), tensor by tensor, without ever holding a model in memory.
+    """Write adapted + scale * (chat - base), tensor by tensor, without holding a model in memory.
 
-    Sums are in float64 and rounded once, to the adapted model's dtype: where it is still the base, what is written is
-    the chat model, bit for bit. Rows of embedding and head that base and chat do not have, such as those of
-    `elo vocab`, stay as they are; rows that only the chat model has, such as those of ChatML's tokens, are the chat
-    model's, also in parts that are left out. Token ids that begin, end and pad, and generation_config.json, are the
-    chat model's; the rest of config.json is the adapted model's.
+    Sums are computed in float64 and rounded once, to the adapted model's dtype. Tensors in which the adapted model
+    equals the base become those of the chat model, bit for bit.
+
+    Embedding and head rows that base and chat do not have, such as those of `elo vocab`, are kept. Rows that only the
+    chat model has, such as those of ChatML's tokens, are copied from it, even in parts that are left out.
+
+    The bos, eos and pad token ids and generation_config.json come from the chat model, the rest of config.json from the
+    adapted model.
 
     Args:
-        adapted: a checkpoint folder, trained from `base`.
-        base: folder of the base of both.
+        adapted: folder of a checkpoint trained from `base`.
+        base: folder of the base of both models.
         chat: folder of the chat model made from `base`.
-        output: folder to write; it appears whole or not at all.
+        output: folder to write. It appears only when complete.
         save_tokenizer: writes the tokenizer's files and chat template into a folder.
-        check: called with the whole folder before it appears as `output`; refuses it by raising EloError.
-        scale: of the vector.
-        leave_out: of "embedding", "norm" and "head", what nothing is added to; of tied parts both or neither.
+        check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
+        scale: factor for the vector.
+        leave_out: parts to which nothing is added, among "embedding", "norm" and "head". If embedding and head are
+            tied, either name covers both.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoints' own Python code to define the model.
-        max_shard_bytes: size above which the weights are written as several files.
-        label: shown with the progress; None is silent.
+        max_shard_bytes: maximum size of a weight file, in bytes.
+        label: label of the progress bar; None shows no progress.
 
     Returns:
-        {"adapted", "base", "chat", "scale", "leave_out", "tensors" (number that the vector was added to), "rows_kept"
-        (rows of embedding and head that stayed as they were), "rows_added" (rows that only the chat model has),
-        "differs" (keys of config.json in which the chat model
-        differs from the base; the adapted model's values stay)}
+        {"adapted", "base", "chat", "scale", "leave_out", "tensors" (number of tensors the vector was added to),
+        "rows_kept" (unchanged rows of embedding and head), "rows_added" (rows that only the chat model has), "differs"
+        (keys of config.json in which chat model and base differ; the adapted model's values are kept)}
 
     Raises:
-        EloError: a folder is not usable, or the three are not of one model; the message names the first tensor.
+        EloError: a folder cannot be used, or the three models do not match. The message names the first tensor.
     """
     for name in leave_out:
         if name not in INCLUDABLE:
@@ -92,11 +95,11 @@ def add_chat_vector(
     ours, theirs, chats = (open_folder(folder, trust_remote_code) for folder in (adapted, base, chat))
     for each in (ours, theirs, chats):
         if PROVENANCE_KEY in each.config_json:
-            raise EloError(f"{each.folder}: is a detached checkpoint; attach its layers first, or give the whole model")
+            raise EloError(f"{each.folder}: is a detached checkpoint; attach its layers first, or give the full model")
         if each.config.model_type != ours.config.model_type:
             raise EloError(
-                f"{each.folder}: is a {each.config.model_type}, but {ours.folder} is a {ours.config.model_type}; "
-                "adapted model, base and chat model must be of one architecture"
+                f"{each.folder}: has model type {each.config.model_type}, but {ours.folder} has "
+                f"{ours.config.model_type}; give an adapted model, base and chat model of the same architecture"
             )
         refuse_overlap(output, each.folder)
     hollow = build_hollow_causal_lm(ours.config, trust_remote_code=trust_remote_code)
@@ -123,7 +126,7 @@ def add_chat_vector(
     config_json = resized | {key: chats.config_json[key] for key in _TOKEN_IDS if key in chats.config_json}
     with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
         write_config(folder, config_json)
-        save_tokenizer(folder)  # which may refuse, so before gigabytes are written
+        save_tokenizer(folder)  # first, because it may fail and the weights are large
         write_checkpoint(folder, [each.tensor() for each in sums], max_shard_bytes, label)
         copy_unlisted_weights(ours.weights, folder)
         copy_side_files(chats.folder, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
@@ -150,7 +153,7 @@ def add_chat_vector(
 
 @dataclass(frozen=True)
 class _Sum:
-    """A tensor of the adapted model, what is added to its first `elements`, and rows of the chat model after it."""
+    """A tensor of the adapted model, the change added to its first `elements`, and rows added from the chat model."""
 
     adapted: StoredTensor
     base: StoredTensor
@@ -169,7 +172,7 @@ class _Sum:
         group: str | None,
         scale: float,
     ) -> "_Sum":
-        """Add `scale` times what chat training changed, as far as the three have the same rows."""
+        """Add `scale` times the change of chat training to the rows that all three models have."""
         added = 0
         if group in ("embedding", "head") and base is not None and chat is not None and adapted.shape == base.shape:
             added = max(0, chat.shape[0] - base.shape[0]) if chat.shape[1:] == base.shape[1:] else 0
@@ -185,7 +188,7 @@ class _Sum:
                 + (
                     "leave embedding and head out, or give a chat model with at least the base's rows"
                     if group in ("embedding", "head")
-                    else "the three are not of one model"
+                    else "give an adapted model and a chat model made from the same base"
                 )
             )
         first_new = first_new_row_of(ours.config, "embedding" if longer else None)
@@ -194,13 +197,13 @@ class _Sum:
 
     @property
     def rows_kept(self) -> int:
-        """Rows at the end that nothing is added to, of a tensor of which something is."""
+        """Number of unchanged rows at the end of the tensor; 0 if nothing is added to the tensor at all."""
         return (
             (math.prod(self.adapted.shape) - self.elements) // math.prod(self.adapted.shape[1:]) if self.elements else 0
         )
 
     def tensor(self) -> NewTensor:
-        """The sum, whose bytes are made when they are written."""
+        """Return the sum, whose bytes are computed while they are written."""
         each = self.adapted
         shape = (each.shape[0] + self.rows_added, *each.shape[1:]) if self.rows_added else each.shape
         size = math.prod(shape) * each.size // max(1, math.prod(each.shape))
@@ -226,7 +229,7 @@ class _Sum:
                 for chunk, each in zip(chunks, (self.adapted, self.base, self.chat), strict=True)
             )
             change = chat[:count].double().sub_(base[:count]).mul_(self.scale)
-            adapted[:count] = change.add_(adapted[:count])  # rounded here
+            adapted[:count] = change.add_(adapted[:count])  # the only rounding
             left -= count
             yield tensor_bytes(adapted)
 
@@ -234,15 +237,15 @@ class _Sum:
 def _matched(
     ours: CheckpointFolder, other: CheckpointFolder, hollow: PreTrainedModel, names: NameMap
 ) -> dict[str, StoredTensor]:
-    """Tensors of another checkpoint of the same model, by their names in ours; none for what a model can go without."""
+    """Map names in our checkpoint to the tensors of another one of the same model. Redundant tensors may be missing."""
     found, absent = match_names(ours.weights.tensors, other.weights, hollow)
     embedding = next((found[name] for name in found if names.group(name) == "embedding"), None)
     extra = other.weights.tensors.keys() - {tensor.name for tensor in found.values()}
     for folder, without, alone in ((ours, other, absent), (other, ours, extra)):
         if alone and not redundant(folder.weights.tensors, alone, type(hollow), folder.config):
             raise EloError(
-                f"{folder.folder}: has {min(alone)}, which {without.folder} has not; adapted model, base and chat "
-                "model must be of one model (merge adapters first)"
+                f"{folder.folder}: has {min(alone)}, but {without.folder} does not; give an adapted model and a chat "
+                "model made from the same base (merge adapters first)"
             )
     tied = {name for name in absent if find_architecture(hollow).tied and names.group(name) == "head"}
     return found | (dict.fromkeys(tied, embedding) if embedding else {})

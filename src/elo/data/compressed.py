@@ -1,4 +1,4 @@
-"""Decompressed bytes of gzip and Zstandard files, and why a file cannot be read to its end."""
+"""Decompress gzip and Zstandard files, and explain why a file cannot be read."""
 
 import gzip
 import io
@@ -10,7 +10,7 @@ import zstandard
 
 BUFFER = 1 << 20
 MAX_WINDOW = 1 << 31
-"""Largest Zstandard window, in bytes (`zstd --long=31`): the memory that reading such a file may take."""
+"""Largest accepted Zstandard window, in bytes (`zstd --long=31`). Reading a file takes this much memory at most."""
 
 _BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer instead of the data; fetch the data: git lfs pull",
@@ -29,7 +29,7 @@ _EXPECTED = {".gz": (b"\x1f\x8b",), ".zst": (b"\x28\xb5\x2f\xfd",), ".parquet": 
 
 
 def wrong_kind(raw: BinaryIO, name: str) -> str | None:
-    """What a file is, and what to do, where its first bytes belong to another kind of file than its name."""
+    """Return what a file is and what to do if its first bytes contradict its name, else None."""
     beginning = raw.read(64)
     raw.seek(0)
     if beginning.startswith(_EXPECTED.get(Path(name).suffix, ())):
@@ -43,7 +43,7 @@ def wrong_kind(raw: BinaryIO, name: str) -> str | None:
 
 
 def decompressed(raw: BinaryIO, name: str) -> BinaryIO:
-    """The bytes of a file, decompressed when its name ends in .gz or .zst."""
+    """Return the bytes of a file, decompressed if its name ends in .gz or .zst."""
     if name.endswith(".gz"):
         return io.BufferedReader(_GzipFile(raw), BUFFER)
     if name.endswith(".zst"):
@@ -52,7 +52,7 @@ def decompressed(raw: BinaryIO, name: str) -> BinaryIO:
 
 
 def file_problem(error: Exception) -> str:
-    """Why the rest of a file cannot be read, and what to do: a limit or the system's refusal is no damage."""
+    """Explain why the rest of a file cannot be read and what to do. Only a damaged file is called damaged."""
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, MemoryError) or "not enough memory" in reason:
         return (
@@ -60,24 +60,24 @@ def file_problem(error: Exception) -> str:
         )
     if "requires too much memory" in reason:
         return (
-            f"the file is compressed with a window of more than {MAX_WINDOW >> 20:,} MiB, the largest that can be "
-            "read; decompress it where there is memory for that, and compress it again with a smaller window"
+            f"the file is compressed with a window of more than {MAX_WINDOW >> 20:,} MiB, the supported maximum; "
+            "decompress it on a machine with enough memory and compress it again with a smaller window"
         )
     if isinstance(error, zstandard.ZstdError) and "ictionary" in reason:
         return "the file is compressed with a Zstandard dictionary; decompress it with that dictionary (zstd -D)"
     if isinstance(error, pyarrow.ArrowNotImplementedError):
         return f"pyarrow cannot read this parquet file ({reason}); write it again with zstd or snappy compression"
     if "encrypt" in reason or "decrypt" in reason:
-        return f"the parquet file is encrypted ({reason}); give a decrypted copy"
+        return f"the parquet file is encrypted ({reason}); provide a decrypted copy"
     if isinstance(error, OSError) and error.errno is not None:
         return f"the file cannot be read ({error.strerror}); check its permissions and the disk, then run again"
     if isinstance(error, EOFError):
-        return f"the file is damaged from here on: it ends too early ({reason}), so it was cut short; fetch it again"
+        return f"the file is damaged from here on: it is truncated ({reason}); fetch it again"
     return f"the file is damaged from here on ({reason}); replace it"
 
 
 class _ZstdFile(io.RawIOBase):
-    """Decompressed bytes of a Zstandard file of one or more frames; one cut short raises EOFError."""
+    """Decompressed bytes of a Zstandard file of one or more frames. A truncated file raises EOFError."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
@@ -105,7 +105,7 @@ class _ZstdFile(io.RawIOBase):
 
 
 class _GzipFile(io.RawIOBase):
-    """Decompressed bytes of a gzip file, step by step: what comes before damage is read."""
+    """Decompressed bytes of a gzip file, read piece by piece so that the data before a damaged place is used."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._file = gzip.GzipFile(fileobj=raw)

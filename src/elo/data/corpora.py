@@ -1,4 +1,4 @@
-"""One corpus from its files to token shards: reading, cutting out held-out documents, tokenising, writing."""
+"""Turn the files of one corpus into token shards: read, cut out held-out documents, tokenise, write."""
 
 import hashlib
 import logging
@@ -21,25 +21,25 @@ from elo.store.files import TEMPORARY_PREFIX, read_json, remove, sha256_json, wr
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1 << 13
 UNIT_BYTES = 1 << 28
-"""Small files are taken together up to this size on disk; a larger file is a unit of its own."""
+"""Bytes on disk up to which small files share a unit; each larger file is one unit."""
 SHOWN_PROBLEMS = 10
 FIRST_CHECKED, CHECKED_EVERY = 256, 16
-"""Documents that are decoded again, to measure lost text: the first of each run of files, then one in so many."""
+"""Documents that are decoded again to measure lost text: the first ones of each unit, then one in `CHECKED_EVERY`."""
 JUDGED_FROM = 1 << 20
-"""Bytes decoded again from which a corpus may be refused before all of it is tokenised."""
+"""Decoded bytes after which a corpus may be rejected before all of it is tokenised."""
 PLAN = "plan.json"
 
 log = logging.getLogger(__name__)
 
 
 def text_hash(text: bytes) -> bytes:
-    """The 8 bytes that stand for a document's text when held-out documents are chosen and looked for."""
+    """Return the 8-byte hash by which held-out documents are chosen and found in training text."""
     return hashlib.blake2b(text, digest_size=8).digest()
 
 
 @dataclass(frozen=True)
 class CorpusTask:
-    """One corpus to tokenise: where it comes from, and what of it is cut out to measure on."""
+    """One corpus to tokenise: its files, and which documents are cut out for evaluation."""
 
     language: str
     split: str
@@ -50,18 +50,18 @@ class CorpusTask:
     text_column: str
     files: tuple[InputFile, ...]
     threshold: int = 0
-    """Documents with a hash below it (as a big-endian integer) are held out of a training corpus."""
+    """Training documents whose hash (a big-endian integer) is below this are held out."""
     validation_threshold: int = 0
-    """Those from `threshold` up to below it are cut out as validation text, unless they are in held-out text."""
+    """Documents whose hash is in [`threshold`, this) are validation text, unless they are also in held-out text."""
 
     @property
     def folder(self) -> str:
-        """Where its shards are, below the prepared folder."""
+        """Folder of its shards, relative to the prepared folder."""
         return f"{self.language}/{self.split}/{self.index}"
 
     @property
     def cut_splits(self) -> list[str]:
-        """Splits that documents are cut out of it for."""
+        """Splits that receive documents cut out of this corpus."""
         return [
             split
             for split, below, up_to in (
@@ -73,17 +73,17 @@ class CorpusTask:
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """`folder`, and where the shards of the documents cut out of it are, in the order of `SPLITS`."""
+        """`folder`, then the folders of the documents cut out of this corpus, in the order of `SPLITS`."""
         return (self.folder, *(f"{self.language}/{split}/{self.index}" for split in SPLITS[1:]))
 
     @property
     def own_folders(self) -> list[str]:
-        """Those of `folders` that it writes to."""
+        """The subset of `folders` that this corpus writes to."""
         return [self.folder, *(f"{self.language}/{split}/{self.index}" for split in self.cut_splits)]
 
     @property
     def units(self) -> list[list[InputFile]]:
-        """The files, in runs that can be tokenised apart from each other."""
+        """The files, grouped into units that can be tokenised independently."""
         units: list[list[InputFile]] = []
         size = UNIT_BYTES
         for file in self.files:
@@ -95,7 +95,7 @@ class CorpusTask:
         return units
 
     def plan(self, tokenizer: TextTokenizer, shard_tokens: int, known_heldout: frozenset[bytes]) -> dict[str, Any]:
-        """Everything that decides what the shards hold: while this is the same, finished shards are kept."""
+        """Return everything that determines the shards' content. Finished shards are kept while it is unchanged."""
         return {
             "schema": SCHEMA,
             "tokenizer": [tokenizer.sha256, tokenizer.prefix_token_id, tokenizer.eos_token_id],
@@ -111,13 +111,13 @@ class CorpusTask:
 
 @dataclass
 class Batch:
-    """Documents on their way to the tokenizer; `positions` and `counts` are those after each document."""
+    """A batch of documents for the tokenizer. `positions` and `counts` hold the state after each document."""
 
     texts: list[bytes] = field(default_factory=list)
     sides: list[int] = field(default_factory=list)
-    """Index into `SPLITS` of where each goes."""
+    """Split of each document, as an index into `SPLITS`."""
     checked: list[bool] = field(default_factory=list)
-    """Which are decoded again; decided by their place in the files, so that a resumed run measures the same."""
+    """Whether each document is decoded again. Depends only on its place in the files, so a resumed run agrees."""
     positions: list[Position] = field(default_factory=list)
     counts: list[tuple[int, ...]] = field(default_factory=list)
     places: list[tuple[str, int]] = field(default_factory=list)
@@ -125,7 +125,7 @@ class Batch:
 
 
 class DocumentReader:
-    """Reads a unit's documents in batches bounded by bytes, and counts what is left out."""
+    """Reads a unit's documents in batches of bounded size and counts what is skipped."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class DocumentReader:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes on disk read so far of this unit."""
+        """Bytes of this unit read from disk so far."""
         return self._before + (self._reader.bytes_read if self._reader is not None else 0)
 
     def _count(self, name: str) -> None:
@@ -152,10 +152,10 @@ class DocumentReader:
         self.counts = tuple(count + (i == which) for i, count in enumerate(self.counts))
 
     def batches(self, start: Position) -> Iterator[Batch]:
-        """Yield batches of documents from `start` on.
+        """Yield batches of documents, beginning at `start`.
 
         Raises:
-            EloError: something cannot be read (unless `on_error` is "skip"): the message names file and line.
+            EloError: a document cannot be read (unless `on_error` is "skip"). The message names file and line.
         """
         batch = Batch()
         hashed = self._task.split == "train" and (bool(self._task.cut_splits) or bool(self._known))
@@ -208,24 +208,24 @@ class DocumentReader:
         problem = record.problem
         assert problem is not None
         if self._on_error != "skip":
-            raise EloError(problem if record.ends_file else f"{problem} (on_error: skip leaves such documents out)")
+            raise EloError(problem if record.ends_file else f"{problem} (on_error: skip skips such documents)")
         if record.ends_file:
             if record.loses_file:
-                raise EloError(f"{problem} (on_error: skip leaves out documents, not whole files)")
+                raise EloError(f"{problem} (on_error: skip skips documents, not whole files)")
             self._count("cut_files")
             self._tell(f"warning: {problem}")
             return
         self._count("skipped")
         self._told += 1
         if self._told <= SHOWN_PROBLEMS:
-            self._tell(f"left out: {problem}")
+            self._tell(f"skipped: {problem}")
         if self._told == SHOWN_PROBLEMS:
-            self._tell("further documents that are left out are only counted")
+            self._tell("further skipped documents are counted but not listed")
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What all corpora of one `prepare` have in common."""
+    """Settings that all corpora of one `prepare` share."""
 
     root: Path
     tokenizer: TextTokenizer
@@ -237,14 +237,14 @@ class Preparation:
     allow_lost_text: bool = False
 
     def writer(self, task: CorpusTask, unit: int) -> UnitWriter:
-        """The writer of a unit of `task`."""
+        """Return the writer for one unit of `task`."""
         return UnitWriter(self.root, task.folders, unit, self.tokenizer.dtype, self.shard_tokens)
 
     def claim(self, task: CorpusTask, *, start_over: bool = True) -> None:
-        """Make the corpus' folder; what is there from other inputs or settings is removed, and that is said.
+        """Create the corpus' folder; report and remove data made from other inputs or settings.
 
         Raises:
-            EloError: something is there and `start_over` is false: others may be at work on it.
+            EloError: such data exists and `start_over` is false, because another process may be writing it.
         """
         folder = self.root / task.folder
         plan = task.plan(self.tokenizer, self.shard_tokens, self.known_heldout)
@@ -255,31 +255,34 @@ class Preparation:
             changed = [key for key in plan if not isinstance(before, dict) or before.get(key) != plan[key]]
             if not start_over:
                 raise EloError(
-                    f"{folder}: is being made from other {', '.join(changed)}; give all processes the same "
-                    "configuration, or prepare once without --together to start it over"
+                    f"{folder}: was started with a different {', '.join(changed)}; give all processes the same "
+                    "configuration, or prepare once without --together to start over"
                 )
-            self.tell(f"{folder}: made from other {', '.join(changed)}; starting it over")
+            self.tell(f"{folder}: made with a different {', '.join(changed)}; starting over")
         for own in task.own_folders:
             remove(self.root / own)
         folder.mkdir(parents=True)
         write_json(folder / PLAN, plan)
 
     def states(self, task: CorpusTask, *, look: bool = False) -> list[UnitState]:
-        """What is on disk of each unit of a claimed corpus; with `look` nothing is touched, for others may write it."""
+        """Return the state on disk of each unit of a claimed corpus.
+
+        With `look` no file is changed, because another process may be writing the unit.
+        """
         strict = self.on_error != "skip"
         return [self.writer(task, unit).resume(strict, look=look) for unit in range(len(task.units))]
 
     def sweep(self, task: CorpusTask, unit: int) -> None:
-        """Remove what a killed process was writing of a unit that this process has to itself."""
+        """Remove temporary files that a killed process left in a unit. Call it only while holding the unit's lock."""
         for folder in task.own_folders:
             for leftover in (self.root / folder).glob(f"{TEMPORARY_PREFIX}{unit:05d}*"):
                 remove(leftover)
 
     def run_unit(self, task: CorpusTask, unit: int, pool: TokenizerPool) -> Iterator[tuple[int, int]]:
-        """Tokenise what is missing of one unit; yield (bytes on disk read of it so far, tokens just written).
+        """Tokenise the missing part of one unit; yield (bytes read from disk so far, tokens just written).
 
         Raises:
-            EloError: bad input, a token id beyond the embedding, a full disk, or a worker that died.
+            EloError: bad input, a token id outside the embedding, a full disk, or a worker that died.
         """
         writer = self.writer(task, unit)
         if writer.resume(self.on_error != "skip").finished:
@@ -301,23 +304,23 @@ class Preparation:
             writer.finish((*reader.counts, *found.tolist()))
         except WorkerDied as error:
             raise EloError(
-                f"{error}; most likely memory ran out: use fewer workers. The same command goes on where this stopped"
+                f"{error}; it probably ran out of memory: use fewer workers and run the same command again, it resumes"
             ) from None
         except OSError as error:
             raise EloError(
                 f"{self.root / task.folder}: cannot be written ({error.strerror or error}); "
-                "make room and run the same command again, finished shards are kept"
+                "free disk space and run the same command again, finished shards are kept"
             ) from None
         finally:
             writer.discard()
 
     def judge(self, task: CorpusTask, counts: TextCounts) -> str | None:
-        """A warning where the tokenizer loses much of a corpus, else None.
+        """Return a warning if the tokenizer loses much of a corpus, else None.
 
         Raises:
-            EloError: it loses too much.
+            EloError: the tokenizer loses too much.
         """
-        where = f"{task.files[0].location}{' and further files' if len(task.files) > 1 else ''} ({task.language})"
+        where = f"{task.files[0].location}{' and more files' if len(task.files) > 1 else ''} ({task.language})"
         return judge_loss(
             where,
             self.tokenizer.name,
@@ -336,7 +339,7 @@ class Preparation:
         file, line = batch.places[document]
         raise EloError(
             f"{file}:{line}: tokenizer {self.tokenizer.name} gives token id {int(tokens[where])}, but the model has "
-            f"{rows} embedding rows; give the model's own tokenizer"
+            f"{rows} embedding rows; give the tokenizer that belongs to the model"
         )
 
 
@@ -347,10 +350,10 @@ def tokenize_source(
     on_error: str = "stop",
     max_bytes: int | None = None,
 ) -> TokenCorpus:
-    """Tokenise a small corpus into memory, up to the document that passes `max_bytes` of UTF-8 text.
+    """Tokenise a small corpus into memory, stopping after the document that reaches `max_bytes` of UTF-8 text.
 
     Raises:
-        EloError: nothing to read, bad input, or no document with text.
+        EloError: there is nothing to read, bad input, or no document with text.
     """
     files = list_inputs(str(source))
     task = CorpusTask("any", "heldout", 0, str(source), 1.0, text_column, tuple(files))

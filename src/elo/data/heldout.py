@@ -1,4 +1,4 @@
-"""Which text a model is measured on: the first bytes of every held-out document, the same for every tokenizer."""
+"""Choose the text a model is evaluated on: the first bytes of every held-out document, equal for every tokenizer."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,22 +9,22 @@ from elo.data.tokenizer import TextTokenizer
 from elo.data.tokenizing import TextCounts, batched
 
 MIN_DOCUMENTS = 30
-"""Below this many documents a language, a difference between models may be one between documents."""
+"""Minimum documents per language. With fewer, differences between documents can pass for differences between models."""
 MIN_BYTES = 1000
-"""Of each document, where there are more documents than that leaves room for."""
+"""Minimum bytes of each document. If `max_bytes` does not allow that for all documents, fewer are chosen."""
 
 
 def choose_bytes(sizes: Sequence[int] | np.ndarray, max_bytes: int | None) -> dict[int, int]:
-    """How many bytes of which documents are measured on, by index in the order of the corpus.
+    """Choose how many bytes of which documents to evaluate on; return {index of the document: bytes}.
 
-    Every document counts with its first A bytes, or whole if it has fewer; A is the largest number with which the sum
-    stays within `max_bytes`, so what short documents leave goes to the longer ones. Where A would be below `MIN_BYTES`,
-    so many documents are taken, evenly spaced over the corpus, that about `MIN_BYTES` of each fit: `MIN_DOCUMENTS` at
-    least. The choice depends on the sizes alone, not on tokenizer, model or chance.
+    Every document contributes its first A bytes, or all of them if it has fewer. A is the largest number that keeps
+    the sum within `max_bytes`, so bytes that short documents leave unused go to longer ones. If A would be below
+    `MIN_BYTES`, fewer documents are chosen, evenly spaced over the corpus: as many as fit with about `MIN_BYTES` each,
+    but at least `MIN_DOCUMENTS`. The choice depends only on the sizes, not on tokenizer, model or chance.
 
     Args:
         sizes: UTF-8 bytes of each document.
-        max_bytes: of all documents together; None takes them whole.
+        max_bytes: limit on the sum over all documents; None uses every document in full.
     """
     size = np.asarray(sizes, np.int64)
     chosen = np.arange(len(size))
@@ -36,15 +36,15 @@ def choose_bytes(sizes: Sequence[int] | np.ndarray, max_bytes: int | None) -> di
         count = min(max(count, MIN_DOCUMENTS), len(size))
         chosen = np.arange(count) * len(size) // count
         allowance = _allowance(size[chosen], max_bytes)
-    # A document never vanishes: `cut_text` leaves its first character, however small the allowance.
+    # At least 1: `cut_text` keeps a document's first character, however small the allowance.
     return {int(index): max(1, min(int(size[index]), allowance)) for index in chosen}
 
 
 def _allowance(sizes: np.ndarray, max_bytes: int) -> int:
-    """The largest A with sum(min(size, A)) <= max_bytes."""
+    """Return the largest A with sum(min(size, A)) <= max_bytes."""
     ordered = np.sort(sizes)
     below = np.concatenate([[0], np.cumsum(ordered)])  # below[k]: the k shortest, whole
-    # With the k shortest whole, what is left is shared among the others.
+    # The k shortest are used in full; the others share the remaining bytes.
     for k in range(len(ordered)):
         share = int(max_bytes - below[k]) // (len(ordered) - k)
         if share < ordered[k]:
@@ -53,17 +53,17 @@ def _allowance(sizes: np.ndarray, max_bytes: int) -> int:
 
 
 def cut_text(text: str, size: int) -> str:
-    """The first `size` UTF-8 bytes of `text`, less what would be part of a character; one character at least."""
+    """Return the whole characters in the first `size` UTF-8 bytes of `text`, at least one."""
     return text.encode()[:size].decode(errors="ignore") or text[:1]
 
 
 def tokenize_texts(texts: Iterable[str], tokenizer: TextTokenizer, name: str) -> TokenCorpus:
-    """Documents in memory, from their texts."""
+    """Tokenise texts into a corpus in memory."""
     return tokenize_and_check(texts, tokenizer, name)[0]
 
 
 def tokenize_and_check(texts: Iterable[str], tokenizer: TextTokenizer, name: str) -> tuple[TokenCorpus, TextCounts]:
-    """Documents in memory, from their texts, and what was counted of the texts."""
+    """Tokenise texts into a corpus in memory; return it with the texts' `TextCounts`."""
     documents: list[np.ndarray] = []
     sizes: list[int] = []
     counts = np.zeros(len(TextCounts._fields), np.int64)
@@ -76,10 +76,10 @@ def tokenize_and_check(texts: Iterable[str], tokenizer: TextTokenizer, name: str
 
 
 def cut_corpus(corpus: TokenCorpus, tokenizer: TextTokenizer, max_bytes: int | None) -> TokenCorpus:
-    """The part of a corpus that is measured on (`choose_bytes`), tokenised anew where text is cut.
+    """Return the part of a corpus to evaluate on (see `choose_bytes`). If text is cut, it is tokenised again.
 
     Raises:
-        EloError: text has to be cut, but the corpus keeps none.
+        EloError: text has to be cut, but the corpus does not store text.
     """
     chosen = choose_bytes(corpus.document_sizes, max_bytes)
     if sum(chosen.values()) == corpus.num_bytes:

@@ -1,4 +1,4 @@
-"""The manifest of prepared data: made from what is on disk when all is there, compared when it is asked for again."""
+"""The manifest of prepared data: built from finished shards, and compared when the same data is requested again."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +14,10 @@ from elo.store.files import write_json
 
 
 def make_manifest(job: Preparation, tasks: list[CorpusTask], plan: str) -> dict[str, Any]:
-    """The manifest of finished corpora (documented key by key in `elo.data.shards`).
+    """Build the manifest of finished corpora (format: `elo.data.shards`).
 
     Raises:
-        EloError: a language came out without training text.
+        EloError: a language has no training text.
     """
 
     languages: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -26,7 +26,7 @@ def make_manifest(job: Preparation, tasks: list[CorpusTask], plan: str) -> dict[
         segments = [segment for state in job.states(task) for segment in state.segments]
         counts = {name: sum(segment["counts"][name] for segment in segments) for name in segments[0]["counts"]}
         files = [[file.location, file.size] for file in task.files]
-        # A corpus given as held-out text is written through the "train" side of its segments: nothing is cut from it.
+        # A corpus given as held-out text uses the "train" side of its segments: nothing is cut out of it.
         splits[task.split].append(_corpus(task, segments, "train", {**counts, "files": files}))
         for split in task.cut_splits:
             splits[split].append(_corpus(task, segments, split, {"files": files}))
@@ -65,10 +65,10 @@ def _check_not_empty(languages: dict[str, Any], tasks: list[CorpusTask]) -> None
         cut = sum(corpus["documents"] for corpus in languages[language]["heldout"]) if split == "train" else 0
         chosen = sum(corpus["documents"] for corpus in languages[language]["validation"]) if split == "train" else 0
         why = (
-            f"all {cut} documents were held out; lower heldout_share or give more text"
+            f"all {cut} documents were held out; lower heldout_share or provide more text"
             if cut and not chosen
-            else f"all {cut + chosen} documents were held out or cut out as validation text; lower heldout_share and "
-            "validation_share, or give more text"
+            else f"all {cut + chosen} documents became held-out or validation text; lower heldout_share and "
+            "validation_share, or provide more text"
             if chosen
             else "no document with text; check the files and text_column"
         )
@@ -76,10 +76,10 @@ def _check_not_empty(languages: dict[str, Any], tasks: list[CorpusTask]) -> None
 
 
 def judge_lost_text(job: Preparation, tasks: list[CorpusTask], manifest: dict[str, Any]) -> list[str]:
-    """Warnings about corpora of which the tokenizer loses text.
+    """Return a warning for each corpus of which the tokenizer loses text.
 
     Raises:
-        EloError: it loses too much of one.
+        EloError: the tokenizer loses too much of a corpus.
     """
 
     found = []
@@ -90,8 +90,8 @@ def judge_lost_text(job: Preparation, tasks: list[CorpusTask], manifest: dict[st
 
 
 def tell_totals(manifest: dict[str, Any], tell: Callable[[str], None]) -> None:
-    """Say what came out, by language, and warn of held-out documents that are trained on too."""
-    spelled = "tokenised as text" if manifest["tokenizer"]["split_special_tokens"] else "taken as tokens"
+    """Report totals by language, and warn about held-out documents that are also training documents."""
+    spelled = "tokenised as text" if manifest["tokenizer"]["split_special_tokens"] else "tokenised as special tokens"
     for language, splits in manifest["languages"].items():
         train, heldout, validation = splits["train"], splits["heldout"], splits["validation"]
 
@@ -101,28 +101,28 @@ def tell_totals(manifest: dict[str, Any], tell: Callable[[str], None]) -> None:
         tokens, size = total(train, "text_tokens"), total(train, "bytes")
         tell(
             f"{language}: {total(train, 'documents'):,} documents, {short(total(train, 'tokens'))} tokens, "
-            f"{short(size)} bytes of text ({size / max(tokens, 1):.2f} bytes a token); "
+            f"{short(size)} bytes of text ({size / max(tokens, 1):.2f} bytes per token); "
             f"held out {total(heldout, 'documents'):,} documents, {short(total(heldout, 'tokens'))} tokens"
-            + (f"; for validation {total(validation, 'documents'):,} documents" if validation else "")
+            + (f"; validation {total(validation, 'documents'):,} documents" if validation else "")
         )
         both = [*train, *heldout]
         for key, said in (
-            ("skipped", "documents could not be read and were left out"),
-            ("cut_files", "files could not be read to their end; the rest of each is left out"),
-            ("empty", "documents hold no text"),
-            ("special_tokens", f"special tokens are spelled in the text; they are {spelled}"),
+            ("skipped", "documents could not be read and were skipped"),
+            ("cut_files", "files could not be read to the end; the rest of each was skipped"),
+            ("empty", "documents contain no text"),
+            ("special_tokens", f"special tokens are spelled out in the text; they were {spelled}"),
         ):
             if total(both, key):
                 tell(f"{language}: {total(both, key):,} {said}")
         if total(train, "overlapping"):
             tell(
                 f"warning: {language}: {total(train, 'overlapping'):,} training documents are also in held-out text; "
-                "what is measured on it will look better than it is"
+                "results on it will look better than they are"
             )
 
 
 def reopen(output: Path, plan: str, on_error: str) -> PreparedData | None:
-    """The finished data in `output` if it is whole and what would be made now; None otherwise."""
+    """Return the finished data in `output` if it is complete and matches `plan`, else None."""
 
     try:
         prepared = PreparedData.open(output)
@@ -140,7 +140,7 @@ def reopen(output: Path, plan: str, on_error: str) -> PreparedData | None:
 
 
 def is_whole(output: Path) -> bool:
-    """Whether `output` holds finished data of any kind."""
+    """Return whether `output` holds complete prepared data, whatever its inputs."""
 
     try:
         PreparedData.open(output)
@@ -150,7 +150,7 @@ def is_whole(output: Path) -> bool:
 
 
 def reweigh(prepared: PreparedData, tasks: list[CorpusTask]) -> PreparedData:
-    """Write names and weights that have changed into the manifest; nothing is tokenised for that."""
+    """Write changed names and weights into the manifest, without tokenising again."""
     changed = False
     for task in tasks:
         for split in (task.split, *task.cut_splits):

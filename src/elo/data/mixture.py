@@ -1,7 +1,7 @@
-"""Rows of several languages mixed by tokens: every prefix of the sequence keeps the shares, any row at random access.
+"""Mix sequences of several languages by share of tokens. Every prefix keeps the shares; access is random.
 
-The mix is made when rows are read, from token shards that know nothing of it, so that another replay ratio, weight or
-seed tokenises nothing again.
+Mixing happens when sequences are read, and token shards do not depend on it. Another replay ratio, weight or seed
+therefore needs no new tokenisation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from elo.errors import EloError
 
 Stream = PackedStream | PaddedStream
 RESOLUTION = 1 << 40
-"""Shares and phases are whole multiples of 1/RESOLUTION, so that counting rows is exact integer arithmetic."""
+"""Shares and phases are multiples of 1/RESOLUTION, so that counting sequences is exact integer arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class MixtureSource:
 
 @dataclass(frozen=True)
 class _Split:
-    """Sends rows to `first` or `rest`: of the first n rows, floor(n * share + phase) go to `first` (phase < 1).
+    """Two-way split: of the first n sequences, floor(n * share + phase) go to `first` (phase < 1), others to `rest`.
 
-    So `first` is never a row or more away from its share, whatever n.
+    `first` therefore deviates from its share by less than one sequence, for every n.
     """
 
     share: int
@@ -42,7 +42,7 @@ class _Split:
     rest: "_Split | int"
 
     def find(self, index: int) -> tuple[int, int]:
-        """(source, row of that source) for row `index`."""
+        """Return (source, index in that source) of sequence `index`."""
         before = (index * self.share + self.phase) // RESOLUTION
         after = ((index + 1) * self.share + self.phase) // RESOLUTION
         side, inside = (self.first, before) if after > before else (self.rest, index - before)
@@ -50,7 +50,7 @@ class _Split:
 
 
 def _split_tree(groups: Sequence["tuple[Fraction, _Split | int]"], seed: int, depth: int) -> "_Split | int":
-    """A chain of two-way splits over groups with shares that sum to anything."""
+    """Build a chain of two-way splits over groups. The shares need not sum to 1."""
     (share, first), *rest = groups
     if not rest:
         return first
@@ -61,9 +61,9 @@ def _split_tree(groups: Sequence["tuple[Fraction, _Split | int]"], seed: int, de
 
 
 class Mixture:
-    """An endless sequence of rows, each of one language, drawn from `sources` by their shares of tokens.
+    """An endless series of sequences, each in one language, drawn from `sources` by their shares of tokens.
 
-    Languages keep their shares to less than one row in every prefix; the corpora within a language theirs to about one.
+    In every prefix a language deviates from its share by less than one sequence, a corpus within it by about one.
     """
 
     def __init__(
@@ -73,17 +73,15 @@ class Mixture:
         origin: Mapping[str, Any] | None = None,
     ) -> None:
         self.origin = dict(origin or {})
-        """What decides the content of every row, as JSON."""
+        """Everything that determines the content of every sequence, as JSON."""
         self.sources = [item if isinstance(item, MixtureSource) else MixtureSource(*item) for item in sources]
         self.seed = seed
         total = sum(source.share for source in self.sources)
         if not self.sources or any(source.share < 0 for source in self.sources) or abs(total - 1) > 1e-6:
-            raise EloError(
-                f"shares of a mixture must be at least 0 and sum to 1, got {[s.share for s in self.sources]}"
-            )
+            raise EloError(f"mixture: shares must be at least 0 and sum to 1, got {[s.share for s in self.sources]}")
         lengths = {source.stream.sequence_length for source in self.sources}
         if len(lengths) != 1:
-            raise EloError(f"all streams of a mixture need one sequence length, got {sorted(lengths)}")
+            raise EloError(f"mixture: all streams must have the same sequence length, got {sorted(lengths)}")
         self.sequence_length = lengths.pop()
         by_language: dict[str, list[tuple[Fraction, _Split | int]]] = {}
         for index, source in enumerate(self.sources):
@@ -95,26 +93,29 @@ class Mixture:
         self._root = _split_tree(groups, seed, 0)
 
     def find(self, index: int) -> tuple[int, int]:
-        """Which source row `index` is from, and which row of that source's stream it is."""
+        """Return the source of sequence `index`, and its index in that source's stream."""
         if index < 0:
             raise IndexError(f"row {index}")
         return (self._root, index) if isinstance(self._root, int) else self._root.find(index)
 
     def row(self, index: int) -> dict[str, np.ndarray | str]:
-        """Row `index`: `input_ids`, `shift_labels`, `position_ids` (`attention_mask` when unpacked), `language`."""
+        """Return sequence `index`: `input_ids`, `shift_labels`, `position_ids`, `language`.
+
+        Unpacked sequences also have an `attention_mask`.
+        """
         which, inside = self.find(index)
         source = self.sources[which]
         row = {name: value for name, value in source.stream.row(inside)._asdict().items() if value is not None}
         return {**row, "language": source.language}
 
     def rows(self, start: int, stop: int) -> "MixtureRows":
-        """Rows [start, stop) as a map-style dataset."""
+        """Return sequences [start, stop) as a map-style dataset."""
         return MixtureRows(self, start, stop)
 
     def rows_by_language(self, start: int, count: int) -> dict[str, list[dict[str, np.ndarray]]]:
-        """The first `count` rows of each language among rows `start` and the 1000 x `count` after it.
+        """Return the first `count` sequences of each language, searching 1000 x `count` sequences from `start`.
 
-        A language of which there is nothing is left out.
+        Languages without a sequence there are omitted.
         """
         languages = {source.language for source in self.sources if source.share > 0}
         found: dict[str, list[dict[str, np.ndarray]]] = {}
@@ -134,16 +135,16 @@ class Mixture:
         read more than once, and they are not through.
 
         Raises:
-            EloError: the mixture takes nothing from `language`.
+            EloError: `language` has no share in the mixture.
         """
         taken = [source for source in self.sources if source.language == language and source.share > 0]
         if not taken:
-            raise EloError(f"the mixture takes nothing from {language!r}, so there is no count of its rows")
+            raise EloError(f"mixture: {language!r} has no share, so its sequences cannot be counted")
         return int(sum(source.stream.rows_per_epoch for source in taken) / sum(source.share for source in taken))
 
 
 class MixtureRows:
-    """Rows [start, stop) of a mixture, as torch's map-style dataset: dicts of int64 arrays [T]."""
+    """Sequences [start, stop) of a mixture, as a map-style dataset of torch: dicts of int64 arrays [T]."""
 
     def __init__(self, mixture: Mixture, start: int, stop: int) -> None:
         if not 0 <= start <= stop:
@@ -161,11 +162,11 @@ class MixtureRows:
         return {name: value for name, value in row._asdict().items() if value is not None}
 
     def identity(self) -> dict[str, Any]:
-        """What decides the content of these rows, as JSON."""
+        """Return everything that determines the content of these sequences, as JSON."""
         return {"mixture": self.mixture.origin, "rows": [self.start, self.stop]}
 
     def language(self, index: int) -> str:
-        """The language of row `index`."""
+        """Return the language of sequence `index`."""
         return self.mixture.sources[self.mixture.find(self.start + index)[0]].language
 
 
@@ -181,8 +182,8 @@ def build_mixture(
 ) -> Mixture:
     """Mix the target language with `replay_ratio` (share of tokens) of the source language.
 
-    `weights` ({language: {corpus name: weight}}) overrides the manifest's. A corpus' share of its language is its
-    tokens times its weight: weights are relative numbers of epochs.
+    `weights` ({language: {corpus name: weight}}) overrides the manifest's. Within a language, a corpus' share is
+    proportional to its tokens times its weight, so weights are relative numbers of epochs.
 
     Raises:
         EloError: a language is not prepared, or a ratio, weight or length is out of range.
@@ -194,7 +195,9 @@ def build_mixture(
     if replay_ratio > 0 and source is None:
         raise EloError(f"replay_ratio {replay_ratio} needs a source language; name one, or set replay_ratio to 0")
     if replay_ratio > 0 and source == target:
-        raise EloError(f"source and target language are both {target!r}; replay needs another language, or ratio 0")
+        raise EloError(
+            f"source and target language are both {target!r}; name another source language, or set replay_ratio to 0"
+        )
     shares = {target: 1 - replay_ratio}
     if source is not None and replay_ratio > 0:
         shares[source] = replay_ratio
@@ -206,7 +209,9 @@ def build_mixture(
         factors = corpus_weights(corpora, language, (weights or {}).get(language, {}))
         tokens = [corpus.num_tokens * factor for corpus, factor in zip(corpora, factors, strict=True)]
         if not sum(tokens):
-            raise EloError(f"{prepared.path}: no training text for {language!r} with a weight above 0")
+            raise EloError(
+                f"{prepared.path}: no training text for {language!r} has a weight above 0; raise a weight or add text"
+            )
         for index, (corpus, part) in enumerate(zip(corpora, tokens, strict=True)):
             if not part:
                 continue
@@ -226,7 +231,7 @@ def build_mixture(
 
 
 def corpus_weights(corpora: Sequence[TokenCorpus], language: str, overrides: Mapping[str, float]) -> list[float]:
-    """The weight of each corpus of a language.
+    """Return the weight of each corpus of a language.
 
     Raises:
         EloError: an override names no corpus, or a weight is negative or not a number.
@@ -234,7 +239,7 @@ def corpus_weights(corpora: Sequence[TokenCorpus], language: str, overrides: Map
     names = [corpus.name for corpus in corpora]
     for name in overrides:
         if name not in names:
-            raise EloError(f"weight for {language!r} corpus {name!r}: no such corpus, only {', '.join(names)}")
+            raise EloError(f"weight of {language!r} corpus {name!r}: no such corpus; choose among {', '.join(names)}")
     weights = [float(overrides.get(corpus.name, corpus.weight)) for corpus in corpora]
     for name, weight in zip(names, weights, strict=True):
         if not 0 <= weight < float("inf"):

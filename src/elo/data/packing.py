@@ -1,8 +1,8 @@
-"""Rows of `sequence_length` tokens out of a corpus: packed without losing a token, in a seeded order, at random access.
+"""Cut a corpus into sequences of `sequence_length` tokens: no token lost, seeded order, random access.
 
-Row `i` is a pure function of (corpus, sequence length, seed, i). An epoch's documents are concatenated in a shuffled
-order (shards shuffled, then the documents inside each), and row `i` is the `i`-th stretch of T tokens of the endless
-stream of epochs. Letters: T = sequence length.
+Sequence `i` is a pure function of (corpus, sequence length, seed, i). Each epoch concatenates the documents in a
+shuffled order: shards are shuffled, then the documents inside each. Sequence `i` is the `i`-th run of T tokens in the
+endless stream of epochs. T = sequence length.
 """
 
 from dataclasses import dataclass
@@ -15,18 +15,17 @@ from elo.data.shards import ShardArrays, TokenCorpus
 from elo.errors import EloError
 
 IGNORE_INDEX = -100
-"""Label of a position that predicts nothing (the value torch's cross-entropy ignores)."""
+"""Label of a position without a target, the value that torch's cross-entropy ignores."""
 
-CACHED_ORDERS = 4  # a row touches one shard's order, at a boundary two; the rest serves rows read a little out of turn
+CACHED_ORDERS = 4  # a sequence needs one or two shards' orders; the others serve reads slightly out of order
 
 
 class PackedRow(NamedTuple):
-    """One training row, int64 [T] each.
+    """One training sequence, int64 [T] each.
 
     `shift_labels[t]` is the token after `input_ids[t]` in the same document, IGNORE_INDEX at a document's last token.
-    `position_ids` restart at 0 at every document start and at the row's start, and are 0 at padding, so that the
-    largest is the document's own. `attention_mask` (1 = token, 0 =
-    padding) is there in unpacked rows only.
+    `position_ids` restart at 0 at the start of every document and of the sequence. They are 0 at padding, so that the
+    largest belongs to the document. Only unpacked sequences have an `attention_mask` (1 = token, 0 = padding).
     """
 
     input_ids: np.ndarray
@@ -36,7 +35,7 @@ class PackedRow(NamedTuple):
 
 
 class ShardOrder(NamedTuple):
-    """The documents of a shard in one epoch's order, int64 [documents] (`ends` [documents + 1], from 0)."""
+    """Starts and lengths of a shard's documents in one epoch's order, int64 [documents]; `ends` [documents + 1]."""
 
     starts: np.ndarray
     lengths: np.ndarray
@@ -44,10 +43,10 @@ class ShardOrder(NamedTuple):
 
 
 def shuffled(count: int, *key: int) -> np.ndarray:
-    """A permutation of range(count) from an integer key.
+    """Return a permutation of range(count) determined by an integer key.
 
-    Sorts by SplitMix64 hashes rather than by numpy's generator, whose permutations may change between versions: a run
-    must go on with the same rows after an upgrade.
+    Sort by SplitMix64 hashes instead of using numpy's generator: its permutations may change between versions, and a
+    run must resume with the same sequences after an upgrade.
     """
     state = np.zeros(1, np.uint64)
     with np.errstate(over="ignore"):
@@ -75,7 +74,7 @@ class _Stream:
         if self.sequence_length < 1:
             raise EloError(f"sequence_length must be at least 1, got {self.sequence_length}")
         if self.corpus.num_tokens == 0:
-            raise EloError(f"corpus {self.corpus.name!r} has no documents; give it text or leave it out")
+            raise EloError(f"corpus {self.corpus.name!r}: has no documents; add text or remove the corpus")
 
     def _shard_order(self, epoch: int) -> np.ndarray:
         count = len(self.corpus.shards)
@@ -95,20 +94,20 @@ class _Stream:
         return order
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the caches: they cannot be pickled, and a process that is sent a stream makes its own."""
+        """Return the state without caches, which cannot be pickled. The receiving process builds its own."""
         return {name: value for name, value in self.__dict__.items() if not name.startswith("_cached")}
 
 
 class PackedStream(_Stream):
-    """An endless stream of packed rows over one corpus.
+    """An endless stream of packed sequences over one corpus.
 
-    Row `i` is ``stream[i*T : (i+1)*T]``; its labels are the tokens one further, so no token is lost as a target at a
-    row's end. The last, partial row of an epoch goes on with the next epoch's first document.
+    Sequence `i` is ``stream[i*T : (i+1)*T]``. Its labels are shifted by one token, so the target at its end is not
+    lost. The last, partial sequence of an epoch is filled with the next epoch's first documents.
     """
 
     @property
     def rows_per_epoch(self) -> float:
-        """Rows until every document has been read once."""
+        """Number of sequences until every document has been read once."""
         return self.corpus.num_tokens / self.sequence_length
 
     @cached_property
@@ -122,7 +121,7 @@ class PackedStream(_Stream):
         return shard_ends
 
     def row(self, index: int) -> PackedRow:
-        """Row `index` (>= 0) of the stream."""
+        """Return sequence `index` (>= 0) of the stream."""
         if index < 0:
             raise IndexError(f"row {index}")
         T = self.sequence_length
@@ -146,11 +145,11 @@ class PackedStream(_Stream):
 
 
 def _fill(row: PackedRow, at: int, count: int, arrays: ShardArrays, order: ShardOrder, begin: int) -> None:
-    """Write `count` tokens of a shard, from token `begin` of its shuffled order, at row[at:]."""
+    """Copy `count` tokens of a shard to row[at:], beginning at token `begin` of the shard's shuffled order."""
     first = int(np.searchsorted(order.ends, begin, side="right")) - 1
     last = int(np.searchsorted(order.ends, begin + count, side="left"))
     ends = order.ends[first : last + 1] - begin
-    # One entry per document piece in the row: where it begins in the row, and how far its tokens are from there.
+    # One entry per piece of a document: its begin in the sequence, and the distance to its tokens in the shard.
     piece_begins = np.maximum(ends[:-1], 0)
     lengths = np.minimum(ends[1:], count) - piece_begins
     inside = np.arange(count)
@@ -158,7 +157,7 @@ def _fill(row: PackedRow, at: int, count: int, arrays: ShardArrays, order: Shard
     end = at + count
     row.input_ids[at:end] = arrays.tokens[source]
     row.position_ids[at:end] = inside - np.repeat(piece_begins, lengths)
-    # The next token of the stretch is the target, but for the stretch's last, which lies outside it.
+    # The target is the next token; that of the last token lies outside this run.
     row.shift_labels[at : end - 1] = row.input_ids[at + 1 : end]
     row.shift_labels[at + ends[1:-1] - 1] = IGNORE_INDEX
     at_document_end = ends[-1] == count
@@ -166,14 +165,14 @@ def _fill(row: PackedRow, at: int, count: int, arrays: ShardArrays, order: Shard
 
 
 class PaddedStream(_Stream):
-    """Unpacked rows: one piece of one document a row, padded with `pad_token_id` (the eos), an attention mask beside.
+    """An endless stream of unpacked sequences: one piece of one document each, padded with the eos, attention masked.
 
-    A document of L tokens makes ceil((L - 1) / T) rows: each of its tokens but the first is a target exactly once.
+    A document of L tokens makes ceil((L - 1) / T) sequences. Each of its tokens but the first is a target once.
     """
 
     @cached_property
     def _cached_rows(self) -> np.ndarray:
-        """Rows each shard makes, int64 [shards]."""
+        """Number of sequences per shard, int64 [shards]."""
         shards = range(len(self.corpus.shards))
         return np.array([int(self._pieces(self.corpus.lengths(shard)).sum()) for shard in shards], dtype=np.int64)
 
@@ -182,12 +181,12 @@ class PaddedStream(_Stream):
 
     @property
     def rows_per_epoch(self) -> float:
-        """Rows until every document has been read once."""
+        """Number of sequences until every document has been read once."""
         return float(self._cached_rows.sum())
 
     @property
     def whole_rows(self) -> int:
-        """Rows until text would be read a second time."""
+        """Number of whole sequences before text would be read a second time."""
         return int(self._cached_rows.sum())
 
     @cached_property
@@ -199,7 +198,7 @@ class PaddedStream(_Stream):
         return piece_ends
 
     def row(self, index: int) -> PackedRow:
-        """Row `index` (>= 0) of the stream."""
+        """Return sequence `index` (>= 0) of the stream."""
         if index < 0:
             raise IndexError(f"row {index}")
         T = self.sequence_length

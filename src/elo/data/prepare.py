@@ -1,7 +1,7 @@
 """`elo prepare`: tokenise corpora of several languages into token shards, once.
 
-Mixing, weights and packing happen when the shards are read, so that changing them tokenises nothing again. The folder
-is complete when it has its manifest; until then the same command goes on after the last finished shard.
+Mixing, weighting and packing happen when the shards are read, so changing them needs no new tokenisation. The folder
+is complete once it has a manifest. Until then the same command resumes after the last finished shard.
 """
 
 import fcntl
@@ -27,30 +27,30 @@ from elo.store.files import TEMPORARY_PREFIX, remove, sha256_json, write_json
 
 LANGUAGE = re.compile(r"[\w-]+")
 MARKER = "prepare.json"
-"""Written first: the folder is prepare's own, so that no other folder's content is ever touched."""
+"""Written first to mark the folder as prepare's, so that other folders are never changed."""
 SECONDS_BETWEEN_LOOKS = 2.0
-"""Of several that prepare together, at what the others are still at work on."""
+"""Seconds between polls for shards that another process is writing."""
 MIN_VALIDATION_DOCUMENTS = 30
 BYTES_PER_WORKER = 4 << 20
-"""Input on disk that is worth the start of one more process."""
+"""Bytes of input on disk that justify starting one more process."""
 CORES_OF_ONE_PROCESS = 8
-"""Up to this many the tokenizer's own threads are used; beyond, processes (see `elo.data.tokenizing`)."""
+"""Cores up to which the tokenizer's threads are used; with more, processes (see `elo.data.tokenizing`)."""
 
 
 @dataclass(frozen=True)
 class CorpusSource:
-    """A corpus: a file (.jsonl, .txt: also .gz, .zst; .parquet), a folder, a glob, or a Hugging Face dataset id."""
+    """A corpus: a file (.jsonl, .txt, both also .gz or .zst; .parquet), folder, glob or Hugging Face dataset id."""
 
     path: str
     weight: float = 1.0
-    """Relative number of passes over it among the corpora of its language."""
+    """Number of passes over this corpus, relative to the other corpora of its language."""
     text_column: str = "text"
     name: str | None = None
-    """By default the file's or folder's name."""
+    """Name of the corpus; None uses the name of the file or folder."""
 
 
 def source_files(source: CorpusSource | str) -> list[Path]:
-    """The files that a corpus stands for now; none for a Hugging Face dataset.
+    """List the files that a corpus currently matches; none for a Hugging Face dataset.
 
     Raises:
         EloError: there is nothing to read.
@@ -83,33 +83,33 @@ def prepare(
 
     Args:
         tokenizer: checkpoint folder, hub id, or a loaded `TextTokenizer`.
-        heldout: text to measure on, by language; a language without it has `heldout_share` of its documents cut out,
-            chosen by a hash of their text so that copies of a document stay together (at least one document).
-        validation_share: share of each language's documents cut out of its training text for choices such as learning
-            rates, by the same hash: at least one in a hundred documents, up to 30 of them. 0 cuts none.
-        workers: processes that tokenise; by default this one alone (with threads) up to 8 cores, then one a core.
+        heldout: evaluation text by language. For other languages, `heldout_share` of the documents is held out, at
+            least one document. Documents are chosen by a hash of their text, so copies of a document stay together.
+        validation_share: share of each language's training documents to cut out as validation text, for choices such
+            as learning rates. At least one in a hundred documents is cut out, up to 30. 0 cuts out none.
+        workers: number of tokenising processes. Default: one process with threads on up to 8 cores, else one per core.
         on_error: "stop" at the first document that cannot be read, or "skip" and count such documents.
-        shard_tokens: tokens of a shard; what a killed run may have to do again.
-        vocab_size: rows of the model's embedding; token ids beyond are refused.
-        together: other processes, on this machine or on others that share the folder, may do the same call at the same
-            time: each takes runs of input files that nobody works on, and all wait until the last is done.
+        shard_tokens: tokens per shard, which is the most work that a killed run has to repeat.
+        vocab_size: rows of the model's embedding. Token ids outside it raise an error.
+        together: share the work with other processes that make the same call, on this or another machine with access
+            to the folder. Each process takes input files that no other is working on, and all wait for the last one.
         overwrite: replace finished data made from other inputs or settings.
-        split_special_tokens: tokenise special tokens spelled in a document as text; otherwise they become the tokens.
-        allow_lost_text: accept text of which the tokenizer loses more than 5 %; how much it loses is measured on the
-            first documents and then one in 16, and on all held-out text.
+        split_special_tokens: tokenise special tokens spelled in a document as text, not as special tokens.
+        allow_lost_text: accept text of which the tokenizer loses more than 5 %. The loss is measured on the first
+            documents, then on one in 16, and on all held-out text.
 
     Raises:
-        EloError: bad input, named by file and line; or `output` holds something else.
+        EloError: bad input, named by file and line; or `output` holds other files.
     """
 
     if on_error not in ("stop", "skip"):
-        raise EloError(f"on_error is either stop or skip, got {on_error!r}")
+        raise EloError(f"on_error must be stop or skip, got {on_error!r}")
     if shard_tokens < 1 or (workers is not None and workers < 1):
         raise EloError(f"shard_tokens and workers must be at least 1, got {shard_tokens} and {workers}")
     if not 0 <= heldout_share < 1:
-        raise EloError(f"heldout_share is a share of documents, at least 0 and below 1; got {heldout_share}")
+        raise EloError(f"heldout_share must be at least 0 and below 1 (share of documents), got {heldout_share}")
     if not 0 <= validation_share < 1:
-        raise EloError(f"validation_share is a share of documents, at least 0 and below 1; got {validation_share}")
+        raise EloError(f"validation_share must be at least 0 and below 1 (share of documents), got {validation_share}")
     output = Path(output)
     tasks = _list_tasks(corpora, heldout or {})
     _check_output(output)
@@ -135,7 +135,7 @@ def prepare(
                 if not overwrite and is_whole(output):
                     raise EloError(
                         f"{output}: holds finished data made from other inputs or settings; "
-                        "choose another output, remove it, or pass overwrite"
+                        "choose another output, remove this one, or pass overwrite"
                     )
                 remove(output / MANIFEST)
             if not together:
@@ -146,9 +146,9 @@ def prepare(
             told = False
             while left := _tokenize(job, tasks, workers, progress, together):
                 if not told:
-                    tell(f"{output}: others are at work on {left} runs of files; waiting for them")
+                    tell(f"{output}: waiting for other processes to finish {left} groups of files")
                 told = True
-                time.sleep(SECONDS_BETWEEN_LOOKS)  # what one of them leaves, because it died, is taken then
+                time.sleep(SECONDS_BETWEEN_LOOKS)  # the next pass takes over what a process that died left unfinished
             with _one_at_a_time(output, together):
                 manifest = make_manifest(job, tasks, plan)
                 warnings = judge_lost_text(job, tasks, manifest)
@@ -168,18 +168,18 @@ def prepare(
 def _list_tasks(
     corpora: Mapping[str, Sequence[CorpusSource | str] | CorpusSource | str], heldout: Mapping[str, CorpusSource | str]
 ) -> list[CorpusTask]:
-    """Every corpus with its files, held-out text first; all that is missing is told before anything is done."""
+    """List every corpus with its files, held-out text first, so that missing inputs are reported before any work."""
 
     if not corpora:
-        raise EloError("no corpora; give at least one for one language")
+        raise EloError("no corpora; give at least one corpus for one language")
     tasks: list[CorpusTask] = []
     for split, given in (("heldout", heldout), ("train", corpora)):
         for language, sources in given.items():
             if not LANGUAGE.fullmatch(language):
-                raise EloError(f"language name {language!r} may hold letters, digits, - and _ alone")
+                raise EloError(f"language name {language!r}: use only letters, digits, - and _")
             listed = [sources] if isinstance(sources, CorpusSource | str) else list(sources)
             if not listed:
-                raise EloError(f"language {language!r} has no corpus; give one or leave the language out")
+                raise EloError(f"language {language!r}: has no corpus; give one or remove the language")
             names: set[str] = set()
             for index, item in enumerate(listed):
                 source = CorpusSource(item) if isinstance(item, str) else item
@@ -204,16 +204,18 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def _check_output(output: Path) -> None:
-    """Raise EloError unless `output` is new, empty, or prepare's own."""
+    """Raise EloError unless `output` is new, empty, or was made by prepare."""
     if output.exists() and not output.is_dir():
-        raise EloError(f"{output}: is a file; name a folder for the token shards")
+        raise EloError(f"{output}: is a file; give a folder for the token shards")
     if output.is_dir() and any(output.iterdir()) and not (output / MARKER).is_file():
-        raise EloError(f"{output}: the folder holds other things; choose another output, or remove it")
+        raise EloError(
+            f"{output}: the folder is not empty and was not made by elo prepare; choose another output, or remove it"
+        )
 
 
 @contextmanager
 def _locked(output: Path, *, shared: bool) -> Iterator[None]:
-    """Make `output` and hold it for this process, or for those that work together."""
+    """Create `output` and lock it for this process, or for all processes that work together."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output, os.O_RDONLY)
@@ -223,9 +225,11 @@ def _locked(output: Path, *, shared: bool) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise EloError(f"{output}: another prepare is at work there; wait for it, or use another output") from None
+            raise EloError(
+                f"{output}: another elo prepare is writing to it; wait for it, or choose another output"
+            ) from None
         try:
-            # Made once and never replaced: those that prepare together take turns by locking it.
+            # Created once and never replaced, because processes that work together lock it.
             with suppress(FileExistsError), (output / MARKER).open("x") as marker:
                 marker.write('{"made_by": "elo prepare"}\n')
         except OSError as error:
@@ -237,7 +241,7 @@ def _locked(output: Path, *, shared: bool) -> Iterator[None]:
 
 @contextmanager
 def _one_at_a_time(output: Path, together: bool) -> Iterator[None]:
-    """Within, no other process that works together on `output` is here."""
+    """Hold a lock that excludes the other processes working on `output`."""
     if not together:
         yield
         return
@@ -248,7 +252,7 @@ def _one_at_a_time(output: Path, together: bool) -> Iterator[None]:
 
 @contextmanager
 def _taken(path: Path, together: bool) -> Iterator[bool]:
-    """Whether this process has the unit whose lock is `path` to itself."""
+    """Try to lock the unit whose lock file is `path`; yield whether this process holds it."""
     if not together:
         yield True
         return
@@ -262,14 +266,14 @@ def _taken(path: Path, together: bool) -> Iterator[bool]:
 
 
 def _hashes_of_heldout(tasks: list[CorpusTask], on_error: str) -> frozenset[bytes]:
-    """Hashes of all documents given as held-out text, to be looked for in training text."""
+    """Return the hashes of all documents given as held-out text, to find them in training text."""
 
     return frozenset(text_hash(text) for task in tasks if task.split == "heldout" for text in _texts(task, on_error))
 
 
 def _texts(task: CorpusTask, on_error: str) -> Iterator[bytes]:
 
-    # What is left out is told when it is tokenised.
+    # Skipped documents are reported later, when the text is tokenised.
     reader = DocumentReader(task, list(task.files), on_error, frozenset(), lambda line: None)
     for batch in reader.batches(Position()):
         yield from batch.texts
@@ -278,7 +282,7 @@ def _texts(task: CorpusTask, on_error: str) -> Iterator[bytes]:
 def _with_thresholds(
     tasks: list[CorpusTask], heldout_share: float, validation_share: float, known: frozenset[bytes], on_error: str
 ) -> list[CorpusTask]:
-    """Set which documents are held out of languages without held-out text, and which are cut out as validation text."""
+    """Set the thresholds that choose held-out documents (in languages without held-out text) and validation text."""
     given = {task.language for task in tasks if task.split == "heldout"}
     thresholds: dict[str, tuple[int, int]] = {}
     for language in sorted({task.language for task in tasks if task.split == "train"}):
@@ -301,16 +305,16 @@ def _thresholds(
     known: frozenset[bytes],
     on_error: str,
 ) -> tuple[int, int]:
-    """The hash below which documents are held out, and from there the hash below which they are validation text.
+    """Return the hash below which documents are held out, and the one up to which further ones are validation text.
 
-    Each is its share of all hashes, or what it takes to have enough: one held-out document; one validation document in
-    a hundred documents, but at least one and at most `MIN_VALIDATION_DOCUMENTS`. Some text is always left to train on.
-    Reading ends when that is certain, so in a large corpus it costs nothing.
+    Each covers its share of all hashes, or more if needed for enough documents: one held-out document, and one in a
+    hundred as validation text (at least one, at most `MIN_VALIDATION_DOCUMENTS`). Some training text always remains.
+    Reading stops as soon as the thresholds are certain, so a large corpus adds hardly any time.
     """
 
     bound, span = int(heldout_share * 2**64), int(validation_share * 2**64)
     lowest, first, documents, several = 2**64, None, 0, False
-    above: list[int] = []  # the lowest hashes from `bound` up: a held-out document, validation text, one to train on
+    above: list[int] = []  # lowest hashes from `bound` up: one held-out, validation, and one training document
     for task in tasks:
         for text in _texts(task, on_error):
             digest = text_hash(text)
@@ -330,8 +334,8 @@ def _thresholds(
         raise EloError(f"{_paths(tasks)}: no document with text for {language!r}; check the files and text_column")
     if heldout_share and not several:
         raise EloError(
-            f"{_paths(tasks)}: a single document for {language!r}, so none can be held out of it to measure on; "
-            "give held-out text (heldout), or text in more documents"
+            f"{_paths(tasks)}: only one document for {language!r}, so none can be held out; "
+            "give held-out text (heldout), or split the text into more documents"
         )
     if heldout_share and lowest >= bound:
         bound = lowest + 1
@@ -347,7 +351,7 @@ def _paths(tasks: list[CorpusTask]) -> str:
 
 
 def _sweep(output: Path, tasks: list[CorpusTask]) -> None:
-    """Remove corpora that are asked for no more, and what a killed run was writing."""
+    """Remove corpora that are no longer requested, and temporary files of killed runs."""
 
     wanted = {output / folder for task in tasks for folder in task.own_folders}
     for split in SPLITS:
@@ -359,7 +363,7 @@ def _sweep(output: Path, tasks: list[CorpusTask]) -> None:
 
 
 def _tokenize(job: Preparation, tasks: list[CorpusTask], workers: int | None, show: bool, together: bool) -> int:
-    """Tokenise what is missing of every corpus; returns how many units others are at work on."""
+    """Tokenise the missing parts of every corpus; return the number of units that other processes are working on."""
 
     unknown = any(file.is_hub for task in tasks for file in task.files)
     total = sum(file.size for task in tasks for file in task.files)
@@ -397,7 +401,7 @@ def _tokenize(job: Preparation, tasks: list[CorpusTask], workers: int | None, sh
 
 
 def _remove_if_nothing_finished(output: Path, existed: bool) -> None:
-    """Leave no trace of a run that failed before its first shard was whole."""
+    """Remove all files of a run that failed before its first shard was complete."""
     if any(output.glob("*/*/*/?????-?????.json")):
         return
     for item in list(output.iterdir()):

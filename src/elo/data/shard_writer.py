@@ -1,7 +1,8 @@
-"""Writing token shards so that a process killed at any instant loses at most the shard it was writing.
+"""Write token shards so that a process killed at any time loses at most the shard it was writing.
 
-A corpus is cut into units (runs of whole input files) and each unit into segments of about `shard_tokens` tokens. A
-segment's shards are written under temporary names and renamed; its record, written last, says where the next begins.
+A corpus is divided into units (groups of whole input files) and each unit into segments of about `shard_tokens`
+tokens. A segment's shards are written under temporary names and renamed. Its record is written last and holds the
+position of the next segment.
 """
 
 import hashlib
@@ -18,15 +19,15 @@ from elo.errors import UnfinishedError
 from elo.store.files import TEMPORARY_PREFIX, read_json, write_json
 
 READER_COUNTS = ("skipped", "cut_files", "empty", "overlapping")
-"""What a segment counts beside its documents: unreadable documents, files that could not be read to their end,
-documents without text, and documents that are also in held-out text."""
+"""Counts per segment besides its documents: unreadable documents, files that could not be read to the end, documents
+without text, and documents that are also in held-out text."""
 COUNTS = (*READER_COUNTS, *TextCounts._fields)
 LEFT_OUT = ("skipped", "cut_files")
-"""What must be 0 when nothing may be left out."""
+"""Counts that must be 0 unless unreadable input may be skipped."""
 
 
 class ShardFile:
-    """One shard being written, with its text if `keeps_text`; nothing is visible under its name before `finish`."""
+    """One shard being written, with its text if `keeps_text`. Its files get their names in `finish`."""
 
     def __init__(self, root: Path, name: str, dtype: np.dtype, *, keeps_text: bool) -> None:
         self.name = name
@@ -41,7 +42,7 @@ class ShardFile:
         self._sizes: list[np.ndarray] = []
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray, texts: list[bytes]) -> None:
-        """Add documents: their tokens end to end, the tokens of each, and the text of each."""
+        """Add documents: their concatenated tokens, the number of tokens of each, and the text of each."""
         data = np.ascontiguousarray(tokens, self._dtype).data.cast("B")
         self._file.write(data)
         self._hash.update(data)
@@ -54,7 +55,7 @@ class ShardFile:
         self.num_tokens += len(tokens)
 
     def finish(self) -> dict[str, Any]:
-        """Put the shard in place and return its manifest entry."""
+        """Rename the shard's files to their final names and return its manifest entry."""
         lengths, sizes = np.concatenate(self._lengths), np.concatenate(self._sizes)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i8").tobytes()
         byte_lengths = sizes.astype("<i8").tobytes()
@@ -83,7 +84,7 @@ class ShardFile:
         }
 
     def discard(self) -> None:
-        """Remove what has been written."""
+        """Remove the temporary files."""
         self._file.close()
         if self._text_file is not None:
             self._text_file.close()
@@ -103,7 +104,7 @@ def _close(file: Any) -> None:
 
 @dataclass(frozen=True)
 class Position:
-    """Where reading goes on: a file of the unit and a record of it."""
+    """Position at which reading resumes: a file of the unit and a record in it."""
 
     file: int = 0
     record: int = 0
@@ -111,22 +112,23 @@ class Position:
 
 @dataclass(frozen=True)
 class UnitState:
-    """What is on disk of a unit: its finished segments, and whether that is all of it."""
+    """State of a unit on disk: its finished segments, and whether the unit is complete."""
 
     segments: list[dict[str, Any]]
     finished: bool
 
     @property
     def position(self) -> Position:
-        """Where the next segment begins."""
+        """Position at which the next segment begins."""
         return Position(*self.segments[-1]["next"]) if self.segments else Position()
 
 
 class UnitWriter:
-    """Writes one unit of a corpus, segment after segment.
+    """Writes one unit of a corpus, one segment after another.
 
-    `folders` are below `root`, one for each of `SPLITS`: "ko/train/0", and those of what is cut out of it. The records
-    are in the first. A corpus given as held-out text has its own folder there, and nothing is cut out of it.
+    `folders` are relative to `root`, one for each of `SPLITS`: the corpus' own, such as "ko/train/0", then those of the
+    documents cut out of it. Records are in the first folder. For a corpus given as held-out text that is its own
+    folder, and nothing is cut out of it.
     """
 
     def __init__(self, root: Path, folders: tuple[str, ...], unit: int, dtype: np.dtype, shard_tokens: int) -> None:
@@ -141,9 +143,9 @@ class UnitWriter:
         self._latest = (self.position, self._counted)
 
     def resume(self, strict: bool, *, look: bool = False) -> UnitState:
-        """Find the finished segments and go on after them; with `strict`, only those that left nothing unreadable out.
+        """Find the finished segments and resume after them. `strict` ignores segments that skipped unreadable input.
 
-        Later leftovers are overwritten; with `look` nothing is changed on disk.
+        Files of later segments are overwritten. With `look` nothing is changed on disk.
         """
         segments: list[dict[str, Any]] = []
         while (record := self._read(self._record_path(len(segments)))) is not None:
@@ -177,8 +179,8 @@ class UnitWriter:
 
         Args:
             sides: index into `SPLITS` of each document.
-            positions: where reading goes on after each.
-            counts: totals of the unit up to each.
+            positions: position at which reading resumes after each document.
+            counts: totals of the unit after each document.
         """
         self._latest = (positions[-1], counts[-1])
         begin, offsets = 0, np.concatenate([[0], np.cumsum(lengths)])
@@ -211,13 +213,13 @@ class UnitWriter:
                 file.append(tokens[np.repeat(chosen, lengths)], lengths[chosen], kept)
 
     def finish(self, counts: tuple[int, ...]) -> None:
-        """Close the last segment and mark the unit as whole."""
+        """Close the last segment and mark the unit as complete."""
         if any(self._files):
             self._close_segment(*self._latest)
         write_json(self._end_path(), {"segments": self._segment, "counts": self._new_counts(counts)})
 
     def discard(self) -> None:
-        """Give up the segment being written."""
+        """Discard the segment being written."""
         for file in self._files:
             if file is not None:
                 file.discard()

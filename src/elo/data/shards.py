@@ -1,15 +1,15 @@
-"""Token shards on disk: memory-mapped token ids with document offsets, and the manifest that says they are whole.
+"""Token shards on disk: memory-mapped token ids with document offsets, and the manifest that marks them complete.
 
-Every document is stored as ``[prefix] text tokens [eos]``. A shard is three files beside each other:
+Every document is stored as ``[prefix] text tokens [eos]``. A shard consists of three or four files:
 
 =================  ===================================================================================
 ``NAME.tokens``    token ids, little-endian uint16 (vocabulary up to 65536) or uint32
-``NAME.offsets``   int64 [documents + 1], where each document begins in ``NAME.tokens``, in tokens
+``NAME.offsets``   int64 [documents + 1], begin of each document in ``NAME.tokens``, in tokens
 ``NAME.bytes``     int64 [documents], UTF-8 bytes of each document's text
-``NAME.text``      UTF-8 text of the documents end to end; of held-out and validation text alone
+``NAME.text``      concatenated UTF-8 text of the documents; only for held-out and validation text
 =================  ===================================================================================
 
-Text that is measured on is kept, because it is cut at bytes, so that every tokenizer is measured on the same text.
+Evaluation text is stored because it is cut at bytes, so that every tokenizer is evaluated on the same text.
 """
 
 import hashlib
@@ -28,24 +28,24 @@ from elo.store.files import read_json, sha256_file, sha256_json
 MANIFEST = "manifest.json"
 SCHEMA = 2
 SPECIALS_PER_DOCUMENT = 2
-"""Prefix and end-of-text: tokens of a document that are not text."""
+"""Tokens of a document that are not text: prefix and eos (end of text)."""
 
 SPLITS = ("train", "heldout", "validation")
 SHARD_NAME = re.compile(rf"[\w-]+/({'|'.join(SPLITS)})/[0-9]+/[0-9]+-[0-9]+")
 SHARD_FILES = ("tokens", "offsets", "bytes", "text")
-MAPPED_SHARDS = 64  # each mapping holds file descriptors, so only the shards in use stay mapped
+MAPPED_SHARDS = 64  # each mapping holds file descriptors, so only recently used shards stay mapped
 _verified: set[tuple[str, str]] = set()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type token ids below `vocab_size` are stored as."""
+    """Return the type that stores token ids below `vocab_size`."""
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
 
 
 class ShardArrays(NamedTuple):
-    """A shard's contents: token ids [tokens], document offsets [documents + 1], text bytes [documents].
+    """A shard's contents: token ids [tokens], document offsets [documents + 1], bytes of text [documents].
 
-    Where text is kept: its UTF-8 bytes [bytes], and where each document begins in them [documents + 1].
+    If the shard stores text: its UTF-8 bytes [bytes], and the offset of each document in them [documents + 1].
     """
 
     tokens: np.ndarray
@@ -57,7 +57,7 @@ class ShardArrays(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """One token shard: its sizes, and its arrays mapped when they are first asked for."""
+    """One token shard: its sizes, and its arrays, which are mapped on first use."""
 
     num_documents: int
     num_tokens: int
@@ -65,7 +65,7 @@ class Shard:
     stem: Path | None = None
     dtype: str = "<u2"
     sha256: tuple[str, ...] | None = None
-    """Of each of its files; four where text is kept, three otherwise."""
+    """Checksum of each file: four files if text is stored, otherwise three."""
     in_memory: ShardArrays | None = None
 
     @property
@@ -73,7 +73,7 @@ class Shard:
         """The shard's arrays, read-only.
 
         Raises:
-            UnfinishedError: a file is missing, or its checksum is not the manifest's.
+            UnfinishedError: a file is missing, or its checksum differs from the manifest.
         """
         if self.in_memory is not None:
             return self.in_memory
@@ -81,7 +81,7 @@ class Shard:
         return _map_shard(self.stem, self.dtype, self.num_tokens, self.num_documents, self.num_bytes, self.sha256)
 
     def check_sizes(self) -> None:
-        """Raise UnfinishedError, naming the file, unless all files are there at full length."""
+        """Raise UnfinishedError, naming the file, unless all files exist with the expected size."""
         assert self.stem is not None
         has_text = self.sha256 is not None and len(self.sha256) == len(SHARD_FILES)
         itemsize = np.dtype(self.dtype).itemsize
@@ -93,18 +93,18 @@ class Shard:
                 raise UnfinishedError(f"{path}: token shard is missing ({error.strerror}); run prepare again") from None
             if found != size:
                 raise UnfinishedError(
-                    f"{path}: token shard has {found} bytes, expected {size}; it is damaged, "
+                    f"{path}: token shard is damaged: it has {found} bytes, expected {size}; "
                     "remove the folder it is in and run prepare again"
                 )
 
 
 def shard_paths(stem: Path, *, has_text: bool) -> list[Path]:
-    """The files of the shard at `stem`, in the order of `SHARD_FILES`."""
+    """Return the files of the shard at `stem`, in the order of `SHARD_FILES`."""
     return [stem.with_name(f"{stem.name}.{kind}") for kind in SHARD_FILES[: 4 if has_text else 3]]
 
 
 def shard_sizes(tokens: int, documents: int, num_bytes: int, itemsize: int) -> tuple[int, int, int, int]:
-    """Bytes on disk of a shard's files, in the order of `SHARD_FILES`."""
+    """Return the bytes on disk of a shard's files, in the order of `SHARD_FILES`."""
     return (tokens * itemsize, (documents + 1) * 8, documents * 8, num_bytes)
 
 
@@ -118,7 +118,7 @@ def _map_shard(
             for path, expected in zip(paths, sha256, strict=True):
                 if (str(path), expected) not in _verified and sha256_file(path) != expected:
                     raise UnfinishedError(
-                        f"{path}: token shard does not have the checksum it was written with; it is damaged, "
+                        f"{path}: token shard is damaged: its checksum differs from the manifest; "
                         "remove the folder it is in and run prepare again"
                     )
                 _verified.add((str(path), expected))
@@ -139,7 +139,7 @@ def _map_shard(
 
 @dataclass(frozen=True, eq=False)
 class TokenCorpus:
-    """The documents of one corpus as token ids, in the order they were read."""
+    """The documents of one corpus as token ids, in reading order."""
 
     shards: tuple[Shard, ...]
     name: str = "corpus"
@@ -168,7 +168,7 @@ class TokenCorpus:
     def from_documents(
         cls, documents: Sequence[np.ndarray], byte_lengths: Sequence[int] | np.ndarray, name: str = "corpus"
     ) -> "TokenCorpus":
-        """A corpus in memory, of documents that hold their prefix and eos already, and the UTF-8 bytes of each text."""
+        """Build a corpus in memory from documents with their prefix and eos, and the UTF-8 bytes of each text."""
         lengths = np.fromiter((len(document) for document in documents), np.int64, len(documents))
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         tokens = np.concatenate(documents) if len(documents) else np.zeros(0, np.uint32)
@@ -182,17 +182,17 @@ class TokenCorpus:
 
     @cached_property
     def num_documents(self) -> int:
-        """Documents in the corpus."""
+        """Number of documents in the corpus."""
         return sum(shard.num_documents for shard in self.shards)
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens stored, each document's prefix and eos included."""
+        """Number of stored tokens, including each document's prefix and eos."""
         return sum(shard.num_tokens for shard in self.shards)
 
     @property
     def num_text_tokens(self) -> int:
-        """Tokens of text: without prefix and eos."""
+        """Number of text tokens, without prefix and eos."""
         return self.num_tokens - SPECIALS_PER_DOCUMENT * self.num_documents
 
     @cached_property
@@ -211,57 +211,57 @@ class TokenCorpus:
         return self.shards[which], index - int(self._first_document[which])
 
     def document(self, index: int) -> np.ndarray:
-        """Token ids of document `index`, its prefix and eos included."""
+        """Return the token ids of document `index`, including its prefix and eos."""
         shard, inside = self._find(index)
         arrays = shard.arrays
         return arrays.tokens[int(arrays.offsets[inside]) : int(arrays.offsets[inside + 1])]
 
     def document_bytes(self, index: int) -> int:
-        """UTF-8 bytes of the text of document `index`."""
+        """Return the UTF-8 bytes of the text of document `index`."""
         shard, inside = self._find(index)
         return int(shard.arrays.byte_lengths[inside])
 
     def document_text(self, index: int) -> str:
-        """The text of document `index`.
+        """Return the text of document `index`.
 
         Raises:
-            EloError: the corpus keeps no text, as training corpora and most corpora in memory do not.
+            EloError: the corpus stores no text. Training corpora and most corpora in memory store none.
         """
         shard, inside = self._find(index)
         arrays = shard.arrays
         if arrays.text is None or arrays.text_offsets is None:
-            raise EloError(f"{self.name}: holds token ids without text, so it cannot be cut at bytes; give the text")
+            raise EloError(f"{self.name}: has token ids but no text, so it cannot be cut at bytes; give the text")
         begin, end = arrays.text_offsets[inside : inside + 2]
         return arrays.text[begin:end].tobytes().decode()
 
     @cached_property
     def document_sizes(self) -> np.ndarray:
-        """UTF-8 bytes of the text of every document (int64)."""
+        """UTF-8 bytes of every document's text, int64 [documents]."""
         return np.concatenate([np.zeros(0, np.int64), *(shard.arrays.byte_lengths for shard in self.shards)])
 
     def lengths(self, shard_index: int) -> np.ndarray:
-        """Tokens of each document of one shard (int64), prefix and eos included."""
+        """Return the tokens of each document of one shard, int64 [documents], including prefix and eos."""
         return np.diff(self.shards[shard_index].arrays.offsets)
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A folder that `elo prepare` has finished: token shards per language and split."""
+    """A folder that `elo prepare` completed: token shards by language and split."""
 
     path: Path
     manifest: dict[str, Any]
 
     @classmethod
     def open(cls, path: str | Path) -> "PreparedData":
-        """Open a prepared folder; the length of every shard file is checked, checksums when a shard is first read.
+        """Open a prepared folder and check the size of every shard file. Checksums are checked on first use of a shard.
 
         Raises:
             UnfinishedError: the folder, its manifest or a shard is missing, incomplete or damaged.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
-            what = "no such folder" if not path.exists() else f"has no {MANIFEST}, so it is not finished"
-            raise UnfinishedError(f"{path}: {what}; run `elo prepare` (it goes on where it was)")
+            what = "no such folder" if not path.exists() else f"is unfinished (no {MANIFEST})"
+            raise UnfinishedError(f"{path}: {what}; run `elo prepare`, which resumes unfinished work")
         manifest = read_json(path / MANIFEST)
         _check_manifest(path / MANIFEST, manifest)
         prepared = cls(path, manifest)
@@ -271,12 +271,12 @@ class PreparedData:
 
     @property
     def languages(self) -> list[str]:
-        """Languages with training text, in the order they were given."""
+        """Languages with training text, in the order given."""
         return list(self.manifest["languages"])
 
     @property
     def vocab_size(self) -> int:
-        """Highest token id the tokenizer can give, plus one."""
+        """Highest token id that the tokenizer can produce, plus one."""
         return int(self.manifest["tokenizer"]["vocab_size"])
 
     @property
@@ -301,7 +301,7 @@ class PreparedData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the contents: tokenizer and checksums of all shards; not names, weights or places."""
+        """SHA-256 of the contents: tokenizer and checksums of all shards, but not names, weights or paths."""
         languages = {
             language: {
                 split: [[shard["sha256"] for shard in corpus["shards"]] for corpus in corpora]
@@ -313,7 +313,7 @@ class PreparedData:
 
     @cached_property
     def shards_by_name(self) -> dict[str, Shard]:
-        """Every shard of every language and split, by its path below the folder."""
+        """Every shard of every language and split, by its path relative to the folder."""
         return {
             entry["name"]: self._shard(entry)
             for splits in self.manifest["languages"].values()
@@ -323,10 +323,10 @@ class PreparedData:
         }
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
-        """By split (`SPLITS`) and language: documents, tokens, text_tokens, bytes and bytes_per_token.
+        """Return documents, tokens, text_tokens, bytes and bytes_per_token by split (`SPLITS`) and language.
 
-        Where text was decoded again, also `lost_text`, the share of it that the tokenizer loses, and `special_tokens`,
-        the number that the text spells.
+        If text was decoded again, also `lost_text`, the share of it that the tokenizer loses, and `special_tokens`,
+        the number of special tokens spelled out in the text.
         """
         found: dict[str, dict[str, dict[str, float]]] = {split: {} for split in SPLITS}
         for language, splits in self.manifest["languages"].items():
@@ -354,12 +354,12 @@ class PreparedData:
     def _corpora(self, language: str, split: str) -> list[dict[str, Any]]:
         languages = self.manifest["languages"]
         if language not in languages:
-            raise EloError(f"{self.path}: no language {language!r}, only {', '.join(languages)}; prepare it as well")
+            raise EloError(f"{self.path}: has no language {language!r}, only {', '.join(languages)}; prepare it too")
         corpora: list[dict[str, Any]] = languages[language][split]
         return corpora
 
     def train(self, language: str) -> list[TokenCorpus]:
-        """The training corpora of a language, each with its name and weight.
+        """Return the training corpora of a language, each with its name and weight.
 
         Raises:
             EloError: the language was not prepared.
@@ -375,10 +375,10 @@ class PreparedData:
         ]
 
     def heldout(self, language: str) -> TokenCorpus:
-        """The held-out documents of a language, which are in no training corpus of it.
+        """Return the held-out documents of a language, which are in none of its training corpora.
 
         Raises:
-            EloError: the language was not prepared, or without held-out text.
+            EloError: the language was not prepared, or has no held-out text.
         """
         corpus = self._measured(language, "heldout")
         if not corpus.shards:
@@ -388,10 +388,10 @@ class PreparedData:
         return corpus
 
     def validation(self, language: str) -> TokenCorpus:
-        """The documents cut out of a language's training corpora for choices such as learning rates.
+        """Return the documents cut out of a language's training corpora for choices such as learning rates.
 
         Raises:
-            EloError: the language was not prepared, or no document was cut out.
+            EloError: the language was not prepared, or has no validation text.
         """
         corpus = self._measured(language, "validation")
         if not corpus.shards:
@@ -408,11 +408,11 @@ class PreparedData:
 
 
 def _check_manifest(path: Path, manifest: Any) -> None:
-    """Raise UnfinishedError unless `manifest` has the keys, types and safe names that reading relies on."""
+    """Raise UnfinishedError unless `manifest` has the keys, types and safe names that readers rely on."""
     try:
         if manifest["schema"] != SCHEMA:
             raise UnfinishedError(
-                f"{path}: written in format {manifest['schema']!r}, this version reads {SCHEMA}; run prepare again"
+                f"{path}: has format {manifest['schema']!r}, but this version reads {SCHEMA}; run prepare again"
             )
         if manifest["dtype"] not in ("<u2", "<u4"):
             raise ValueError(f"dtype {manifest['dtype']!r}")
@@ -430,7 +430,7 @@ def _check_manifest(path: Path, manifest: Any) -> None:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnfinishedError(
-            f"{path}: not a manifest of prepared data ({type(error).__name__}: {error}); it is damaged: prepare again"
+            f"{path}: the manifest of prepared data is damaged ({type(error).__name__}: {error}); run prepare again"
         ) from None
 
 
@@ -441,7 +441,7 @@ def _check_corpus(corpus: dict[str, Any], *, has_text: bool) -> None:
         if type(corpus[key]) is not int or corpus[key] < 0:
             raise ValueError(f"{key} {corpus[key]!r} of corpus {corpus['name']!r}")
     for entry in corpus["shards"]:
-        # Only names of our own making are opened: no path in a manifest may leave its folder.
+        # Open only names that prepare generates, so that a path in a manifest cannot leave its folder.
         if not SHARD_NAME.fullmatch(entry["name"]):
             raise ValueError(f"shard name {entry['name']!r}")
         for key in ("documents", "tokens", "bytes"):

@@ -1,7 +1,7 @@
-"""Documents out of files: JSON lines, parquet, plain text, folders and globs of them, Hugging Face datasets.
+"""Read documents from JSON lines, parquet and plain text files, folders and globs of them, and Hugging Face datasets.
 
-Whatever is wrong with an input comes out as a `Record` with a `problem` that names the file and line (`stop`), or is
-counted (`skip`). The memory needed is that of the largest single document, and of the window of a Zstandard file.
+A problem with an input becomes a `Record` whose `problem` names the file and line. The reader needs memory for the
+largest single document, and for the window of a Zstandard file.
 """
 
 import difflib
@@ -27,43 +27,43 @@ HUB_PREFIX = "hf://"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LOCAL_FOLDERS = {"corpora", "corpus", "data", "dataset", "datasets", "dev", "eval", "heldout", "input", "inputs", "raw"}
 LOCAL_FOLDERS |= {"test", "text", "texts", "train"}
-"""First names of paths that are never taken for the owner of a Hugging Face dataset."""
+"""First parts of paths that are never interpreted as the owner of a Hugging Face dataset."""
 TEXT_PIECE = 1 << 18
-"""Bytes from which a plain-text document ends at the next blank line (a smaller file is one document)."""
+"""Bytes after which a plain-text document ends at the next blank line. A smaller file is one document."""
 TEXT_LIMIT = 1 << 20
 """Bytes at which a plain-text document ends even inside a line."""
 LINE_LIMIT = 1 << 28
-"""Bytes from which a line is no JSON document."""
+"""Bytes at which a line is too long to be a JSON document."""
 PARQUET_BATCH = 1 << 24
-"""Bytes of text that are converted from parquet at once, about."""
+"""Approximate bytes of text converted from parquet at once."""
 THRIFT_LIMIT = 1 << 30
-"""Size of parquet metadata up to which a file is read; pyarrow's own limit is too low for files of many row groups."""
+"""Largest accepted parquet metadata, in bytes. pyarrow's default is too low for files with many row groups."""
 HUB_TIMEOUT_S = 5.0
 
-# Python refuses to convert integers of more than 4300 digits; beside the text, a float is as good.
+# Python refuses to convert integers of more than 4300 digits. Only the text is used, so a float will do.
 _JSON_OF_LONG_INTEGERS = json.JSONDecoder(parse_int=lambda digits: float(digits) if len(digits) > 4000 else int(digits))
 
 log = logging.getLogger(__name__)
 
 
 class Record(NamedTuple):
-    """One document, or what was wrong in its place.
+    """One document, or the problem found in its place.
 
-    `number` counts the records of its file from 0 (where to go on from); `line` is for people, from 1.
+    `number` counts the records of a file from 0 and serves to resume; `line` counts from 1 and is for messages.
     """
 
     number: int
     line: int
     text: bytes
-    """UTF-8."""
+    """Text of the document in UTF-8."""
     problem: str | None = None
-    """A whole message, file and line first."""
+    """Complete message, beginning with file and line."""
     ends_file: bool = False
-    """Whether the problem is one of the file: nothing after it can be read."""
+    """Whether the problem affects the file, so that nothing after it can be read."""
 
     @property
     def loses_file(self) -> bool:
-        """Whether not one document of the file could be read, so that leaving it out would go unnoticed."""
+        """Whether no document of the file could be read, so that skipping it would lose all of it."""
         return self.ends_file and self.number == 0
 
 
@@ -82,15 +82,15 @@ class InputFile:
         return self.location.startswith(HUB_PREFIX)
 
     def fingerprint(self) -> list[Any]:
-        """What must not change between a killed run and the one that goes on: name, size and time of change."""
+        """Return what must not change before a killed run is resumed: name, size and modification time."""
         return [self.location, self.size, self.mtime_ns]
 
 
 def list_inputs(path: str) -> list[InputFile]:
-    """The files that `path` stands for (a file, a folder, a glob, a Hugging Face dataset id), in a fixed order.
+    """List the files that `path` (a file, folder, glob or Hugging Face dataset id) refers to, in a fixed order.
 
     Raises:
-        EloError: nothing is there, or nothing that can be read.
+        EloError: `path` does not exist, or has no file that can be read.
     """
     found = Path(path)
     if path.startswith(HUB_PREFIX):
@@ -98,32 +98,32 @@ def list_inputs(path: str) -> list[InputFile]:
     if found.is_dir():
         files = [file for file in sorted(found.rglob("*")) if _is_visible(file, found) and file.name.endswith(SUFFIXES)]
         if not files:
-            raise EloError(f"{path}: the folder has no file to read; it needs {', '.join(SUFFIXES)}")
+            raise EloError(f"{path}: the folder has no readable file; add files named {', '.join(SUFFIXES)}")
         return [_input_file(file) for file in files if file.is_file()]
     if found.exists():
         return [_input_file(found)]
     if glob.has_magic(path):
         matches = sorted(Path(match) for match in glob.glob(path, recursive=True))  # noqa: PTH207  # absolute patterns too
         if not matches:
-            raise EloError(f"{path}: the pattern matches no file; check it, and the folder it is relative to")
+            raise EloError(f"{path}: the pattern matches no file; check the pattern and the current folder")
         files = [match for match in matches if match.is_file()]
         if not files:
-            raise EloError(f"{path}: the pattern matches folders only; end it with /* or name the folder itself")
+            raise EloError(f"{path}: the pattern matches only folders; end it with /* or give the folder itself")
         return [_input_file(file) for file in files]
     if HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES) and not _looks_local(found):
         return [InputFile(HUB_PREFIX + path)]
-    hint = f"; a Hugging Face dataset is written {HUB_PREFIX}{path}" if HUB_ID.fullmatch(path) else ""
+    hint = f"; for a Hugging Face dataset write {HUB_PREFIX}{path}" if HUB_ID.fullmatch(path) else ""
     raise EloError(f"{path}: no such file or folder{_near(found)}; check the path{hint}")
 
 
 def _looks_local(path: Path) -> bool:
-    """Whether the first part of `owner/name` is a folder here, or a usual name of one."""
+    """Return whether the first part of `owner/name` is an existing folder, or a common name of one."""
     first = path.parts[0]
     return Path(first).exists() or first.lower() in LOCAL_FOLDERS
 
 
 def _near(path: Path) -> str:
-    """The file or folder beside a missing one that has the nearest name, as words of a message."""
+    """Suggest the file or folder with the most similar name to a missing one, as part of a message."""
     try:
         names = [each.name for each in path.parent.iterdir()]
     except OSError:
@@ -140,7 +140,7 @@ def _input_file(path: Path) -> InputFile:
     if not path.name.endswith(SUFFIXES):
         hint = "; name it .jsonl if it holds one JSON object per line" if ".json" in path.suffixes else ""
         kind = "".join(path.suffixes[-2:])
-        raise EloError(f"{path}: unknown kind of file {kind!r}; use {', '.join(SUFFIXES)}{hint}")
+        raise EloError(f"{path}: unknown file type {kind!r}; use {', '.join(SUFFIXES)}{hint}")
     try:
         with path.open("rb"):
             status = path.stat()
@@ -150,7 +150,7 @@ def _input_file(path: Path) -> InputFile:
 
 
 class FileReader:
-    """Reads one input's documents; `bytes_read` (of the file on disk) moves on meanwhile."""
+    """Reads the documents of one input, and counts the bytes read from disk."""
 
     def __init__(self, file: InputFile, text_column: str = "text") -> None:
         self.file = file
@@ -160,14 +160,14 @@ class FileReader:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the file on disk that have been read so far."""
+        """Bytes read from the file on disk so far."""
         return self._done if self._raw is None or self._raw.closed else self._raw.tell()
 
     def records(self, start: int = 0) -> Iterator[Record]:
-        """Yield the records from number `start` on; after a problem with the file itself, that is the last one.
+        """Yield the records, beginning at number `start`. A problem with the file itself is the last record.
 
         Raises:
-            EloError: a Hugging Face dataset cannot be reached.
+            EloError: a Hugging Face dataset cannot be read.
         """
         name, line, number = self.file.location, 0, start - 1
         if self.file.is_hub:
@@ -181,7 +181,7 @@ class FileReader:
                 number, line = record.number, record.line
                 yield record
             if start == 0 and number < 0:
-                yield Record(0, 1, b"", f"{name}:1: no document in the whole file; remove it from the corpus")
+                yield Record(0, 1, b"", f"{name}:1: the file has no document; remove it from the corpus")
         except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, MemoryError) as error:
             problem = f"{name}:{line + 1}: {file_problem(error)}"
             yield Record(number + 1, line + 1, b"", problem, ends_file=True)
@@ -211,7 +211,7 @@ def _json_records(lines: BinaryIO, name: str, column: str, start: int) -> Iterat
             while (rest := lines.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
                 pass
             if number >= start:
-                problem = f"the line is longer than {LINE_LIMIT >> 20} MiB; write one JSON object per document and line"
+                problem = f"the line is longer than {LINE_LIMIT >> 20} MiB; write one document per line"
                 yield Record(number, number + 1, b"", f"{name}:{number + 1}: {problem}")
             continue
         if number < start or line.isspace():
@@ -235,25 +235,21 @@ def _json_value(line: bytes) -> Any:
 
 
 def _json_problem(line: bytes, column: str, error: Exception) -> str:
-    """What is wrong with a line that could not be read, what was got, and what to do."""
+    """Explain why a line could not be read, what was found, and what to do."""
     if _is_cut(line, error):
         return (
-            f"not a line of JSON: the last line is cut after {len(line):,} bytes, got {_shown(line)!r}; "
+            f"not valid JSON: the last line is cut off after {len(line):,} bytes, got {_shown(line)!r}; "
             "the file is incomplete, fetch it again or remove the line"
         )
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 ({_bad_byte(error)}); convert the file to UTF-8"
     if isinstance(error, RecursionError):
-        return (
-            f"not a line of JSON that can be read: it is nested too deeply, got {_shown(line)!r}; flatten or remove it"
-        )
+        return f"not valid JSON: it is nested too deeply, got {_shown(line)!r}; flatten or remove the line"
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
-        return (
-            f'not a line of JSON ({error}), got {_shown(line)!r}; each line must be an object such as {{"text": "..."}}'
-        )
+        return f'not valid JSON ({error}), got {_shown(line)!r}; each line must be an object such as {{"text": "..."}}'
     value = _json_value(line)
     if not isinstance(value, dict):
-        return f'a JSON {_kind(value)}, not an object: {_shown(line)!r}; each line must be like {{"text": "..."}}'
+        return f'a JSON {_kind(value)}, not an object: {_shown(line)!r}; write an object such as {{"text": "..."}}'
     return _column_problem(value, column)
 
 
@@ -262,7 +258,7 @@ def _shown(line: bytes) -> str:
 
 
 def _is_cut(line: bytes, error: Exception) -> bool:
-    """Whether `line` is the last of a file and ends within an object, as after a broken download."""
+    """Return whether `line` is a file's last and ends inside an object, as after an interrupted download."""
     if line.endswith(b"\n") or not line.lstrip().startswith(b"{"):
         return False
     if isinstance(error, UnicodeDecodeError):
@@ -270,7 +266,7 @@ def _is_cut(line: bytes, error: Exception) -> bool:
     if not isinstance(error, json.JSONDecodeError):
         return False
     rest = error.doc[error.pos :].rstrip()
-    if error.msg.startswith("Unterminated string"):  # whose place is where the string begins
+    if error.msg.startswith("Unterminated string"):  # `error.pos` is where the string begins
         return not rest.endswith("}")
     if error.msg.startswith("Invalid \\u"):
         return len(rest) < len("\\uffff")
@@ -283,8 +279,8 @@ def _column_problem(row: dict[str, Any], column: str) -> str:
         return f"no column {column!r}; the columns are {names[:300]}; set text_column to the one with the text"
     value = row[column]
     if not isinstance(value, str):
-        return f"column {column!r} is {_kind(value)}, not text: {str(value)[:60]!r}; mend the line or set text_column"
-    return f"column {column!r} holds half of a surrogate pair (such as the escape \\ud800), no text; mend the line"
+        return f"column {column!r} is {_kind(value)}, not text: {str(value)[:60]!r}; fix the line or set text_column"
+    return f"column {column!r} holds half of a surrogate pair (such as the escape \\ud800); fix the line"
 
 
 def _kind(value: Any) -> str:
@@ -331,7 +327,7 @@ def _text_record(number: int, line: int, data: bytes, name: str) -> Record:
 
 
 def _broken_character(data: bytes) -> bytes:
-    """The first bytes of a UTF-8 character whose last are not in `data` yet."""
+    """Return the incomplete UTF-8 character at the end of `data`, or nothing."""
     for back in range(1, min(4, len(data) + 1)):
         byte = data[-back]
         if byte >= 0xC0:
@@ -369,7 +365,7 @@ def _parquet_records(raw: BinaryIO, name: str, column: str, start: int) -> Itera
 def _value_record(number: int, row: dict[str, Any], column: str, name: str) -> Record:
     value = row.get(column)
     try:
-        if isinstance(value, bytes):  # a binary column: UTF-8 is text all the same
+        if isinstance(value, bytes):  # a binary column may hold UTF-8 text
             value.decode()
             return Record(number, number + 1, value)
         return Record(number, number + 1, row[column].encode())
@@ -381,7 +377,7 @@ def _value_record(number: int, row: dict[str, Any], column: str, name: str) -> R
 
 
 def _hub_records(location: str, column: str, start: int) -> Iterator[Record]:
-    """Rows of a Hugging Face dataset, `hf://name[:config][:split]`, streamed."""
+    """Stream the rows of a Hugging Face dataset, `hf://name[:config][:split]`."""
     import datasets
     import huggingface_hub
 
@@ -401,27 +397,27 @@ def _hub_records(location: str, column: str, start: int) -> Iterator[Record]:
             number += 1
     except EloError:
         raise
-    except Exception as error:  # datasets, fsspec and the hub client raise all sorts
+    except Exception as error:  # datasets, fsspec and the hub client raise many types
         reason = " ".join(str(error).split())[:300]
         raise EloError(
             f"{location}: the Hugging Face dataset cannot be read at row {number + 1} "
             f"({type(error).__name__}: {reason}); "
-            "check its name (there is no such file or folder here), config and split, and the network; "
-            "the same command resumes here"
+            "check its name (there is no such local file or folder), config and split, and the network, then run the "
+            "same command again, it resumes"
         ) from None
 
 
 def read_documents(path: str | Path, text_column: str = "text", on_error: str = "stop") -> Iterator[str]:
-    """Yield the text of every document of `path`, empty ones left out.
+    """Yield the text of every document of `path` that is not empty.
 
     Raises:
-        EloError: nothing to read, or something broken (with `on_error="skip"` that is left out and logged).
+        EloError: nothing to read, or a document cannot be read. `on_error="skip"` logs and skips such documents.
     """
     for file in list_inputs(str(path)):
         for record in FileReader(file, text_column).records():
             if record.problem and (on_error != "skip" or record.loses_file):
                 raise EloError(record.problem)
             if record.problem:
-                log.warning("%s%s", "" if record.ends_file else "left out: ", record.problem)
+                log.warning("%s%s", "" if record.ends_file else "skipped: ", record.problem)
             elif not record.text.isspace() and record.text:
                 yield record.text.decode()

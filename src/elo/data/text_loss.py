@@ -1,4 +1,4 @@
-"""Text that a tokenizer does not carry: how much of it is too much; and special tokens that a document spells."""
+"""Judge how much text a tokenizer may lose, and encode special tokens spelled out in documents as text."""
 
 import json
 from collections.abc import Collection
@@ -9,23 +9,23 @@ from tokenizers import Tokenizer
 from elo.errors import EloError
 
 WARN_ABOVE = 0.001
-"""Share of a text's bytes, lost in the tokenizer, above which a warning is given."""
+"""Share of a text's bytes lost in the tokenizer above which there is a warning."""
 REFUSE_ABOVE = 0.05
-"""Share above which the text is refused."""
+"""Share of a text's bytes lost in the tokenizer above which the text is rejected."""
 
 
 def judge_loss(
     where: str, tokenizer: str, lost_bytes: int, checked_bytes: int, *, allowed: bool, key: str
 ) -> str | None:
-    """A warning where much of a text is lost in the tokenizer, else None.
+    """Return a warning if the tokenizer loses much of a text, else None.
 
     Args:
-        where: the text: file or language.
+        where: name of the text for the message: file or language.
         allowed: whether any loss is accepted.
-        key: how the user accepts it.
+        key: setting or option by which the user accepts the loss.
 
     Raises:
-        EloError: more than `REFUSE_ABOVE` is lost, and that is not accepted.
+        EloError: more than `REFUSE_ABOVE` is lost and not `allowed`.
     """
     share = lost_bytes / max(checked_bytes, 1)
     if share <= WARN_ABOVE:
@@ -37,30 +37,30 @@ def judge_loss(
     )
     if share > REFUSE_ABOVE and not allowed:
         raise EloError(
-            f"{found}; bits per byte and training mean little on such text: use a tokenizer that covers the language, "
+            f"{found}; training and bits per byte would be unreliable: use a tokenizer that covers the language, "
             f"or accept the loss with {key}"
         )
     return f"warning: {found}"
 
 
 def special_spellings(backend: Tokenizer, frame: Collection[int]) -> list[str]:
-    """Spellings of the special tokens: those marked as special in the tokenizer, and those with the ids in `frame`."""
+    """Return the spellings of the tokens marked as special in the tokenizer, and of those with the ids in `frame`."""
     added = backend.get_added_tokens_decoder()
     found = {token.content for token in added.values() if token.special}
     found |= {token for index in frame if (token := backend.id_to_token(index)) is not None}
-    # A single character, such as a newline that ends documents, is text above all.
+    # A single character, such as a newline used as eos, mostly occurs as text.
     return sorted(token for token in found if len(token) > 1)
 
 
 def text_encoder(backend: Tokenizer, special_tokens: Collection[str]) -> Tokenizer:
-    """A copy of `backend`, with the same ids, to which `special_tokens` in a text are text.
+    """Copy `backend`, with the same ids, so that it encodes `special_tokens` in a text as text.
 
-    `Tokenizer.encode_special_tokens` would not do: it is not stored with the tokenizer, and Unigram models, word-level
-    ones and byte-pair merges can still make a special token out of its spelling. So the tokens get spellings that no
-    text has.
+    `Tokenizer.encode_special_tokens` does not suffice: it is not stored with the tokenizer, and Unigram models,
+    word-level models and byte-pair merges can still turn the spelling into the special token. Instead, the special
+    tokens get spellings that occur in no text.
     """
     state: dict[str, Any] = json.loads(backend.to_str())
-    # U+FDD0 is a noncharacter: Unicode keeps it out of the interchange of text.
+    # U+FDD0 is a noncharacter: Unicode excludes it from text interchange.
     renamed = {token: f"\ufdd0{number}\ufdd0" for number, token in enumerate(special_tokens)}
     for added in state["added_tokens"]:
         if added["content"] in renamed:
@@ -77,5 +77,5 @@ def text_encoder(backend: Tokenizer, special_tokens: Collection[str]) -> Tokeniz
     if "merges" in model:
         pairs = (pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"])
         model["merges"] = [pair for pair in pairs if not renamed.keys() & {*pair, "".join(pair)}]
-    state["post_processor"] = None  # it adds special tokens by name, and text is encoded without
+    state["post_processor"] = None  # it adds special tokens by name, which text encoding does not need
     return Tokenizer.from_str(json.dumps(state, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""A model's fast tokenizer, and the two tokens that frame every document."""
+"""Load and save a model's fast tokenizer, and define the two tokens that frame every document."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,22 +22,22 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 @dataclass(frozen=True, eq=False)
 class TextTokenizer:
-    """A fast tokenizer as the data part uses it: text only, no template, no truncation."""
+    """A fast tokenizer for plain text: no chat template, no truncation, no padding."""
 
     name: str
     backend: Tokenizer
     prefix_token_id: int
-    """Begins every document, so that its first text token has a context: bos, or eos for families without a bos."""
+    """First token of every document, the context of its first text token: bos, or eos for families without a bos."""
     eos_token_id: int
-    """Ends every document."""
+    """Last token of every document."""
     vocab_size: int
-    """Highest token id plus one, added tokens included."""
+    """Highest token id plus one, including added tokens."""
     base_vocab_size: int
-    """Tokens without the added ones."""
+    """Highest token id plus one, without added tokens."""
     sha256: str
-    """Of the tokenizer's content."""
+    """SHA-256 of the tokenizer's content."""
     split_special_tokens: bool = True
-    """Whether special tokens spelled in a text are text; otherwise they become the tokens."""
+    """Whether special tokens spelled out in a text are tokenised as text, not as special tokens."""
 
     @cached_property
     def special_tokens(self) -> list[str]:
@@ -46,30 +46,30 @@ class TextTokenizer:
 
     @cached_property
     def encoder(self) -> Tokenizer:
-        """What text is encoded with: `backend`, to which special tokens may be text."""
+        """Tokenizer that encodes text: `backend`, or a copy to which special tokens are text."""
         return text_encoder(self.backend, self.special_tokens) if self.split_special_tokens else self.backend
 
     @cached_property
     def checker(self) -> TextChecker:
-        """Counts special tokens in text, and text that the tokenizer loses."""
+        """Counter of special tokens in text, and of text that the tokenizer loses."""
         return TextChecker(self.backend, self.special_tokens)
 
     @property
     def dtype(self) -> np.dtype:
-        """The type that token shards of this tokenizer store."""
+        """Type of token ids in shards of this tokenizer."""
         return token_dtype(self.vocab_size)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, without the frame."""
+        """Return the token ids of each text, without prefix and eos."""
         encodings = self.encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Each text as it is stored: prefix, text tokens, eos."""
+        """Return the token ids of each text in stored form: prefix, text tokens, eos."""
         return self._split(*self._encode(texts))
 
     def encode_and_check(self, texts: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
-        """As `encode_documents`; with the `TextCounts` of each text, int64 [texts, 3]."""
+        """Return what `encode_documents` does, and the `TextCounts` of each text, int64 [texts, 3]."""
         tokens, lengths = self._encode(texts)
         checked = np.ones(len(texts), np.bool_)
         return self._split(tokens, lengths), self.checker.count(self.encoder, texts, tokens, lengths, checked)
@@ -82,15 +82,15 @@ class TextTokenizer:
         return np.split(tokens, np.cumsum(lengths)[:-1])
 
     def check_embedding(self, rows: int, where: str = "the model") -> None:
-        """Raise EloError when this cannot be the tokenizer of a model with `rows` embedding rows.
+        """Raise EloError if this cannot be the tokenizer of a model with `rows` embedding rows.
 
-        Added tokens beyond the embedding are let pass here (Gemma 3 1B has one): text that uses them is refused.
+        Added tokens beyond the embedding are accepted here (Gemma 3 1B has one). Text that uses them is rejected later.
         """
         highest = max(self.base_vocab_size - 1, self.prefix_token_id, self.eos_token_id)
         if highest >= rows:
             raise EloError(
                 f"tokenizer {self.name}: gives token ids up to {highest}, but {where} has {rows} embedding rows; "
-                "they do not belong together, give the model's own tokenizer"
+                "give the tokenizer that belongs to the model"
             )
 
 
@@ -98,21 +98,23 @@ def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> T
     """Load the fast tokenizer of a checkpoint folder or a Hugging Face hub id.
 
     Raises:
-        EloError: there is none, only a slow one, it has neither a bos nor an eos token, or transformers reads another
-            one than tokenizer.json holds.
+        EloError: there is no tokenizer or only a slow one, it has neither a bos nor an eos token, or transformers
+            loads a different one than tokenizer.json holds.
     """
     return load_with_settings(path_or_id, trust_remote_code)[1]
 
 
 def load_with_settings(path_or_id: str | Path, trust_remote_code: bool = False) -> tuple[Any, TextTokenizer]:
-    """As `load_tokenizer`, after the tokenizer of transformers, which has the special tokens and chat templates."""
+    """Load a tokenizer as `load_tokenizer` does; return transformers' tokenizer and the `TextTokenizer`."""
     name = str(path_or_id)
     folder = Path(name)
     if folder.is_file():
         folder = folder.parent
     if folder.is_dir():
         if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-            raise EloError(f"{folder}: no tokenizer there (looked for {', '.join(TOKENIZER_FILES)}); give its folder")
+            raise EloError(
+                f"{folder}: has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); give a folder with a tokenizer"
+            )
         require_sentencepiece(folder)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise EloError(f"{name}: no such folder; give a folder with a tokenizer, or a Hugging Face hub id")
@@ -121,13 +123,13 @@ def load_with_settings(path_or_id: str | Path, trust_remote_code: bool = False) 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise EloError(
-            f"{name}: only a slow tokenizer ({type(tokenizer).__name__}); give one with a tokenizer.json, "
-            "as save_pretrained of a fast tokenizer writes"
+            f"{name}: has only a slow tokenizer ({type(tokenizer).__name__}); give one with a tokenizer.json, "
+            "as save_pretrained of a fast tokenizer writes it"
         )
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is None and eos is None:
         raise EloError(
-            f"{name}: the tokenizer has neither a bos nor an eos token, so documents cannot be told apart; "
+            f"{name}: the tokenizer has neither a bos nor an eos token, so documents cannot be separated; "
             "set eos_token in its tokenizer_config.json"
         )
     stored = read_stored(source)
@@ -137,7 +139,7 @@ def load_with_settings(path_or_id: str | Path, trust_remote_code: bool = False) 
 
 
 def wrap_tokenizer(backend: Tokenizer, bos: int | None, eos: int | None, name: str) -> TextTokenizer:
-    """A `TextTokenizer` around a copy of `backend`; at least one of `bos` and `eos` is needed."""
+    """Wrap a copy of `backend` in a `TextTokenizer`; at least one of `bos` and `eos` is needed."""
     backend = Tokenizer.from_str(backend.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -154,10 +156,10 @@ def wrap_tokenizer(backend: Tokenizer, bos: int | None, eos: int | None, name: s
 def save_with_backend(
     path_or_id: str | Path, backend: Tokenizer, folder: Path, trust_remote_code: bool = False
 ) -> None:
-    """Write a tokenizer's files into `folder`, settings and chat template as they are, but with another `backend`.
+    """Write a tokenizer's files into `folder`, with its settings and chat template but another `backend`.
 
     Raises:
-        EloError: read again from there it is not the same, which some tokenizer classes make of it.
+        EloError: loading the files does not give the same tokenizer, as with some tokenizer classes.
     """
     tokenizer = _load(str(path_or_id), trust_remote_code)
     tokenizer._tokenizer = Tokenizer.from_str(backend.to_str())
@@ -169,8 +171,8 @@ def save_with_backend(
         one_reading(copied, _load(str(folder), trust_remote_code).backend_tokenizer, str(folder), "transformers")
     except EloError:
         raise EloError(
-            f"{path_or_id}: {type(tokenizer).__name__} does not keep an extended vocabulary when it is saved and "
-            "loaded; extend it with the tool it was made with, and give the result with --tokenizer"
+            f"{path_or_id}: {type(tokenizer).__name__} loses an extended vocabulary when it is saved and loaded; "
+            "extend it with the tool that made it and give the result with --tokenizer"
         ) from None
 
 
@@ -181,10 +183,10 @@ def _load(name: str, trust_remote_code: bool) -> Any:
     except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise EloError(
-            f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {reason}); a tokenizer.json is read as "
-            'it stands with "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
+            f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {reason}); to load tokenizer.json "
+            'unchanged, write "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
         ) from None
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
         if type(error) is not Exception:
             raise
-        raise EloError(f"{name}: its tokenizer.json is damaged ({str(error)[:300]})") from None
+        raise EloError(f"{name}: its tokenizer.json is damaged ({str(error)[:300]}); fetch it again") from None

@@ -1,8 +1,8 @@
-"""Which tokenizer a folder holds: that of tokenizer.json, once transformers is known to read the same.
+"""Read the tokenizer of a folder from tokenizer.json, and verify that transformers loads the same one.
 
-transformers builds some tokenizer classes anew from the vocabulary of tokenizer.json, with a normalizer and
-pre-tokenizer of the class's own. Where `tokenizer_class` names another family than the one that wrote the file, token
-ids differ from those that the model was trained on, and nothing else shows it.
+transformers rebuilds some tokenizer classes from the vocabulary of tokenizer.json, with the normalizer and
+pre-tokenizer of the class. If `tokenizer_class` names another family than the one that wrote the file, token ids
+silently differ from those that the model was trained on.
 """
 
 import importlib.util
@@ -35,15 +35,15 @@ _PROBES = (
     "CamelCaseWord snake_case_word SCREAMING_CASE kebab-case-word ... !!! ??? --- === *** ///",
 )
 _LEADING = (" one space", "  two spaces", "\n\nlines first", "\t\ttabs first", "\u3000wide space", "   ", "trailing   ")
-_SAMPLED = 2048  # tokens of the vocabulary whose text is tried, alone and in groups
+_SAMPLED = 2048  # tokens of the vocabulary whose text is compared, alone and in groups
 _GROUP = 8
 
 
 def read_stored(name: str) -> Tokenizer | None:
-    """The tokenizer.json of a folder or hub id as it stands; None where there is none.
+    """Read the tokenizer.json of a folder or hub id unchanged; return None if there is none.
 
     Raises:
-        EloError: it is damaged.
+        EloError: the file is damaged.
     """
 
     found = cached_file(
@@ -58,17 +58,17 @@ def read_stored(name: str) -> Tokenizer | None:
     try:
         return Tokenizer.from_file(str(found))
     except Exception as error:  # tokenizers raises bare Exception
-        raise EloError(f"{name}: its tokenizer.json is damaged ({str(error)[:300]})") from None
+        raise EloError(f"{name}: its tokenizer.json is damaged ({str(error)[:300]}); fetch it again") from None
 
 
 def one_reading(stored: Tokenizer, loaded: Tokenizer, name: str, class_name: str) -> Tokenizer:
-    """The tokenizer of tokenizer.json, with the tokens that transformers adds to it.
+    """Return the tokenizer of tokenizer.json, with the tokens that transformers adds to it.
 
     Args:
-        stored: tokenizer.json; it is changed and returned.
-        loaded: what transformers makes of the folder; it is changed, too.
+        stored: tokenizer of tokenizer.json; it is modified and returned.
+        loaded: tokenizer that transformers loads from the folder; it is modified, too.
         name: folder or hub id, for the message.
-        class_name: the class that transformers takes.
+        class_name: tokenizer class that transformers uses.
 
     Raises:
         EloError: the two give a text or a token different ids.
@@ -80,7 +80,7 @@ def one_reading(stored: Tokenizer, loaded: Tokenizer, name: str, class_name: str
     for token, number in ours.items():
         if theirs.get(token) != number:
             raise _refusal(name, class_name, f"token {token!r}", number, theirs.get(token))
-    # What transformers has besides comes from tokenizer_config.json, or from the class.
+    # Additional tokens of transformers come from tokenizer_config.json, or from the class.
     added: dict[int, Any] = loaded.get_added_tokens_decoder()
     for number, token in sorted(added.items()):
         if token.content not in ours:
@@ -93,25 +93,25 @@ def one_reading(stored: Tokenizer, loaded: Tokenizer, name: str, class_name: str
         text, own, other = difference
         _warn_once(
             f"warning: {name}: text that begins or ends with white space has other token ids in transformers "
-            f"({class_name}: {other} for {text!r}) than in tokenizer.json ({own}), which is what counts here"
+            f"({class_name}: {other} for {text!r}) than in tokenizer.json ({own}); ELO uses tokenizer.json"
         )
     return stored
 
 
 def require_sentencepiece(folder: Path) -> None:
-    """Raise EloError where a SentencePiece model is all there is, and the packages that read one are missing."""
+    """Raise EloError if the folder has only a SentencePiece model and the packages that read it are not installed."""
     models = sorted(folder.glob("*.model"))
     if not models or (folder / "tokenizer.json").exists() or (folder / "vocab.json").exists():
         return
     with models[0].open("rb") as file:
-        if file.read(1) != b"\n":  # the first field of a SentencePiece model; tiktoken's files are base64 text
+        if file.read(1) != b"\n":  # first byte of every SentencePiece model; tiktoken's files are base64 text
             return
     missing = [package for package, module in _SENTENCEPIECE.items() if not _is_installed(module)]
     if missing:
         raise EloError(
-            f"{folder}: has {models[0].name} (SentencePiece) and no tokenizer.json, and reading it needs the packages "
-            f"sentencepiece and protobuf, of which {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not "
-            "installed; pip install sentencepiece protobuf, or give a folder with a tokenizer.json"
+            f"{folder}: has {models[0].name} (SentencePiece) but no tokenizer.json, and reading it needs "
+            f"{' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed; "
+            "pip install sentencepiece protobuf, or give a folder with a tokenizer.json"
         )
 
 
@@ -126,7 +126,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _of_vocabulary(tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
-    """Texts that use the tokenizer's own pieces: some alone, and some behind one another."""
+    """Yield texts made of the tokenizer's own tokens, single and in groups."""
     added = tokenizer.get_added_tokens_decoder()
     step = max(1, len(ids) // _SAMPLED)
     sampled = [number for number in [*ids[::step], *ids[-_SAMPLED // 4 :]] if number not in added]
@@ -137,7 +137,7 @@ def _of_vocabulary(tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
 
 
 def _first_difference(stored: Tokenizer, loaded: Tokenizer, texts: list[str]) -> tuple[str, Any, Any] | None:
-    """A text that the two give different ids, and the ids from where they differ."""
+    """Return the first text with different ids, and both lists of ids from where they differ; None if all agree."""
     for text, ours, theirs in zip(texts, _encode(stored, texts), _encode(loaded, texts), strict=True):
         if ours != theirs:
             same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
@@ -148,7 +148,7 @@ def _first_difference(stored: Tokenizer, loaded: Tokenizer, texts: list[str]) ->
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     try:
         return [each.ids for each in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    except Exception:  # bare, for a text that the model cannot spell
+    except Exception:  # tokenizers raises bare Exception for a text that the model cannot spell
         if len(texts) == 1:
             return [[]]
         return [ids for text in texts for ids in _encode(tokenizer, [text])]
@@ -156,12 +156,12 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 def _refusal(name: str, class_name: str, what: str, ours: Any, theirs: Any) -> EloError:
     return EloError(
-        f"{name}: its tokenizer is read in two ways: {what if what.startswith('token ') else repr(what)} is {ours} by "
-        f"tokenizer.json and {theirs} by transformers, which loads {class_name} (tokenizer_class in "
+        f"{name}: its tokenizer is ambiguous: {what if what.startswith('token ') else repr(what)} is {ours} in "
+        f"tokenizer.json and {theirs} in transformers, which loads {class_name} (tokenizer_class in "
         "tokenizer_config.json, or the model type); if the model was trained with tokenizer.json, write "
-        '"tokenizer_class": "PreTrainedTokenizerFast" there (for a model type with a prescribed class, such as qwen2, '
-        "in a copy without config.json, which you give as the tokenizer), otherwise replace tokenizer.json by the one "
-        f"that {class_name} saves"
+        '"tokenizer_class": "PreTrainedTokenizerFast" there (if the model type prescribes a class, as qwen2 does, '
+        "write it in a copy without config.json and give that as the tokenizer), otherwise replace tokenizer.json by "
+        f"the one that {class_name} saves"
     )
 
 

@@ -1,9 +1,9 @@
-"""Text to token ids at the tokenizer's own rate, on one core or many.
+"""Tokenise text at the full speed of the tokenizer, on one core or many.
 
-This file also runs as a script of its own: each worker is a process that reads batches of text from its standard input
-and writes token ids to its standard output. Plain child processes (rather than multiprocessing's) need no
-`if __name__ == "__main__"` of the caller, inherit no locks or threads, and end by themselves when the parent is killed.
-It imports nothing of elo, so that a worker starts in a fraction of a second.
+This file also runs as a script: each worker is a process that reads batches of text from standard input and writes
+token ids to standard output. Unlike multiprocessing's processes, such children need no `if __name__ == "__main__"` in
+the caller, inherit no locks or threads, and end when the parent is killed. The file imports nothing from elo, so that
+a worker starts in a fraction of a second.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders
 
 LONG_TEXT = 1 << 19
-"""Characters from which a text is tokenised in pieces: the tokenizer needs some 200 bytes a character meanwhile."""
+"""Characters from which a text is tokenised in pieces, because the tokenizer needs about 200 bytes per character."""
 WINDOW = 1024
 FEEDING_THREADS = 2
 _BATCH_DOCUMENTS = 256
@@ -36,31 +36,31 @@ _PLACES_TO_CUT = [
     (re.compile(r"\w(?= \w)"), 1),
     (re.compile(r"."), 0),
 ]
-"""Patterns that end where a piece may end, and the characters to drop there."""
+"""Patterns that end where a piece may end, and the number of characters to drop there."""
 
 CHECKED_CHARACTERS = 1 << 16
-"""Characters from the start of a document that are decoded again to find text that is lost."""
+"""Characters at the start of a document that are decoded again to find lost text."""
 
 Batch = TypeVar("Batch")
 
 
 class TextCounts(NamedTuple):
-    """What is counted of a text while it is tokenised."""
+    """Counts of a text, taken while it is tokenised."""
 
     special_tokens: int
-    """Special tokens of the tokenizer that the text spells."""
+    """Number of special tokens spelled out in the text."""
     checked_bytes: int
     """UTF-8 bytes that were decoded again."""
     lost_bytes: int
-    """Of these, the bytes that decoding does not give back."""
+    """Bytes among `checked_bytes` that decoding does not restore."""
 
 
 class TextChecker:
-    """Counts special tokens spelled in text, and text that encoding and decoding does not give back.
+    """Counts special tokens spelled out in text, and text that is lost by encoding and decoding.
 
     Args:
-        backend: the tokenizer as it was loaded.
-        special_tokens: spellings to look for.
+        backend: the tokenizer as loaded.
+        special_tokens: spellings to search for.
     """
 
     def __init__(self, backend: Tokenizer, special_tokens: Sequence[str]) -> None:
@@ -76,7 +76,7 @@ class TextChecker:
             self.backend.decoder = decoder
         kind = "Joined" if self.backend.decoder is None else (state["decoder"] or {}).get("type")
         self._ignores_space = kind in ("Joined", "WordPiece")
-        # Specials by their first two characters: a text without any of these spells none, which is quickly seen.
+        # Special tokens by their first two characters: texts without any of these are quickly excluded.
         self._by_start: dict[str, tuple[set[str], list[int]]] = {}
         for start in {token[:2] for token in special_tokens if token}:
             tokens = {token for token in special_tokens if token.startswith(start)}
@@ -86,9 +86,9 @@ class TextChecker:
     def count(
         self, encoder: Tokenizer, texts: Sequence[str], tokens: np.ndarray, lengths: np.ndarray, checked: np.ndarray
     ) -> np.ndarray:
-        """`TextCounts` of each text, int64 [texts, 3]; only texts that are `checked` (bool [texts]) are decoded.
+        """Return the `TextCounts` of each text, int64 [texts, 3]; only `checked` texts (bool [texts]) are decoded.
 
-        `tokens` and `lengths` are what `encode_documents` made of the texts with `encoder`.
+        `tokens` and `lengths` are the result of `encode_documents` for these texts and `encoder`.
         """
         counts = np.zeros((len(texts), 3), np.int64)
         ends = np.cumsum(lengths)
@@ -121,9 +121,9 @@ class TextChecker:
 
 
 def lost_bytes(text: str, decoded: str, *, ignore_space: bool = False) -> int:
-    """UTF-8 bytes of `text` that are not in `decoded`, counted character by character.
+    """Count the UTF-8 bytes of `text` that are missing in `decoded`, character by character.
 
-    The canonical composition of characters (NFC) is not a loss; nor is white space that the decoder adds.
+    Neither canonical composition (NFC) nor white space added by the decoder counts as a loss.
     """
     if text == decoded:
         return 0
@@ -138,7 +138,7 @@ def lost_bytes(text: str, decoded: str, *, ignore_space: bool = False) -> int:
 
 
 def _missing_decoder(state: dict) -> decoders.Decoder | None:
-    """The decoder that belongs to a tokenizer whose file has none; None where its tokens are words."""
+    """Return the decoder that fits a tokenizer whose file has none; None if its tokens are words."""
     before = json.dumps([state["pre_tokenizer"], state["normalizer"]], ensure_ascii=False)
     if '"ByteLevel"' in before:
         return decoders.ByteLevel()
@@ -151,7 +151,7 @@ def _missing_decoder(state: dict) -> decoders.Decoder | None:
 def encode_documents(
     backend: Tokenizer, texts: list[str], prefix: int, eos: int, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenise `texts` into one array of ``[prefix] text [eos]`` documents; and the length of each (int64)."""
+    """Tokenise `texts` into one array of ``[prefix] text [eos]`` documents; return it and their lengths (int64)."""
     encodings = backend.encode_batch_fast(
         [text if len(text) < LONG_TEXT else "" for text in texts], add_special_tokens=False
     )
@@ -172,12 +172,12 @@ def encode_documents(
 
 
 def encode_long(backend: Tokenizer, text: str, piece: int = LONG_TEXT // 2) -> np.ndarray:
-    """Token ids of a text of any length, tokenised in pieces of about `piece` characters.
+    """Tokenise a text of any length in pieces of about `piece` characters; return its token ids.
 
-    It is cut where tokenising a window across the cut gives the same tokens as tokenising its two sides apart: at line
-    ends, before or at a space (tokenizers that begin every text with a space take the place of one that is dropped), or
-    between any two characters. Where none of the places that are tried is such, it is cut all the same: memory stays
-    bounded, and at most the tokens beside the cut differ.
+    A cut is valid if tokenising a window across it gives the same tokens as tokenising both sides separately. Cuts are
+    tried at line ends, before a space, at a space (dropped, for tokenizers that add one at the start of a text), and
+    between any two characters. If none of those tried is valid, the text is cut anyway: memory stays bounded, and only
+    the tokens next to the cut may differ.
     """
     ids: list[np.ndarray] = []
     start = 0
@@ -190,7 +190,7 @@ def encode_long(backend: Tokenizer, text: str, piece: int = LONG_TEXT // 2) -> n
 
 
 def _find_cut(backend: Tokenizer, text: str, at: int, tries: int = 8) -> tuple[int, int]:
-    """Where a piece ends, from `at` on, and where the next begins: one further where a space is dropped."""
+    """Return where the piece ends, at or after `at`, and where the next begins (one further if a space is dropped)."""
     if at >= len(text):
         return len(text), len(text)
     furthest = min(len(text), at + LONG_TEXT // 4)
@@ -208,7 +208,7 @@ def _find_cut(backend: Tokenizer, text: str, at: int, tries: int = 8) -> tuple[i
 
 
 def batched(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts in batches of 256, or of about a million characters, so that tokenising them takes little memory."""
+    """Yield texts in batches of 256 texts or about a million characters, so that tokenising takes little memory."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -222,13 +222,13 @@ def batched(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def token_ids(backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """Token ids of each text, without special tokens; long texts are tokenised in pieces."""
+    """Return the token ids of each text, without special tokens. Long texts are tokenised in pieces."""
     tokens, lengths = encode_documents(backend, texts, 0, 0, np.dtype(np.uint32))
     return [framed[1:-1] for framed in np.split(tokens, np.cumsum(lengths)[:-1])]
 
 
 def write_frame(file: IO[bytes], *parts: bytes | memoryview) -> None:
-    """Write byte strings with a header of their count and sizes."""
+    """Write byte strings, preceded by a header with their number and sizes."""
     file.write(struct.pack(f"<{len(parts) + 1}q", len(parts), *map(len, parts)))
     for part in parts:
         file.write(part)
@@ -236,7 +236,7 @@ def write_frame(file: IO[bytes], *parts: bytes | memoryview) -> None:
 
 
 def read_frame(file: IO[bytes]) -> list[bytes]:
-    """Read what `write_frame` wrote; an empty list at the end of the stream."""
+    """Read a frame that `write_frame` wrote; return an empty list at the end of the stream."""
     header = file.read(8)
     if len(header) < 8:
         return []
@@ -246,7 +246,7 @@ def read_frame(file: IO[bytes]) -> list[bytes]:
 
 
 def serve() -> None:
-    """A worker's life: a first frame with the tokenizer, then a frame of token ids for every frame of text."""
+    """Run a worker: read the tokenizer from the first frame, then answer every frame of text with its token ids."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     serialized, header, dtype_name, as_loaded, special_tokens = read_frame(source)
@@ -264,7 +264,7 @@ def serve() -> None:
 
 
 class Tokenized(NamedTuple):
-    """Token ids of a batch of documents end to end, the length of each (int64), and `TextCounts` of each (int64)."""
+    """Concatenated token ids of a batch of documents, their lengths (int64), and their `TextCounts` (int64)."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -272,11 +272,11 @@ class Tokenized(NamedTuple):
 
 
 class TokenizerPool:
-    """Tokenises batches of UTF-8 texts, in order, and counts what `checker` looks for.
+    """Tokenises batches of UTF-8 texts in order, and collects the counts of `checker`.
 
-    With one worker it is this process, where the library's own threads use all cores, and two threads of ours feed them
-    so that turning ids into arrays does not make them wait. Measured on 2 cores this costs 15 % less CPU than two
-    processes. On many cores those threads get into each other's way; then `workers` processes of one thread each.
+    With one worker this process tokenises. The library's threads use all cores, and two threads of the pool feed them
+    so that they need not wait for ids to become arrays. On 2 cores this took 15 % less CPU time than two processes.
+    On many cores the library's threads slow each other down; then `workers` processes with one thread each are faster.
     """
 
     def __init__(
@@ -314,7 +314,7 @@ class TokenizerPool:
         for process in self._processes:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    with contextlib.suppress(OSError):  # what was still to be written goes with the process
+                    with contextlib.suppress(OSError):  # unwritten data is dropped with the process
                         pipe.close()
         self._processes = []
 
@@ -324,11 +324,11 @@ class TokenizerPool:
         texts: Callable[[Batch], list[bytes]],
         checked: Callable[[Batch], list[bool]] | None = None,
     ) -> Iterator[tuple[Batch, Tokenized]]:
-        """Yield each batch with its tokens, in the order of `batches`; a few batches are under way at once.
+        """Yield each batch with its tokens, in the order of `batches`. Several batches are processed at once.
 
         Args:
-            texts: gives the documents of a batch.
-            checked: gives which of them are decoded again; by default all.
+            texts: returns the documents of a batch.
+            checked: returns which of them are decoded again; None decodes all.
         """
         encode = self._remote if self.workers > 1 else self._local
         waiting: deque[tuple[Batch, Future[Tokenized]]] = deque()
@@ -358,7 +358,7 @@ class TokenizerPool:
         except (OSError, ValueError):  # a broken pipe, or one that was closed
             reply = []
         finally:
-            self._idle.put(process)  # a dead one too: who takes it next must fail rather than wait for another
+            self._idle.put(process)  # even if dead, so that the next caller fails instead of waiting forever
         if not reply:
             raise WorkerDied(f"a tokenizing process ended with status {process.wait()}")
         counts = np.frombuffer(reply[2], np.int64).reshape(-1, len(TextCounts._fields))
@@ -366,7 +366,7 @@ class TokenizerPool:
 
 
 class WorkerDied(RuntimeError):
-    """A tokenizing process is gone: killed, or out of memory."""
+    """A tokenizing process ended: it was killed, or ran out of memory."""
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The quickstart's instrument: a small world told in two languages, and a small base model that speaks one."""
+"""The quickstart: a small bilingual corpus, and a small base model trained on one of its languages."""

@@ -1,4 +1,4 @@
-"""A small comparison on the base model and the bilingual corpus that come with ELO: no network, minutes on a CPU."""
+"""Run a small comparison on the base model and bilingual corpus that ship with ELO: offline, minutes on a CPU."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from elo.config import load_comparison
 from elo.errors import EloError
 from elo.store.files import TEMPORARY_PREFIX, atomic_directory, write_text
 
-# Holds config.yaml, base/ (a checkpoint, made by examples/tavuni/train_quickstart_base.py) and data/ (the corpus).
+# Contains config.yaml, base/ (a checkpoint made by examples/tavuni/train_quickstart_base.py) and data/ (the corpus).
 WORLD = Path(__file__).parent
 
 
@@ -20,11 +20,11 @@ def quickstart(output: Path, overrides: list[str] | None = None) -> dict[str, An
     """Write the corpus, run the comparison that quickstart/config.yaml describes, and return its results.
 
     Args:
-        output: folder of the comparison. Started again after a kill, it resumes.
+        output: folder of the comparison. If it holds an interrupted quickstart, that is resumed.
         overrides: `key.path=value`, as for `elo compare`.
 
     Raises:
-        EloError: `output` is not empty and not a quickstart, or cannot be written.
+        EloError: `output` is not empty and is not a quickstart, or cannot be written.
     """
     output = Path(output)
     corpus = output / "corpus"
@@ -35,19 +35,19 @@ def quickstart(output: Path, overrides: list[str] | None = None) -> dict[str, An
         raise EloError(f"{output}: the folder is not empty and is not a quickstart; choose another with --output")
     config = yaml.safe_load((WORLD / "config.yaml").read_text(encoding="utf-8"))
     _fill_in(config, {"{base}": str(WORLD / "base"), "{corpus}": str(corpus), "{output}": str(output)})
-    load_comparison(config, overrides)  # a mistake in them is found before anything is written
+    load_comparison(config, overrides)  # report mistakes in overrides before writing anything
     if not corpus.is_dir():
         print("quickstart: unpacking a small bilingual corpus", flush=True)
         unpack_corpus(corpus)
-    (output / "stages").mkdir(exist_ok=True)  # the folder is ours
+    (output / "stages").mkdir(exist_ok=True)  # marks the folder as a run
     config["run"]["evaluation"]["prompts"] = json.loads((corpus / "prompts.json").read_text(encoding="utf-8"))
-    # It is an ordinary configuration: read it, change it, run it with `elo compare`.
+    # An ordinary configuration that users can read, change and run with `elo compare`.
     write_text(output / "config.yaml", yaml.safe_dump(config, allow_unicode=True, sort_keys=False))
     return compare(load_comparison(config, overrides))
 
 
 def unpack_corpus(output: Path) -> None:
-    """Write the corpus that ships with ELO into the folder `output`: JSON lines, and prompts.json.
+    """Write the corpus that ships with ELO to the folder `output`: JSON lines and prompts.json.
 
     Raises:
         EloError: `output` exists and is not empty, or cannot be written.
@@ -61,7 +61,7 @@ def unpack_corpus(output: Path) -> None:
 
 
 def _fill_in(value: Any, names: dict[str, str]) -> Any:
-    """Replace placeholders in every string of a nested value, in place."""
+    """Replace placeholders in all strings of a nested value, in place."""
     if isinstance(value, str):
         for name, text in names.items():
             value = value.replace(name, text)

@@ -1,4 +1,4 @@
-"""What a process runs on: machine, versions, command."""
+"""Describe the environment of a run: hardware, package versions, command line."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ _PACKAGES = ("elo-cpt", "torch", "transformers", "accelerate", "tokenizers", "sa
 
 
 def hardware() -> dict[str, Any]:
-    """What the run ran on."""
+    """Return the hardware of this machine: CPU, cores, memory in bytes, GPUs."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_bytes": memory}
     if torch.cuda.is_available():
@@ -23,7 +23,7 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter."""
+    """Return the versions of Python and of the packages that can affect results."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command that this process was started with, for the record."""
+    """Return the command that started this process."""
     return " ".join(["elo", *sys.argv[1:]]) if Path(sys.argv[0]).name in ("elo", "cli.py") else "elo.run(...)"
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under a temporary name, fsynced, then renamed."""
+"""Write files atomically: under a temporary name, fsynced, then renamed."""
 
 import errno
 import hashlib
@@ -18,7 +18,7 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 def fsync_path(path: Path) -> None:
-    """Flush a file's or a directory's data to disk."""
+    """Flush a file or directory to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -27,7 +27,7 @@ def fsync_path(path: Path) -> None:
 
 
 def fsync_tree(root: Path) -> None:
-    """Flush every file and directory under `root`, itself included."""
+    """Flush `root` and every file and directory below it to disk."""
     for folder, _, files in os.walk(root):
         for name in files:
             fsync_path(Path(folder) / name)
@@ -35,18 +35,18 @@ def fsync_tree(root: Path) -> None:
 
 
 def disk_problem(error: OSError, place: Path | None = None) -> str:
-    """An error of the file system in words: the file, what is wrong, and what to do where room has run out."""
+    """Describe a file system error: the file, the problem, and, if the disk is full, what to do."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     what = f"{error.filename or place or 'output'}: {error.strerror or error}"
-    return what + ("; make room and run the same command again, it goes on from there" if full else "")
+    return what + ("; free disk space and run the same command again, it resumes" if full else "")
 
 
 @contextmanager
 def disk_errors_told(place: Path) -> Iterator[None]:
-    """Turn what libraries raise for a disk that is full or failing into one message about `place`.
+    """Convert what libraries raise for a full or failing disk into one message about `place`.
 
     Raises:
-        EloError: writing failed; safetensors and torch have error types of their own for that.
+        EloError: writing failed, also when safetensors or torch report that with other error types.
     """
     try:
         yield
@@ -57,13 +57,13 @@ def disk_errors_told(place: Path) -> Iterator[None]:
         if not re.search(r"os error \d+|PytorchStreamWriter|unexpected pos \d+|file write failed", reason):
             raise
         raise EloError(
-            f"{place}: cannot be written ({reason[:200]}); make room and run the same command again, it goes on from "
-            "the last whole checkpoint"
+            f"{place}: cannot be written ({reason[:200]}); free disk space and run the same command again, it resumes "
+            "from the last complete checkpoint"
         ) from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` with `text` (UTF-8) in one step."""
+    """Replace the file `path` with `text` (UTF-8) atomically."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -71,7 +71,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:  # which does not say which file, when it was open already
+    except OSError as error:  # errors on open files lack the file name
         error.filename = error.filename or str(path)
         raise
     finally:
@@ -80,7 +80,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` with `value` as indented JSON in one step; NaN and infinity are refused."""
+    """Replace the file `path` with `value` as indented JSON atomically. NaN and infinity raise ValueError."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -88,21 +88,21 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UnfinishedError: the file is missing or is not JSON in UTF-8.
+        UnfinishedError: the file is missing, or is not JSON in UTF-8.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UnfinishedError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:
-        raise UnfinishedError(f"{path}: not JSON ({error}); the file is damaged, remove it and run again") from None
+        raise UnfinishedError(f"{path}: damaged, not JSON ({error}); remove the file and run again") from None
 
 
 @contextmanager
 def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of `target` to fill; on success it is fsynced and renamed to `target`.
+    """Yield a temporary directory next to `target`; on success fsync it and rename it to `target`.
 
-    Nothing is left behind on failure. With `overwrite` an existing `target` is replaced once the new one is whole.
+    A failure leaves nothing behind. With `overwrite` an existing `target` is replaced once the new one is complete.
 
     Raises:
         EloError: `target` exists and is not empty (without `overwrite`), or cannot be written.
@@ -123,7 +123,7 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
         yield temporary
         fsync_tree(temporary)
         if target.is_symlink() or target.exists():
-            target.rename(replaced)  # in no time: what is slow, removing it, comes once the new one is in place
+            target.rename(replaced)  # renaming is fast; the slow removal follows once the new one is in place
         temporary.rename(target)
         fsync_path(target.parent)
     finally:
@@ -133,7 +133,7 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
 
 
 def sweep_temporaries(target: Path) -> None:
-    """Remove what a killed process left of earlier tries at writing `target`."""
+    """Remove temporary files that killed processes left while writing `target`."""
     own = re.compile(re.escape(f"{TEMPORARY_PREFIX}{target.name}-") + "[0-9a-f]{8}")
     for leftover in target.parent.glob(f"{TEMPORARY_PREFIX}*"):
         if own.fullmatch(leftover.name):
@@ -141,7 +141,7 @@ def sweep_temporaries(target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole directory if it is there."""
+    """Remove a file, a link or a directory tree if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -149,11 +149,11 @@ def remove(path: Path) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal text."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(value: Any) -> str:
-    """SHA-256 of a JSON value in canonical form (sorted keys)."""
+    """Return the SHA-256 of a JSON value in canonical form (sorted keys), in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The processes of one launch (torchrun, accelerate launch): one does what is done once, all train."""
+"""Coordinate the processes of one launch (torchrun, accelerate launch): the main one writes files, all train."""
 
 import os
 import time
@@ -12,20 +12,20 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 
 def world_size() -> int:
-    """How many processes there are; 1 without a launcher."""
+    """Return the number of processes; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes records and does what is done once."""
+    """Return whether this is the main process (rank 0), which writes records and does work that is done once."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What `make` gives in the main process, the only one to call it, in every process; all must come here.
+    """Call `make` in the main process only, and return its result in every process. All processes must call this.
 
     Raises:
-        EloError: in the other processes, where `make` failed in the main one (which raises what `make` did).
+        EloError: `make` failed. Raised in the other processes; the main process raises the original error.
     """
     if world_size() == 1:
         return make()
@@ -39,7 +39,7 @@ def from_main(make: Callable[[], T]) -> T:
     if is_main():
         try:
             box = [make(), None]
-        except Exception as error:  # told to the others first, or they would wait for it until a time-out
+        except Exception as error:  # broadcast first, because the others would otherwise wait until a timeout
             failure, box = error, [None, str(error)]
     broadcast_object_list(box)
     if failure is not None:
@@ -50,6 +50,6 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def wait_until(ready: Callable[[], bool]) -> None:
-    """Look again and again: no collective, so that no time-out ends a wait of hours. The launcher ends dead waits."""
+    """Poll until `ready()`. A collective would time out after hours; the launcher kills processes that wait in vain."""
     while not ready():
         time.sleep(SECONDS_BETWEEN_LOOKS)

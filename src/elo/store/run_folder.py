@@ -1,4 +1,4 @@
-"""The run folder: stages that are done once, skipped while nothing they depend on has changed, and redone otherwise."""
+"""The run folder: each stage runs once, is skipped while its inputs are unchanged, and is repeated otherwise."""
 
 import fcntl
 import os
@@ -16,19 +16,19 @@ from elo.store.files import TEMPORARY_PREFIX, read_json, remove, sha256_file, sh
 from elo.store.processes import from_main, is_main, wait_until
 
 Paths = tuple[Path, ...]
-# Raise when a stage's meaning changes, so that results of older code are not taken for today's.
+# Increase when the meaning of a stage changes, so that results of older code are not reused.
 _STAGE_VERSION = 2
 _CHECKED = (".safetensors", "config.json")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a stage left, or a checkpoint that was there before.
+    """The output of a stage, or a checkpoint that existed before the run.
 
     Attributes:
         path: file or folder.
-        fingerprint: decides whether what is made from it has to be made again.
-        record: what the stage recorded; empty for what no stage made.
+        fingerprint: identity of the content; if it changes, everything made from it is made again.
+        record: record of the stage; empty if no stage made the artifact.
     """
 
     path: Path
@@ -37,10 +37,10 @@ class Artifact:
 
 
 class RunFolder:
-    """A folder in which stages are done once, skipped while nothing they depend on has changed, and redone otherwise.
+    """A folder in which each stage runs once, is skipped while its inputs are unchanged, and is repeated otherwise.
 
-    `stages/<name>.json` is written last, so its existence means the stage is complete. It holds the stage's inputs,
-    their fingerprint, its output files with sizes, and its record.
+    `stages/<name>.json` is written last, so if it exists the stage is complete. It holds the stage's inputs, their
+    fingerprint, the output files with sizes, and the stage's record.
     """
 
     def __init__(self, root: Path, say: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
@@ -50,10 +50,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self, *, shared: bool = False) -> Iterator[None]:
-        """Hold the run folder for this run: its main process does; `shared`, with others that hold it so.
+        """Lock the run folder in the main process. `shared` locks can be held by several runs at once.
 
         Raises:
-            EloError: another run holds it, or it cannot be written.
+            EloError: another run holds the lock, or the folder cannot be written.
         """
         if not is_main():
             yield
@@ -61,7 +61,7 @@ class RunFolder:
         made = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
         try:
             (self.root / "stages").mkdir(parents=True, exist_ok=True)
-            # A link put in its place must not have the file that it names emptied.
+            # O_NOFOLLOW: if the lock file was replaced by a link, its target must not be truncated.
             lock = os.fdopen(os.open(self.root / "run.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         except OSError as error:
             raise EloError(f"{self.root}: cannot be written ({error.strerror}); choose another output") from None
@@ -71,7 +71,7 @@ class RunFolder:
             except BlockingIOError:
                 lock.seek(0)
                 raise EloError(
-                    f"{self.root}: another run (process {lock.read().strip() or 'unknown'}) works in this folder; "
+                    f"{self.root}: another run (process {lock.read().strip() or 'unknown'}) is using this folder; "
                     "wait for it, or choose another output"
                 ) from None
             lock.truncate(0)
@@ -87,12 +87,12 @@ class RunFolder:
                 raise
 
     def _nothing_done(self) -> bool:
-        """Whether the run folder holds nothing but what every start writes."""
+        """Return whether the run folder holds only files that every start writes."""
         begun = all(path.name.endswith(".begun.json") for path in (self.root / "stages").iterdir())
         return begun and {path.name for path in self.root.iterdir()} <= {"stages", "run.lock", "config.json"}
 
     def path(self, *parts: str) -> Path:
-        """A path inside the run folder."""
+        """Return a path inside the run folder."""
         return self.root.joinpath(*parts)
 
     def once(
@@ -105,18 +105,18 @@ class RunFolder:
         collective: bool = False,
         **arguments: Any,
     ) -> Artifact:
-        """Call `function(folder / name, **arguments, **execution)` unless it was done with these arguments already.
+        """Call `function(folder / name, **arguments, **execution)` unless the stage is complete with these arguments.
 
-        The arguments are the stage's fingerprint, so that none can be forgotten: numbers, texts, lists, artifacts of
-        earlier stages, whatever has a `fingerprint`, and settings and objects with `decisive()` or `identity()`.
+        The arguments determine the stage's fingerprint, so none can be forgotten. They may be numbers, strings, lists,
+        artifacts of earlier stages, anything with a `fingerprint`, and objects with `decisive()` or `identity()`.
 
         Args:
-            name: of the stage, unique in the folder, and path of its output there.
-            function: makes its output at the path it is given and returns a JSON record. After a kill it is called
-                again with the same arguments and may find what the earlier call left; otherwise it finds nothing.
-            execution: further arguments, which say how the work is done and do not count.
-            keep: the output stays; otherwise it is scratch, such as a model that is measured and dropped.
-            collective: every process of the launch does the work; otherwise the main one does and the others wait.
+            name: name of the stage, unique in the folder, and path of its output there.
+            function: writes its output to the given path and returns a JSON record. After a kill it is called again
+                with the same arguments and finds what the killed call left; otherwise the path does not exist.
+            execution: further arguments that affect how the work is done, but not its result.
+            keep: keep the output; otherwise it is removed, such as a model that is only evaluated.
+            collective: run the function in every process of the launch, not only in the main one.
 
         Raises:
             TypeError: an argument has no identity.
@@ -148,7 +148,7 @@ class RunFolder:
         if collective:
             if not from_main(lambda: self._is_done(name, fingerprint, inputs, outputs, scratch)):
                 record = self._timed(work)
-                from_main(lambda: None)  # everybody is through before the stage counts as done
+                from_main(lambda: None)  # all processes must finish before the stage counts as complete
                 if is_main():
                     self._finish(name, fingerprint, inputs, outputs, scratch, record)
         elif is_main() and not self._is_done(name, fingerprint, inputs, outputs, scratch):
@@ -157,10 +157,10 @@ class RunFolder:
         return fingerprint
 
     def begin(self, name: str, **arguments: Any) -> None:
-        """Mark a stage as begun with these arguments, so that `once` later resumes what was made of it.
+        """Mark a stage as begun with these arguments, so that `once` later resumes it.
 
         Raises:
-            EloError: it was begun or done with others.
+            EloError: the stage was begun or completed with other arguments.
         """
         inputs = {key: identity(value) for key, value in arguments.items()}
         fingerprint = _fingerprint(name, inputs)
@@ -169,7 +169,7 @@ class RunFolder:
             if found is not None and found["fingerprint"] != fingerprint:
                 changed = _difference(found.get("inputs", {}), inputs)
                 raise EloError(
-                    f"{self.root}: {name} was begun there with other inputs (changed: {changed}); give all processes "
+                    f"{self.root}: stage {name} was begun with other inputs (changed: {changed}); give all processes "
                     "the same configuration, or choose another output"
                 )
         self._mark_begun(name, fingerprint, inputs)
@@ -178,22 +178,22 @@ class RunFolder:
         write_json(self._stage_file(name, begun=True), {"fingerprint": fingerprint, "inputs": dict(inputs)})
 
     def _is_done(self, name: str, fingerprint: str, inputs: Mapping[str, Any], outputs: Paths, scratch: Paths) -> bool:
-        """Whether the stage is done with these inputs; if not, what an earlier one with others left is cleared away."""
+        """Return whether the stage is complete with these inputs; if not, remove what other inputs left."""
         done_path, begun_path = self._stage_file(name), self._stage_file(name, begun=True)
         done = _read_record(done_path, ("fingerprint", "inputs", "outputs", "record"))
         if done is not None:
             changed = done["fingerprint"] != fingerprint
             if not changed and _intact(self.root, done["outputs"]):
-                self.say(f"{name}: done already")
-                for path in (begun_path, *scratch):  # killed between the record and this
+                self.say(f"{name}: already done")
+                for path in (begun_path, *scratch):  # left by a kill right after the record was written
                     remove(path)
                 self._skipped[fingerprint] = done
                 return True
             reason = (
                 f"changed: {_difference(done['inputs'], inputs)}" if changed else "its output is missing or damaged"
             )
-            self.say(f"{name}: {reason}; doing it again")
-        done_path.unlink(missing_ok=True)  # also one that cannot be read
+            self.say(f"{name}: {reason}; repeating the stage")
+        done_path.unlink(missing_ok=True)  # even if unreadable
         self._check_what_is_used(inputs)
         begun = _read_record(begun_path, ("fingerprint",))
         if begun is None or begun["fingerprint"] != fingerprint:
@@ -203,10 +203,10 @@ class RunFolder:
         return False
 
     def _check_what_is_used(self, inputs: Mapping[str, Any]) -> None:
-        """Before work begins, compare what skipped stages left for it with its checksums; once a start.
+        """Verify the checksums of the outputs of skipped stages that this stage uses, once per start.
 
         Raises:
-            UnfinishedError: a file was altered; its stage counts as not done from now on.
+            UnfinishedError: a file was altered. Its stage no longer counts as complete.
         """
         for value in inputs.values():
             stage = self._skipped.pop(value, None) if isinstance(value, str) else None
@@ -214,8 +214,8 @@ class RunFolder:
                 if sha256_file(self.root / name) != expected:
                     self._stage_file(stage["stage"]).unlink(missing_ok=True)  # type: ignore[index]
                     raise UnfinishedError(
-                        f"{self.root / name}: does not have the checksum it was written with, so it was altered or the "
-                        "disk is failing; the same command makes it again"
+                        f"{self.root / name}: its checksum is not the recorded one, so it was altered or the disk is "
+                        "failing; run the same command again to recreate it"
                     )
 
     def _timed(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -238,7 +238,7 @@ class RunFolder:
             "fingerprint": fingerprint,
             "inputs": dict(inputs),
             "outputs": (sizes := _sizes(self.root, outputs)),
-            # Token shards have checksums of their own, in their manifest.
+            # Checksums of token shards are in their manifest.
             "sha256": {name: sha256_file(self.root / name) for name in sizes if name.endswith(_CHECKED)},
             "record": record,
         }
@@ -262,10 +262,10 @@ class RunFolder:
 
 
 def identity(value: Any) -> Any:
-    """What decides whether `value` is the same as before, as JSON.
+    """Return what identifies `value` between runs, as JSON.
 
     Raises:
-        TypeError: it is nothing that could be compared.
+        TypeError: `value` cannot be compared.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -282,14 +282,14 @@ def identity(value: Any) -> Any:
         return {str(key): identity(item) for key, item in value.items()}
     if isinstance(value, list | tuple | range):
         return [identity(item) for item in value]
-    raise TypeError(f"{type(value).__name__} has no identity that a stage could depend on")
+    raise TypeError(f"{type(value).__name__} has no identity, so no stage can depend on it")
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """What tells that a file or folder of files is still the one it was: sizes and modification times, not content.
+    """Return what identifies a file or a folder of files between runs: sizes and modification times, not content.
 
     Raises:
-        UnfinishedError: there is nothing at `path`.
+        UnfinishedError: `path` does not exist.
     """
     if not path.exists():
         raise UnfinishedError(f"{path}: no such file or folder")
@@ -301,7 +301,7 @@ def file_identity(path: Path) -> dict[str, Any]:
 
 
 def _read_record(path: Path, keys: tuple[str, ...]) -> dict[str, Any] | None:
-    """A stage's record; None where there is none, or one so damaged that the stage has to be done again."""
+    """Read a stage's record; return None if it is missing or damaged, so that the stage has to be repeated."""
     try:
         value = read_json(path)
     except UnfinishedError:
@@ -323,7 +323,7 @@ def _fingerprint(name: str, inputs: Mapping[str, Any]) -> str:
 
 
 def _difference(before: Any, now: Any, path: str = "") -> str:
-    """First few paths at which two JSON values differ, with both values."""
+    """Describe the first paths at which two JSON values differ, with both values."""
     found: list[str] = []
 
     def walk(a: Any, b: Any, at: str) -> None:

@@ -1,10 +1,10 @@
-"""New pieces for a byte-pair tokenizer: learnt on one language, without changing how another is tokenised.
+"""Learn new pieces for a byte-pair tokenizer from one language, without changing the tokens of another.
 
-Training goes on where the tokenizer's own stopped: each word of the target text is taken as the tokens it has now, and
-byte-pair merges are learnt on top of those (continued BPE training, Purason et al. 2025, arXiv 2512.03989). The new
-merges rank behind all old ones, so that the first of them to fire in a word joins two old tokens that stand side by
-side in the old tokenisation. Text in which no such pair stands side by side is therefore tokenised exactly as before;
-pairs that do so in words of the source language are never joined.
+This continues the tokenizer's training (continued byte-pair training, Purason et al. 2025, arXiv 2512.03989): each word
+of the target text is split into its current tokens, and byte-pair merges are learnt on top of them. The new merges rank
+after all old ones, so the first new merge in a word joins two tokens that are adjacent in the old tokenisation. Text
+without such a pair is therefore tokenised exactly as before. Pairs that are adjacent in words of the source language
+are never joined.
 """
 
 import json
@@ -25,18 +25,18 @@ from elo.vocab.words import Spelling, split_words
 
 # A private character for every token, so that the tokenizers library can train on tokens as if they were letters.
 _FIRST_CODE_POINT = 0x10000
-# Merges learnt for each piece asked for, since some are left out afterwards.
+# Merges learnt per requested piece, since some are discarded afterwards.
 _SURPLUS = 1.3
-# A script with less than this share of a text's letters and symbols is not its language's own, but that of names and
-# quotations; nor is a symbol beyond ASCII that is as rare as this.
+# A script with a smaller share of a text's letters and symbols comes from names and quotations, not from its language.
 _OWN_SCRIPT = 0.01
+# The same limit for a single symbol outside ASCII.
 _OWN_SYMBOL = 1e-5
-# New characters are taken until they make up this share of all occurrences of unknown ones.
+# New characters are added until they cover this share of the occurrences of unknown characters.
 _CHARACTER_COVERAGE = 0.999
-# What occurs less often, a pair or a character, is not learnt.
+# Pairs and characters that occur less often are not learnt.
 _LEAST_TIMES = 2
 _REPEAT = 1000
-# First words of the names of letters that tell a script; other letters (ª, µ, 々, ー) belong to several.
+# First words of Unicode names that identify a script; other letters (ª, µ, 々, ー) belong to several scripts.
 _SCRIPTS = frozenset(
     """
     ADLAM ARABIC ARMENIAN BALINESE BAMUM BENGALI BOPOMOFO BUGINESE CANADIAN CHAM CHEROKEE CJK COPTIC CYRILLIC DEVANAGARI
@@ -49,11 +49,11 @@ _SCRIPTS = frozenset(
 
 @dataclass(frozen=True)
 class Extension:
-    """New pieces of a byte-pair vocabulary, the most useful first, and the merges that make them.
+    """New pieces of a byte-pair vocabulary, the most useful first, and the merges that produce them.
 
     Attributes:
-        pieces: new tokens as the vocabulary spells them.
-        merges: pairs of tokens, old or new, in their order of rank; a merge may also lead to an old token.
+        pieces: new tokens in the vocabulary's spelling.
+        merges: pairs of old or new tokens in order of rank. The result of a merge may also be an old token.
     """
 
     pieces: tuple[str, ...]
@@ -62,13 +62,13 @@ class Extension:
 
 @dataclass(frozen=True)
 class Identity:
-    """How far two tokenizers agree on the same text.
+    """Agreement of two tokenizers on the same text.
 
     Attributes:
-        documents: compared.
-        identical: those with the same ids throughout.
-        foreign: those that differ in words of other scripts than the text's own alone (names, quotations).
-        words: words of the text's own scripts that are tokenised otherwise, the first few.
+        documents: number of documents compared.
+        identical: number of documents whose ids are all equal.
+        foreign: number of documents that differ only in words of foreign scripts (names, quotations).
+        words: first few words of the text's own scripts with different tokens.
     """
 
     documents: int
@@ -78,19 +78,19 @@ class Identity:
 
     @property
     def holds(self) -> bool:
-        """Whether the language's own words are all tokenised as before."""
+        """Whether all words of the language's own scripts keep their tokens."""
         return self.identical + self.foreign == self.documents
 
 
 class PieceLearner:
-    """Learns merges from target text once, and makes extensions of several sizes of them.
+    """Learns merges from target text once, to build extensions of several sizes.
 
     Args:
-        backend: a byte-pair tokenizer: byte-level (Llama-3, Qwen) or with byte fallback (Llama-2, Mistral, Gemma).
-        target: documents to learn on.
-        sources: by language, documents whose words must be tokenised as before. Words that hold letters of scripts
-            other than their language's own (less than 1 % of its letters) do not count.
-        most: pieces of the largest extension that will be asked for.
+        backend: a byte-pair tokenizer, byte-level (Llama-3, Qwen) or with byte fallback (Llama-2, Mistral, Gemma).
+        target: documents to learn from.
+        sources: for each source language, documents whose words must keep their tokens. Words with letters of foreign
+            scripts (less than 1 % of the language's letters) are ignored.
+        most: number of pieces in the largest extension that will be requested.
 
     Raises:
         EloError: the tokenizer is of another kind, or the target text is empty.
@@ -131,12 +131,12 @@ class PieceLearner:
         self._merges = [(_spell(left, spelled), _spell(right, spelled)) for left, right in merges]
 
     def extension(self, count: int) -> Extension:
-        """The extension by `count` pieces: characters that were missing, at most half of them, then merges in order.
+        """Build an extension of `count` pieces: missing characters (at most half), then merges in order of rank.
 
-        Fewer are given where the text has no more pairs to join.
+        It has fewer pieces if the text has no more pairs to join.
 
         Raises:
-            EloError: the text gives no new piece.
+            EloError: the text yields no new piece.
         """
         pieces = self._characters[: count // 2]
         known = {*self._vocabulary, *pieces}
@@ -155,16 +155,17 @@ class PieceLearner:
             kept.append((left, right))
         if not pieces:
             raise EloError(
-                "vocab: the target text gives no new piece; the tokenizer has all its words, or give more text"
+                "vocab: the target text yields no new piece, because the tokenizer has all its words or the text is "
+                "short; give more text"
             )
         return Extension(tuple(pieces), tuple(kept))
 
 
 def extend_tokenizer(backend: Tokenizer, extension: Extension) -> Tokenizer:
-    """A tokenizer with the extension's pieces after all the ids that `backend` has; each old id means what it meant."""
+    """Return a tokenizer with the extension's pieces after all ids of `backend`. Old ids keep their tokens."""
     state = require_extendable(backend)
     model = state["model"]
-    # Added tokens are numbered from the size of the vocabulary on when a file is read, unless they stand in it.
+    # Loading numbers added tokens from the size of the vocabulary, unless the vocabulary contains them.
     for token in state.get("added_tokens") or []:
         model["vocab"].setdefault(token["content"], token["id"])
     next_id = max(model["vocab"].values()) + 1
@@ -175,10 +176,10 @@ def extend_tokenizer(backend: Tokenizer, extension: Extension) -> Tokenizer:
 
 
 def require_extendable(backend: Tokenizer) -> dict[str, Any]:
-    """The tokenizer's state, once it is known to be byte-pair encoding whose merges can be continued.
+    """Return the tokenizer's state after checking that it uses byte-pair encoding whose merges can be continued.
 
     Raises:
-        EloError: it is of another kind.
+        EloError: the tokenizer is of another kind.
     """
     state: dict[str, Any] = json.loads(backend.to_str())
     model = state["model"]
@@ -194,14 +195,14 @@ def require_extendable(backend: Tokenizer) -> dict[str, Any]:
         why = "it drops merges at random"
     if why is not None:
         raise EloError(
-            f"vocab: this tokenizer cannot be extended: {why}; extend it with the tool it was made with, and give the "
+            f"vocab: this tokenizer cannot be extended: {why}; extend it with the tool that made it and give the "
             "result with --tokenizer"
         )
     return state
 
 
 def compare_tokenizers(old: Tokenizer, new: Tokenizer, texts: Sequence[str]) -> Identity:
-    """Tokenise texts of one language with both and compare, id by id."""
+    """Tokenise texts of one language with both tokenizers and compare the ids."""
     changed = []
     for batch in batched(texts):
         both = zip(batch, token_ids(old, batch), token_ids(new, batch), strict=True)
@@ -212,26 +213,26 @@ def compare_tokenizers(old: Tokenizer, new: Tokenizer, texts: Sequence[str]) -> 
     for text in changed:
         moved = [word for word in set(split_words(old, text)) if words_old.tokenize(word) != words_new.tokenize(word)]
         ours = sorted(words_old.text(word) for word in moved if words_old.scripts(word) <= scripts)
-        # Nothing moved word by word: the words themselves are split otherwise, which is no quotation's fault.
+        # If no word changed, the text is split into other words, which foreign words cannot explain.
         foreign += bool(moved) and not ours
         words.update(dict.fromkeys(ours or ([] if moved else [text[:40]])))
     return Identity(len(texts), len(texts) - len(changed), foreign, tuple(words)[:20])
 
 
 def require_old_ids(old: Tokenizer, new: Tokenizer, name: str) -> None:
-    """Raise EloError where `new` gives an old token another id, or none."""
+    """Raise EloError if `new` gives an old token another id, or none."""
     ours, theirs = old.get_vocab(), new.get_vocab()
     for token, index in sorted(ours.items(), key=lambda item: item[1]):
         if theirs.get(token) != index:
             found = "has no such token" if token not in theirs else f"gives it id {theirs[token]}"
             raise EloError(
-                f"tokenizer {name}: the model's own has {token!r} as id {index}, but this one {found}; an extended "
-                "tokenizer keeps all old ids, and numbers its new tokens after them"
+                f"tokenizer {name}: the model's tokenizer has {token!r} as id {index}, but this one {found}; give an "
+                "extended tokenizer that keeps all old ids and numbers new tokens after them"
             )
 
 
 class _WordTokenizer:
-    """Tokenises words of `split_words`, and tells what their letters are."""
+    """Tokenises words of `split_words`, and classifies their letters by script."""
 
     def __init__(self, backend: Tokenizer) -> None:
         self._model = backend.model
@@ -240,7 +241,7 @@ class _WordTokenizer:
         self._joining: dict[tuple[str, bool], bool] = {}
 
     def tokenize(self, word: str) -> list[str]:
-        """The tokens of a word; characters that the vocabulary has not stand for themselves."""
+        """Return the tokens of a word. Characters that are not in the vocabulary are returned unchanged."""
         if all(each in self._vocabulary for each in word):
             return [token.value for token in self._model.tokenize(word)]
         tokens: list[str] = []
@@ -254,11 +255,11 @@ class _WordTokenizer:
         return tokens
 
     def scripts(self, word: str) -> set[str]:
-        """The scripts of a word's letters, and its symbols."""
+        """Return the scripts of a word's letters, and its symbols."""
         return {_script(character) for character in self.text(word)} - {""}
 
     def own_scripts(self, words: Counter[str]) -> set[str]:
-        """The scripts of a text of these words, but for those that are hardly used."""
+        """Return the scripts and symbols of a text of these words, without those that are very rare."""
         scripts: Counter[str] = Counter()
         for word, times in words.items():
             for character in self.text(word):
@@ -269,7 +270,7 @@ class _WordTokenizer:
         return {script for script, times in scripts.items() if times >= total * least[script]}
 
     def joinable_parts(self, word: str, forbidden: Collection[tuple[str, str]]) -> Iterator[list[str]]:
-        """Runs of a word's tokens in which each may be joined to the next: letters and marks, no forbidden pair."""
+        """Yield runs of a word's tokens whose neighbours may be joined: letters and marks, no forbidden pair."""
         part: list[str] = []
         for token in self.tokenize(word):
             if part and ((part[-1], token) in forbidden or not (self._joins(part[-1]) and self._joins(token, False))):
@@ -281,7 +282,7 @@ class _WordTokenizer:
             yield part
 
     def is_wanted(self, piece: str) -> bool:
-        """Letters and marks after at most one space, or a single character of any kind, or a part of one."""
+        """Return whether a piece is letters and marks after at most one space, or at most one character of any kind."""
         return self._joins(piece) or len(self.text(piece).strip()) <= 1
 
     def _joins(self, token: str, at_start: bool = True) -> bool:
@@ -294,7 +295,7 @@ class _WordTokenizer:
 
 
 def _used_by(words: Counter[str], tokenizer: _WordTokenizer) -> tuple[set[tuple[str, str]], set[str]]:
-    """Neighbouring tokens, and characters, of the words in a text's own scripts."""
+    """Return the adjacent token pairs and the characters of the words in a text's own scripts."""
     scripts = tokenizer.own_scripts(words)
     pairs: set[tuple[str, str]] = set()
     characters: set[str] = set()
@@ -308,7 +309,7 @@ def _used_by(words: Counter[str], tokenizer: _WordTokenizer) -> tuple[set[tuple[
 
 @lru_cache(maxsize=1 << 16)
 def _script(character: str) -> str:
-    """The script of a letter by its Unicode name (LATIN, HANGUL ...), a symbol itself; empty for what all share."""
+    """Return a letter's script by its Unicode name (LATIN, HANGUL), a symbol itself, or "" for shared characters."""
     category = unicodedata.category(character)
     if category[0] == "L":
         words = unicodedata.name(character, "UNKNOWN").removeprefix("HALFWIDTH ").removeprefix("FULLWIDTH ").split()
@@ -317,7 +318,7 @@ def _script(character: str) -> str:
 
 
 def _new_characters(words: Counter[str], vocabulary: Collection[str], forbidden: Collection[str]) -> list[str]:
-    """Characters that the vocabulary lacks, the most frequent first, until nearly all occurrences are covered."""
+    """List characters missing in the vocabulary, most frequent first, until nearly all occurrences are covered."""
     unknown: Counter[str] = Counter()
     for word, times in words.items():
         for character in word:
@@ -334,7 +335,7 @@ def _new_characters(words: Counter[str], vocabulary: Collection[str], forbidden:
 
 
 def _is_blank(character: str) -> bool:
-    """Whether it is white space or a control character, which are the tokenizer's business and no language's."""
+    """Return whether this is white space or a control character, which belong to no language."""
     return unicodedata.category(character)[0] in "ZC"
 
 

@@ -1,6 +1,6 @@
-"""Give a checkpoint more embedding and head rows, on disk, with every old row as it was.
+"""Add embedding and head rows to a checkpoint on disk, without changing any old row.
 
-Shapes: V old rows, W new ones in all, D hidden width.
+Shapes: V old rows, W rows in total afterwards, D hidden width.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -40,9 +40,9 @@ class NewTokens:
     """Tokens that are added to a vocabulary, by their ids.
 
     Attributes:
-        first_id: id of the first; the others follow it. The base may have rows from here on that no token of its used;
-            they are taken for the new ones.
-        origins: for each, the old tokens that its text was tokenised into.
+        first_id: id of the first new token; the others follow. The base may already have rows at these ids that none
+            of its tokens used. They become rows of the new tokens.
+        origins: for each new token, the old tokens of its text.
     """
 
     first_id: int
@@ -50,21 +50,21 @@ class NewTokens:
 
     @property
     def rows(self) -> NewRows:
-        """Their rows of embedding and head."""
+        """Rows of the new tokens in embedding and head."""
         return NewRows(self.first_id, self.first_id + len(self.origins))
 
 
 @dataclass(frozen=True)
 class RowInit:
-    """What new rows begin as.
+    """Initial values of new rows.
 
     Attributes:
-        embedding: `pieces`: the mean of the rows of the tokens that its text was tokenised into; `first`: the row of
-            the first of these; `mean`: the mean of all old rows; `noise`: drawn from a normal distribution with the old
-            rows' mean and standard deviation in each dimension.
-        head: the same for the LM head, where it is not tied to the embedding.
-        given: instead of these, `embedding` and, for an untied head, `head`, of [new tokens, D], computed elsewhere.
-        seed: of `noise`.
+        embedding: `pieces`: mean of the rows of the old tokens of the new token's text; `first`: row of the first of
+            these; `mean`: mean of all old rows; `noise`: samples of a normal distribution with the old rows' mean and
+            standard deviation in each dimension.
+        head: the same for an LM head that is not tied to the embedding.
+        given: rows computed elsewhere, used instead: `embedding` and, for an untied head, `head`, each [new tokens, D].
+        seed: random seed of `noise`.
     """
 
     embedding: Initialisation = "pieces"
@@ -88,32 +88,32 @@ def extend_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint with rows for more tokens.
+    """Write a checkpoint with rows for additional tokens.
 
-    Every tensor but the embedding and the head is copied byte for byte, and so are their old rows.
+    All other tensors, and the old rows of embedding and head, are copied byte for byte.
 
     Args:
         checkpoint: folder with config.json and safetensors weights.
-        output: folder to write; it appears whole or not at all.
+        output: folder to write. It appears only when complete.
         save_tokenizer: writes the extended tokenizer's files into a folder.
-        check: called with the whole folder before it appears as `output`; refuses it by raising EloError.
-        pad_to_multiple_of: W is a multiple of this, as tensor cores like it.
-        record: further keys of the record in config.json.
+        check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
+        pad_to_multiple_of: W is rounded up to a multiple of this, which is faster on tensor cores.
+        record: additional keys of the record in config.json.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
-        max_shard_bytes: size above which the weights are written as several files.
-        label: shown with the progress; None is silent.
+        max_shard_bytes: maximum size of a weight file, in bytes.
+        label: label of the progress bar; None shows no progress.
 
     Returns:
         The record in config.json: {"rows": {"start", "stop"}, "embedding_init", "head_init" (None if tied), ...}
 
     Raises:
-        EloError: the checkpoint, the rows or the output is not usable.
-        UnsupportedArchitectureError: transformers does not take the model with another vocabulary size.
+        EloError: the checkpoint, the rows or the output cannot be used.
+        UnsupportedArchitectureError: transformers does not load the model with another vocabulary size.
     """
     base = open_folder(checkpoint, trust_remote_code)
     if PROVENANCE_KEY in base.config_json:
-        raise EloError(f"{checkpoint}: is a detached checkpoint; extend the vocabulary of its base, then detach")
+        raise EloError(f"{checkpoint}: is a detached checkpoint; extend the vocabulary of its base and detach again")
     refuse_overlap(output, checkpoint)
     hollow = build_hollow_causal_lm(base.config, trust_remote_code=trust_remote_code)
     resized = _resized(base, hollow)
@@ -128,13 +128,13 @@ def extend_checkpoint(
         "head_init": None if tied else "given" if init.given else init.head,
         **(record or {}),
     }
-    # Of a wrapper in the decoder's part too: transformers may load that alone.
+    # For a wrapper, the record goes into the decoder's part too, because transformers may load only that.
     config_json = edit_json(base.config_json, base.config, {"vocab_size": rows, VOCABULARY_KEY: written})
     config_json[VOCABULARY_KEY] = written
     _require_loadable(base, config_json, rows, makers.keys(), trust_remote_code)
     with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
         write_config(folder, config_json)
-        save_tokenizer(folder)  # which may refuse, so before gigabytes are written
+        save_tokenizer(folder)  # first, because it may fail and the weights are large
         tensors = [
             makers[name].tensor() if name in makers else NewTensor(name, each.dtype, each.shape, each.size, each.chunks)
             for name, each in base.weights.tensors.items()
@@ -148,7 +148,7 @@ def extend_checkpoint(
 
 @dataclass(frozen=True)
 class _RowMaker:
-    """Makes an embedding or head, of [V, D], or a head's bias, of [V], with W rows."""
+    """Resizes an embedding or head [V, D], or a head's bias [V], to W rows."""
 
     old: StoredTensor
     group: str
@@ -158,7 +158,7 @@ class _RowMaker:
 
     @property
     def kept(self) -> int:
-        """Rows that are copied: those of old tokens."""
+        """Number of rows that are copied, which belong to old tokens."""
         return min(self.new.first_id, self.old.shape[0])
 
     @property
@@ -166,12 +166,12 @@ class _RowMaker:
         return self.old.size // self.old.shape[0]
 
     def tensor(self) -> NewTensor:
-        """The tensor with W rows, whose bytes are made when they are written."""
+        """Return the tensor with W rows, whose bytes are computed while they are written."""
         shape = (self.rows, *self.old.shape[1:])
         return NewTensor(self.old.name, self.old.dtype, shape, self.rows * self.row_bytes, self._chunks)
 
     def _chunks(self) -> Iterator[bytes]:
-        """The old rows' bytes, then the new ones'."""
+        """Yield the bytes of the old rows, then of the new ones."""
         left = self.kept * self.row_bytes
         for chunk in self.old.chunks():
             yield chunk[:left]
@@ -181,7 +181,10 @@ class _RowMaker:
         yield tensor_bytes(self._further_rows())
 
     def _further_rows(self) -> torch.Tensor:
-        """[W - kept, D]; rows of no token, old or new, stay as they are where the base has them, or are the mean."""
+        """Return the rows after the copied ones, [W - kept, D].
+
+        Rows without an old or new token keep the base's values if it has them, and are the mean otherwise.
+        """
         stored = torch.frombuffer(bytearray(self.old.read()), dtype=self.old.torch_dtype)
         every = stored.view(self.old.shape)
         old, start, stop = every[: self.kept], self.new.rows.start, self.new.rows.stop
@@ -193,7 +196,7 @@ class _RowMaker:
         if self.init.given is not None and old.dim() == 2:
             own.copy_(self.init.given[self.group])
         elif how == "noise":
-            # Another seed for the head: the same one would make an untied head's rows those of the embedding.
+            # With the same seed, the noise of an untied head would equal that of the embedding.
             generator = torch.Generator().manual_seed(self.init.seed + (self.group == "head"))
             own += torch.randn(own.shape, generator=generator) * _deviation(old, mean)
         elif how in ("pieces", "first"):
@@ -205,7 +208,7 @@ class _RowMaker:
 
 
 def _mean(old: torch.Tensor) -> torch.Tensor:
-    """Mean over rows in float64 sums, a piece at a time, in float32."""
+    """Return the mean over rows in float32, summed chunk by chunk in float64."""
     total = torch.zeros(old.shape[1:], dtype=torch.float64)
     for piece in old.split(8192):
         total += piece.sum(0, dtype=torch.float64)
@@ -220,9 +223,9 @@ def _deviation(old: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
 
 
 def _resized(base: CheckpointFolder, hollow: PreTrainedModel) -> dict[str, str]:
-    """Names in the files of the tensors that have a row for each token, and which they are: `embedding` or `head`.
+    """Map the stored names of tensors with a row per token to `embedding` or `head`.
 
-    A head that is tied to the embedding, and stored beside it all the same, is an embedding.
+    A stored head that is tied to the embedding counts as `embedding`.
     """
     parts, tensors = find_architecture(hollow), base.weights.meta_state_dict()
     embedding = hollow.get_submodule(parts.embedding_path).weight
@@ -236,8 +239,8 @@ def _resized(base: CheckpointFolder, hollow: PreTrainedModel) -> dict[str, str]:
             found[name] = "embedding" if parts.tied else group
     if "embedding" not in found.values():
         raise UnsupportedArchitectureError(
-            f"{base.folder}: its weights hold no embedding of {rows} rows that could be told from their names, so it "
-            "cannot be given more"
+            f"{base.folder}: no embedding with {rows} rows can be identified by name in the weights, so the vocabulary "
+            "cannot be extended"
         )
     return found
 
@@ -250,8 +253,8 @@ def _check_given(
     wanted = set(resized.values())
     if set(given) != wanted:
         raise EloError(
-            f"rows: the file must hold {' and '.join(sorted(wanted))}, one row for each new token; it holds "
-            f"{', '.join(sorted(given)) or 'nothing'}"
+            f"rows: the file contains {', '.join(sorted(given)) or 'nothing'}; it must contain "
+            f"{' and '.join(sorted(wanted))}, with one row per new token"
         )
     shapes = (base.weights.tensors[name].shape for name, group in resized.items() if group == "embedding")
     width = next(shape[1] for shape in shapes if len(shape) == 2)  # a tied head's bias goes with the embedding
@@ -259,7 +262,7 @@ def _check_given(
         if values.shape != (count, width) or not bool(torch.isfinite(values).all()):
             found = f"is {list(values.shape)}" if values.shape != (count, width) else "has values that are not finite"
             raise EloError(
-                f"rows: {name} {found}; it must be finite numbers of [new tokens, hidden width] {[count, width]}"
+                f"rows: {name} {found}; it must have shape [new tokens, hidden width] {[count, width]}, and be finite"
             )
 
 
@@ -270,11 +273,11 @@ def _require_loadable(
     resized: Collection[str],
     trust_remote_code: bool,
 ) -> None:
-    """Ask transformers whether tensors with this many rows make the model that the new configuration describes."""
+    """Check with transformers that tensors with this many rows fit the model of the new configuration."""
     try:
         config = read_edited_config(config_json, base.config, {"vocab_size": rows})
         hollow = build_hollow_causal_lm(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a configuration or model class that does not take this size, in its own way
+    except Exception as error:  # configuration and model classes reject sizes with errors of any type
         raise UnsupportedArchitectureError(
             f"model type {base.config.model_type!r}: cannot have {rows} tokens ({error_line(error)})"
         ) from None
@@ -284,6 +287,6 @@ def _require_loadable(
     _, report = load_hollow(type(hollow), config, tensors)
     if problem := report.incomplete():
         raise UnsupportedArchitectureError(
-            f"model type {base.config.model_type!r}: with {rows} tokens {problem}; something else than embedding and "
-            "head depends on the vocabulary's size, so it cannot be extended"
+            f"model type {base.config.model_type!r}: with {rows} tokens {problem}; more than embedding and head "
+            "depends on the size of the vocabulary, so it cannot be extended"
         )

@@ -1,4 +1,4 @@
-"""What `elo vocab` found, for the terminal."""
+"""Render the results of `elo vocab` for the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +9,9 @@ from rich.text import Text
 
 
 def render_vocabulary(measured: Mapping[str, Any]) -> RenderableType:
-    """Tables of `elo.vocab.vocabulary.measure_vocabulary`."""
+    """Render the results of `elo.vocab.vocabulary.measure_vocabulary` as tables."""
     languages = Table(title=f"{measured['model']}: {measured['tokens']:,} tokens", title_justify="left")
-    for column in ("language", "bytes a token", "tokens a word", "documents", "tokens", "text lost"):
+    for column in ("language", "bytes per token", "tokens per word", "documents", "tokens", "text lost"):
         languages.add_column(column, justify="left" if column == "language" else "right")
     for language, each in measured["languages"].items():
         languages.add_row(
@@ -25,11 +25,11 @@ def render_vocabulary(measured: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [languages]
     for language, each in measured["languages"].items():
         if each["special_tokens"]:
-            parts.append(Text(f"{language}: {each['special_tokens']:,} special tokens are spelled in the text"))
+            parts.append(Text(f"{language}: {each['special_tokens']:,} special tokens are spelled out in the text"))
     parts += [Text(warning) for warning in measured["warnings"]]
     if measured["candidates"]:
         candidates = Table(title="With new pieces", title_justify="left")
-        for column in ("pieces", "bytes a token", "tokens", "training FLOPs", "new parameters", "source as before"):
+        for column in ("pieces", "bytes per token", "tokens", "training FLOPs", "new parameters", "source unchanged"):
             candidates.add_column(column, justify="right")
         for each in measured["candidates"]:
             candidates.add_row(
@@ -45,21 +45,21 @@ def render_vocabulary(measured: Mapping[str, Any]) -> RenderableType:
 
 
 def extension_line(record: Mapping[str, Any]) -> str:
-    """What `elo.vocab.vocabulary.extend_vocabulary` did, in a line."""
+    """Summarise the record of `elo.vocab.vocabulary.extend_vocabulary` in one line."""
     start, stop = record["rows"]["start"], record["rows"]["stop"]
     told = [f"{stop - start:,} new tokens, ids {start:,} to {stop - 1:,}"]
     for name in ("target", "source"):
         if rates := record.get(f"{name}_bytes_per_token"):
-            told.append(f"{name} {rates[0]:.2f} -> {rates[1]:.2f} bytes a token")
+            told.append(f"{name} {rates[0]:.2f} -> {rates[1]:.2f} bytes per token")
     if found := record.get("source_identity"):
         told.append(f"source text {_alike(found)}")
         if found["words"]:
-            told.append("tokenised otherwise: " + ", ".join(found["words"][:5]))
+            told.append("words with other tokens: " + ", ".join(found["words"][:5]))
     return "; ".join(told)
 
 
 def _alike(found: Mapping[str, Any]) -> str:
-    """How many documents are tokenised as before, but for names and quotations in other scripts."""
+    """Describe how many documents keep their tokens, apart from names and quotations in foreign scripts."""
     alike = found["identical"] + found["foreign"]
-    quoted = f", {found['foreign']} but for foreign words" if found["foreign"] else ""
-    return f"{alike} of {found['documents']} documents as before{quoted}"
+    quoted = f", {found['foreign']} except foreign words" if found["foreign"] else ""
+    return f"{alike} of {found['documents']} documents unchanged{quoted}"

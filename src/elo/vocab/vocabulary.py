@@ -1,4 +1,4 @@
-"""`elo vocab`: how many tokens languages take, and a checkpoint with new pieces for one of them."""
+"""`elo vocab`: measure how many tokens languages need, and write a checkpoint with new pieces for one of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -27,12 +27,12 @@ from elo.vocab.words import Fertility, measure_fertility
 
 DEFAULT_PIECES = (2000, 4000, 8000, 16000)
 _MOST_PIECES = 10_000_000
-# Characters read of a language: more hardly changes which pieces are learnt.
+# Characters read per language; more text hardly changes which pieces are learnt.
 _TARGET_CHARACTERS = 50_000_000
 _SOURCE_CHARACTERS = 20_000_000
-# One document in this many is kept to measure on, and not learnt from.
+# One document in this many is used for measurement, not for learning.
 _EVERY = 10
-# Training FLOPs a byte of the target language, against now, up to which an extension is called worth it.
+# An extension is worth it up to this ratio of training FLOPs per byte of target text, after to before.
 _WORTH_IT = 0.8
 
 
@@ -50,34 +50,34 @@ def measure_vocabulary(
     output: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Measure how many tokens a model's tokenizer makes of languages and, given a `target`, what new pieces bring.
+    """Measure bytes per token and fertility by language and, with `target`, the effect of new pieces.
 
     Args:
         model: checkpoint folder or hub id; its weights are not read.
         corpora: text by language, anything that `elo prepare` reads.
-        target: the language among `corpora` to extend for; the others are those that must stay as they are.
+        target: language among `corpora` to extend for; the other languages must keep their tokens.
         pieces: numbers of new pieces to try.
-        tokenizer: folder or hub id, if it is not in the model's folder.
+        tokenizer: folder or hub id; None uses the model's tokenizer.
         text_column: key or column that holds a document's text.
-        max_characters: read at most this many characters of each language; by default 50 M of the target, 20 M of
-            another.
-        split_special_tokens: tokenise special tokens spelled in text as text.
+        max_characters: read at most this many characters per language; None reads 50 M of the target and 20 M of
+            every other language.
+        split_special_tokens: tokenise special tokens spelled out in text as text.
         allow_lost_text: accept text of which the tokenizer loses more than 5 %.
         output: JSON file to write.
         trust_remote_code: run code that ships with the checkpoint.
 
     Returns:
-        {"languages": {language: fertility, and what of the text is lost}, "candidates": [what each number of pieces
-        would change], "advice": words, "warnings": [words]}
+        {"languages": {language: fertility and lost text}, "candidates": [effect of each number of pieces],
+        "advice": text, "warnings": [text]}
 
     Raises:
-        EloError: something given cannot be read, or the tokenizer cannot be extended.
+        EloError: an input cannot be read, or the tokenizer cannot be extended.
     """
 
     if not corpora:
         raise EloError("vocab: nothing to measure on; give --corpus LANGUAGE=FILE")
     if target is not None and target not in corpora:
-        raise EloError(f"--target {target!r}: has no corpus; the corpora are {', '.join(corpora)}")
+        raise EloError(f"--target {target!r}: has no corpus; choose among {', '.join(corpora)}")
     if not pieces or min(pieces) < 1 or max(pieces) > _MOST_PIECES:
         raise EloError(f"--pieces {list(pieces)}: give numbers of new pieces, each from 1 to {_MOST_PIECES:,}")
     loaded = replace(load_tokenizer(tokenizer or model, trust_remote_code), split_special_tokens=split_special_tokens)
@@ -163,31 +163,32 @@ def extend_vocabulary(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write a checkpoint whose tokenizer has new pieces for the target language, with rows for them.
+    """Write a checkpoint with new pieces for the target language in its tokenizer, embedding and head.
 
     Args:
         model: checkpoint folder or hub id.
         target: text of the language to learn pieces for, anything that `elo prepare` reads.
-        source: text of the language that must be tokenised as before.
-        output: folder to write; it appears whole or not at all.
-        pieces: how many new pieces.
-        tokenizer: folder or hub id of an extended tokenizer to take instead of learning one; it must keep all old ids.
-        init: what new embedding rows begin as: pieces, first, mean or noise (elo.vocab.rows).
-        head_init: the same for the rows of an untied LM head; by default as `init`.
+        source: text of the language that must keep its tokens.
+        output: folder to write. It appears only when complete.
+        pieces: number of new pieces.
+        tokenizer: folder or hub id of an extended tokenizer, used instead of learning pieces. It must keep all old ids.
+        init: initial values of new embedding rows: pieces, first, mean or noise (see elo.vocab.rows).
+        head_init: the same for the rows of an untied LM head; None uses `init`.
         rows: safetensors file with rows computed elsewhere: `embedding` and, for an untied head, `head`.
-        pad_to_multiple_of: the number of rows is a multiple of this.
-        seed: of `noise`.
+        pad_to_multiple_of: the number of rows is rounded up to a multiple of this.
+        seed: random seed of `noise`.
         text_column: key or column that holds a document's text.
-        max_characters: read so much of each language; by default 50 M of the target, 20 M of the source.
+        max_characters: read at most this many characters per language; None reads 50 M of the target and 20 M of the
+            source.
         overwrite: replace an existing output.
         trust_remote_code: run code that ships with the checkpoint.
 
     Returns:
-        The record in config.json: which rows are new, how they were initialised, bytes a token before and after, and
-        how many source documents that were not learnt from are tokenised as before.
+        The record in config.json: new rows, their initialisation, bytes per token before and after, and how many
+        held-out source documents keep their tokens.
 
     Raises:
-        EloError: something given cannot be read or does not fit, or the tokenizer cannot be extended.
+        EloError: an input cannot be read or does not fit, or the tokenizer cannot be extended.
     """
 
     for name, value in (("--init", init), ("--head-init", head_init or init)):
@@ -199,8 +200,8 @@ def extend_vocabulary(
         )
     if tokenizer is None and (target is None or source is None):
         raise EloError(
-            "vocab extend: give --target FILE to learn pieces from and --source FILE whose words stay as they are, or "
-            "an extended --tokenizer"
+            "vocab extend: nothing to learn from; give --target FILE to learn pieces from and --source FILE whose "
+            "words must keep their tokens, or an extended --tokenizer"
         )
     check_replaceable(Path(output), overwrite)
     given = None if rows is None else _read_rows(Path(rows))
@@ -220,8 +221,8 @@ def extend_vocabulary(
     tokens = sorted((index, token) for token, index in new.get_vocab().items() if index >= first_id)
     if [index for index, _ in tokens] != list(range(first_id, first_id + len(tokens))) or not tokens:
         raise EloError(
-            f"tokenizer {tokenizer}: its new tokens must be numbered from {first_id} on without a gap, and be at least "
-            "one; it is not an extension of the model's"
+            f"tokenizer {tokenizer}: is not an extension of the model's tokenizer; give one with at least one new "
+            f"token, and new tokens numbered from {first_id} without gaps"
         )
     record: dict[str, Any] = {"base": str(model)}
     for name, (_, heldout) in (("target", of_target), ("source", of_source)):
@@ -229,8 +230,8 @@ def extend_vocabulary(
             before, after = measure_fertility(old, heldout), measure_fertility(new, heldout)
             if name == "target" and after.tokens >= before.tokens:
                 raise EloError(
-                    "vocab: the new pieces are never used on text that they were not learnt from; give more text, or "
-                    "see whether the tokenizer's added tokens take the words first"
+                    "vocab: the new pieces do not shorten held-out text; give more text, or check whether added tokens "
+                    "of the tokenizer match the words first"
                 )
             record[f"{name}_bytes_per_token"] = [round(before.bytes_per_token, 4), round(after.bytes_per_token, 4)]
     if of_source[1]:
@@ -241,7 +242,7 @@ def extend_vocabulary(
         NewTokens(first_id, [_origin(old, token) for _, token in tokens]),
         save_tokenizer=lambda place: save_with_backend(folder, new, place, trust_remote_code),
         check=lambda place: check_output(
-            place, remedy="mend that in the base first; nothing was written", trust_remote_code=trust_remote_code
+            place, remedy="fix that in the base first; nothing was written", trust_remote_code=trust_remote_code
         ),
         init=RowInit(init, head_init or init, given, seed),  # type: ignore[arg-type]
         pad_to_multiple_of=pad_to_multiple_of,
@@ -258,7 +259,7 @@ def _backend(path: str | Path, trust_remote_code: bool) -> Tokenizer:
 
 
 def _count(tokenizer: TextTokenizer, texts: Sequence[str]) -> TextCounts:
-    """What is counted of texts while they are tokenised."""
+    """Return the sum of the texts' `TextCounts`."""
 
     return TextCounts(*sum(tokenizer.encode_and_check(batch)[1].sum(axis=0) for batch in batched(texts)).tolist())
 
@@ -268,7 +269,7 @@ def _limit(target: bool) -> int:
 
 
 def _read(path: str | Path, text_column: str, limit: int, label: str) -> tuple[list[str], list[str]]:
-    """Documents to learn from and documents to measure on, `limit` characters in all."""
+    """Read `limit` characters; return documents to learn from and documents to measure on."""
 
     documents: list[list[str]] = [[], []]
     with Progress(limit, f"vocab: reading {label}", "characters") as progress:
@@ -279,7 +280,7 @@ def _read(path: str | Path, text_column: str, limit: int, label: str) -> tuple[l
     if not train:
         raise EloError(
             f"{path}: has less than two documents{f' within {limit:,} characters' if heldout else ''}; give more text "
-            "(or a larger --max-characters), to learn from and to measure on"
+            "or a larger --max-characters, because some documents are held out for measurement"
         )
     return train, heldout
 
@@ -293,7 +294,7 @@ def _until(texts: Iterator[str], limit: int) -> Iterator[str]:
 
 
 def _origin(old: Tokenizer, token: str) -> list[int]:
-    """The old tokens that a new token's text is tokenised into, as its vocabulary spells it; unknown parts left out."""
+    """Tokenise a new token, in the vocabulary's spelling, into old tokens; omit unknown parts."""
     unknown = getattr(old.model, "unk_token", None)
     return [each.id for each in old.model.tokenize(token) if each.value != unknown]
 
@@ -305,7 +306,7 @@ def _read_rows(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise EloError(f"--rows {path}: is not a safetensors file, or damaged ({error})") from None
+        raise EloError(f"--rows {path}: not a safetensors file, or damaged ({error}); write the file again") from None
 
 
 def _fertility(measured: Fertility) -> dict[str, Any]:
@@ -320,17 +321,17 @@ def _identity(found: Identity) -> dict[str, Any]:
 
 
 def _flops_per_byte(counted: Footprint, measured: Fertility) -> float:
-    """Matmul FLOPs that full CPT spends on a byte of text."""
+    """Return the matmul FLOPs of full continual pretraining (CPT) per byte of text."""
     return counted.flops_per_token("trained", sequence_length=2048).total / measured.bytes_per_token
 
 
 def _advice(target: str, now: Fertility, candidates: Sequence[Mapping[str, Any]]) -> str:
     best = min(candidates, key=lambda each: each["flops_per_byte"])
     told = (
-        f"{best['pieces']:,} new pieces bring {target} to {best['tokens']:.0%} of the tokens "
-        f"({now.bytes_per_token:.2f} -> {best['bytes_per_token']:.2f} bytes a token), at {best['flops_per_byte']:.0%} "
-        "of the training FLOPs for the same text"
+        f"with {best['pieces']:,} new pieces {target} needs {best['tokens']:.0%} of the tokens "
+        f"({now.bytes_per_token:.2f} -> {best['bytes_per_token']:.2f} bytes per token) and "
+        f"{best['flops_per_byte']:.0%} of the training FLOPs for the same text"
     )
     if best["flops_per_byte"] <= _WORTH_IT:
         return f"worth it: {told}"
-    return f"not worth it: {told}, while every new row has to be learnt first"
+    return f"not worth it: {told}, but new rows start untrained"

@@ -1,4 +1,4 @@
-"""Words as a tokenizer sees them before it looks at its vocabulary, and how many tokens a language takes."""
+"""Split text into words as a tokenizer does before it applies its vocabulary, and measure tokens per language."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from elo.data.tokenizing import batched, token_ids
 from elo.errors import EloError
 
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""SentencePiece's sign for a space."""
+"""Character that represents a space in SentencePiece."""
 _AT_SPACES = re.compile(f"{_SPACE}*[^{_SPACE}]+|{_SPACE}+")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _BYTE_LEVEL = decoders.ByteLevel()
@@ -22,10 +22,14 @@ _SPACE_IN_TEXT = re.compile(r"(?<=\S)\s")
 
 @dataclass(frozen=True)
 class Fertility:
-    """How many tokens some text takes.
+    """Number of tokens of a text, beside its other sizes.
 
     Attributes:
-        words: runs of anything but white space.
+        documents: number of documents.
+        bytes: size in UTF-8 bytes.
+        characters: number of Unicode characters.
+        words: number of runs of characters other than white space.
+        tokens: number of tokens.
     """
 
     documents: int
@@ -36,12 +40,12 @@ class Fertility:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes that a token stands for on average: the more, the less there is to compute."""
+        """Average UTF-8 bytes per token. Higher is better: less has to be computed."""
         return self.bytes / self.tokens
 
     @property
     def tokens_per_word(self) -> float:
-        """What the literature calls fertility; means little for languages that are written without spaces."""
+        """Average tokens per word, called fertility. Not meaningful for languages written without spaces."""
         return self.tokens / self.words
 
 
@@ -49,7 +53,7 @@ def measure_fertility(backend: Tokenizer, texts: Iterable[str]) -> Fertility:
     """Count the tokens of texts, without special tokens.
 
     Raises:
-        EloError: there are none.
+        EloError: the texts have no tokens.
     """
     documents = size = characters = words = tokens = 0
     for batch in batched(texts):
@@ -60,23 +64,24 @@ def measure_fertility(backend: Tokenizer, texts: Iterable[str]) -> Fertility:
         tokens += sum(map(len, token_ids(backend, batch)))
     if not tokens:
         raise EloError(
-            f"vocab: {documents:,} documents make no token at all; the text is empty, or the tokenizer drops all of it"
+            f"vocab: {documents:,} documents have no tokens: the text is empty, or the tokenizer drops all of it; "
+            "check both"
         )
     return Fertility(documents, size, characters, words, tokens)
 
 
 def split_words(backend: Tokenizer, text: str) -> Iterator[str]:
-    """The pieces of a text that no token spans, spelled as the vocabulary spells them.
+    """Yield the words of a text in the vocabulary's spelling. No token crosses a word's borders.
 
-    They are what the pre-tokenizer gives; where it leaves texts whole (Llama-2, Gemma), each SentencePiece space begins
-    one.
+    Words are the pieces of the pre-tokenizer. If it does not split text (Llama-2, Gemma), a word begins at each
+    SentencePiece space.
     """
     for part in _parts(text):
         yield from _words_of(backend, part)
 
 
 def _parts(text: str) -> Iterator[str]:
-    """A long text in parts that begin at white space: the pre-tokenizer needs hundreds of bytes a character."""
+    """Split a long text at white space, because the pre-tokenizer needs hundreds of bytes per character."""
     start = 0
     while start < len(text):
         space = _SPACE_IN_TEXT.search(text, start + _PART_CHARACTERS)
@@ -98,14 +103,14 @@ def _words_of(backend: Tokenizer, text: str) -> Iterator[str]:
 
 
 class Spelling:
-    """How a vocabulary writes text: in byte-level letters (GPT-2, Llama-3, Qwen), or in SentencePiece's way."""
+    """Spelling of text in a vocabulary: byte-level letters (GPT-2, Llama-3, Qwen), or SentencePiece."""
 
     def __init__(self, backend: Tokenizer) -> None:
         state = json.loads(backend.to_str())
         self.byte_level = '"ByteLevel"' in json.dumps([state.get("pre_tokenizer"), state.get("decoder")])
 
     def text(self, piece: str) -> str:
-        """The text that a token or word stands for; bytes that make no whole character are left out."""
+        """Return the text of a token or word, without bytes that form no complete character."""
         return _byte_level_text(piece) if self.byte_level else _sentencepiece_text(piece)
 
 

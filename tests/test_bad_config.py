@@ -420,9 +420,9 @@ def test_override(override, world, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("method", "vocabulary", "words"),
     [
-        ("lora", "all", ("lora: low-rank adapters train on whole weights",)),
+        ("lora", "all", ("lora: low-rank adapters need whole weights",)),
         ({"name": "elo", "alignment": "lora"}, "all", ("layer_alignment: low-rank adapters",)),
-        ("full", "corpus", ("full: training.vocabulary: corpus takes rows out of whole weights",)),
+        ("full", "corpus", ("full: training.vocabulary: corpus needs whole weights",)),
     ],
 )
 @pytest.mark.parametrize("divided", ["fsdp", "deepspeed"])

@@ -59,7 +59,7 @@ def _time(plan: Plan) -> Table:
     table = _table("Time and cost")
     for name in ("trained", "tokens", "GFLOP/token", "tokens/h", "time", "device h", *(["cost"] if priced else [])):
         table.add_column(name, justify="right")
-    table.add_column("run is faster\nFLOPs / time", justify="right")
+    table.add_column("speed-up\nFLOPs / time", justify="right")
     faster = {each.over: f"{each.flops:.1f}x / {each.seconds:.1f}x" for each in plan.speed_ups}
     for method in plan.methods:
         for phase in method.phases:
@@ -91,7 +91,7 @@ def _memory(plan: Plan) -> Table:
     table = _table("Peak memory of one device, GiB")
     phases = [(method, phase) for method in plan.methods for phase in method.phases]
     shown = [name for name in _PARTS if any(name in phase.memory.parts for _, phase in phases)]
-    for name in (*(_PARTS[name] for name in shown), "peak", "at the", "fits"):
+    for name in (*(_PARTS[name] for name in shown), "peak", "peak at", "fits"):
         table.add_column(name, justify="right")
     for method, phase in phases:
         parts = phase.memory.parts

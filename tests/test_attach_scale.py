@@ -89,7 +89,7 @@ def test_what_is_written_is_base_and_a_share_of_the_change(tmp_path, scale, dtyp
 def test_another_base_is_refused(tmp_path):
     write_base(tmp_path / "base", layers=3)
     write_base(tmp_path / "trained")
-    with pytest.raises(EloError, match=r"layers\.3.*is missing.*give its own base"):
+    with pytest.raises(EloError, match=r"layers\.3.*is missing.*give the base of the trained checkpoint"):
         scale_change(tmp_path / "base", tmp_path / "trained", tmp_path / "out", 0.5)
     assert not (tmp_path / "out").exists()
 

@@ -195,7 +195,10 @@ BASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "index empty": (lambda f: index(f, {}), ("no weight_map",)),
     "index without files": (lambda f: index(f, {"weight_map": {}}), ("no weight_map",)),
     "index of numbers": (lambda f: index(f, {"weight_map": {NORM: 3}}), ("no weight_map",)),
-    "index escapes": (lambda f: mapped(f, "../detached/model.safetensors"), ("not in the folder", "refusing")),
+    "index escapes": (
+        lambda f: mapped(f, "../detached/model.safetensors"),
+        ("not in the folder", "not read for safety"),
+    ),
     "index absolute": (lambda f: mapped(f, "/etc/passwd"), ("not in the folder", "/etc/passwd")),
     "index dot": (lambda f: mapped(f, "."), ("not in the folder",)),
     "index empty name": (lambda f: mapped(f, ""), ("not in the folder",)),
@@ -212,7 +215,7 @@ BASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         lambda f: (shutil.copy(f / WEIGHTS, f / "other.safetensors"), mapped(f, "other.safetensors")),
         ("stored twice",),
     ),
-    "detached already": (lambda f: config(f, elo_detached={"layers": [0]}), ("is a detached checkpoint already",)),
+    "detached already": (lambda f: config(f, elo_detached={"layers": [0]}), ("is already a detached checkpoint",)),
     "encoder-decoder": (lambda f: config(f, is_encoder_decoder=True), ("encoder-decoder",)),
 }
 
@@ -322,8 +325,8 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "scale inf": (["attach", D, "--base", B, "-o", OUT, "--scale", "inf"], ("scale", "inf")),
     "scale too large": (["attach", D, "--base", B, "-o", OUT, "--scale", "101"], ("scale", "101")),
     "scale too low": (["attach", D, "--base", B, "-o", OUT, "--scale=-1e9"], ("scale",)),
-    "include unknown": (["attach", D, "--base", B, "-o", OUT, "--include", "lm_head"], ("cannot put back 'lm_head'",)),
-    "include layers": (["attach", D, "--base", B, "-o", OUT, "--include", "layers"], ("cannot put back 'layers'",)),
+    "include unknown": (["attach", D, "--base", B, "-o", OUT, "--include", "lm_head"], ("cannot attach 'lm_head'",)),
+    "include layers": (["attach", D, "--base", B, "-o", OUT, "--include", "layers"], ("cannot attach 'layers'",)),
     "evaluate items of no kind": (["evaluate", "{t}", "--cloze", "en={p}/base/config.json"], ("config.json:1",)),
     "evaluate nothing": (["evaluate", B], ("nothing to measure",)),
     "evaluate no language": (["evaluate", B, "--corpus", "x.jsonl"], ("LANGUAGE=FILE",)),

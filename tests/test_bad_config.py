@@ -420,9 +420,9 @@ def test_override(override, world, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("method", "vocabulary", "words"),
     [
-        ("lora", "all", ("lora: low-rank adapters train on whole weights",)),
+        ("lora", "all", ("lora: low-rank adapters need whole weights",)),
         ({"name": "elo", "alignment": "lora"}, "all", ("layer_alignment: low-rank adapters",)),
-        ("full", "corpus", ("full: training.vocabulary: corpus takes rows out of whole weights",)),
+        ("full", "corpus", ("full: training.vocabulary: corpus needs whole weights",)),
     ],
 )
 @pytest.mark.parametrize("divided", ["fsdp", "deepspeed"])
@@ -431,7 +431,7 @@ def test_what_cannot_be_divided(divided, method, vocabulary, words, world, tmp_p
     changed = change(config, output=str(tmp_path / "run"), method=method, training__vocabulary=vocabulary)
     changed["training"]["training_arguments"] = {divided: True}
     path = write_config(tmp_path, changed)
-    assert_refused(["run", path], (*words, "leave fsdp and deepspeed out"), (root, tmp_path), capsys)
+    assert_refused(["run", path], (*words, "remove fsdp and deepspeed"), (root, tmp_path), capsys)
 
 
 def test_not_a_file(world, tmp_path, capsys):

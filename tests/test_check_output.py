@@ -66,11 +66,11 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "generation pad": (lambda f: generation(f, pad_token_id=9999), ("generation_config.json: pad_token_id is",)),
     "generation refused": (
         lambda f: generation(f, max_new_tokens=-5),
-        ("generation_config.json: transformers refuses it", "max_new_tokens"),
+        ("generation_config.json: transformers rejects it", "max_new_tokens"),
     ),
     "generation no JSON": (
         lambda f: (f / "generation_config.json").write_text("{"),
-        ("generation_config.json: transformers refuses it",),
+        ("generation_config.json: transformers rejects it",),
     ),
     "tokenizer eos": (
         lambda f: tokenizer(f, lambda t: t.add_special_tokens({"eos_token": "<|end|>"})),
@@ -82,17 +82,17 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "template spells a token": (
         lambda f: tokenizer(f, with_template("<|user|>{{ messages[0].content }}")),
-        ("chat template 'default': writes '<|user|>'",),
+        ("chat template 'default': uses '<|user|>'",),
     ),
     "template puts a token together": (
         lambda f: tokenizer(f, with_template("{% for m in messages %}{{ '<|' + m.role + '|>' }}{% endfor %}")),
-        ("chat template 'default': writes '<|user|>'",),
+        ("chat template 'default': uses '<|user|>'",),
     ),
     "one of several templates": (
         lambda f: tokenizer(f, with_template({"default": "{{ messages[0].content }}", "tool_use": "<|user|>"})),
-        ("chat template 'tool_use': writes '<|user|>'",),
+        ("chat template 'tool_use': uses '<|user|>'",),
     ),
-    "a tensor missing": (without_a_tensor, ("the weights do not make the model", "model.norm.weight")),
+    "a tensor missing": (without_a_tensor, ("the weights do not match the model", "model.norm.weight")),
 }
 
 
@@ -132,12 +132,12 @@ def test_a_run_names_refused_generation_settings_before_tokenising_and_warns_of_
     config = write_world(tmp_path)
     generation(tmp_path / "base", num_return_sequences=4)
     path = write_yaml(tmp_path, config)
-    words = ("generation_config.json", "num_return_sequences", "mend or remove")
+    words = ("generation_config.json", "num_return_sequences", "correct the file or remove it")
     assert_refused(["prepare", path], words, (tmp_path,), capsys)
     (tmp_path / "base" / "generation_config.json").unlink()
     edit_config(tmp_path / "base", pad_token_id=3, bos_token_id=3)
     assert run_elo(["prepare", path], capsys)[0] == 0
-    assert "pad_token_id is 3, which is bos_token_id" in caplog.text
+    assert "pad_token_id and bos_token_id are both 3" in caplog.text
 
 
 def test_a_stage_is_done_only_once_its_output_is_loaded_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

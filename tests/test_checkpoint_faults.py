@@ -75,7 +75,7 @@ BROKEN_BASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other width": (lambda b: edit_config(b, intermediate_size=50), "has another shape"),
     "impossible width": (lambda b: edit_config(b, hidden_size=30, num_attention_heads=7), "hidden_size|multiple|shape"),
-    "missing shard": (lambda b: shard(b).unlink(), "missing, though"),
+    "missing shard": (lambda b: shard(b).unlink(), "is missing, but"),
     "truncated shard": (lambda b: truncate(shard(b), shard(b).stat().st_size - 10), "truncated"),
     "tiny shard": (lambda b: truncate(shard(b), 5), "not a safetensors file"),
     "empty shard": (lambda b: truncate(shard(b), 0), "not a safetensors file"),
@@ -138,7 +138,7 @@ def test_exchanged_arguments(here: Path) -> None:
         attach_checkpoint(here / "base", here / "base", here / "out")
     with pytest.raises(EloError, match="is a detached checkpoint"):
         attach_checkpoint(here / "detached", here / "detached", here / "out")
-    with pytest.raises(EloError, match="detached checkpoint already"):
+    with pytest.raises(EloError, match="already a detached checkpoint"):
         detach_checkpoint(here / "detached", "0", here / "out")
 
 
@@ -216,7 +216,7 @@ def test_damaged_record(record: object, here: Path) -> None:
 
 
 def test_unknown_include(here: Path) -> None:
-    with pytest.raises(EloError, match="cannot put back 'lm_head'"):
+    with pytest.raises(EloError, match="cannot attach 'lm_head'"):
         attach_checkpoint(here / "detached", here / "base", here / "out", include=["lm_head"])
 
 
@@ -239,7 +239,7 @@ def test_in_memory_mistakes() -> None:
         attach_layers(llama(layers=5), detached)
     with pytest.raises(EloError, match="was not detached by elo"):
         attach_layers(model, other)
-    with pytest.raises(EloError, match="cannot put back"):
+    with pytest.raises(EloError, match="cannot attach"):
         attach_layers(model, detached, include=["everything"])
 
 
@@ -247,7 +247,7 @@ def test_recipes_take_folders_and_say_when_a_hub_id_cannot_be_had(here: Path) ->
     record = detach(here / "base", "1,2", output=here / "small")
     assert record["layers"] == [1, 2]
     assert attach(str(here / "small"), str(here / "base"), output=here / "whole")["layers"] == [1, 2]
-    with pytest.raises(EloError, match="cannot be had from the Hugging Face hub"):
+    with pytest.raises(EloError, match="cannot be downloaded from the Hugging Face hub"):
         detach("nobody/nothing", output=here / "out")
     with pytest.raises(EloError, match="no such folder"):
         detach(here / "nowhere", output=here / "out")

@@ -138,7 +138,7 @@ MISTAKES = {
     ),
     "scale beyond reason": (
         ["attach", "{world}/base", "--base", "{world}/base", "-o", "{tmp}/out", "--scale", "1e39"],
-        "within 100 of 0",
+        "write a number from -100 to 100",
     ),
     "empty corpus": (["run", "{world}/config.yaml", "--set", "data.corpora.xx={world}/empty.jsonl"], "empty"),
     "unknown reporter": (
@@ -152,7 +152,7 @@ MISTAKES = {
     "damaged weights": (["run", "{world}/config.yaml", "--set", "model={world}/damaged"], "model.safetensors"),
     "scale is no number": (
         ["attach", "{world}/base", "--base", "{world}/base", "-o", "{tmp}/out", "--scale", "nan"],
-        "not a number within 100",
+        "scale: got nan",
     ),
     "unknown device": (["plan", "{world}/base", "--device", "H1000"], "H1000"),
     "step does not divide": (

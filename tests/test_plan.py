@@ -135,7 +135,7 @@ def test_the_common_methods_stand_side_by_side(llama_8b: Path) -> None:
 def test_a_run_without_a_token_budget_says_what_is_planned(tiny: Path) -> None:
     result = planned(tiny, "tokens=null")
     assert result.run.tokens == pytest.approx(1e9, rel=0.001)
-    assert "1,000,000,000 are planned" in shown(result)
+    assert "the plan assumes 1,000,000,000" in shown(result)
 
 
 # The vocabulary in training.
@@ -186,7 +186,7 @@ def test_a_phase_that_does_not_fit_names_what_would_help(
 
 def test_what_does_not_fit_is_said(llama_8b: Path) -> None:
     text = shown(planned(llama_8b, method="full", devices=8))
-    assert "Full CPT does not fit; it would with training_arguments: {fsdp: true}" in text
+    assert "Full CPT does not fit; it fits with training_arguments: {fsdp: true}" in text
     assert shown(planned(llama_8b, method="full", device="L4")).count("Full CPT does not fit\n") == 1
 
 
@@ -196,12 +196,12 @@ def test_what_does_not_fit_is_said(llama_8b: Path) -> None:
 def test_notes_say_what_the_numbers_assume(tiny: Path, tmp_path: Path) -> None:
     text = shown(planned(tiny, "training.optim=sgd", "training.bf16=false", devices=3))
     for words in (
-        "989 TFLOP/s bf16 (data sheet, dense), of which 40% are used (assumed)",
+        "989 TFLOP/s bf16 (data sheet, dense), of which training reaches 40% (assumed)",
         "communication is not counted",
         "each holds the whole model",
-        "a tokens_per_step that is a multiple of 6,144",
-        "memory and traffic of sgd are taken to be AdamW's",
-        "bf16: the rate is that of bf16 all the same",
+        "tokens_per_step must be a multiple of 6,144",
+        "memory and traffic of sgd are assumed to be those of AdamW",
+        "bf16: the plan uses the rate of bf16",
     ):
         assert words in text
     assert "cost" not in text.split("Peak memory")[0].replace("Time and cost", "")
@@ -215,8 +215,8 @@ def test_notes_say_what_the_numbers_assume(tiny: Path, tmp_path: Path) -> None:
 MISTAKES: list[tuple[list[str], dict[str, Any], str]] = [
     (["layers=first:5"], {}, "selects all 5 layers"),
     (["layers=7"], {}, "names layer 7, but the model has 5 decoder layers"),
-    ([], {"device": "TPU"}, r"device: 'TPU' is not known; choose one of A100-40GB, .*--measure"),
-    ([], {"device": "H100", "measure": True}, "not both"),
+    ([], {"device": "TPU"}, r"device: 'TPU' is not known; choose among A100-40GB, .*--measure"),
+    ([], {"device": "H100", "measure": True}, "together with measure"),
     ([], {"devices": 0}, "devices: got 0"),
     ([], {"price_per_hour": float("nan")}, "price_per_hour: got nan"),
     ([], {"price_per_hour": -1.0}, "price_per_hour: got -1"),
@@ -241,7 +241,7 @@ def test_mistakes_end_in_a_message(tiny: Path, overrides: list[str], arguments: 
     ("name", "content", "message"),
     [
         ("none", None, "no such file or folder"),
-        ("", None, "holds no config.json"),
+        ("", None, "has no config.json"),
         ("broken.json", "{", "its config cannot be read"),
         ("strange.json", '{"model_type": "unheard_of"}', "its config cannot be read"),
         ("zero.json", json.dumps(LLAMA_8B | {"num_attention_heads": 0}), "its config cannot be read"),
@@ -276,10 +276,10 @@ def test_a_family_that_cannot_be_detached_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tokens", "nan"], "--tokens nan: write a number"),
-        (["--tokens", "inf"], "--tokens inf: write a number"),
-        (["--tokens", "0"], "--tokens 0: write a number"),
-        (["--tokens", "-5"], "--tokens -5: write a number"),
+        (["--tokens", "nan"], "--tokens: got nan; write a number"),
+        (["--tokens", "inf"], "--tokens: got inf; write a number"),
+        (["--tokens", "0"], "--tokens: got 0; write a number"),
+        (["--tokens", "-5"], "--tokens: got -5; write a number"),
         (["--tokens", "1e300"], "tokens: input should be less than"),
         (["--tokens", "many"], "--tokens"),
         (["--devices", "0"], "devices: got 0"),

@@ -1,6 +1,6 @@
-"""A checkpoint folder checked as a whole: weights, special ids, generation settings, tokenizer, chat templates.
+"""Check that a checkpoint folder's parts match: weights, special ids, generation settings, tokenizer, chat templates.
 
-Each part may be right alone and the folder still be useless, such as with an end-of-text id that has no embedding row.
+Each part can be valid alone while the folder is unusable, for example if the end-of-text id has no embedding row.
 """
 
 import logging
@@ -27,12 +27,12 @@ _CHAT = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
 
 
 def check_output(folder: Path, inputs: Sequence[Path] = (), *, remedy: str, trust_remote_code: bool = False) -> None:
-    """Load back what was written and raise EloError unless its parts fit one another.
+    """Load a written checkpoint and raise EloError unless its parts match.
 
     Args:
-        folder: a checkpoint folder.
-        inputs: what it was made from, where what is wrong with one of these already is to be let pass.
-        remedy: what to do, for the message.
+        folder: checkpoint folder to check.
+        inputs: checkpoint folders that it was made from; problems that one of them already has are ignored.
+        remedy: what to do, for the error message.
         trust_remote_code: run code that ships with the checkpoint.
     """
     known: set[str] | None = None
@@ -46,10 +46,10 @@ def check_output(folder: Path, inputs: Sequence[Path] = (), *, remedy: str, trus
 
 
 def problems(folder: Path, *, trust_remote_code: bool = False) -> Iterator[str]:
-    """What is wrong with a checkpoint folder: where, and what was found, without the folder's own name.
+    """Yield a checkpoint folder's problems as `where: what was found`, without the folder's name.
 
     Raises:
-        EloError: it is no checkpoint that transformers loads whole.
+        EloError: the folder is not a checkpoint that transformers can load.
     """
 
     opened = open_folder(folder, trust_remote_code)
@@ -60,7 +60,7 @@ def problems(folder: Path, *, trust_remote_code: bool = False) -> Iterator[str]:
         pass
     else:
         if problem := report.incomplete():
-            yield f"config.json: the weights do not make the model that it describes ({problem})"
+            yield f"config.json: the weights do not match the model ({problem})"
     rows = vocabulary_size(hollow)
     parts = {id(part): part for part in (opened.config, text_config_of(opened.config))}.values()
     settings: list[tuple[str, Any]] = [("config.json", part) for part in parts]
@@ -70,20 +70,20 @@ def problems(folder: Path, *, trust_remote_code: bool = False) -> Iterator[str]:
             yield f"{name}: {config}"
             continue
         for key in _IDS:
-            for number in _numbers(getattr(config, key, None)):
+            for number in _token_ids(getattr(config, key, None)):
                 if number >= rows:
                     yield f"{name}: {key} is {number}, but the embedding has {rows} rows"
-    yield from _of_tokenizer(folder, rows, trust_remote_code)
+    yield from _tokenizer_problems(folder, rows, trust_remote_code)
 
 
 def _warn_of_end_of_text(folder: Path, trust_remote_code: bool) -> None:
-    """Warn where generation does not stop at the tokenizer's end of text."""
+    """Warn if generation does not stop at the tokenizer's end-of-text token."""
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return
     tokenizer, _ = load_with_settings(folder, trust_remote_code)
     generation = _generation_config(folder, read_config(folder, trust_remote_code=trust_remote_code))
-    stops = _numbers(generation.eos_token_id)
+    stops = _token_ids(generation.eos_token_id)
     if stops and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stops:
         log.warning(
             "warning: output: the tokenizer's eos_token is %r (%s), but generation stops at %s (eos_token_id of "
@@ -95,13 +95,13 @@ def _warn_of_end_of_text(folder: Path, trust_remote_code: bool) -> None:
 
 
 def generation_problem(folder: Path, config: Any) -> str | None:
-    """Why transformers refuses to load or save a folder's generation settings; None where it does not."""
+    """Return why transformers rejects a folder's generation settings, or None if it accepts them."""
     found = _generation_config(folder, config)
     return found if isinstance(found, str) else None
 
 
 def _generation_config(folder: Path, config: Any) -> Any:
-    """The generation settings that transformers reads, or its reason to refuse them."""
+    """Return the generation settings that transformers reads, or its reason to reject them."""
 
     try:
         with quiet_transformers(), tempfile.TemporaryDirectory() as scratch:
@@ -112,10 +112,10 @@ def _generation_config(folder: Path, config: Any) -> Any:
             found.save_pretrained(scratch)
             return found
     except Exception as error:  # transformers raises ValueError, TypeError, AttributeError, OSError
-        return f"transformers refuses it ({error_line(error).replace(f'{folder}/', '')})"
+        return f"transformers rejects it ({error_line(error).replace(f'{folder}/', '')})"
 
 
-def _of_tokenizer(folder: Path, rows: int, trust_remote_code: bool) -> Iterator[str]:
+def _tokenizer_problems(folder: Path, rows: int, trust_remote_code: bool) -> Iterator[str]:
 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return
@@ -138,11 +138,11 @@ def _of_tokenizer(folder: Path, rows: int, trust_remote_code: bool) -> Iterator[
         written = template + _rendered(settings, name)
         for token, number in beyond.items():
             if token in written:
-                yield f"chat template {name!r}: writes {token!r}, of id {number}, but the embedding has {rows} rows"
+                yield f"chat template {name!r}: uses {token!r} (id {number}), but the embedding has {rows} rows"
 
 
 def _rendered(tokenizer: Any, name: str) -> str:
-    """A short chat as a template writes it; empty for one that wants other messages or arguments."""
+    """Render a short chat with a template; empty if the template needs other messages or arguments."""
     try:
         return str(
             tokenizer.apply_chat_template(
@@ -152,9 +152,9 @@ def _rendered(tokenizer: Any, name: str) -> str:
                 add_generation_prompt=True,
             )
         )
-    except Exception:  # whatever a template raises
+    except Exception:  # a template can raise any type
         return ""
 
 
-def _numbers(value: Any) -> list[int]:
+def _token_ids(value: Any) -> list[int]:
     return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int)]

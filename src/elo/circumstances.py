@@ -1,4 +1,4 @@
-"""The circumstances of a run or comparison, for its results: command, base model, languages, machine and data."""
+"""Record the circumstances of a run or comparison in its results: command, base model, languages, machine and data."""
 
 import datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from elo.store.environment import command_line, hardware, versions
 
 
 def circumstances(config: RunConfig, base: Path, layers: tuple[int, ...], data: PreparedData) -> dict[str, Any]:
-    """Fields of `elo.report.schema.Results` that do not depend on what was trained."""
+    """Return the fields of `elo.report.schema.Results` that do not depend on training."""
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
     counts = parameter_counts(build_on_meta(model_config, trust_remote_code=config.trust_remote_code), layers)
     extended = read_new_rows(model_config) is not None

@@ -1,33 +1,33 @@
-"""Errors that are the user's to mend: the command line prints their message alone and exits with status 2."""
+"""Errors that the user can fix: the command line prints only their message and exits with status 2."""
 
 import signal
 
 
 class EloError(ValueError):
-    """A mistake in what the user gave: says what, where, what was got and what to do, in one message."""
+    """An error in the user's input; the message has the form `what: where: what was found; what to do`."""
 
 
 class UnsupportedArchitectureError(EloError):
-    """Layers of this model cannot be detached without changing what they compute."""
+    """The layers of this model cannot be detached without changing what they compute."""
 
 
 class UnfinishedError(EloError):
-    """An artefact on disk is missing, incomplete or damaged."""
+    """A file or folder that should be complete is missing, incomplete or damaged."""
 
 
 class TrainingDivergedError(EloError):
-    """The loss is not finite, or it has jumped and stayed up."""
+    """The loss is not finite, or it jumped and did not recover."""
 
 
 class StoppedBySignalError(Exception):
-    """Training wrote a checkpoint and stopped because a signal asked for it."""
+    """Training wrote a checkpoint and stopped after a signal."""
 
     def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; a checkpoint is written")
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; a checkpoint was written")
         self.number = number
 
 
 def error_line(error: Exception) -> str:
-    """What another library's exception says, on one line."""
+    """Return the message of another library's exception on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines)[:300] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""What decides a stage's result, as it goes into the stage's fingerprint: files, tokenizers, settings."""
+"""Identify the files and tokenizers that a stage's result depends on, for the stage's fingerprint."""
 
 from pathlib import Path
 from typing import Any
@@ -8,18 +8,20 @@ from elo.store.run_folder import file_identity
 
 
 def checkpoint_identity(base: Path) -> dict[str, Any]:
-    """What of a checkpoint decides the result: its configuration and weights."""
+    """Identify a checkpoint by its configuration and weights."""
     files = [base / "config.json", *sorted(base.glob("*.safetensors"))]
     return {name: value for file in files if file.is_file() for name, value in file_identity(file).items()}
 
 
 def tokenizer_identity(tokenizer: str) -> Any:
+    """Identify a tokenizer by its files, or by its name if it is not a local folder."""
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     files = [Path(tokenizer) / name for name in names if (Path(tokenizer) / name).is_file()]
     return [file_identity(file) for file in files] or tokenizer
 
 
 def corpus_identity(source: CorpusSource) -> dict[str, Any]:
+    """Identify a corpus by its path, text column and files."""
     return {
         "path": source.path,
         "text_column": source.text_column,

@@ -1,4 +1,4 @@
-"""What is wrong with a run is told before anything is prepared, loaded or hired; weights are not read."""
+"""Find errors in a run before data is prepared, weights are loaded or worker processes start."""
 
 import logging
 from pathlib import Path
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Find what is missing before anything is loaded."""
+    """Raise EloError if the configuration or an input file is wrong, without loading anything."""
 
     for phase in config.method.phases:
         _check_divided(phase, config.settings(phase))
@@ -40,35 +40,48 @@ def check_inputs(config: RunConfig) -> None:
         raise EloError(f"output: {output}: the folder is not empty and is not an ELO run; choose another")
     for language, path in config.evaluation.cloze.items():
         if language not in (config.data.target, config.data.source):
-            raise EloError(f"evaluation.cloze: {language!r} is neither the target nor the source language")
+            raise EloError(
+                f"evaluation.cloze: {language!r} is neither the target nor the source language; "
+                f"choose {config.data.target!r} or {config.data.source!r}"
+            )
         if not Path(path).is_file():
-            raise EloError(f"evaluation.cloze.{language}: {path}: no such file")
+            raise EloError(f"evaluation.cloze.{language}: {path}: no such file; give a file of cloze items")
         read_cloze(Path(path))
     for measure in config.evaluation.measures:
         measure.check(f"evaluation.{measure.name}")
     for language in config.evaluation.prompts:
         if language not in (config.data.target, config.data.source):
-            raise EloError(f"evaluation.prompts: {language!r} is neither the target nor the source language")
+            raise EloError(
+                f"evaluation.prompts: {language!r} is neither the target nor the source language; "
+                f"choose {config.data.target!r} or {config.data.source!r}"
+            )
     if Path(config.output).exists() and not Path(config.output).is_dir():
-        raise EloError(f"output: {config.output}: is a file; name a folder for the run")
+        raise EloError(f"output: {config.output}: is a file; give a folder for the run")
 
 
 def _check_divided(phase: Phase, settings: TrainingSettings) -> None:
-    """Raise EloError where a phase needs whole weights that FSDP or DeepSpeed divide."""
+    """Raise EloError if a phase needs whole weights but FSDP or DeepSpeed divides them."""
     if not settings.divides_model:
         return
-    needs_whole = "low-rank adapters train on" if phase.middle == "adapted" else None
+    needs_whole = "low-rank adapters need" if phase.middle == "adapted" else None
     if settings.vocabulary == "corpus":
-        needs_whole = "training.vocabulary: corpus takes rows out of"
+        needs_whole = "training.vocabulary: corpus needs"
     if needs_whole:
         raise EloError(
-            f"training.training_arguments: {phase.name}: {needs_whole} whole weights, which FSDP and DeepSpeed divide "
-            "among processes; leave fsdp and deepspeed out"
+            f"training.training_arguments: {phase.name}: {needs_whole} whole weights, but FSDP and DeepSpeed divide "
+            "them among processes; remove fsdp and deepspeed"
         )
 
 
 def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
-    """The layers to train, once the model is known to take them, the rows and their length; weights are not read."""
+    """Check that the model supports the run's layers, vocabulary rows and sequence length, without reading weights.
+
+    Returns:
+        Indices of the decoder layers to train.
+
+    Raises:
+        EloError: the model does not support a setting.
+    """
 
     open_checkpoint(base)
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
@@ -83,45 +96,47 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
         any(phase.middle == "bridged" for phase in config.method.phases)
         and len(layers) == find_architecture(model).num_layers
     ):
-        raise EloError(f"layers: {config.layers!r} leaves out no layer, so there is nothing to bridge; choose fewer")
+        raise EloError(f"layers: {config.layers!r} selects every layer, so there is nothing to bridge; choose fewer")
     for phase in config.method.phases:
         check_also_train(phase.also_train, tied=find_architecture(model).tied)
     if config.method.needs_new_rows:
         first_new_row(model)
     length, limit = config.data.sequence_length, longest_sequence(model)
     if limit is not None and length > limit:
-        raise EloError(f"data.sequence_length: {length} is beyond the {limit} positions of {config.model}")
+        raise EloError(
+            f"data.sequence_length: got {length}, but {config.model} has {limit} positions; write at most {limit}"
+        )
     for batch_size in {config.settings(phase).per_device_train_batch_size for phase in config.method.phases}:
         require_own_positions(
             model_config, length, packed=config.data.packing, batch_size=batch_size, section="training"
         )
     if config.data.packing and (is_recurrent(model) or not takes_position_ids(model)):
         raise EloError(
-            f"data.packing: {model_config.model_type} does not keep packed documents apart (it has layers other than "
+            f"data.packing: {model_config.model_type} does not separate packed documents (it has layers other than "
             "attention, or takes no position ids); write data.packing: false"
         )
     return layers
 
 
 def _check_ids(base: Path, model_config: PretrainedConfig) -> None:
-    """Refuse generation settings that transformers refuses, and warn of a padding id that is another token's."""
+    """Raise EloError for generation settings that transformers rejects; warn if the padding id is the bos id."""
 
     if problem := generation_problem(base, model_config):
-        raise EloError(f"{base / 'generation_config.json'}: {problem}; mend or remove the file, the model needs none")
+        raise EloError(f"{base / 'generation_config.json'}: {problem}; correct the file or remove it")
     decoder = text_config_of(model_config)
     pad = getattr(decoder, "pad_token_id", None)
     if pad is not None and pad == getattr(decoder, "bos_token_id", None):
         log.warning(
-            "warning: %s: pad_token_id is %s, which is bos_token_id, too; transformers gives the padding row of the "
-            "embedding no gradient, so the row of bos stays as it is in whatever trains embeddings; set pad_token_id "
-            "to the end-of-text id or an unused one",
+            "warning: %s: pad_token_id and bos_token_id are both %s; the padding row of the embedding gets no "
+            "gradient in transformers, so the bos row will not train; set pad_token_id to the end-of-text id or an "
+            "unused id",
             base / "config.json",
             pad,
         )
 
 
 def _check_attention(config: RunConfig, model: PreTrainedModel) -> None:
-    """Raise EloError where an attention that is asked for by name cannot be had; `model` is on the meta device."""
+    """Raise EloError if `model` (on the meta device) cannot use an attention implementation that is set by name."""
 
     for name in {config.settings(phase).attn_implementation for phase in config.method.phases}:
         if name in ("auto", VARLEN):

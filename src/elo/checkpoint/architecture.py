@@ -1,4 +1,4 @@
-"""Where a model keeps its embedding, decoder layers, final norm and head: found by asking the model."""
+"""Find a model's embedding, decoder layers, final norm and head from the model itself."""
 
 import re
 from collections.abc import Collection
@@ -11,7 +11,7 @@ from elo.checkpoint import quirks
 from elo.checkpoint.model_config import num_layers_of
 from elo.errors import UnsupportedArchitectureError
 
-# Token mixers that carry a state along the sequence: position ids cannot keep packed documents apart in them.
+# Token mixers that carry a state along the sequence. Position ids cannot separate packed documents in them.
 _RECURRENT = re.compile(
     r"mamba|(?-i:SSM)|rwkv|xlstm|mlstm|deltanet|deltarule|linearattention|lightningattention|shortconv|rglru|recurrent"
     r"|retention|conv1d",
@@ -23,7 +23,7 @@ _FINAL_NORM = re.compile(r"^(?!.*emb)(.*norm.*|ln|ln_f|ln_out|ln_post)$", re.IGN
 
 @dataclass(frozen=True)
 class Architecture:
-    """Dotted module paths, as `model.get_submodule` takes them."""
+    """Parts of a model; paths are dotted module names, as `model.get_submodule` takes them."""
 
     model_type: str
     layers_path: str
@@ -38,17 +38,20 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
     """Find the parts of a decoder-only causal LM.
 
     Raises:
-        UnsupportedArchitectureError: a part cannot be told apart.
+        UnsupportedArchitectureError: a part cannot be found.
     """
     model_type = model.config.model_type
     num_layers = num_layers_of(model.config)
     names = {id(module): name for name, module in model.named_modules()}
-    embedding, head = _ask(model, "get_input_embeddings"), _ask(model, "get_output_embeddings")
+    embedding, head = _module_from(model, "get_input_embeddings"), _module_from(model, "get_output_embeddings")
     if embedding is None or id(embedding) not in names:
-        raise UnsupportedArchitectureError(f"model type {model_type!r}: the model does not name its token embedding")
+        raise UnsupportedArchitectureError(
+            f"model type {model_type!r}: get_input_embeddings() does not return a token embedding; "
+            "choose a model of another architecture"
+        )
     if head is None or id(head) not in names:
         raise UnsupportedArchitectureError(
-            f"model type {model_type!r}: {type(model).__name__} has no language-model head"
+            f"model type {model_type!r}: {type(model).__name__} has no language-model head; choose a causal LM"
         )
     layers_path = _layers_path(model, num_layers)
     tied = getattr(head, "weight", None) is not None and head.weight is getattr(embedding, "weight", None)
@@ -64,24 +67,24 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's decoder layers."""
+    """Return the model's decoder layers."""
     layers = model.get_submodule(find_architecture(model).layers_path)
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
 def modules_of(model: PreTrainedModel, parts: Collection[str]) -> list[nn.Module]:
-    """The modules of these parts outside the decoder layers: "embedding", "norm", "head"; those that the model has."""
+    """Return the modules of the named parts ("embedding", "norm", "head"), without parts that the model lacks."""
     found = find_architecture(model)
     paths = {"embedding": found.embedding_path, "norm": found.norm_path, "head": found.head_path}
     return [model.get_submodule(path) for part in parts if (path := paths[part]) is not None]
 
 
 def tensor_groups(model: PreTrainedModel) -> dict[str, str]:
-    """The tensors of the "embedding", "head" and "norm" by their names in the model's state dict.
+    """Map state-dict names to "embedding", "head" or "norm"; names of other tensors are left out.
 
-    A tensor that is shared with one of these parts, but is called otherwise, belongs to it as well. For names in files
-    see elo.checkpoint.naming.NameMap.group.
+    A tensor shared with one of these parts belongs to it under every name. For names in files, see
+    elo.checkpoint.naming.NameMap.group.
     """
     parts = find_architecture(model)
     paths = {"embedding": parts.embedding_path, "head": parts.head_path, "norm": parts.norm_path}
@@ -92,9 +95,9 @@ def tensor_groups(model: PreTrainedModel) -> dict[str, str]:
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether a decoder layer mixes tokens other than by attention (state space, linear attention, convolution).
+    """Return whether a decoder layer mixes tokens without attention (state space, linear attention, convolution).
 
-    Such layers see across document boundaries in a packed row, whatever the position ids say.
+    Such layers see across document boundaries in a packed sequence, even with separate position ids.
     """
     return any(
         type(module).__name__ not in _PLAIN_CONV
@@ -103,8 +106,8 @@ def is_recurrent(model: PreTrainedModel) -> bool:
     )
 
 
-def _ask(model: PreTrainedModel, method: str) -> nn.Module | None:
-    # Families without a part leave its getter out or let it fail; None lets the caller say what is missing.
+def _module_from(model: PreTrainedModel, method: str) -> nn.Module | None:
+    # A family without this part may lack the getter or raise in it. The caller reports what is missing.
     try:
         return getattr(model, method)()
     except (AttributeError, NotImplementedError):
@@ -119,16 +122,16 @@ def _layers_path(model: PreTrainedModel, num_layers: int) -> str:
         and len(module) == num_layers
         and next(module.parameters(), None) is not None
     ]
-    decoder = _ask(model, "get_decoder")
+    decoder = _module_from(model, "get_decoder")
     inside = next((name for name, module in model.named_modules() if name and module is decoder), "")
-    lists = [name for name in lists if name.startswith(f"{inside}.")] or lists  # else a vision tower's are among them
-    # Lists within a decoder layer (experts, heads) are not the layers.
+    lists = [name for name in lists if name.startswith(f"{inside}.")] or lists  # excludes a vision tower's layers
+    # Lists inside a decoder layer hold experts or heads.
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
     if len(outermost) != 1:
         found = ", ".join(outermost) or "none"
         raise UnsupportedArchitectureError(
-            f"model type {model.config.model_type!r}: its {num_layers} decoder layers are not one list of modules "
-            f"(lists of that length: {found}), so they cannot be detached one by one"
+            f"model type {model.config.model_type!r}: expected one list of {num_layers} decoder layers, found {found}; "
+            "choose a model whose layers are one nn.ModuleList"
         )
     return outermost[0]
 

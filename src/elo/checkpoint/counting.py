@@ -1,7 +1,7 @@
-"""Counts a model's parameters and products from its config alone: no weights are read.
+"""Count a model's parameters and matrix products from its config, without reading weights.
 
-The model is built on PyTorch's meta device, where a tensor has a shape and no memory, so parameter counts are exact for
-every family transformers can build.
+The model is built on PyTorch's meta device, where tensors have shapes but no memory. Counts are therefore exact for
+every family that transformers can build.
 """
 
 import copy
@@ -29,14 +29,14 @@ _NOT_SCORES = ("linear", "lightning", "delta", "mamba", "rwkv", "recurrent")
 def read_config(
     source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """Read a model's config from a checkpoint folder, a config.json or a Hugging Face id; no weights are read.
+    """Read a model's config from a checkpoint folder, a config.json or a Hugging Face id, without reading weights.
 
     Raises:
-        EloError: there is none, it cannot be read, or its model_type is not known to the installed transformers.
+        EloError: the config is missing or unreadable, or the installed transformers does not know its model_type.
     """
     path = Path(source).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
-        raise EloError(f"{path}: holds no config.json; give a checkpoint folder, a config.json or a Hugging Face id")
+        raise EloError(f"{path}: has no config.json; give a checkpoint folder, a config.json or a Hugging Face id")
     local = path.exists()
     if not local and (path.suffix == ".json" or not _HUB_ID.fullmatch(str(source))):
         raise EloError(
@@ -46,26 +46,26 @@ def read_config(
         config: PretrainedConfig = AutoConfig.from_pretrained(
             str(path) if local else str(source), revision=revision, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # a family's own config code may fail in any way on values that do not fit each other
+    except Exception as error:  # a family's config class can raise any type for inconsistent values
         reason = str(error).strip().split("\n")[0]
-        remedy = "it must be a transformers config" if local else "no such folder is here, and the hub did not give it"
+        remedy = "give a valid transformers config" if local else "give a local folder or an id that exists on the hub"
         raise EloError(f"model: {source}: its config cannot be read ({reason}); {remedy}") from None
     require_pad_row(config, str(source))
     return config
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The decoder's own config: the text part of a multimodal one, otherwise `config` itself."""
+    """Return the decoder's config: the text part of a multimodal config, otherwise `config` itself."""
     return config.get_text_config(decoder=True)
 
 
 def build_on_meta(config: PretrainedConfig, **arguments: Any) -> PreTrainedModel:
-    """The causal language model of `config` without memory for its weights; `config` itself is not changed.
+    """Build the causal language model of `config` without memory for its weights; `config` is not changed.
 
-    Of a multimodal wrapper this is the decoder alone where transformers has a class for it, else the whole.
+    For a multimodal wrapper, build the decoder alone if transformers has a class for it, otherwise the whole model.
 
     Raises:
-        EloError: transformers has no causal language model for it, or its values do not fit each other.
+        EloError: transformers has no causal language model for this config, or its values are inconsistent.
     """
     part = text_config(config)
     config = copy.deepcopy(part if type(part) in AutoModelForCausalLM._model_mapping else config)
@@ -73,19 +73,20 @@ def build_on_meta(config: PretrainedConfig, **arguments: Any) -> PreTrainedModel
         with torch.device("meta"):
             model: PreTrainedModel = auto_class(config).from_config(config, **arguments)
             return model
-    except Exception as error:  # values that do not fit each other fail anywhere in a family's own code
+    except Exception as error:  # a family's modeling code can raise any type for inconsistent values
         reason = str(error).strip().split("\n")[0]
         raise EloError(
-            f"model: no causal language model can be built from this {config.model_type!r} config ({reason})"
+            f"model: no causal language model can be built from this {config.model_type!r} config ({reason}); "
+            "give the config of a causal LM"
         ) from None
 
 
 def footprint(model: PreTrainedModel | PretrainedConfig) -> Footprint:
-    """Count a model's parameters by part; a config is built on the meta device first, a model is only looked at.
+    """Count a model's parameters by part. A config is built on the meta device first; a model is not changed.
 
     Raises:
-        EloError: the config makes no causal language model.
-        UnsupportedArchitectureError: the parts of the model cannot be told apart.
+        EloError: no causal language model can be built from the config.
+        UnsupportedArchitectureError: a part of the model cannot be found.
     """
     if isinstance(model, PretrainedConfig):
         model = build_on_meta(model)
@@ -128,14 +129,14 @@ def footprint(model: PreTrainedModel | PretrainedConfig) -> Footprint:
 def parameter_counts(
     model: PreTrainedModel | PretrainedConfig, layers: str | Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """Parameter counts for a run's record.
+    """Count parameters for a run's results.
 
     Args:
-        model: a model, or a config from which one is built without memory.
-        layers: a layer selection; adds `detached` (the model with these layers alone) and `trainable` (these layers).
+        model: a model, or a config to build on the meta device.
+        layers: a layer selection; adds `detached` (the model with only these layers) and `trainable` (these layers).
 
     Returns:
-        total, active (per token), embedding, head (0 when tied), norm, other, layers (one count each), tied.
+        total, active (per token), embedding, head (0 if tied), norm, other, layers (one count each) and tied.
 
     Raises:
         EloError: as `footprint` and `parse_layers`.
@@ -158,9 +159,9 @@ def training_flops_per_token(
     activation_checkpointing: bool = False,
     lora_rank: int = 16,
 ) -> float:
-    """FLOPs of one trained token, forward and backward; see `Footprint.flops_per_token` for what is counted.
+    """Count the FLOPs of one trained token, forward and backward, as `Footprint.flops_per_token` does.
 
-    For a detached model give `middle="removed"` and no `layers`: all it has are trained, embedding and head are frozen.
+    For a detached model, pass `middle="removed"` and no `layers`: all its layers train, embedding and head are frozen.
 
     Raises:
         EloError: as `footprint` and `parse_layers`.
@@ -188,7 +189,7 @@ def _layer_footprint(layer: nn.Module, config: PretrainedConfig, index: int) -> 
     parameters = active = matmul = active_matmul = lora_width = widest = 0
     for name, parameter in layer.named_parameters():
         size = parameter.numel()
-        # Routed experts: one tensor over all of them, or a list of modules named `experts`.
+        # Routed experts are one stacked tensor or a list of modules named `experts`.
         stacked = (
             parameter.ndim >= 2 and parameter.shape[0] == experts and ("expert" in name.lower() or parameter.ndim == 3)
         )
@@ -197,7 +198,7 @@ def _layer_footprint(layer: nn.Module, config: PretrainedConfig, index: int) -> 
         used = round(size * share) if routed else size
         parameters += size
         active += used
-        # A stacked tensor of two dimensions is the experts' biases: added, not multiplied.
+        # A stacked tensor of two dimensions holds the experts' biases, which are added, not multiplied.
         if parameter.ndim >= 2 and id(parameter) not in embeddings and not (stacked and routed and parameter.ndim == 2):
             matmul += size
             active_matmul += used

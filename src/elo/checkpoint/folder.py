@@ -1,4 +1,4 @@
-"""A checkpoint folder: its configuration and headers read, and what lies beside its weights copied."""
+"""Read a checkpoint folder's configuration and headers, and copy the files beside its weights."""
 
 import json
 import os
@@ -20,19 +20,19 @@ CONFIG_FILE = "config.json"
 TOKENIZER_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
 )  # fmt: skip
-"""Globs of the files that a tokenizer may be made of, its chat template apart."""
+"""Globs of a tokenizer's files, without its chat templates."""
 TEMPLATE_PATTERNS = ("chat_template*", "additional_chat_templates")
-"""Globs of a tokenizer's chat templates; the second is a folder."""
+"""Globs of a tokenizer's chat templates; the second matches a folder."""
 _WEIGHT_SUFFIXES = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx", ".npz", ".pkl", ".distcp",
 }  # fmt: skip
 _NOT_SIDE = {"config.json", "adapter_config.json", "trainer_state.json", "quantize_config.json"}
-_OTHER_FORMATS = ("consolidated*", "adapter*")  # the same weights in another format, and adapters of them
+_OTHER_FORMATS = ("consolidated*", "adapter*")  # the same weights in another format, and adapters for them
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """A checkpoint folder, read as far as its headers."""
+    """A checkpoint folder's configuration and tensor headers, without tensor data."""
 
     folder: Path
     config_json: dict[str, Any]
@@ -44,30 +44,30 @@ def open_folder(folder: Path, trust_remote_code: bool) -> CheckpointFolder:
     """Read a folder's configuration and headers.
 
     Raises:
-        EloError: it is no checkpoint, or not one that can be read.
+        EloError: the folder is not a checkpoint, or its format is not supported.
     """
     if not folder.is_dir():
         raise EloError(f"{folder}: no such folder; give a Hugging Face checkpoint folder")
     if not (folder / CONFIG_FILE).is_file():
         if (folder / "adapter_config.json").is_file():
-            open_checkpoint(folder)  # says what to do with an adapter
+            open_checkpoint(folder)  # raises the error about adapters
         raise EloError(f"{folder}: has no {CONFIG_FILE}; give a Hugging Face checkpoint folder")
     config_json = read_json(folder / CONFIG_FILE)
     if not isinstance(config_json, dict):
-        raise UnfinishedError(f"{folder / CONFIG_FILE}: is not a JSON object; the file is damaged")
+        raise UnfinishedError(f"{folder / CONFIG_FILE}: is not a JSON object; download the file again")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises a dozen types for a configuration that it cannot use
+    except Exception as error:  # transformers raises many types for an invalid configuration
         raise UnsupportedArchitectureError(
             f"{folder / CONFIG_FILE}: transformers cannot read it ({error_line(error)})"
-            + ("" if trust_remote_code else "; a model that brings its own code needs trust_remote_code")
+            + ("" if trust_remote_code else "; if the model ships its own code, set trust_remote_code")
         ) from None
     require_pad_row(config, str(folder / CONFIG_FILE))
     return CheckpointFolder(folder, config_json, config, open_checkpoint(folder))
 
 
 def refuse_overlap(output: Path, folder: Path) -> None:
-    """Raise EloError where writing `output` would touch the input `folder`."""
+    """Raise EloError if writing `output` would change the input `folder`."""
     output, folder = output.resolve(), folder.resolve()
     if output == folder or output in folder.parents or folder in output.parents:
         raise EloError(f"{output}: overlaps the input {folder}; choose an output folder outside it")
@@ -75,7 +75,7 @@ def refuse_overlap(output: Path, folder: Path) -> None:
 
 def write_config(folder: Path, config_json: dict[str, Any]) -> None:
     """Write a folder's config.json."""
-    # In ASCII, as transformers writes it: JSON can hold half of a surrogate pair, UTF-8 cannot.
+    # Escape to ASCII, as transformers does: JSON can hold an unpaired surrogate, UTF-8 cannot.
     (folder / CONFIG_FILE).write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
 
 
@@ -90,10 +90,10 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def copy_side_files(source: Path, target: Path, *, python: bool, leave_out: Collection[str] = ()) -> None:
-    """Copy what is beside the weights: tokenizer, processors, generation settings, licence, folders of templates.
+    """Copy the files beside the weights: tokenizer, processors, generation settings, licence, template folders.
 
-    Never copied are weights in any format, folders that hold some, hidden files, what is already in `target`, Python
-    unless `python`, and what the globs `leave_out` match.
+    Skipped are hidden files, files that `target` already has, files that match `leave_out` (globs), weights in any
+    format, folders that hold weights, and, unless `python`, Python code.
     """
     for path in sorted(source.iterdir()):
         if (
@@ -107,7 +107,7 @@ def copy_side_files(source: Path, target: Path, *, python: bool, leave_out: Coll
         files = [path]
         if path.is_dir():
             files = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
-            if any(file.suffix in _WEIGHT_SUFFIXES for file in files):  # another checkpoint
+            if any(file.suffix in _WEIGHT_SUFFIXES for file in files):  # the folder is another checkpoint
                 continue
         for file in files:
             copied = target / file.relative_to(source)
@@ -118,13 +118,13 @@ def copy_side_files(source: Path, target: Path, *, python: bool, leave_out: Coll
 
 
 def copy_unlisted_weights(weights: Checkpoint, target: Path) -> None:
-    """Copy safetensors files that the index does not name and that hold other tensors than the checkpoint."""
+    """Copy safetensors files that the index does not list, if they share no tensor with the checkpoint."""
     for path in sorted(weights.folder.glob("*.safetensors")):
         if path.name in weights.files or any(path.match(pattern) for pattern in _OTHER_FORMATS):
             continue
         try:
             names = {tensor.name for tensor in read_header(path)}
-        except UnfinishedError:  # transformers does not open it either
+        except UnfinishedError:  # transformers does not open this file either
             continue
         if not names & weights.tensors.keys() and not (target / path.name).exists():
             copy_shared(path, target / path.name)

@@ -1,9 +1,9 @@
-"""What a model holds and what a trained token costs: numbers alone, which elo.checkpoint.counting makes from a config.
+"""Parameter counts of a model and the cost of a trained token; elo.checkpoint.counting computes them from a config.
 
-FLOPs are those of matrix products (a multiply and an add are two), the convention of Kaplan et al. (2020, section 2.1)
-and of PaLM (2022, appendix B): per token, a weight of P elements costs 2P forward, 2P for the gradient with respect to
-its input and 2P for its own gradient. Norms, activations, rotary embeddings, scans and convolutions (but for their
-weights) are not counted.
+FLOPs (floating-point operations) count matrix products; a multiply-add is two. Conventions follow Kaplan et al. (2020,
+section 2.1) and PaLM (2022, appendix B). Per token, a weight of P elements costs 2P in the forward pass, 2P for the
+input gradient and 2P for the weight gradient. Norms, activations, rotary embeddings, scans and convolutions are not
+counted, except for their weights.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -14,39 +14,40 @@ from typing import Literal
 from elo.checkpoint.layers import gaps_between
 
 Middle = Literal["removed", "bridged", "frozen", "adapted", "trained"]
-"""What becomes of the decoder layers that are not chosen to train.
+"""How a phase treats the decoder layers that are not selected for training.
 
-`removed`: they are detached, and what is kept is joined end to end. `bridged`: they are detached, and a frozen linear
-map stands in each gap. `frozen`: they are computed and do not train. `adapted`: every layer is frozen and has trainable
-low-rank adapters. `trained`: every parameter trains.
+`removed`: they are detached, and the kept layers are joined end to end. `bridged`: they are detached, and a frozen
+linear map fills each gap. `frozen`: they are computed but do not train. `adapted`: every layer is frozen and has
+trainable low-rank adapters. `trained`: every parameter trains.
 """
 
 
 @dataclass(frozen=True)
 class LayerFootprint:
-    """One decoder layer: counts of elements; what follows `matmul` is per token."""
+    """Element counts of one decoder layer; fields after `matmul` are per token."""
 
     parameters: int
     active_parameters: int
-    """Parameters a token uses: all but the routed experts it is not sent to."""
+    """Parameters that one token uses: all except the routed experts that it is not sent to."""
     active_matmul: int
-    """Elements of the weight matrices that a token is multiplied with."""
+    """Elements of the weight matrices that multiply one token."""
     matmul: int
-    """Elements of all weight matrices, every expert counted."""
+    """Elements of all weight matrices, including every expert."""
     lora_width: int
-    """Sum of inputs and outputs of the dense weight matrices; times r it counts a LoRA of rank r on each."""
+    """Inputs plus outputs, summed over the dense weight matrices. Low-rank adapters of rank r have r times as many
+    parameters."""
     score_width: int
-    """Heads x (width of a query + width of a value); 0 where the layer has no softmax attention."""
+    """Heads x (query width + value width); 0 if the layer has no softmax attention."""
     widest: int
-    """The most numbers that one product gives for a token."""
+    """Largest number of outputs of one matrix product, per token."""
     window: int | None
-    """Tokens a position can attend to, when fewer than the sequence."""
+    """Number of tokens that a position can attend to; None if it is the whole sequence."""
 
     def score_flops(self, sequence_length: int) -> float:
-        """Forward FLOPs per token of Q K^T and P V: 2 x score_width x tokens attended to.
+        """Count the forward FLOPs per token of Q K^T and P V: 2 x score_width x attended tokens.
 
-        Averaged over a causal sequence, in which position t attends to min(t + 1, window) tokens: half the square, as a
-        causal kernel computes it. 0 when `sequence_length` is 0.
+        The count is a mean over a causal sequence, in which position t attends to min(t + 1, window) tokens. A
+        `sequence_length` of 0 gives 0.
         """
         if sequence_length < 1:
             return 0.0
@@ -57,30 +58,32 @@ class LayerFootprint:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs for one token; `recompute` is what activation checkpointing computes again, `head` the LM head's part."""
+    """FLOPs of one token."""
 
     forward: float
     backward: float
     recompute: float
+    """Forward FLOPs repeated by activation checkpointing."""
     head: float
+    """The LM head's part of `forward` and `backward`."""
 
     @property
     def total(self) -> float:
         return self.forward + self.backward + self.recompute
 
     def mixed(self, other: "Flops", share: float) -> "Flops":
-        """The mean where this is the count of a `share` of the tokens, and `other` that of the rest."""
+        """Return the mean if `share` of the tokens cost this count and the others cost `other`."""
         return Flops(*(share * a + (1 - share) * b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @classmethod
     def mean(cls, counts: Sequence["Flops"]) -> "Flops":
-        """The mean of several counts."""
+        """Return the mean of several counts."""
         return cls(*(sum(values) / len(counts) for values in zip(*map(astuple, counts), strict=True)))
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Parameter counts of a causal language model, by part. A tied head is counted once, under `embedding`."""
+    """Parameter counts of a causal language model by part; a tied head is counted once, under `embedding`."""
 
     model_type: str
     hidden_size: int
@@ -89,13 +92,13 @@ class Footprint:
     embedding: int
     head: int
     head_matmul: int
-    """Elements the LM head multiplies with, own or tied."""
+    """Elements of the LM head's weight matrix, tied or not."""
     norm: int
     other: int
-    """Parameters outside layers, token embedding, final norm and head: position embeddings, projections."""
+    """Parameters outside layers, token embedding, final norm and head, such as position embeddings and projections."""
     layers: tuple[LayerFootprint, ...]
     softcaps: bool = False
-    """Whether the logits are soft-capped, for which the head's loss keeps them twice."""
+    """Whether the logits are soft-capped; the head's loss then keeps them twice."""
 
     @cached_property
     def total(self) -> int:
@@ -108,7 +111,7 @@ class Footprint:
 
     @property
     def active(self) -> int:
-        """Parameters a token uses; equals `total` without routed experts."""
+        """Parameters that one token uses; equal to `total` without routed experts."""
         return self.outside + sum(layer.active_parameters for layer in self.layers)
 
     @property
@@ -116,11 +119,11 @@ class Footprint:
         return len(self.layers)
 
     def detached(self, layers: Iterable[int]) -> "Footprint":
-        """The footprint of the model with only these layers kept."""
+        """Return the footprint of the model with only these layers."""
         return replace(self, layers=tuple(self.layers[index] for index in layers))
 
     def with_vocabulary(self, rows: int) -> "Footprint":
-        """The footprint with so many rows in embedding and head, which have as many as each other."""
+        """Return the footprint with `rows` vocabulary rows in both embedding and head."""
 
         def grown(elements: int) -> int:
             return elements // self.vocab_size * rows
@@ -134,7 +137,7 @@ class Footprint:
         )
 
     def parameters(self) -> dict[str, int | list[int]]:
-        """Counts for a record: total, active (per token), embedding, head (0 when tied), norm, other, one a layer."""
+        """Return total, active (per token), embedding, head (0 if tied), norm, other, and one count per layer."""
         return {
             "total": self.total,
             "active": self.active,
@@ -146,11 +149,11 @@ class Footprint:
         }
 
     def lora_parameters(self, rank: int) -> int:
-        """Parameters of a LoRA of `rank` on every dense matrix of every layer: rank x (inputs + outputs)."""
+        """Count low-rank adapters of `rank` on every dense matrix of every layer: rank x (inputs + outputs)."""
         return rank * sum(layer.lora_width for layer in self.layers)
 
     def bridge_elements(self, layers: Sequence[int]) -> int:
-        """Elements of the bridge's maps (elo.train.bridge): one of hidden size squared over each gap in `layers`."""
+        """Count the elements of the bridge's maps (elo.train.bridge): hidden size squared for each gap in `layers`."""
         return self.hidden_size**2 * len(gaps_between(layers, self.num_layers))
 
     def trainable(
@@ -161,10 +164,10 @@ class Footprint:
         lora_rank: int = 0,
         also_train: Collection[str] = (),
     ) -> int:
-        """Parameters that train; arguments as in `flops_per_token`."""
+        """Count the parameters that train; arguments as in `flops_per_token`."""
         if middle == "trained":
             return self.total
-        # A tied head's own count is 0, so that it is not counted twice.
+        # self.head is 0 for a tied head, so its weights are not counted twice.
         parts = {"embedding": self.embedding, "head": self.head, "norm": self.norm}
         outside = sum(parts[part] for part in set(also_train))
         if middle == "adapted":
@@ -182,25 +185,29 @@ class Footprint:
         lora_rank: int = 0,
         also_train: Collection[str] = (),
     ) -> Flops:
-        """Matmul FLOPs of one trained token.
+        """Count the matrix-product FLOPs of one trained token.
 
         Args:
-            middle: what becomes of the layers that are not in `layers`.
-            layers: indices of the decoder layers that train; all when None (a model that is detached already).
-            sequence_length: T of the attention scores; 0 counts the weights alone.
-            activation_checkpointing: each layer's forward is computed again before its backward. (PyTorch then skips
-                the layer's last product, whose output nothing keeps: up to 7 % less than counted here.)
-            lora_rank: rank of the adapters (Hu et al. 2021) on every dense matrix of every layer, where the middle is
-                `adapted`.
-            also_train: parts that train with `layers`. With `embedding` an input gradient has to reach it; with `head`
-                the head's weight gradient is computed too; `norm` costs nothing that is counted.
+            middle: treatment of the layers that are not in `layers`.
+            layers: indices of the decoder layers that train; None means all (for a model that is already detached).
+            sequence_length: T of the attention scores; 0 counts weights only.
+            activation_checkpointing: whether each layer's forward is computed again before its backward. PyTorch skips
+                the layer's last product then, so the true count is up to 7 % lower.
+            lora_rank: rank of the adapters (LoRA, Hu et al. 2021) on every dense matrix of every layer, if the middle
+                is `adapted`.
+            also_train: parts that train with `layers`. With `embedding`, input gradients continue down to it. With
+                `head`, the head's weight gradient is counted. `norm` adds nothing.
 
-        A layer costs 2P forward; 2P for the input gradient where anything at or below it trains; 2P for the weight
-        gradient where it trains; the scores' backward is twice their forward. Nothing below the lowest trained layer
-        has a backward. That layer pays for its input gradients although the frozen embedding below needs none: its
-        input norm has a weight, whose gradient comes through the query, key and value products. (Where the norm comes
-        after, as in OLMo 2, this counts about 1 % too much.) A frozen head has a forward and an input gradient. A
-        bridge has a forward and an input gradient.
+        A layer of P elements costs:
+
+        - 2P for the forward,
+        - 2P for the input gradient, if anything at or below the layer trains,
+        - 2P for the weight gradient, if the layer trains.
+
+        The backward of attention scores costs twice their forward. Layers below the lowest trained layer have no
+        backward. The lowest trained layer needs input gradients even over a frozen embedding: the gradient of its
+        input norm's weight comes through the query, key and value products. (If the norm follows the products, as in
+        OLMo 2, the count is about 1 % too high.) A frozen head and a bridge have a forward and an input gradient.
         """
         everything = range(self.num_layers)
         chosen = set(everything if layers is None or middle in ("trained", "adapted") else layers)

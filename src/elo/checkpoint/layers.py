@@ -1,4 +1,4 @@
-"""Layer selections as users write them: `first:1,last:1`, `0,1,-1`, `0-3,28-31`; and the gaps they leave."""
+"""Parse layer selections such as `first:1,last:1`, `0,1,-1` or `0-3,28-31`, and find the gaps they leave."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from elo.errors import EloError
 
 DEFAULT_LAYERS = "first:1,last:1"
 
-# Nine digits are more layers than there are; Python refuses to read numbers of thousands.
+# No model has more than nine digits of layers, and int() raises for thousands of digits.
 _END = re.compile(r"(first|last):([0-9]{1,9})")
 _RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
 _INDEX = re.compile(r"-?[0-9]{1,9}")
@@ -18,15 +18,15 @@ def parse_layers(selection: str | int | Sequence[int], num_layers: int) -> tuple
     """Resolve a layer selection against a model of `num_layers` decoder layers.
 
     Args:
-        selection: terms joined by commas. A term is `first:K`, `last:K`, an index (negative counts from the end) or an
-            inclusive range `A-B`. A sequence of indices is taken as it is.
+        selection: terms joined by commas, or a sequence of indices. A term is `first:K`, `last:K`, an index (negative
+            counts from the end) or an inclusive range `A-B`.
         num_layers: the model's number of decoder layers.
 
     Returns:
         Increasing 0-based layer indices without repeats; at least one, and fewer than `num_layers`.
 
     Raises:
-        EloError: a term cannot be read, names a layer that does not exist, or repeats one; or every layer is selected.
+        EloError: a term is invalid, names a layer that does not exist or repeats one, or all layers are selected.
     """
     if isinstance(selection, int):
         selection = [selection]
@@ -36,7 +36,7 @@ def parse_layers(selection: str | int | Sequence[int], num_layers: int) -> tuple
         for index in _term_indices(term, num_layers):
             if index in chosen:
                 raise EloError(
-                    f"layers: {_shown(selection)} selects layer {index} twice (by {chosen[index]!r} and by {term!r}); "
+                    f"layers: {_shown(selection)} selects layer {index} twice (in {chosen[index]!r} and in {term!r}); "
                     "name each layer once"
                 )
             chosen[index] = term
@@ -55,8 +55,8 @@ def _term_indices(term: str, num_layers: int) -> range:
         resolved = index + num_layers if index < 0 else index
         if not 0 <= resolved < num_layers:
             raise EloError(
-                f"layers: {term!r} names layer {index}, but the model has {num_layers} decoder layers "
-                f"(0 to {num_layers - 1}, or -{num_layers} to -1)"
+                f"layers: {term!r} names layer {index}, but the model has {num_layers} decoder layers; "
+                f"write 0 to {num_layers - 1}, or -{num_layers} to -1"
             )
         return resolved
 
@@ -65,7 +65,7 @@ def _term_indices(term: str, num_layers: int) -> range:
         if not 1 <= count <= num_layers:
             raise EloError(
                 f"layers: {term!r} asks for {count} layers, but the model has {num_layers}; "
-                f"give a number from 1 to {num_layers - 1}"
+                f"write a number from 1 to {num_layers - 1}"
             )
         return range(count) if match[1] == "first" else range(num_layers - count, num_layers)
     if match := _RANGE.fullmatch(term):
@@ -77,8 +77,7 @@ def _term_indices(term: str, num_layers: int) -> range:
         index = existing(int(term))
         return range(index, index + 1)
     raise EloError(
-        f"layers: cannot read {term[:60]!r}; a term is first:K, last:K, an index such as 0 or -1, "
-        "or a range such as 0-3"
+        f"layers: cannot read {term[:60]!r}; write first:K, last:K, an index such as 0 or -1, or a range such as 0-3"
     )
 
 
@@ -87,9 +86,10 @@ def _shown(selection: str | Sequence[int]) -> str:
 
 
 class Gap(NamedTuple):
-    """Layers [start, stop) of the base that are not kept; `position` is where they are missing in the detached model.
+    """A run of base layers [start, stop) that are not kept.
 
-    Position and stop are of the layer that follows the gap; past the last layer they mean the final norm.
+    `stop` is the index of the layer after the gap in the base, `position` its index in the detached model. Past the
+    last layer, both refer to the final norm.
     """
 
     position: int
@@ -98,7 +98,7 @@ class Gap(NamedTuple):
 
 
 def gaps_between(layers: Sequence[int], num_layers: int) -> list[Gap]:
-    """The runs of layers of a `num_layers` deep base that `layers` (ascending, 0-based) leaves out."""
+    """Return the runs of layers that `layers` (ascending, 0-based) leaves out of a base with `num_layers` layers."""
     ends = [*layers, num_layers]
     starts = [0, *(layer + 1 for layer in layers)]
     return [

@@ -1,8 +1,8 @@
-"""Names in a checkpoint's files, which in many families are not the names of the modules.
+"""Relate tensor names in a checkpoint's files to names in the model; in many families they differ.
 
-`map_names` is the one place that relates the two, with transformers' own renamings and conversions: what is embedding,
-norm, head or a decoder layer in a file is asked of it. Whether a set of names makes a whole model is asked of
-transformers as well, by loading tensors without data.
+Only `map_names` does this, with transformers' own renamings and conversions. Use it to decide whether a tensor in a
+file belongs to the embedding, norm, head or a decoder layer. `load_hollow` loads tensors without data through
+transformers, which shows whether a set of names makes a complete model.
 """
 
 import copy
@@ -35,13 +35,13 @@ _NUMBER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
 
 @dataclass(frozen=True)
 class LayerNames:
-    """The layers' names in a file: `prefix` + index + `.` + rest, index from 0 to `num_layers - 1`."""
+    """Naming scheme of decoder layers in a file: `prefix` + index + `.` + rest, index from 0 to `num_layers - 1`."""
 
     prefix: str
     num_layers: int
 
     def split(self, name: str) -> tuple[int | None, str]:
-        """(layer, rest of the name), or (None, name) outside the layers; extra layers count from num_layers."""
+        """Split a name into (layer, rest), or (None, name) outside the layers; extra layers start at num_layers."""
         if name.startswith(self.prefix):
             index, dot, rest = name.removeprefix(self.prefix).partition(".")
             if dot and index.isascii() and index.isdigit() and len(index) < 10:
@@ -49,18 +49,18 @@ class LayerNames:
         return None, name
 
     def join(self, layer: int, rest: str) -> str:
-        """The name of a layer's tensor."""
+        """Return the name of a layer's tensor."""
         return f"{self.prefix}{layer}.{rest}"
 
 
 @dataclass(frozen=True)
 class Link:
-    """Tensors in a file, and the tensors of the model that they become.
+    """Tensors in a file and the model's tensors that they become.
 
     Attributes:
-        stored: names in the file; several where transformers joins them (experts, fused projections).
-        loaded: names in the model's state dict; several where transformers divides a stored tensor.
-        converted: whether loading does more than rename.
+        stored: names in the file; several if transformers joins them (experts, fused projections).
+        loaded: names in the model's state dict; several if transformers splits a stored tensor.
+        converted: whether loading changes more than names.
     """
 
     stored: tuple[str, ...]
@@ -70,12 +70,12 @@ class Link:
 
 @dataclass(frozen=True)
 class NameMap:
-    """The relation between the names in a checkpoint's files and those in a model."""
+    """Links between the names in a checkpoint's files and the names in a model."""
 
     links: tuple[Link, ...]
-    """Without tensors that the model does not load, such as those of multi-token prediction."""
+    """Links of all tensors that the model loads; tensors of multi-token prediction, for example, are not loaded."""
     unknown: Mapping[str, str]
-    """Names in the file that the model does not load, and what transformers calls each of them."""
+    """Names in the file that the model does not load, each with the name that transformers gives it."""
     _groups: Mapping[str, str]
     _used: Any = field(compare=False, repr=False)
     _by_stored: dict[str, Link] = field(init=False, compare=False, repr=False)
@@ -84,57 +84,57 @@ class NameMap:
         object.__setattr__(self, "_by_stored", {name: link for link in self.links for name in link.stored})
 
     def link(self, stored: str) -> Link | None:
-        """What a tensor in the file is part of; None where the model does not load it."""
+        """Return the link of a tensor in the file, or None if the model does not load it."""
         return self._by_stored.get(stored)
 
     def group(self, stored: str) -> str | None:
-        """Whether a tensor in the file is of the "embedding", "head" or "norm"; None for layers and all else."""
+        """Return "embedding", "head" or "norm" for a tensor in the file; None for layers and everything else."""
         link = self.link(stored)
         return next((self._groups[name] for name in link.loaded if name in self._groups), None) if link else None
 
     def identity(self, stored: str) -> tuple[str, ...]:
-        """What a tensor is in the model, however its file calls it: equal for the same tensor in two files."""
+        """Return a key for a tensor that is equal for the same tensor in two files with different names."""
         link = self.link(stored)
         if link is None:
             return ("unknown", stored)
         return ("converted", *link.loaded, stored) if link.converted else ("renamed", *link.loaded)
 
     def revert(self, link: Link, loaded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A link's tensors as the file has them, from those of the model.
+        """Convert a link's model tensors back to the tensors of the file.
 
         Raises:
-            UnsupportedArchitectureError: transformers cannot undo what it did when it loaded them.
+            UnsupportedArchitectureError: transformers cannot revert its conversion.
         """
         if not link.converted:
             return dict.fromkeys(link.stored, loaded[link.loaded[0]])
         model = self._used
         try:
             reverted = revert_weight_conversion(model, {name: loaded[name] for name in link.loaded})
-        except Exception as error:  # conversions raise anything
+        except Exception as error:  # conversions can raise any type
             raise self._cannot_revert(link, error_line(error)) from None
         found: dict[str, torch.Tensor] = {}
         for name, tensor in reverted.items():
-            prefix = f"{model.base_model_prefix}."  # files may be without it, or have it where the model has not
+            prefix = f"{model.base_model_prefix}."  # the file, the model, both or neither may use it
             for candidate in (name, name.removeprefix(prefix), prefix + name):
                 if candidate in link.stored:
                     found[candidate] = tensor
         if len(reverted) != len(link.stored) or found.keys() != set(link.stored):
-            raise self._cannot_revert(link, f"it makes {', '.join(sorted(reverted))} of it")
+            raise self._cannot_revert(link, f"the result is {', '.join(sorted(reverted))}")
         return found
 
     def _cannot_revert(self, link: Link, why: str) -> UnsupportedArchitectureError:
         return UnsupportedArchitectureError(
             f"model type {self._used.config.model_type!r}: transformers converts {link.stored[0]} on loading and "
-            f"cannot convert it back ({why}), so it cannot be trained here"
+            f"cannot convert it back ({why}); choose another model"
         )
 
 
 def map_names(model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> NameMap:
-    """Relate the names in a checkpoint's files to those in `model`, as transformers does when it loads them.
+    """Relate the names in a checkpoint's files to the names in `model`, as transformers does on loading.
 
     Args:
-        model: with its tensors or without; the model of the checkpoint's configuration.
-        stored: the checkpoint's tensors by their names in the files, on the meta device.
+        model: the model of the checkpoint's configuration, with or without tensor data.
+        stored: the checkpoint's tensors on the meta device, by their names in the files.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
@@ -144,7 +144,7 @@ def map_names(model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> Nam
     renamed: dict[str, list[str]] = {}
     joined: dict[str, tuple[Any, list[str]]] = {}
     unknown: dict[str, str] = {}
-    for name in sorted(stored, key=dot_natural_key):  # some renamings depend on what came before
+    for name in sorted(stored, key=dot_natural_key):  # some renamings depend on earlier names
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
@@ -167,25 +167,28 @@ def map_names(model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> Nam
 
 
 def _converted_names(converter: Any, target: str, model: PreTrainedModel, state: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a conversion makes, found by converting tensors without data."""
+    """Return the model names that a conversion produces, found by converting tensors without data."""
     try:
         made = converter.convert(target, model=model, config=model.config)
-    except Exception:  # shapes that do not fit, which loading reports
+    except Exception:  # mismatched shapes, which loading reports
         return (target,)
     return tuple(name for name in made if name in state) or (target,)
 
 
 @dataclass(frozen=True)
 class LoadingReport:
-    """What transformers says of a set of tensors: module names, but for `unexpected`."""
+    """Problems that transformers reports when it loads a set of tensors."""
 
     missing: frozenset[str]
+    """Names in the model."""
     unexpected: frozenset[str]
+    """Names in the file."""
     mismatched: frozenset[str]
+    """Names in the model of tensors with another shape."""
     errors: tuple[str, ...]
 
     def incomplete(self) -> str | None:
-        """The first thing that keeps the tensors from making a model, in words; unknown ones do not."""
+        """Describe the first missing, mismatched or failed tensor; None if the model is complete."""
         for names, what in ((self.missing, "is missing"), (self.mismatched, "has another shape")):
             if names:
                 return f"{min(names)} {what}" + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
@@ -194,7 +197,7 @@ class LoadingReport:
         return None
 
     def problem(self) -> str | None:
-        """The first thing wrong, in words; None if the tensors are the model's, no more and no less."""
+        """Describe the first problem; None if the tensors are exactly those of the model."""
         if self.unexpected and not self.incomplete():
             return f"{min(self.unexpected)} is unknown to the model"
         return self.incomplete()
@@ -202,7 +205,7 @@ class LoadingReport:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Within, transformers neither warns nor draws progress bars: these loads are not the user's."""
+    """Silence transformers' warnings and progress bars during internal loads."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
@@ -217,7 +220,7 @@ def quiet_transformers() -> Iterator[None]:
 def load_hollow(
     model_class: type[PreTrainedModel], config: PretrainedConfig, state_dict: dict[str, torch.Tensor]
 ) -> tuple[PreTrainedModel, LoadingReport]:
-    """Load tensors without data (meta device) through transformers' own name conversions."""
+    """Load tensors without data (on the meta device) with transformers' own name conversions."""
     try:
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
             loaded: Any = model_class.from_pretrained(
@@ -228,10 +231,10 @@ def load_hollow(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except Exception as error:  # a conversion of names or tensors that fails without data, in its own way
+    except Exception as error:  # conversions that need data can raise any type
         raise UnsupportedArchitectureError(
-            f"model type {config.model_type!r}: transformers cannot lay out its tensors without their data "
-            f"({error_line(error)}), so what is written could not be checked"
+            f"model type {config.model_type!r}: transformers cannot load its tensors without data "
+            f"({error_line(error)}), so the output could not be checked; choose another model"
         ) from None
     model, info = loaded
     mismatched = frozenset(entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"])
@@ -242,10 +245,10 @@ def load_hollow(
 
 
 def find_layer_names(hollow: PreTrainedModel, weights: Checkpoint) -> LayerNames:
-    """Find the prefix of the decoder layers' names in a checkpoint of the model that `hollow` is.
+    """Find the prefix of the decoder layers' names in a checkpoint of the model `hollow`.
 
     Raises:
-        UnfinishedError: the checkpoint does not make that model.
+        UnfinishedError: the checkpoint's tensors do not make that model.
         UnsupportedArchitectureError: the names do not number the layers from 0 to n-1.
     """
     parts, config, model_class = find_architecture(hollow), hollow.config, type(hollow)
@@ -253,20 +256,20 @@ def find_layer_names(hollow: PreTrainedModel, weights: Checkpoint) -> LayerNames
     loaded, report = load_hollow(model_class, config, state_dict)
     if problem := report.incomplete():
         raise UnfinishedError(
-            f"{weights.folder}: its tensors do not make the {model_class.__name__} that its config.json describes: "
-            f"{problem}"
+            f"{weights.folder}: the tensors do not match the {model_class.__name__} in config.json: {problem}; "
+            "download the checkpoint again"
         )
     prefixes = _layer_prefixes(map_names(loaded, state_dict), parts.layers_path)
     if not prefixes:
         raise UnsupportedArchitectureError(
-            f"model type {config.model_type!r}: cannot find the names of its {parts.num_layers} decoder layers in the "
-            f"checkpoint, which should read PREFIX.0... to PREFIX.{parts.num_layers - 1}..."
+            f"model type {config.model_type!r}: the checkpoint does not name its {parts.num_layers} decoder layers "
+            f"PREFIX.0... to PREFIX.{parts.num_layers - 1}...; choose another model"
         )
     return LayerNames(min(prefixes, key=len), parts.num_layers)
 
 
 def _layer_prefixes(names: "NameMap", layers_path: str) -> set[str]:
-    """What the names of all tensors of decoder layers have in common before the layer's index."""
+    """Return the prefixes before the layer index that the names of all decoder layers' tensors share."""
     found: set[str] | None = None
     modules = LayerNames(layers_path + ".", 0)
     for link in names.links:

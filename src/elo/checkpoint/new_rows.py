@@ -1,4 +1,4 @@
-"""Which rows of embedding and head `elo vocab` added: an extra key of config.json."""
+"""Record in config.json which rows of embedding and head `elo vocab` added."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +9,16 @@ from elo.checkpoint.model_config import text_config_of
 from elo.errors import EloError
 
 VOCABULARY_KEY = "elo_vocabulary"
-"""Extra key of config.json that says which rows are new; it survives other tools' save_pretrained."""
+"""Extra key of config.json that records which rows are new; other tools' save_pretrained keeps it."""
 
 
 @dataclass(frozen=True)
 class NewRows:
-    """Which rows of a model's embedding and head belong to tokens that were added to its vocabulary.
+    """Rows of a model's embedding and head that belong to tokens added to its vocabulary.
 
     Attributes:
-        start: the first new row; every row before it is the base's.
-        stop: one more than the last new token's; rows from here on belong to no token.
+        start: first new row; every row before it comes from the base.
+        stop: one past the last new token's row; rows from here on belong to no token.
     """
 
     start: int
@@ -26,20 +26,20 @@ class NewRows:
 
 
 def record_of(config: PretrainedConfig) -> Any:
-    """What `extend_checkpoint` wrote into a configuration or, of a wrapper, its decoder's part; None without."""
+    """Return the record that `extend_checkpoint` wrote into a configuration or its decoder's part, or None."""
     parts = (config, text_config_of(config))
     return next((found for part in parts if (found := getattr(part, VOCABULARY_KEY, None)) is not None), None)
 
 
 def share_record(whole: PretrainedConfig, part: PretrainedConfig) -> None:
-    """Give the configuration of a wrapper's decoder the record of the wrapper, which loading it alone drops."""
+    """Copy the record of a wrapper's configuration to its decoder's; loading the decoder alone drops it."""
     record = record_of(whole)
     if record is not None and record_of(part) is None:
         setattr(part, VOCABULARY_KEY, record)
 
 
 def read_new_rows(config: PretrainedConfig) -> NewRows | None:
-    """What `extend_checkpoint` wrote into a model's configuration; None where the vocabulary was not extended.
+    """Read which rows `extend_checkpoint` added; None if the vocabulary was not extended.
 
     Raises:
         EloError: the record is damaged.
@@ -63,6 +63,6 @@ def read_new_rows(config: PretrainedConfig) -> NewRows | None:
 
 
 def first_new_row_of(config: PretrainedConfig, group: str | None) -> int | None:
-    """The first new row of a tensor of this group (elo.checkpoint.naming.NameMap.group); None where it has none."""
+    """Return the first new row of a tensor in `group` (elo.checkpoint.naming.NameMap.group), or None."""
     rows = read_new_rows(config) if group in ("embedding", "head") else None
     return None if rows is None else rows.start

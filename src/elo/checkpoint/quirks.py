@@ -1,4 +1,4 @@
-"""What deviates between families, as data. Everything else is found by asking the configuration and the model."""
+"""Deviations of model families, as data. Everything else is read from the configuration and the model."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 # --- Configuration keys -------------------------------------------------------------------------------------------
 
-# The decoder's layer count where it is not what the configuration calls num_hidden_layers.
+# Key of the decoder's layer count, if it is not num_hidden_layers.
 LAYER_COUNT_KEY = {
     **dict.fromkeys(
         ["bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"],
@@ -14,17 +14,17 @@ LAYER_COUNT_KEY = {
     ),
     "whisper": "decoder_layers",
     "prophetnet": "num_decoder_layers",
-    "longcat_flash": "num_layers",  # num_hidden_layers counts attention sub-layers, two a layer
+    "longcat_flash": "num_layers",  # num_hidden_layers counts attention sub-layers, two per layer
 }
 
 # Other names under which a configuration may repeat the count.
 LAYER_COUNT_COPIES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers")
 
-# A list with one entry per decoder layer is selected by index if its name says that it is about layers. Other lists may
-# have as many entries by accident (eos_token_id, mrope_section, ssm_multipliers).
+# A list with one entry per decoder layer is selected by index if its name matches. Other lists may have the same length
+# by chance (eos_token_id, mrope_section, ssm_multipliers).
 PER_LAYER_LIST = re.compile(r"layer|_types?$|_pattern$|intermediate_size|^num_.*heads$|^head_dim$|rope_theta")
 
-# Lists of layer indices (possibly empty, of any length): renumbered.
+# Lists of layer indices, of any length: kept indices are renumbered.
 INDEX_SETS = frozenset(
     {
         "attn_layer_indices",  # Bamba
@@ -35,13 +35,13 @@ INDEX_SETS = frozenset(
     }
 )
 
-# "Layers below this index are different": becomes the number of kept layers below it.
+# Layers below this index differ from the others: becomes the number of kept layers below it.
 THRESHOLDS = frozenset({"first_k_dense_replace", "num_dense_layers", "max_window_layers"})
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A layer is of one kind if `holds(index, *values of keys)`, else of another: other values are searched for."""
+    """A layer's kind is decided by `holds(index, *values of keys)`; new values are searched for the kept layers."""
 
     keys: tuple[str, ...]
     holds: Callable[..., bool]
@@ -67,53 +67,53 @@ RULES: dict[str, tuple[Rule, ...]] = {
 # A short list that repeats over the layers: becomes the kept layers' own entries.
 REPEATED_LISTS = {"recurrent_gemma": "block_types"}
 
-# A factor that the layers divide by the square root of their number: rescaled, so that they see the same quotient.
+# A factor that layers divide by the square root of the layer count: rescaled, so that the quotient stays the same.
 OVER_ROOT_DEPTH = {"minicpm3": "scale_depth"}
 
-# A layer of kind `borrower` uses what the nearest layer of kind `lender` before it computed; both must be kept.
+# A layer of kind `borrower` uses the result of the nearest earlier layer of kind `lender`; both must be kept.
 LENDERS = {"indexer_types": ("shared", "full")}
 
 # --- Names --------------------------------------------------------------------------------------------------------
 
-# A layer's own index, which changes when it moves. Anything computed from it shows in another attribute.
+# A layer's own index, which changes when it moves. Values computed from it are in other attributes.
 INDEX_ATTRIBUTES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number"})
 
-# Attributes of layers that differ by depth without an effect. Gemma 4: the layer stores keys and values for later ones
-# to share; models with such later layers are refused (REFUSED_IF_SET).
+# Attributes that differ by depth without an effect. In Gemma 4 the layer stores keys and values for later layers;
+# models with such later layers are refused (REFUSED_IF_SET).
 WITHOUT_EFFECT = frozenset({"store_full_length_kv"})
 
-# The norm between the last layer and the head, where its name says something else.
+# Name of the norm between the last layer and the head, if the usual pattern does not match it.
 NORM_NAMES = {"lfm2": "embedding_norm", "lfm2_moe": "embedding_norm", "lfm3": "embedding_norm"}
 
 # --- Refusals -----------------------------------------------------------------------------------------------------
 
 _INSTEAD = "train the whole model instead (method: full)"
 
-# By model type: why its layers cannot be detached, and what would work.
+# Why the layers of a model type cannot be detached, and what to do instead.
 REFUSED = {
     **dict.fromkeys(
         ["zamba", "zamba2"],
-        f"its attention layers share one set of weights, so a layer cannot be taken out alone; {_INSTEAD}",
+        f"its attention layers share one set of weights, so a layer cannot be detached alone; {_INSTEAD}",
     ),
     "zaya": f"each layer's router reads the router state of the layer before it; {_INSTEAD}",
     "inkling2_text": f"each layer attends over the outputs of all layers before it; {_INSTEAD}",
-    "hrm_text": f"its layers are run several times over, in two stacks that feed each other; {_INSTEAD}",
+    "hrm_text": f"its layers run several times, in two stacks that feed each other; {_INSTEAD}",
     "blt": f"its layers are in three stacks (local encoder, global, local decoder), not one; {_INSTEAD}",
     "reformer": f"its layers are reversible and share one pass over two streams; {_INSTEAD}",
-    "xlnet": "it is a permutation language model, not a causal one",
-    "xlm": "its layers are not modules of their own, and it is causal only by a switch; use another base",
+    "xlnet": "it is a permutation language model; choose a causal one",
+    "xlm": "its layers are not separate modules, and it is causal only with an option; choose another base",
 }
 
-# By a configuration key that is set (not 0, false or empty).
+# Refused if the configuration key is set (not 0, false or empty).
 REFUSED_IF_SET = {
     "num_kv_shared_layers": (
-        "its upper layers reuse the keys and values of earlier layers, so they cannot compute without them; "
+        "its upper layers reuse the keys and values of earlier layers, so they cannot be separated; "
         f"{_INSTEAD}, or choose a checkpoint without shared keys and values"
     ),
     "ple_layer_ids": f"some layers have n-gram embedding tables that transformers converts while loading; {_INSTEAD}",
 }
 
-# BERT-like families: causal only when the configuration says is_decoder.
+# BERT-like families, which are causal only if the configuration sets is_decoder.
 CAUSAL_ONLY_AS_DECODER = frozenset(
     {
         *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),

@@ -1,7 +1,7 @@
-"""How a checkpoint is read, decided once: which class of transformers loads it, and what its special ids must fit.
+"""Choose the transformers class that loads a checkpoint, and check its padding id.
 
-Which files hold the weights is decided in `elo.checkpoint.tensor_files`, which tokenizer in `elo.data.tokenizer`. All
-three read what transformers reads, or refuse and name both readings.
+`elo.checkpoint.tensor_files` chooses the weight files and `elo.data.tokenizer` the tokenizer. All three modules read
+what transformers reads. If that is ambiguous, they raise an error that names both interpretations.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ from elo.errors import EloError
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """The class whose `from_config` and `from_pretrained` make the model of `config`.
+    """Return the auto class whose `from_config` and `from_pretrained` build the model of `config`.
 
-    A multimodal wrapper (Gemma 3, Llama 4, Mistral 3) is read whole. AutoModelForCausalLM takes only the text part of
-    some wrappers, under another model type, and does not know others.
+    A multimodal wrapper (Gemma 3, Llama 4, Mistral 3) is read as a whole. AutoModelForCausalLM would read only the text
+    part of some wrappers, as another model type, and does not know others.
     """
     text = text_config_of(config)
     is_wrapper = text is not config and not getattr(config, "is_encoder_decoder", False)
@@ -30,11 +30,11 @@ def auto_class(config: PretrainedConfig) -> Any:
 
 
 def require_pad_row(config: PretrainedConfig, where: str) -> None:
-    """Raise EloError if the padding id has no embedding row: PyTorch refuses to build such an embedding."""
+    """Raise EloError if the padding id has no embedding row, since PyTorch cannot build such an embedding."""
     for part in (config, text_config_of(config)):
         pad, rows = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
         if isinstance(pad, int) and isinstance(rows, int) and rows > 0 and not -rows <= pad < rows:
             raise EloError(
                 f"pad_token_id: {where}: is {pad}, but the model has {rows} embedding rows (vocab_size); set it to a "
-                "token id below that, or to null"
+                f"token id below {rows}, or to null"
             )

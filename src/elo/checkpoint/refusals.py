@@ -1,4 +1,4 @@
-"""Models that are refused from their configuration alone, each with its reason and with what would work."""
+"""Refuse models whose configuration shows that their layers cannot be detached, with the reason and an alternative."""
 
 from transformers import PretrainedConfig
 
@@ -8,27 +8,28 @@ from elo.errors import UnsupportedArchitectureError
 
 
 def require_detachable(config: PretrainedConfig) -> None:
-    """Raise UnsupportedArchitectureError if detaching layers cannot be right for this configuration."""
+    """Raise UnsupportedArchitectureError if layers cannot be detached from a model with this configuration."""
     model_type, text_config = config.model_type, text_config_of(config)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedArchitectureError(
-            f"model type {model_type!r} is an encoder-decoder; ELO works on decoder-only causal language models"
+            f"model type {model_type!r}: is an encoder-decoder; choose a decoder-only causal language model"
         )
     if model_type in quirks.CAUSAL_ONLY_AS_DECODER and not getattr(config, "is_decoder", False):
         raise UnsupportedArchitectureError(
-            f"model type {model_type!r} attends in both directions (is_decoder is false); "
-            "ELO works on causal language models"
+            f"model type {model_type!r}: attends in both directions (is_decoder is false); "
+            "choose a causal language model"
         )
     if getattr(config, "quantization_config", None):
         raise UnsupportedArchitectureError(
-            f"this {model_type} checkpoint is quantised (quantization_config); give the bfloat16 or float32 original, "
-            "or dequantise it once: from_pretrained(..., quantization_config=CLASS(dequantize=True)), save_pretrained"
+            f"model type {model_type!r}: this checkpoint is quantised (quantization_config); give the bfloat16 or "
+            "float32 original, or dequantise it once: from_pretrained(..., "
+            "quantization_config=CLASS(dequantize=True)), then save_pretrained"
         )
     for part in (text_config, config):
         for key, reason in quirks.REFUSED_IF_SET.items():
             if getattr(part, key, None):
                 raise UnsupportedArchitectureError(
-                    f"model type {model_type!r} with {key}={getattr(part, key)}: {reason}"
+                    f"model type {model_type!r}: {key} is {getattr(part, key)}: {reason}"
                 )
     refusal = quirks.REFUSED.get(text_config.model_type) or quirks.REFUSED.get(model_type)
     if refusal:

@@ -1,4 +1,4 @@
-"""Copies of files that share their blocks on disk where that can be, so that untouched gigabytes cost nothing."""
+"""Copy files without using more disk space, if the file system can link them or share their blocks."""
 
 import fcntl
 import os
@@ -12,20 +12,21 @@ Sharing = Literal["linked", "cloned", "copied"]
 
 
 def copy_shared(source: Path, target: Path, *, link: bool = False) -> Sharing:
-    """Make `target` hold what `source` holds.
+    """Copy `source` to `target`, sharing disk space if possible.
 
     Args:
-        target: does not exist yet.
-        link: make it another name of the same file (a hard link) where that can be: free on any file system, but
-            changing one of them in place changes both. Only for files that are not going to be written to.
+        source: file to copy.
+        target: path that does not exist yet.
+        link: create a hard link if the file system allows it. Changing either file in place then changes both, so use
+            it only for files that will not be written to.
 
     Returns:
-        `linked`; `cloned`, which shares blocks until one of the two is written to; or `copied`.
+        `linked`, `cloned` (blocks are shared until one of the files is written to) or `copied`.
     """
     if link:
         try:
             target.hardlink_to(source.resolve())
-        except OSError:  # another file system, or one without links
+        except OSError:  # source and target are on different file systems, or links are not supported
             pass
         else:
             return "linked"
@@ -33,7 +34,7 @@ def copy_shared(source: Path, target: Path, *, link: bool = False) -> Sharing:
         with source.open("rb") as reading, target.open("wb") as writing:
             fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
             os.fsync(writing.fileno())
-    except OSError:  # not a file system that clones
+    except OSError:  # the file system cannot clone
         shutil.copyfile(source, target)
         return "copied"
     return "cloned"

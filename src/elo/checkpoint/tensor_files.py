@@ -1,7 +1,7 @@
-"""Safetensors checkpoints read and written as plain bytes, so that no more than a chunk of a tensor is in memory.
+"""Read and write safetensors checkpoints as bytes, with at most one chunk of a tensor in memory.
 
-The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's length (little endian), the header as
-JSON {name: {dtype, shape, data_offsets}}, then the tensors' bytes without holes.
+The format (https://huggingface.co/docs/safetensors) is 8 bytes with the header's length (little endian), the header as
+JSON {name: {dtype, shape, data_offsets}}, then the tensors' bytes without gaps.
 """
 
 import functools
@@ -34,8 +34,8 @@ _WRAPPERS = {
     "_forward_module.": "Lightning",
     "_fsdp_wrapped_module.": "FSDP",
 }
-"""What training wrappers put before every tensor's name, and which wrapper does."""
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+"""Prefixes that training wrappers add to every tensor's name, with the wrapper's name."""
+_MAX_HEADER_BYTES = 100_000_000  # limit of the safetensors library
 
 _DTYPES = {
     "F64": torch.float64,
@@ -56,7 +56,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor's place in a file: `size` bytes from `start` (counted from the beginning of the file)."""
+    """A tensor's location in a file: `size` bytes from offset `start` in the file."""
 
     name: str
     dtype: str
@@ -67,26 +67,26 @@ class StoredTensor:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch names it."""
+        """The tensor's PyTorch dtype."""
         try:
             return _DTYPES[self.dtype]
         except KeyError:
             raise EloError(
-                f"{self.file}: {self.name} is stored as {self.dtype}, which is a quantised format; detach and attach "
-                "need float32, float16 or bfloat16 weights"
+                f"{self.file}: {self.name}: is stored as {self.dtype}, a quantised format; give a checkpoint with "
+                "float32, float16 or bfloat16 weights"
             ) from None
 
     def meta(self) -> torch.Tensor:
-        """A tensor of this shape and dtype without data."""
+        """Return a tensor of this shape and dtype without data."""
         return torch.empty(self.shape, dtype=self.torch_dtype, device="meta")
 
     def read(self, offset: int = 0, size: int | None = None) -> bytes:
-        """Bytes `offset` to `offset + size` of the tensor."""
+        """Read bytes `offset` to `offset + size` of the tensor."""
         with self.file.open("rb", buffering=0) as file:
             return self._read_from(file.fileno(), offset, self.size - offset if size is None else size)
 
     def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-        """The tensor's bytes in order, at most `chunk_bytes` at a time."""
+        """Yield the tensor's bytes in order, at most `chunk_bytes` at a time."""
         with self.file.open("rb", buffering=0) as file:
             for offset in range(0, self.size, chunk_bytes):
                 yield self._read_from(file.fileno(), offset, min(chunk_bytes, self.size - offset))
@@ -96,14 +96,16 @@ class StoredTensor:
         while len(data) < size:
             more = os.pread(descriptor, size - len(data), self.start + offset + len(data))
             if not more:
-                raise UnfinishedError(f"{self.file}: ends within {self.name}; it changed while it was being read")
+                raise UnfinishedError(
+                    f"{self.file}: ends within {self.name}; the file changed during reading, try again"
+                )
             data += more
         return data
 
 
 @dataclass
 class Checkpoint:
-    """The weights of a checkpoint folder: every tensor by its name in the file, in the files' order."""
+    """The weights of a checkpoint folder: tensors by their names in the files, in file order."""
 
     folder: Path
     files: list[str]
@@ -111,7 +113,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
     def main_dtype(self) -> torch.dtype:
-        """The floating dtype that most bytes are stored in; float32 where there is none."""
+        """Return the floating-point dtype of most stored bytes, or float32 if there is none."""
         sizes: dict[torch.dtype, int] = {torch.float32: 0}
         for tensor in self.tensors.values():
             dtype = _DTYPES.get(tensor.dtype)
@@ -120,19 +122,19 @@ class Checkpoint:
         return max(sizes, key=sizes.__getitem__)
 
     def meta_state_dict(self) -> dict[str, torch.Tensor]:
-        """Every tensor without its data."""
+        """Return every tensor without its data."""
         return {name: tensor.meta() for name, tensor in self.tensors.items()}
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the headers of a folder's weights.
 
-    As transformers does, the single file is read where there is one, and the index only where there is none.
+    A single file takes precedence over an index, as in transformers.
 
     Raises:
         UnfinishedError: a file is missing, truncated or damaged.
-        EloError: the weights are in a format that is not read, a path leaves the folder, an adapter lies beside the
-            weights, or every tensor's name begins with what a training wrapper puts there.
+        EloError: the weights are in an unsupported format, a path leads out of the folder, an adapter is beside the
+            weights, or every tensor's name has a training wrapper's prefix.
     """
     if (folder / SINGLE_FILE).exists():
         checkpoint = Checkpoint(folder, [SINGLE_FILE], indexed=False)
@@ -144,39 +146,41 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise EloError(_no_weights(folder))
     if (folder / ADAPTER_CONFIG).exists():
         raise EloError(
-            f"{folder}: holds a whole model and an adapter ({ADAPTER_CONFIG}): elo would read the model alone, "
-            "transformers adds the adapter to it where peft is installed; if the adapter is merged into the weights "
-            "already, remove adapter_config.json and adapter_model.*, else merge it first (peft: "
-            "model.merge_and_unload().save_pretrained(NEW_FOLDER))"
+            f"{folder}: holds both a whole model and an adapter ({ADAPTER_CONFIG}), which transformers adds to "
+            "the model if peft is installed; if the adapter is already merged into the weights, remove "
+            "adapter_config.json and adapter_model.*, otherwise merge it first "
+            "(peft: model.merge_and_unload().save_pretrained(NEW_FOLDER))"
         )
     for name in checkpoint.files:
         for tensor in read_header(folder / name):
             if tensor.name in checkpoint.tensors:
                 other = checkpoint.tensors[tensor.name].file.name
-                raise UnfinishedError(f"{folder}: {tensor.name} is stored twice, in {other} and in {name}")
+                raise UnfinishedError(
+                    f"{folder}: {tensor.name} is stored twice, in {other} and in {name}; download the checkpoint again"
+                )
             checkpoint.tensors[tensor.name] = tensor
     if checkpoint.indexed:
         weight_map = read_json(folder / INDEX_FILE)["weight_map"]
         for tensor_name, file_name in weight_map.items():
             if tensor_name not in checkpoint.tensors or checkpoint.tensors[tensor_name].file.name != file_name:
                 raise UnfinishedError(
-                    f"{folder / INDEX_FILE}: says that {tensor_name} is in {file_name}, but it is not; "
+                    f"{folder / INDEX_FILE}: lists {tensor_name} in {file_name}, but it is not there; "
                     "download the checkpoint again"
                 )
     _require_plain_names(checkpoint)
     return checkpoint
 
 
-@functools.cache  # one folder is opened many times in a run
+@functools.cache  # a run opens the same folder many times
 def _warn_of_index(folder: Path) -> None:
-    """Warn where the index beside a single file names other files."""
+    """Warn if the index beside a single file lists other files."""
     index = _read_quietly(folder / INDEX_FILE)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     named = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
     if named != {SINGLE_FILE}:
         log.warning(
-            "warning: %s: holds %s and an index of other files (%s); the weights are read from %s, as transformers "
-            "does; remove the index and the files that it names if they are old",
+            "warning: %s: holds %s and an index of other files (%s); the weights are read from %s, as in "
+            "transformers; remove the index and the files that it lists if they are outdated",
             folder,
             SINGLE_FILE,
             ", ".join(sorted(named)[:2]) or "unreadable",
@@ -192,7 +196,7 @@ def _read_quietly(path: Path) -> Any:
 
 
 def _require_plain_names(checkpoint: Checkpoint) -> None:
-    """Refuse names that a training wrapper has put its own prefix before: transformers would match none of them."""
+    """Raise EloError if every name has a training wrapper's prefix, since transformers would match none of them."""
     names = list(checkpoint.tensors)
     prefix = ""
     while found := next((each for each in _WRAPPERS if all(n.startswith(prefix + each) for n in names)), None):
@@ -202,8 +206,8 @@ def _require_plain_names(checkpoint: Checkpoint) -> None:
     if prefix:
         outer = next(each for each in _WRAPPERS if prefix.startswith(each))
         raise EloError(
-            f"{checkpoint.folder}: the name of every tensor begins with {prefix!r}, which {_WRAPPERS[outer]} puts "
-            f"there, so transformers would match none of them (first {names[0]}); save the model inside it "
+            f"{checkpoint.folder}: every tensor's name begins with {prefix!r}, which {_WRAPPERS[outer]} adds, so "
+            f"transformers would match none of them (first {names[0]}); save the unwrapped model "
             "(unwrapped_model.save_pretrained(NEW_FOLDER)), or rename the tensors: "
             f"save_file({{k.removeprefix({prefix!r}): v for k, v in load_file(FILE).items()}}, FILE, "
             "{'format': 'pt'})"
@@ -215,16 +219,21 @@ def _indexed_files(folder: Path) -> list[str]:
     index = read_json(index_path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
-        raise UnfinishedError(f"{index_path}: has no weight_map of tensor names to file names; the file is damaged")
+        raise UnfinishedError(f"{index_path}: has no weight_map of tensor names to file names; download it again")
     files = sorted(set(weight_map.values()))
     for name in files:
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
-            raise EloError(f"{index_path}: names the file {name!r}, which is not in the folder; refusing to read it")
+            raise EloError(
+                f"{index_path}: lists {name!r}, which is not in the folder and is not read for safety; "
+                "give a checkpoint whose files are all in one folder"
+            )
         if not name.endswith(".safetensors"):
-            raise EloError(f"{index_path}: names {name!r}, which is not a safetensors file")
+            raise EloError(
+                f"{index_path}: lists {name!r}, which is not a safetensors file; give a safetensors checkpoint"
+            )
         if not (folder / name).is_file():
             raise UnfinishedError(
-                f"{folder / name}: missing, though {INDEX_FILE} names it; download the checkpoint again"
+                f"{folder / name}: is missing, but {INDEX_FILE} lists it; download the checkpoint again"
             )
     return files
 
@@ -238,22 +247,22 @@ def _no_weights(folder: Path) -> str:
         )
     if any(name.endswith((".bin", ".pt", ".pth", ".msgpack", ".h5")) and "model" in name for name in names):
         return (
-            f"{folder}: its weights are pickled (.bin) or in another format than safetensors, which is never "
-            "opened here since unpickling runs code; convert it once, where you trust it: "
+            f"{folder}: the weights are pickled (.bin) or in another format than safetensors, and unpickling can run "
+            "arbitrary code; if you trust them, convert them once: "
             'AutoModelForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(new_folder)'
         )
     if any(name.endswith(".gguf") for name in names):
-        return f"{folder}: holds GGUF weights; use the safetensors checkpoint that they were made from"
+        return f"{folder}: holds GGUF weights; give the safetensors checkpoint that they were made from"
     other = sorted(name for name in names if name.endswith(".safetensors"))
     found = f"found {', '.join(other[:3])}" if other else "found no .safetensors file"
     return f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE} ({found}); give a Hugging Face checkpoint folder"
 
 
 def read_header(path: Path) -> list[StoredTensor]:
-    """A file's tensors in the order of their bytes; the header is checked against the file's length.
+    """Read a file's tensors in byte order, and check the header against the file's length.
 
     Raises:
-        UnfinishedError: the file is not safetensors, is truncated, or its offsets do not fit its shapes.
+        UnfinishedError: the file is not safetensors, is truncated, or its offsets do not match its shapes.
     """
     length = path.stat().st_size
     with path.open("rb") as file:
@@ -274,11 +283,13 @@ def read_header(path: Path) -> list[StoredTensor]:
     end = 8 + header_size
     for tensor in tensors:
         if tensor.start != end:
-            raise UnfinishedError(f"{path}: its safetensors header is damaged ({tensor.name} is out of place)")
+            raise UnfinishedError(
+                f"{path}: its safetensors header is damaged ({tensor.name} is out of place); download it again"
+            )
         end += tensor.size
     if end != length:
         raise UnfinishedError(
-            f"{path}: has {length} bytes where its header asks for {end}; the file is "
+            f"{path}: has {length} bytes, but its header asks for {end}; the file is "
             f"{'truncated' if length < end else 'damaged'}, download it again"
         )
     return tensors
@@ -289,15 +300,15 @@ def _parse_entry(path: Path, name: str, entry: dict[str, Any], data_start: int) 
     shape = tuple(int(size) for size in entry["shape"])
     dtype = str(entry["dtype"])
     if begin < 0 or end < begin or any(size < 0 for size in shape):
-        raise ValueError(f"{name} has impossible offsets or shape")
+        raise ValueError(f"{name} has invalid offsets or an invalid shape")
     if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
-        raise ValueError(f"{name} has {end - begin} bytes, which do not fit {dtype} {list(shape)}")
+        raise ValueError(f"{name} has {end - begin} bytes, which does not match {dtype} {list(shape)}")
     return StoredTensor(name, dtype, shape, path, data_start + begin, end - begin)
 
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written: its bytes are asked for once, when their turn comes."""
+    """A tensor to write; `chunks` is called once, when the tensor is written."""
 
     name: str
     dtype: str
@@ -309,10 +320,13 @@ class NewTensor:
 def write_checkpoint(
     folder: Path, tensors: list[NewTensor], max_shard_bytes: int = MAX_SHARD_BYTES, label: str | None = None
 ) -> None:
-    """Write tensors as one safetensors file, or as several with an index when they are more than `max_shard_bytes`.
+    """Write tensors as one safetensors file, or as several files with an index.
 
     Args:
-        label: shown with the progress; None is silent.
+        folder: folder to write to.
+        tensors: tensors to write, in this order.
+        max_shard_bytes: size of the tensors in one file, in bytes, unless a single tensor is larger.
+        label: label of the progress bar; None shows no progress.
     """
     shards: list[list[NewTensor]] = [[]]
     filled = 0
@@ -341,7 +355,7 @@ def _write_index(folder: Path, weight_map: dict[str, str], total_size: int) -> N
 
 
 def _write_file(path: Path, tensors: list[NewTensor], progress: Progress) -> None:
-    # Wide dtypes first, as the safetensors library does, so that every tensor is aligned to its item size.
+    # Wide dtypes come first, as in the safetensors library, so that every tensor is aligned to its item size.
     tensors = sorted(tensors, key=lambda tensor: -_DTYPES[tensor.dtype].itemsize if tensor.dtype in _DTYPES else 0)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -362,4 +376,6 @@ def _write_file(path: Path, tensors: list[NewTensor], progress: Progress) -> Non
                 written += file.write(chunk)
                 progress.advance(len(chunk))
             if written != tensor.size:
-                raise UnfinishedError(f"{path}: {tensor.name} gave {written} bytes instead of {tensor.size}")
+                raise UnfinishedError(
+                    f"{path}: {tensor.name}: wrote {written} bytes instead of {tensor.size}; run the command again"
+                )

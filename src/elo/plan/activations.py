@@ -1,7 +1,7 @@
-"""What autograd keeps between forward and backward, measured without memory.
+"""Measure what autograd keeps between forward and backward, without allocating memory.
 
-The real modules run on fake tensors (shapes without memory), and every storage they save is added up. So it holds for
-any family, with what its norms upcast and its activation function keeps.
+The real modules run on fake tensors (shapes without memory), and the sizes of all storages that they save are added.
+The result therefore includes what a family's norms upcast and what its activation function keeps.
 """
 
 import logging
@@ -27,7 +27,7 @@ _OUTSIDE, _INPUT = -1, -2
 
 
 class _SavedByAttention(torch.autograd.Function):
-    """Keeps what a flash kernel keeps: query, key, value, output and one fp32 number a head and position."""
+    """Save what a flash kernel saves: query, key, value, output and one fp32 number per head and position."""
 
     @staticmethod
     def forward(ctx: Any, query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
@@ -45,11 +45,11 @@ class _SavedByAttention(torch.autograd.Function):
 def _probe_attention(
     module: nn.Module, query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, mask: Tensor | None, **_: Any
 ) -> tuple[Any, None]:
-    if getattr(module, "elo_repeats_keys", False):  # with a mask, SDPA gets keys and values repeated for each head
+    if getattr(module, "elo_repeats_keys", False):  # with a mask, SDPA repeats keys and values for each head
         groups = query_BHTD.shape[1] // key_BKTD.shape[1]
         if groups > 1:
             key_BKTD, value_BKTD = (kept.repeat_interleave(groups, dim=1) for kept in (key_BKTD, value_BKTD))
-    if torch.is_autocast_enabled("cpu"):  # attention is on autocast's list: rotated queries and keys are cast back
+    if torch.is_autocast_enabled("cpu"):  # autocast casts the inputs of attention, such as rotated queries and keys
         dtype = torch.get_autocast_dtype("cpu")
         query_BHTD, key_BKTD, value_BKTD = (each.to(dtype) for each in (query_BHTD, key_BKTD, value_BKTD))
     return _SavedByAttention.apply(query_BHTD, key_BKTD, value_BKTD), None
@@ -70,27 +70,27 @@ def saved_activations(
     in_place: bool = False,
     frozen_in_fp32: bool = False,
 ) -> SavedActivations:
-    """Measure what a training forward keeps, on fake tensors.
+    """Measure what the forward pass of training keeps, on fake tensors.
 
     Args:
-        config: the base model's.
-        counted: its footprint.
-        layers: the layers that train, all else frozen, and no other keeps anything (they are detached, or computed
-            without a graph); the whole model, all of it trained, when None.
-        precision: `bf16` is bf16 autocast over fp32 weights.
-        kind: on a GPU packed attention keeps no mask and frozen weights are in bf16 under `bf16`; on a CPU a mask is
+        config: configuration of the base model.
+        counted: footprint of the base model.
+        layers: indices of the layers that train. Everything else is frozen, and other layers keep nothing (they are
+            detached, or computed without a graph). None trains the whole model.
+        precision: `bf16` means bf16 autocast over fp32 weights.
+        kind: on a GPU, packed attention keeps no mask, and frozen weights are bf16 under `bf16`. On a CPU, a mask is
             kept, grouped keys and values are repeated, and all weights are fp32.
-        also_train: parts that train with `layers`: embedding, norm, head. An embedding that trains is in fp32 on a GPU
+        also_train: parts that train with `layers`: embedding, norm, head. If the embedding trains, it is fp32 on a GPU
             too, and so are all hidden states after it.
-        in_place: the other layers, frozen, are computed and differentiated too.
-        frozen_in_fp32: frozen weights are in fp32 on a GPU too, as they are where other layers are drawn later.
+        in_place: whether the frozen layers are computed and differentiated too.
+        frozen_in_fp32: whether frozen weights are fp32 on a GPU too, as with methods that train other layers later.
     """
     chosen = list(range(counted.num_layers) if layers is None or in_place else layers)
     trained = set(chosen if layers is None else layers)
     fp32_throughout = kind == "cpu" or frozen_in_fp32
     lowest = -1 if layers is None or "embedding" in also_train else min(trained)
-    # One layer of each kind is enough: what it keeps depends on whether it trains, and whether its input needs a
-    # gradient.
+    # Tracing one layer of each kind is enough. What a layer keeps depends on its shape, its position, whether it
+    # trains and whether its input needs a gradient.
     kinds: dict[Any, int] = {}
     key_of = [
         (position == 0, index in trained, index > lowest, counted.layers[index])
@@ -115,9 +115,9 @@ def saved_activations(
                     fp32_throughout,
                 )
         except Exception:
-            # Any family may do what fake tensors cannot (data-dependent shapes, kernels of its own): try the next way.
+            # Fake tensors do not support data-dependent shapes or custom kernels. Try the next way of tracing.
             continue
-        # Traced with bf16 weights instead: fp32 takes twice that, and the copies that autocast makes are not in it.
+        # A model traced in bf16 takes half the bytes of fp32, and has none of autocast's copies.
         scale = 2.0 if precision == "fp32" and not as_trained else 1.0
         span = _LENGTHS[1] - _LENGTHS[0]
         slope = {i: scale * (long[i] - short.get(i, 0.0)) / span for i in long}
@@ -138,14 +138,14 @@ def saved_activations(
 
 
 def _copies(key: tuple[bool, bool, bool, LayerFootprint], fp32_throughout: bool) -> float:
-    """Bytes of a layer's bf16 copies under autocast, which are made of weights in fp32."""
+    """Return the bytes of a layer's bf16 copies, which autocast makes of fp32 weights."""
     return 2.0 * key[-1].matmul if key[1] or fp32_throughout else 0.0
 
 
 def _rule_of_thumb(
     counted: Footprint, chosen: Sequence[int], item: int, mask: float, copies: float
 ) -> SavedActivations:
-    """Inputs and outputs of every product once, and four norms' worth of fp32."""
+    """Estimate activations as the inputs and outputs of every product plus four fp32 norms."""
     per_layer = []
     for index in chosen:
         layer = counted.layers[index]
@@ -164,10 +164,11 @@ def _trace(
     frozen_but_for: tuple[Collection[int], Collection[str]] | None,
     fp32_throughout: bool,
 ) -> list[dict[int, float]]:
-    """For each of _LENGTHS: bytes saved by `layers` (by position), outside them, and the size of a layer's input.
+    """Measure, for each of _LENGTHS, bytes saved by each of `layers`, bytes saved outside them, and a layer's input.
 
-    `precision` None traces a model in bf16 throughout; `frozen_but_for` None one that trains as a whole, otherwise one
-    that trains those of `layers` and these parts.
+    Args:
+        precision: None traces a model in bf16 throughout.
+        frozen_but_for: layers and parts that train; None trains the whole model.
     """
     mode = FakeTensorMode()
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
@@ -184,7 +185,7 @@ def _trace(
         for module in modules_of(model, also_train):
             module.requires_grad_(True)
         if precision == "bf16" and not fp32_throughout:
-            # As training does: what is frozen is kept in bf16.
+            # Training keeps frozen weights in bf16.
             with mode, torch.device("cpu"):
                 for module in list(model.modules()):
                     for name, weight in list(module.named_parameters(recurse=False)):
@@ -201,7 +202,7 @@ def _saved_bytes(model: PreTrainedModel, layers: nn.ModuleList, length: int) -> 
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     inside = [_OUTSIDE]
     saved: dict[int, tuple[int, int]] = {}
-    alive: list[Tensor] = []  # a freed storage's address could be taken by another
+    alive: list[Tensor] = []  # another storage could reuse the address of a freed one
     found: dict[int, float] = {_INPUT: 0.0}
 
     def enter(position: int) -> Any:
@@ -237,7 +238,7 @@ def _saved_bytes(model: PreTrainedModel, layers: nn.ModuleList, length: int) -> 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of a forward that is only asked for its shapes."""
+    """Silence warnings of the traced forward."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,7 +1,7 @@
-"""GPUs as their makers describe them, and the rate of matrix products measured on this machine.
+"""List GPUs with their data-sheet rates, and measure the rate of matrix products on this machine.
 
-Sources of the table: the makers' data sheets (dense bf16 with fp32 accumulation, no sparsity; memory bandwidth), and
-the memory that the driver reports, which is a little less than the name says.
+Rates come from the makers' data sheets (dense bf16 with fp32 accumulation, no sparsity; memory bandwidth). Memory is
+what the driver reports, which is a little less than the name suggests.
 """
 
 import os
@@ -17,16 +17,16 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, or this machine's processor."""
+    """An accelerator, or this machine's processor."""
 
     name: str
     matmul_flops: float
-    """FLOP/s of matrix products: the data sheet's dense bf16 rate, or the measured rate."""
+    """Rate of matrix products, in FLOP/s: the data sheet's dense bf16 rate, or the measured rate."""
     memory_bytes: int
     bandwidth: float
-    """Bytes a second to and from memory."""
+    """Memory bandwidth, read plus write, in bytes per second."""
     precision: Literal["bf16", "fp32"]
-    """What training computes in: bf16 autocast over fp32 weights, or fp32 throughout."""
+    """Precision of training: bf16 autocast over fp32 weights, or fp32 throughout."""
     kind: Literal["gpu", "cpu"]
     measured: bool = False
 
@@ -57,10 +57,10 @@ _ALIASES = {"a100": "A100-80GB", "h100sxm": "H100", "h10080gb": "H100", "h200sxm
 
 
 def find_device(name: str) -> Device:
-    """The table's device of this name; case, spaces, hyphens and `GB` do not matter.
+    """Find a device by name; case, spaces, hyphens and `GB` are ignored.
 
     Raises:
-        EloError: the table has none.
+        EloError: the device is not in the table.
     """
 
     def plain(text: str) -> str:
@@ -71,7 +71,7 @@ def find_device(name: str) -> Device:
     names |= {known.removesuffix("gb").removeprefix("rtx"): name for known, name in names.items()} | _ALIASES
     if key not in names:
         raise EloError(
-            f"device: {name!r} is not known; choose one of {', '.join(DEVICES)}, or measure this machine with --measure"
+            f"device: {name!r} is not known; choose among {', '.join(DEVICES)}, or measure this machine with --measure"
         )
     return DEVICES[names[key]]
 
@@ -79,15 +79,15 @@ def find_device(name: str) -> Device:
 def measure_matmul_rate(
     seconds: float = 2.0, *, precision: Literal["bf16", "fp32"] | None = None, size: int | None = None
 ) -> Device:
-    """Measure this machine: the rate of matrix products and the memory bandwidth.
+    """Measure the rate of matrix products and the memory bandwidth of this machine.
 
     Args:
-        seconds: how long to measure, at least; half of it for each of the two, after a warm-up.
-        precision: of the products; bf16 on a GPU and fp32 on a CPU when None.
-        size: side of the square matrices; 8192 on a GPU and 1024 on a CPU when None, both large enough for full rate.
+        seconds: minimum duration, in seconds, half for each of the two measurements; warm-up comes on top.
+        precision: precision of the products; None means bf16 on a GPU and fp32 on a CPU.
+        size: side of the square matrices; None means 8192 on a GPU and 1024 on a CPU, large enough for the full rate.
 
     Returns:
-        A device with the best rates seen (others may be using the machine) and the memory of this one.
+        A device with this machine's memory and the best measured rates; the best, since the machine may be shared.
     """
     import torch
 

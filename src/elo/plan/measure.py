@@ -1,4 +1,4 @@
-"""What this machine really reaches on a given model: one decoder layer trained for some seconds."""
+"""Measure the rate that this machine reaches on a model, by training one decoder layer for a few seconds."""
 
 import time
 
@@ -11,7 +11,7 @@ from elo.surgery.layer_config import with_layers
 
 _VOCABULARY = 1024
 _MOST_FLOPS = 2e12
-"""FLOPs of one trial at most, so that a large model on a slow machine still takes seconds."""
+"""Maximum FLOPs of one trial, so that a large model on a slow machine takes only seconds."""
 
 
 def measure_utilisation(
@@ -23,21 +23,21 @@ def measure_utilisation(
     sequence_length: int = 2048,
     seconds: float = 3.0,
 ) -> float:
-    """Share of the measured matrix-product rate that a forward and backward of one real decoder layer reaches here.
+    """Measure the share of the matrix-product rate that forward and backward of one decoder layer reach.
 
-    The layer has the model's own shapes and random weights; the vocabulary is cut to 1,024. So norms, activations,
-    attention and the cost of small products are in the figure; the optimizer is not.
+    The layer has the model's shapes and random weights; the vocabulary is cut to 1,024. The share includes norms,
+    activations, attention and the cost of small products, but not the optimizer.
 
     Args:
-        config: the model's.
-        device: what `measure_matmul_rate` found.
-        layer: which decoder layer.
-        tokens: of a micro-step; fewer are taken where that would take too long.
+        config: configuration of the model.
+        device: result of `measure_matmul_rate`.
+        layer: index of the decoder layer.
+        tokens: number of tokens in a micro-step; reduced if a trial would take too long.
         sequence_length: T.
-        seconds: how long to go on measuring; the fastest trial counts.
+        seconds: duration of the measurement, in seconds; the fastest trial counts.
 
     Returns:
-        Above 0; may pass 1 where the layer's products run faster than the square ones that were measured.
+        A share above 0. It can exceed 1 if the layer's products are faster than the square products of `device`.
     """
     small = with_layers(text_config(config), [layer])
     small.vocab_size = min(_VOCABULARY, small.vocab_size)
@@ -48,12 +48,12 @@ def measure_utilisation(
     per_token = counted.flops_per_token("trained", sequence_length=length).total
     while length > 64 and length * per_token > _MOST_FLOPS:
         length //= 2
-    rows = max(1, min(tokens // length, int(_MOST_FLOPS / per_token / length)))
+    num_sequences = max(1, min(tokens // length, int(_MOST_FLOPS / per_token / length)))
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         with where:
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).train()
-        ids_BT = torch.randint(0, small.vocab_size, (rows, length), device=where)
-    flops = counted.flops_per_token("trained", sequence_length=length).total * rows * length
+        ids_BT = torch.randint(0, small.vocab_size, (num_sequences, length), device=where)
+    flops = counted.flops_per_token("trained", sequence_length=length).total * num_sequences * length
     fastest, began = float("inf"), time.perf_counter()
     for trial in range(1000):
         start = time.perf_counter()
@@ -66,7 +66,7 @@ def measure_utilisation(
         if where.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        if trial:  # the first one sets up
+        if trial:  # the first trial includes set-up
             fastest = min(fastest, now - start)
             if now - began > seconds:
                 break

@@ -1,6 +1,6 @@
-"""Peak memory of training, by part, from a footprint alone.
+"""Estimate the peak memory of training by part, from a footprint.
 
-Weights, gradients, optimizer states and logits are counted; what autograd keeps for the backward is measured
+Weights, gradients, optimizer states and logits are counted. What autograd keeps for the backward is measured
 (elo.plan.activations).
 """
 
@@ -22,30 +22,32 @@ OPTIMIZER_BYTES: dict[str, float] = {
     "adamw_bnb_8bit": 2.04,
     "adafactor": 0.02,
 }
-"""Bytes of state for one trained parameter. AdamW: two fp32 moments. 8-bit AdamW: two bytes and two fp32 scales for
-each 256 (bitsandbytes), but for the token embedding, tied or not, whose moments transformers keeps in fp32. Adafactor:
-a row and a column of each matrix, so next to nothing. Others are taken to be AdamW."""
+"""Bytes of optimizer state per trained parameter.
+
+AdamW keeps two fp32 moments. 8-bit AdamW (bitsandbytes) keeps two bytes, and two fp32 scales per 256 parameters;
+transformers keeps the moments of the token embedding, tied or not, in fp32. Adafactor keeps one row and one column of
+each matrix. Other optimizers are assumed to need as much as AdamW."""
 _ADAMW = OPTIMIZER_BYTES["adamw_torch"]
 
 RUNTIME_BYTES = {"gpu": 700 * 2**20, "cpu": 600 * 2**20}
-"""CUDA context, kernels and library workspaces; on a CPU the Python process with its libraries."""
+"""Bytes of the CUDA context, kernels and library workspaces; on a CPU, of the Python process and its libraries."""
 
 
 @dataclass(frozen=True)
 class SavedActivations:
-    """What autograd keeps between forward and backward; bytes for one token unless it says otherwise."""
+    """What autograd keeps between forward and backward, in bytes per token unless noted otherwise."""
 
     per_layer: tuple[float, ...]
     outside: float
     """Embedding output and final norm."""
     layer_input: float
-    """What activation checkpointing keeps of a layer."""
+    """Input of a layer, which is all that activation checkpointing keeps."""
     cast_weights: float
-    """Bytes, whatever the number of tokens: bf16 copies of fp32 weights that autocast makes."""
+    """bf16 copies of fp32 weights that autocast makes, in bytes, independent of the number of tokens."""
     mask: float
-    """Bytes for one (query, key) pair of a layer: the mask that CPU attention keeps."""
+    """Mask that CPU attention keeps, in bytes per (query, key) pair of a layer."""
     traced: bool
-    """False: the modules could not be run on fake tensors, and a rule of thumb stands in."""
+    """Whether the modules were traced on fake tensors; otherwise the numbers are a rule of thumb."""
 
 
 def phase_memory(
@@ -62,25 +64,30 @@ def phase_memory(
     fp32_throughout: bool = False,
     set_aside: int = 0,
 ) -> Memory:
-    """Peak memory of one device.
+    """Estimate the peak memory of one device.
 
     Args:
-        counted: the base model's footprint, with as many vocabulary rows as training computes with.
-        saved: as `saved_activations` measured it for this phase. Adapters are given what full training keeps.
-        layers: that train at one time.
-        settings: of the phase. Where they divide the model (FSDP, DeepSpeed), each device holds its share of weights,
-            gradients and optimizer states, one gathered layer and the gathered head.
-        sequence_length: T; sizes the mask of CPU attention.
-        precision: trained weights are fp32 always; under `bf16` products run on bf16 copies.
-        kind: frozen weights are bf16 on a GPU under `bf16`, fp32 on a CPU.
-        fp32_throughout: frozen weights are in fp32 on a GPU too.
-        set_aside: fp32 parameters held beside the model: the whole embedding and head, where some rows train.
+        counted: footprint of the base model, with the vocabulary rows that training computes with.
+        saved: result of `saved_activations` for this phase; adapters are assumed to keep what full training keeps.
+        phase: phase of the method.
+        layers: layers that train at one time.
+        settings: settings of the phase. If they divide the model (FSDP, DeepSpeed), each device holds its share of
+            weights, gradients and optimizer states, one gathered layer and the gathered head.
+        sequence_length: T; determines the size of the mask of CPU attention.
+        precision: under `bf16`, products run on bf16 copies of the weights; trained weights are always fp32.
+        kind: frozen weights are bf16 on a GPU under `bf16`, and fp32 on a CPU.
+        devices: number of devices.
+        fp32_throughout: whether frozen weights are fp32 on a GPU too.
+        set_aside: fp32 parameters held beside the model: the whole embedding and head, if only some rows train.
 
-    Two moments can be the peak. At the loss all activations and the logits exist. At the optimizer step all gradients
-    exist and no activation does. Between the two, under activation checkpointing, one layer's activations are back
-    beside the layer inputs; that is the larger of the two where a layer keeps more than the head. The end of the
-    backward, where the embedding's gradient is made before it is added to what is there, can pass them where much of
-    the model is embedding.
+    The peak is the largest of these moments:
+
+    - Loss: all activations and the logits exist.
+    - Optimizer step: all gradients exist, but no activations.
+    - Recomputed layer (activation checkpointing): one layer's activations exist beside the inputs of all layers.
+    - First backward (no checkpointing): all activations, the head's gradient and a workspace exist.
+    - End of backward: the embedding's new gradient exists beside the accumulated one. This is the peak of models with
+      a large embedding.
     """
     tokens = settings.per_device_train_batch_size * sequence_length
     accumulates = settings.tokens_per_step > tokens * devices
@@ -103,7 +110,7 @@ def phase_memory(
     copies = 0.0
     if precision == "bf16":
         copies = 2 * maps + (2 * counted.head_matmul if trains_head or kind == "cpu" else 0)
-        # Adapters' own copies are next to nothing, and what is frozen is in bf16 on a GPU.
+        # Copies of adapters are negligible, and frozen weights are bf16 on a GPU.
         copies += saved.cast_weights if phase.middle != "adapted" or kind == "cpu" else 0.0
     if is_divided:
         copies = item * max(layer.parameters for layer in held.layers) + item * counted.head_matmul
@@ -138,7 +145,7 @@ def phase_memory(
             "workspace": workspace,
         }
     if trains_embedding:
-        # A tied embedding's two gradients are added up before they are added to what is there.
+        # The two gradients of a tied embedding are summed before they are accumulated.
         made = 4 * counted.embedding * share * (int(accumulates) + int(counted.tied))
         moments["end of backward"] = base | {"gradients": gradients, "workspace": made}
     moments["optimizer step"] = base | {"gradients": gradients}
@@ -155,12 +162,12 @@ def head_loss_bytes(
     trains_head: bool,
     kind: Kind = "gpu",
 ) -> float:
-    """Bytes of the LM head's cross-entropy at its largest.
+    """Estimate the peak bytes of the LM head's cross-entropy.
 
-    All logits at once: three fp32 numbers each (log-probabilities and two gradients), as PyTorch's cross-entropy keeps
-    them. Chunked: one chunk's fp32 logits, twice under a softcap, under bf16 their gradient once more, and the hidden
-    states' gradient for all tokens. A head that trains has its fp32 gradient beside them; a CPU also makes a chunk's
-    part of it in bf16.
+    - All logits at once: PyTorch's cross-entropy keeps three fp32 numbers per logit (log-probability, two gradients).
+    - Chunked: the fp32 logits of one chunk (twice with a softcap), their gradient in bf16 under `bf16`, and the hidden
+      states' gradient for all tokens. A head that trains adds its fp32 gradient, and on a CPU a chunk's part of the
+      gradient in bf16.
     """
     if head_loss in ("plain", "model"):
         return 12.0 * tokens * counted.vocab_size

@@ -1,4 +1,4 @@
-"""Estimate one phase of a method: FLOPs, time, memory, and which settings would make it fit."""
+"""Estimate FLOPs, time and memory of one phase of a method, and suggest settings with which it fits."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,29 +16,29 @@ from elo.plan.schema import FlopsPerToken, Memory, PhasePlan
 from elo.train.settings import TrainingSettings
 
 USABLE_MEMORY = 0.95
-"""Share of a device's memory that is planned for; the rest goes to the allocator's gaps."""
+"""Share of a device's memory that a plan may use; the rest is left for fragmentation."""
 
 _OPTIMIZER_TRAFFIC = {"adamw_bnb_8bit": 28.0, "adafactor": 28.0}
 _ADAMW_TRAFFIC = 40.0
-"""Bytes to and from memory for one trained parameter and update: weight, clipped gradient, states; read and written."""
+"""Bytes read and written per trained parameter and update: weight, clipped gradient and states."""
 
 
 @dataclass
 class Model:
-    """A model as a plan sees it: counted without weights, and traced once for each way of training it."""
+    """A model to plan for, counted without weights and traced once for each way of training it."""
 
     config: PretrainedConfig
     whole: Footprint
     vocabulary_rows: int
-    """Rows of embedding and head, where `training.vocabulary` is `corpus`."""
+    """Number of rows of embedding and head in training if `training.vocabulary` is `corpus`."""
     _traced: dict[Any, SavedActivations] = field(default_factory=dict)
 
     def counted(self, settings: TrainingSettings) -> Footprint:
-        """The footprint with the rows that training computes with."""
+        """Return the footprint with the vocabulary rows that training computes with."""
         return self.whole if settings.vocabulary == "all" else self.whole.with_vocabulary(self.vocabulary_rows)
 
     def saved(self, phase: Phase, layers: Sequence[int], **trace: Any) -> SavedActivations:
-        """What a phase keeps for the backward; `layers` train at one time."""
+        """Measure what a phase keeps for the backward if `layers` train at one time."""
         if phase.middle in ("trained", "adapted"):
             key: tuple[Any, ...] = (None, (), False)
         else:
@@ -53,13 +53,13 @@ class Model:
 
     @property
     def is_traced(self) -> bool:
-        """Whether all activations are measured, none by a rule of thumb."""
+        """Whether all activations are measured rather than estimated by a rule of thumb."""
         return all(saved.traced for saved in self._traced.values())
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the phases are planned for."""
+    """The devices to plan for."""
 
     device: Device
     devices: int
@@ -67,11 +67,13 @@ class Machine:
     price_per_hour: float | None
 
     def precision(self, settings: TrainingSettings) -> Precision:
+        """Return the precision of training with these settings."""
         if settings.bf16 == "auto":
             return self.device.precision
         return "bf16" if settings.bf16 else "fp32"
 
     def holds(self, memory: Memory) -> bool:
+        """Return whether one device has enough usable memory for this peak."""
         return memory.peak_bytes <= USABLE_MEMORY * self.device.memory_bytes
 
 
@@ -89,8 +91,14 @@ def plan_phase(
     """Estimate one phase.
 
     Args:
-        layers: decoder layers that the configuration chooses.
-        tokens: that it trains on.
+        model: model to train.
+        machine: devices to plan for.
+        method: method of the run.
+        phase: phase to estimate.
+        layers: decoder layers that the configuration selects.
+        settings: settings of the phase.
+        tokens: number of tokens that the phase trains on.
+        sequence_length: number of tokens in a sequence.
     """
     counted = model.counted(settings)
     flops = method.flops_per_token(
@@ -114,7 +122,7 @@ def plan_phase(
     if not fits:
         for changes in _changes(machine, method, phase, settings):
             if machine.holds(memory(settings.model_copy(update=changes))):
-                suggestion = [_written(key, value) for key, value in changes.items()]
+                suggestion = [_setting_text(key, value) for key, value in changes.items()]
                 break
     return PhasePlan(
         name=phase.name,
@@ -171,7 +179,7 @@ def _memory(
 
 
 def _changes(machine: Machine, method: Method, phase: Phase, settings: TrainingSettings) -> Iterator[dict[str, Any]]:
-    """Changes of one setting, then of two, that need less memory; what costs least speed first."""
+    """Yield changes of one setting, then of two, that reduce memory; those that cost the least speed come first."""
     single: dict[str, Any] = {}
     if settings.per_device_train_batch_size > 1:
         single["per_device_train_batch_size"] = 1
@@ -184,11 +192,11 @@ def _changes(machine: Machine, method: Method, phase: Phase, settings: TrainingS
     for number in (1, 2):
         for keys in combinations(single, number):
             divided = settings.divides_model or "training_arguments" in keys
-            if not (divided and "optim" in keys):  # refused together
+            if not (divided and "optim" in keys):  # the configuration rejects the combination
                 yield {key: single[key] for key in keys}
 
 
-def _written(key: str, value: Any) -> str:
+def _setting_text(key: str, value: Any) -> str:
     if key == "training_arguments":
         return "training_arguments: {fsdp: true}"
     return f"{key}: {str(value).lower() if isinstance(value, bool) else value}"

@@ -1,4 +1,4 @@
-"""`elo plan`: estimate what a run costs, whether it fits, and how much faster it is, without loading weights."""
+"""Estimate the cost of a run, whether it fits, and its speed-up over other methods, without loading weights."""
 
 import os
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ from elo.train.settings import check_also_train
 DEFAULT_DEVICE = "H100"
 DEFAULT_TOKENS = 1_000_000_000
 COMMON_METHODS = ("elo_paper", "frozen", "lisa", "lora", "full")
-"""Compared with method elo where a model is planned without the name of a method."""
+"""Methods compared with method elo when a model is planned without the name of a method."""
 DEFAULT_BASELINES = ("full", "lora")
 UTILISATION = 0.40
-"""Share of the data sheet's rate that training reaches; torchtitan reports 33 to 39 % for an 8B model on H100. On this
-machine the share is measured with a layer of the model itself."""
+"""Assumed share of the data sheet's rate that training reaches; torchtitan reports 33 to 39 % for an 8B model on H100.
+For this machine, the share is measured on one layer of the model."""
 
 
 def plan(
@@ -45,18 +45,18 @@ def plan(
     vocabulary_rows: int | None = None,
     compare_with: Sequence[str] = DEFAULT_BASELINES,
 ) -> Plan:
-    """Estimate parameters, FLOPs, memory, time and cost of a run, and of the same run by other methods.
+    """Estimate parameters, FLOPs, memory, time and cost of a run, and of the same run with other methods.
 
     Args:
-        config: a run's configuration, its YAML file, or a dict of the same form; or a model (checkpoint folder,
-            config.json or hub id), for a run with default settings.
-        device: a GPU of elo.plan.devices.DEVICES; H100 when None.
-        devices: number of them.
-        measure: measure this machine for some seconds and plan for it instead of a `device`.
-        price_per_hour: of one device, in any currency.
-        vocabulary_rows: rows of embedding and head under `training.vocabulary: corpus`; by default those that the
-            run folder records, or else all.
-        compare_with: methods that the same run is planned by, with their default settings.
+        config: a run's configuration, YAML file, or dict of the same form; or a model (checkpoint folder, config.json
+            or hub id), for a run with default settings.
+        device: name of a GPU in elo.plan.devices.DEVICES; None means H100.
+        devices: number of devices.
+        measure: measure this machine for a few seconds and plan for it instead of a `device`.
+        price_per_hour: price of one device per hour, in any currency.
+        vocabulary_rows: number of rows of embedding and head under `training.vocabulary: corpus`. By default, the
+            number that the run folder records, otherwise all rows.
+        compare_with: methods to compare with, with their default settings.
 
     Raises:
         EloError: the configuration is wrong, there is no such model, device or method, or a number is out of range.
@@ -69,7 +69,7 @@ def plan(
     if price_per_hour is not None and not (isfinite(price_per_hour) and price_per_hour >= 0):
         raise EloError(f"price_per_hour: got {price_per_hour}; write the price of one device for an hour, 0 or more")
     if measure and device is not None:
-        raise EloError(f"device: got {device!r} together with measure; name a device or measure this machine, not both")
+        raise EloError(f"device: got {device!r} together with measure; name a device or measure this machine")
     unknown = [name for name in compare_with if name not in METHODS]
     if unknown:
         raise EloError(f"compare_with: there is no method {unknown[0]!r}; choose among {', '.join(METHODS)}")
@@ -101,7 +101,7 @@ def plan(
     machine = Machine(found, devices, utilisation, price_per_hour)
     total = config.tokens or DEFAULT_TOKENS
     if config.tokens is None:
-        notes.append(f"tokens: null is one pass over the target language; {total:,} are planned")
+        notes.append(f"tokens: null means one pass over the target language; the plan assumes {total:,}")
 
     run = _plan_method(model, machine, config, layers, total)
     baselines = []
@@ -155,25 +155,25 @@ def planned_run(
     method: str | None = None,
     tokens: float | None = None,
 ) -> RunConfig:
-    """The run that `elo plan SOURCE` describes.
+    """Return the configuration of the run that `elo plan SOURCE` plans.
 
     Args:
         source: a run's YAML file, or a model, for a run with default settings.
-        overrides: `key.path=value`, as for a run.
-        method: name of the method, instead of the configuration's.
-        tokens: token budget, instead of the configuration's.
+        overrides: overrides of the form `key.path=value`, as for `elo run`.
+        method: name of the method; None keeps the configuration's.
+        tokens: token budget; None keeps the configuration's.
 
     Raises:
         EloError: the configuration cannot be read, or a key or value is wrong.
     """
     if tokens is not None and not (isfinite(tokens) and tokens >= 1):
-        raise EloError(f"--tokens {tokens:g}: write a number of training tokens, such as 1e9")
+        raise EloError(f"--tokens: got {tokens:g}; write a number of training tokens, such as 1e9")
     changes = [*(overrides or [])]
     changes += [] if method is None else [f"method={method}"]
     changes += [] if tokens is None else [f"tokens={tokens!r}"]
     if is_configuration(source):
         return load_config(source, changes)
-    nowhere = os.devnull  # a run folder and corpora that are never read
+    nowhere = os.devnull  # the plan never reads the run folder or the corpora
     defaults: dict[str, Any] = {
         "model": str(source),
         "output": nowhere,
@@ -184,12 +184,12 @@ def planned_run(
 
 
 def is_configuration(source: str | Path) -> bool:
-    """Whether `source` names a run's YAML file, rather than a model."""
+    """Return whether `source` is a run's YAML file rather than a model."""
     return str(source).endswith((".yaml", ".yml"))
 
 
 def this_machine() -> Device:
-    """Measure this machine, in the precision that training would use here."""
+    """Measure this machine in the precision that training would use on it."""
     pays = bf16_pays("cuda" if torch.cuda.is_available() else "cpu")
     return measure_matmul_rate(precision="bf16" if pays else "fp32")
 
@@ -219,7 +219,7 @@ def _plan_method(model: Model, machine: Machine, config: RunConfig, layers: Sequ
 def _full_recomputing(
     model: Model, machine: Machine, full: RunConfig, layers: Sequence[int], total: int
 ) -> list[MethodPlan]:
-    """Full CPT with activation checkpointing, unless it has that anyway."""
+    """Plan full CPT (continued pre-training) with activation checkpointing, unless its settings have that already."""
     (phase,) = full.method.phases
     if full.settings(phase).activation_checkpointing:
         return []
@@ -230,42 +230,43 @@ def _full_recomputing(
     return [planned.model_copy(update={"name": "full_recomputing", "label": label})]
 
 
-def _vocabulary_rows(config: RunConfig, counted: Footprint, asked: int | None, notes: list[str]) -> int:
+def _vocabulary_rows(config: RunConfig, counted: Footprint, requested: int | None, notes: list[str]) -> int:
     cut = [phase.name for phase in config.method.phases if config.settings(phase).vocabulary == "corpus"]
-    if asked is not None:
+    if requested is not None:
         if not cut:
-            raise EloError("vocabulary_rows: training.vocabulary is all; write training.vocabulary: corpus as well")
-        if not 1 <= asked <= counted.vocab_size:
-            raise EloError(f"vocabulary_rows: got {asked}; write a number from 1 to the model's {counted.vocab_size}")
-        return asked
+            raise EloError("vocabulary_rows: training.vocabulary is all; write training.vocabulary: corpus too")
+        if not 1 <= requested <= counted.vocab_size:
+            raise EloError(
+                f"vocabulary_rows: got {requested}; write a number from 1 to the model's {counted.vocab_size}"
+            )
+        return requested
     for name in cut:
         record = Path(config.output) / "stages" / f"vocabulary-{name}.json"
         if record.is_file():
             return int(read_json(record)["record"]["rows"])
     if cut:
         notes.append(
-            "vocabulary: corpus: the number of rows is known once the run has counted them, so all are planned; "
-            "write --vocabulary-rows to plan another number"
+            "vocabulary: corpus: the run has not counted its vocabulary rows yet, so the plan assumes all rows; "
+            "set another number with --vocabulary-rows"
         )
     return counted.vocab_size
 
 
 def _notes(model: Model, machine: Machine, config: RunConfig) -> list[str]:
-    """What the numbers assume."""
+    """Return the assumptions behind the numbers."""
     device, length = machine.device, config.data.sequence_length
     settings = [config.settings(phase) for phase in config.method.phases]
     source = "measured here" if device.measured else "data sheet, dense"
     share = "measured on one layer of this model" if device.measured else "assumed"
     frozen = "fp32" if device.kind == "cpu" else device.precision
     notes = [
-        f"rate: {device.matmul_flops / 1e12:.3g} TFLOP/s {device.precision} ({source}), of which "
-        f"{machine.utilisation:.0%} are used ({share})",
-        "time: training alone, without preparation, surgery, fitting a bridge, searching a scale, evaluation and "
-        "checkpoints",
+        f"rate: {device.matmul_flops / 1e12:.3g} TFLOP/s {device.precision} ({source}), of which training reaches "
+        f"{machine.utilisation:.0%} ({share})",
+        "time: training only, without preparation, surgery, bridge fitting, scale search, evaluation and checkpoints",
         "FLOPs: matrix products and attention scores of one causal sequence",
-        f"memory: fp32 weights for what trains, {frozen} for what is frozen; at most {USABLE_MEMORY:.0%} of the device "
-        "is planned for",
-        "LoRA: activations are taken to be those of full training, an upper bound",
+        f"memory: trained weights in fp32, frozen weights in {frozen}; the plan uses at most {USABLE_MEMORY:.0%} of a "
+        "device",
+        "LoRA: activations are assumed to be those of full training, an upper bound",
     ]
     if machine.devices > 1:
         notes.append("devices: communication is not counted")
@@ -274,21 +275,21 @@ def _notes(model: Model, machine: Machine, config: RunConfig) -> list[str]:
     for each in settings:
         micro = length * each.per_device_train_batch_size * machine.devices
         if each.tokens_per_step % micro:
-            notes.append(f"warning: the run needs a tokens_per_step that is a multiple of {micro:,} on these devices")
+            notes.append(f"warning: tokens_per_step must be a multiple of {micro:,} on these devices")
             break
     for name in dict.fromkeys(each.optimizer_name for each in settings if each.optimizer_name not in OPTIMIZER_BYTES):
-        notes.append(f"optim: memory and traffic of {name} are taken to be AdamW's")
+        notes.append(f"optim: memory and traffic of {name} are assumed to be those of AdamW")
     if any(machine.precision(each) != device.precision for each in settings):
-        notes.append(f"bf16: the rate is that of {device.precision} all the same")
+        notes.append(f"bf16: the plan uses the rate of {device.precision}, although training uses another precision")
     if config.method.needs_new_rows:
-        notes.append("embedding_rows: new: all rows are planned to train, an upper bound")
+        notes.append("embedding_rows: new: the plan assumes that all rows train, an upper bound")
     if not model.is_traced:
-        notes.append("activations: this model's modules cannot be traced, so they are a rule of thumb (within 50 %)")
+        notes.append("activations: estimated by a rule of thumb (within 50 %), since this model cannot be traced")
     if model.whole.active != model.whole.total:
-        notes.append("experts: FLOPs are those of the experts a token is sent to; all are in memory")
+        notes.append("experts: FLOPs count only the experts that a token is sent to; memory counts all experts")
     longest = getattr(text_config(model.config), "max_position_embeddings", None)
     if isinstance(longest, int) and length > longest:
         notes.append(f"warning: sequence_length {length} is above the model's max_position_embeddings {longest}")
     if text_config(model.config) is not model.config:
-        notes.append("multimodal model: the text decoder alone is planned")
+        notes.append("multimodal model: the plan covers the text decoder only")
     return notes

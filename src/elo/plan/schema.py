@@ -1,4 +1,4 @@
-"""The plan's schema: `elo plan` writes it as JSON and `elo.plan.table` renders it."""
+"""Schema of a plan: `elo plan` writes it as JSON and `elo.plan.table` renders it."""
 
 from typing import Any
 
@@ -18,20 +18,20 @@ class Memory(_Record):
 
     peak_bytes: int
     moment: str
-    """Moment of an update at which the peak is reached."""
+    """Moment of an update at which the peak occurs."""
     parts: dict[str, int]
-    """Bytes by part at that moment; they add up to the peak."""
+    """Bytes by part at that moment; the sum is the peak."""
 
 
 class FlopsPerToken(_Record):
-    """Matrix-product FLOPs of one trained token."""
+    """FLOPs of one trained token in matrix products."""
 
     forward: float
     backward: float
     recompute: float
-    """Forward computed again by activation checkpointing."""
+    """Forward FLOPs repeated by activation checkpointing."""
     head: float
-    """Part of forward and backward that is the LM head's."""
+    """The LM head's part of `forward` and `backward`."""
     total: float
 
 
@@ -40,28 +40,28 @@ class PhasePlan(_Record):
 
     name: str
     middle: Middle
-    """What becomes of the layers that are not chosen to train."""
+    """Treatment of the layers that are not selected for training."""
     tokens: int
     trainable_parameters: int
-    """Parameters that have gradients and optimizer states at one time."""
+    """Number of parameters that have gradients and optimizer states at one time."""
     flops_per_token: FlopsPerToken
     flops: float
     seconds: float
     tokens_per_second: float
     optimizer_share: float
-    """Share of the time that the optimizer takes."""
+    """Share of the time spent in the optimizer."""
     device_hours: float
     cost: float | None
-    """Device hours times the price of one; null without a price."""
+    """Device hours times the price per hour; null without a price."""
     memory: Memory
     fits: bool
-    """Whether the peak is within the share of the device's memory that is planned for."""
+    """Whether the peak is within the usable share of the device's memory."""
     suggestion: list[str]
-    """Settings with which a phase that does not fit would fit; empty where the plan knows none."""
+    """Settings with which a phase that does not fit would fit; empty if the plan finds none."""
 
 
 class MethodPlan(_Record):
-    """A method as a whole."""
+    """All phases of a method, with their sums."""
 
     name: str
     label: str
@@ -96,7 +96,7 @@ class MethodPlan(_Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def peak_bytes(self) -> int:
-        """Of the phase that needs most."""
+        """Peak memory of the phase that needs most, in bytes."""
         return max(phase.memory.peak_bytes for phase in self.phases)
 
     @computed_field  # type: ignore[prop-decorator]
@@ -106,7 +106,7 @@ class MethodPlan(_Record):
 
 
 class SpeedUp(_Record):
-    """How many times the baseline costs what the run costs, for the same token budget."""
+    """Ratio of the baseline's cost to the run's, for the same token budget."""
 
     over: str
     """Name of the baseline."""
@@ -115,48 +115,48 @@ class SpeedUp(_Record):
 
 
 class PlannedModel(_Record):
-    """The base model, as its config describes it."""
+    """The base model, as described by its config."""
 
     name: str
     model_type: str
     layers: list[int]
-    """Decoder layers that the configuration chooses, 0-based."""
+    """0-based indices of the decoder layers that the configuration selects."""
     num_layers: int
     hidden_size: int
     vocab_size: int
     vocabulary_rows: int
-    """Rows of embedding and LM head that training computes with."""
+    """Number of rows of embedding and LM head that training computes with."""
     tied: bool
-    """Whether the LM head is the embedding."""
+    """Whether the LM head is tied to the embedding."""
     total_parameters: int
     active_parameters: int
-    """Parameters that one token uses; fewer than the total in a mixture of experts."""
+    """Number of parameters that one token uses; below the total in a mixture of experts."""
     embedding_parameters: int
     head_parameters: int
-    """0 where the head is tied."""
+    """Number of parameters of the LM head; 0 if it is tied."""
     layer_parameters: list[int]
 
 
 class PlannedDevice(_Record):
-    """What the run is planned for."""
+    """The devices that the run is planned for."""
 
     name: str
     count: int
     matmul_flops: float
-    """FLOP/s of matrix products, of one device."""
+    """Rate of matrix products of one device, in FLOP/s."""
     measured: bool
-    """Measured here, rather than taken from the data sheet."""
+    """Whether the rates are measured on this machine rather than taken from the data sheet."""
     precision: str
     memory_bytes: int
     bandwidth: float
-    """Bytes per second to and from memory."""
+    """Memory bandwidth, read plus write, in bytes per second."""
     utilisation: float
     """Share of `matmul_flops` that training reaches."""
     price_per_hour: float | None
 
 
 class Plan(_Record):
-    """Parameters, FLOPs, memory, time and cost of a run, and of the same run by other methods."""
+    """Parameters, FLOPs, memory, time and cost of a run, and of the same run with other methods."""
 
     schema_version: int = SCHEMA_VERSION
     model: PlannedModel
@@ -164,9 +164,9 @@ class Plan(_Record):
     run: MethodPlan
     baselines: list[MethodPlan]
     speed_ups: list[SpeedUp]
-    """Of the run over each baseline."""
+    """Speed-ups of the run over each baseline."""
     notes: list[str]
-    """What the numbers assume."""
+    """Assumptions behind the numbers."""
     config: dict[str, Any]
     """The run's configuration."""
 

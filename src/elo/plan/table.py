@@ -1,4 +1,4 @@
-"""A plan as tables on a terminal."""
+"""Render a plan as tables for a terminal."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -21,11 +21,11 @@ _PARTS = {
 
 
 def render_plan(plan: Plan) -> RenderableType:
-    """Tables of time, cost, speed-ups and memory, with what the numbers assume."""
+    """Render tables of time, cost, speed-ups and memory, with the assumptions behind the numbers."""
     parts: list[RenderableType] = [_headline(plan), _time(plan), _memory(plan)]
     lines = [
         f"{_phase_label(method, phase)} does not fit"
-        + (f"; it would with {' and '.join(phase.suggestion)}" if phase.suggestion else "")
+        + (f"; it fits with {' and '.join(phase.suggestion)}" if phase.suggestion else "")
         for method in plan.methods
         for phase in method.phases
         if not phase.fits
@@ -39,7 +39,7 @@ def render_plan(plan: Plan) -> RenderableType:
 def _headline(plan: Plan) -> str:
     model, device = plan.model, plan.device
     active = model.active_parameters
-    experts = f", {count(active)} used by a token" if active != model.total_parameters else ""
+    experts = f", {count(active)} used per token" if active != model.total_parameters else ""
     head = "tied to the embedding" if model.tied else count(model.head_parameters)
     sizes = sorted(set(model.layer_parameters))
     each = count(sizes[0]) if len(sizes) == 1 else f"{count(sizes[0])} to {count(sizes[-1])}"
@@ -49,7 +49,7 @@ def _headline(plan: Plan) -> str:
     return (
         f"{model.name} ({model.model_type}): {count(model.total_parameters)} parameters{experts}\n"
         f"  embedding {count(model.embedding_parameters)}, head {head}, {model.num_layers} layers of {each}{cut}\n"
-        f"  layers {', '.join(map(str, model.layers))} chosen; "
+        f"  selected layers {', '.join(map(str, model.layers))}; "
         f"{device.count} x {device.name}, {device.memory_bytes / _GIB:.1f} GiB each\n"
     )
 
@@ -59,7 +59,7 @@ def _time(plan: Plan) -> Table:
     table = _table("Time and cost")
     for name in ("trained", "tokens", "GFLOP/token", "tokens/h", "time", "device h", *(["cost"] if priced else [])):
         table.add_column(name, justify="right")
-    table.add_column("run is faster\nFLOPs / time", justify="right")
+    table.add_column("speed-up\nFLOPs / time", justify="right")
     faster = {each.over: f"{each.flops:.1f}x / {each.seconds:.1f}x" for each in plan.speed_ups}
     for method in plan.methods:
         for phase in method.phases:
@@ -70,7 +70,7 @@ def _time(plan: Plan) -> Table:
                 faster.get(method.name, "") if len(method.phases) == 1 else "",
             )
         if len(method.phases) > 1:
-            table.add_row(f"{method.label}, whole", "", *_cost(method, priced), faster.get(method.name, ""))
+            table.add_row(f"{method.label}, total", "", *_cost(method, priced), faster.get(method.name, ""))
         if method is plan.run:
             table.add_section()
     return table
@@ -91,7 +91,7 @@ def _memory(plan: Plan) -> Table:
     table = _table("Peak memory of one device, GiB")
     phases = [(method, phase) for method in plan.methods for phase in method.phases]
     shown = [name for name in _PARTS if any(name in phase.memory.parts for _, phase in phases)]
-    for name in (*(_PARTS[name] for name in shown), "peak", "at the", "fits"):
+    for name in (*(_PARTS[name] for name in shown), "peak", "peak at", "fits"):
         table.add_column(name, justify="right")
     for method, phase in phases:
         parts = phase.memory.parts

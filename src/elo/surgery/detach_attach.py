@@ -1,4 +1,4 @@
-"""`elo detach` and `elo attach`: on a checkpoint folder or a hub id, with no configuration file and no tokenizer."""
+"""Detach and attach layers of a checkpoint folder or hub id, without a configuration file or a tokenizer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from elo.store.files import disk_problem
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
 WEIGHT_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
-_OTHER_WEIGHTS = ["original/*", "consolidated*", "[!a]*/*", "a[!d]*/*"]  # all folders but additional_chat_templates
+_OTHER_WEIGHTS = ["original/*", "consolidated*", "[!a]*/*", "a[!d]*/*"]  # all folders except additional_chat_templates
 
 
 def detach(
@@ -24,18 +24,18 @@ def detach(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write a checkpoint of the embedding, the chosen decoder layers, the final norm and the head.
+    """Write a checkpoint with the embedding, the selected decoder layers, the final norm and the head.
 
     Args:
-        checkpoint: a Hugging Face checkpoint folder or hub id.
-        layers: which decoder layers to keep, such as `first:1,last:1`, `0,1,-1` or `0-3`.
-        output: folder to write; it appears whole or not at all.
+        checkpoint: Hugging Face checkpoint folder or hub id.
+        layers: decoder layers to keep, such as `first:1,last:1`, `0,1,-1` or `0-3`.
+        output: folder to write. If writing fails, no output is left.
         revision: branch, tag or commit of a hub id.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
 
     Returns:
-        The record of where the detached checkpoint comes from, as written to its config.json.
+        The provenance record, as written to the output's config.json.
     """
 
     check_replaceable(Path(output), overwrite)
@@ -66,28 +66,29 @@ def attach(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write the base with a detached checkpoint's layers back at their places.
+    """Write the base with a detached checkpoint's layers in their original positions.
 
     Args:
-        detached: the detached checkpoint, trained or not: a folder or hub id.
-        base: the checkpoint that it was detached from: a folder or hub id.
-        output: folder to write; it appears whole or not at all.
-        scale: what is put back is theta0 + scale * (theta - theta0); 1 puts the trained weights back exactly.
-        include: of "embedding", "norm" and "head", what is put back besides the layers.
-        link: weight files that hold nothing of what is put back become hard links to the base's, where that can be:
-            nothing is written for them, but whoever changes one in place changes both.
-        revision: branch, tag or commit of the base when it is a hub id.
+        detached: detached checkpoint, trained or not: a folder or hub id.
+        base: checkpoint that it was detached from: a folder or hub id.
+        output: folder to write. If writing fails, no output is left.
+        scale: weights become theta0 + scale * (theta - theta0); 1 restores the trained weights exactly.
+        include: parts to attach besides the layers: "embedding", "norm", "head".
+        link: hard-link weight files that do not change, if the file system allows it. This writes no data, but
+            changing such a file in place also changes the base's.
+        revision: branch, tag or commit of the base, if it is a hub id.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
 
     Returns:
-        What was put back: {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors", "files"}.
+        A record of what was attached: {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors",
+        "files"}.
     """
 
     check_replaceable(Path(output), overwrite)
     if not (isfinite(scale) and abs(scale) <= 100):
         raise EloError(
-            f"scale: {scale} is not a number within 100 of 0; 1 puts the trained weights back, 0.5 half of the change"
+            f"scale: got {scale}; write a number from -100 to 100 (1 keeps the trained weights, 0.5 half of the change)"
         )
 
     with readable_errors():
@@ -106,26 +107,28 @@ def attach(
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn what the file system raises into one message."""
+    """Convert file-system errors into an EloError."""
     try:
         yield
-    except OSError as error:  # a full disk, a file without read permission
+    except OSError as error:  # for example a full disk, or a file without read permission
         raise EloError(disk_problem(error)) from None
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:
-    """Raise EloError where overwriting would remove something else than a checkpoint."""
+    """Raise EloError if overwriting would remove anything other than a checkpoint."""
     if not overwrite or not output.exists():
         return
     if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
-        raise EloError(f"{output}: is not a checkpoint, so --overwrite does not remove it; choose another output")
+        raise EloError(f"{output}: is not a checkpoint, so --overwrite does not replace it; choose another output")
 
 
 def resolve_checkpoint(checkpoint: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """The folder of a checkpoint; a hub id's files are downloaded to the Hugging Face cache, Python only if trusted.
+    """Return the folder of a checkpoint, downloading a hub id's files to the Hugging Face cache if necessary.
+
+    Python files are downloaded only with `trust_remote_code`.
 
     Raises:
-        EloError: there is no such folder, and no such model can be had from the hub.
+        EloError: there is no such folder, and the hub does not provide such a model.
     """
     folder = Path(checkpoint).expanduser()
     if folder.exists() or len(folder.parts) > 2 or str(checkpoint).startswith((".", "/", "~")):
@@ -143,9 +146,9 @@ def resolve_checkpoint(checkpoint: str | Path, *, revision: str | None = None, t
                 str(checkpoint), revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_WEIGHTS
             )
         )
-    except Exception as error:  # the hub client raises its own, httpx's and OSError
+    except Exception as error:  # the hub client raises its own errors, httpx's and OSError
         lines = str(error).strip().splitlines()
         raise EloError(
-            f"{checkpoint}: is not a folder here, and cannot be had from the Hugging Face hub "
+            f"{checkpoint}: is not a local folder and cannot be downloaded from the Hugging Face hub "
             f"({type(error).__name__}: {lines[0][:200] if lines else ''}); check the name, the network and your token"
         ) from None

@@ -1,8 +1,8 @@
-"""The check behind every detachment: is each kept layer, built for the small model, the layer that the base has?
+"""Check that each kept layer of the small model is built exactly like its layer in the base.
 
-Both models are built without their weights and compared module by module: classes, shapes, scalar attributes, small
-buffers, ties. A family whose layers depend on their depth in a way that the configuration surgery missed differs here
-and is refused, rather than trained into something that the base cannot take back.
+Both models are built without weights and compared module by module: classes, shapes, scalar attributes, small buffers
+and ties. In some families layers depend on their depth in ways that the configuration edits do not cover. They differ
+here and are refused before training produces layers that cannot be attached.
 """
 
 import copy
@@ -29,9 +29,9 @@ _SMALL = 1 << 16
 
 
 class _WithoutLargeTensors(TorchFunctionMode):
-    """Uninitialised and large tensors are created on the meta device; small constants stay real, to be compared.
+    """Create uninitialised and large tensors on the meta device; small constants keep their data for comparison.
 
-    Filling what has no data would do nothing but take half of the time.
+    Initialisers skip tensors without data, which halves the construction time.
     """
 
     def __torch_function__(
@@ -39,7 +39,7 @@ class _WithoutLargeTensors(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", None) in _FILLERS:
-            filled = args[0] if args else kwargs["tensor"]  # torch.nn.init passes it on by name
+            filled = args[0] if args else kwargs["tensor"]  # torch.nn.init passes it by keyword
             if filled.is_meta:
                 return filled
         if func is torch.empty or (func in _FACTORIES and _numel(args, kwargs) > _SMALL):
@@ -61,18 +61,18 @@ def _hollow_construction(model_type: str) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=[]), _WithoutLargeTensors():
             yield
-    except Exception as error:  # model constructors raise anything for a configuration that makes no sense to them
+    except Exception as error:  # model constructors can raise any type for an invalid configuration
         raise UnsupportedArchitectureError(
-            f"model type {model_type!r}: transformers cannot make a causal language model of this configuration "
-            f"({error_line(error)})"
+            f"model type {model_type!r}: transformers cannot build a causal language model from this configuration "
+            f"({error_line(error)}); choose another model"
         ) from None
 
 
 def build_hollow(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """The model that `config` describes, its parameters without data; the random state is left as it was.
+    """Build the model of `config` without parameter data and without changing the random state.
 
     Raises:
-        UnsupportedArchitectureError: it cannot be built.
+        UnsupportedArchitectureError: the model cannot be built.
     """
     with _hollow_construction(config.model_type):
         config = config_of_class(model_class, config)
@@ -80,10 +80,10 @@ def build_hollow(model_class: type[PreTrainedModel], config: PretrainedConfig) -
 
 
 def build_hollow_causal_lm(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal LM that `config` is read as (elo.checkpoint.reading), without data.
+    """Build the causal LM of `config` without parameter data; elo.checkpoint.reading chooses its class.
 
     Raises:
-        UnsupportedArchitectureError: there is none, or it cannot be built.
+        UnsupportedArchitectureError: transformers has no causal LM for this configuration, or cannot build it.
     """
     with _hollow_construction(config.model_type):
         model: PreTrainedModel = auto_class(config).from_config(
@@ -93,14 +93,14 @@ def build_hollow_causal_lm(config: PretrainedConfig, *, trust_remote_code: bool 
 
 
 def require_same_layers(base: PreTrainedModel, detached: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Compare a base and the model made of its layers `kept`, both possibly hollow.
+    """Compare a base with the model made of its layers `kept`; both may be without data.
 
     Raises:
-        UnsupportedArchitectureError: something else than the number of layers and their own index differs.
+        UnsupportedArchitectureError: anything other than the number of layers and their indices differs.
     """
     base_parts, detached_parts = find_architecture(base), find_architecture(detached)
     if detached_parts.layers_path != base_parts.layers_path or detached_parts.tied != base_parts.tied:
-        raise _refusal(base_parts, kept, "the small model is laid out differently")
+        raise _refusal(base_parts, kept, "the small model has a different structure")
     if detached_parts.num_layers != len(kept):
         raise _refusal(base_parts, kept, f"the small model has {detached_parts.num_layers} layers")
     for position, index in enumerate(kept):
@@ -117,7 +117,7 @@ def require_same_layers(base: PreTrainedModel, detached: PreTrainedModel, kept: 
             raise _refusal(
                 base_parts,
                 kept,
-                f"{name}, outside the layers, depends on their number "
+                f"{name} is outside the layers but depends on their number "
                 f"({old_shapes.get(name, 'absent')} in the base, {new_shapes.get(name, 'absent')} in the small model)",
             )
 
@@ -125,13 +125,13 @@ def require_same_layers(base: PreTrainedModel, detached: PreTrainedModel, kept: 
 def follow_configuration(
     detached: PreTrainedModel, base: PreTrainedModel, small: PreTrainedModel, kept: Sequence[int]
 ) -> None:
-    """Set on a model made of a base's modules the plain attributes that its configuration would have given it.
+    """Set the plain attributes of a model made of a base's modules to the values that its own configuration gives.
 
     Args:
-        detached: the model to change: a copy of the base with the layers `kept`.
-        base: a (hollow) model of the base's configuration.
-        small: a (hollow) model of the detached model's configuration.
-        kept: the layers that were kept.
+        detached: model to change, a copy of the base with the layers `kept`.
+        base: model of the base's configuration; may be without data.
+        small: model of the detached model's configuration; may be without data.
+        kept: indices of the kept layers.
     """
     prefix = find_architecture(base).layers_path + "."
     base_modules, small_modules = dict(base.named_modules()), dict(small.named_modules())
@@ -141,7 +141,7 @@ def follow_configuration(
             position, dot, rest = name.removeprefix(prefix).partition(".")
             base_name = f"{prefix}{kept[int(position)]}{dot}{rest}"
         if base_name not in base_modules or name not in small_modules:
-            continue  # a module for layers that are gone
+            continue  # the module belongs to layers that were removed
         before, after = vars(base_modules[base_name]), vars(small_modules[name])
         for key in vars(module).keys() & before.keys() & after.keys():
             values = before[key], after[key]
@@ -156,7 +156,7 @@ class _Place(NamedTuple):
 
 
 def _is_selection(before: Any, after: Any, place: _Place) -> bool:
-    """Whether these are the configuration's per-layer list, which a module may hold on to."""
+    """Return whether these are a per-layer list of the configuration, to which a module may keep a reference."""
     return (
         isinstance(before, (list, tuple))
         and isinstance(after, (list, tuple))
@@ -168,8 +168,8 @@ def _is_selection(before: Any, after: Any, place: _Place) -> bool:
 
 def _refusal(parts: Architecture, kept: Sequence[int], what: str) -> UnsupportedArchitectureError:
     return UnsupportedArchitectureError(
-        f"layers {list(kept)} of model type {parts.model_type!r} cannot be detached: {what}. "
-        "Try other layers (the first ones, first:K, keep their places), or train the whole model (method: full)"
+        f"layers: {list(kept)} cannot be detached from model type {parts.model_type!r}: {what}; "
+        "try other layers (first:K keeps their positions), or train the whole model (method: full)"
     )
 
 
@@ -181,7 +181,8 @@ def _difference(old: nn.Module, new: nn.Module, place: _Place) -> str | None:
         new_module, where = new_modules[name], f"{name}." if name else ""
         if type(old_module) is not type(new_module):
             return (
-                f"{name or 'the layer'} is {type(old_module).__name__} in the base, {type(new_module).__name__} alone"
+                f"{name or 'the layer'} is {type(old_module).__name__} in the base, "
+                f"{type(new_module).__name__} in the small model"
             )
         if difference := _attribute_difference(old_module, new_module, place):
             return where + difference
@@ -200,7 +201,7 @@ def _attribute_difference(old: nn.Module, new: nn.Module, place: _Place) -> str 
             continue
         before, after = old_values.get(name), new_values.get(name)
         if name in quirks.INDEX_ATTRIBUTES and isinstance(before, int) and isinstance(after, int):
-            # One index a layer, or (a layer with two attentions) two; 0- or 1-based, or not renumbered at all.
+            # A layer has one index, or two with two attentions. It may be 0- or 1-based, or not renumbered.
             if any(before - stride * place.old == after - stride * place.new for stride in (0, 1, 2)):
                 continue
         elif _is_selection(before, after, place):
@@ -209,7 +210,7 @@ def _attribute_difference(old: nn.Module, new: nn.Module, place: _Place) -> str 
             if difference := _tensor_difference(before, after):
                 return f"{name} {difference}"
         elif _comparable(before) and _comparable(after) and not _equal(before, after):
-            return f"{name} is {before!r} in the base and {after!r} alone"
+            return f"{name} is {before!r} in the base and {after!r} in the small model"
     return None
 
 
@@ -222,7 +223,7 @@ def _comparable(value: Any) -> bool:
 
 
 def _equal(before: Any, after: Any) -> bool:
-    if isinstance(before, float) and isinstance(after, float):  # a rescaled factor may differ in its last bit
+    if isinstance(before, float) and isinstance(after, float):  # a rescaled factor can differ in the last bit
         return math.isclose(before, after, rel_tol=1e-14) or (math.isnan(before) and math.isnan(after))
     if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
         return len(before) == len(after) and all(map(_equal, before, after))
@@ -233,7 +234,7 @@ def _tensor_difference(old: Any, new: Any) -> str | None:
     if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
         return None if old is None and new is None else "is only in one of the two models"
     if old.shape != new.shape or old.dtype != new.dtype:
-        return f"is {list(old.shape)} in the base and {list(new.shape)} alone"
+        return f"is {list(old.shape)} in the base and {list(new.shape)} in the small model"
     if isinstance(old, nn.Parameter) or old.is_meta or new.is_meta:
         return None
-    return None if torch.equal(old, new) else "has other values, since it depends on the layer's depth"
+    return None if torch.equal(old, new) else "has other values because it depends on the layer's depth"

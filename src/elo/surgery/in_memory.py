@@ -1,4 +1,4 @@
-"""Detach decoder layers from a model in memory, and put them back."""
+"""Detach decoder layers from a model in memory, and attach them again."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -23,27 +23,27 @@ INCLUDABLE = ("embedding", "norm", "head")
 
 
 def detach_layers(model: PreTrainedModel, layers: str | int | Sequence[int]) -> PreTrainedModel:
-    """A small model of the same class: the embedding, the chosen decoder layers, the final norm and the head.
+    """Make a small model of the same class: embedding, selected decoder layers, final norm and head.
 
     Args:
-        model: a decoder-only causal LM; it is not changed.
-        layers: a selection such as `first:1,last:1` or `[0, -1]`.
+        model: decoder-only causal LM; it is not changed.
+        layers: selection such as `first:1,last:1` or `[0, -1]`.
 
     Returns:
-        An ordinary Hugging Face model that shares no memory with `model`, on the same devices and in the same dtypes.
+        A Hugging Face model that shares no memory with `model`, on the same devices and in the same dtypes.
 
     Raises:
-        EloError: the selection does not fit the model.
-        UnsupportedArchitectureError: a kept layer would compute something else than in the base.
+        EloError: the selection is not valid for this model.
+        UnsupportedArchitectureError: a kept layer would compute something different than in the base.
     """
     require_detachable(model.config)
     if (
         getattr(model.base_model, "layers_are_rescaled", False)
         and num_layers_of(model.config) > model.config.rescale_every
     ):
-        raise EloError("detach: RWKV has rescaled its weights for inference; call model.train() and run it once")
+        raise EloError("detach: RWKV has rescaled its weights for inference; call model.train() and run the model once")
     if hasattr(model.config, PROVENANCE_KEY):
-        raise EloError("detach: the model is a detached one already; give the whole model it was detached from")
+        raise EloError("detach: the model is already detached; give the whole model that it was detached from")
     parts = find_architecture(model)
     kept = parse_layers(layers, parts.num_layers)
     config = model.config
@@ -69,20 +69,20 @@ def detach_layers(model: PreTrainedModel, layers: str | int | Sequence[int]) -> 
 def attach_layers(
     model: PreTrainedModel, detached: PreTrainedModel, *, scale: float = 1.0, include: Sequence[str] = ()
 ) -> PreTrainedModel:
-    """Put a detached model's layers back at their places in `model`, in place.
+    """Write a detached model's layers to their positions in `model`, in place.
 
     Args:
-        model: the base that `detached` was made from.
-        detached: its trained layers; any dtype, any device.
-        scale: what is put back is theta0 + scale * (theta - theta0), computed in float32; 1 puts theta back exactly.
-            Rows that `elo vocab` added are put back as they were trained, whatever the scale.
-        include: of "embedding", "norm" and "head", what is put back besides the layers.
+        model: base that `detached` was made from.
+        detached: model with the trained layers, in any dtype and on any device.
+        scale: weights become theta0 + scale * (theta - theta0), computed in float32; 1 restores theta exactly.
+            Vocabulary rows that `elo vocab` added are always taken as trained.
+        include: parts to attach besides the layers: "embedding", "norm", "head".
 
     Returns:
         `model`.
 
     Raises:
-        EloError: `detached` was not made from this model, or was changed outside its layers and `include`.
+        EloError: `detached` was not made from this model, or differs from it outside its layers and `include`.
     """
     check_include(include)
     provenance = read_provenance(getattr(detached.config, PROVENANCE_KEY, None), "the detached model")
@@ -91,11 +91,12 @@ def attach_layers(
     if parts.num_layers != provenance["num_base_layers"] or model.config.model_type != detached.config.model_type:
         raise EloError(
             f"attach: the layers come from a {detached.config.model_type} of {provenance['num_base_layers']} layers, "
-            f"but the model is a {model.config.model_type} of {parts.num_layers}; give the base they were detached from"
+            f"but the model is a {model.config.model_type} of {parts.num_layers}; give the base of the layers"
         )
     if num_layers_of(detached.config) != len(kept):
         raise EloError(
-            f"attach: the detached model should have {len(kept)} layers, but has {num_layers_of(detached.config)}"
+            f"attach: the detached model has {num_layers_of(detached.config)} layers, but its record lists "
+            f"{len(kept)}; detach again"
         )
     theirs, groups = dict(_named_tensors(detached)), tensor_groups(model)
     updates: list[tuple[torch.Tensor, torch.Tensor, int | None]] = []
@@ -106,16 +107,20 @@ def attach_layers(
         new = theirs.pop(source_name or name, None)
         if new is None or new.shape != ours.shape:
             found = "is missing" if new is None else f"is {list(new.shape)} instead of {list(ours.shape)}"
-            raise EloError(f"attach: {source_name or name} {found} in the detached model; it is not from this base")
+            raise EloError(
+                f"attach: {source_name or name} {found} in the detached model; give the base it was detached from"
+            )
         if layer is not None or groups.get(name) in include:
             updates.append((ours, new, first_new_row_of(model.config, groups.get(name))))
         elif not same_values(ours, new):
             raise EloError(
-                f"attach: {name} is not in a detached layer, but differs from the base's; give the base that the "
-                f"layers were detached from, or, if {name} was trained on purpose, include it ({', '.join(INCLUDABLE)})"
+                f"attach: {name} is not in a detached layer, but differs from the base's; give the base of the layers, "
+                f"or, if {name} was trained on purpose, include it ({', '.join(INCLUDABLE)})"
             )
     if theirs:
-        raise EloError(f"attach: the detached model has {min(theirs)}, which the base has not")
+        raise EloError(
+            f"attach: the detached model has {min(theirs)}, which the base does not; give the base of the layers"
+        )
     with torch.no_grad():
         for ours, new, whole_from in updates:
             ours.copy_(blend(ours, new.to(ours.device), scale, whole_from))
@@ -123,30 +128,30 @@ def attach_layers(
 
 
 def check_include(include: Sequence[str]) -> None:
-    """Raise EloError unless `include` names things that can be put back."""
+    """Raise EloError unless `include` names parts that can be attached."""
     for name in include:
         if name not in INCLUDABLE:
-            raise EloError(f"include: cannot put back {name!r}; choose among {', '.join(INCLUDABLE)}")
+            raise EloError(f"include: cannot attach {name!r}; choose among {', '.join(INCLUDABLE)}")
 
 
 def blend(base: torch.Tensor, trained: torch.Tensor, scale: float, whole_from: int | None = None) -> torch.Tensor:
-    """theta0 + scale * (theta - theta0) in float32, in the base's dtype; what did not change keeps its bits.
+    """Compute theta0 + scale * (theta - theta0) in float32, rounded to the base's dtype.
 
-    Integers are taken as trained. So are rows from `whole_from` on: of a token that is new, theta0 is nothing to go
-    back to.
+    Elements that training did not change keep their bits. Integers, and rows from `whole_from` on, are taken as
+    trained: for a new token, theta0 has no meaning.
     """
     if scale == 1.0 or not base.is_floating_point():
         return trained.to(base.dtype)
     wide = torch.promote_types(base.dtype, torch.float32)
     blended = (base.to(wide) + scale * (trained.to(wide) - base.to(wide))).to(base.dtype)
-    blended = torch.where(base.to(wide) == trained.to(wide), base, blended)  # a negative zero would become positive
+    blended = torch.where(base.to(wide) == trained.to(wide), base, blended)  # keeps the sign of a negative zero
     if whole_from is not None:
         blended[whole_from:] = trained[whole_from:].to(base.dtype)
     return blended
 
 
 def same_values(base: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether `other` is `base` bit for bit, in the coarser of their dtypes (a checkpoint may be saved in another)."""
+    """Return whether `other` equals `base` bit for bit in the narrower of their dtypes."""
     other = other.to(base.device)
     if base.dtype != other.dtype and other.element_size() < base.element_size():
         base = base.to(other.dtype)
@@ -160,9 +165,9 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def _small_config(config: PretrainedConfig, edits: dict[str, Any]) -> PretrainedConfig:
     try:
         small_config = type(config).from_dict(edit_json(config.to_dict(), config, edits))
-    except Exception as error:  # configuration classes raise anything
+    except Exception as error:  # configuration classes can raise any type
         raise UnsupportedArchitectureError(
-            f"model type {config.model_type!r}: these layers make a configuration that transformers refuses "
+            f"model type {config.model_type!r}: transformers rejects the configuration of these layers "
             f"({error_line(error)}); choose other layers"
         ) from None
     require_edits_kept(small_config, edits)
@@ -171,7 +176,7 @@ def _small_config(config: PretrainedConfig, edits: dict[str, Any]) -> Pretrained
 
 @contextmanager
 def _only_layers(model: PreTrainedModel, parts: Architecture, kept: Sequence[int]) -> Iterator[None]:
-    """Within, `model` holds the layers `kept` alone, so that copying it copies nothing else."""
+    """Reduce `model` to the layers `kept` within the context, so that a copy contains only these."""
     path, _, name = parts.layers_path.rpartition(".")
     parent = model.get_submodule(path)
     layers = _layers(model, parts)
@@ -187,7 +192,7 @@ def _layers(model: PreTrainedModel, parts: Architecture) -> Any:
 
 
 def _named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and saved buffers; a tied one once, under its first name."""
+    """Yield parameters and saved buffers; a tied tensor once, under its first name."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:

@@ -1,4 +1,4 @@
-"""A model's configuration after layers were taken out: lists selected, index sets renumbered, thresholds recounted."""
+"""Edit a model's configuration for a subset of its layers: per-layer lists, index sets, thresholds and counts."""
 
 import copy
 import itertools
@@ -15,11 +15,15 @@ from elo.checkpoint.folder import write_config
 from elo.checkpoint.model_config import count_key, num_layers_of, text_config_of
 from elo.errors import UnsupportedArchitectureError, error_line
 
-_PER_LAYER_CONFIG = "per_layer_config"  # transformers' own scheme: {layer: {key: value}} where layers differ
+_PER_LAYER_CONFIG = "per_layer_config"  # transformers' own key for layers that differ: {layer: {key: value}}
 
 
 def layer_edits(text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """The decoder configuration's keys that change when only the layers `kept` (increasing, 0-based) stay.
+    """Return the decoder configuration's keys and values that change if only the layers `kept` remain.
+
+    Args:
+        text_config: configuration of the whole decoder.
+        kept: increasing 0-based layer indices.
 
     Raises:
         UnsupportedArchitectureError: no configuration of this family describes these layers.
@@ -46,7 +50,7 @@ def layer_edits(text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str,
     if getattr(text_config, "decoder_sparse_step", 1) != 1:
         edits |= _without_sparse_step(text_config, kept)
     for rule in quirks.RULES.get(model_type, ()):
-        edits |= _search(rule, text_config, kept)
+        edits |= _find_rule_values(rule, text_config, kept)
     if overrides := text_config.to_dict().get(_PER_LAYER_CONFIG):
         by_index = {int(index): value for index, value in overrides.items()}
         edits[_PER_LAYER_CONFIG] = {str(kept.index(i)): value for i, value in by_index.items() if i in kept}
@@ -54,7 +58,7 @@ def layer_edits(text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str,
 
 
 def with_layers(text_config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
-    """A copy of a decoder's configuration for its layers `kept` alone, to build a model of their shapes.
+    """Copy a decoder's configuration for a model of its layers `kept`.
 
     Raises:
         UnsupportedArchitectureError: as `layer_edits`.
@@ -66,13 +70,13 @@ def with_layers(text_config: PretrainedConfig, kept: Sequence[int]) -> Pretraine
 
 
 def edit_json(config_json: dict[str, Any], config: PretrainedConfig, edits: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the configuration as stored, with the decoder's keys in `edits` replaced and nothing else touched."""
+    """Copy a stored configuration and replace only the decoder's keys in `edits`."""
     edited = copy.deepcopy(config_json)
     text_config = text_config_of(config)
     part = edited
     if text_config is not config:
         name = _part_name(config, text_config)
-        if not isinstance(edited.get(name), dict):  # all defaults, so nothing was stored
+        if not isinstance(edited.get(name), dict):  # a part with only default values is not stored
             edited[name] = text_config.to_dict()
         part = edited[name]
     aliases = {target: alias for alias, target in type(text_config).attribute_map.items()}
@@ -90,7 +94,7 @@ def edit_json(config_json: dict[str, Any], config: PretrainedConfig, edits: dict
 
 
 def apply_edits(config: PretrainedConfig, small_config: PretrainedConfig, edits: dict[str, Any]) -> None:
-    """Change a configuration object in place, keeping what is only in memory (attention implementation and so on)."""
+    """Apply edits to a configuration in place, which keeps settings that are not stored (attention implementation)."""
     text_config, small_text = text_config_of(config), text_config_of(small_config)
     for key, value in edits.items():
         if key != _PER_LAYER_CONFIG:
@@ -102,14 +106,14 @@ def apply_edits(config: PretrainedConfig, small_config: PretrainedConfig, edits:
 def read_edited_config(
     config_json: dict[str, Any], base_config: PretrainedConfig, edits: dict[str, Any]
 ) -> PretrainedConfig:
-    """The edited configuration as transformers will read it from disk, which must keep the edits."""
+    """Read the edited configuration as transformers reads it from disk, and check that it keeps the edits."""
     with tempfile.TemporaryDirectory(prefix="elo-detach-") as scratch:
         write_config(Path(scratch), config_json)
         try:
             small_config = type(base_config).from_pretrained(scratch)
-        except Exception as error:  # as above: any type
+        except Exception as error:  # configuration classes can raise any type
             raise UnsupportedArchitectureError(
-                f"model type {base_config.model_type!r}: these layers make a configuration that transformers refuses "
+                f"model type {base_config.model_type!r}: transformers rejects the configuration of these layers "
                 f"({error_line(error)}); choose other layers"
             ) from None
     require_edits_kept(small_config, edits)
@@ -117,16 +121,16 @@ def read_edited_config(
 
 
 def require_edits_kept(small_config: PretrainedConfig, edits: dict[str, Any]) -> None:
-    """Raise UnsupportedArchitectureError if the configuration class changed what was written into it."""
+    """Raise UnsupportedArchitectureError if the configuration class changed an edited value."""
     small_text = text_config_of(small_config)
     for key, value in edits.items():
         if key == _PER_LAYER_CONFIG:
-            continue  # its form is the class's own; the comparison of the layers shows what came of it
+            continue  # the class stores it in another form; require_same_layers checks its effect
         found = vars(small_text).get(key, getattr(small_text, key, None))
         if list(found) != list(value) if isinstance(found, (list, tuple)) else found != value:
             raise UnsupportedArchitectureError(
-                f"model type {small_config.model_type!r}: a model of these layers would need {key}={value!r}, but "
-                f"transformers makes that {found!r}; choose other layers"
+                f"model type {small_config.model_type!r}: a model of these layers needs {key}={value!r}, but "
+                f"transformers changes it to {found!r}; choose other layers"
             )
 
 
@@ -135,7 +139,7 @@ def _part_name(config: PretrainedConfig, text_config: PretrainedConfig) -> str:
         if value is text_config:
             return name
     raise UnsupportedArchitectureError(
-        f"model type {config.model_type!r}: cannot tell which part of its configuration describes the decoder"
+        f"model type {config.model_type!r}: no part of its configuration describes the decoder; choose another model"
     )
 
 
@@ -146,25 +150,25 @@ def _require_lenders(key: str, kinds: Sequence[str], kept: Sequence[int], model_
             source = max((i for i in range(index) if kinds[i] == lender), default=None)
             if source not in kept:
                 raise UnsupportedArchitectureError(
-                    f"model type {model_type!r}: layer {index} ({key}: {borrower}) uses what layer {source} computed; "
-                    f"keep layer {source} as well, or choose layers whose {key} is {lender!r}"
+                    f"model type {model_type!r}: layer {index} ({key}: {borrower}) uses the result of layer {source}; "
+                    f"keep layer {source} too, or choose layers whose {key} is {lender!r}"
                 )
 
 
 def _without_sparse_step(text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """Qwen MoE: "every n-th layer has experts" becomes the list of those that have none."""
+    """Replace Qwen MoE's "every n-th layer has experts" with the list of layers without experts."""
     step, dense = text_config.decoder_sparse_step, text_config.mlp_only_layers or []
     without = [position for position, i in enumerate(kept) if i in dense or (i + 1) % step]
     return {"decoder_sparse_step": 1, "mlp_only_layers": without}
 
 
-def _search(rule: quirks.Rule, text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+def _find_rule_values(rule: quirks.Rule, text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     values = [getattr(text_config, key) for key in rule.keys]
     wanted = [rule.holds(index, *values) for index in kept]
     for candidate in itertools.product(range(1, len(kept) + 2), *[range(len(kept) + 1)] * (len(rule.keys) - 1)):
         if [rule.holds(position, *candidate) for position in range(len(kept))] == wanted:
             return dict(zip(rule.keys, candidate, strict=True))
     raise UnsupportedArchitectureError(
-        f"model type {text_config.model_type!r}: no {' and '.join(rule.keys)} describe the layers {list(kept)}; choose "
-        "layers that repeat regularly"
+        f"model type {text_config.model_type!r}: no values of {' and '.join(rule.keys)} describe the layers "
+        f"{list(kept)}; choose layers at regular intervals"
     )

@@ -1,7 +1,7 @@
-"""Which tensor of a trained detached checkpoint is which of the base, and whether it was changed.
+"""Match the tensors of a trained detached checkpoint with those of the base, and compare them.
 
-A detached checkpoint may come back from any tool: in other shards, another dtype, and under the names that transformers
-gives when it saves, which are not always those of the base's files.
+Any tool may have saved the detached checkpoint: in other shards, in another dtype, and with the names that transformers
+writes, which can differ from the names in the base's files.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,17 +25,17 @@ def match_tensors(
     config: PretrainedConfig,
     scratch: Path,
 ) -> dict[str, StoredTensor]:
-    """For each name in `wanted` (as the base's files would name it) the trained tensor, unless the file may go without.
+    """Find the trained tensor for each name in `wanted`; tensors that the model can be loaded without may be missing.
 
     Args:
-        wanted: the base's tensors by their names in a detached checkpoint.
-        trained: the checkpoint that came back.
-        model_class: the model's class.
-        config: the detached model's configuration.
-        scratch: an empty folder; receives the trained tensors under the base's names when those were converted.
+        wanted: the base's tensors by the names that they have in a detached checkpoint.
+        trained: trained detached checkpoint.
+        model_class: class of the model.
+        config: configuration of the detached model.
+        scratch: empty folder, for the trained tensors under the base's names if they have to be converted.
 
     Raises:
-        EloError: a tensor is missing, or there is one that the base has not, or a tied head is not the embedding.
+        EloError: a tensor is missing, the base has no such tensor, or a tied head differs from the embedding.
     """
     hollow = build_hollow(model_class, config)
     matched, absent = match_names(wanted, trained, hollow)
@@ -43,7 +43,7 @@ def match_tensors(
         trained = _under_base_names(wanted, trained, model_class, config, scratch)
         matched, absent = match_names(wanted, trained, hollow)
         if absent and not redundant(wanted, absent, model_class, config):
-            raise EloError(f"{trained.folder}: {min(absent)} is missing, so it cannot be attached")
+            raise EloError(f"{trained.folder}: {min(absent)} is missing; save all tensors of the detached model")
     used = {tensor.name for tensor in matched.values()}
     extra = trained.tensors.keys() - used
     if extra:
@@ -53,15 +53,15 @@ def match_tensors(
         for name in sorted(extra):
             if report.incomplete() or unknown.get(name) in full_report.unexpected:
                 raise EloError(
-                    f"{trained.folder}: has {name}, which the base has not; only a model with the detached model's own "
-                    "tensors can be attached (merge adapters first)"
+                    f"{trained.folder}: has {name}, which the base does not have; save only the detached model's "
+                    "tensors (merge adapters first)"
                 )
             _require_copy(trained.tensors[name], matched.values())
     return matched
 
 
 def paired_chunks(base: StoredTensor, other: StoredTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same elements of two tensors of one shape, each in its own dtype, a chunk at a time."""
+    """Yield the same elements of two tensors of one shape, each in its own dtype, one chunk at a time."""
     elements = CHUNK_BYTES // 16
     base_chunks = base.chunks(elements * base.torch_dtype.itemsize)
     other_chunks = other.chunks(elements * other.torch_dtype.itemsize)
@@ -73,32 +73,32 @@ def paired_chunks(base: StoredTensor, other: StoredTensor) -> Iterator[tuple[tor
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """A tensor's elements as bytes."""
+    """Return a tensor's elements as bytes."""
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def same_bytes(base: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two stored tensors are the same bit for bit, in the coarser of their dtypes."""
+    """Return whether two stored tensors are equal bit for bit in the narrower of their dtypes."""
     return base.shape == other.shape and all(same_values(*pair) for pair in paired_chunks(base, other))
 
 
 def _require_copy(extra: StoredTensor, matched: Iterable[StoredTensor]) -> None:
-    """A tensor that the model can go without, such as a tied head, must be what it is tied to."""
+    """Raise EloError if a redundant tensor, such as a tied head, differs from the tensor that it is tied to."""
     alike = [tensor for tensor in matched if tensor.shape == extra.shape and tensor.dtype == extra.dtype]
     if extra.name.endswith(".weight") and alike and not any(same_bytes(tensor, extra) for tensor in alike):
         raise EloError(
             f"{extra.file}: {extra.name} is tied to the embedding in the base, but differs from it here; "
-            "train with tied embeddings, or start from a base without them"
+            "train with tied embeddings, or use a base without them"
         )
 
 
 def match_names(
     wanted: Mapping[str, StoredTensor], other: Checkpoint, hollow: PreTrainedModel
 ) -> tuple[dict[str, StoredTensor], set[str]]:
-    """Match tensors that become the same in the model that `hollow` is, whatever their files call them.
+    """Match tensors that become the same tensor in the model `hollow`, even if their names in the files differ.
 
     Returns:
-        What was found, by the names in `wanted`, and the names there that have no match.
+        Matched tensors of `other` by their names in `wanted`, and the names in `wanted` without a match.
     """
     theirs = map_names(hollow, other.meta_state_dict())
     found = {theirs.identity(name): tensor for name, tensor in other.tensors.items()}
@@ -111,7 +111,7 @@ def match_names(
 def redundant(
     wanted: dict[str, StoredTensor], absent: set[str], model_class: type[PreTrainedModel], config: PretrainedConfig
 ) -> bool:
-    """Whether the model is whole without `absent`: tied heads, buffers that older versions saved."""
+    """Return whether the model is complete without `absent` (tied heads, buffers that older versions saved)."""
     rest = {name: tensor.meta() for name, tensor in wanted.items() if name not in absent}
     return bool(rest) and load_hollow(model_class, config, rest)[1].incomplete() is None
 
@@ -123,16 +123,18 @@ def _under_base_names(
     config: PretrainedConfig,
     scratch: Path,
 ) -> Checkpoint:
-    """Load the trained model and save it as transformers would had it come from files with the base's names.
+    """Load the trained model and save it with the names of the base's files.
 
-    The small model is in memory meanwhile; needed only where the two were converted differently (fused experts).
+    This holds the small model in memory. It is needed only if both were converted differently (fused experts).
     """
     with quiet_transformers():
         loaded: Any = model_class.from_pretrained(trained.folder, dtype="auto", output_loading_info=True)
     model, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         first = min(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
-        raise EloError(f"{trained.folder}: its tensors do not make the model that its config.json describes: {first}")
+        raise EloError(
+            f"{trained.folder}: the tensors do not match the model in config.json: {first}; save the model again"
+        )
     template, _ = load_hollow(model_class, config, {name: tensor.meta() for name, tensor in wanted.items()})
     with quiet_transformers():
         template.save_pretrained(scratch, state_dict=model.state_dict())

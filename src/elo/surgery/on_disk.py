@@ -1,4 +1,4 @@
-"""Detach decoder layers from a checkpoint on disk, and put them back, without ever holding the model in memory."""
+"""Detach decoder layers from a checkpoint on disk, and attach them again, without loading the model into memory."""
 
 import math
 import shutil
@@ -57,29 +57,29 @@ def detach_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint of the embedding, the chosen decoder layers, the final norm and the head.
+    """Write a checkpoint with the embedding, the selected decoder layers, the final norm and the head.
 
     Args:
         checkpoint: folder with config.json and safetensors weights.
-        layers: a selection such as `first:1,last:1` or `[0, -1]`.
-        output: folder to write; it appears whole or not at all.
-        base_name: how the record calls the base (a hub id); the folder itself if not given.
+        layers: selection such as `first:1,last:1` or `[0, -1]`.
+        output: folder to write. If writing fails, no output is left.
+        base_name: name of the base in the record (a hub id); None records the folder's path.
         revision: the base's revision on the hub, for the record.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
-        max_shard_bytes: size above which the weights are written as several files.
-        label: shown with the progress; None is silent.
+        max_shard_bytes: size of a weight file, in bytes, above which the weights are split.
+        label: label of the progress bar; None shows no progress.
 
     Returns:
         The provenance record, as written to config.json.
 
     Raises:
-        EloError: the checkpoint, the selection or the output is not usable.
-        UnsupportedArchitectureError: a kept layer would compute something else than in the base.
+        EloError: the checkpoint, the selection or the output cannot be used.
+        UnsupportedArchitectureError: a kept layer would compute something different than in the base.
     """
     base = open_folder(Path(checkpoint), trust_remote_code)
     if PROVENANCE_KEY in base.config_json:
-        raise EloError(f"{checkpoint}: is a detached checkpoint already; give the whole model it was detached from")
+        raise EloError(f"{checkpoint}: is already a detached checkpoint; give the whole model it was detached from")
     require_detachable(base.config)
     refuse_overlap(Path(output), base.folder)
     kept = parse_layers(layers, num_layers_of(base.config))
@@ -96,14 +96,16 @@ def detach_checkpoint(
     with (
         disk_errors_told(Path(output)),
         atomic_directory(Path(output), overwrite=overwrite) as folder,
-        ThreadPoolExecutor(1) as beside,
+        ThreadPoolExecutor(1) as executor,
     ):
-        # Digests take about as long as writing and waiting for the disk, and all three leave Python's lock free.
-        made = beside.submit(_provenance, base, names, kept, renamed, base_name or str(base.folder.resolve()), revision)
+        # Digests take about as long as writing and flushing. All three release the GIL, so they overlap.
+        provenance = executor.submit(
+            _provenance, base, names, kept, renamed, base_name or str(base.folder.resolve()), revision
+        )
         tensors = [NewTensor(name, t.dtype, t.shape, t.size, t.chunks) for name, t in renamed.items()]
         write_checkpoint(folder, tensors, max_shard_bytes, label)
         fsync_tree(folder)
-        record = config_json[PROVENANCE_KEY] = made.result()
+        record = config_json[PROVENANCE_KEY] = provenance.result()
         write_config(folder, config_json)
         copy_side_files(base.folder, folder, python=trust_remote_code)
     return record
@@ -121,30 +123,30 @@ def attach_checkpoint(
     trust_remote_code: bool = False,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Write the base with a detached checkpoint's layers at their places.
+    """Write the base with a detached checkpoint's layers in their original positions.
 
-    Files of the base that hold none of these layers are taken as they are, and share their blocks on disk with the
-    base's where the file system can; config.json is the base's.
+    The base's files are copied, sharing blocks on disk if the file system can, and the layers are written into the
+    copies. config.json is the base's.
 
     Args:
-        detached: what `detach_checkpoint` wrote, or what any tool trained from it and saved as safetensors.
-        base: the folder it was detached from.
-        output: folder to write; it appears whole or not at all.
-        scale: what is put back is theta0 + scale * (theta - theta0), computed in float32; 1 puts theta back exactly.
-            Rows that `elo vocab` added are put back as they were trained, whatever the scale.
-        include: of "embedding", "norm" and "head", what is put back besides the layers.
-        link: weight files that hold nothing of what is put back become hard links to the base's, where that can be.
+        detached: output of `detach_checkpoint`, or what any tool trained from it and saved as safetensors.
+        base: folder that it was detached from.
+        output: folder to write. If writing fails, no output is left.
+        scale: weights become theta0 + scale * (theta - theta0), computed in float32; 1 restores theta exactly.
+            Vocabulary rows that `elo vocab` added are always taken as trained.
+        include: parts to attach besides the layers: "embedding", "norm", "head".
+        link: hard-link weight files that do not change, if the file system allows it.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
-        label: shown with the progress; None is silent.
+        label: label of the progress bar; None shows no progress.
 
     Returns:
-        {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors" (number put back), "files" (how
-        many weight files were linked, cloned and copied)}
+        {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors" (number of attached tensors),
+        "files" (numbers of linked, cloned and copied weight files)}
 
     Raises:
-        EloError: the base is not the one that was detached from, or the detached checkpoint was changed outside its
-            layers and `include`; the message names the first tensor that differs.
+        EloError: the layers come from another base, or the detached checkpoint was changed outside its layers and
+            `include`. The message names the first tensor that differs.
     """
     check_include(include)
     small = open_folder(Path(detached), trust_remote_code)
@@ -202,9 +204,9 @@ def _small_tensors(
     model_class: type[PreTrainedModel],
     small_config: PretrainedConfig,
 ) -> dict[str, StoredTensor]:
-    """The base's tensors that make the detached checkpoint, by their names there.
+    """Return the base's tensors that belong in the detached checkpoint, by their names there.
 
-    Extras that the small model does not know (multi-token-prediction layers, other heads) stay behind.
+    Tensors that the small model does not know (multi-token-prediction layers, other heads) are left out.
     """
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in weights.tensors.items():
@@ -220,13 +222,17 @@ def _small_tensors(
         _, report = load_hollow(model_class, small_config, {n: t.meta() for n, t in tensors.items()})
     if problem := report.problem():
         raise UnfinishedError(
-            f"{weights.folder}: its tensors do not make the model that its {CONFIG_FILE} describes: {problem}"
+            f"{weights.folder}: the tensors do not match the model in {CONFIG_FILE}: {problem}; "
+            "download the checkpoint again"
         )
     return tensors
 
 
 def _refuse_more_layers(weights: Checkpoint, names: LayerNames) -> None:
-    """Refuse a configuration that counts fewer layers than the file holds; multi-token-prediction layers differ."""
+    """Raise EloError if the weights hold more decoder layers than the configuration counts.
+
+    Layers for multi-token prediction have other tensors and are not counted.
+    """
     made_of: dict[int, set[str]] = {}
     for name in weights.tensors:
         layer, rest = names.split(name)
@@ -235,8 +241,8 @@ def _refuse_more_layers(weights: Checkpoint, names: LayerNames) -> None:
     more = [index for index in made_of if index >= names.num_layers and made_of[index] == made_of.get(0)]
     if more:
         raise EloError(
-            f"{weights.folder}: {CONFIG_FILE} counts {names.num_layers} decoder layers, but layer {min(more)} is "
-            "stored as well; the configuration is not that of these weights, download the checkpoint again"
+            f"{weights.folder}: {CONFIG_FILE} counts {names.num_layers} decoder layers, but the weights also hold "
+            f"layer {min(more)}; download the checkpoint again"
         )
 
 
@@ -262,7 +268,7 @@ def _provenance(
 
 
 def _layer_digests(weights: Checkpoint, names: LayerNames, kept: Sequence[int]) -> list[str]:
-    """One SHA-256 a base layer: of all bytes of a kept layer, of samples of one that is left out."""
+    """Compute one SHA-256 digest per base layer: of all bytes of a kept layer, of samples of another layer."""
     layers: list[list[tuple[str, StoredTensor]]] = [[] for _ in range(names.num_layers)]
     for name, tensor in sorted(weights.tensors.items()):
         layer, rest = names.split(name)
@@ -286,23 +292,20 @@ def _check_counts(small: CheckpointFolder, whole: CheckpointFolder, record: dict
     if small.config.tie_word_embeddings != whole.config.tie_word_embeddings:
         raise EloError(
             f"{small.folder}: tie_word_embeddings is {small.config.tie_word_embeddings}, but "
-            f"{whole.config.tie_word_embeddings} in {whole.folder}; attach needs the embedding tied as in the base"
+            f"{whole.config.tie_word_embeddings} in {whole.folder}; set it as in the base"
         )
     if num_layers_of(small.config) != len(record["layers"]):
         raise EloError(
-            f"{small.folder}: has {num_layers_of(small.config)} decoder layers, but its record says that "
-            f"{len(record['layers'])} were detached; its configuration was changed, so it cannot be attached"
+            f"{small.folder}: has {num_layers_of(small.config)} decoder layers, but its record lists "
+            f"{len(record['layers'])}; restore the configuration or detach again"
         )
 
 
 def _check_base(whole: CheckpointFolder, names: LayerNames, record: dict[str, Any]) -> None:
-    """Refuse a base other than the recorded one, naming the first tensor or layer that differs."""
+    """Raise EloError for a base other than the recorded one, naming the first tensor or layer that differs."""
 
     def refuse(what: str) -> EloError:
-        return EloError(
-            f"{whole.folder}: is not the base that the layers were detached from: {what}; "
-            f"give the base {record.get('base')}"
-        )
+        return EloError(f"{whole.folder}: is not the base of these layers: {what}; give the base {record.get('base')}")
 
     for name, digest in record.get("frozen", {}).items():
         tensor = whole.weights.tensors.get(name)
@@ -325,29 +328,25 @@ def _updates(
     tied: bool,
     include: Sequence[str],
 ) -> list[tuple[StoredTensor, StoredTensor]]:
-    """(base tensor, trained tensor) for everything that is put back; the rest must be as in the base."""
+    """Return (base tensor, trained tensor) for all tensors to attach; the others must equal the base's."""
     updates = []
     for name, tensor in wanted.items():
         trained = matched.get(name)
         if trained is None:
-            continue  # redundant in the file: a tied head, a buffer that the model computes
+            continue  # redundant in the file, such as a tied head or a buffer that the model computes
         if trained.shape != tensor.shape:
             raise EloError(
                 f"{trained.file}: {trained.name} is {list(trained.shape)}, but {list(tensor.shape)} in the base; "
-                "attach needs the same shapes"
+                "train without changing shapes"
             )
         group = mapped.group(tensor.name)
         if names.split(name)[0] is not None or group in include:
             updates.append((tensor, trained))
         elif not same_bytes(tensor, trained):
             raise EloError(
-                f"{trained.file}: {trained.name} is not in a detached layer, but was changed since it was detached; "
-                + (
-                    f"include it on purpose (include: {group})"
-                    if group
-                    else "only layers, embedding, norm and head can be put back"
-                )
-                + ", or train with everything but the layers frozen"
+                f"{trained.file}: {trained.name} is not in a detached layer, but was changed in training; "
+                + (f"attach it too (include: {group})" if group else "attach only layers, embedding, norm and head")
+                + ", or freeze everything except the layers in training"
             )
     tied_updates = [pair for pair in updates if tied and mapped.group(pair[0].name) == "embedding"]
     for name, tensor in wanted.items():
@@ -365,10 +364,15 @@ def patch_tensor(
     scale: float = 1.0,
     whole_from: int | None = None,
 ) -> None:
-    """Overwrite tensor `place` in its file at `path` with base + scale x (trained - base).
+    """Overwrite tensor `place` in the file at `path` with base + scale x (trained - base).
 
     Args:
-        whole_from: rows from this one on are taken as trained, whatever the scale.
+        path: file to change.
+        place: location of the tensor in the file.
+        base: tensor before training.
+        trained: tensor after training.
+        scale: share of the change to keep.
+        whole_from: first row that is taken as trained at any scale; None if there is none.
     """
     whole = None if whole_from is None else whole_from * math.prod(place.shape[1:])
     with path.open("r+b", buffering=0) as file:

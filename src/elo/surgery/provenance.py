@@ -1,4 +1,4 @@
-"""Where a detached checkpoint comes from: an extra key of config.json, which survives other tools' save_pretrained."""
+"""Record in config.json where a detached checkpoint comes from; other tools' save_pretrained keeps the key."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,15 +13,15 @@ _SAMPLE_BYTES = 4096
 
 
 def read_provenance(value: Any, where: str) -> dict[str, Any]:
-    """Check the shape of a provenance record.
+    """Check and return a provenance record.
 
     Raises:
-        EloError: it is absent, or not one that this version can read.
+        EloError: the record is missing, damaged or from another version.
     """
     if value is None:
         raise EloError(
             f"{where}: was not detached by elo (no {PROVENANCE_KEY!r} in its configuration); "
-            "give the folder that elo detach wrote, or what was trained from it"
+            "give the output of elo detach, or a checkpoint trained from it"
         )
     layers = value.get("layers") if isinstance(value, dict) else None
     count = value.get("num_base_layers") if isinstance(value, dict) else None
@@ -42,7 +42,7 @@ def read_provenance(value: Any, where: str) -> dict[str, Any]:
 
 
 def full_sha256(tensor: StoredTensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes."""
+    """Compute the SHA-256 digest of a tensor's dtype, shape and bytes."""
     digest = _header_digest(tensor)
     for chunk in tensor.chunks():
         digest.update(chunk)
@@ -50,7 +50,10 @@ def full_sha256(tensor: StoredTensor) -> str:
 
 
 def layer_sha256(tensors: Iterable[tuple[str, StoredTensor]], *, sample: bool) -> str:
-    """SHA-256 of a layer's names, dtypes, shapes and bytes; with `sample`, of a few KB at three places a tensor."""
+    """Compute the SHA-256 digest of a layer's names, dtypes, shapes and bytes.
+
+    With `sample`, only a few KB at three positions of each tensor are read.
+    """
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(name.encode() + b"\0")

@@ -1,4 +1,4 @@
-"""Keep a share of what training changed: base + scale x (trained - base), on disk."""
+"""Keep a share of the change that training made: base + scale x (trained - base), on disk."""
 
 from pathlib import Path
 
@@ -15,22 +15,24 @@ from elo.surgery.on_disk import patch_tensor
 def scale_change(
     base: Path, trained: Path, output: Path, scale: float, *, overwrite: bool = False, trust_remote_code: bool = False
 ) -> int:
-    """Write a checkpoint that lies between `base` and `trained`, tensor by tensor.
+    """Write a checkpoint between `base` and `trained`, tensor by tensor.
 
     Sums are rounded once, to the trained tensor's dtype. Rows of embedding and head that `elo vocab extend` added are
-    taken as trained, whatever the scale: the base has nothing there to return to.
+    always taken as trained, since the base has no trained values for them.
 
     Args:
         base: checkpoint folder.
         trained: checkpoint folder with the same tensors.
-        output: folder to write; it appears whole or not at all.
-        scale: 0 is the base, 1 the trained model.
+        output: folder to write. If writing fails, no output is left.
+        scale: share of the change to keep: 0 is the base, 1 the trained model.
+        overwrite: replace an existing output.
+        trust_remote_code: allow the checkpoint's own Python code to define the model.
 
     Returns:
-        Number of tensors that lie in between.
+        Number of floating-point tensors, which are the ones written.
 
     Raises:
-        EloError: a folder is not usable, or the two do not hold the same tensors.
+        EloError: a folder cannot be used, or the two folders do not hold the same tensors.
     """
     before, after = open_folder(base, trust_remote_code), open_folder(trained, trust_remote_code)
     for folder in (base, trained):
@@ -40,7 +42,8 @@ def scale_change(
         if other is None or (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
             found = "is missing" if other is None else f"is {other.dtype} {list(other.shape)}"
             raise EloError(
-                f"{base}: {name} {found}, but {tensor.dtype} {list(tensor.shape)} in {trained}; give its own base"
+                f"{base}: {name} {found}, but {tensor.dtype} {list(tensor.shape)} in {trained}; "
+                "give the base of the trained checkpoint"
             )
     hollow = build_hollow_causal_lm(after.config, trust_remote_code=trust_remote_code)
     names = map_names(hollow, after.weights.meta_state_dict())
@@ -48,7 +51,7 @@ def scale_change(
         for path in sorted(trained.iterdir()):
             if path.is_file():
                 copy_shared(path, folder / path.name, link=False)
-        copy_side_files(trained, folder, python=trust_remote_code)  # those in folders
+        copy_side_files(trained, folder, python=trust_remote_code)  # folders beside the files
         patched = [tensor for tensor in after.weights.tensors.values() if tensor.torch_dtype.is_floating_point]
         for tensor in patched:
             whole_from = first_new_row_of(after.config, names.group(tensor.name))

@@ -262,7 +262,7 @@ def test_killed_and_started_again_ends_the_same(finished, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"contestants": {"mine": {}}}, "contestants.mine: is not a method; write method: one of align_only, "),
+        ({"contestants": {"mine": {}}}, "contestants.mine: is not a method; set method to one of align_only, "),
         ({"contestants": {"elo": {"changes": {"layres": 1}}}}, "unknown key 'layres'; did you mean 'layers'"),
         (
             {"contestants": {"elo": {"changes": {"data.replay_ratio": 0.5}}, "full": {}}},
@@ -274,12 +274,12 @@ def test_killed_and_started_again_ends_the_same(finished, tmp_path):
         ),
         ({"contestants": {"elo": {"label": 3}}}, "contestants.elo.label"),
         ({"contestants": {}}, "contestants"),
-        ({"contestants": {"../elo": {"method": "elo"}}}, "may hold letters"),
+        ({"contestants": {"../elo": {"method": "elo"}}}, "may contain only letters"),
         ({"budgets": []}, "budgets"),
-        ({"budgets": [{"tokens": 10, "seconds": 1}]}, "write one of them"),
+        ({"budgets": [{"tokens": 10, "seconds": 1}]}, "write exactly one of them"),
         ({"budgets": [{"hours": 1}]}, "unknown key 'budgets.0.hours'"),
         ({"budgets": [{"tokens": 64}]}, "tokens: the budget"),
-        ({"seeds": [1, 1]}, "holds one twice"),
+        ({"seeds": [1, 1]}, "contains a seed twice"),
         ({"learning_rates": [0]}, "learning_rates.0"),
         ({"contestant": {}}, "did you mean 'contestants'"),
         ({"run": "nowhere.yaml"}, "nowhere.yaml: no such configuration file"),

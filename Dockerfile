@@ -16,7 +16,7 @@ WORKDIR /opt/elo
 COPY pyproject.toml requirements.lock README.md LICENSE ./
 COPY src src
 RUN pip install --no-cache-dir --extra-index-url "https://download.pytorch.org/whl/${TORCH}" \
-        --constraint requirements.lock ".[lora,adamw8bit]" \
+        --constraint requirements.lock ".[adamw8bit]" \
     && useradd --create-home --uid "${USER_ID}" elo \
     && mkdir /work \
     && chown elo /work

@@ -6,7 +6,7 @@ Each contestant trains a model of random weights, by default of the shape of Lla
 process of its own; what is told is PyTorch's allocator's. That takes no arithmetic, so it can be had without a GPU:
 
     python -m venv cuda    # for a CUDA build of PyTorch
-    cuda/bin/pip install 'torch==2.13.0' 'nvidia-cuda-crt<13.1' -e '.[lora,adamw8bit]'
+    cuda/bin/pip install 'torch==2.13.0' 'nvidia-cuda-crt<13.1' -e '.[adamw8bit]'
     cuda/bin/python dev/null_gpu/build.py null
     NULL_GPU_GIB=400 LD_PRELOAD=$PWD/null/null_gpu.so LD_LIBRARY_PATH=$PWD/null \\
         cuda/bin/python benchmarks/gpu_memory.py --output gpu_memory.json

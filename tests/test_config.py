@@ -41,7 +41,7 @@ def test_defaults_and_shorthand():
     assert config.data.corpora["en"][0].weight == 2
     assert config.data.replay_ratio == 0.1
     assert config.layers == "first:1,last:1"
-    assert config.method.name == "elo" and config.method.share == 0.5
+    assert config.method.name == "lora" and config.method.rank == 32
     assert config.seed == 42
 
 
@@ -70,15 +70,16 @@ def test_overrides_are_yaml():
 
 def test_settings_of_a_phase():
     """The configuration's for all phases, a phase's own over them, and the method's rate where neither names one."""
+    elo = _with("method", "elo")
     config = load_config(
-        GOOD,
+        elo,
         ["training.weight_decay=0.1", "training.phases={layer_alignment: {learning_rate: 1e-5, weight_decay: 0}}"],
     )
     pretraining, alignment = (config.settings(phase) for phase in config.method.phases)
     assert (pretraining.learning_rate, pretraining.weight_decay) == (5e-4, 0.1)
     assert (alignment.learning_rate, alignment.weight_decay) == (1e-5, 0.0)
     assert type(alignment) is TrainingSettings
-    shared = load_config(GOOD, ["training.learning_rate=2e-4"])
+    shared = load_config(elo, ["training.learning_rate=2e-4"])
     assert {shared.settings(phase).learning_rate for phase in shared.method.phases} == {2e-4}
 
 
@@ -107,7 +108,7 @@ def test_settings_of_a_phase():
         ("training.learning_rate", "fast", "training.learning_rate: input should be a valid number"),
         ("training.optim", "sgdd", "training.optim: got 'sgdd'; write one of adafactor"),
         ("training.vocabulary", "some", "'all' or 'corpus', got 'some'"),
-        ("training.phases", {"full": {}}, "'full' is not a phase of method elo, which has elo_pretraining, layer_ali"),
+        ("training.phases", {"full": {}}, "'full' is not a phase of method lora, which has lora"),
         (
             "training.phases",
             {"layer_alignment": {"lr": 1}},

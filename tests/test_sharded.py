@@ -201,7 +201,7 @@ def test_deepspeed_in_bf16_is_refused_where_it_would_round_what_is_stored(tmp_pa
     for dtype in (torch.bfloat16, torch.float32):
         tiny_model(tiny_config("llama")).to(dtype).save_pretrained(tmp_path / str(dtype))
     assert load_trainable(tmp_path / "torch.bfloat16", settings)[1] == torch.bfloat16
-    with pytest.raises(EloError, match=r"float32: is stored in fp32, and DeepSpeed in bf16 would round"):
+    with pytest.raises(EloError, match=r"float32: its weights are fp32, which DeepSpeed would round"):
         load_trainable(tmp_path / "torch.float32", settings)
 
 

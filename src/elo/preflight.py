@@ -32,6 +32,7 @@ def check_inputs(config: RunConfig) -> None:
 
     for phase in config.method.phases:
         _check_divided(phase, config.settings(phase))
+    for phase in config.method.phases:
         check_settings(config.settings(phase), config.data.sequence_length, "training")
     config.method.check()
     output = Path(config.output)

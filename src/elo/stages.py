@@ -71,7 +71,14 @@ def _checked(
             record = stage(output, **keywords)
             remedy = f"{output} is not what it should be; report it, with the model's name"
             trust = keywords["trust_remote_code"]
-            from_main(lambda: check_output(output, (keywords[made_from].path,), remedy=remedy, trust_remote_code=trust))
+
+            def check() -> None:
+                check_output(output, (keywords[made_from].path,), remedy=remedy, trust_remote_code=trust)
+
+            if collective:
+                from_main(check)
+            else:
+                check()
             return record
 
         return checked

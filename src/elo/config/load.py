@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from elo.config.schema import CompareConfig, RunConfig
 from elo.errors import EloError
-from elo.methods import METHODS
+from elo.methods import METHODS, Method
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -257,6 +257,8 @@ def _known_keys(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
         field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
         if field is not None:
             model = _section_of(field.annotation) or model
+        elif part in METHODS and issubclass(model, Method):
+            model = METHODS[part]
     return list(model.model_fields)
 
 

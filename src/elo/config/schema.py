@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from elo.checkpoint.layers import DEFAULT_LAYERS
 from elo.methods import METHODS, Method, Phase
-from elo.methods.elo import Elo
+from elo.methods.lora import Lora
 from elo.train.settings import TrainingSection, TrainingSettings
 
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -142,7 +142,7 @@ class RunConfig(_Section):
     output: str = Field(min_length=1)
     """Run folder, which holds all output of the run."""
     data: DataConfig
-    method: AnyMethod = Elo()
+    method: AnyMethod = Lora()
     """Adaptation method: its name, or a section with `name` and the method's settings (docs/methods.md)."""
     layers: str | int | list[int] = DEFAULT_LAYERS
     """Decoder layers to train: first:K, last:K, indices or ranges, separated by commas."""

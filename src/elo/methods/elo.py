@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from elo.methods.base import Method, Phase, Scale, Setup, register
-from elo.methods.lora import add_adapters, require_peft
+from elo.methods.lora import add_adapters
 from elo.train.prepared import Prepared
 from elo.train.settings import Part
 
@@ -64,10 +64,6 @@ class Elo(Method):
             return pretraining, Phase("layer_alignment", "trained", "alignment")
         rank = self.alignment_rank
         return pretraining, Phase("layer_alignment", "adapted", "alignment", (), rank, learning_rate=5e-4)
-
-    def check(self) -> None:
-        if self.alignment == "lora":
-            require_peft()
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         if phase.middle == "adapted":

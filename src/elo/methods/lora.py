@@ -6,7 +6,6 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from elo.errors import EloError
 from elo.methods.base import Method, Phase, Setup, register, train_parts
 from elo.train.prepared import Prepared
 from elo.train.settings import Part
@@ -33,19 +32,8 @@ class Lora(Method):
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("lora", "adapted", also_train=self.also_train, lora_rank=self.rank, learning_rate=5e-4),)
 
-    def check(self) -> None:
-        require_peft()
-
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         return add_adapters(model, phase, setup.seed, alpha=self.alpha, dropout=self.dropout)
-
-
-def require_peft() -> None:
-    """Raise EloError if peft is not installed."""
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise EloError("method: lora needs peft, which is not installed; run pip install 'elo-cpt[lora]'") from None
 
 
 def add_adapters(model: PreTrainedModel, phase: Phase, seed: int, *, alpha: int, dropout: float = 0.0) -> Prepared:

@@ -240,12 +240,12 @@ TRAINING: list[tuple[str, Any, tuple[str, ...]]] = [
     ("report_to", 4, ("got 4",)),
     ("training_arguments", "fsdp", ("got 'fsdp'",)),
     ("training_arguments", {"fsdpp": "x"}, ("has no 'fsdpp'",)),
-    ("training_arguments", {"max_steps": 5}, ("'max_steps' is set by ELO",)),
-    ("training_arguments", {"output_dir": "/tmp"}, ("'output_dir' is set by ELO",)),
-    ("training_arguments", {"learning_rate": 1}, ("'learning_rate' is set by ELO",)),
+    ("training_arguments", {"max_steps": 5}, ("ELO sets 'max_steps'",)),
+    ("training_arguments", {"output_dir": "/tmp"}, ("ELO sets 'output_dir'",)),
+    ("training_arguments", {"learning_rate": 1}, ("ELO sets 'learning_rate'",)),
     ("training_arguments", {"hub_token": "hf_abc"}, ("hub_token", "secret", "HF_TOKEN")),
-    ("training_arguments", {"fsdp": "wat"}, ("transformers refuses",)),
-    ("training_arguments", {"deepspeed": "{root}/none.json"}, ("transformers refuses", "deepspeed")),
+    ("training_arguments", {"fsdp": "wat"}, ("transformers rejects",)),
+    ("training_arguments", {"deepspeed": "{root}/none.json"}, ("transformers rejects", "deepspeed")),
     ("vocabulary", "some", ("'all' or 'corpus'", "got 'some'")),
     ("vocabulary_sample", -1, ("got -1",)),
     ("also_train", ["tail"], ("unknown key", "method.also_train")),
@@ -390,7 +390,7 @@ def test_training_setting(key, value, words, world, tmp_path, capsys):
     root, config = world
     changes = {"output": str(tmp_path / "run"), f"training__{key}": _filled(value, root)}
     path = write_config(tmp_path, change(config, **changes))
-    words = words if "transformers refuses" in words else (key, *words)
+    words = words if "transformers rejects" in words else (key, *words)
     assert_refused(["run", path], ("training", *words), (root, tmp_path), capsys)
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/throughput.py --depths 12 24 --compile --output throughput.json
 
-All contestants get the same packed sequences, micro-batch, precision and optimizer. They alternate in every round, and
-the ratios are those of medians over rounds. The table also has the floor: matmul FLOPs per token, and the achieved share
-of this machine's measured matmul rate. Weights are random, because speed does not depend on them.
+All contestants get the same packed sequences, micro-batch, precision and optimizer. They take turns in each round, and
+the ratios are those of medians over rounds. The table also has the matmul FLOPs per token, and the achieved share of
+this machine's measured matmul rate. Weights are random, because speed does not depend on them.
 """
 
 import argparse

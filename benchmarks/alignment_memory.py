@@ -1,11 +1,11 @@
-"""What training a whole model costs in time and memory, and what each way of paying less saves: beside `elo plan`.
+"""Measure time and memory of training a whole model and of cheaper options, beside the estimates of `elo plan`.
 
     python benchmarks/alignment_memory.py --layers 12 --hidden-size 768 --output alignment_memory.json
 
-Layer alignment and full CPT train every layer, which is the peak of a run that has such a phase. Each contestant trains
-a Llama of random weights for a few updates in a process of its own. Printed beside: what `elo plan --measure` estimates
-of memory and rate, and what the model's weights, gradients and AdamW state alone take, the floor of plain training.
-What the same choices do to the loss is a question for `elo compare`.
+Layer alignment and full CPT (continual pretraining) train every layer, which determines the peak memory of a run with
+such a phase. Each contestant trains a Llama with random weights for a few updates in a separate process. The table also
+has the memory and rate that `elo plan --measure` estimates, and a lower bound for plain training: the memory of the
+model's weights, gradients and AdamW state. To compare the loss, use `elo compare`.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""From raw text to a trained checkpoint, imports and all: `elo run` beside what people run today, in the same minutes.
+"""Compare `elo run` with other tools from raw text to a trained checkpoint, including imports.
 
     pip install trl; python benchmarks/end_to_end.py --tokens 120000 --output end_to_end.json
     python -m venv LF && LF/bin/pip install llamafactory && python benchmarks/end_to_end.py --llamafactory LF/bin/python
 
-Each contestant is a process of its own that starts from JSON lines and a base (the quickstart's by default) and ends
-with a checkpoint. All train on the same number of tokens, in updates of the same size, at the same learning rate (LoRA
-at half of it). Then `elo evaluate` measures all of them on the same held-out text. The floor is the matmul FLOPs of the
-tokens at the rate of a large matrix product here; what is above it is everything else.
+Each contestant is a separate process that starts from JSON lines and a base (by default the quickstart's) and writes a
+checkpoint. All train on the same number of tokens, with the same update size and learning rate (LoRA with half of it).
+Then `elo evaluate` measures all of them on the same held-out text. The floor is the time for the matmul FLOPs of the
+tokens at the measured rate of a large matrix product.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--heldout-bytes", type=int, default=100_000)
     parser.add_argument("--only", nargs="+", help="contestants to run")
-    parser.add_argument("--llamafactory", metavar="PYTHON", help="of an environment with LLaMA-Factory; else left out")
+    parser.add_argument("--llamafactory", metavar="PYTHON", help="Python of an environment with LLaMA-Factory")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="elo-end-to-end-"))

@@ -1,9 +1,9 @@
-"""Peak GPU memory of training at full size, beside `elo plan`: on a GPU, or on one that computes nothing.
+"""Measure the peak GPU memory of training at full size, beside `elo plan`, on a real GPU or a simulated one.
 
     python benchmarks/gpu_memory.py --output gpu_memory.json
 
-Each contestant trains a model of random weights, by default of the shape of Llama-3.1-8B, for a few updates in a
-process of its own; what is told is PyTorch's allocator's. That takes no arithmetic, so it can be had without a GPU:
+Each contestant trains a model with random weights, by default of the shape of Llama-3.1-8B, for a few updates in a
+separate process. The peak is that of PyTorch's allocator. It needs no arithmetic, so it can be measured without a GPU:
 
     python -m venv cuda    # for a CUDA build of PyTorch
     cuda/bin/pip install 'torch==2.13.0' 'nvidia-cuda-crt<13.1' -e '.[adamw8bit]'
@@ -11,7 +11,7 @@ process of its own; what is told is PyTorch's allocator's. That takes no arithme
     NULL_GPU_GIB=400 LD_PRELOAD=$PWD/null/null_gpu.so LD_LIBRARY_PATH=$PWD/null \\
         cuda/bin/python benchmarks/gpu_memory.py --output gpu_memory.json
 
-There the seconds of an update are the host's alone, without what CUDA itself takes to start a kernel.
+Without a GPU, the seconds per update are host time only, without CUDA's time to start kernels.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Time and memory of the LM head's cross-entropy, forward and backward to the hidden states, head frozen.
+"""Measure time and memory of the LM head's cross-entropy, forward and backward to hidden states, with a frozen head.
 
     python benchmarks/head_loss.py --tokens 4096 --vocab-sizes 2048 8192 32768 --hidden-size 256 --output head_loss.json
 
-The floor is two matrix products of tokens x hidden x vocabulary (logits, input gradient), measured beside.
-The default of elo.train.loss rests on these figures.
+The floor is the measured time of two matrix products of tokens x hidden x vocabulary (logits and input gradient).
+The default of elo.train.loss is based on these figures.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--vocab-sizes", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--fp32", action="store_true", help="bf16 otherwise")
+    parser.add_argument("--fp32", action="store_true", help="use fp32 instead of bf16")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 

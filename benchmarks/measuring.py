@@ -1,4 +1,4 @@
-"""What several benchmarks need: a process of its own with its peak memory, a table."""
+"""Shared functions of the benchmarks: run code in a separate process, measure it, print a table."""
 
 import datetime
 import json
@@ -16,11 +16,11 @@ MIB = 1 << 20
 
 
 def in_process(code: str, *, env: dict[str, str] | None = None, python: str = sys.executable) -> dict[str, Any]:
-    """Run Python code in a process of its own, by another environment's `python` if need be.
+    """Run Python code in a separate process, optionally with another environment's `python`.
 
     Returns:
-        {"seconds", "peak_rss_mib", "printed"}: wall time with the interpreter's start, peak of its resident memory, and
-        the end of what it printed; {"failed": end of its stderr} where it did not come to an end.
+        {"seconds", "peak_rss_mib", "printed"}: wall time including the interpreter's start, peak resident memory, and
+        the end of the printed output; or {"failed": end of its stderr} if it did not finish.
     """
     started = time.monotonic()
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:

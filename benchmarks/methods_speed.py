@@ -1,9 +1,10 @@
-"""Training speed of every contestant of a comparison, side by side in one process, beside what FLOPs allow.
+"""Measure the training speed of every contestant of a comparison, side by side in one process, beside its FLOPs.
 
     python benchmarks/methods_speed.py COMPARISON.yaml --steps 6 --rounds 3 --output results/methods_speed.json
 
-Each round trains every phase of every contestant for a few updates, in turn, so that a slow spell of the machine hits
-all alike; the fastest round counts. Time is CPU time, so run it on one pinned core (taskset -c 0, OMP_NUM_THREADS=1).
+Each round trains every phase of every contestant for a few updates, in turn, so that a slow period of the machine
+affects all of them. The fastest round counts. Time is CPU time, so pin the process to one core (taskset -c 0,
+OMP_NUM_THREADS=1).
 """
 
 import argparse
@@ -78,7 +79,7 @@ class Speeds:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", type=Path)
-    parser.add_argument("--steps", type=int, default=6, help="updates of a phase in a round")
+    parser.add_argument("--steps", type=int, default=6, help="number of updates per phase and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()

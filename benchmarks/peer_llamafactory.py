@@ -1,10 +1,10 @@
-"""LLaMA-Factory's continual pretraining (`stage: pt`): raw JSON lines in, a trained checkpoint out.
+"""Run LLaMA-Factory's continual pretraining (`stage: pt`), from raw JSON lines to a trained checkpoint.
 
     PYTHON benchmarks/peer_llamafactory.py full BASE TARGET.jsonl SOURCE.jsonl OUTPUT --tokens 120000
 
-PYTHON is that of an environment with `pip install llamafactory`, which needs older libraries than ELO. `full` trains
-everything, `freeze` the last two layers (it has no way to name the first and the last), `lora` adapters on every linear
-layer. Nothing of ELO is used.
+PYTHON is the Python of an environment with `pip install llamafactory`, which needs older libraries than ELO. `full`
+trains everything, `freeze` the last two layers (it cannot choose the first and the last), and `lora` adapters
+on every linear layer. The script does not use ELO.
 """
 
 import json

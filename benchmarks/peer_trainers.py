@@ -1,10 +1,10 @@
-"""What people run today, each as a script of its own would: raw JSON lines in, a trained checkpoint out.
+"""Run other common trainers, from raw JSON lines to a trained checkpoint.
 
     python benchmarks/peer_trainers.py full BASE TARGET.jsonl SOURCE.jsonl OUTPUT --tokens 120000
 
-`full`: transformers.Trainer on packed blocks, as in transformers' own run_clm.py; `frozen`: the same, with the layers
-between the first and the last frozen; `lora`: the same with peft adapters on every linear layer; `trl`: TRL's
-SFTTrainer, packing. Nothing of ELO is used. Target and replay text are mixed 9 : 1 by documents.
+`full` is transformers.Trainer on packed blocks, as in run_clm.py of transformers. `frozen` is the same with the layers
+between the first and the last frozen, and `lora` the same with peft adapters on every linear layer. `trl` is TRL's
+SFTTrainer with packing. The script does not use ELO. Target and replay text are mixed 9 : 1 by documents.
 """
 
 import argparse

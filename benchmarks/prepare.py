@@ -1,9 +1,8 @@
-"""Rate of `elo prepare` beside the rate of its floor, `tokenizers`' own batches on text that is in memory already.
+"""Measure the rate of `elo prepare` beside its floor: batches of the library tokenizers on text in memory.
 
-Both run on the same documents in the same minutes, turn by turn, each in a process of its own, and the ratio is the
-median of the rounds' ratios. The floor gets all cores through the library's own threads; prepare reads, parses,
-tokenises, checks, writes and fsyncs. CPU seconds are given beside the wall time because a machine that others use too
-makes wall times wander.
+Both run on the same documents in turn, each in a separate process. The ratio is the median of the rounds' ratios.
+The floor uses all cores through the library's threads; prepare reads, parses, tokenises, checks, writes and fsyncs.
+The table has CPU seconds too, because wall times vary on a shared machine.
 
     python benchmarks/prepare.py --tokenizer CHECKPOINT --corpus ko=ko.jsonl.gz --megabytes 100 --output prepare.json
 """
@@ -102,8 +101,8 @@ def in_own_process(arguments: argparse.Namespace, what: str, files: list[str], o
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--corpus", action="append", required=True, help="a corpus; may be given several times")
-    parser.add_argument("--megabytes", type=float, default=50, help="of text, from each corpus")
+    parser.add_argument("--corpus", action="append", required=True, help="corpus; may be repeated")
+    parser.add_argument("--megabytes", type=float, default=50, help="megabytes of text per corpus")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--output", type=Path, help="JSON file to write")

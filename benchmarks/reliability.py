@@ -1,4 +1,4 @@
-"""Kill runs, refuse bad input, fuzz, and put a large checkpoint and corpus through: the numbers of docs/reliability.md.
+"""Kill runs, give them bad input, fuzz, and process large files: the figures of docs/reliability.md.
 
     python benchmarks/reliability.py --kills 200 --fuzz-minutes 5 --output reliability.json
 
@@ -161,13 +161,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--fuzz-minutes", type=float, default=5.0)
-    parser.add_argument(
-        "--large-mb", type=int, default=1000, help="size of the checkpoint that is put through; 0: none"
-    )
-    parser.add_argument("--corpus-mb", type=int, default=150, help="size of the corpus that is put through with it")
-    parser.add_argument("--no-suites", action="store_true", help="leave out the tables of bad input and the faults")
+    parser.add_argument("--large-mb", type=int, default=1000, help="size of the large checkpoint, in MB; 0 skips it")
+    parser.add_argument("--corpus-mb", type=int, default=150, help="size of the large corpus, in MB")
+    parser.add_argument("--no-suites", action="store_true", help="skip the suites of bad input and faults")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scratch", type=Path, help="folder for what is made meanwhile; by default a temporary one")
+    parser.add_argument("--scratch", type=Path, help="folder for temporary files; default: a temporary folder")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="elo-reliability-", dir=options.scratch))

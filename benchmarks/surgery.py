@@ -1,8 +1,8 @@
-"""Detach and attach on a checkpoint of several files, beside a plain copy of as many bytes: seconds and peak memory.
+"""Measure time and peak memory of detach and attach on a checkpoint of several files, beside a plain copy.
 
-The copies are the floor: reading what is read and writing what is written, with the same fsync, and nothing looked at.
-All take turns, each in a process of its own, the files in the page cache; seconds are without the interpreter's start
-and the imports (which are given beside), ratios are medians of the rounds' ratios.
+The copy is the floor: it reads and writes as many bytes, with the same fsync, without looking at them. All contestants
+alternate, each in a separate process, with the files in the page cache. Seconds exclude the interpreter's start and the
+imports, which have their own column. Ratios are medians of the rounds' ratios.
 
     python benchmarks/surgery.py --megabytes 4000 --rounds 3 --output surgery.json
 """
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--scratch", type=Path, help="folder on the disk to measure; by default a temporary one")
+    parser.add_argument("--scratch", type=Path, help="folder on the disk to measure; default: a temporary folder")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="elo-surgery-", dir=args.scratch))

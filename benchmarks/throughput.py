@@ -1,10 +1,10 @@
-"""Tokens per second of the training methods and of bare PyTorch loops, side by side in one run.
+"""Measure tokens per second of the training methods and of plain PyTorch loops, side by side in one run.
 
     python benchmarks/throughput.py --depths 12 24 --compile --output throughput.json
 
-Every contestant gets the same packed rows, micro-batch, precision and optimizer; they take turns, round after round,
-and the ratios are of medians over rounds. Beside the rate stands the floor: matmul FLOPs per token, and what share of
-this machine's measured matmul rate that makes. Random weights: speed does not depend on them.
+All contestants get the same packed sequences, micro-batch, precision and optimizer. They take turns in each round, and
+the ratios are those of medians over rounds. The table also has the matmul FLOPs per token, and the achieved share of
+this machine's measured matmul rate. Weights are random, because speed does not depend on them.
 """
 
 import argparse
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument(
-        "--profile", type=Path, help="folder for a table of each contestant's most expensive operations"
+        "--profile", type=Path, help="folder for a table of the most expensive operations of each contestant"
     )
     parser.add_argument("--only", nargs="+", help="contestants to run")
     parser.add_argument("--output", type=Path)

@@ -61,7 +61,7 @@ VALUES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("data__corpora__xx", None, ("data.corpora.xx", "got None")),
     ("data__corpora__xx", 5, ("data.corpora.xx", "got 5")),
     ("data__corpora__de", "{root}/en.jsonl", ("'de' is neither the target",)),
-    ("data__corpora__../up", "{root}/en.jsonl", ("'../up' may hold letters",)),
+    ("data__corpora__../up", "{root}/en.jsonl", ("'../up' may contain only letters",)),
     ("data__corpora__xx", {"weight": 2}, ("missing key", "path")),
     ("data__corpora__xx", {"path": "{root}/xx.jsonl", "weight": 0}, ("weight", "greater than 0", "got 0")),
     ("data__corpora__xx", {"path": "{root}/xx.jsonl", "weight": -1}, ("weight", "got -1")),
@@ -122,8 +122,8 @@ VALUES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("method", {"name": "full", "scale": "best"}, ("method.full.scale",)),
     ("method", {"name": "elo", "alignment": "some"}, ("method.elo.alignment", "got 'some'")),
     ("method", {"name": "elo", "also_train": ["tail"]}, ("method.elo.also_train", "got 'tail'")),
-    ("method", {"name": "elo", "also_train": [], "embedding_rows": "new"}, ("name them in also_train",)),
-    ("method", {"name": "elo_paper", "also_train": ["head"]}, ("exactly the published method",)),
+    ("method", {"name": "elo", "also_train": [], "embedding_rows": "new"}, ("name one in also_train",)),
+    ("method", {"name": "elo_paper", "also_train": ["head"]}, ("write method: elo",)),
     ("method", {"name": "frozen", "backward_share": 2}, ("method.frozen.backward_share", "got 2")),
     ("method", {"name": "lora", "rank": 0}, ("method.lora.rank", "got 0")),
     ("method", {"name": "lora", "dropout": 1}, ("method.lora.dropout", "less than 1")),
@@ -240,12 +240,12 @@ TRAINING: list[tuple[str, Any, tuple[str, ...]]] = [
     ("report_to", 4, ("got 4",)),
     ("training_arguments", "fsdp", ("got 'fsdp'",)),
     ("training_arguments", {"fsdpp": "x"}, ("has no 'fsdpp'",)),
-    ("training_arguments", {"max_steps": 5}, ("'max_steps' is set by ELO",)),
-    ("training_arguments", {"output_dir": "/tmp"}, ("'output_dir' is set by ELO",)),
-    ("training_arguments", {"learning_rate": 1}, ("'learning_rate' is set by ELO",)),
+    ("training_arguments", {"max_steps": 5}, ("ELO sets 'max_steps'",)),
+    ("training_arguments", {"output_dir": "/tmp"}, ("ELO sets 'output_dir'",)),
+    ("training_arguments", {"learning_rate": 1}, ("ELO sets 'learning_rate'",)),
     ("training_arguments", {"hub_token": "hf_abc"}, ("hub_token", "secret", "HF_TOKEN")),
-    ("training_arguments", {"fsdp": "wat"}, ("transformers refuses",)),
-    ("training_arguments", {"deepspeed": "{root}/none.json"}, ("transformers refuses", "deepspeed")),
+    ("training_arguments", {"fsdp": "wat"}, ("transformers rejects",)),
+    ("training_arguments", {"deepspeed": "{root}/none.json"}, ("transformers rejects", "deepspeed")),
     ("vocabulary", "some", ("'all' or 'corpus'", "got 'some'")),
     ("vocabulary_sample", -1, ("got -1",)),
     ("also_train", ["tail"], ("unknown key", "method.also_train")),
@@ -302,17 +302,17 @@ ELSEWHERE: list[tuple[str, str]] = [
 
 # Files that are no configuration: content and words.
 FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
-    "empty": (b"", ("holds NoneType", "mapping")),
+    "empty": (b"", ("contains NoneType", "mapping")),
     "comment only": (b"# nothing\n", ("mapping",)),
-    "list": (b"- a\n- b\n", ("holds list",)),
-    "bare text": (b"hello", ("holds str",)),
-    "number": (b"5", ("holds int",)),
+    "list": (b"- a\n- b\n", ("contains list",)),
+    "bare text": (b"hello", ("contains str",)),
+    "number": (b"5", ("contains int",)),
     "unclosed quote": (b'model: "x', ("is not YAML",)),
     "unclosed brace": (b"data: {a: 1", ("is not YAML",)),
     "tab indent": (b"data:\n\ttarget: x\n", ("is not YAML",)),
     "bad indent": (b"model: a\n  output: b\n", ("is not YAML",)),
-    "key twice": (b"model: a\nmodel: b\n", ("'model' stands twice",)),
-    "nested key twice": (b"data:\n  target: a\n  target: b\n", ("'target' stands twice",)),
+    "key twice": (b"model: a\nmodel: b\n", ("'model' appears twice",)),
+    "nested key twice": (b"data:\n  target: a\n  target: b\n", ("'target' appears twice",)),
     "python tag": (b"model: !!python/object/apply:os.system ['true']\n", ("is not YAML", "python")),
     "unknown tag": (b"model: !thing x\n", ("is not YAML", "!thing")),
     "undefined alias": (b"model: *nobody\n", ("is not YAML", "nobody")),
@@ -390,7 +390,7 @@ def test_training_setting(key, value, words, world, tmp_path, capsys):
     root, config = world
     changes = {"output": str(tmp_path / "run"), f"training__{key}": _filled(value, root)}
     path = write_config(tmp_path, change(config, **changes))
-    words = words if "transformers refuses" in words else (key, *words)
+    words = words if "transformers rejects" in words else (key, *words)
     assert_refused(["run", path], ("training", *words), (root, tmp_path), capsys)
 
 

@@ -290,5 +290,5 @@ def test_every_family_is_bridged(name):
 
 
 def test_nothing_left_out_has_nothing_to_bridge():
-    with pytest.raises(EloError, match=r"method\.middle: no layer is left out"):
+    with pytest.raises(EloError, match=r"method\.middle: bridged: every layer is chosen"):
         fit_bridge(tiny_llama(), [0, 1, 2, 3], _rows(2))

@@ -149,7 +149,7 @@ def test_a_stage_is_done_only_once_its_output_is_loaded_back(tmp_path: Path, mon
         return record
 
     monkeypatch.setattr(stages, "attach", damage)
-    with pytest.raises(EloError, match=r"model\.norm\.weight.*attach is not what it should be"):
+    with pytest.raises(EloError, match=r"model\.norm\.weight.*attach is not a correct checkpoint"):
         run(config, until="attach")
     monkeypatch.undo()
     record = Path(config["output"]) / "stages" / "attach.json"

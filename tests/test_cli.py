@@ -84,7 +84,7 @@ def test_run_until_a_stage(world, capsys, tmp_path):
     assert not (tmp_path / "run" / "elo_pretraining").exists()
     status, _, err = _elo(capsys, *arguments, "align")
     assert status == 2
-    assert "--until align: method elo has no such stage; it has prepare, detach, elo_pretraining, attach" in err
+    assert "--until align: method elo has no such stage; write one of prepare, detach, elo_pretraining, attach" in err
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "align"])

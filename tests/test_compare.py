@@ -134,7 +134,7 @@ def test_missing_validation_text_is_noticed_before_anything_trains(tmp_path, mon
     # A source language without replay has held-out text alone: fine, unless it counts when rates are chosen.
     data = config["run"]["data"]
     data |= {"replay_ratio": 0, "validation_share": 0.005, "heldout": {"en": data["corpora"].pop("en")}}
-    with pytest.raises(EloError, match=r"source_weight: 1 counts 'en' when rates are chosen, but it has no validation"):
+    with pytest.raises(EloError, match=r"source_weight: 1 needs validation text of 'en', and there is none"):
         compare({**config, "source_weight": 1, "output": str(tmp_path / "weighed")})
     monkeypatch.setattr(_Comparison, "run", lambda self: pytest.skip("trains"))
     with pytest.raises(pytest.skip.Exception):
@@ -262,24 +262,24 @@ def test_killed_and_started_again_ends_the_same(finished, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"contestants": {"mine": {}}}, "contestants.mine: is not a method; write method: one of align_only, "),
+        ({"contestants": {"mine": {}}}, "contestants.mine: is not a method; set method to one of align_only, "),
         ({"contestants": {"elo": {"changes": {"layres": 1}}}}, "unknown key 'layres'; did you mean 'layers'"),
         (
             {"contestants": {"elo": {"changes": {"data.replay_ratio": 0.5}}, "full": {}}},
-            "data must be the same for all",
+            "data differs from the other contestants",
         ),
         (
             {"contestants": {"elo": {"learning_rates": {"full": [1e-3]}}}},
-            "it has no phase 'full', but elo_pretraining, layer_alignment",
+            "it has no phase 'full'; write elo_pretraining or layer_alignment",
         ),
         ({"contestants": {"elo": {"label": 3}}}, "contestants.elo.label"),
         ({"contestants": {}}, "contestants"),
-        ({"contestants": {"../elo": {"method": "elo"}}}, "may hold letters"),
+        ({"contestants": {"../elo": {"method": "elo"}}}, "may contain only letters"),
         ({"budgets": []}, "budgets"),
-        ({"budgets": [{"tokens": 10, "seconds": 1}]}, "write one of them"),
+        ({"budgets": [{"tokens": 10, "seconds": 1}]}, "write exactly one of them"),
         ({"budgets": [{"hours": 1}]}, "unknown key 'budgets.0.hours'"),
         ({"budgets": [{"tokens": 64}]}, "tokens: the budget"),
-        ({"seeds": [1, 1]}, "holds one twice"),
+        ({"seeds": [1, 1]}, "contains a seed twice"),
         ({"learning_rates": [0]}, "learning_rates.0"),
         ({"contestant": {}}, "did you mean 'contestants'"),
         ({"run": "nowhere.yaml"}, "nowhere.yaml: no such configuration file"),

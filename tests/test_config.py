@@ -14,6 +14,7 @@ from elo.errors import EloError
 from elo.methods import METHODS
 from elo.train.settings import TrainingSettings
 
+ROOT = Path(__file__).parent.parent
 GOOD = {
     "model": "m",
     "output": "o",
@@ -97,15 +98,15 @@ def test_settings_of_a_phase():
         ("evaluation.zzz", 1, "known keys here: cloze"),
         ("model", None, "missing key 'model'"),
         ("data.target", None, "missing key 'data.target'"),
-        ("data.target", "jp", "target: 'jp' has no corpus; corpora holds "),
-        ("data.source", "ko", "must be two languages"),
+        ("data.target", "jp", "target: 'jp' has no corpus; corpora has "),
+        ("data.source", "ko", "name two different languages"),
         ("data.heldout", {"jp": "a"}, "'jp' is neither the target"),
         ("data.replay_ratio", 1.5, "data.replay_ratio: input should be less than 1, got 1.5"),
         ("data.sequence_length", 2, "greater than or equal to 8, got 2"),
         ("data.on_error", "ignore", "'stop' or 'skip', got 'ignore'"),
         ("training.learning_rate", -1, "greater than 0, got -1"),
         ("training.learning_rate", "fast", "training.learning_rate: input should be a valid number"),
-        ("training.optim", "sgdd", "training.optim: must be one of adafactor"),
+        ("training.optim", "sgdd", "training.optim: got 'sgdd'; write one of adafactor"),
         ("training.vocabulary", "some", "'all' or 'corpus', got 'some'"),
         ("training.phases", {"full": {}}, "'full' is not a phase of method lora, which has lora"),
         (
@@ -113,7 +114,11 @@ def test_settings_of_a_phase():
             {"layer_alignment": {"lr": 1}},
             "layer_alignment.lr: unknown key; known keys here: ",
         ),
-        ("training.phases", {"layer_alignment": {"optim": "x"}}, "layer_alignment.optim: must be one of adafactor"),
+        (
+            "training.phases",
+            {"layer_alignment": {"optim": "x"}},
+            "layer_alignment.optim: got 'x'; write one of ada",
+        ),
         ("method", {"name": "elo", "also_train": ["middle"]}, "got 'middle'"),
         ("method", {"name": "elo", "middle": "bridges"}, "got 'bridges'"),
         ("method", {"name": "elo", "scale": 3}, "at most 2"),
@@ -131,7 +136,7 @@ def test_settings_of_a_phase():
         ("tokens", 0, "greater than 0, got 0"),
         ("tokens", 1.5, "tokens: input should be a valid integer"),
         ("seed", -1, "greater than or equal to 0"),
-        ("data.corpora", {"ko": "a", "e/n": "b"}, "may hold letters, digits, - and _ alone"),
+        ("data.corpora", {"ko": "a", "e/n": "b"}, "may contain only letters, digits, - and _"),
         ("data.corpora.ko", [{"path": "a", "weight": 0}], "greater than 0, got 0"),
         ("data", [], "data: "),
         # Keys of 0.1 are answered with today's.
@@ -158,10 +163,10 @@ def test_refuses(path, value, said):
     ("text", "said"),
     [
         ("a: [", "is not YAML"),
-        ("- a\n- b", "holds list, not a mapping"),
-        ("a: 1\nb: 2\na: 3", "key 'a' stands twice"),
+        ("- a\n- b", "contains list; write a mapping"),
+        ("a: 1\nb: 2\na: 3", "key 'a' appears twice"),
         ("a: &a\n  b: *a\n", "refers to itself"),
-        ("", "holds NoneType"),
+        ("", "contains NoneType"),
         ("\x00", "is not YAML"),
     ],
 )
@@ -190,7 +195,7 @@ def test_bad_overrides(override):
 
 
 def test_the_documentation_is_that_of_the_models():
-    documented = Path(__file__).parent.parent / "docs" / "configuration.md"
+    documented = ROOT / "docs" / "configuration.md"
     assert documented.read_text() == markdown(), f"python -m elo.config.document > {documented}"
 
 
@@ -237,3 +242,24 @@ def test_a_contestants_run_is_the_shared_one_with_its_changes(tmp_path):
     assert (run.method.middle, run.tokens, run.seed, run.layers) == ("removed", 99, 7, "0,1")
     pretraining, alignment = (run.settings(phase).learning_rate for phase in run.method.phases)
     assert (pretraining, alignment) == (5e-4, 0.5)
+
+
+def test_the_examples_and_benchmark_configurations_are_valid():
+    runs = {ROOT / "examples" / "korean_8b.yaml"}
+    comparisons = {ROOT / "examples" / "compare.yaml"}
+    for path in (ROOT / "benchmarks").glob("*.yaml"):
+        (comparisons if "contestants" in yaml.safe_load(path.read_text()) else runs).add(path)
+    assert len(runs) > 1 and len(comparisons) > 1
+    for path in runs:
+        load_config(path)
+    for path in comparisons:
+        config = load_comparison(path)
+        for name in config.contestants:
+            contestant_run(config, name, Path("unused"), learning_rates={}, tokens=1, seed=1)
+
+
+def test_the_example_of_every_key_is_up_to_date():
+    example = ROOT / "examples" / "korean_8b.yaml"
+    _, *rest = example.read_text().splitlines()  # the first line differs
+    _, *expected = commented_yaml("meta-llama/Llama-3.1-8B").splitlines()
+    assert rest == expected, f"elo config meta-llama/Llama-3.1-8B, and keep the first line of {example}"

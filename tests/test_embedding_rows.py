@@ -187,7 +187,7 @@ def test_old_rows_stay_through_a_full_alignment_too(tmp_path):
 
 
 def test_new_rows_of_nothing_are_refused():
-    with pytest.raises(ValueError, match="name them in also_train"):
+    with pytest.raises(ValueError, match="name one in also_train"):
         new_rows(also_train=("norm",))
 
 

@@ -166,5 +166,5 @@ def test_a_cut_model_computes_with_the_rows_that_are_kept(tmp_path):
 @pytest.mark.parametrize("kept", [[], [0, WHOLE]])
 def test_rows_that_the_model_does_not_have(tmp_path, kept):
     (tmp_path / "rows.json").write_text(json.dumps(kept))
-    with pytest.raises(EloError, match=r"rows\.json: lists rows beyond"):
+    with pytest.raises(EloError, match=r"rows\.json: lists no rows, or rows beyond"):
         VocabularyCut(tiny_llama(vocab=WHOLE), tmp_path / "rows.json")

@@ -225,7 +225,7 @@ MISTAKES: list[tuple[list[str], dict[str, Any], str]] = [
     (["training.vocabulary=corpus"], {"vocabulary_rows": 0}, "vocabulary_rows: got 0"),
     ([], {"compare_with": ("ful",)}, "compare_with: there is no method 'ful'"),
     (["tokens=1000"], {}, "less than one update of each phase"),
-    (["training.optim=lion"], {}, "training.optim: must be one of"),
+    (["training.optim=lion"], {}, "training.optim: got 'lion'; write one of"),
     (["data.sequence_length=3000"], {}, "tokens_per_step: 65536 is not a multiple"),
     (["sequence_length=512"], {}, "did you mean 'data.sequence_length'"),
 ]

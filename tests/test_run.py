@@ -307,7 +307,9 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
 def test_a_stage_that_the_method_does_not_have(tmp_path):
     config = write_world(tmp_path)
     config["method"] = "full"
-    with pytest.raises(EloError, match="--until elo_pretraining: method full has no such stage; it has prepare, full"):
+    with pytest.raises(
+        EloError, match="--until elo_pretraining: method full has no such stage; write one of prepare, full"
+    ):
         run(config, until="elo_pretraining")
     assert not (tmp_path / "run" / "prepared").exists()
 

@@ -76,7 +76,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checkpoint = root / "shared" / "layer_alignment-checkpoints" / "checkpoint-2"
     assert status != 0 and (checkpoint / "elo_checkpoint.json").is_file(), said
     assert not list(checkpoint.glob("*.bin")), "no process writes the whole model"
-    with pytest.raises(EloError, match=r"checkpoint-2: was written with FSDP, .*without.*go on as it began"):
+    with pytest.raises(EloError, match=r"checkpoint-2: was written with FSDP, .*without.*launch it as before"):
         run({**config, "output": shared["output"]})
     status, said = launch(shared, root / "shared.yaml")
     assert status == 0, said
@@ -163,10 +163,10 @@ def test_deepspeed_killed_and_gone_on_with_ends_as_one_process(
     deepspeed = {"zero_optimization": {"stage": stage}, **auto}
     divided = sharded(config, tmp_path / "shared", ["elo_pretraining"], deepspeed=deepspeed)
     _, killed = launch(divided, tmp_path / "shared.yaml", die_at="elo_pretraining:4")
-    with pytest.raises(EloError, match=r"checkpoint-4: was written with DeepSpeed, .*without.*go on as it began"):
+    with pytest.raises(EloError, match=r"checkpoint-4: was written with DeepSpeed, .*without.*launch it as before"):
         run({**config, "output": divided["output"]})
     _, fewer = launch(divided, tmp_path / "shared.yaml", processes=1)
-    assert "written by 2 processes, and these are 1" in fewer, killed + fewer
+    assert "written by 2 processes, and DeepSpeed cannot resume it with 1" in fewer, killed + fewer
     status, said = launch(divided, tmp_path / "shared.yaml")
     assert status == 0, said
     for name in STAGES[:2]:
@@ -180,9 +180,9 @@ def test_deepspeed_killed_and_gone_on_with_ends_as_one_process(
 @pytest.mark.parametrize(
     ("asked", "version", "settings", "message"),
     [
-        ("fsdp", 1, {"fsdp": True}, "FSDP: the launcher asks for its first version"),
-        ("fsdp", 2, {}, "FSDP: is asked for by the launcher alone"),
-        ("deepspeed", 2, {}, "DeepSpeed: is asked for by the launcher alone"),
+        ("fsdp", 1, {"fsdp": True}, "FSDP: the launcher sets version 1"),
+        ("fsdp", 2, {}, "FSDP: only the launcher sets it"),
+        ("deepspeed", 2, {}, "DeepSpeed: only the launcher sets it"),
     ],
 )
 def test_what_the_launcher_asks_for_is_refused(asked: str, version: int, settings: Any, message: str) -> None:
@@ -201,7 +201,7 @@ def test_deepspeed_in_bf16_is_refused_where_it_would_round_what_is_stored(tmp_pa
     for dtype in (torch.bfloat16, torch.float32):
         tiny_model(tiny_config("llama")).to(dtype).save_pretrained(tmp_path / str(dtype))
     assert load_trainable(tmp_path / "torch.bfloat16", settings)[1] == torch.bfloat16
-    with pytest.raises(EloError, match=r"float32: is stored in fp32, and DeepSpeed in bf16 would round"):
+    with pytest.raises(EloError, match=r"float32: its weights are fp32, which DeepSpeed would round"):
         load_trainable(tmp_path / "torch.float32", settings)
 
 

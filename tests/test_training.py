@@ -94,11 +94,11 @@ def test_8_bit_state_is_what_the_plan_counts_whatever_was_trained_before(tmp_pat
 @pytest.mark.parametrize(
     ("further", "arguments", "message"),
     [
-        ({}, {"fsdp": True}, "divides weights among processes, and this is one"),
-        ({"optim": "adamw_8bit"}, {"fsdp": True}, "adamw_8bit does not take weights"),
+        ({}, {"fsdp": True}, "needs several processes, and this is one"),
+        ({"optim": "adamw_8bit"}, {"fsdp": True}, "adamw_8bit does not support weights"),
         ({}, {"fsdp": True, "fsdp_config": {"fsdp_version": 1}}, "version: got 1; only FSDP2"),
         ({}, {"fsdp": True, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}, "state_dict_type: is set by ELO"),
-        ({}, {"fsdp": True, "fsdp_config": "fsdp.json"}, "fsdp_config: got 'fsdp.json'; write its keys out"),
+        ({}, {"fsdp": True, "fsdp_config": "fsdp.json"}, "fsdp_config: got 'fsdp.json'; write its keys"),
         (
             {"activation_checkpointing": True},
             {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
@@ -214,8 +214,8 @@ def test_accumulation_does_not_change_the_gradient(tmp_path):
     [
         ({"tokens_per_step": 100}, "full.tokens_per_step: 100 is not a multiple"),
         ({"training_arguments": {"bogus": 1}}, "TrainingArguments has no 'bogus'"),
-        ({"training_arguments": {"learning_rate": 1}}, "'learning_rate' is set by ELO"),
-        ({"training_arguments": {"max_steps": 1}}, "'max_steps' is set by ELO"),
+        ({"training_arguments": {"learning_rate": 1}}, "ELO sets 'learning_rate'"),
+        ({"training_arguments": {"max_steps": 1}}, "ELO sets 'max_steps'"),
     ],
 )
 def test_settings_are_checked_before_any_work(update, said):

@@ -1,8 +1,8 @@
-"""The verbs of the command line as functions, and layer surgery on models in memory.
+"""The commands of `elo` as functions, and layer surgery on models in memory.
 
     from elo.api import run, detach, detach_layers
 
-Names in `__all__` are stable: they change only with a note in CHANGELOG.md.
+Names in `__all__` are stable: CHANGELOG.md notes every change to them.
 """
 
 from elo.chat.chat_vector import chat_vector

@@ -1,4 +1,4 @@
-"""The token budget of a run, divided: which packed sequences each phase trains on."""
+"""Divide the token budget of a run into the packed sequences of each phase."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from elo.errors import EloError
 from elo.methods import Phase
 from elo.train.loop import rows_per_step
 
-# Tokens of each language for the search of a scale, a 400th of the budget within these: four forward passes of the
-# whole model should cost little beside the training.
+# Limits on the tokens per language for the search of a scale, which is 1/400 of the budget. The search takes several
+# forward passes of the whole model and should cost little in comparison with training.
 _SCALE_TOKENS = (2048, 32_768)
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """A run's packed sequences: those of ELO pretraining first, then those of layer alignment.
+    """The packed sequences of a run: first those of ELO pretraining, then those of layer alignment.
 
     Attributes:
-        mixture: sequence i is the same whatever was asked for before it.
-        pretraining: number of sequences of the phases with rows `pretraining`.
-        alignment: number of sequences of the phases with rows `alignment`, which follow.
+        mixture: source of the sequences; sequence i does not depend on which others are read.
+        pretraining: number of sequences for phases with rows `pretraining`.
+        alignment: number of sequences for phases with rows `alignment`.
     """
 
     mixture: Mixture
@@ -33,7 +33,7 @@ class Sequences:
     alignment: int
 
     def of(self, phase: Phase) -> MixtureRows:
-        """The sequences that a phase trains on."""
+        """Return the sequences of a phase."""
         start, stop = {
             "pretraining": (0, self.pretraining),
             "alignment": (self.pretraining, self.pretraining + self.alignment),
@@ -42,25 +42,25 @@ class Sequences:
         return self.mixture.rows(start, stop)
 
     def first(self, tokens: int) -> MixtureRows:
-        """The first sequences, with at least so many tokens."""
+        """Return the first sequences, as many as have at least `tokens` tokens."""
         return self.mixture.rows(0, -(-tokens // self.mixture.sequence_length))
 
     def unseen(self) -> dict[str, list[dict[str, np.ndarray]]]:
-        """By language, sequences that follow all that are trained on."""
+        """Return sequences after those of the training, by language."""
         return self.mixture.rows_by_language(*self.unseen_identity()["rows"])
 
     def unseen_identity(self) -> dict[str, Any]:
-        """What decides `unseen`."""
+        """Return all that determines `unseen`, for the fingerprint of a stage."""
         length, total = self.mixture.sequence_length, self.pretraining + self.alignment
         count = -(-min(max(total * length // 400, _SCALE_TOKENS[0]), _SCALE_TOKENS[1]) // length)
         return {"mixture": self.mixture.origin, "rows": [total, count]}
 
 
 def divide_budget(config: RunConfig, data: PreparedData, say: Callable[[str], None]) -> Sequences:
-    """Divide the token budget in whole updates of the phases.
+    """Divide the token budget into whole updates of the phases.
 
     Args:
-        say: shows the user which text the budget passes over more than once.
+        say: function that shows the user a note if the budget exceeds one pass over a language's text.
 
     Raises:
         EloError: the budget is less than one update of a phase.
@@ -79,13 +79,13 @@ def divide_budget(config: RunConfig, data: PreparedData, say: Callable[[str], No
 
 
 def divide_sequences(config: RunConfig, total: int) -> tuple[int, int]:
-    """Divide `total` packed sequences in whole updates.
+    """Divide `total` packed sequences into whole updates.
 
     Returns:
-        Those of phases with rows `pretraining` or `all`, and those of phases with rows `alignment`.
+        Number of sequences for phases with rows `pretraining` or `all`, and for phases with rows `alignment`.
 
     Raises:
-        EloError: they are less than one update of a phase.
+        EloError: `total` is less than one update of each phase.
     """
     length = config.data.sequence_length
     steps = {phase.rows: rows_per_step(length, config.settings(phase)) for phase in config.method.phases}

@@ -1,8 +1,8 @@
-"""`elo compare`: which way of adapting buys most, on this model and text, for this budget.
+"""Compare methods on the same model, text and budget (`elo compare`).
 
-Every contestant has its learning rates tuned on the budget itself, with its own schedule for it (a curve cut in the
-middle of its decay is no fair point), on validation text; then it is trained with every seed and measured on held-out
-text. A trial is a run (`elo.run`) with given rates, tokens and seed.
+Each contestant's learning rates are tuned on validation text, with the full budget and its complete schedule, because a
+run stopped in the middle of its decay is no fair comparison. Then the contestant is trained with every seed and
+measured on held-out text. A trial is a run (`elo.run`) with given rates, tokens and seed.
 """
 
 from collections.abc import Iterator
@@ -35,12 +35,12 @@ from elo.run import (
 from elo.store.processes import is_main
 from elo.store.run_folder import Artifact, RunFolder
 
-# Updates of the first look at a contestant's speed, and the share of a time budget that the second look takes.
+# Number of updates in the first speed test of a contestant, and share of the time budget for the second.
 _FIRST_LOOK_STEPS = 6
 _SECOND_LOOK_SHARE = 0.15
-# How far from a time budget a whole trial may end before its tokens are worked out again.
+# Relative deviation of a trial from its time budget above which its tokens are computed again.
 _TOLERANCE = 0.05
-# How often the next rate beyond the grid is tried, where the best one is at its edge.
+# Maximum number of rates to try beyond the grid if the best one is at its edge.
 _EXTENSIONS = 2
 
 Rates = dict[str, float]
@@ -50,7 +50,7 @@ Rates = dict[str, float]
 def compare(
     config: CompareConfig | str | Path | dict[str, Any], *, overrides: list[str] | None = None
 ) -> dict[str, Any]:
-    """Run a comparison, or resume an interrupted one; each trial is done once.
+    """Run all trials of a comparison, or resume an interrupted comparison.
 
     Args:
         config: a comparison's configuration, its file, or a dict of the same form.
@@ -60,7 +60,7 @@ def compare(
         The results, as in results.json (docs/results.md), which is also written after every contestant.
 
     Raises:
-        EloError: a mistake of the user: what, where, what was found, what to do.
+        EloError: the configuration or an input is invalid.
     """
     if not isinstance(config, CompareConfig):
         config = load_comparison(config, overrides)
@@ -95,8 +95,8 @@ def _open(config: CompareConfig) -> Iterator[tuple[Inputs, dict[str, tuple[int, 
         for key in ("model", "data", "tokenizer", "evaluation", "trust_remote_code"):
             if getattr(run, key) != getattr(first, key):
                 raise EloError(
-                    f"contestants.{name}.changes: {key} must be the same for all contestants, else they cannot be "
-                    "compared"
+                    f"contestants.{name}.changes: {key} differs from the other contestants, and must be the same for "
+                    "all; remove the change"
                 )
     with open_run(first) as inputs:
         layers = {name: check_model(run, inputs.base.path) for name, run in runs.items()}
@@ -110,7 +110,7 @@ class _Comparison:
         self.data: PreparedData = prepare_data(inputs)
         heldout = heldout_text(inputs, self.data)
         self.base = measure(inputs, "evaluate-base", inputs.base, heldout)
-        # Before anything is trained, so that missing validation text is noticed.
+        # Before training, so that missing validation text is an error at the start.
         validation = validation_text(inputs, self.data)
         self.base_validation = measure(inputs, "validate-base", inputs.base, validation, brief=True)
         self._check_source_weight()
@@ -123,7 +123,7 @@ class _Comparison:
         ) * len(config.budgets)
 
     def run(self) -> schema.Results:
-        """Tune and train every contestant within every budget."""
+        """Tune and train every contestant with every budget."""
         trials: list[schema.Trial] = []
         results = self._results(trials)
         for budget in self.config.budgets:
@@ -141,7 +141,7 @@ class _Comparison:
     # Budgets.
 
     def _tokens(self, name: str, budget: Budget) -> int:
-        """Tokens of a contestant's run within a budget: of time, by its own measured rates."""
+        """Return the tokens of a contestant's run, for a time budget from its measured speed."""
         if budget.tokens is not None:
             return budget.tokens
         if speed := self.config.contestants[name].tokens_per_second:
@@ -160,7 +160,7 @@ class _Comparison:
             tokens = shortest
             for wanted in (_SECOND_LOOK_SHARE * seconds, seconds):
                 tokens = max(shortest, _tokens_within(looked(tokens), tokens, wanted, budget.kind)) // step * step
-            whole = looked(tokens)  # tuning starts from this very trial, if it filled the budget
+            whole = looked(tokens)  # tuning reuses this trial, if it filled the budget
             if abs(_spent(whole, budget.kind) / seconds - 1) > _TOLERANCE:
                 tokens = max(shortest, _tokens_within(whole, tokens, seconds, budget.kind)) // step * step
             return {"tokens": tokens}
@@ -176,23 +176,23 @@ class _Comparison:
     # Learning rates.
 
     def _grids(self, name: str) -> dict[str, list[float]]:
-        """Rates to try by phase, in the order of the method's phases."""
+        """Return the rates to try by phase, in the order of the method's phases."""
         phases = [phase.name for phase in self.config.method(name).phases]
         own = self.config.contestants[name].learning_rates
         if isinstance(own, dict):
             for phase in own:
                 if phase not in phases:
                     raise EloError(
-                        f"contestants.{name}.learning_rates: it has no phase {phase!r}, but {', '.join(phases)}"
+                        f"contestants.{name}.learning_rates: it has no phase {phase!r}; write {' or '.join(phases)}"
                     )
         chosen = own if isinstance(own, dict) else dict.fromkeys(phases, own or self.config.learning_rates)
         return {phase: sorted(set(chosen.get(phase) or self.config.learning_rates)) for phase in phases}
 
     def _tune(self, name: str, tokens: int) -> tuple[Rates, list[schema.Trial]]:
-        """Choose the learning rates with the lowest score on validation text, one phase after the other.
+        """Choose the learning rates with the lowest score on validation text, one phase after another.
 
         Returns:
-            The rates, and the trials with other rates.
+            The chosen rates, and the trials with other rates.
         """
         grids = self._grids(name)
         rates = _middle(grids)
@@ -234,15 +234,14 @@ class _Comparison:
         source = self.inputs.languages[1]
         if self.config.source_weight and source not in self.base_validation["bpb"]:
             raise EloError(
-                f"source_weight: {self.config.source_weight:g} counts {source!r} when rates are chosen, but it has "
-                "no validation text; give data.corpora text of it and a data.validation_share above 0, or set "
-                "source_weight to 0"
+                f"source_weight: {self.config.source_weight:g} needs validation text of {source!r}, and there is none; "
+                "add its text to data.corpora and set data.validation_share above 0, or set source_weight to 0"
             )
 
     # Trials.
 
     def _trial(self, name: str, rates: Rates, tokens: int, seed: int) -> schema.Trial:
-        # One trial serves for tuning and for the report.
+        # The trial with the first seed is used both for tuning and in the report.
         tuned = any(len(grid) > 1 for grid in self._grids(name).values())
         trial = self._train(name, rates, tokens, seed, validated=tuned and seed == self.config.seeds[0])
         self.seconds[_identity(name, rates, tokens, seed)] = trial.seconds
@@ -257,10 +256,10 @@ class _Comparison:
         return trial
 
     def _train(self, name: str, rates: Rates, tokens: int, seed: int, *, validated: bool) -> schema.Trial:
-        """Train and measure a contestant, once.
+        """Train and measure a contestant, or return the finished trial.
 
         Args:
-            validated: measure on validation text too.
+            validated: whether to measure on validation text too.
         """
         identity = _identity(name, rates, tokens, seed)
         run = self._run(name, tokens, rates, seed)
@@ -326,7 +325,7 @@ class _Comparison:
             seed=self.config.seeds[0] if seed is None else seed,
         )
 
-    # What is written.
+    # Results.
 
     def _results(self, trials: list[schema.Trial]) -> schema.Results:
         config, run = self.config, self.inputs.config
@@ -371,7 +370,7 @@ def _middle(grids: dict[str, list[float]]) -> Rates:
 
 
 def _shares(run: RunConfig) -> Iterator[float]:
-    """Shares of the budget that the phases of the run's method train on."""
+    """Yield the share of the budget of each phase of the run's method."""
     share = run.method.alignment_share
     for phase in run.method.phases:
         yield {"pretraining": 1 - share, "alignment": share, "all": 1.0}[phase.rows]
@@ -382,7 +381,7 @@ def _spent(trial: schema.Trial, kind: str) -> float:
 
 
 def _tokens_within(trial: schema.Trial, tokens: int, seconds: float, kind: str) -> int:
-    """Tokens of a run that takes `seconds`, by the rates and the fixed costs of a trial with `tokens`."""
+    """Return the tokens of a run that takes `seconds`, from the speed and fixed costs of a trial with `tokens`."""
     training = sum(float(getattr(stage, kind) or stage.seconds) for stage in trial.stages if stage.tokens)
     fixed = _spent(trial, kind) - training
     return int(max(0.0, seconds - fixed) / training * tokens) if training else tokens

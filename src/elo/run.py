@@ -1,7 +1,7 @@
-"""A run: prepare the text, train by a method, measure before and after, report.
+"""Run a method: prepare the text, train, measure before and after, and report.
 
-Each step is a stage of the run folder (`elo.store.run_folder`): done once, resumed after a kill, done again when an
-argument has changed.
+Each step is a stage of the run folder (`elo.store.run_folder`). A stage runs once, resumes after a kill, and runs again
+if an argument has changed.
 """
 
 import os
@@ -29,17 +29,17 @@ from elo.store.processes import is_main
 from elo.store.run_folder import Artifact, RunFolder, file_identity
 from elo.surgery.detach_attach import resolve_checkpoint
 
-# Tokens for the fit of a bridge (and 16 for each hidden dimension).
+# Minimum number of tokens to fit a bridge on, besides 16 per hidden dimension.
 _BRIDGE_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run works with, checked.
+    """The checked inputs of a run.
 
     Attributes:
-        base: the checkpoint that is adapted.
-        tokenizer: folder or hub id.
+        base: checkpoint to adapt.
+        tokenizer: folder or hub id of the tokenizer.
         layers: decoder layers that the configuration chooses.
     """
 
@@ -57,12 +57,12 @@ class Inputs:
 
 @dataclass
 class Adapted:
-    """What a method made of the base.
+    """The result of a method.
 
     Attributes:
-        model: the last checkpoint.
-        records: of the stages that cost time, in their order.
-        before_alignment: measurement of the attached model, where an alignment follows.
+        model: last checkpoint.
+        records: records of the stages with a measured cost, in order.
+        before_alignment: measurement of the attached model, if layer alignment follows.
     """
 
     model: Artifact
@@ -70,12 +70,12 @@ class Adapted:
     before_alignment: dict[str, Any] | None = None
 
     def cost(self, key: str) -> float:
-        """Sum over stages of `seconds` or `cpu_seconds`, evaluation aside."""
+        """Return the sum of `seconds` or `cpu_seconds` over the stages, without evaluation."""
         return float(sum(record[key] for record in self.records.values()))
 
 
 class ReachedError(Exception):
-    """The stage that was asked for is done."""
+    """The stage `until` is done."""
 
 
 def run(
@@ -86,13 +86,13 @@ def run(
     Args:
         config: a configuration, its file, or a dict of the same form.
         overrides: `key.path=value`, applied to a file or dict.
-        until: stop when this stage is done: prepare, bridge, detach, attach, scale, or the name of a phase.
+        until: last stage to run: prepare, bridge, detach, attach, scale, or the name of a phase; None runs all.
 
     Returns:
-        The results, as written to results.json (docs/results.md); {} when `until` stopped the run before.
+        The results, as written to results.json (docs/results.md), or {} if `until` stopped the run earlier.
 
     Raises:
-        EloError: a mistake of the user: what, where, what was found, what to do.
+        EloError: the configuration or an input is invalid.
     """
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
@@ -113,12 +113,12 @@ def run(
 
 
 def prepare_together(config: str | Path | dict[str, Any], *, overrides: list[str] | None = None) -> None:
-    """Tokenise a run's corpora beside other processes that do the same, on machines that share the run folder.
+    """Tokenise a run's corpora together with other processes, also on other machines that share the run folder.
 
-    Returns when all is prepared, whichever process did it.
+    Return when all corpora are prepared, no matter which process did it.
 
     Raises:
-        EloError: as `run`; or a run holds the folder.
+        EloError: the configuration or an input is invalid, or a run is using the folder.
     """
     with open_run(load_config(config, overrides), shared=True) as inputs:
         prepare_data(inputs, together=True)
@@ -126,10 +126,13 @@ def prepare_together(config: str | Path | dict[str, Any], *, overrides: list[str
 
 @contextmanager
 def open_run(config: RunConfig, *, shared: bool = False) -> Iterator[Inputs]:
-    """Check a configuration against the disk, lock its run folder, alone or `shared`, and yield the inputs.
+    """Check the inputs of a configuration, lock its run folder and yield the inputs.
+
+    Args:
+        shared: whether other processes may lock the folder with `shared` at the same time.
 
     Raises:
-        EloError: the base, a corpus, the layers or the run folder is not usable.
+        EloError: the base, a corpus, the layers or the run folder cannot be used.
     """
     check_inputs(config)
     base = resolve_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
@@ -144,7 +147,7 @@ def open_run(config: RunConfig, *, shared: bool = False) -> Iterator[Inputs]:
 
 
 def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
-    """Token shards of all corpora."""
+    """Tokenise all corpora and return the token shards."""
     config, folder = inputs.config, inputs.folder
     corpora, heldout = stages.corpus_sources(config.data)
     decisive: dict[str, Any] = {
@@ -210,7 +213,7 @@ def adapt(
                 "bridge",
             )
             shown = ", ".join(f"{share:.0%}" for share in bridge.record["explained"])
-            folder.say(f"bridge: explains {shown} of what the middle does to the hidden states, on unseen tokens")
+            folder.say(f"bridge: explains {shown} of the removed layers' effect on hidden states of unseen tokens")
         if phase.detached:
             start = done(
                 folder.once("detach", stages.detach_layers, base=base, layers=layers, execution=trust), "detach"
@@ -286,20 +289,20 @@ def _keep_share(inputs: Inputs, trained: Artifact, sequences: Sequences) -> Arti
             "trust_remote_code": inputs.config.trust_remote_code,
         },
     )
-    inputs.folder.say(f"scale: {stage.record['scale']:g} of the change is kept")
+    inputs.folder.say(f"scale: the trained change is multiplied by {stage.record['scale']:g}")
     return stage
 
 
 def heldout_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus]:
-    """Held-out text by language: what is reported is measured on it."""
+    """Return held-out text by language, for reported measurements."""
     return {language: data.heldout(language) for language in inputs.languages}
 
 
 def validation_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus]:
-    """Validation text by language, cut out of the training corpora: choices are made on it."""
+    """Return validation text by language, which is set aside from the training corpora for choosing learning rates."""
     target, source = inputs.languages
     found = {target: data.validation(target)}
-    if data.summary()["validation"][source]["documents"]:  # none without replayed text
+    if data.summary()["validation"][source]["documents"]:  # no replay, no source text
         found[source] = data.validation(source)
     return found
 
@@ -307,7 +310,7 @@ def validation_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus
 def measure(
     inputs: Inputs, name: str, model: Artifact, corpora: dict[str, TokenCorpus], *, brief: bool = False
 ) -> dict[str, Any]:
-    """Measure a model in a stage of its own and return the record."""
+    """Measure a model as stage `name` and return the record."""
     config = inputs.config
     paths = [] if brief else list(map(Path, config.evaluation.cloze.values()))
     paths += [] if brief else [path for each in config.evaluation.measures for path in each.files()]
@@ -330,7 +333,7 @@ def measure(
 
 
 def link_model(folder: RunFolder, model: Path) -> None:
-    """Let RUN/model name the final model."""
+    """Link RUN/model to the final model."""
     if not is_main():
         return
     link = folder.path("model")
@@ -389,7 +392,7 @@ def write_report(
 
 
 def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:
-    """Matmul FLOPs of training by phase, without fitting a bridge or searching a scale."""
+    """Return the matmul FLOPs of training by phase, without those of fitting a bridge or searching a scale."""
     config = inputs.config
     counted = footprint(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
     found = {}
@@ -402,7 +405,7 @@ def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:
 
 
 def stage_names(method: Method) -> list[str]:
-    """The stages that `until` may name."""
+    """Return the possible values of `until`."""
     names = ["prepare"]
     phases = method.phases
     for phase in phases:
@@ -416,7 +419,7 @@ def stage_names(method: Method) -> list[str]:
 def _check_until(method: Method, until: str | None) -> None:
     if until is not None and until not in stage_names(method):
         raise EloError(
-            f"--until {until}: method {method.name} has no such stage; it has {', '.join(stage_names(method))}"
+            f"--until {until}: method {method.name} has no such stage; write one of {', '.join(stage_names(method))}"
         )
 
 

@@ -1,6 +1,6 @@
-"""The stages of a run. Each makes its output at a path from its arguments and returns a JSON record.
+"""The stages of a run. Each stage writes its output to a path and returns a JSON record.
 
-`elo.run` calls them through `RunFolder.once`, which skips what is done already.
+`elo.run` calls them through `RunFolder.once`, which skips finished stages.
 """
 
 import functools
@@ -32,11 +32,11 @@ from elo.train.settings import TrainingSettings
 from elo.train.vocabulary_cut import choose_rows
 
 MIN_EXPLAINED = 0.05
-"""Share of what the middle does to the hidden states below which a bridge over it is refused."""
+"""Minimum share of the middle layers' effect on the hidden states that a bridge has to explain."""
 
 
 def _measured(stage: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Add time and peak memory to the record of a stage that trains nothing."""
+    """Add time and peak memory to the record of a stage without training."""
 
     @functools.wraps(stage)
     def measured(*arguments: Any, **keywords: Any) -> dict[str, Any]:
@@ -56,20 +56,20 @@ def _measured(stage: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, A
 def _checked(
     made_from: str, *, collective: bool = False
 ) -> Callable[[Callable[..., dict[str, Any]]], Callable[..., dict[str, Any]]]:
-    """Load back what a stage wrote; faults that its input has already are let pass.
+    """Load the output of a stage and check it. Faults that its input already has are ignored.
 
-    This is no part of what is measured.
+    The check is not part of the stage's measured time and memory.
 
     Args:
-        made_from: the stage's argument that is the checkpoint which its output was made from.
-        collective: every process of the launch calls the stage.
+        made_from: name of the stage's argument with the input checkpoint.
+        collective: whether every process calls the stage.
     """
 
     def decorate(stage: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         @functools.wraps(stage)
         def checked(output: Path, **keywords: Any) -> dict[str, Any]:
             record = stage(output, **keywords)
-            remedy = f"{output} is not what it should be; report it, with the model's name"
+            remedy = f"{output} is not a correct checkpoint; report this with the model's name"
             trust = keywords["trust_remote_code"]
 
             def check() -> None:
@@ -87,7 +87,7 @@ def _checked(
 
 
 def corpus_sources(data: DataConfig) -> tuple[dict[str, list[CorpusSource]], dict[str, CorpusSource]]:
-    """The training and the held-out corpora of a configuration, by language."""
+    """Return the training and the held-out corpora of a configuration, by language."""
 
     def source(given: CorpusConfig) -> CorpusSource:
         return CorpusSource(given.path, text_column=given.text_column)
@@ -109,9 +109,9 @@ def prepare_data(
     """Tokenise the corpora into token shards.
 
     Args:
-        identities: of the tokenizer's and the corpora's files, which decide the shards.
-        vocab_size: rows of the model's embedding; token ids beyond are refused.
-        together: other processes may do the same at the same time.
+        identities: identities of the tokenizer's and the corpora's files, which determine the shards.
+        vocab_size: number of rows of the model's embedding; larger token ids raise an error.
+        together: whether other processes may do the same at the same time.
     """
     corpora, heldout = corpus_sources(data)
     prepare(
@@ -137,10 +137,10 @@ def prepare_data(
 def fit_middle(
     output: Path, *, base: Artifact, layers: Sequence[int], rows: MixtureRows, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """Fit a linear bridge over the layers that are left out, with the ridge that does best on unseen tokens.
+    """Fit a linear bridge over the removed layers, with the ridge penalty that is best on unseen tokens.
 
     Raises:
-        EloError: the bridge explains less than `MIN_EXPLAINED` of what the middle does.
+        EloError: the bridge explains less than `MIN_EXPLAINED` of the removed layers' effect.
     """
     model = load_model(str(base.path), None, None, None, trust_remote_code)
     bridge = fit_bridge(model, layers, (rows[index] for index in range(len(rows))))
@@ -158,7 +158,7 @@ def fit_middle(
 @_checked("base")
 @_measured
 def detach_layers(output: Path, *, base: Artifact, layers: Sequence[int], trust_remote_code: bool) -> dict[str, Any]:
-    """Write the detached model: the chosen layers with embedding, norm and head."""
+    """Write the detached model: the chosen layers, embedding, norm and head."""
     return detach(str(base.path), list(layers), output=output, overwrite=True, trust_remote_code=trust_remote_code)
 
 
@@ -167,7 +167,7 @@ def detach_layers(output: Path, *, base: Artifact, layers: Sequence[int], trust_
 def attach_layers(
     output: Path, *, base: Artifact, trained: Artifact, include: Sequence[str], trust_remote_code: bool
 ) -> dict[str, Any]:
-    """Write the base with the trained layers and parts back at their places."""
+    """Write the base with the trained layers and parts in place of its own."""
     return attach(
         trained.path,
         str(base.path),
@@ -190,7 +190,7 @@ def keep_share(
     rows_identity: Any,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """Write base + scale x (trained - base); with scale `search`, the scale that predicts `rows` best."""
+    """Write base + scale x (trained - base). Scale `search` takes the scale with the lowest loss on `rows`."""
     tried: dict[float, float] = {}
     if isinstance(scale, str):
         before, after = (load_model(str(each.path), None, None, None, trust_remote_code) for each in (base, trained))
@@ -235,12 +235,12 @@ def train(
     """Train a checkpoint on `rows`, in one phase of a method.
 
     Args:
-        evaluation: held-out bytes a language for the measurements during training.
-        base_bpb: bits per byte of the base by language: a target that gets worse than that is warned of.
-        say: shows the user a line.
+        evaluation: maximum size of held-out text per language for measurements during training, in bytes.
+        base_bpb: bits per byte of the base by language. A target language that becomes worse causes a warning.
+        say: function that shows the user a line.
     """
     tokens = len(rows) * rows.mixture.sequence_length
-    say(f"{label}: {tokens:,} tokens, {phase.rows} part of the budget")
+    say(f"{label}: {tokens:,} tokens ({phase.rows} part of the budget)")
     measure = heldout_evaluator(
         PreparedData.open(data.path),
         languages,
@@ -252,7 +252,7 @@ def train(
 
     def measure_and_warn(model: Any) -> dict[str, float]:
         bpb = measure(model)
-        # A detached model is not a model of its language yet.
+        # A detached model is not expected to predict text well.
         if not phase.detached and (line := worse_than_base(languages[0], bpb, base_bpb)):
             say(f"warning: {label}: {line}")
         return bpb

@@ -1,4 +1,4 @@
-"""Read configurations: YAML files checked whole, with one message for a mistake, before anything is loaded."""
+"""Read and check configuration files, with one error message per mistake, before anything is loaded."""
 
 import difflib
 from pathlib import Path
@@ -13,7 +13,7 @@ from elo.methods import METHODS, Method
 
 M = TypeVar("M", bound=BaseModel)
 
-# Spellings of other tools, answered with ours.
+# Keys of other tools, for the hint of an error message.
 _ELSEWHERE = {
     "base_model": "model",
     "model_name_or_path": "model",
@@ -69,10 +69,10 @@ _MAX_VALUES = 100_000
 
 
 def load_comparison(path: str | Path | dict[str, Any], overrides: list[str] | None = None) -> CompareConfig:
-    """Read the configuration of a comparison; as `load_config`.
+    """Read the configuration of a comparison and apply overrides, like `load_config`.
 
     Raises:
-        EloError: as `load_config`.
+        EloError: for the same reasons as `load_config`.
     """
     return _load(CompareConfig, path, overrides)
 
@@ -80,10 +80,10 @@ def load_comparison(path: str | Path | dict[str, Any], overrides: list[str] | No
 def contestant_run(
     config: CompareConfig, name: str, folder: Path, *, learning_rates: dict[str, float], tokens: int, seed: int
 ) -> RunConfig:
-    """The run of one contestant: what is shared, its changes, and these learning rates by phase.
+    """Return the run of one contestant: the shared run, its changes, and the learning rates by phase.
 
     Raises:
-        EloError: the run's configuration or the changes are wrong.
+        EloError: the run's configuration or the changes are invalid.
     """
     value = _plain_copy(_read_yaml(Path(config.run)) if isinstance(config.run, str) else config.run)
     where = config.run if isinstance(config.run, str) else "run"
@@ -106,7 +106,7 @@ def load_config(path: str | Path | dict[str, Any], overrides: list[str] | None =
     """Read a configuration file (or a dict of the same form) and apply `key.path=value` overrides.
 
     Raises:
-        EloError: the file cannot be read, or a key or value is wrong: which, where, what was got, what to do.
+        EloError: the file cannot be read, or a key or value is invalid.
     """
     return _load(RunConfig, path, overrides)
 
@@ -119,9 +119,9 @@ def _load(model: type[M], path: str | Path | dict[str, Any], overrides: list[str
     try:
         value = _plain_copy(value)
     except RecursionError:
-        raise EloError(f"{name}: is nested too deeply, or refers to itself") from None
+        raise EloError(f"{name}: is nested too deeply or refers to itself; write the values out") from None
     except OverflowError:
-        raise EloError(f"{name}: its aliases stand for more than {_MAX_VALUES:,} values; write them out") from None
+        raise EloError(f"{name}: its aliases expand to more than {_MAX_VALUES:,} values; write them out") from None
     for override in overrides or []:
         _override(value, override)
     return _validated(model, value, name)
@@ -135,7 +135,7 @@ def _validated(model: type[M], value: dict[str, Any], name: str) -> M:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, of which YAML would silently take the last."""
+    """Raise an error for a duplicate key, of which YAML would silently take the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -143,7 +143,7 @@ class _UniqueKeys(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key.value!r} stands twice in one section", key.start_mark
+                        None, None, f"key {key.value!r} appears twice in one section", key.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -153,32 +153,32 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
-        raise EloError(f"{path}: no such configuration file") from None
+        raise EloError(f"{path}: no such configuration file; check the path") from None
     except IsADirectoryError:
-        raise EloError(f"{path}: is a folder; give the configuration file (YAML) itself") from None
+        raise EloError(f"{path}: is a folder; give the path of the configuration file (YAML)") from None
     except PermissionError:
-        raise EloError(f"{path}: cannot be read (permission denied)") from None
+        raise EloError(f"{path}: permission denied; make the file readable") from None
     except UnicodeDecodeError as error:
-        raise EloError(f"{path}: is not UTF-8 text (byte {error.start}); is it a configuration file?") from None
+        raise EloError(f"{path}: is not UTF-8 text (byte {error.start}); give a configuration file (YAML)") from None
     except yaml.YAMLError as error:
         raise EloError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise EloError(f"{path}: is nested too deeply") from None
+        raise EloError(f"{path}: is nested too deeply; give a configuration file (YAML)") from None
     except ValueError as error:  # a date such as 2026-99-99, a number of thousands of digits
-        raise EloError(f"{path}: holds a value that YAML cannot make ({error}); quote it") from None
+        raise EloError(f"{path}: has a value that YAML cannot convert ({error}); quote it") from None
     if not isinstance(value, dict):
-        raise EloError(f"{path}: holds {type(value).__name__}, not a mapping of keys to values")
+        raise EloError(f"{path}: contains {type(value).__name__}; write a mapping of keys to values")
     return value
 
 
 def _plain_copy(value: Any, seen: list[None] | None = None) -> Any:
-    """A copy in which nothing is shared; ten lines of YAML aliases can stand for a billion values."""
+    """Return a copy without shared objects. Ten lines of YAML aliases can expand to a billion values."""
     seen = [] if seen is None else seen
     seen.append(None)
     if len(seen) > _MAX_VALUES:
         raise OverflowError
     if isinstance(value, str) and "\0" in value:
-        raise EloError(f"configuration: {_short(value)} holds a null byte, which no name or path may; remove it")
+        raise EloError(f"configuration: {_short(value)} contains a null byte; remove it")
     if isinstance(value, dict):
         return {key: _plain_copy(item, seen) for key, item in value.items()}
     return [_plain_copy(item, seen) for item in value] if isinstance(value, list | tuple) else value
@@ -192,13 +192,13 @@ def _override(value: dict[str, Any], override: str) -> None:
         parsed = _plain_copy(yaml.load(text, _UniqueKeys))
     except yaml.YAMLError as error:
         why = getattr(error, "problem", None)
-        raise EloError(f"--set {_short(override)}: the value is not YAML ({why})") from None
+        raise EloError(f"--set {_short(override)}: the value is not YAML ({why}); quote it") from None
     except EloError:
         raise
     except ValueError as error:
-        raise EloError(f"--set {_short(override)}: YAML cannot make a value of it ({error}); quote it") from None
+        raise EloError(f"--set {_short(override)}: YAML cannot convert the value ({error}); quote it") from None
     except (RecursionError, OverflowError):
-        raise EloError(f"--set {_short(override)}: the value is nested too deeply, or too large") from None
+        raise EloError(f"--set {_short(override)}: the value is nested too deeply or too large; simplify it") from None
     _put(value, key.strip(), parsed, f"--set {override!r}")
 
 
@@ -209,12 +209,12 @@ def _put(value: dict[str, Any], key: str, item: Any, where: str) -> None:
     for parent in parents:
         here = here.setdefault(parent, {})
         if not isinstance(here, dict):
-            raise EloError(f"{where}: {parent!r} is a value, not a section")
+            raise EloError(f"{where}: {parent!r} is a value, not a section; remove what follows it in the key")
     here[last] = item
 
 
 def _explain(error: Any, model: type[BaseModel]) -> str:
-    """One pydantic error in words: the key, what is wrong, what was got, what to write."""
+    """Describe one pydantic error: the key, what was found, and what to write."""
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         key = str(error["loc"][-1])
@@ -229,7 +229,7 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(METHODS)}"
         return f"{path}: there is no method {name!r}; {hint}"
     if error["type"] == "missing":
-        return f"missing key {path!r}"
+        return f"missing key {path!r}; add it"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "string_type" and isinstance(error["input"], bool):
         message += " (YAML reads bare no, yes, on and off as true or false: quote it)"
@@ -241,7 +241,7 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
 
 
 def _number_hint(value: Any) -> str:
-    # YAML 1.1 reads 1e-4 (no dot) as text, which pydantic turns back into a number; what still fails is something else.
+    # YAML 1.1 reads 1e-4 (no dot) as text, and pydantic converts that. Text that still fails is no number at all.
     return " (write a plain number)" if isinstance(value, str) else ""
 
 
@@ -251,7 +251,7 @@ def _short(value: Any) -> str:
 
 
 def _known_keys(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Keys of the section at `location`."""
+    """Return the keys of the section at `location`."""
     model: Any = root
     for part in location:
         field = model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
@@ -263,7 +263,7 @@ def _known_keys(root: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 
 
 def _section_of(annotation: Any) -> Any:
-    """The section class inside an annotation such as dict[str, list[CorpusConfig]]."""
+    """Return the section class inside an annotation such as dict[str, list[CorpusConfig]]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for inner in getattr(annotation, "__args__", ()):

@@ -1,4 +1,4 @@
-"""What a run and a comparison are described by: the keys of their YAML files."""
+"""Configuration models of a run and of a comparison: the keys of their YAML files."""
 
 from functools import reduce
 from operator import or_
@@ -16,7 +16,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 def _whole_number(value: Any) -> Any:
-    """1e9 is text to YAML 1.1, and true is 1 to Python: take the first for a number, and the second for a mistake."""
+    """Convert 1e9, which YAML 1.1 reads as text, to a whole number, and reject true, which Python treats as 1."""
     if isinstance(value, bool):
         raise ValueError("must be a whole number, not true or false")
     if isinstance(value, str | float):
@@ -29,7 +29,7 @@ def _whole_number(value: Any) -> Any:
 
 
 def _named(value: Any) -> Any:
-    """A method written as its bare name has its default settings."""
+    """Expand the bare name of a method to a section with default settings."""
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -44,14 +44,14 @@ class _Section(BaseModel):
 
 
 class CorpusConfig(_Section):
-    """One corpus; written as a bare string it is its path."""
+    """One corpus. A bare string is the path."""
 
     path: str = Field(min_length=1)
     """A file (.jsonl, .parquet, .txt, each also .gz or .zst), a folder, a glob, or a Hugging Face dataset id."""
     weight: float = Field(1.0, gt=0, le=1e6)
-    """Relative number of passes over this corpus among those of its language."""
+    """Number of passes over this corpus, relative to the other corpora of its language."""
     text_column: str = "text"
-    """Field or column that holds a document's text."""
+    """JSON field or table column with the text of a document."""
 
     @model_validator(mode="before")
     @classmethod
@@ -60,36 +60,38 @@ class CorpusConfig(_Section):
 
 
 class DataConfig(_Section):
-    """What is trained on."""
+    """Training and held-out text."""
 
     target: str
     """Key of the target language in `corpora`."""
     source: str
-    """Key of the source language in `corpora`, replayed and watched for forgetting."""
+    """Key of the source language in `corpora`. Its text is replayed in training, and forgetting is measured on it."""
     corpora: dict[str, list[CorpusConfig]]
     heldout: dict[str, CorpusConfig] = Field(default_factory=dict)
-    """Text to measure on, by language. A language without it has `heldout_share` of its documents cut out."""
+    """Held-out text by language. Where it is missing, `heldout_share` of the language's documents is held out."""
     heldout_share: float = Field(0.005, gt=0, lt=0.5)
-    """Share of a language's documents cut out to measure on, where `heldout` names no text of it."""
+    """Share of a language's documents that is held out when `heldout` has no text for it."""
     validation_share: float = Field(0.005, ge=0, lt=0.5)
-    """Share of each language's training documents cut out for choosing learning rates."""
+    """Share of each language's training documents set aside for choosing learning rates."""
     replay_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of training tokens in the source language."""
     sequence_length: int = Field(2048, ge=8, le=1 << 24)
-    """Tokens in a packed sequence."""
+    """Length of a packed sequence, in tokens."""
     packing: bool = True
-    """Pack documents end to end into sequences, kept apart; otherwise one document a sequence, padded."""
+    """Pack several documents into a sequence, with attention limited to each document. If false, each sequence holds
+    one document and padding."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a document that cannot be read does: `stop` the run, or `skip` it and count it. A file that breaks off is
-    then read up to there, with a warning; a file of which nothing can be read stops the run all the same."""
+    """What to do about a document that cannot be read: `stop` the run, or `skip` the document and count it. With
+    `skip`, a truncated file is read up to its break, with a warning. A file that cannot be read at all always stops
+    the run."""
     split_special_tokens: bool = True
-    """Tokenise special tokens that are spelled in a document, such as `<|endoftext|>`, as text; otherwise they become
-    the tokens."""
+    """Tokenise the names of special tokens in a document, such as `<|endoftext|>`, as ordinary text. If false, they
+    become special tokens."""
     allow_lost_text: bool = False
-    """Accept text of which the tokenizer loses more than 5 %, by unknown tokens or dropped characters. The loss is
-    measured by decoding all held-out text and, of training text, the first 256 documents and one in 16 after them."""
+    """Accept a corpus of which the tokenizer loses more than 5 %, as unknown tokens or dropped characters. The loss is
+    measured by decoding: all held-out text, the first 256 training documents, and every 16th after them."""
     workers: int | None = Field(None, ge=1, le=4096)
-    """Processes that tokenise; by default chosen by the number of cores."""
+    """Number of processes that tokenise; null chooses it from the number of cores."""
 
     @field_validator("corpora", mode="before")
     @classmethod
@@ -102,16 +104,14 @@ class DataConfig(_Section):
     def _languages(self) -> "DataConfig":
         for language in (*self.corpora, *self.heldout):
             if not language.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(f"language name {language!r} may hold letters, digits, - and _ alone")
+                raise ValueError(f"language name {language!r} may contain only letters, digits, - and _")
         if self.target == self.source:
-            raise ValueError(f"target and source are both {self.target!r}; they must be two languages")
+            raise ValueError(f"target and source are both {self.target!r}; name two different languages")
         for role in ("target", "source"):
             language = getattr(self, role)
             needed = role == "target" or self.replay_ratio > 0
             if needed and not self.corpora.get(language):
-                raise ValueError(
-                    f"{role}: {language!r} has no corpus; corpora holds {', '.join(self.corpora) or 'none'}"
-                )
+                raise ValueError(f"{role}: {language!r} has no corpus; corpora has {', '.join(self.corpora) or 'none'}")
         unknown = [language for language in self.heldout if language not in (self.target, self.source)]
         unknown += [language for language in self.corpora if language not in (self.target, self.source)]
         if unknown:
@@ -125,13 +125,14 @@ class _EvaluationConfig(_Section):
     """What is measured before and after."""
 
     max_bytes: Annotated[int | None, BeforeValidator(_whole_number)] = Field(400_000, ge=1000)
-    """Held-out bytes a language, shared among its documents, during training as well; null takes all."""
+    """Maximum size of held-out text per language, in bytes, shared among its documents; null takes all. It also applies
+    to the measurements during training."""
     cloze: dict[str, str] = Field(default_factory=dict)
-    """Cloze items (.jsonl) by language."""
+    """File with cloze items (.jsonl) by language."""
     prompts: dict[str, list[str]] = Field(default_factory=dict)
-    """Prompts by language, for samples before and after."""
+    """Prompts by language, for sample texts before and after training."""
     max_new_tokens: int = Field(48, gt=0)
-    """Length of a sample, in tokens."""
+    """Maximum length of a sample text, in tokens."""
 
     @property
     def measures(self) -> list[Measure]:
@@ -158,27 +159,27 @@ else:
 
 
 class RunConfig(_Section):
-    """A whole run."""
+    """A run."""
 
     model: str = Field(min_length=1)
-    """Folder of a Hugging Face checkpoint, or a hub id."""
+    """Folder of a Hugging Face checkpoint, or its hub id."""
     output: str = Field(min_length=1)
-    """Run folder: every artefact of the run is in it."""
+    """Run folder, which holds all output of the run."""
     data: DataConfig
     method: AnyMethod = Lora()
-    """How the model is adapted: a name, or a section with a name and that method's settings (docs/methods.md)."""
+    """Adaptation method: its name, or a section with `name` and the method's settings (docs/methods.md)."""
     layers: str | int | list[int] = DEFAULT_LAYERS
-    """Decoder layers that train: first:K, last:K, indices and ranges, joined by commas."""
+    """Decoder layers to train: first:K, last:K, indices or ranges, separated by commas."""
     tokens: Annotated[int | None, BeforeValidator(_whole_number)] = Field(None, gt=0, le=10**15)
-    """The run's token budget; null: one pass over the target language."""
+    """Number of training tokens of the run; null is one pass over the target-language text."""
     seed: int = Field(42, ge=0, lt=2**32)
-    """Seed of data order and of everything that is drawn."""
+    """Seed for the order of the data and all other random choices."""
     tokenizer: str | None = Field(None, min_length=1)
-    """Folder or hub id of the tokenizer; null is the model's own."""
+    """Folder or hub id of the tokenizer; null is the model's tokenizer."""
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationConfig = EvaluationConfig()
     trust_remote_code: bool = False
-    """Run code that ships with the checkpoint. Only for checkpoints you trust."""
+    """Run Python code that ships with the checkpoint. Set it only for checkpoints you trust."""
     title: str | None = None
     """Heading of the report."""
 
@@ -186,7 +187,7 @@ class RunConfig(_Section):
     @classmethod
     def _layers(cls, value: Any) -> Any:
         if isinstance(value, bool):  # which Python takes for 1
-            raise ValueError("write layers such as first:1,last:1, got " + repr(value))
+            raise ValueError(f"got {value!r}; write layers such as first:1,last:1")
         return value
 
     @model_validator(mode="after")
@@ -201,40 +202,42 @@ class RunConfig(_Section):
         return self
 
     def settings(self, phase: Phase) -> TrainingSettings:
-        """Training settings of one of the method's phases."""
+        """Return the training settings of one phase of the method."""
         return self.training.for_phase(phase.name, phase.learning_rate)
 
 
 class Contestant(_Section):
-    """One way of adapting that takes part in a comparison."""
+    """One of the methods in a comparison."""
 
     method: AnyMethod | None = None
-    """How it adapts; by default the method with the contestant's name."""
+    """Adaptation method; null is the method with the contestant's name."""
     label: str | None = None
     """Name in the report."""
     changes: dict[str, Any] = Field(default_factory=dict)
-    """Keys of the run that this contestant changes, as key.path: value."""
+    """Keys of the run to change for this contestant, as key.path: value."""
     tokens_per_second: float | None = Field(None, gt=0)
-    """Training speed, in tokens per second of the budget's kind, measured beforehand on a quiet machine
-    (benchmarks/methods_speed.py); a time budget is then worked out from it instead of trial runs."""
+    """Training speed in tokens per second (CPU second for a `cpu_seconds` budget), measured on an idle machine with
+    benchmarks/methods_speed.py. A time budget is then converted to tokens at this speed. null measures the speed in
+    trial runs."""
     learning_rates: list[Rate] | dict[str, list[Rate]] | None = None
-    """Rates to try, for all its phases or by phase; by default those of the comparison."""
+    """Learning rates to try, for all phases or by phase; null is the comparison's list."""
 
 
 class Budget(_Section):
-    """What every contestant may spend: tokens, or time in training."""
+    """The budget of each contestant: tokens, or time."""
 
     tokens: Annotated[int | None, BeforeValidator(_whole_number)] = Field(None, gt=0, le=10**15)
-    """Training tokens."""
+    """Number of training tokens."""
     seconds: float | None = Field(None, gt=0)
-    """Wall time of all stages, evaluation aside."""
+    """Wall time of all stages except evaluation, in seconds."""
     cpu_seconds: float | None = Field(None, gt=0)
-    """CPU time of all stages, evaluation aside, summed over cores; what other work on the machine does not distort."""
+    """CPU time of all stages except evaluation, in seconds, summed over cores. Other work on the machine distorts it
+    less than wall time."""
 
     @model_validator(mode="after")
     def _one(self) -> "Budget":
         if sum(value is not None for value in (self.tokens, self.seconds, self.cpu_seconds)) != 1:
-            raise ValueError("a budget is one of tokens, seconds and cpu_seconds: write one of them")
+            raise ValueError("a budget is one of tokens, seconds and cpu_seconds; write exactly one of them")
         return self
 
     @property
@@ -255,21 +258,22 @@ class Budget(_Section):
 
 
 class CompareConfig(_Section):
-    """A comparison of methods on one base, one corpus and one held-out text."""
+    """A comparison of methods on the same base model, training text and held-out text."""
 
     run: str | dict[str, Any]
-    """What all contestants share: the configuration of a run, or its file."""
+    """Configuration of a run that all contestants share, or the path of its file."""
     output: str = Field(min_length=1)
     """Folder of the comparison."""
     contestants: dict[str, Contestant] = Field(min_length=1)
     budgets: list[Budget] = Field(min_length=1)
     seeds: list[int] = Field([1, 2, 3], min_length=1)
-    """Of the order of rows and all else that is drawn; learning rates are tuned with the first."""
+    """Seeds, one training per seed. Learning rates are tuned with the first."""
     learning_rates: list[Rate] = Field([1e-4, 3e-4, 1e-3], min_length=1)
-    """Rates that are tried for each phase of each contestant, on the budget itself. Where the lowest or the highest is
-    best, the next beyond is tried too."""
+    """Learning rates to try for each phase of each contestant, with the full budget. If the lowest or highest is best,
+    the next one beyond it is also tried."""
     source_weight: float = Field(0.0, ge=0, le=10)
-    """Rates are chosen by target bits per byte + this x source bits per byte, on validation text."""
+    """Weight of the source language when learning rates are chosen. The rates with the lowest target bits per byte
+    + `source_weight` x source bits per byte on validation text are taken."""
     title: str | None = None
 
     @field_validator("contestants", mode="before")
@@ -283,13 +287,13 @@ class CompareConfig(_Section):
     def _known(self) -> "CompareConfig":
         for name, contestant in self.contestants.items():
             if contestant.method is None and name not in METHODS:
-                raise ValueError(f"contestants.{name}: is not a method; write method: one of {', '.join(METHODS)}")
+                raise ValueError(f"contestants.{name}: is not a method; set method to one of {', '.join(METHODS)}")
             if not name.replace("_", "").replace("-", "").replace(".", "").isalnum() or name.startswith("."):
-                raise ValueError(f"contestants: name {name!r} may hold letters, digits, -, _ and . alone")
+                raise ValueError(f"contestants: name {name!r} may contain only letters, digits, -, _ and .")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {self.seeds} holds one twice")
+            raise ValueError(f"seeds: {self.seeds} contains a seed twice; remove it")
         return self
 
     def method(self, name: str) -> Method:
-        """The method of contestant `name`."""
+        """Return the method of contestant `name`."""
         return self.contestants[name].method or METHODS[name].model_validate({"name": name})

@@ -1,4 +1,4 @@
-"""Ways to adapt a model, one file each; see `elo.methods.base`."""
+"""Adaptation methods, one file each; see `elo.methods.base`."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""Layer alignment without ELO pretraining: the control that shows what ELO pretraining adds."""
+"""Layer alignment without ELO pretraining, as a control for what ELO pretraining adds."""
 
 from typing import ClassVar, Literal
 
@@ -9,13 +9,13 @@ from elo.methods.base import Method, Phase, register
 
 @register
 class AlignOnly(Method):
-    """Train every parameter, on the tokens that ELO's layer alignment would get."""
+    """Train every parameter on the tokens that ELO's layer alignment would use."""
 
     label: ClassVar[str] = "Alignment alone"
     uses_layers: ClassVar[bool] = False
     name: Literal["align_only"] = "align_only"
     share: float = Field(0.1, gt=0, lt=1)
-    """Share of the run's tokens that it trains on."""
+    """Share of the run's tokens to train on."""
 
     @property
     def alignment_share(self) -> float:

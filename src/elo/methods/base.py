@@ -1,7 +1,7 @@
-"""What a method is: its settings, its phases, what trains in each, and what that costs.
+"""Base class of the methods: settings, phases, the parameters that train in each phase, and the cost.
 
 A method is one file in this package: a class with a `name`, settings as fields, and `phases`. Importing `elo.methods`
-imports every file here, and the configuration, the plan, the report and the tests read `METHODS`.
+imports every file here. The configuration, the plan, the report and the tests read `METHODS`.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,15 +25,15 @@ Scale = float | Literal["search"]
 
 @dataclass(frozen=True)
 class Phase:
-    """One training of one model, detached or whole.
+    """One phase of training, of the whole model or a detached one.
 
     Attributes:
-        name: in records, folder names and `training.phases`.
-        middle: what becomes of the layers that are not in `layers`; see `Middle`.
-        rows: the part of the token budget it trains on; `all` is `pretraining` followed by `alignment`.
-        also_train: parts outside the decoder layers that train.
-        lora_rank: rank of the adapters, where the middle is `adapted`.
-        learning_rate: peak rate where the configuration names none.
+        name: name in records, folder names and `training.phases`.
+        middle: treatment of the layers that are not in `layers`; see `Middle`.
+        rows: part of the token budget; `all` is `pretraining` followed by `alignment`.
+        also_train: trained parts outside the decoder layers.
+        lora_rank: rank of the adapters, if `middle` is `adapted`.
+        learning_rate: peak rate if the configuration has none.
     """
 
     name: str
@@ -45,22 +45,22 @@ class Phase:
 
     @property
     def detached(self) -> bool:
-        """Whether it trains a detached model, which is attached afterwards."""
+        """Whether the phase trains a detached model, which is attached afterwards."""
         return self.middle in ("removed", "bridged")
 
     def decisive(self) -> dict[str, Any]:
-        """What decides its outcome, for a stage's fingerprint."""
+        """Return all that determines the outcome of the phase, for the fingerprint of a stage."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a model is prepared with.
+    """The inputs of `Method.prepare` besides the model.
 
     Attributes:
-        layers: decoder layers of the base that the configuration chooses, 0-based.
-        bridge: for phases whose middle is `bridged`.
-        seed: of the run.
+        layers: 0-based indices of the base's decoder layers that the configuration chooses.
+        bridge: bridge of a phase whose middle is `bridged`.
+        seed: seed of the run.
     """
 
     layers: Sequence[int] = ()
@@ -69,55 +69,55 @@ class Setup:
 
 
 class Method(BaseModel):
-    """A way to adapt a model. The fields are its settings, written under `method:` in the configuration."""
+    """An adaptation method. Its fields are the settings under `method:` in the configuration."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     label: ClassVar[str]
     """Name in reports."""
     redraws_layers: ClassVar[bool] = False
-    """Whether other layers train from time to time, so that all weights are kept in fp32."""
+    """Whether the set of trained layers changes during training, which requires all weights in fp32."""
     uses_layers: ClassVar[bool] = True
-    """Whether the layers that the configuration chooses matter to it."""
+    """Whether the method uses the layers that the configuration chooses."""
     name: str
     scale: Scale = 1.0
-    """Share of the trained change that is kept, base + scale x (trained - base). `search` tries scales on text that
-    was not trained on and keeps the one that predicts both languages best."""
+    """Factor of the trained change: the result is base + scale x (trained - base). `search` tries several scales on
+    text that was not trained on, and takes the one with the lowest loss over both languages."""
 
     @field_validator("scale")
     @classmethod
     def _scale_within_reach(cls, value: Scale) -> Scale:
         if not isinstance(value, str) and not 0 < value <= 2:
-            raise ValueError(f"must be above 0 and at most 2, or search; got {value}")
+            raise ValueError(f"got {value}; write a number above 0 and at most 2, or search")
         return value
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide what a training comes to, for its fingerprint."""
+        """Return the settings that determine the trained weights, for the fingerprint of a stage."""
         return self.model_dump(mode="json", exclude={"scale"})
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The trainings that make up the method, in order."""
+        """The phases of the method, in order."""
         raise NotImplementedError
 
     @property
     def alignment_share(self) -> float:
-        """Share of the token budget that the phases with rows `alignment` train on."""
+        """Share of the token budget for the phases with rows `alignment`."""
         return 0.0
 
     @property
     def needs_new_rows(self) -> bool:
-        """Whether the base must have an extended vocabulary."""
+        """Whether the method requires a base with an extended vocabulary."""
         return False
 
     def check(self) -> None:
-        """Raise EloError where the method cannot run on this machine at all."""
+        """Raise EloError if the method cannot run on this machine."""
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
-        """Set `requires_grad` on every parameter of `model` and add what the phase needs.
+        """Set `requires_grad` on every parameter of `model` and install the phase's adapters, bridge or hooks.
 
         Args:
-            model: the whole model, or only the kept layers where `phase.detached`.
+            model: the whole model, or the detached one if `phase.detached`.
         """
         if phase.middle == "trained":
             model.requires_grad_(True)
@@ -130,26 +130,26 @@ class Method(BaseModel):
         return Prepared(first_row=self.first_row(model), fold=install_bridge(model, setup.bridge))
 
     def first_row(self, model: PreTrainedModel) -> int:
-        """The first row of embedding and head that trains."""
+        """Return the index of the first trained row of embedding and head."""
         return first_new_row(model) if self.needs_new_rows else 0
 
     def layers_at_once(self, phase: Phase, layers: Sequence[int], num_layers: int) -> Sequence[int]:
-        """Decoder layers that have gradients and optimizer states at one time.
+        """Return the decoder layers that have gradients and optimizer states at the same time.
 
         Args:
-            layers: those that the configuration chooses.
-            num_layers: of the base.
+            layers: layers that the configuration chooses.
+            num_layers: number of decoder layers of the base.
         """
         return range(num_layers) if phase.middle == "trained" else layers
 
     def flops_per_token(
         self, phase: Phase, footprint: Footprint, layers: Sequence[int], sequence_length: int, **counting: Any
     ) -> Flops:
-        """Matrix-product FLOPs of one trained token, forward and backward.
+        """Return the matmul FLOPs per trained token, forward and backward.
 
         Args:
-            footprint: of the base.
-            layers: those that the configuration chooses.
+            footprint: footprint of the base.
+            layers: layers that the configuration chooses.
             counting: further arguments of `Footprint.flops_per_token`.
         """
         return footprint.flops_per_token(
@@ -164,17 +164,17 @@ class Method(BaseModel):
 
 M = TypeVar("M", bound=Method)
 METHODS: dict[str, type[Method]] = {}
-"""Every method by name."""
+"""All methods, by name."""
 
 
 def register(method: type[M]) -> type[M]:
-    """Make a method known under its name."""
+    """Add a method to `METHODS` under its name."""
     METHODS[method.model_fields["name"].default] = method
     return method
 
 
 def select_layers(model: PreTrainedModel, layers: Collection[int], also_train: Collection[Part] = ()) -> None:
-    """Freeze `model` but for the decoder layers at `layers` and the named parts outside them.
+    """Freeze all of `model` except the decoder layers at `layers` and the parts in `also_train`.
 
     Raises:
         EloError: `also_train` names one of two tied parts without the other.
@@ -187,7 +187,7 @@ def select_layers(model: PreTrainedModel, layers: Collection[int], also_train: C
 
 
 def train_parts(model: PreTrainedModel, also_train: Collection[Part]) -> None:
-    """Let the named parts outside the decoder layers train.
+    """Unfreeze the named parts outside the decoder layers.
 
     Raises:
         EloError: `also_train` names one of two tied parts without the other.
@@ -198,15 +198,15 @@ def train_parts(model: PreTrainedModel, also_train: Collection[Part]) -> None:
 
 
 def first_new_row(model: PreTrainedModel) -> int:
-    """The first row of embedding and head that `elo vocab extend` added.
+    """Return the index of the first row of embedding and head that `elo vocab extend` added.
 
     Raises:
-        EloError: it added none, or the model's record of it is damaged.
+        EloError: the model has no record of new rows, or the record is damaged.
     """
     rows = read_new_rows(model.config)
     if rows is None:
         raise EloError(
-            "method.embedding_rows: new: this model has no record of new rows; extend its vocabulary with elo vocab "
-            "extend, or write all"
+            "method.embedding_rows: new: this model has no record of new rows; extend its vocabulary with `elo vocab "
+            "extend`, or write all"
         )
     return rows.start

@@ -1,4 +1,4 @@
-"""ELO (arXiv 2601.03648): detach layers, train them on the target language, attach them, align the whole."""
+"""ELO (arXiv 2601.03648): detach layers, train them on the target language, attach them, align the whole model."""
 
 from typing import Any, ClassVar, Literal
 
@@ -15,31 +15,34 @@ from elo.train.settings import Part
 class Elo(Method):
     """Train the chosen layers in a detached model, attach them, and align the whole model briefly.
 
-    The defaults are what real pretrained models speak for (dev/LOG.md); `elo_paper` is the published recipe.
+    The defaults follow experiments with real pretrained models (dev/LOG.md). `elo_paper` is the published method.
     """
 
     label: ClassVar[str] = "ELO"
     name: Literal["elo"] = "elo"
     middle: Literal["bridged", "removed"] = "bridged"
-    """What stands for the other layers in the detached model: a frozen linear map fitted on the base, or nothing."""
+    """Replacement for the other layers in the detached model: `bridged` is a frozen linear map fitted on the base,
+    `removed` is none."""
     also_train: tuple[Part, ...] = ("embedding", "head")
-    """Parts outside the layers that train and are attached with them: embedding, norm, head."""
+    """Parts outside the layers that are trained and attached with them: embedding, norm, head."""
     embedding_rows: Literal["all", "new"] = "all"
-    """Rows of a trained embedding and head that train; `new`: only those that elo vocab extend added."""
+    """Vocabulary rows to train in a trained embedding and head; `new` is only those that `elo vocab extend` added."""
     scale: Scale = "search"
-    """Share of the detached model's change that is attached; `search` keeps what predicts both languages best."""
+    """Factor of the detached model's change when it is attached. `search` tries several scales and takes the one with
+    the lowest loss over both languages."""
     alignment: Literal["full", "lora", "none"] = "full"
-    """What layer alignment trains: every parameter, low-rank adapters on every layer, or there is none."""
+    """Training in layer alignment: every parameter (`full`), low-rank adapters on every layer (`lora`), or no layer
+    alignment (`none`)."""
     alignment_rank: int = Field(32, gt=0)
-    """Rank of the adapters of `alignment: lora`."""
+    """Rank of the adapters with `alignment: lora`."""
     share: float = Field(0.5, gt=0, lt=1)
-    """Share of the run's tokens that layer alignment trains on."""
+    """Share of the run's tokens for layer alignment."""
 
     @model_validator(mode="after")
     def _rows_of_something(self) -> "Elo":
         if self.embedding_rows == "new" and not {"embedding", "head"} & set(self.also_train):
             raise ValueError(
-                "embedding_rows: new chooses rows of embedding and head; name them in also_train, or write all"
+                "embedding_rows: new needs a trained embedding or head; name one in also_train, or write all"
             )
         return self
 
@@ -70,7 +73,10 @@ class Elo(Method):
 
 @register
 class EloPaper(Elo):
-    """ELO as published: layers joined end to end, all else frozen, then a brief full fine-tune of everything."""
+    """Train the chosen layers joined end to end with everything else frozen, then briefly train the whole model.
+
+    This is ELO exactly as published.
+    """
 
     label: ClassVar[str] = "ELO as published"
     name: Literal["elo_paper"] = "elo_paper"  # type: ignore[assignment]
@@ -80,10 +86,10 @@ class EloPaper(Elo):
     scale: Scale = 1.0
     alignment: Literal["full"] = "full"
     share: float = Field(0.1, gt=0, lt=1)
-    """Share of the run's tokens that layer alignment trains on; 1 GB of 10 GB in the paper."""
+    """Share of the run's tokens for layer alignment; the paper uses 1 GB of 10 GB."""
 
     @model_validator(mode="after")
     def _as_published(self) -> "EloPaper":
         if self.also_train or self.scale != 1.0:
-            raise ValueError("elo_paper is exactly the published method; write method: elo to change it")
+            raise ValueError("elo_paper takes neither also_train nor scale; to change them, write method: elo")
         return self

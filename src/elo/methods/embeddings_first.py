@@ -1,4 +1,4 @@
-"""Embedding and head first, then everything: how EEVE begins with a new vocabulary (arXiv 2402.14714)."""
+"""Embedding and head first, then every parameter, as EEVE does with a new vocabulary (arXiv 2402.14714)."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -13,13 +13,13 @@ from elo.train.prepared import Prepared
 
 @register
 class EmbeddingsFirst(Method):
-    """Train the new rows of embedding and head (all rows where there are no new ones), then every parameter."""
+    """Train the new rows of embedding and head (all rows if none are new), then every parameter."""
 
     label: ClassVar[str] = "Embeddings first, then full CPT"
     uses_layers: ClassVar[bool] = False
     name: Literal["embeddings_first"] = "embeddings_first"
     full_share: float = Field(0.1, gt=0, lt=1)
-    """Share of the run's tokens that the second phase trains on."""
+    """Share of the run's tokens for the second phase."""
 
     @property
     def alignment_share(self) -> float:

@@ -1,4 +1,4 @@
-"""The chosen layers in place: everything is computed, the other layers are frozen, nothing is detached."""
+"""Training of the chosen layers in place: nothing is detached, and the other layers are frozen."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -19,21 +19,21 @@ from elo.train.settings import Part
 
 @register
 class Frozen(Method):
-    """Train the chosen layers in place; the others are computed and frozen.
+    """Train the chosen layers in the whole model, with the other layers frozen.
 
-    With `backward_share` below 1 the gradient reaches layers below the topmost block of trained layers in that share
-    of the updates, drawn at random and scaled by its inverse, so that its mean is the exact gradient. At 0 nothing
-    below is differentiated; `layers: last:4` with 0 trains the top four layers alone.
+    With `backward_share` below 1, only that share of the updates, drawn at random, computes the gradient below the
+    topmost block of trained layers. That gradient is divided by `backward_share`, so that its expected value is exact.
+    With 0, nothing below that block has a gradient: `layers: last:4` then trains only the top four layers.
     """
 
     label: ClassVar[str] = "Frozen middle"
     name: Literal["frozen"] = "frozen"
     also_train: tuple[Part, ...] = ("embedding", "head")
-    """Parts outside the layers that train: embedding, norm, head."""
+    """Trained parts outside the layers: embedding, norm, head."""
     embedding_rows: Literal["all", "new"] = "all"
-    """Rows of a trained embedding and head that train; `new`: only those that elo vocab extend added."""
+    """Vocabulary rows to train in a trained embedding and head; `new` is only those that `elo vocab extend` added."""
     backward_share: float = Field(1.0, ge=0, le=1)
-    """Share of updates with a gradient below the topmost block of trained layers."""
+    """Share of the updates that compute the gradient below the topmost block of trained layers."""
 
     @property
     def needs_new_rows(self) -> bool:
@@ -45,7 +45,10 @@ class Frozen(Method):
 
     def check(self) -> None:
         if self.backward_share < 1 and world_size() > 1:
-            raise EloError("method.backward_share: below 1 changes what trains between updates; use one process")
+            raise EloError(
+                "method.backward_share: below 1 it changes the trained layers between updates, which several processes "
+                "cannot do; launch one process, or write 1"
+            )
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         prepared = super().prepare(model, phase, setup)
@@ -80,7 +83,7 @@ class Frozen(Method):
 
 
 def topmost_block(layers: Sequence[int]) -> int:
-    """First layer of the last run of consecutive indices in sorted `layers`."""
+    """Return the first layer of the last run of consecutive indices in sorted `layers`."""
     first = layers[-1]
     for index in reversed(layers):
         if index < first - 1:

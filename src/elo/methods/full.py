@@ -1,4 +1,4 @@
-"""Full continual pretraining: the baseline that trains everything."""
+"""Full continual pretraining (CPT), the baseline."""
 
 from typing import ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""Stop or scale the gradient at a decoder layer, so that nothing below it is differentiated."""
+"""Stop or scale the gradient at a decoder layer, so that no backward pass runs below it."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from elo.checkpoint.architecture import find_architecture, layers_of
 
 
 class _Scaled(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
+    """The identity, with its gradient multiplied by a factor."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, factor: float) -> Tensor:
@@ -25,10 +25,10 @@ class _Scaled(torch.autograd.Function):
 
 
 class GradientFloor:
-    """Hooks on a model that cut the gradient off below its trained layers, or let it pass scaled.
+    """Hooks on a model that stop the gradient below its trained layers, or scale it.
 
-    While it is closed neither the embedding's output nor the first layer's input has a gradient, so that layers which
-    do not train build no graph. A tied embedding still trains through the head.
+    While the floor is closed, neither the embedding's output nor the first layer's input has a gradient, so frozen
+    layers build no graph. A tied embedding still trains through the head.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -40,15 +40,15 @@ class GradientFloor:
             self._hooks.append(layer.register_forward_pre_hook(self._before_layer(index), with_kwargs=True))
 
     def close(self) -> None:
-        """Let no gradient reach the embedding's output."""
+        """Stop the gradient at the embedding's output."""
         self._closed, self._scale = True, None
 
     def open(self, layer_idx: int = 0, scale: float = 1.0) -> None:
-        """Let the gradient pass; what leaves layer `layer_idx` downwards is multiplied by `scale`."""
+        """Let the gradient pass; below layer `layer_idx` it is multiplied by `scale`."""
         self._closed, self._scale = False, None if scale == 1.0 else (layer_idx, scale)
 
     def remove(self) -> None:
-        """Take the hooks out of the model."""
+        """Remove the hooks from the model."""
         for hook in self._hooks:
             hook.remove()
 

@@ -1,4 +1,4 @@
-"""LISA (arXiv 2403.17919): embedding, head and a few layers train at a time, redrawn every few updates."""
+"""LISA (arXiv 2403.17919): train embedding, head and a few layers, redrawn at random every few updates."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -18,10 +18,10 @@ from elo.train.prepared import Prepared
 
 @register
 class Lisa(Method):
-    """Train embedding, head and a few randomly drawn layers at a time.
+    """Train embedding, head and a few layers, which are redrawn at random every `period` updates.
 
-    With `window` the drawn layers are consecutive, and nothing below them is differentiated, the embedding's input
-    side included.
+    With `window`, the drawn layers are consecutive and nothing below them has a gradient, including the embedding's
+    input side.
     """
 
     label: ClassVar[str] = "LISA"
@@ -29,11 +29,11 @@ class Lisa(Method):
     uses_layers: ClassVar[bool] = False
     name: Literal["lisa"] = "lisa"
     layers: int = Field(4, gt=0)
-    """Decoder layers that train at a time."""
+    """Number of decoder layers that train at a time."""
     period: int = Field(4, gt=0)
-    """Updates between draws."""
+    """Number of updates between draws."""
     window: bool = False
-    """Draw consecutive layers, and compute no gradient below them."""
+    """Draw consecutive layers and compute no gradient below them."""
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -41,12 +41,15 @@ class Lisa(Method):
 
     def check(self) -> None:
         if world_size() > 1:
-            raise EloError("method: lisa changes what trains between updates; use one process")
+            raise EloError(
+                "method: lisa changes the trained layers between updates, which several processes cannot do; launch "
+                "one process"
+            )
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         layers = layers_of(model)
         num_drawn = min(self.layers, len(layers))
-        # The optimizer is made for what trains when it is made: all of it, of which some has no gradient at a time.
+        # The optimizer takes the parameters that require gradients when it is created, so all must do so then.
         model.requires_grad_(True)
         floor = GradientFloor(model) if self.window else None
 
@@ -61,13 +64,13 @@ class Lisa(Method):
             for index, layer in enumerate(layers):
                 layer.requires_grad_(index in chosen)
                 if inside == 0 and index not in chosen:
-                    for parameter in layer.parameters():  # its moments would be stale when it is drawn again
+                    for parameter in layer.parameters():  # the moments would be stale at the next draw
                         optimizer.state.pop(parameter, None)
 
         return Prepared(before_step=before_step, fold=floor.remove if floor else lambda: None)
 
     def layers_at_once(self, phase: Phase, layers: Sequence[int], num_layers: int) -> Sequence[int]:
-        return range(min(self.layers, num_layers))  # as many as are drawn; the embedding trains, so any will do
+        return range(min(self.layers, num_layers))  # only the number matters, because the embedding trains
 
     def flops_per_token(
         self, phase: Phase, footprint: Footprint, layers: Sequence[int], sequence_length: int, **counting: Any

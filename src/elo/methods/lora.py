@@ -1,4 +1,4 @@
-"""Low-rank adapters (arXiv 2106.09685) on all linear layers, by peft, merged into the weights at the end."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) of the package peft, merged into the weights at the end."""
 
 from typing import ClassVar, Literal
 
@@ -13,17 +13,20 @@ from elo.train.settings import Part
 
 @register
 class Lora(Method):
-    """Train low-rank adapters on every linear layer of the decoder, and merge them."""
+    """Train low-rank adapters on every linear layer of the decoder, and merge them at the end."""
 
     label: ClassVar[str] = "LoRA"
     uses_layers: ClassVar[bool] = False
     name: Literal["lora"] = "lora"
     rank: int = Field(32, gt=0)
+    """Rank of the adapters."""
     alpha: int = Field(64, gt=0)
-    """The adapters' product is scaled by alpha / rank."""
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability of the adapters' inputs."""
     also_train: tuple[Part, ...] = ()
-    """Parts outside the layers that train in full beside the adapters; a new vocabulary needs embedding and head."""
+    """Parts outside the layers that train in full beside the adapters. An extended vocabulary needs embedding and
+    head."""
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -34,7 +37,7 @@ class Lora(Method):
 
 
 def add_adapters(model: PreTrainedModel, phase: Phase, seed: int, *, alpha: int, dropout: float = 0.0) -> Prepared:
-    """Freeze `model`, add trainable adapters of `phase.lora_rank` and train `phase.also_train`; `fold` merges them."""
+    """Freeze `model`, add trainable adapters and unfreeze `phase.also_train`. `fold` merges the adapters."""
     from peft import LoraConfig, LoraModel
 
     config = LoraConfig(
@@ -44,7 +47,7 @@ def add_adapters(model: PreTrainedModel, phase: Phase, seed: int, *, alpha: int,
         target_modules="all-linear",
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # a restart makes the same adapters before it loads its checkpoint
+        torch.manual_seed(seed)  # a resumed run must start from the same adapters
         tuner = LoraModel(model, {"default": config}, "default")
     train_parts(model, phase.also_train)
 

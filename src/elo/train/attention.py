@@ -1,10 +1,10 @@
-"""Attention that never crosses a document boundary inside a packed row.
+"""Attention that never crosses a document boundary inside a packed sequence.
 
-transformers' own SDPA path does it from `position_ids` that restart at each document, with a block-diagonal T x T mask:
-correct everywhere, but it costs CUDA its flash kernel and computes the products of every pair in a row. `elo_varlen`
-lays packed rows end to end instead and attends within each document alone: through `torch.nn.attention.varlen` on CUDA,
-document by document on a CPU.
-Shapes: B rows, T tokens a row, S = B x T, H heads, K key-value heads, D head width.
+The SDPA path of transformers achieves this with a block-diagonal T x T mask, derived from `position_ids` that restart
+at each document. It is correct everywhere, but it prevents the flash kernel on CUDA, and it computes all pairs of
+tokens. `elo_varlen` instead concatenates the sequences and attends within each document: with
+`torch.nn.attention.varlen` on CUDA, and one document at a time on a CPU.
+Shapes: B sequences, T tokens per sequence, S = B x T, H heads, K key-value heads, D head width.
 """
 
 from itertools import groupby
@@ -21,12 +21,12 @@ from elo.evaluate.scoring import rope_limit
 from elo.store.processes import from_main
 
 VARLEN = "elo_varlen"
-# On a CPU at 256 tokens a row the mask is as fast; at 512 documents alone take half, at 2048 a quarter of its time.
+# On a CPU, elo_varlen takes as long as the mask at 256 tokens per sequence, half as long at 512, a quarter at 2048.
 _CPU_VARLEN_FROM = 512
 
 
 def document_starts(position_ids_BT: Tensor) -> tuple[Tensor, int]:
-    """Cumulative document lengths (int32, documents + 1) of rows laid end to end, and the longest document."""
+    """Return the cumulative document lengths of sequences (int32 [documents + 1]), and the maximum length."""
     starts = (position_ids_BT.flatten() == 0).nonzero().squeeze(1)
     end = torch.tensor([position_ids_BT.numel()], device=starts.device)
     boundaries = torch.cat([starts, end]).to(torch.int32)
@@ -48,11 +48,11 @@ def varlen_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers attention function over `torch.nn.attention.varlen`; returns [1, S, H, D]."""
+    """Compute attention within documents, as an attention function for transformers; returns [1, S, H, D]."""
     if softcap is not None or s_aux is not None:
-        raise ValueError(f"{VARLEN} knows neither soft-capped scores nor attention sinks")
+        raise ValueError(f"{VARLEN} supports neither soft-capped scores nor attention sinks")
     if cu_seq_lens_q is None or max_length_q is None:
-        raise ValueError(f"{VARLEN} needs cu_seq_lens_q and max_length_q, as PackedCollator(varlen=True) makes them")
+        raise ValueError(f"{VARLEN} needs cu_seq_lens_q and max_length_q, which PackedCollator(varlen=True) adds")
     if not query_1HSD.is_cuda:
         return _document_by_document(query_1HSD, key_1KSD, value_1KSD, cu_seq_lens_q, scaling, sliding_window), None
     from torch.nn.attention.varlen import varlen_attn
@@ -85,7 +85,7 @@ def _document_by_document(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    """Causal SDPA of each document; neighbours of one length (rows that hold a single document) go together."""
+    """Compute causal SDPA of each document. Consecutive documents of equal length are computed together."""
     groups = [(length, len(list(run))) for length, run in groupby(boundaries.diff().tolist())]
     if key_1KSD.shape[1] != query_1HSD.shape[1]:
         repeats = query_1HSD.shape[1] // key_1KSD.shape[1]
@@ -116,20 +116,20 @@ def choose_attention(
     requested: str = "auto",
     autocast_dtype: torch.dtype | None = None,
 ) -> str:
-    """Set the model's attention for packed training and return the name of what was set.
+    """Set the model's attention for packed training and return its name.
 
-    `auto` takes `elo_varlen` where it pays (on CUDA, and on a CPU for long rows) and a trial on this model and device
-    gives what the model's present attention gives; otherwise the present one stays.
+    `auto` chooses `elo_varlen` if it is faster (on CUDA with autocast, and on a CPU for long sequences) and a trial on
+    this model and device agrees with the model's current attention. Otherwise it keeps the current one.
 
     Raises:
-        EloError: the model does not have the attention that was asked for by name.
+        EloError: the model does not support the requested attention.
     """
     current = model.config._attn_implementation or "eager"
     if requested != "auto":
         if requested == VARLEN and not _agrees(model, sequence_length, autocast_dtype):
             raise EloError(
-                f"attn_implementation: {VARLEN} does not compute what {model.config.model_type} computes (soft-capped "
-                "scores, attention sinks, other masks); write auto"
+                f"attn_implementation: {VARLEN} does not support the attention of {model.config.model_type} "
+                "(soft-capped scores, attention sinks or other masks); write auto"
             )
         try:
             model.set_attn_implementation(requested)
@@ -148,7 +148,7 @@ def choose_attention(
 def require_own_positions(
     config: PreTrainedConfig, sequence_length: int, *, packed: bool, batch_size: int, section: str = ""
 ) -> None:
-    """Raise EloError where the longest document of a batch would decide about the rotary frequencies of the others."""
+    """Raise EloError if the rotary frequencies of a document would depend on the longest document in its batch."""
     limit = rope_limit(config)
     if limit is None or sequence_length <= limit or not (packed or batch_size > 1):
         return
@@ -156,21 +156,21 @@ def require_own_positions(
     keys = [*(["data.packing: false"] if packed else []), *([f"{size}: 1"] if batch_size > 1 else [])]
     raise EloError(
         f"{'data.packing' if packed else size}: beyond {limit:,} positions the rotary embedding "
-        f"of this {config.model_type} model follows the longest document of a batch, so documents trained together "
-        f"change each other; write {' and '.join(keys)}, or data.sequence_length: {limit} or less"
+        f"of this {config.model_type} model depends on the longest document of a batch, so documents in a batch affect "
+        f"each other; write {' and '.join(keys)}, or data.sequence_length: {limit} or less"
     )
 
 
 def _agrees(model: PreTrainedModel, sequence_length: int, autocast_dtype: torch.dtype | None) -> bool:
-    """What the main process finds; the others may have no weights yet."""
+    """Return the main process's `_varlen_agrees`. Under FSDP only rank 0 has weights at this point."""
     return from_main(lambda: _varlen_agrees(model, sequence_length, autocast_dtype))
 
 
 @torch.no_grad()
 def _varlen_agrees(model: PreTrainedModel, sequence_length: int, autocast_dtype: torch.dtype | None) -> bool:
-    """Whether packed documents give the same hidden states through `elo_varlen` as through the present path.
+    """Return whether packed documents have the same hidden states with `elo_varlen` as with the current attention.
 
-    Other masks, and head widths that the kernel does not take, show here; one document is longer than the window.
+    This detects other masks and unsupported head widths. One document is longer than the sliding window.
     """
     before = model.config._attn_implementation
     device = model.device

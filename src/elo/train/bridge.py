@@ -1,9 +1,9 @@
-"""A linear bridge: what stands where the middle layers stood.
+"""A linear bridge that replaces the removed middle layers of a detached model.
 
-Detached layers that are joined end to end learn to do without the middle, and then no longer fit it. The bridge is a
-frozen affine map, fitted on the base in closed form, from what enters the middle to what leaves it, so that the
-detached model computes roughly what the whole one does and its layers stay usable in it. It stands in for the forward
-pass of the middle alone: as a stand-in for its gradient it is noise on real models (dev/LOG.md).
+Detached layers that are joined end to end adapt to the missing middle, and then no longer fit the whole model. The
+bridge is a frozen affine map from the middle's input to its output, fitted on the base in closed form. With it, the
+detached model computes roughly what the whole model does. The bridge approximates only the forward pass of the middle;
+its gradient is noise on real models (dev/LOG.md).
 Shapes: N tokens, D hidden width.
 """
 
@@ -34,13 +34,13 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 @dataclass(frozen=True)
 class Bridge:
-    """Affine maps `y = x + x weight^T + bias`, one for each gap; what is stored is the change to the identity.
+    """Affine maps `y = x + x weight^T + bias`, one per gap. The weights are the change relative to the identity.
 
     Attributes:
-        weights: [D, D] a gap, float32.
-        biases: [D] a gap, float32.
+        weights: one float32 [D, D] tensor per gap.
+        biases: one float32 [D] tensor per gap.
         explained: share of the variance of the middle's change of the hidden states (relative to their size) that the
-            map explains, on tokens it was not fitted on; a gap each.
+            map explains on tokens that it was not fitted on, per gap.
     """
 
     gaps: tuple[Gap, ...]
@@ -48,12 +48,12 @@ class Bridge:
     biases: tuple[Tensor, ...]
     explained: tuple[float, ...]
     cosine: tuple[float, ...] = ()
-    """Cosine between the map's change of the hidden states and the middle's, on the same tokens; a gap each."""
+    """Cosine between the map's and the middle's change of the hidden states, on the same tokens, per gap."""
     ridge: tuple[float, ...] = ()
-    """Penalty with which each map explains most."""
+    """Ridge penalty of each map, chosen for the largest `explained`."""
 
     def require(self, share: float) -> None:
-        """Raise EloError where a map explains less than `share` on unseen tokens."""
+        """Raise EloError if a map explains less than `share` on unseen tokens."""
         for gap, explained, cosine in zip(self.gaps, self.explained, self.cosine, strict=True):
             if explained < share:
                 raise EloError(
@@ -63,7 +63,7 @@ class Bridge:
                 )
 
     def save(self, path: Path) -> None:
-        """Write to one safetensors file."""
+        """Write the maps to one safetensors file."""
         tensors = {f"{i}.weight": weight.contiguous() for i, weight in enumerate(self.weights)}
         tensors |= {f"{i}.bias": bias.contiguous() for i, bias in enumerate(self.biases)}
         record = {
@@ -76,10 +76,10 @@ class Bridge:
 
     @classmethod
     def load(cls, path: Path) -> "Bridge":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            EloError: there is no such file, or it is not a bridge.
+            EloError: the file does not exist or is not a bridge.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -100,23 +100,23 @@ def fit_bridge(
 ) -> Bridge:
     """Fit a bridge over each gap that `layers` leaves in `model`, by ridge regression towards the identity.
 
-    Every token counts by its error relative to the size of its hidden state, since the norms that follow take the size
-    away; otherwise the few first tokens with huge activations would be all that is fitted.
+    The error of each token is relative to the size of its hidden state, because the next norm removes the size.
+    Otherwise a few first tokens with huge activations would dominate the fit.
 
     Args:
-        model: the whole base, on any device in any dtype.
-        rows: `input_ids` and `position_ids` of packed rows, or `input_ids` and `attention_mask` of padded ones, [T]
-            each; some thousand tokens, better 16 D of them. Every fifth batch is kept to measure on.
-        ridges: penalties on the squared change, relative to the squared size of each input dimension; the one that
-            explains most on unseen tokens is taken.
+        model: the whole base, on any device and in any dtype.
+        rows: `input_ids` and `position_ids` of packed sequences, or `input_ids` and `attention_mask` of padded ones,
+            [T] each. At least some thousand tokens are needed, better 16 D. Every fifth batch is held out.
+        ridges: penalties to try on the squared change, relative to the squared size of each input dimension. The one
+            that explains most on held-out tokens is used.
 
     Raises:
-        EloError: there is no gap, or the model's layers do not pass hidden states on as one tensor.
+        EloError: there is no gap, or the model's layers do not pass hidden states as one tensor.
     """
     parts = find_architecture(model)
     gaps = gaps_between(layers, parts.num_layers)
     if not gaps:
-        raise EloError("method.middle: no layer is left out, so there is nothing to bridge; write middle: removed")
+        raise EloError("method.middle: bridged: every layer is chosen, so nothing is bridged; write middle: removed")
     fits = [_Regression() for _ in gaps]
     with evaluating(model) as device, ExitStack() as hooks:
         entering: dict[int, Tensor] = {}
@@ -148,12 +148,12 @@ def fit_bridge(
 
 
 def install_bridge(detached: PreTrainedModel, bridge: Bridge) -> Callable[[], None]:
-    """Let a detached model's hidden states pass the bridge where layers are missing.
+    """Install a bridge in a detached model, where layers are missing.
 
-    The maps are buffers that are not saved: they move with the model, but neither train nor stay in it.
+    The maps are non-persistent buffers, which move with the model but are neither trained nor saved.
 
     Returns:
-        A function that takes the bridge out again.
+        A function that removes the bridge.
     """
 
     def cross(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -178,7 +178,7 @@ def _hold(undo: ExitStack, module: nn.Module, **tensors: Tensor) -> None:
 
 
 class _Regression:
-    """Sums for a weighted ridge regression of (y - x) on x, and the same of the tokens it is checked on."""
+    """Sums for a weighted ridge regression of (y - x) on x, of fitted and of held-out tokens."""
 
     def __init__(self) -> None:
         self.fitted: dict[str, Tensor] = {}
@@ -190,8 +190,8 @@ class _Regression:
         y = leaving.detach().reshape(-1, leaving.shape[-1]).double()
         if x.shape != y.shape:
             raise EloError(
-                f"method.middle: hidden states of {list(entering.shape)} enter the middle and {list(leaving.shape)} "
-                "leave it, which no linear bridge can join; write method.middle: removed"
+                f"method.middle: bridged: the middle changes the shape of hidden states from {list(entering.shape)} to "
+                f"{list(leaving.shape)}; write method.middle: removed"
             )
         weight = y.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
         ones = torch.ones_like(weight)
@@ -208,10 +208,10 @@ class _Regression:
             sums[name] = sums[name] + value if name in sums else value
 
     def solve(self, ridge: float) -> "_Solution":
-        """The map for one penalty, and how well it does on the checked tokens."""
+        """Return the map for one penalty, with its quality on the held-out tokens."""
         gram, cross = self.fitted["gram"].cpu(), self.fitted["cross"].cpu()
         penalty = ridge * gram.diagonal().clone()
-        penalty[-1] = 0.0  # the bias is free
+        penalty[-1] = 0.0  # no penalty on the bias
         floor = 1e-9 * gram.diagonal().max()
         solution = torch.linalg.solve(gram + torch.diag(penalty + floor), cross)
         sums = {name: value.cpu() for name, value in (self.checked or self.fitted).items()}
@@ -228,7 +228,7 @@ class _Regression:
 
 
 class _Solution(NamedTuple):
-    """Weight [D, D] and bias [D] (float32, on CPU), and what they do on unseen tokens."""
+    """Weight [D, D] and bias [D] (float32, on the CPU), with their quality on held-out tokens."""
 
     weight: Tensor
     bias: Tensor
@@ -259,13 +259,13 @@ def _stack(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def _module_at(model: PreTrainedModel, place: int) -> nn.Module:
-    """The decoder layer at `place`, or past the last one the final norm."""
+    """Return the decoder layer at `place`, or the final norm after the last layer."""
     layers = layers_of(model)
     if place < len(layers):
         return layers[place]
     path = find_architecture(model).norm_path
     if path is None:
-        raise EloError("method.middle: no final norm follows the last layer; keep that layer (last:1)")
+        raise EloError("method.middle: this model has no final norm after the last layer; add last:1 to layers")
     return model.get_submodule(path)
 
 
@@ -279,7 +279,7 @@ def _record_input(module: nn.Module, kept: dict[int, Tensor], index: int) -> Any
 def _hidden(args: Any, kwargs: Any) -> Tensor:
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
-        raise EloError("method.middle: this model's layers do not take one tensor; write method.middle: removed")
+        raise EloError("method.middle: this model's layers do not take a single tensor; write method.middle: removed")
     return hidden
 
 

@@ -1,4 +1,4 @@
-"""Training checkpoints that are whole or ignored: a manifest with checksums is written last."""
+"""Write and find training checkpoints. A checkpoint without a valid manifest, which is written last, is ignored."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,30 +32,30 @@ def check_checkpoint(checkpoint: Path) -> dict[str, Any]:
         for name, entry in manifest["files"].items():
             path = checkpoint / name
             if ".." in path.parts or Path(name).is_absolute():
-                raise UnfinishedError(f"{checkpoint / MANIFEST}: names {name!r}, which is not in its folder")
+                raise UnfinishedError(f"{checkpoint / MANIFEST}: lists {name!r}, which is outside its folder")
             if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
                 raise UnfinishedError(f"{path}: missing or damaged")
         return {key: float(manifest["state"][key]) for key in ("seconds", "cpu_seconds")}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UnfinishedError):
             raise
-        raise UnfinishedError(f"{checkpoint / MANIFEST}: not a manifest of a checkpoint, or damaged") from None
+        raise UnfinishedError(f"{checkpoint / MANIFEST}: is damaged, or not the manifest of a checkpoint") from None
 
 
 def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint under `folder` with its state; those that are not whole are removed on the way."""
+    """Return the newest complete checkpoint in `folder` with its state, and remove newer incomplete ones."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         try:
             return checkpoint, check_checkpoint(checkpoint)
         except UnfinishedError as error:
             if (checkpoint / MANIFEST).exists():
-                warn(f"{error}; checkpoint {checkpoint.name} is dropped and the one before it taken")
+                warn(f"{error}; checkpoint {checkpoint.name} is removed, and the previous one is used")
             remove(checkpoint)
     return None
 
 
 def rotate_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints; called once the newest is sealed."""
+    """Remove all but the `keep` newest checkpoints. Call it after the newest is sealed."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)[keep:]:
         # Without its manifest a half-removed checkpoint counts as unfinished, not as damaged.
         (checkpoint / MANIFEST).unlink(missing_ok=True)
@@ -63,6 +63,6 @@ def rotate_checkpoints(folder: Path, keep: int) -> None:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint folder's name says, by which the newest is found: clocks can jump."""
+    """Return the step in a checkpoint folder's name. It identifies the newest checkpoint, since clocks can jump."""
     suffix = checkpoint.name.removeprefix("checkpoint-")
     return int(suffix) if suffix.isdigit() else -1

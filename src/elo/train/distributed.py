@@ -1,4 +1,4 @@
-"""Weights that FSDP or DeepSpeed have in pieces, one part of the model at a time: no process ever holds the whole."""
+"""Support FSDP and DeepSpeed: check settings, and gather sharded weights one part of the model at a time."""
 
 import copy
 import os
@@ -26,32 +26,32 @@ _NOTED = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING", "ACCELERATE_U
 
 
 def fsdp_arguments(given: dict[str, Any], *, main_alone: bool) -> dict[str, Any]:
-    """A user's `training_arguments`; where they ask for FSDP, its checkpoints stay in pieces.
+    """Return a user's `training_arguments`, with sharded checkpoints under FSDP.
 
     Args:
-        given: as in the configuration.
-        main_alone: the main process alone has the weights, and the others get their pieces from it.
+        given: `training_arguments` of the configuration.
+        main_alone: whether only the main process has the weights, and the others receive their shards from it.
 
     Raises:
-        EloError: `fsdp_config` is not written out.
+        EloError: `fsdp_config` is not a mapping.
     """
     if not given.get("fsdp"):
         return given
     config = given.get("fsdp_config") or {}
     if not isinstance(config, dict):
-        raise EloError(f"training_arguments.fsdp_config: got {config!r}; write its keys out")
+        raise EloError(f"training_arguments.fsdp_config: got {config!r}; write its keys and values here")
     ours = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": main_alone}
     return {**given, "fsdp_config": {**config, **ours}}
 
 
 def main_alone_loads(settings: TrainingSettings, model: nn.Module) -> bool:
-    """Whether under FSDP the main process alone reads the weights: accelerate hands out parameters, but no buffers."""
+    """Return whether only the main process reads the weights. accelerate's FSDP sends parameters, but no buffers."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return bool(settings.training_arguments.get("fsdp")) and model.state_dict().keys() <= parameters
 
 
 def without_weights(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-    """The causal language model of `config` with its buffers, and parameters on the CPU of no particular values."""
+    """Return the causal language model of `config` with its buffers and with uninitialised parameters on the CPU."""
     with init_empty_weights(include_buffers=False):
         model = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
     for module in model.modules():
@@ -63,9 +63,9 @@ def without_weights(config: PretrainedConfig, dtype: torch.dtype, *, trust_remot
 
 @contextmanager
 def launch_kept() -> Iterator[None]:
-    """Put back afterwards what is noted for the process of FSDP and DeepSpeed: later phases would be under them, too.
+    """Restore the process-wide settings of FSDP and DeepSpeed afterwards, so that later phases do not inherit them.
 
-    Under ZeRO-3 one process alone could load no model any more.
+    With ZeRO-3 still on, one process could not load a model.
     """
     before = {name: os.environ.get(name) for name in _NOTED}
     try:
@@ -79,14 +79,14 @@ def launch_kept() -> Iterator[None]:
 
 
 def set_precision(arguments: TrainingArguments) -> None:
-    """Under FSDP what DDP does: products in bf16; gradients are added up, and the summed loss comes out, in fp32."""
+    """Set FSDP to the precision of DDP: matrix products in bf16, sums of gradients and the loss in fp32."""
     if arguments.fsdp and arguments.bf16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
 
 
 def check_fsdp(settings: TrainingSettings) -> None:
-    """Raise EloError for what a phase's settings ask of FSDP and cannot have; `fsdp_arguments` has accepted them."""
+    """Raise EloError if the settings of a phase, which `fsdp_arguments` has accepted, are unsupported under FSDP."""
     given = settings.training_arguments
     if not given.get("fsdp"):
         return
@@ -96,53 +96,52 @@ def check_fsdp(settings: TrainingSettings) -> None:
             f"training_arguments.fsdp_config.version: got {keys['version']!r}; only FSDP2 is supported, write 2"
         )
     if "state_dict_type" in keys:
-        raise EloError("training_arguments.fsdp_config.state_dict_type: is set by ELO, whose checkpoints are in pieces")
+        raise EloError("training_arguments.fsdp_config.state_dict_type: is set by ELO; remove it")
     if "cpu_ram_efficient_loading" in keys:
         raise EloError(
-            "training_arguments.fsdp_config.cpu_ram_efficient_loading: is set by ELO, which does so where it can"
+            "training_arguments.fsdp_config.cpu_ram_efficient_loading: is set by ELO where possible; remove it"
         )
     if keys.get("activation_checkpointing") and settings.activation_checkpointing:
-        raise EloError("activation_checkpointing: is on here and in fsdp_config; leave it out of fsdp_config")
+        raise EloError("activation_checkpointing: is on here and in fsdp_config; remove it from fsdp_config")
     if settings.optim == "adamw_8bit":
-        raise EloError("optim: adamw_8bit does not take weights that FSDP has in pieces; write adamw or adafactor")
+        raise EloError("optim: adamw_8bit does not support weights sharded by FSDP; write adamw or adafactor")
     if world_size() == 1:
         raise EloError(
-            "training_arguments.fsdp: divides weights among processes, and this is one; launch several "
-            "(torchrun --nproc_per_node N -m elo.cli run ...), or leave it out"
+            "training_arguments.fsdp: needs several processes, and this is one; launch several "
+            "(torchrun --nproc_per_node N -m elo.cli run ...), or remove it"
         )
 
 
 def check_sharding(trainer: Any, settings: TrainingSettings, checkpoint: Path | None) -> None:
-    """Raise EloError for FSDP1, for what the launcher alone asks for, or where `checkpoint` cannot be gone on from."""
+    """Raise EloError for FSDP1, for sharding that only the launcher sets, or if `checkpoint` cannot be resumed."""
     now = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
     if now == "FSDP" and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise EloError("FSDP: the launcher asks for its first version; only FSDP2 is supported (fsdp_version: 2)")
+        raise EloError("FSDP: the launcher sets version 1, and only FSDP2 is supported; set fsdp_version: 2")
     if now and not settings.divides_model:
         raise EloError(
-            f"{now}: is asked for by the launcher alone; write it in this section's training_arguments "
+            f"{now}: only the launcher sets it; write it in this section's training_arguments "
             "(docs/launching.md), and launch with torchrun"
         )
     if checkpoint is None:
         return
-    anew = f"or remove {checkpoint.parent} to begin the phase anew"
+    anew = f"or remove {checkpoint.parent} to restart the phase"
     by_deepspeed = (checkpoint / "latest").is_file()
     was = "FSDP" if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir() else "DeepSpeed" if by_deepspeed else None
     if was != now:
         written, running = (f"with {each}" if each else "without FSDP or DeepSpeed" for each in (was, now))
-        raise EloError(f"{checkpoint}: was written {written}, and this run is {running}; go on as it began, {anew}")
+        raise EloError(f"{checkpoint}: was written {written}, and this run is {running}; launch it as before, {anew}")
     optimizer_states = list(checkpoint.glob("global_step*/*_optim_states.pt"))
     if optimizer_states and len(optimizer_states) != world_size():
         raise EloError(
-            f"{checkpoint}: was written by {len(optimizer_states)} processes, and these are {world_size()}, which "
-            f"DeepSpeed cannot go on from; launch {len(optimizer_states)}, {anew}"
+            f"{checkpoint}: was written by {len(optimizer_states)} processes, and DeepSpeed cannot resume it with "
+            f"{world_size()}; launch {len(optimizer_states)}, {anew}"
         )
 
 
 def whole_parts(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Each decoder layer's tensors, and each tensor outside the layers, whole and on the CPU; tied ones once.
+    """Gather each decoder layer's tensors, and each tensor outside the layers, on the CPU. Tied tensors appear once.
 
-    What is given is decided when this is called; every process has to go through the iterator to its end, since all
-    take part in putting a tensor together.
+    The tensors are chosen at the call. Every process must exhaust the iterator, because gathering is collective.
     """
     prefix = find_architecture(model).layers_path + "."
     parts: dict[str, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Embedding and LM head in an optimizer: their own learning rate, and rows of them that must not move."""
+"""Give embedding and LM head their own learning rate in an optimizer, and keep old vocabulary rows unchanged."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ from elo.checkpoint.architecture import find_architecture
 def set_embeddings_apart(
     optimizer: torch.optim.Optimizer, model: Any, learning_rate: float | None = None, first_row: int = 0
 ) -> None:
-    """Give trained embedding and head weights groups of their own in an optimizer that has not stepped yet.
+    """Move trained embedding and head weights to separate groups of an optimizer that has not stepped yet.
 
-    With `first_row` the optimizer gets the rows from there on alone, as a view into the weight: no decay, moment or
-    rounding can reach the others, and no optimizer state is held for them. Their gradients are set to zero before
-    anything sees them, so that clipping does not count them either.
+    With `first_row`, the optimizer gets only the rows from there on, as a view into the weight. Weight decay, moments
+    and rounding then cannot change the other rows, and they have no optimizer state. Their gradients are set to zero,
+    so that clipping ignores them too.
 
     Args:
-        model: where it is trained; its weights must not be moved afterwards.
-        learning_rate: peak rate of these groups; None is that of the others.
-        first_row: rows of [V, D] weights and [V] biases before this one stay as they are.
+        model: model on its training device; its weights must not be moved afterwards.
+        learning_rate: peak rate of these groups; None is the rate of the other groups.
+        first_row: first row of [V, D] weights and [V] biases that changes.
     """
     apart = {id(each) for each in _trained(model)}
     for group in list(optimizer.param_groups):
@@ -37,12 +37,12 @@ def set_embeddings_apart(
 
 
 def rows_left_out(model: Any, first_row: int) -> int:
-    """How many elements of trained embedding and head weights lie in rows before `first_row`."""
+    """Return the number of elements of trained embedding and head weights in rows before `first_row`."""
     return sum(each[:first_row].numel() for each in _trained(model))
 
 
 def _trained(model: Any) -> list[nn.Parameter]:
-    """The trained weights and biases of embedding and head; tied ones once."""
+    """Return the trained weights and biases of embedding and head, tied ones once."""
     parts = find_architecture(model)
     modules = [model.get_submodule(path) for path in (parts.embedding_path, parts.head_path)]
     every = {id(each): each for module in modules for each in module.parameters() if each.requires_grad}
@@ -50,7 +50,7 @@ def _trained(model: Any) -> list[nn.Parameter]:
 
 
 def _rows_from(optimizer: torch.optim.Optimizer, weight: nn.Parameter, first_row: int) -> nn.Parameter:
-    """Rows of a weight from `first_row` on as a parameter that shares its memory and, at each step, its gradient."""
+    """Return the rows of a weight from `first_row` on as a parameter that shares its memory and, in steps, gradient."""
     rows = nn.Parameter(weight.data[first_row:])
 
     def without_old_rows(gradient: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""One phase of training, from a model and its rows to a result."""
+"""Train a model on packed sequences, in one phase."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -41,20 +41,21 @@ _SET_HERE = {
     "data_seed", "disable_tqdm", "remove_unused_columns", "torch_compile", "full_determinism", "auto_find_batch_size",
     "resume_from_checkpoint", "ignore_data_skip", "train_sampling_strategy", "label_smoothing_factor",
 }  # fmt: skip
-# The others wait in a collective while the main process reads weights and seals checkpoints: hours, for large models.
+# Other processes wait in a collective while the main process reads weights and writes checkpoints, for hours if the
+# model is large.
 _LAUNCH = {"ddp_find_unused_parameters": False, "ddp_timeout": 4 * 3600}
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a phase did.
+    """The result of a phase.
 
     Attributes:
-        seconds: wall time in training, across restarts, without evaluation and checkpoints.
-        cpu_seconds: CPU time of this process in the same, summed over cores.
-        tokens: positions trained on; packed rows hold nothing but tokens, unpacked ones padding too.
-        losses: {"tokens", "seconds", "loss"} by logging interval; loss in nats per token.
-        evaluations: {"tokens", "seconds", "bpb": {language: bits per byte}}.
+        seconds: wall time of training, in seconds, across restarts, without evaluation and checkpoints.
+        cpu_seconds: CPU time of this process in that time, in seconds, summed over cores.
+        tokens: number of trained positions, including padding in unpacked sequences.
+        losses: {"tokens", "seconds", "loss"} by logging interval, with the loss in nats per token.
+        evaluations: {"tokens", "seconds", "bpb": {language: bits per byte}} by measurement.
     """
 
     steps: int
@@ -69,7 +70,7 @@ class TrainingResult:
 
 
 def rows_per_step(sequence_length: int, settings: TrainingSettings) -> int:
-    """Packed rows in one update, a whole number of micro-steps on every process.
+    """Return the number of sequences per update, which is a whole number of micro-steps on every process.
 
     Raises:
         EloError: `tokens_per_step` is not a multiple of the tokens in one micro-step.
@@ -86,7 +87,7 @@ def rows_per_step(sequence_length: int, settings: TrainingSettings) -> int:
 
 
 def bf16_pays(device_type: str) -> bool:
-    """Whether this machine multiplies bf16 matrices in hardware."""
+    """Return whether this machine multiplies bf16 matrices in hardware."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported()
     cpu = torch.cpu
@@ -94,7 +95,7 @@ def bf16_pays(device_type: str) -> bool:
 
 
 def wants_bf16(settings: TrainingSettings) -> bool:
-    """Whether a phase with these settings runs under bf16 autocast here."""
+    """Return whether a phase with these settings runs under bf16 autocast on this machine."""
     if settings.bf16 != "auto":
         return bool(settings.bf16)
     return bf16_pays("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,24 +115,25 @@ def train(
     main_alone: bool = False,
     label: str | None = None,
 ) -> TrainingResult:
-    """Train what requires gradients in `model`, in place, once over `rows` in their order.
+    """Train the parameters of `model` that require gradients, in place, in one pass over `rows` in order.
 
     Args:
-        model: fp32 where it trains; frozen parameters may be of any floating type.
-        rows: map-style, of rows (elo.data.packing) of one length, packed or not; a multiple of `rows_per_step` long.
-        output_dir: checkpoints go here; the newest whole one found here is gone on from.
-        prepared: what the method that prepared `model` asks for while it trains; `fold` is left to the caller.
-        evaluate: bits per byte of a model by language.
-        save: called in the main process with the trained model, and with its weights, part by part, where FSDP or
-            DeepSpeed have them in pieces; it has to go through all of them.
-        main_alone: the main process alone has the weights in `model` (elo.train.distributed.main_alone_loads).
-        label: shown with the progress; None is silent.
+        model: model whose trained parameters are fp32; frozen parameters may have any floating-point dtype.
+        rows: map-style dataset of sequences (elo.data.packing) of one length, packed or not. Their number is a multiple
+            of `rows_per_step`.
+        output_dir: folder for training checkpoints. Training resumes from the newest complete one in it.
+        prepared: hooks of the method that prepared `model`. The caller calls `fold`.
+        evaluate: function that returns bits per byte of a model by language.
+        save: function called in the main process with the trained model. If FSDP or DeepSpeed shards the weights, it
+            also gets an iterator over them, part by part, which it must exhaust.
+        main_alone: whether only the main process has the weights (elo.train.distributed.main_alone_loads).
+        label: label of the progress lines; None shows no progress.
 
     Raises:
-        EloError: the rows are packed and the model does not keep packed documents apart, or a first row is asked for
-            where FSDP or DeepSpeed have the embedding in pieces.
-        TrainingDivergedError: the loss is not finite or has jumped and stayed up.
-        StoppedBySignalError: SIGTERM or SIGINT came; a checkpoint was written first.
+        EloError: the sequences are packed but the model does not keep packed documents apart, or only new vocabulary
+            rows train but FSDP or DeepSpeed shards the embedding.
+        TrainingDivergedError: the loss is not finite, or it rose and stayed high.
+        StoppedBySignalError: SIGTERM or SIGINT arrived; a checkpoint has been written.
     """
     prepared = prepared or Prepared()
     sequence_length = len(rows[0]["input_ids"])
@@ -163,7 +165,7 @@ def train(
                 evaluating=evaluate is not None,
             ),
             train_dataset=rows,
-            eval_dataset=rows,  # Trainer insists on one; EloTrainer.evaluate measures held-out text instead
+            eval_dataset=rows,  # required by Trainer; EloTrainer.evaluate uses held-out text instead
             data_collator=PackedCollator(varlen=attention == VARLEN, position_ids=takes_position_ids(model)),
             callbacks=[_Report(progress, tokens_per_step), stop, _BeforeStep(prepared.before_step)],
             tokens_per_step=tokens_per_step,
@@ -175,7 +177,7 @@ def train(
             embedding_learning_rate=settings.embedding_learning_rate,
             first_row=prepared.first_row,
         )
-        trainer.remove_callback(PrinterCallback)  # _Report says it
+        trainer.remove_callback(PrinterCallback)  # _Report shows the progress
         check_sharding(trainer, settings, checkpoint)
         with stop.listening():
             trainer.resume_clock()
@@ -184,7 +186,7 @@ def train(
             except torch.OutOfMemoryError as error:
                 raise EloError(
                     f"out of GPU memory: {str(error).splitlines()[0]} Lower per_device_train_batch_size, set "
-                    "activation_checkpointing: true or optim: adamw_8bit; `elo plan` tells what fits"
+                    "activation_checkpointing: true or set optim: adamw_8bit; `elo plan` estimates the memory"
                 ) from None
             finally:
                 if settings.optimizer_name == "adamw_bnb_8bit":
@@ -198,7 +200,7 @@ def train(
         if is_main():
             save(model, parts)
         for _ in parts or ():
-            pass  # the other processes' share of the work
+            pass  # gathering a part is collective, so every process must iterate
     history = trainer.state.log_history
     return TrainingResult(
         steps=steps,
@@ -220,11 +222,11 @@ def train(
 
 @contextmanager
 def _fitted(model: PreTrainedModel, rows: Dataset, settings: TrainingSettings, first_row: int) -> Iterator[str]:
-    """Put a model where it trains, with the head's loss and the attention that its rows and settings ask for.
+    """Move a model to its device and install the head loss and the attention of the settings.
 
-    Yields the attention's name; the model has its own forward and attention back afterwards.
+    Yields the name of the attention. Afterwards the model has its original forward and attention.
     """
-    # What FSDP or DeepSpeed divide may not fit on one GPU whole: they take it there piece by piece.
+    # A model that FSDP or DeepSpeed shards may not fit on one GPU; they move it there in parts.
     on_gpu = torch.cuda.is_available() and not settings.divides_model
     if on_gpu:
         model.to("cuda")  # type: ignore[arg-type]
@@ -243,19 +245,19 @@ def _fitted(model: PreTrainedModel, rows: Dataset, settings: TrainingSettings, f
     try:
         requested = settings.attn_implementation
         if requested == "auto" and torch.cuda.is_available() and not on_gpu:
-            requested = own_attention or "eager"  # another cannot be tried where it is going to run
+            requested = own_attention or "eager"  # no other can be tried, since the model is not on the GPU yet
         attention = "model's own"
         if packed:
             attention = choose_attention(model, len(rows[0]["input_ids"]), requested, autocast_dtype)
         if packed and attention not in (VARLEN, "sdpa"):
-            _require_isolation(model, autocast_dtype)  # with what was asked for by name
+            _require_isolation(model, autocast_dtype)  # again, with the attention of the settings
         if settings.torch_compile:
             for layer in layers_of(model):
                 layer.compile()
         yield attention
     finally:
         restore_forward()
-        # accelerate leaves a model alone that it has prepared once: trained again it would run without autocast.
+        # accelerate skips a model that it prepared before, so a second training would run without autocast.
         vars(model).pop("_is_accelerate_prepared", None)
         if model.config._attn_implementation != own_attention:
             model.set_attn_implementation(own_attention or "eager")
@@ -296,7 +298,7 @@ def _arguments(
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=settings.save_steps,
-        save_total_limit=None,  # rotated by EloTrainer, after the newest is sealed
+        save_total_limit=None,  # EloTrainer removes old checkpoints after the newest is sealed
         eval_strategy="steps" if evaluations else "no",
         eval_steps=max(1, -(-steps // evaluations)) if evaluations else None,
         seed=seed,
@@ -308,17 +310,17 @@ def _arguments(
         **(_LAUNCH | fsdp_arguments(settings.training_arguments, main_alone=main_alone)),
     )
     set_precision(arguments)
-    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher would be nn.DataParallel
+    arguments._n_gpu = min(1, arguments.n_gpu)  # without a launcher, several GPUs would mean nn.DataParallel
     return arguments
 
 
 @launch_kept()
 def check_settings(settings: TrainingSettings, sequence_length: int, section: str) -> None:
-    """Find before any work what would stop a phase.
+    """Check the settings of a phase before any work starts.
 
     Raises:
-        EloError: `tokens_per_step` does not divide, an optimizer is not installed, or `training_arguments` names what
-            transformers does not know or ELO sets itself.
+        EloError: `tokens_per_step` is not divisible, an optimizer or tracker is not installed, or `training_arguments`
+            has a key that transformers does not have or that ELO sets.
     """
     try:
         rows_per_step(sequence_length, settings)
@@ -334,17 +336,17 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
         raise EloError(f"{section}.report_to: {error}") from None
     known = set(TrainingArguments.__dataclass_fields__)
     for key in settings.training_arguments:
-        if "token" in key.lower().split("_"):  # the configuration is kept in records and in the report
+        if "token" in key.lower().split("_"):  # records and the report contain the configuration
             raise EloError(
-                f"{section}.training_arguments: {key!r} is a secret, which a configuration must not hold; "
+                f"{section}.training_arguments: {key!r} is a secret and must not be in a configuration; "
                 "log in with `hf auth login`, or set HF_TOKEN in the environment"
             )
         if key not in known:
-            raise EloError(f"{section}.training_arguments: transformers.TrainingArguments has no {key!r}")
+            raise EloError(f"{section}.training_arguments: transformers.TrainingArguments has no {key!r}; remove it")
         if key in _SET_HERE or key in TrainingSettings.model_fields:
             raise EloError(
-                f"{section}.training_arguments: {key!r} is set by ELO from the configuration; "
-                f"use {section}'s own keys (docs/configuration.md)"
+                f"{section}.training_arguments: ELO sets {key!r} from the configuration; "
+                f"use the keys of {section} instead (docs/configuration.md)"
             )
     try:
         _arguments(settings, rows_per_step(sequence_length, settings), 1, Path(), 0)
@@ -352,11 +354,11 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
     except EloError as error:
         raise EloError(f"{section}.{error}") from None
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise EloError(f"{section}: transformers refuses these training arguments: {error}") from None
+        raise EloError(f"{section}: transformers rejects these training arguments: {error}") from None
 
 
 def _any_process(number: int | None) -> int | None:
-    """The signal that any process of the launch has seen, so that all stop at the same step."""
+    """Return the signal that any process has received, so that all stop at the same step."""
     if world_size() == 1:
         return number
     seen = torch.tensor([number or 0])
@@ -368,18 +370,18 @@ def _any_process(number: int | None) -> int | None:
 
 def _require_isolation(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> None:
     with evaluating(model, None, autocast_dtype) as device:
-        # The others may have no weights yet.
+        # Under FSDP only rank 0 has weights at this point.
         if from_main(lambda: takes_position_ids(model) and isolates_documents(model, device)):
             return
     raise EloError(
         f"data.packing: {model.config.model_type} does not keep packed documents apart here (it has layers other than "
-        f"attention, takes no position ids, or its attention {model.config._attn_implementation!r} does not see them); "
+        f"attention, takes no position ids, or its attention {model.config._attn_implementation!r} ignores them); "
         "write data.packing: false, or attn_implementation: auto"
     )
 
 
 class _Report(TrainerCallback):
-    """Shows tokens, rate, time left, the last loss and the last bits per byte."""
+    """Show tokens, rate, remaining time, the last loss and the last bits per byte."""
 
     def __init__(self, progress: Progress, tokens_per_step: int) -> None:
         self.progress, self.tokens_per_step = progress, tokens_per_step
@@ -399,7 +401,7 @@ class _Report(TrainerCallback):
 
 
 class _BeforeStep(TrainerCallback):
-    """Calls a method's `before_step`."""
+    """Call a method's `before_step`."""
 
     def __init__(self, call: Callable[[int, Any], None] | None) -> None:
         self.call = call
@@ -410,7 +412,7 @@ class _BeforeStep(TrainerCallback):
 
 
 class _StopOnSignal(TrainerCallback):
-    """On SIGTERM or SIGINT: finish the step, write a checkpoint, stop. A second SIGINT stops at once."""
+    """Finish the step, write a checkpoint and stop on SIGTERM or SIGINT. A second signal stops immediately."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -428,7 +430,7 @@ class _StopOnSignal(TrainerCallback):
             for each in (signal.SIGTERM, signal.SIGINT):
                 previous[each] = signal.signal(each, note)
         except ValueError:
-            pass  # not the main thread: signals are somebody else's
+            pass  # not in the main thread, where Python does not allow signal handlers
         try:
             yield
         finally:
@@ -451,10 +453,10 @@ def _step(checkpoint: Path | None) -> int:
 
 
 def _forget_overrides() -> None:
-    """Let bitsandbytes forget whose state is to be 32-bit.
+    """Reset bitsandbytes' list of parameters with 32-bit optimizer state.
 
-    It keeps that for the process, by place in the optimizer, and holds the modules themselves: the next phase would get
-    32-bit state for whatever stands in an embedding's place, which it would not after a restart.
+    bitsandbytes keeps the list for the whole process, by position in the optimizer. Without a reset, the next phase
+    would have 32-bit state for the parameters at these positions, but a resumed run would not.
     """
     from bitsandbytes.optim import GlobalOptimManager
 
@@ -467,5 +469,5 @@ def _require_bitsandbytes() -> None:
     except ImportError:
         raise EloError(
             "optim: adamw_8bit needs bitsandbytes, which is not installed; "
-            "pip install 'elo-cpt[adamw8bit]', or write optim: adamw"
+            "run pip install 'elo-cpt[adamw8bit]', or write optim: adamw"
         ) from None

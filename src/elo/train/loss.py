@@ -1,7 +1,7 @@
-"""The LM head's cross-entropy, without ever holding all logits where that pays.
+"""Compute the LM head's cross-entropy, by default without all logits in memory at once.
 
-Once the middle layers are gone, the head and its loss are about half of the work of ELO pretraining, and the logits
-most of the activation memory. Shapes: N tokens, D hidden width, V vocabulary.
+Without the middle layers, the head and its loss are about half of the work of ELO pretraining, and the logits are most
+of the activation memory. Shapes: N tokens, D hidden width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -19,19 +19,21 @@ from elo.data.packing import IGNORE_INDEX
 from elo.store.processes import from_main
 from elo.train.settings import CHUNK, HeadLoss
 
-_SUMS_IN_FP32 = torch.__version__ >= "2.12"  # CUDA's products of bf16 matrices, out as they were summed
+_SUMS_IN_FP32 = torch.__version__ >= "2.12"  # CUDA products of bf16 matrices can have fp32 output
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its logits after the head: `softcap * tanh(scale * logits / softcap)`."""
+    """The transform of logits after the head: `softcap * tanh(scale * logits / softcap)`."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def of(cls, config: Any) -> "LogitTransform":
-        """Read it from a model's config: Cohere multiplies by `logit_scale`, Granite divides by `logits_scaling`."""
+        """Read the transform from a model's config. Cohere has `logit_scale`, a factor; Granite has `logits_scaling`, a
+        divisor.
+        """
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
         return cls(float(scale), getattr(config, "final_logit_softcapping", None))
@@ -45,11 +47,11 @@ class LogitTransform:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy in nats with both gradients computed during forward, a chunk of tokens at a time.
+    """Compute the summed cross-entropy in nats and its gradients during forward, one chunk of tokens at a time.
 
-    Each chunk's logits are made once, turned into their own gradient in place and dropped: the matmul FLOPs are the
-    floor (head forward, input gradient, and the weight gradient only for a head that trains). Products are in the
-    hidden states' dtype; the weight's gradient is summed and handed on in float32. One backward only.
+    Each chunk's logits are computed once, converted to their gradient in place and freed. The matmul FLOPs are the
+    minimum: head forward, input gradient, and the weight gradient only if the head trains. Products are in the hidden
+    states' dtype; the weight's gradient is summed and returned in float32. Only one backward pass is possible.
     """
 
     @staticmethod
@@ -102,8 +104,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[piece])
                 if grad_weight_VD is not None:
                     _add_product(grad_weight_VD[first_row:], grad_CV[:, first_row:].t(), hidden_CD)
-            del logits_CV, capped_CV, grad_CV  # else they are there while the next chunk's are made
-        # Not saved by autograd, which would keep them until the whole backward is over.
+            del logits_CV, capped_CV, grad_CV  # free the memory before the next chunk
+        # Not saved by autograd, which would keep them until the whole backward pass has ended.
         ctx.gradients = [(grad_hidden_ND, hidden_ND.dtype)]
         ctx.gradients += zip((grad_weight_VD, grad_bias_V), own_dtypes, strict=True)
         return total
@@ -114,13 +116,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (grad_output,) = outputs
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the chunked head loss goes backward once")
+            raise RuntimeError("the chunked head loss supports only one backward pass")
         scaled = [None if each is None else each.mul_(grad_output).to(dtype) for each, dtype in gradients]
         return *scaled, None, None, None, None
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """The chunk's logits in float32."""
+    """Return a chunk's logits in float32."""
     if hidden_CD.dtype != torch.float32 and hidden_CD.is_cuda and _SUMS_IN_FP32:
         logits_CV = torch.mm(hidden_CD, weight_VD.t(), out_dtype=torch.float32)
         return logits_CV if bias_V is None else logits_CV.add_(bias_V)
@@ -128,7 +130,7 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tens
 
 
 def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
-    """`total += left @ right` in float32, without another [V, D] beside it where the device can."""
+    """Compute `total += left @ right` in float32, without another [V, D] tensor if the device supports it."""
     if left_VC.dtype == total_VD.dtype:
         total_VD.addmm_(left_VC, right_CD)
     elif _SUMS_IN_FP32 and total_VD.is_cuda:
@@ -148,21 +150,21 @@ def head_cross_entropy(
     chunk: int | None = None,
     first_row: int = 0,
 ) -> Tensor:
-    """Summed cross-entropy in nats of next-token prediction.
+    """Compute the summed cross-entropy of next-token prediction, in nats.
 
     Args:
-        hidden_ND: the decoder's last hidden states, after the final norm.
-        weight_VD: the LM head's weight; its gradient is computed only when it requires one.
-        labels_N: the token that follows each position; -100 where there is none to predict.
-        bias_V: the LM head's bias, if it has one.
-        transform: what the model does to its logits.
-        implementation: `chunked` (ours; see benchmarks/head_loss.py), `plain` (all logits at once) or
-            `linear_cross_entropy` (PyTorch's; no softcap and no scale).
-        chunk: tokens a chunk of `chunked`.
-        first_row: the weight's gradient is wanted from this row on; `chunked` saves the work for those before it.
+        hidden_ND: last hidden states of the decoder, after the final norm.
+        weight_VD: weight of the LM head; its gradient is computed only if it requires one.
+        labels_N: next token of each position; -100 is ignored.
+        bias_V: bias of the LM head, if it has one.
+        transform: transform of the model's logits.
+        implementation: `chunked` (see benchmarks/head_loss.py), `plain` (all logits at once) or
+            `linear_cross_entropy` (of PyTorch, without softcap and scale).
+        chunk: tokens per chunk of `chunked`.
+        first_row: first row of the weight whose gradient is needed; `chunked` does not compute the others.
 
     Returns:
-        float32 scalar: the sum over labelled tokens.
+        The sum over labelled tokens, a float32 scalar.
     """
     transform = transform or LogitTransform()
     if torch.is_autocast_enabled(hidden_ND.device.type):
@@ -199,20 +201,19 @@ def install_head_loss(
     autocast_dtype: torch.dtype | None = None,
     first_row: int = 0,
 ) -> Callable[[], None]:
-    """Let `model(input_ids=..., shift_labels=...)` return the summed loss without all logits.
+    """Change `model` to return the summed loss for `model(input_ids=..., shift_labels=...)`, without all logits.
 
-    The loss has to be computed inside `forward`, where DDP, FSDP, autocast and compilation already are. Whether our own
-    path (decoder, then head weight, then transform) computes what the model computes is asked of the model itself, on
-    random input with enlarged hidden states (so that a softcap shows); a model that does something else with its
-    logits keeps its own path, as `implementation="model"` does.
+    The loss is computed inside `forward`, where DDP, FSDP, autocast and compilation apply. A trial compares our path
+    (decoder, head weight, transform) with the model's logits, with enlarged hidden states so that a softcap has an
+    effect. If they differ, the model keeps its own path, as with `implementation="model"`.
 
     Args:
         implementation: as for `head_cross_entropy`.
-        autocast_dtype: what the model will run under; frozen parts may be in it while others are fp32.
-        first_row: of the head's weight, whose gradient is not wanted before it.
+        autocast_dtype: autocast dtype of the training; frozen parts may have it while others are fp32.
+        first_row: first row of the head's weight whose gradient is needed.
 
     Returns:
-        A function that takes the change back.
+        A function that reverts the change.
     """
     original = model.forward
     head = model.get_output_embeddings()
@@ -235,7 +236,7 @@ def install_head_loss(
         return CausalLMOutput(loss=nats)
 
     with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-        # The others may have no weights yet.
+        # Under FSDP only rank 0 has weights at this point.
         own_path = implementation != "model" and from_main(
             lambda: _head_is_separable(model, original, decoder, head, transform)
         )
@@ -278,7 +279,7 @@ def _head_is_separable(
     transform: LogitTransform,
     enlarge: float = 50.0,
 ) -> bool:
-    """Whether `transform(head(decoder(ids)))` is what the model returns as logits, also for large hidden states."""
+    """Return whether `transform(head(decoder(ids)))` equals the model's logits, also for large hidden states."""
     weight = getattr(head, "weight", None)
     if head is None or decoder is model or not isinstance(weight, Tensor) or weight.is_meta:
         return False
@@ -292,7 +293,7 @@ def _head_is_separable(
         bias = getattr(head, "bias", None)
         ours = transform(F.linear(hidden.float(), weight.float(), None if bias is None else bias.float()).float())
         return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.std()))
-    except TypeError:  # the decoder takes other arguments than the model
+    except TypeError:  # the decoder's arguments differ from the model's
         return False
     finally:
         hook.remove()

@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work."""
+"""Measure the peak memory of a piece of work."""
 
 import ctypes
 import gc
@@ -11,7 +11,7 @@ import torch
 
 
 def reset_peak_memory() -> None:
-    """Give freed memory back to the system and start measuring the peak anew."""
+    """Return freed memory to the system and restart the measurement of the peak."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -21,11 +21,11 @@ def reset_peak_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass  # not Linux: the peak is then that of the process so far
+        pass  # not Linux: the peak is then that of the whole process
 
 
 def peak_memory_bytes() -> int:
-    """Bytes at the peak since the reset: allocated on the GPU where there is one, else resident in this process."""
+    """Return the peak since the reset, in bytes: allocated memory on the GPU if there is one, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")

@@ -1,4 +1,4 @@
-"""One training phase on disk: a checkpoint folder in, a trained checkpoint folder out."""
+"""Run one training phase on disk, from a checkpoint folder to a trained checkpoint folder."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -45,16 +45,16 @@ def train_checkpoint(
     trust_remote_code: bool = False,
     label: str | None = None,
 ) -> dict[str, Any]:
-    """Train the checkpoint in folder `checkpoint` and write it to `output` with what changed.
+    """Train the checkpoint in folder `checkpoint` and write the result to `output`.
 
     Args:
-        rows: packed sequences, as many as the phase trains on.
-        prepare: makes the model ready: says what trains, and adds what the phase needs.
+        rows: packed sequences to train on.
+        prepare: function that sets what trains in the model and installs what the phase needs; see `Method.prepare`.
         scratch: folder for training checkpoints, from which an interrupted call resumes.
-        vocabulary: file that lists the rows of the vocabulary that training computes with; None is all.
+        vocabulary: file with the vocabulary rows that training computes with; None is all.
 
     Returns:
-        The stage's record: tokens, steps, seconds, tokens_per_second, peak_memory_bytes, losses, evaluations, ...
+        The record of the stage: tokens, steps, seconds, tokens_per_second, peak_memory_bytes, losses, evaluations, ...
     """
 
     model, _, main_alone = load_trainable(checkpoint, settings, trust_remote_code=trust_remote_code)
@@ -105,25 +105,23 @@ def _on_whole_vocabulary(evaluate: Evaluate, cut: VocabularyCut) -> Evaluate:
 def load_trainable(
     checkpoint: Path, settings: TrainingSettings, *, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Any, bool]:
-    """Load a checkpoint in fp32, so that what trains has fp32 master weights.
+    """Load a checkpoint in fp32, so that trained parameters have fp32 master weights.
 
     Returns:
-        The model; the dtype that most of it is stored in; whether the main process alone has its weights: under FSDP,
-        where that can be, the others have memory for them that is never touched, so never taken, until they get their
-        pieces.
+        The model, the dtype of most of its stored weights, and whether only the main process has the weights. The
+        latter is so under FSDP where possible: the other processes reserve memory but do not use it until they receive
+        their shards.
 
     Raises:
-        EloError: the folder holds no checkpoint in safetensors that transformers can load.
+        EloError: the folder has no safetensors checkpoint that transformers can load.
     """
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = read_config(str(checkpoint), trust_remote_code=trust_remote_code)
-    dtype = open_checkpoint(checkpoint).main_dtype()  # what config.json says may be another, or nothing
+    dtype = open_checkpoint(checkpoint).main_dtype()  # config.json may have another dtype, or none
     if settings.training_arguments.get("deepspeed") and wants_bf16(settings) and dtype == torch.float32:
-        raise EloError(
-            f"{checkpoint}: is stored in fp32, and DeepSpeed in bf16 would round its weights; write bf16: false"
-        )
+        raise EloError(f"{checkpoint}: its weights are fp32, which DeepSpeed would round to bf16; write bf16: false")
     loaded: list[PreTrainedModel] = []
 
     def load() -> None:
@@ -148,10 +146,12 @@ def save_checkpoint(
     *,
     python: bool = False,
 ) -> None:
-    """Write a trained model as its base with what changed; the folder appears whole or not at all.
+    """Write a trained model as a copy of its base with the changed weights.
+
+    The folder appears only when it is complete.
 
     Args:
-        parts: the weights, part by part, where the model holds only pieces of them.
+        parts: weights, part by part, if the model holds only shards of them.
         python: copy the base's Python files too.
     """
 
@@ -168,9 +168,9 @@ def heldout_evaluator(
     max_bytes: int | None,
     settings: TrainingSettings,
 ) -> Evaluate:
-    """Bits per byte of the held-out text of each language, for the measurements during training.
+    """Return a function that measures bits per byte on held-out text by language, for measurements during training.
 
-    It is the text, cut in the same way, that `evaluate` measures on, so that curves can be compared with final values.
+    The text is the same as in `evaluate`, so that curves and final values are comparable.
     """
 
     tokenizer = replace(tokenizer, split_special_tokens=prepared.split_special_tokens)
@@ -189,17 +189,17 @@ def heldout_evaluator(
 
 
 def _keeps_frozen_as_stored(settings: TrainingSettings) -> bool:
-    """Whether frozen parameters stay in the dtypes that they are stored in, which saves memory."""
+    """Whether frozen parameters keep their stored dtype, which saves memory."""
 
     return torch.cuda.is_available() and wants_bf16(settings)
 
 
 def _freeze_in(model: PreTrainedModel, stored: dict[int, Any], *, empty: bool = False) -> None:
-    """Keep frozen parameters in their stored half precision: they need no master weights.
+    """Convert frozen parameters to their stored half precision, because they need no master weights.
 
     Args:
         stored: dtype by the parameter's `id`.
-        empty: they have no values, and get none.
+        empty: allocate the parameters without values.
     """
 
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""A model made ready to train: what a method hands to the training loop."""
+"""The hooks that a method gives to the training loop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a prepared model needs while it trains.
+    """The hooks of a prepared model.
 
     Attributes:
-        before_step: called before each update with its 0-based number and the optimizer, after a restart too.
-        first_row: rows of embedding and head before this one do not train; 0 trains all.
-        fold: takes out what was added and leaves a plain Hugging Face model that holds what was trained.
+        before_step: function called before each update with its 0-based number and the optimizer.
+        first_row: first trained row of embedding and head; 0 trains all rows.
+        fold: function that merges or removes what `Method.prepare` installed, which leaves a plain Hugging Face model.
     """
 
     before_step: Callable[[int, Any], None] | None = None

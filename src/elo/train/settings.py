@@ -1,7 +1,7 @@
-"""Training settings: the section `training` of the configuration, and what `elo.train.loop.train` takes.
+"""Training settings: the section `training` of the configuration and the settings of `elo.train.loop.train`.
 
-Names are transformers' where transformers has one. A field marked as an execution setting says how the work is done,
-not what comes out but for rounding: it may change between restarts of the same run.
+Names follow transformers where it has one. Execution settings affect speed and memory, and results only by rounding, so
+they may change when a run is resumed.
 """
 
 from collections.abc import Collection
@@ -19,72 +19,76 @@ Part = Literal["embedding", "norm", "head"]
 HeadLoss = Literal["chunked", "plain", "linear_cross_entropy", "model"]
 
 CHUNK = {"gpu": 2048, "cpu": 256}
-"""Tokens that the chunked head loss takes at a time: 256 x 8192 x 4 bytes = 8 MiB of logits stay in a CPU's last-level
-cache; a GPU wants larger chunks."""
+"""Tokens per chunk of the chunked head loss. On a CPU, 256 x 8192 x 4 bytes = 8 MiB of logits fit into the last-level
+cache; a GPU needs larger chunks."""
 EXECUTION: JsonDict = {"execution": True}
-"""Mark of execution settings, for `Field(json_schema_extra=EXECUTION)`."""
+"""Marker of execution settings, for `Field(json_schema_extra=EXECUTION)`."""
 _SHORT_NAMES = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 
 
 class TrainingSettings(BaseModel):
-    """How one phase trains."""
+    """Training settings of one phase."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     learning_rate: float = Field(1e-4, gt=0, le=1)
     """Peak learning rate."""
     embedding_learning_rate: float | None = Field(None, gt=0, le=1)
-    """Peak learning rate of embedding and LM head, where they train; null is `learning_rate`."""
+    """Peak learning rate of embedding and LM head, if they train; null is `learning_rate`."""
     lr_scheduler_type: str = "cosine"
-    """Schedule over the phase's own updates: any that transformers knows by name."""
+    """Learning-rate schedule over the updates of a phase: the name of any schedule in transformers."""
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of the schedule, such as num_decay_steps of warmup_stable_decay."""
+    """Arguments of the schedule, such as num_decay_steps for warmup_stable_decay."""
     warmup_steps: float = Field(0.03, ge=0)
-    """Below 1 a share of the phase's updates, otherwise a number of updates."""
+    """Length of the warmup: below 1 a share of the phase's updates, otherwise a number of updates."""
     weight_decay: float = Field(0.0, ge=0, le=1)
+    """Weight decay of the optimizer."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay rate of Adam's first moment."""
     adam_beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay rate of Adam's second moment."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Gradients are clipped to this norm; 0 does not clip."""
+    """Norm to which gradients are clipped; 0 turns clipping off."""
     optim: str = "adamw"
-    """Optimizer: adamw, adamw_8bit (needs bitsandbytes), adafactor, or any other that transformers knows by name."""
+    """Optimizer: adamw, adamw_8bit (needs bitsandbytes), adafactor, or the name of any other optimizer in
+    transformers."""
     optim_args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of the optimizer, passed on by transformers."""
+    """Further arguments of the optimizer, passed to it by transformers."""
     tokens_per_step: int = Field(65536, gt=0)
-    """Tokens of an optimizer update over all processes; gradients are accumulated to reach it."""
+    """Tokens per optimizer update, over all processes. Gradients are accumulated to reach it."""
     vocabulary: Literal["all", "corpus"] = "all"
-    """Rows of embedding and LM head that training computes with. `corpus`: those that the training text uses, the
-    special tokens and `vocabulary_sample` others; when the phase ends all rows are back, unused ones unchanged."""
+    """Vocabulary rows of embedding and LM head that training computes with. `corpus` is the rows that the training text
+    uses, the special tokens, and `vocabulary_sample` others. The phase's output has all rows, the others unchanged."""
     vocabulary_sample: int = Field(1024, ge=0)
-    """Rows that the training text does not use, drawn at random, kept under `vocabulary: corpus`."""
+    """Number of unused vocabulary rows, drawn at random, to keep with `vocabulary: corpus`."""
     evaluations: int = Field(4, ge=0)
-    """Times that bits per byte are measured within the phase, evenly spaced, the last at its end."""
+    """Number of measurements of bits per byte during a phase, evenly spaced, the last at its end."""
     logging_steps: int = Field(10, gt=0)
-    """Updates between logged losses."""
+    """Number of updates between logged losses."""
     per_device_train_batch_size: int = Field(1, gt=0, json_schema_extra=EXECUTION)
-    """Sequences in one forward-backward on one device."""
+    """Number of sequences in one forward and backward pass on one device."""
     activation_checkpointing: bool = Field(False, json_schema_extra=EXECUTION)
-    """Recompute activations in the backward pass: about a third more time, far less memory."""
+    """Recompute activations in the backward pass. It takes about a third more time and far less memory."""
     torch_compile: bool = Field(False, json_schema_extra=EXECUTION)
-    """Compile each decoder layer; needs a C++ compiler on a CPU, and up to a minute at the start."""
+    """Compile each decoder layer. It takes up to a minute at the start and, on a CPU, needs a C++ compiler."""
     bf16: bool | Literal["auto"] = "auto"
-    """bf16 autocast over fp32 weights; auto: where the hardware multiplies bf16 matrices."""
+    """Train with bf16 autocast over fp32 weights. auto does so if the hardware multiplies bf16 matrices."""
     attn_implementation: str = Field("auto", json_schema_extra=EXECUTION)
-    """Attention kernel; auto: the fastest that keeps packed documents apart on this device."""
+    """Attention implementation; auto chooses the fastest one on this device that keeps packed documents apart."""
     head_loss: HeadLoss = Field("chunked", json_schema_extra=EXECUTION)
-    """How the LM head's cross-entropy is computed; see elo.train.loss."""
+    """Implementation of the LM head's cross-entropy; see elo.train.loss."""
     save_steps: int = Field(500, gt=0, json_schema_extra=EXECUTION)
-    """Updates between checkpoints: what a kill can cost."""
+    """Number of updates between training checkpoints. A killed run loses at most this many."""
     save_total_limit: int = Field(2, gt=0, json_schema_extra=EXECUTION)
-    """Checkpoints that are kept."""
+    """Number of training checkpoints to keep."""
     max_loss_spike_nats: float = Field(2.0, gt=0, json_schema_extra=EXECUTION)
-    """Stop when the logged loss stays this far above its recent median."""
+    """Stop when the logged loss stays this far above its recent median, in nats."""
     dataloader_num_workers: int = Field(0, ge=0, json_schema_extra=EXECUTION)
-    """Processes that read sequences."""
+    """Number of processes that load sequences; 0 loads them in the training process."""
     report_to: str | list[str] = Field("none", json_schema_extra=EXECUTION)
-    """Trackers as transformers knows them: wandb, tensorboard, mlflow, trackio, ..."""
+    """Experiment trackers, by their names in transformers: wandb, tensorboard, mlflow, trackio, ..."""
     training_arguments: dict[str, Any] = Field(default_factory=dict, json_schema_extra=EXECUTION)
-    """Further transformers.TrainingArguments (fsdp, deepspeed, ddp_backend, ...), passed on unchanged."""
+    """Further transformers.TrainingArguments (fsdp, deepspeed, ddp_backend, ...), passed unchanged."""
 
     @field_validator("optim")
     @classmethod
@@ -98,16 +102,16 @@ class TrainingSettings(BaseModel):
 
     @property
     def optimizer_name(self) -> str:
-        """The optimizer as transformers names it."""
+        """Name of the optimizer in transformers."""
         return _SHORT_NAMES.get(self.optim, self.optim)
 
     @property
     def divides_model(self) -> bool:
-        """Whether FSDP or DeepSpeed divide the trained weights among the processes."""
+        """Whether FSDP or DeepSpeed shards the weights over the processes."""
         return any(self.training_arguments.get(key) for key in ("fsdp", "deepspeed"))
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide what comes out, for a stage's fingerprint."""
+        """Return the settings that determine the result, for the fingerprint of a stage."""
         fields = type(self).model_fields
         how = {name for name, field in fields.items() if field.json_schema_extra == EXECUTION}
         further = {
@@ -116,17 +120,17 @@ class TrainingSettings(BaseModel):
         return self.model_dump(mode="json", exclude=how) | further
 
 
-# Further transformers.TrainingArguments that say how the work is done.
+# Prefixes of transformers.TrainingArguments that are execution settings.
 _EXECUTION_ARGUMENTS = ("fsdp", "deepspeed", "ddp_", "dataloader_", "accelerator_config", "log", "run_name", "tf32")
 
 
 class TrainingSection(TrainingSettings):
-    """Training settings of all phases, with what is different in some."""
+    """Training settings of all phases, with overrides by phase."""
 
     learning_rate: float | None = Field(None, gt=0, le=1)  # type: ignore[assignment]
-    """Peak learning rate; null is the method's own (docs/methods.md)."""
+    """Peak learning rate; null is the method's default (docs/methods.md)."""
     phases: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Settings by phase, such as layer_alignment: {learning_rate: 1.0e-5}."""
+    """Overrides by phase, such as layer_alignment: {learning_rate: 1.0e-5}."""
 
     @field_validator("phases")
     @classmethod
@@ -143,10 +147,10 @@ class TrainingSection(TrainingSettings):
         return value
 
     def for_phase(self, name: str, default_learning_rate: float) -> TrainingSettings:
-        """The settings of one phase.
+        """Return the settings of one phase.
 
         Args:
-            default_learning_rate: where the configuration names none.
+            default_learning_rate: peak rate if the configuration has none.
         """
         shared = self.model_dump(exclude={"phases"})
         merged = shared | self.phases.get(name, {})
@@ -156,19 +160,22 @@ class TrainingSection(TrainingSettings):
 
 
 def check_also_train(also_train: Collection[Part], *, tied: bool) -> None:
-    """Check what trains beside the layers of a model whose LM head is `tied` to its embedding, or is not.
+    """Check the parts that train beside the layers.
+
+    Args:
+        tied: whether the model's LM head is tied to its embedding.
 
     Raises:
         EloError: `also_train` names one of two tied parts without the other.
     """
     if tied and ("embedding" in also_train) != ("head" in also_train):
         raise EloError(
-            "method.also_train: this model ties its LM head to its embedding, so they train together or not at all; "
-            f"got {sorted(also_train)}, name both embedding and head or neither"
+            f"method.also_train: got {sorted(also_train)}, but this model ties its LM head to its embedding; name both "
+            "embedding and head, or neither"
         )
 
 
 def _one_of(value: str, known: list[str]) -> str:
     if value not in known:
-        raise ValueError(f"must be one of {', '.join(sorted(known))}; got {value!r}")
+        raise ValueError(f"got {value!r}; write one of {', '.join(sorted(known))}")
     return value

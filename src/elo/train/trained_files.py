@@ -1,7 +1,7 @@
-"""Write a trained model as its base with what changed: all else stays bit for bit, in the file where it was.
+"""Write a trained model as a copy of its base, in which only the trained tensors differ.
 
-What transformers' save_pretrained gives is not that: it rounds to one dtype, leaves out tensors that the model does not
-load, and lays the files out anew.
+transformers' save_pretrained does not preserve the rest: it rounds all tensors to one dtype, omits those that the model
+does not load, and distributes them over new files.
 """
 
 import shutil
@@ -22,11 +22,11 @@ from elo.surgery.matching import tensor_bytes
 
 
 class TrainedFiles:
-    """The weight files of a base, and which of their tensors a training changes.
+    """The weight files of a base, and the tensors in them that training changes.
 
     Args:
-        base: the checkpoint folder that `model` was loaded from.
-        model: before a method adds anything to it; its tensors need no values.
+        base: checkpoint folder that `model` was loaded from.
+        model: model before a method adds anything to it; its tensors need no values.
 
     Raises:
         EloError: the folder's weights cannot be read.
@@ -40,7 +40,7 @@ class TrainedFiles:
         self._trained: list[Link] = []
 
     def stored_dtypes(self, model: PreTrainedModel) -> dict[int, torch.dtype]:
-        """The dtype in the files of each parameter, by its `id`: the widest where several files' tensors make it."""
+        """Return the stored dtype of each parameter by its `id`, the widest if it consists of several tensors."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         found: dict[int, torch.dtype] = {}
         for link in self.names.links:
@@ -51,11 +51,11 @@ class TrainedFiles:
         return found
 
     def set_trained(self, model: PreTrainedModel) -> None:
-        """Note what of `model`, prepared by a method, trains; the rest is going to be written as it is stored.
+        """Record which tensors of `model`, prepared by a method, train. `write` copies the others unchanged.
 
         Raises:
             EloError: a tensor that trains is not in the files.
-            UnsupportedArchitectureError: one cannot be converted back to how it is stored.
+            UnsupportedArchitectureError: a tensor that trains cannot be converted back to its stored form.
         """
         training = {name for name, each in model.named_parameters(remove_duplicate=False) if each.requires_grad}
         training |= {self._shared.get(name, name) for name in training}
@@ -66,8 +66,8 @@ class TrainedFiles:
         for name in sorted(training & self._shapes.keys()):
             if self._shared[name] not in covered:
                 raise EloError(
-                    f"{self.weights.folder}: its files hold no {name}, which is to train; save the model again with "
-                    "all its tensors"
+                    f"{self.weights.folder}: its files have no tensor {name}, which would train; save the model again "
+                    "with all its tensors"
                 )
         for link in self._trained:
             self.names.revert(link, {name: self._shapes[name] for name in link.loaded})
@@ -75,19 +75,19 @@ class TrainedFiles:
     def write(
         self, folder: Path, model: PreTrainedModel, parts: Iterator[dict[str, torch.Tensor]], *, python: bool = False
     ) -> None:
-        """Fill `folder` with the base's files, in which what trained has its new values in the dtype it is stored in.
+        """Fill `folder` with copies of the base's files, with the new values of trained tensors in their stored dtypes.
 
-        Elements that are what they were keep their bits, so that rows of an embedding that did not train do.
+        Elements that did not change keep their bits, such as embedding rows that did not train.
 
         Args:
-            folder: an empty folder.
-            model: the trained model, with nothing added to it any more; only its names are looked at.
-            parts: its tensors by name, on the CPU; those that share memory once.
+            folder: empty folder.
+            model: trained model without additions by the method; only its tensors' names are used.
+            parts: its tensors by name, on the CPU, each only once if several names share it.
             python: copy the base's Python files too.
 
         Raises:
-            EloError: a value does not fit into the dtype that its tensor is stored in.
-            UnfinishedError: `parts` did not hold all that trained.
+            EloError: a value does not fit into the stored dtype of its tensor.
+            UnfinishedError: `parts` does not contain all trained tensors.
         """
         base, trained = self.weights.folder, {name for link in self._trained for name in link.stored}
         for file in self.weights.files:
@@ -109,7 +109,7 @@ class TrainedFiles:
     def _values(
         self, first: Mapping[str, str], parts: Iterator[dict[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """What trained, by names in the files; a part is held for as long as a conversion waits for another."""
+        """Yield trained tensors by their names in the files. A part is held until its conversion is complete."""
         needed = [{first.get(name, name) for name in link.loaded} for link in self._trained]
         users: dict[str, set[int]] = {}
         for index, names in enumerate(needed):
@@ -126,25 +126,25 @@ class TrainedFiles:
                         users[name].discard(index)
             held = {name: tensor for name, tensor in held.items() if users[name]}
         if missing := sorted(name for name, left in users.items() if left):
-            raise UnfinishedError(f"{self.weights.folder}: {missing[0]} was trained, but not given to be written")
+            raise UnfinishedError(f"{self.weights.folder}: {missing[0]} was trained, but is missing when written")
 
     def _check(self, folder: Path) -> None:
-        """Compare what was written with the base: the same tensors, in the same files."""
+        """Check that the written folder has the same tensors in the same files as the base."""
         written = open_checkpoint(folder).tensors
         for name, tensor in self.weights.tensors.items():
             other = written.get(name)
             if other is None or _place(other) != _place(tensor):
-                raise UnfinishedError(f"{folder}: {name} was not written as it is in {tensor.file}; run again")
+                raise UnfinishedError(f"{folder}: {name} differs in place or type from {tensor.file}; run again")
 
 
 def first_names(model: PreTrainedModel) -> dict[str, str]:
-    """For each name in a model's state dict the first name of the same tensor."""
+    """Return the first name of the same tensor for each name in a model's state dict."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
 
 
 def _may_change(name: str, training: Collection[str]) -> bool:
-    """Whether a tensor trains, or an adapter in its module does, which will be merged into it."""
+    """Return whether a tensor trains, or an adapter in its module, which will be merged into it."""
     owner = name.rpartition(".")[0]
     return name in training or (bool(owner) and any(each.startswith(f"{owner}.") for each in training))
 
@@ -154,7 +154,7 @@ def _place(tensor: StoredTensor) -> tuple[Any, ...]:
 
 
 def _lay_out(source: Path, target: Path, tensors: list[StoredTensor], trained: Collection[str]) -> None:
-    """Write a file with room for what trained, and everything else as it is in `source`."""
+    """Copy a file, leaving out the values of trained tensors."""
     if not any(tensor.name in trained for tensor in tensors):
         copy_shared(source, target)
         return
@@ -169,11 +169,11 @@ def _lay_out(source: Path, target: Path, tensors: list[StoredTensor], trained: C
 
 
 def _put(file: BinaryIO, stored: StoredTensor, trained: torch.Tensor) -> None:
-    """Write a tensor at its place, in its stored dtype; elements that did not change keep their bits."""
+    """Write a tensor to its place in its stored dtype. Elements that did not change keep their bits."""
     if trained.shape != stored.shape:
         raise EloError(
             f"{stored.file}: {stored.name} is {list(stored.shape)}, but {list(trained.shape)} after training; "
-            "a method must leave the shapes as they are"
+            "a method must not change shapes"
         )
     elements = CHUNK_BYTES // 16
     file.seek(stored.start)
@@ -183,7 +183,7 @@ def _put(file: BinaryIO, stored: StoredTensor, trained: torch.Tensor) -> None:
         new = value.to(base.dtype)
         if not bool(torch.isfinite(new).all()) and bool(torch.isfinite(value).all()):
             raise EloError(
-                f"{stored.file}: {stored.name} has values after training that {base.dtype} cannot hold; store the "
+                f"{stored.file}: {stored.name} has values after training that exceed {base.dtype}; store the "
                 "base in bfloat16 or float32 and run again"
             )
         file.write(tensor_bytes(torch.where(base.to(value.dtype) == value, base, new)))

@@ -1,6 +1,6 @@
-"""`transformers.Trainer` for packed rows: exact order, exact resume, bits per byte, time and tokens counted.
+"""`transformers.Trainer` for packed sequences, with exact order, exact resume, and logs of bits per byte and time.
 
-Everything a user knows from Trainer (accelerate, FSDP, DeepSpeed, callbacks, report_to) stays as it is.
+All other features of Trainer (accelerate, FSDP, DeepSpeed, callbacks, report_to) are unchanged.
 """
 
 import math
@@ -28,11 +28,11 @@ Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 
 
 class PackedCollator:
-    """Stack rows; with `varlen` lay them end to end as one row and say where each document starts.
+    """Stack sequences; with `varlen`, concatenate them to one and add where each document starts.
 
     Args:
-        varlen: for `elo.train.attention.VARLEN`.
-        position_ids: whether the model takes them; one that does not must be given unpacked rows.
+        varlen: whether the attention is `elo.train.attention.VARLEN`.
+        position_ids: whether the model takes position ids; one that does not needs unpacked sequences.
     """
 
     def __init__(self, *, varlen: bool = False, position_ids: bool = True) -> None:
@@ -45,7 +45,7 @@ class PackedCollator:
             return batch
         boundaries, longest = document_starts(batch["position_ids"])
         flat = {key: value.reshape(1, -1) for key, value in batch.items()}
-        # An upper bound that never changes, so that compiled layers are not compiled again.
+        # A constant upper bound, so that compiled layers are not compiled again.
         longest = max(longest, len(rows[0]["input_ids"]))
         return flat | {
             "cu_seq_lens_q": boundaries,
@@ -56,18 +56,18 @@ class PackedCollator:
 
 
 class EloTrainer(Trainer):
-    """Trains whatever of `model` requires gradients on rows in their given order.
+    """Train the parameters of `model` that require gradients, on sequences in their given order.
 
     The model's forward must return the summed loss (elo.train.loss.install_head_loss).
 
     Args:
-        tokens_per_step: global tokens an update, for the records.
-        evaluate_bits_per_byte: called at each evaluation.
-        loss_spike: nats above the recent median at which training stops.
-        keep_checkpoints: how many sealed checkpoints stay.
-        seconds, cpu_seconds: training time spent before this process (on resume).
-        embedding_learning_rate: of embedding and LM head, if not that of the rest.
-        first_row: of a trained embedding and head, rows before this one stay as they are.
+        tokens_per_step: tokens per update over all processes, for the records.
+        evaluate_bits_per_byte: function called at each evaluation.
+        loss_spike: difference to the recent median loss at which training stops, in nats.
+        keep_checkpoints: number of sealed checkpoints to keep.
+        seconds, cpu_seconds: training time before this process, if it resumes, in seconds.
+        embedding_learning_rate: peak rate of embedding and LM head; None is that of the other weights.
+        first_row: first row of a trained embedding and head that changes.
     """
 
     def __init__(
@@ -96,17 +96,17 @@ class EloTrainer(Trainer):
         self._cpu_since = 0.0
         self._gradient_norm: Any = None
 
-    # Time: training alone, without evaluation and checkpoints.
+    # Time of training, without evaluation and checkpoints.
 
     @property
     def seconds(self) -> float:
-        """Training time so far, in seconds, across restarts."""
+        """Wall time of training so far, in seconds, across restarts."""
         running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
         return self._seconds + running
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU time in training so far, in seconds summed over cores, across restarts."""
+        """CPU time of training so far, in seconds summed over cores, across restarts."""
         running = 0.0 if self._running_since is None else time.process_time() - self._cpu_since
         return self._cpu_seconds + running
 
@@ -121,7 +121,7 @@ class EloTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         control = self.control
         pausing = control.should_evaluate or control.should_save
-        # A logged loss is the mean since the last one: it must not span a checkpoint, where a restart begins anew.
+        # A logged loss is the mean since the last log. It must not span a checkpoint, where a resumed run starts over.
         control.should_log |= control.should_save
         if pausing:
             self.pause_clock()
@@ -129,7 +129,7 @@ class EloTrainer(Trainer):
         if pausing:
             self.resume_clock()
 
-    # Data: rows in order, so that a count of consumed rows is all that resuming needs.
+    # Data, in order, so that resuming needs only the number of consumed sequences.
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -149,21 +149,21 @@ class EloTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean nats per predicted token of the whole update, this micro-step's part of it."""
+        """Return this micro-step's part of the update's mean loss, in nats per predicted token."""
         assert num_items_in_batch is not None
         outputs = model(**inputs)
-        # Gradients are averaged over processes, while the count is that of all of them.
+        # Gradients are averaged over processes, but the count is the sum over all of them.
         loss = outputs.loss * (self.accelerator.num_processes / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # Trainer's estimate walks every parameter at every micro-step; elo plan has the exact count
+        return 0  # Trainer's estimate visits every parameter at every micro-step; elo plan has the exact count
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.first_row and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise EloError(
-                "training new rows alone (method.embedding_rows: new, method embeddings_first) needs whole embeddings, "
-                "which FSDP and DeepSpeed take to pieces; leave them out of training_arguments"
+                "training_arguments: FSDP and DeepSpeed shard the embedding, so new rows cannot train alone "
+                "(method.embedding_rows: new, method embeddings_first); remove fsdp and deepspeed"
             )
         made = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
@@ -188,7 +188,7 @@ class EloTrainer(Trainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
-        # Evaluation batches have other shapes: compiling for them would cost more than it gives.
+        # Evaluation batches have other shapes, for which compilation would cost more than it saves.
         with torch.compiler.set_stance("force_eager"), torch.no_grad():
             measured = self.evaluate_bits_per_byte(model)
         model.train(training)
@@ -208,17 +208,17 @@ class EloTrainer(Trainer):
         if len(before) >= 5 and min(recent) > statistics.median(before) + self.loss_spike:
             shown = ", ".join(f"{value:.3f}" for value in recent)
             self._diverged(
-                f"the last three logged losses ({shown}) stay more than {self.loss_spike} nats above the "
+                f"the last three logged losses ({shown}) are more than {self.loss_spike} nats above the "
                 f"recent median {statistics.median(before):.3f} (max_loss_spike_nats)"
             )
 
     def _diverged(self, what: str) -> None:
         sealed = sorted(Path(str(self.args.output_dir)).glob("checkpoint-*"), key=step_of)
-        kept = f"the last good checkpoint is {sealed[-1]}" if sealed else "no checkpoint had been written yet"
+        kept = f"the last good checkpoint is {sealed[-1]}" if sealed else "no checkpoint has been written yet"
         raise TrainingDivergedError(
             f"training diverged at step {self.state.global_step} "
             f"({self.state.global_step * self.tokens_per_step:,} tokens): {what}; {kept}. "
-            "Lower learning_rate or raise warmup_steps (the phase then starts anew), and look at the data nearby"
+            "Lower learning_rate or raise warmup_steps (the phase then restarts), and check the data at that step"
         )
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
@@ -226,7 +226,7 @@ class EloTrainer(Trainer):
         return self._gradient_norm
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        # What was not logged yet may have gone wrong: never seal weights after a step that was not finite.
+        # Never seal weights after a step with a non-finite loss, which may not be logged yet.
         loss, gradient = float(self._tr_loss), float(0.0 if self._gradient_norm is None else self._gradient_norm)
         if not (math.isfinite(loss) and math.isfinite(gradient)):
             self._diverged(f"the loss is {loss} and the gradient norm {gradient}")

@@ -1,9 +1,9 @@
-"""Train against the part of the vocabulary that the text uses, and put the whole back.
+"""Train with only those vocabulary rows that the text uses, and restore the whole vocabulary afterwards.
 
-Embedding and LM head are most of a small model with a large vocabulary, while a corpus of two languages uses a fraction
-of their rows (Vocabulary Trimming, arXiv 2305.15020). The rows that stay in are those that the training text uses, the
-special tokens, and a random sample of the others, which keeps the softmax from forgetting that there are more. Shapes:
-V rows of the vocabulary, K of them kept, D hidden width.
+Embedding and LM head are most of a small model with a large vocabulary, but a corpus of two languages uses a fraction
+of their rows (Vocabulary Trimming, arXiv 2305.15020). Training keeps the rows that its text uses, the special tokens,
+and a random sample of the others, so that the softmax still accounts for unused tokens. Shapes: V rows of the
+vocabulary, K of them kept, D hidden width.
 """
 
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ _TOKENS_AT_A_TIME = 1 << 24
 
 
 def choose_rows(data: PreparedData, base: Path, *, sample: int, seed: int) -> np.ndarray:
-    """Ids of the rows that training computes with, ascending: int64 [K].
+    """Return the ids of the rows that training computes with, ascending: int64 [K].
 
     Args:
-        data: whose training shards are counted.
-        base: checkpoint folder; its configuration names the special tokens.
-        sample: rows beside those that are used, drawn at random.
+        data: prepared data, whose training shards are counted.
+        base: checkpoint folder, whose configuration names the special tokens.
+        sample: number of unused rows to draw at random and keep.
     """
     config = text_config(read_config(str(base)))
     used = np.zeros(int(config.vocab_size), bool)
@@ -56,13 +56,13 @@ def choose_rows(data: PreparedData, base: Path, *, sample: int, seed: int) -> np
 
 
 class VocabularyCut:
-    """A model's embedding and LM head with some of their rows, for the time of training.
+    """Embedding and LM head of a model, reduced to some of their rows during training.
 
-    Rows that are left out stay exactly as they were.
+    The other rows do not change.
     """
 
     def __init__(self, model: PreTrainedModel, rows_file: Path) -> None:
-        """Cut `model` to the rows that `rows_file` lists.
+        """Reduce `model` to the rows that `rows_file` lists.
 
         Raises:
             EloError: the file lists rows that the model does not have.
@@ -74,7 +74,7 @@ class VocabularyCut:
         self._cut: dict[int, nn.Parameter] = {}
         num_rows = len(modules[0].weight)  # type: ignore[arg-type]
         if not len(self.ids) or int(self.ids[-1]) >= num_rows:
-            raise EloError(f"{rows_file}: lists rows beyond the model's {num_rows}; start the run anew")
+            raise EloError(f"{rows_file}: lists no rows, or rows beyond the model's {num_rows}; restart the run")
         for module in modules:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 self._whole.append((module, name, parameter))
@@ -84,7 +84,7 @@ class VocabularyCut:
         self.install()
 
     def install(self) -> None:
-        """Let the modules compute with the chosen rows."""
+        """Install the chosen rows in the modules."""
         for module, name, whole in self._whole:
             if id(whole) not in self._cut:
                 chosen = whole.detach()[self.ids.to(whole.device)].clone()
@@ -96,7 +96,7 @@ class VocabularyCut:
             self._embedding.padding_idx = place if place >= 0 else None  # type: ignore[assignment]
 
     def restore(self) -> None:
-        """Put all rows back, the chosen ones with the values that training gave them."""
+        """Install all rows again, the chosen ones with their trained values."""
         with torch.no_grad():
             for module, name, whole in self._whole:
                 rows = self._cut[id(whole)]
@@ -109,7 +109,7 @@ class VocabularyCut:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """The whole vocabulary for a while: what is measured during training is measured on all rows."""
+        """Restore the whole vocabulary within the context, for measurements during training."""
         self.restore()
         try:
             yield
@@ -117,11 +117,11 @@ class VocabularyCut:
             self.install()
 
     def first_row(self, first: int) -> int:
-        """Where rows from `first` on begin among the chosen ones."""
+        """Return the position of the first chosen row that is not before row `first`."""
         return int(torch.searchsorted(self.ids, first))
 
     def renumber(self, ids: Tensor) -> Tensor:
-        """Token ids as places among the chosen rows; labels that are ignored stay so.
+        """Convert token ids to positions among the chosen rows. Ignored labels remain unchanged.
 
         Raises:
             EloError: a token is not among the chosen rows.
@@ -129,12 +129,12 @@ class VocabularyCut:
         ignored = ids == IGNORE_INDEX
         places = self._lookup[ids.masked_fill(ignored, int(self.ids[0]))]
         if bool((places < 0).any()):
-            raise EloError("training.vocabulary: corpus: the text holds tokens that were not counted; prepare it again")
+            raise EloError("training.vocabulary: corpus: the text has tokens that were not counted; prepare it again")
         return places.masked_fill_(ignored, IGNORE_INDEX)
 
 
 class CutSequences(Dataset[dict[str, Any]]):
-    """Sequences whose token ids are places among the chosen rows."""
+    """Sequences whose token ids are positions among the chosen rows."""
 
     def __init__(self, sequences: Any, cut: VocabularyCut) -> None:
         self.sequences, self.cut = sequences, cut

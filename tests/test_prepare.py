@@ -242,7 +242,7 @@ def test_foreign_folders_and_wrong_arguments_are_refused(tmp_path: Path, inputs:
         ("is a file", {"output": tmp_path / "file"}),
         ("cannot be written", {"output": tmp_path / "file" / "below"}),
         ("language name '../up': use only", {"corpora": {"../up": [str(inputs["ko"])]}}),
-        ("language 'ko' has no corpus", {"corpora": {"ko": []}}),
+        ("language 'ko': has no corpus", {"corpora": {"ko": []}}),
         ("no corpora", {"corpora": {}}),
         ("no such file or folder", {"corpora": {"ko": ["/nothing/there.jsonl"]}}),
         ("weight must be", {"corpora": {"ko": CorpusSource(str(inputs["ko"]), -1)}}),

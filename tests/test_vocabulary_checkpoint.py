@@ -140,7 +140,7 @@ def test_rows_computed_elsewhere(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"embedding": torch.zeros(3, 32)}, "must hold embedding and head"),
+        ({"embedding": torch.zeros(3, 32)}, "must contain embedding and head"),
         ({"embedding": torch.zeros(3, 32), "head": torch.zeros(2, 32)}, r"head is \[2, 32\].*\[3, 32\]"),
         ({"embedding": torch.zeros(3, 31), "head": torch.zeros(3, 32)}, r"embedding is \[3, 31\]"),
         ({"embedding": torch.full((3, 32), torch.nan), "head": torch.zeros(3, 32)}, "not finite"),

@@ -159,7 +159,7 @@ def test_an_altered_output_is_noticed_before_it_is_used(folder):
     folder.once("first", weights)
     folder.path("first", "model.safetensors").write_text("abd")
     again = RunFolder(folder.root, folder.say)
-    with pytest.raises(UnfinishedError, match=r"model\.safetensors: does not have the checksum"):
+    with pytest.raises(UnfinishedError, match=r"model\.safetensors: its checksum is not the recorded one"):
         again.once("second", used, model=again.once("first", weights))
     assert used.calls == 0
     again.once("second", used, model=again.once("first", weights))

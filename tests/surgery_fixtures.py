@@ -13,7 +13,7 @@ from zoo import tiny_model
 def llama(layers: int = 4, tied: bool = False, seed: int = 0, **particular: Any) -> PreTrainedModel:
     """A Llama of width 32."""
     config = LlamaConfig(
-        vocab_size=64,
+        vocab_size=particular.pop("vocab_size", 64),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=layers,

@@ -346,8 +346,8 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "plan device unknown": (["plan", B, "--device", "H1000"], ("H1000",)),
     "plan devices none": (["plan", B, "--device", "H100", "--devices", "0"], ("devices",)),
     "plan devices negative": (["plan", B, "--device", "H100", "--devices", "-8"], ("devices",)),
-    "plan tokens none": (["plan", B, "--tokens", "0"], ("--tokens 0",)),
-    "plan tokens inf": (["plan", B, "--tokens", "inf"], ("--tokens inf",)),
+    "plan tokens none": (["plan", B, "--tokens", "0"], ("--tokens: got 0",)),
+    "plan tokens inf": (["plan", B, "--tokens", "inf"], ("--tokens: got inf",)),
     "evaluate prompt without language": (["evaluate", B, "--prompt", "text"], ("LANGUAGE=TEXT", "'text'")),
     "evaluate prompt empty": (["evaluate", B, "--prompt", "en="], ("LANGUAGE=TEXT", "'en='")),
     "plan method unknown": (["plan", B, "--method", "most"], ("method", "'most'")),
@@ -362,11 +362,11 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "plan too few tokens": (["plan", B, "--set", "tokens=1"], ("tokens", "less than one update")),
     "plan output a folder": (["plan", B, "-o", "{t}"], ("{t}",)),
     "plan output below nothing": (["plan", B, "-o", "{t}/no/plan.json"], ("{t}/no",)),
-    "quickstart unknown key": (["quickstart", "-o", OUT, "--set", "tokns=1"], ("tokns", "tokens")),
+    "quickstart unknown key": (["quickstart", "-o", OUT, "--set", "budgts=1"], ("budgts", "budgets")),
     "quickstart onto other things": (["quickstart", "-o", "{p}"], ("is not a quickstart",)),
     "prepare nothing": (["prepare", "{t}/none.yaml"], ("no such configuration file",)),
-    "pretrain nothing": (["pretrain", "{t}/none.yaml"], ("no such configuration file",)),
-    "align a folder": (["align", "{t}"], ("is a folder",)),
+    "run nothing until a stage": (["run", "{t}/none.yaml", "--until", "attach"], ("no such configuration file",)),
+    "run a folder": (["run", "{t}"], ("is a folder",)),
 }
 
 

@@ -90,7 +90,7 @@ CORPORA: dict[str, tuple[str, bytes | Callable[[Path], None], tuple[str, ...]]] 
     "no suffix": ("corpus", b"a", ("corpus", "unknown file type")),
     "pickle": ("a.pkl", b"\x80\x04.", ("a.pkl", "unknown file type")),
     "upper case": ("A.JSONL", GOOD, ("A.JSONL", "unknown file type")),
-    "too little text": ("a.jsonl", GOOD + b'{"text": "another"}\n', ("tokens: the budget", "less than one step")),
+    "too little text": ("a.jsonl", GOOD + b'{"text": "another"}\n', ("tokens: the budget", "less than one update")),
 }
 
 

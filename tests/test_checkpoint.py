@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mamb
 from vocabulary_fixtures import tokenizer_of
 from zoo import logits_of, tiny_config, tiny_model
 
-import elo
+from elo.api import attach, chat_vector, detach
 from elo.checkpoint.shared_files import copy_shared
 from elo.surgery.in_memory import attach_layers, detach_layers
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
@@ -343,12 +343,12 @@ def test_text_that_utf8_cannot_hold_stays_in_the_configuration(base: Path, tmp_p
 
 def test_writing_says_how_far_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("elo.log.SECONDS_BETWEEN_LINES", -1.0)
-    llama().save_pretrained(tmp_path / "base")
+    llama(vocab_size=401).save_pretrained(tmp_path / "base")
     tokenizer_of("qwen").save_pretrained(tmp_path / "base")
     capsys.readouterr()
-    elo.detach(tmp_path / "base", output=tmp_path / "detached")
-    elo.attach(tmp_path / "detached", tmp_path / "base", output=tmp_path / "attached")
-    elo.chat_vector(tmp_path / "attached", tmp_path / "base", tmp_path / "base", output=tmp_path / "sum")
+    detach(tmp_path / "base", output=tmp_path / "detached")
+    attach(tmp_path / "detached", tmp_path / "base", output=tmp_path / "attached")
+    chat_vector(tmp_path / "attached", tmp_path / "base", tmp_path / "base", output=tmp_path / "sum")
     last = {line.split(":")[0]: line for line in capsys.readouterr().err.splitlines()}
     for label, folder in (("detach", "detached"), ("attach", "attached"), ("chat vector", "sum")):
         size = sum(each.numel() * each.element_size() for each in stored(tmp_path / folder).values())

@@ -121,9 +121,9 @@ MISTAKES = {
     "corpus missing": (["evaluate", "{world}/base", "--corpus", "en={tmp}/none.jsonl"], "none.jsonl"),
     "no results": (["report", "{tmp}"], "results.json"),
     "plan without a folder": (["plan", "{world}/base", "-o", "{tmp}/no/plan.json"], "No such file or directory"),
-    "plan for no number": (["plan", "{world}/base", "--tokens", "nan"], "--tokens nan"),
-    "plan without an end": (["plan", "{world}/base", "--tokens", "inf"], "--tokens inf"),
-    "plan of a run for no number": (["plan", "{world}/config.yaml", "--tokens", "nan"], "--tokens nan"),
+    "plan for no number": (["plan", "{world}/base", "--tokens", "nan"], "--tokens: got nan"),
+    "plan without an end": (["plan", "{world}/base", "--tokens", "inf"], "--tokens: got inf"),
+    "plan of a run for no number": (["plan", "{world}/config.yaml", "--tokens", "nan"], "--tokens: got nan"),
     "too many pieces": (
         ["vocab", "measure", "{world}/base", "--corpus", "en={world}/en.jsonl", "--pieces", "1" + "0" * 20],
         "each from 1 to 10,000,000",
@@ -147,7 +147,7 @@ MISTAKES = {
     ),
     "bad training argument": (
         ["run", "{world}/config.yaml", "--set", "training.training_arguments={{fsdp: wat}}"],
-        "training: transformers refuses",
+        "training: transformers rejects",
     ),
     "damaged weights": (["run", "{world}/config.yaml", "--set", "model={world}/damaged"], "model.safetensors"),
     "scale is no number": (

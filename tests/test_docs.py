@@ -8,7 +8,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
-    *(path for path in ROOT.glob("*.md") if path.name != "README.md"),
+    *ROOT.glob("*.md"),
     *(path for folder in ("docs", "dev", "examples") for path in (ROOT / folder).rglob("*.md")),
 ]
 LINK = re.compile(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)")

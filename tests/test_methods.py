@@ -1,7 +1,6 @@
 """Methods: what trains, that its gradient is what the method claims, and that a plain model comes out."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -393,14 +392,6 @@ def test_the_documents_example_is_a_method(tmp_path):
     _train(model, tmp_path, prepared)
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if "norm" in name}
-
-
-def test_lora_says_what_it_needs(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    for chosen in (method("lora"), method("elo", alignment="lora")):
-        with pytest.raises(EloError, match=r"pip install 'elo-cpt\[lora\]'"):
-            chosen.check()
-    method("elo").check()
 
 
 def test_what_changes_between_updates_needs_one_process(monkeypatch):

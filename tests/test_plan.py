@@ -41,6 +41,8 @@ def saved(folder: Path, **changes: Any) -> Path:
 
 
 def planned(model: Path, *overrides: str, method: str | None = None, **arguments: Any) -> Plan:
+    named = any(each.startswith("method=") for each in overrides)
+    method = method or (None if named else "elo")
     return plan(planned_run(model, overrides, method=method), **{"compare_with": (), **arguments})
 
 
@@ -267,7 +269,7 @@ def test_a_tied_head_trains_with_its_embedding(tmp_path: Path) -> None:
 def test_a_family_that_cannot_be_detached_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n_text", "num_hidden_layers": 4}))
     with pytest.raises(UnsupportedArchitectureError):
-        plan(tmp_path)
+        plan(planned_run(tmp_path, method="elo"))
 
 
 # The command.
@@ -315,7 +317,7 @@ def test_the_command_plans_a_runs_file(tiny: Path, tmp_path: Path, capsys: pytes
     assert "LISA" in capsys.readouterr().out
     main(["plan", str(tiny), "-o", str(output)])
     names = [each.name for each in Plan.model_validate_json(output.read_text()).methods]
-    assert names == ["elo", *COMMON_METHODS, "full_recomputing"]
+    assert names == ["lora", *COMMON_METHODS, "full_recomputing"]
 
 
 # Devices.

@@ -30,8 +30,7 @@ def _losses(root: Path, stage: str) -> list[float]:
 
 def test_a_killed_run_of_one_process_goes_on_with_two_and_ends_as_that_of_one(tmp_path):
     config = write_world(tmp_path)
-    for section in ("elo_pretraining", "layer_alignment", "full"):
-        config[section]["per_device_train_batch_size"] = 1
+    config["training"]["per_device_train_batch_size"] = 1
     alone = run(config)
     shared = {**config, "output": str(tmp_path / "shared")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(shared))
@@ -50,10 +49,10 @@ def test_a_killed_run_of_one_process_goes_on_with_two_and_ends_as_that_of_one(tm
         run(shared)
 
     assert finish(forked(killed, tmp_path / "killed.txt")) == 9
-    assert list((tmp_path / "shared" / "elo" / "elo_pretraining-checkpoints").glob("checkpoint-4"))
+    assert list((tmp_path / "shared" / "elo_pretraining-checkpoints").glob("checkpoint-4"))
     done = _launch(tmp_path / "config.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
-    for stage in ("elo-elo_pretraining", "elo-layer_alignment"):
+    for stage in ("elo_pretraining", "layer_alignment"):
         assert _losses(tmp_path / "shared", stage) == pytest.approx(_losses(tmp_path / "run", stage), abs=1e-5)
     results = json.loads((tmp_path / "shared" / "results.json").read_text())
     ours, theirs = (each["trials"][0]["measured"]["bpb"] for each in (results, alone))
@@ -61,7 +60,7 @@ def test_a_killed_run_of_one_process_goes_on_with_two_and_ends_as_that_of_one(tm
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "shared"))
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).abs().max() < 2e-2, name  # bf16 on disk: a few of its steps
-    assert done.stdout.count("elo elo_pretraining: 1,024 tokens, pretraining part") == 1, "only one process speaks"
+    assert done.stdout.count("elo elo_pretraining: 1,024 tokens (pretraining part") == 1, "only one process speaks"
     assert not [path for path in (tmp_path / "shared").rglob("*") if path.name.startswith(".tmp-")]
 
 
@@ -86,8 +85,7 @@ def test_what_fails_in_the_main_process_is_told_to_the_others(tmp_path):
 @pytest.mark.slow
 def test_one_of_two_processes_is_killed_and_one_goes_on(tmp_path):
     config = write_world(tmp_path)
-    for section in ("elo_pretraining", "layer_alignment", "full"):
-        config[section]["per_device_train_batch_size"] = 1
+    config["training"]["per_device_train_batch_size"] = 1
     run(config, until="elo_pretraining")
     shared = {**config, "output": str(tmp_path / "shared")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(shared))
@@ -104,7 +102,7 @@ def test_one_of_two_processes_is_killed_and_one_goes_on(tmp_path):
     command = [*launcher, str(tmp_path / "dying.py"), str(tmp_path / "config.yaml")]
     killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert killed.returncode != 0
-    scratch = tmp_path / "shared" / "elo" / "elo_pretraining-checkpoints"
+    scratch = tmp_path / "shared" / "elo_pretraining-checkpoints"
     assert (scratch / "checkpoint-4" / "elo_checkpoint.json").is_file(), killed.stderr
     run(shared, until="elo_pretraining")  # one process where there were two
     stage = "elo-elo_pretraining"

@@ -185,7 +185,7 @@ def test_damaged_checkpoint_is_dropped_and_the_one_before_taken(tmp_path):
     found, state = latest_checkpoint(tmp_path, warnings.append)
     assert found.name == "checkpoint-6"
     assert state["seconds"] > 0
-    assert "checkpoint-8 is dropped" in warnings[0]
+    assert "checkpoint-8 is removed" in warnings[0]
     (found / MANIFEST).unlink()
     assert latest_checkpoint(tmp_path, warnings.append) is None
     assert len(warnings) == 1, "an unfinished checkpoint is nothing to warn of"

@@ -27,8 +27,8 @@ from elo.train.settings import check_also_train
 
 DEFAULT_DEVICE = "H100"
 DEFAULT_TOKENS = 1_000_000_000
-COMMON_METHODS = ("elo_paper", "frozen", "lisa", "lora", "full")
-"""Methods compared with method elo when a model is planned without the name of a method."""
+COMMON_METHODS = ("elo", "elo_paper", "frozen", "lisa", "full")
+"""Methods compared with the default method when a model is planned without the name of a method."""
 DEFAULT_BASELINES = ("full", "lora")
 UTILISATION = 0.40
 """Assumed share of the data sheet's rate that training reaches; torchtitan reports 33 to 39 % for an 8B model on H100.

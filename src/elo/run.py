@@ -69,10 +69,6 @@ class Adapted:
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
     before_alignment: dict[str, Any] | None = None
 
-    def cost(self, key: str) -> float:
-        """Return the sum of `seconds` or `cpu_seconds` over the stages, without evaluation."""
-        return float(sum(record[key] for record in self.records.values()))
-
 
 class ReachedError(Exception):
     """The stage `until` is done."""

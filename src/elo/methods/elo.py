@@ -15,7 +15,7 @@ from elo.train.settings import Part
 class Elo(Method):
     """Train the chosen layers in a detached model, attach them, and align the whole model briefly.
 
-    The defaults follow experiments with real pretrained models (dev/LOG.md). `elo_paper` is the published method.
+    The defaults are starting points that were not tuned (dev/LOG.md). `elo_paper` is the published method.
     """
 
     label: ClassVar[str] = "ELO"

@@ -1,7 +1,6 @@
 """Translate a training configuration of LLaMA-Factory or Axolotl into one of ELO (`elo config --from`).
 
-Settings are looked up under the names of LLaMA-Factory, most of which are those of transformers; `_AXOLOTL` maps them
-to Axolotl's. Where a file leaves a setting out, the other tool's default is written, not ELO's.
+The tables of settings are in `elo.config.other_tools`.
 """
 
 import json
@@ -10,127 +9,16 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from elo.config.document import yaml_line
 from elo.config.load import load_config, put, read_yaml
+from elo.config.other_tools import AXOLOTL, DEFAULTS, PARTS, SAME, TITLES, UNNEEDED, WHY, WHY_GROUP, Tool
 from elo.config.schema import RunConfig
 from elo.errors import EloError
-
-Tool = Literal["llamafactory", "axolotl"]
-TITLES: dict[Tool, str] = {"llamafactory": "LLaMA-Factory", "axolotl": "Axolotl"}
-
-_AXOLOTL = {
-    "model_name_or_path": "base_model",
-    "cutoff_len": "sequence_len",
-    "packing": "sample_packing",
-    "val_size": "val_set_size",
-    "preprocessing_num_workers": "dataset_processes",
-    "per_device_train_batch_size": "micro_batch_size",
-    "num_train_epochs": "num_epochs",
-    "optim": "optimizer",
-    "lr_scheduler_type": "lr_scheduler",
-    "lora_rank": "lora_r",
-    "additional_target": "lora_modules_to_save",
-    "use_rslora": "peft_use_rslora",
-    "use_dora": "peft_use_dora",
-}
-# Setting: key of ELO that means the same.
-_SAME = {
-    "model_name_or_path": "model",
-    "tokenizer_config": "tokenizer",
-    "output_dir": "output",
-    "trust_remote_code": "trust_remote_code",
-    "seed": "seed",
-    "cutoff_len": "data.sequence_length",
-    "preprocessing_num_workers": "data.workers",
-    "learning_rate": "training.learning_rate",
-    "embedding_lr": "training.embedding_learning_rate",
-    "weight_decay": "training.weight_decay",
-    "adam_beta1": "training.adam_beta1",
-    "adam_beta2": "training.adam_beta2",
-    "max_grad_norm": "training.max_grad_norm",
-    "lr_scheduler_kwargs": "training.lr_scheduler_kwargs",
-    "per_device_train_batch_size": "training.per_device_train_batch_size",
-    "torch_compile": "training.torch_compile",
-    "save_total_limit": "training.save_total_limit",
-    "dataloader_num_workers": "training.dataloader_num_workers",
-    "deepspeed": "training.training_arguments.deepspeed",
-    "ddp_backend": "training.training_arguments.ddp_backend",
-    "ddp_timeout": "training.training_arguments.ddp_timeout",
-    "adam_epsilon": "training.training_arguments.adam_epsilon",
-}
-# Defaults of both tools that are not ELO's.
-_DEFAULTS: dict[Tool, dict[str, Any]] = {
-    "llamafactory": {
-        "cutoff_len": 2048,
-        "per_device_train_batch_size": 8,
-        "num_train_epochs": 3,
-        "learning_rate": 5e-5,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 0,
-        "adam_beta2": 0.999,
-        "bf16": False,
-        "gradient_checkpointing": True,
-        "finetuning_type": "lora",
-        "lora_rank": 8,
-    },
-    "axolotl": {"cutoff_len": 512, "num_train_epochs": 1, "adam_beta2": 0.999, "seed": 42},
-}
-_PARTS = {"embed_tokens": "embedding", "wte": "embedding", "lm_head": "head", "norm": "norm"}
-_UNNEEDED = {
-    *("do_train", "overwrite_cache", "overwrite_output_dir", "plot_loss", "include_num_input_tokens_seen"),
-    *("per_device_eval_batch_size", "eval_batch_size", "preprocessing_batch_size", "streaming", "buffer_size"),
-    *("model_type", "tokenizer_type", "dataset_prepared_path", "pad_to_sequence_len", "eval_sample_packing"),
-    *("flash_attn", "flash_attention", "gradient_checkpointing_kwargs", "use_fast_tokenizer", "use_reentrant_gc"),
-    *("low_cpu_mem_usage", "tf32", "strict", "shuffle_merged_datasets", "train_on_inputs", "save_safetensors"),
-    *("fsdp_version", "run_name", "wandb_name", "infer_backend", "tokenizer_use_fast", "auto_resume_from_checkpoints"),
-    *("pretrain_multipack_attn", "dataset_dir", "media_dir", "save_only_model", "eval_strategy", "save_strategy"),
-}
-_WHY = {
-    "adapter_name_or_path": "ELO starts from whole models; merge the adapter into its base first",
-    "lora_model_dir": "ELO starts from whole models; merge the adapter into its base first",
-    "max_samples": "ELO has no limit on documents; shorten the files, or write `tokens`",
-    "interleave_probs": "ELO's weights are passes over a corpus, not shares; set `weight` for each corpus",
-    "mix_strategy": "ELO always interleaves all corpora; set `weight` and `data.replay_ratio`",
-    "fp16": "ELO trains in bf16 or fp32; this file trains in fp32 unless bf16 is set",
-    "pure_bf16": "ELO keeps fp32 master weights of what trains; write `training.bf16: true` for bf16 autocast",
-    "quantization_bit": "ELO does not train over quantised weights; estimate the memory with `elo plan`",
-    "load_in_4bit": "ELO does not train over quantised weights; estimate the memory with `elo plan`",
-    "load_in_8bit": "ELO does not train over quantised weights; estimate the memory with `elo plan`",
-    "use_rslora": "ELO's adapters are scaled by alpha / rank; multiply `method.alpha` by the square root of the rank",
-    "use_dora": "ELO trains plain low-rank adapters",
-    "resize_vocab": "extend the vocabulary first with `elo vocab extend`",
-    "add_tokens": "extend the vocabulary first with `elo vocab extend`",
-    "tokens": "extend the vocabulary first with `elo vocab extend`",
-    "special_tokens": "ELO uses the tokenizer's own special tokens",
-    "template": "ELO trains on plain documents, without a chat template",
-    "chat_template": "ELO trains on plain documents, without a chat template",
-    "fsdp_config": "ELO shards with FSDP2, one unit for each decoder layer (docs/launching.md)",
-    "eval_steps": "ELO measures `training.evaluations` times a phase",
-    "evals_per_epoch": "ELO measures `training.evaluations` times a phase",
-    "saves_per_epoch": "ELO saves every `training.save_steps` updates",
-    "early_stopping_patience": "ELO trains its whole budget, so that methods stay comparable",
-    "eval_dataset": "its names are not files; write `data.heldout`",
-    "neftune_noise_alpha": "ELO adds no noise to embeddings",
-    "revision_of_model": "ELO reads the main revision; download the other one and give its folder",
-    "model_revision": "ELO reads the main revision; download the other one and give its folder",
-}
-# Reason: beginnings of the names of settings.
-_WHY_GROUP = {
-    "ELO has its own head loss and attention (docs/performance.md)": (
-        *("liger_", "plugins", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "unsloth_", "use_unsloth"),
-        "use_kernels",
-    ),
-    "ELO trains on text alone": ("image_", "video_", "freeze_vision", "freeze_multi", "processor_type"),
-    "ELO takes the optimizers of transformers; see `training.optim`": (
-        *("galore_", "use_galore", "apollo_", "use_apollo", "badam_", "use_badam", "use_muon", "use_adam_mini"),
-    ),
-    "ELO writes whole models in any case; measure them with `elo evaluate`": ("export_", "do_predict", "predict_"),
-}
 
 
 @dataclass
@@ -157,14 +45,14 @@ class Translation:
 
     def name(self, setting: str) -> str:
         """Name of a setting in the file."""
-        return _AXOLOTL.get(setting, setting) if self.tool == "axolotl" else setting
+        return AXOLOTL.get(setting, setting) if self.tool == "axolotl" else setting
 
     def take(self, setting: str) -> tuple[Any, str]:
         """Remove a setting and return its value (or the tool's default, or None) and where it comes from."""
         name = self.name(setting)
         if name in self.given:
             return self.given.pop(name), name
-        return _DEFAULTS[self.tool].get(setting), f"default of {TITLES[self.tool]}"
+        return DEFAULTS[self.tool].get(setting), f"default of {TITLES[self.tool]}"
 
     def put(self, key: str, value: Any, origin: str) -> None:
         put(self.value, key, value, str(self.source))
@@ -201,11 +89,11 @@ def translate(tool: str, path: Path) -> Translation:
             f"{TITLES[made.tool]}; check --from"
         )
     for setting in ("model_name_or_path", "tokenizer_config"):
-        made.move(setting, _SAME[setting])
+        made.move(setting, SAME[setting])
     made.put("output", made.given.pop("output_dir", "runs/translated"), "output_dir")
     _read_method(made)
     _read_data(made)
-    for setting, key in _SAME.items():
+    for setting, key in SAME.items():
         made.move(setting, key)
     _read_budget(made)
     _read_training(made)
@@ -263,10 +151,10 @@ def _also_train(made: Translation, setting: str, *, write_empty: bool = False) -
     """Translate names of modules that train in full to the parts of `also_train`."""
     names, origin = made.take(setting)
     names = [] if names is None else _listed(names)
-    parts = sorted({_PARTS[name.rpartition(".")[2]] for name in names if name.rpartition(".")[2] in _PARTS})
+    parts = sorted({PARTS[name.rpartition(".")[2]] for name in names if name.rpartition(".")[2] in PARTS})
     if parts or write_empty:
         made.put("method.also_train", parts, origin if names else "embedding and head stay frozen")
-    if others := [name for name in names if name.rpartition(".")[2] not in _PARTS]:
+    if others := [name for name in names if name.rpartition(".")[2] not in PARTS]:
         made.lose(setting, f"ELO trains embedding, norm and head beside the layers, not {', '.join(others)}")
 
 
@@ -491,12 +379,12 @@ def _choose(made: Translation, setting: str, key: str, known: set[str]) -> None:
 
 def _sort_leftovers(made: Translation) -> None:
     for name, value in made.given.items():
-        if name in _WHY and value is not False:
-            made.lose(name, _WHY[name])
-        elif name in _UNNEEDED or value is False:
+        if name in WHY and value is not False:
+            made.lose(name, WHY[name])
+        elif name in UNNEEDED or value is False:
             made.unneeded.append(name)
         else:
-            group = (reason for reason, names in _WHY_GROUP.items() if name.startswith(names))
+            group = (reason for reason, names in WHY_GROUP.items() if name.startswith(names))
             made.lose(name, next(group, "no counterpart in ELO"))
 
 

@@ -15,6 +15,7 @@ from elo.run import run
 from elo.surgery.detach_attach import attach, detach
 from elo.surgery.in_memory import attach_layers, detach_layers
 from elo.vocab.vocabulary import extend_vocabulary, measure_vocabulary
+from elo.watch import watch
 
 __all__ = [
     "attach",
@@ -30,4 +31,5 @@ __all__ = [
     "prepare",
     "report",
     "run",
+    "watch",
 ]

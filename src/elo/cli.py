@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from elo.cli_observing import observing
 from elo.cli_values import files_by_language, names, numbers, texts_by_language
 from elo.errors import EloError, StoppedBySignalError
 from elo.store.files import disk_problem
@@ -25,6 +26,7 @@ vocab = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(vocab, name="vocab")
+app.add_typer(observing)
 
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG.yaml", help="Configuration of the run (docs/configuration.md).")

@@ -230,6 +230,7 @@ def train(
     tokenizer: str,
     label: str,
     say: Callable[[str], None],
+    measured: Callable[[dict[str, float]], None],
     trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Train a checkpoint on `rows`, in one phase of a method.
@@ -238,6 +239,7 @@ def train(
         evaluation: maximum size of held-out text per language for measurements during training, in bytes.
         base_bpb: bits per byte of the base by language. A target language that becomes worse causes a warning.
         say: function that shows the user a line.
+        measured: function called with bits per byte by language at each measurement.
     """
     tokens = len(rows) * rows.mixture.sequence_length
     say(f"{label}: {tokens:,} tokens ({phase.rows} part of the budget)")
@@ -255,6 +257,7 @@ def train(
         # A detached model is not expected to predict text well.
         if not phase.detached and (line := worse_than_base(languages[0], bpb, base_bpb)):
             say(f"warning: {label}: {line}")
+        measured(bpb)
         return bpb
 
     setup = Setup(layers, Bridge.load(bridge.path / BRIDGE_FILE) if bridge else None, seed)

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from elo.cli import main
 from elo import doctor
+from elo.cli import main
 from elo.doctor import examine, render
 
 

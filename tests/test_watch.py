@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from run_fixtures import write_world
 
 from elo.cli import main
 from elo.errors import EloError
@@ -15,7 +16,6 @@ from elo.log import thinned
 from elo.run import run
 from elo.store import live
 from elo.watch import Stage, is_finished, read_stages, render
-from run_fixtures import write_world
 
 
 def shown(folder: Path) -> str:

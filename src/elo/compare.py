@@ -16,9 +16,10 @@ from elo.circumstances import circumstances
 from elo.config import Budget, CompareConfig, RunConfig, contestant_run, load_comparison
 from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
+from elo.format import listed
 from elo.log import duration
 from elo.preflight import check_inputs, check_model
-from elo.report import collect, schema
+from elo.report import collect, schema, verdict
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
 from elo.run import (
@@ -203,8 +204,9 @@ class _Comparison:
             key = tuple(attempt.values())
             if key not in tried:
                 tried[key] = self._trial(name, attempt, tokens, self.config.seeds[0])
-            validation = tried[key].validation
-            return self._score(validation.bpb) if validation else float("inf")
+            data, weight = self.inputs.config.data, self.config.source_weight
+            value = verdict.score(tried[key].validation, data.targets, data.sources, weight)
+            return float("inf") if value is None else value
 
         for phase, grid in grids.items():
             if len(grid) == 1:
@@ -225,18 +227,14 @@ class _Comparison:
             rates[phase] = min(scores, key=scores.__getitem__)
         return rates, [trial for key, trial in tried.items() if key != tuple(rates.values())]
 
-    def _score(self, bpb: dict[str, float]) -> float:
-        target, source = self.inputs.languages
-        weight = self.config.source_weight
-        return bpb[target] + (weight * bpb[source] if weight else 0.0)
-
     def _check_source_weight(self) -> None:
-        source = self.inputs.languages[1]
-        if self.config.source_weight and source not in self.base_validation["bpb"]:
-            raise EloError(
-                f"source_weight: {self.config.source_weight:g} needs validation text of {source!r}, and there is none; "
-                "add its text to data.corpora and set data.validation_share above 0, or set source_weight to 0"
-            )
+        for source in self.inputs.config.data.sources:
+            if self.config.source_weight and source not in self.base_validation["bpb"]:
+                raise EloError(
+                    f"source_weight: {self.config.source_weight:g} needs validation text of {source!r}, and there is "
+                    "none; add its text to data.corpora and set data.validation_share above 0, or set source_weight "
+                    "to 0"
+                )
 
     # Trials.
 
@@ -347,7 +345,7 @@ class _Comparison:
                 **circumstances(run, self.inputs.base.path, self.inputs.layers, self.data),
                 "schema_version": schema.SCHEMA_VERSION,
                 "kind": "comparison",
-                "title": config.title or f"{Path(run.model).name} learns {run.data.target}: methods compared",
+                "title": config.title or f"{Path(run.model).name} learns {listed(run.data.targets)}: methods compared",
                 "config": config.model_dump(mode="json"),
                 "endpoint": {"source_weight": config.source_weight},
                 "base": collect.measured(self.base),

@@ -50,3 +50,8 @@ def learning_rate(value: float) -> str:
 def listed(names: list[str] | tuple[str, ...]) -> str:
     """Names as in `A, B and C`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+
+
+def mean_of(names: tuple[str, ...]) -> str:
+    """What a mean over languages is called, which is the language itself if there is but one."""
+    return f"mean of {listed(names)}" if len(names) > 1 else listed(names)

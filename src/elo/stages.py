@@ -226,6 +226,7 @@ def train(
     evaluation: int | None,
     data: Artifact,
     languages: Sequence[str],
+    targets: Sequence[str],
     base_bpb: Mapping[str, float],
     tokenizer: str,
     label: str,
@@ -236,6 +237,7 @@ def train(
 
     Args:
         evaluation: maximum size of held-out text per language for measurements during training, in bytes.
+        targets: those of `languages` that are taught.
         base_bpb: bits per byte of the base by language. A target language that becomes worse causes a warning.
         say: function that shows the user a line.
     """
@@ -253,8 +255,9 @@ def train(
     def measure_and_warn(model: Any) -> dict[str, float]:
         bpb = measure(model)
         # A detached model is not expected to predict text well.
-        if not phase.detached and (line := worse_than_base(languages[0], bpb, base_bpb)):
-            say(f"warning: {label}: {line}")
+        for language in () if phase.detached else targets:
+            if line := worse_than_base(language, bpb, base_bpb):
+                say(f"warning: {label}: {line}")
         return bpb
 
     setup = Setup(layers, Bridge.load(bridge.path / BRIDGE_FILE) if bridge else None, seed)

@@ -1,6 +1,6 @@
 """Train with only those vocabulary rows that the text uses, and restore the whole vocabulary afterwards.
 
-Embedding and LM head are most of a small model with a large vocabulary, but a corpus of two languages uses a fraction
+Embedding and LM head are most of a small model with a large vocabulary, but a corpus of few languages uses a fraction
 of their rows (Vocabulary Trimming, arXiv 2305.15020). Training keeps the rows that its text uses, the special tokens,
 and a random sample of the others, so that the softmax still accounts for unused tokens. Shapes: V rows of the
 vocabulary, K of them kept, D hidden width.

@@ -219,6 +219,9 @@ class Contestant(_Section):
     """Training speed in tokens per second (CPU second for a `cpu_seconds` budget), measured on an idle machine with
     benchmarks/methods_speed.py. A time budget is then converted to tokens at this speed. null measures the speed in
     trial runs."""
+    fixed_seconds: float = Field(0.0, ge=0)
+    """Time of the stages without training, such as detach and the search of a scale. It is deducted from a time budget
+    before `tokens_per_second` is applied."""
     learning_rates: list[Rate] | dict[str, list[Rate]] | None = None
     """Learning rates to try, for all phases or by phase; null is the comparison's list."""
 
@@ -269,8 +272,11 @@ class CompareConfig(_Section):
     seeds: list[int] = Field([1, 2, 3], min_length=1)
     """Seeds, one training per seed. Learning rates are tuned with the first."""
     learning_rates: list[Rate] = Field([1e-4, 3e-4, 1e-3], min_length=1)
-    """Learning rates to try for each phase of each contestant, with the full budget. If the lowest or highest is best,
-    the next one beyond it is also tried."""
+    """Learning rates to try for each phase of each contestant, with `tuning_share` of the budget. If the lowest or
+    highest is best, the next one beyond it is also tried."""
+    tuning_share: float = Field(1.0, gt=0, le=1)
+    """Length of a tuning run as a share of the budget. 1 is the most faithful, since the best rate depends on the
+    length of the training."""
     source_weight: float = Field(0.0, ge=0, le=10)
     """Weight of the source language when learning rates are chosen. The rates with the lowest target bits per byte
     + `source_weight` x source bits per byte on validation text are taken."""

@@ -224,6 +224,19 @@ def test_a_run_on_the_rows_that_its_text_uses(tmp_path):
     _close(run(everything), tmp_path / "every" / "model", tmp_path / "plain" / "model")
 
 
+def test_measurements_in_bf16(tmp_path):
+    config = write_world(tmp_path) | {"method": "full"}
+    bpb = {}
+    for dtype in ("float32", "bfloat16"):
+        output = tmp_path / dtype
+        run({**config, "output": str(output), "tokens": 64, "evaluation": {"dtype": dtype}})
+        record = json.loads((output / "stages" / "evaluate-base.json").read_text())["record"]
+        assert record["model"]["dtype"] == dtype
+        bpb[dtype] = record["bpb"]["xx"]
+    assert bpb["bfloat16"] != bpb["float32"]
+    assert bpb["bfloat16"] == pytest.approx(bpb["float32"], abs=0.05)
+
+
 def _close(_, left: Path, right: Path) -> None:
     ours, theirs = _tensors(left), _tensors(right)
     for name, tensor in ours.items():

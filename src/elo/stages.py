@@ -295,6 +295,7 @@ def measure(
     measured = evaluate(
         str(model.path),
         tokenizer=tokenizer,
+        dtype=None if evaluation.dtype == "auto" else evaluation.dtype,
         corpora=corpora,
         cloze={} if brief else {language: Path(path) for language, path in evaluation.cloze.items()},
         prompts={} if brief else evaluation.prompts,

@@ -46,7 +46,9 @@ class Speeds:
         """Train one phase for a few updates; returns tokens per CPU second and FLOPs per token."""
         settings = config.settings(phase).model_copy(update={"save_steps": 10**6, "evaluations": 0})
         sequences = divide_budget(config, self.data, lambda _: None)
-        rows: Any = sequences.first(self.steps * settings.tokens_per_step)
+        every = sequences.of(phase)
+        count = self.steps * settings.tokens_per_step // config.data.sequence_length
+        rows: Any = every.mixture.rows(every.start, every.start + count)
         model, _, _ = load_trainable(self.inputs.base.path, settings)
         if phase.detached:
             model = detach_layers(model, list(layers))
@@ -55,9 +57,7 @@ class Speeds:
         counted = self.footprint
         if settings.vocabulary == "corpus":
             file = scratch / "rows.json"
-            chosen = choose_rows(
-                sequences.of(phase), self.inputs.base.path, sample=settings.vocabulary_sample, seed=config.seed
-            )
+            chosen = choose_rows(every, self.inputs.base.path, sample=settings.vocabulary_sample, seed=config.seed)
             file.write_text(json.dumps(chosen.tolist()))
             cut = VocabularyCut(model, file)
             rows = CutSequences(rows, cut)

@@ -219,7 +219,14 @@ def adapt(
             sample = settings.vocabulary_sample
             name = f"vocabulary-{phase.name}"
             vocabulary = done(
-                folder.once(name, stages.cut_vocabulary, data=shards, sample=sample, seed=config.seed, base=base),
+                folder.once(
+                    name,
+                    stages.cut_vocabulary,
+                    rows=sequences.of(phase),
+                    sample=sample,
+                    seed=config.seed,
+                    base=base,
+                ),
                 name,
             )
         trained = done(

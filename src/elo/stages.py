@@ -202,9 +202,9 @@ def keep_share(
 
 
 @_measured
-def cut_vocabulary(output: Path, *, data: Artifact, sample: int, seed: int, base: Artifact) -> dict[str, Any]:
-    """Write the ids of the vocabulary rows that training computes with."""
-    chosen = choose_rows(PreparedData.open(data.path), base.path, sample=sample, seed=seed)
+def cut_vocabulary(output: Path, *, rows: MixtureRows, sample: int, seed: int, base: Artifact) -> dict[str, Any]:
+    """Write the ids of the vocabulary rows that training on `rows` computes with."""
+    chosen = choose_rows(rows, base.path, sample=sample, seed=seed)
     with atomic_directory(output, overwrite=True) as folder:
         write_json(folder / "rows.json", chosen.tolist())
     return {"rows": len(chosen)}
@@ -298,6 +298,7 @@ def measure(
     measured = evaluate(
         str(model.path),
         tokenizer=tokenizer,
+        dtype=None if evaluation.dtype == "auto" else evaluation.dtype,
         corpora=corpora,
         cloze={} if brief else {language: Path(path) for language, path in evaluation.cloze.items()},
         prompts={} if brief else evaluation.prompts,

@@ -1,6 +1,5 @@
 """Configuration models of a run and of a comparison: the keys of their YAML files."""
 
-import math
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -40,8 +39,10 @@ def _languages(value: Any) -> Any:
     if len(set(names)) < len(names):
         raise ValueError(f"got {value!r}, which names a language twice; remove one")
     for name, share in value.items() if isinstance(value, dict) else ():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < math.inf:
-            raise ValueError(f"the share of {name!r} is {share!r}; write a number above 0, or remove the language")
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1e6:
+            raise ValueError(
+                f"the share of {name!r} is {share!r}; write a number above 0, at most 1e6, or remove the language"
+            )
     return value
 
 
@@ -164,6 +165,9 @@ class _EvaluationConfig(_Section):
     max_bytes: Annotated[int | None, BeforeValidator(_whole_number)] = Field(400_000, ge=1000)
     """Maximum size of held-out text per language, in bytes, shared among its documents; null takes all. It also applies
     to the measurements during training."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format that measurements compute in. auto is the checkpoint's on a GPU and float32 on a CPU. On a CPU that
+    multiplies bfloat16 in hardware it halves the time and changes bits per byte by some thousandths."""
     cloze: dict[str, str] = Field(default_factory=dict)
     """File with cloze items (.jsonl) by language."""
     prompts: dict[str, list[str]] = Field(default_factory=dict)
@@ -256,6 +260,9 @@ class Contestant(_Section):
     """Training speed in tokens per second (CPU second for a `cpu_seconds` budget), measured on an idle machine with
     benchmarks/methods_speed.py. A time budget is then converted to tokens at this speed. null measures the speed in
     trial runs."""
+    fixed_seconds: float = Field(0.0, ge=0)
+    """Time of the stages without training, such as detach and the search of a scale. It is deducted from a time budget
+    before `tokens_per_second` is applied."""
     learning_rates: list[Rate] | dict[str, list[Rate]] | None = None
     """Learning rates to try, for all phases or by phase; null is the comparison's list."""
 
@@ -306,8 +313,11 @@ class CompareConfig(_Section):
     seeds: list[int] = Field([1, 2, 3], min_length=1)
     """Seeds, one training per seed. Learning rates are tuned with the first."""
     learning_rates: list[Rate] = Field([1e-4, 3e-4, 1e-3], min_length=1)
-    """Learning rates to try for each phase of each contestant, with the full budget. If the lowest or highest is best,
-    the next one beyond it is also tried."""
+    """Learning rates to try for each phase of each contestant, with `tuning_share` of the budget. If the lowest or
+    highest is best, the next one beyond it is also tried."""
+    tuning_share: float = Field(1.0, gt=0, le=1)
+    """Length of a tuning run as a share of the budget. 1 is the most faithful, since the best rate depends on the
+    length of the training."""
     source_weight: float = Field(0.0, ge=0, le=10)
     """Weight of the source languages when learning rates are chosen. The rates with the lowest target bits per byte
     + `source_weight` x source bits per byte on validation text are taken, each the mean over its languages."""

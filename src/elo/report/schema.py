@@ -136,7 +136,9 @@ class Trial(Record):
         False, description="Whether the trial only served to choose learning rates and is not in the results table."
     )
     failed: str | None = Field(None, description="Reason why the trial has no result.")
-    measured: Measured = Field(Measured(), description="The final model on held-out text.")
+    measured: Measured = Field(
+        Measured(), description="The final model on held-out text; empty for a tuning trial of its own length."
+    )
     before_alignment: Measured | None = Field(
         None, description="The attached model before layer alignment, on held-out text."
     )
@@ -379,9 +381,11 @@ class Results(Record):
                 if key in reported:
                     raise ValueError(f"{where}: {key} occurs twice")
                 reported.add(key)
-            lacking = [each for each in self.languages.targets if each not in trial.measured.bpb]
+            section = "validation" if trial.tuning else "measured"
+            found = getattr(trial, section) or Measured()
+            lacking = [each for each in self.languages.targets if each not in found.bpb]
             if trial.failed is None and lacking:
-                raise ValueError(f"{where}.measured.bpb: {', '.join(lacking)} missing, but the trial did not fail")
+                raise ValueError(f"{where}.{section}.bpb: {', '.join(lacking)} missing, but the trial did not fail")
             for language, sizes in trial.measured.document_bytes.items():
                 if sizes != self.base.document_bytes.get(language, sizes):
                     raise ValueError(

@@ -255,7 +255,7 @@ def _off_budget(budget: Budget, trials: Sequence[Trial]) -> list[str]:
 
 
 def tuned(results: Results, contestant: str, budget: str) -> list[Trial]:
-    """Trials among which the learning rates were chosen: tuning trials, and the reported one that won."""
+    """Trials among which the learning rates were chosen: tuning trials, and the reported one that won if it is one."""
     own = [trial for trial in results.trials if (trial.contestant, trial.budget) == (contestant, budget)]
     seeds = {trial.seed for trial in own if trial.tuning}
     return [trial for trial in own if trial.seed in seeds and (trial.tuning or trial.validation or trial.failed)]
@@ -275,9 +275,11 @@ def score(
 def _edges(results: Results, contestant: Contestant, budget: Budget) -> list[str]:
     """Chosen learning rates beyond which nothing was tried."""
     trials = tuned(results, contestant.name, budget.name)
-    chosen = next((trial for trial in trials if not trial.tuning), None)
+    if trials and all(trial.failed for trial in trials):
+        return ["every learning rate that was tried failed"]
+    chosen = next(iter(results.reported(contestant.name, budget.name)), None)
     if chosen is None:
-        return ["every learning rate that was tried failed"] if trials and all(t.failed for t in trials) else []
+        return []
     found = []
     for section, rate in chosen.learning_rates.items():
         tried = sorted({trial.learning_rates[section] for trial in trials if section in trial.learning_rates})

@@ -40,9 +40,7 @@ def _languages(value: Any) -> Any:
         raise ValueError(f"got {value!r}, which names a language twice; remove one")
     for name, share in value.items() if isinstance(value, dict) else ():
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1e6:
-            raise ValueError(
-                f"the share of {name!r} is {share!r}; write a number above 0, at most 1e6, or remove the language"
-            )
+            raise ValueError(f"the share of {name!r} is {share!r}; write a number above 0, at most 1e6")
     return value
 
 

@@ -334,8 +334,8 @@ def _total(measured: Sequence[Fertility]) -> Fertility:
 
 
 def _identity(languages: Sequence[Identity]) -> dict[str, Any]:
-    *counts, words = zip(*map(astuple, languages), strict=True)
-    found = Identity(*map(sum, counts), words=tuple(word for each in words for word in each))
+    documents, identical, foreign, words = zip(*map(astuple, languages), strict=True)
+    found = Identity(sum(documents), sum(identical), sum(foreign), tuple(word for each in words for word in each))
     return asdict(found) | {"holds": found.holds, "words": list(found.words)}
 
 

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from elo.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from elo.config import load_config
 from elo.errors import EloError
+from elo.evaluate.bits_per_byte import isolates_documents
 from elo.evaluate.loading import load_model
+from elo.evaluate.scoring import evaluating
 from elo.preflight import check_model
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
@@ -65,6 +67,8 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
         VISION | {"model_type": "pixtral", "head_dim": 8},
         {"image_token_index": 3},
     ),
+    "qwen2_5_vl": ("Qwen2_5_VL", SECTIONS, TOWER, {"image_token_id": 3}),
+    "glm4v": ("Glm4v", SECTIONS, TOWER, {"image_token_id": 3}),
     "qwen3_vl": ("Qwen3VL", SECTIONS, TOWER | {"deepstack_visual_indexes": [0]}, {"image_token_id": 3}),
 }
 
@@ -112,6 +116,23 @@ def test_a_run_checks_the_wrapper_that_it_trains_before_tokenising(family: str, 
     edit_config(tmp_path / "base", model_type="voxtral", architectures=None)  # of which transformers has no causal LM
     with pytest.raises(EloError, match=r"causal language model|cannot be read"):
         check_model(config, tmp_path / "base")
+
+
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_packing_is_refused_before_tokenising_where_training_would_refuse_it(family: str, tmp_path: Path) -> None:
+    model = wrapper(family)
+    model.save_pretrained(tmp_path / "base")
+    config = load_config({"model": str(tmp_path / "base"), "output": str(tmp_path / "run"), **DATA, "layers": "0,-1"})
+    with evaluating(model) as device:
+        separates = isolates_documents(model, device)
+    assert separates == (family not in ("qwen2_5_vl", "glm4v"))
+    if separates:
+        check_model(config, tmp_path / "base")
+        return
+    with pytest.raises(EloError, match=r"data\.packing: .* where they restart.*write data\.packing: false"):
+        check_model(config, tmp_path / "base")
+    unpacked = config.model_copy(update={"data": config.data.model_copy(update={"packing": False})})
+    check_model(unpacked, tmp_path / "base")
 
 
 @pytest.mark.parametrize("left", ["index alone", "index and shards"])

@@ -21,6 +21,7 @@ ORDER = [
     {"methods"},
     {"config"},
     {"check_output"},
+    {"detach_attach"},
     {"identities", "circumstances", "budget"},
     {"vocab", "chat", "plan", "report"},
     {"stages", "preflight"},

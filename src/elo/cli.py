@@ -112,7 +112,7 @@ def detach(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a small model of the chosen layers with embedding, final norm and LM head."""
-    from elo.surgery.detach_attach import detach
+    from elo.detach_attach import detach
 
     record = detach(checkpoint, layers, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
     kept = ", ".join(str(index) for index in record["layers"])
@@ -135,7 +135,7 @@ def attach(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write the base with trained layers back at their places."""
-    from elo.surgery.detach_attach import attach
+    from elo.detach_attach import attach
 
     record = attach(
         detached,

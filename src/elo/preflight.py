@@ -20,7 +20,7 @@ from elo.evaluate.scoring import longest_sequence, takes_position_ids
 from elo.methods import Phase
 from elo.methods.base import first_new_row
 from elo.surgery.equivalence import build_hollow_causal_lm
-from elo.train.attention import VARLEN, require_own_positions
+from elo.train.attention import VARLEN, ignores_document_starts, require_own_positions
 from elo.train.loop import check_settings
 from elo.train.settings import TrainingSettings, check_also_train
 
@@ -110,10 +110,10 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
         require_own_positions(
             model_config, length, packed=config.data.packing, batch_size=batch_size, section="training"
         )
-    if config.data.packing and (is_recurrent(model) or not takes_position_ids(model)):
+    if config.data.packing and (is_recurrent(model) or not takes_position_ids(model) or ignores_document_starts(model)):
         raise EloError(
             f"data.packing: {model_config.model_type} does not separate packed documents (it has layers other than "
-            "attention, or takes no position ids); write data.packing: false"
+            "attention, takes no position ids, or ignores where they restart); write data.packing: false"
         )
     return layers
 

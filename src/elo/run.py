@@ -17,6 +17,7 @@ from elo.checkpoint.counting import footprint, read_config, text_config
 from elo.circumstances import circumstances
 from elo.config import RunConfig, load_config
 from elo.data.shards import PreparedData, TokenCorpus
+from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.methods import Method
@@ -27,7 +28,6 @@ from elo.report.write import report, show
 from elo.store.files import write_json
 from elo.store.processes import is_main
 from elo.store.run_folder import Artifact, RunFolder, file_identity
-from elo.surgery.detach_attach import resolve_checkpoint
 
 # Minimum number of tokens to fit a bridge on, besides 16 per hidden dimension.
 _BRIDGE_TOKENS = 8192

@@ -4,7 +4,7 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def detach_checkpoint(
     base_name: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
+    check: Callable[[Path], None] = lambda folder: None,
     trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     label: str | None = None,
@@ -66,6 +67,7 @@ def detach_checkpoint(
         base_name: name of the base in the record (a hub id); None records the folder's path.
         revision: the base's revision on the hub, for the record.
         overwrite: replace an existing output.
+        check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
         max_shard_bytes: size of a weight file, in bytes, above which the weights are split.
         label: label of the progress bar; None shows no progress.
@@ -108,6 +110,7 @@ def detach_checkpoint(
         record = config_json[PROVENANCE_KEY] = provenance.result()
         write_config(folder, config_json)
         copy_side_files(base.folder, folder, python=trust_remote_code)
+        check(folder)
     return record
 
 
@@ -120,6 +123,7 @@ def attach_checkpoint(
     include: Sequence[str] = (),
     link: bool = False,
     overwrite: bool = False,
+    check: Callable[[Path], None] = lambda folder: None,
     trust_remote_code: bool = False,
     label: str | None = None,
 ) -> dict[str, Any]:
@@ -137,6 +141,7 @@ def attach_checkpoint(
         include: parts to attach besides the layers: "embedding", "norm", "head".
         link: hard-link weight files that do not change, if the file system allows it.
         overwrite: replace an existing output.
+        check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
         label: label of the progress bar; None shows no progress.
 
@@ -185,6 +190,7 @@ def attach_checkpoint(
             shutil.copyfile(whole.folder / CONFIG_FILE, folder / CONFIG_FILE)
             copy_unlisted_weights(whole.weights, folder)
             copy_side_files(whole.folder, folder, python=trust_remote_code)
+            check(folder)
     return {
         "base": str(base),
         "detached": str(detached),

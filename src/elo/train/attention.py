@@ -149,15 +149,15 @@ def choose_attention(
 def require_own_positions(
     config: PreTrainedConfig, sequence_length: int, *, packed: bool, batch_size: int, section: str = ""
 ) -> None:
-    """Raise EloError if the rotary frequencies of a document would depend on the longest document in its batch."""
+    """Raise EloError if rotary frequencies, or the tokens attended to, would depend on the other documents in a batch."""
     limit = rope_limit(config)
     if limit is None or sequence_length <= limit or not (packed or batch_size > 1):
         return
     size = f"{section}.per_device_train_batch_size".removeprefix(".")
     keys = [*(["data.packing: false"] if packed else []), *([f"{size}: 1"] if batch_size > 1 else [])]
     raise EloError(
-        f"{'data.packing' if packed else size}: beyond {limit:,} positions the rotary embedding "
-        f"of this {config.model_type} model depends on the longest document of a batch, so documents in a batch affect "
+        f"{'data.packing' if packed else size}: beyond {limit:,} positions the rotary embedding or sparse attention "
+        f"of this {config.model_type} model depends on the whole batch, so documents in a batch affect "
         f"each other; write {' and '.join(keys)}, or data.sequence_length: {limit} or less"
     )
 

@@ -135,6 +135,59 @@ def test_packing_is_refused_before_tokenising_where_training_would_refuse_it(fam
     check_model(unpacked, tmp_path / "base")
 
 
+def _weights(edit: Any) -> Any:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / SINGLE_FILE)
+        save_file(edit(tensors), folder / SINGLE_FILE, {"format": "pt"})
+
+    return damage
+
+
+def _as(dtype: torch.dtype) -> Any:
+    return _weights(lambda tensors: {n: t.to(dtype) if "proj" in n else t for n, t in tensors.items()})
+
+
+OTHER_WEIGHTS: dict[str, tuple[Any, str]] = {
+    "quantised": (lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}), "is quantised"),
+    "fp8 without a word": (_as(torch.float8_e4m3fn), "stored as F8_E4M3"),
+    "int8 without a word": (_as(torch.int8), "stored as I8"),
+    "a tensor missing": (
+        _weights(lambda tensors: {n: t for n, t in tensors.items() if n != "model.norm.weight"}),
+        r"model\.norm\.weight is missing",
+    ),
+    "names of a wrapper": (
+        _weights(lambda tensors: {f"language_model.{n}": t for n, t in tensors.items()}),
+        "is missing",
+    ),
+    "more rows in config.json": (lambda f: edit_config(f, vocab_size=9999), "has another shape"),
+    "more layers in config.json": (lambda f: edit_config(f, num_hidden_layers=9), r"layers\.4\..* is missing"),
+    "fewer layers in config.json": (lambda f: edit_config(f, num_hidden_layers=3), "counts 3 decoder layers"),
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "elo"])
+@pytest.mark.parametrize("what", OTHER_WEIGHTS)
+def test_weights_of_another_model_or_dtype_are_refused_before_tokenising(
+    what: str, method: str, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base")
+    config = load_config({"model": str(base), "output": str(tmp_path / "run"), **DATA, "method": method})
+    check_model(config, base)
+    damage, words = OTHER_WEIGHTS[what]
+    damage(base)
+    with pytest.raises(EloError, match=words):
+        check_model(config, base)
+
+
+def test_no_command_adds_up_quantised_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_base(tmp_path / "base")
+    quantised = copy_of(base, tmp_path / "quantised")
+    edit_config(quantised, quantization_config={"quant_method": "fp8"})
+    vector = ["chat-vector", base, "--base", base, "--chat", quantised, "-o", tmp_path / "out"]
+    assert_refused(vector, ("quantised", "dequantise"), (tmp_path,), capsys)
+    assert_refused(["detach", quantised, "-o", tmp_path / "out"], ("quantised",), (tmp_path,), capsys)
+
+
 @pytest.mark.parametrize("left", ["index alone", "index and shards"])
 def test_a_single_file_is_read_before_an_index_as_transformers_does(
     left: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

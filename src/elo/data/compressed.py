@@ -82,9 +82,7 @@ def file_problem(error: Exception) -> str:
         return f"the parquet file is encrypted ({reason}); provide a decrypted copy"
     if isinstance(error, OSError) and error.errno is not None:
         return f"the file cannot be read ({error.strerror}); check its permissions and the disk, then run again"
-    if (
-        "Not a gzipped file" in reason or "Unknown frame descriptor" in reason
-    ):  # a file that begins so is refused before
+    if "Not a gzipped file" in reason or "Unknown frame descriptor" in reason:  # not at the start
         return "the compressed data ends here, but other bytes follow; fetch the file again, or cut them off"
     if isinstance(error, EOFError):
         return f"the file is damaged from here on: it is truncated ({reason}); fetch it again"

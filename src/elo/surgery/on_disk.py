@@ -23,7 +23,7 @@ from elo.checkpoint.folder import (
 )
 from elo.checkpoint.layers import parse_layers
 from elo.checkpoint.model_config import num_layers_of, text_config_of
-from elo.checkpoint.naming import LayerNames, NameMap, find_layer_names, load_hollow, map_names
+from elo.checkpoint.naming import LayerNames, NameMap, find_layer_names, load_hollow, map_names, refuse_more_layers
 from elo.checkpoint.new_rows import first_new_row_of
 from elo.checkpoint.refusals import require_detachable
 from elo.checkpoint.shared_files import copy_shared
@@ -88,7 +88,7 @@ def detach_checkpoint(
     hollow = build_hollow_causal_lm(base.config, trust_remote_code=trust_remote_code)
     names = find_layer_names(hollow, base.weights)
 
-    _refuse_more_layers(base.weights, names)
+    refuse_more_layers(base.weights, names)
     edits = layer_edits(text_config_of(base.config), kept)
     config_json = edit_json(base.config_json, base.config, edits)
     small_config = read_edited_config(config_json, base.config, edits)
@@ -232,24 +232,6 @@ def _small_tensors(
             "download the checkpoint again"
         )
     return tensors
-
-
-def _refuse_more_layers(weights: Checkpoint, names: LayerNames) -> None:
-    """Raise EloError if the weights hold more decoder layers than the configuration counts.
-
-    Layers for multi-token prediction have other tensors and are not counted.
-    """
-    made_of: dict[int, set[str]] = {}
-    for name in weights.tensors:
-        layer, rest = names.split(name)
-        if layer is not None:
-            made_of.setdefault(layer, set()).add(rest)
-    more = [index for index in made_of if index >= names.num_layers and made_of[index] == made_of.get(0)]
-    if more:
-        raise EloError(
-            f"{weights.folder}: {CONFIG_FILE} counts {names.num_layers} decoder layers, but the weights also hold "
-            f"layer {min(more)}; download the checkpoint again"
-        )
 
 
 def _provenance(

@@ -149,7 +149,7 @@ def choose_attention(
 def require_own_positions(
     config: PreTrainedConfig, sequence_length: int, *, packed: bool, batch_size: int, section: str = ""
 ) -> None:
-    """Raise EloError if rotary frequencies, or the tokens attended to, would depend on the other documents in a batch."""
+    """Raise EloError if rotary frequencies or sparse attention would depend on the other documents in a batch."""
     limit = rope_limit(config)
     if limit is None or sequence_length <= limit or not (packed or batch_size > 1):
         return

@@ -73,6 +73,14 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         lambda f: (f / "generation_config.json").write_text("{"),
         ("generation_config.json: transformers rejects it",),
     ),
+    "generation eos as text": (
+        lambda f: generation(f, eos_token_id="0"),
+        ("generation_config.json: eos_token_id is '0', which is no token id",),
+    ),
+    "a template that is none": (
+        lambda f: tokenizer(f, with_template("{% for m in messages %}{{ m.role ")),
+        ("chat template 'default': is no valid template (line 1: ",),
+    ),
     "tokenizer eos": (
         lambda f: tokenizer(f, lambda t: t.add_special_tokens({"eos_token": "<|end|>"})),
         ("token ids up to", "embedding rows"),

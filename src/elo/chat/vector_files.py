@@ -130,7 +130,7 @@ def add_chat_vector(
         write_checkpoint(folder, [each.tensor() for each in sums], max_shard_bytes, label)
         copy_unlisted_weights(ours.weights, folder)
         copy_side_files(chats.folder, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
-        without = (*TOKENIZER_PATTERNS, *TEMPLATE_PATTERNS)
+        without = (*TOKENIZER_PATTERNS, *TEMPLATE_PATTERNS, "generation_config.json")
         copy_side_files(ours.folder, folder, python=trust_remote_code, leave_out=without)
         check(folder)
     return {

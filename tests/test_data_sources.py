@@ -434,12 +434,12 @@ def test_a_file_without_a_readable_document_is_never_skipped(name: str, tmp_path
 
 @pytest.mark.parametrize("kind", ["struct", "list", "null"])
 def test_a_parquet_column_without_text_is_never_skipped(kind: str, tmp_path: Path) -> None:
-    columns: dict[str, list] = {
+    columns: dict[str, dict[str, list]] = {
         "struct": {"doc": [{"text": "a"}, {"text": "b"}]},
         "list": {"text": [["a"], ["b"]]},
         "null": {"text": [None, None]},
-    }[kind]
-    path = write_parquet(tmp_path / "a.parquet", columns)
+    }
+    path = write_parquet(tmp_path / "a.parquet", columns[kind])
     words = {"struct": "column 'doc' has one inside", "list": "array, not text", "null": "null, not text"}[kind]
     with pytest.raises(EloError, match=words):
         list(read_documents(path, on_error="skip"))

@@ -21,18 +21,19 @@ ORDER = [
     {"methods"},
     {"config"},
     {"check_output"},
-    {"identities", "circumstances", "budget"},
+    {"identities", "circumstances", "budget", "merge", "push"},
     {"vocab", "chat", "plan", "report"},
-    {"stages", "preflight"},
+    {"stages", "preflight", "final_model"},
     {"run"},
     {"compare"},
     {"quickstart"},
-    {"api", "cli_values"},
+    {"api", "cli_values", "cli_options"},
+    {"cli_checkpoints"},
     {"cli"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-COMMAND_LINE = {"cli.py", "__main__.py"}
+COMMAND_LINE = {"cli.py", "cli_checkpoints.py", "__main__.py"}
 """Import what a verb needs when it is called, so that --help is quick."""
 OPTIONAL = {
     "accelerate",
@@ -150,8 +151,10 @@ def test_help_lists_every_verb():
         "config",
         "compare",
         "chat-vector",
+        "merge",
         "evaluate",
         "report",
+        "push",
         "plan",
         "quickstart",
         "vocab",

@@ -9,6 +9,7 @@ from elo.chat.chat_vector import chat_vector
 from elo.compare import compare
 from elo.data.prepare import prepare
 from elo.evaluate.evaluate import evaluate
+from elo.merge.merge import merge
 from elo.plan.plan import plan
 from elo.report.write import report
 from elo.run import run
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate",
     "extend_vocabulary",
     "measure_vocabulary",
+    "merge",
     "plan",
     "prepare",
     "report",

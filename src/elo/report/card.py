@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from elo.format import count, learning_rate
 from elo.report.page import render_markdown, setting_facts
 from elo.report.schema import Results
-from elo.report.tables import benchmark_table, data_table, results_table, stages_table
+from elo.report.tables import data_table, measures_table, results_table, stages_table
 from elo.report.verdict import judge
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -35,7 +35,7 @@ def model_card(results: Results, base: Path, config_file: str) -> str:
     languages = results.languages
     name = results.model.name if _is_hub_id(results.model.name) else Path(results.model.name).name
     targets, sources = (", ".join(names) for names in (languages.targets, languages.sources))
-    measured = [results_table(results, budget, verdict.budgets[0]), benchmark_table(results, budget)]
+    measured = [results_table(results, budget, verdict.budgets[0]), measures_table(results, budget)]
     size = results.model.parameters
     context: dict[str, Any] = {
         "title": results.title,

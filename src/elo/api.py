@@ -11,6 +11,7 @@ from elo.data.prepare import prepare
 from elo.evaluate.evaluate import evaluate
 from elo.merge.merge import merge
 from elo.plan.plan import plan
+from elo.push import push
 from elo.report.write import report
 from elo.run import run
 from elo.surgery.detach_attach import attach, detach
@@ -30,6 +31,7 @@ __all__ = [
     "merge",
     "plan",
     "prepare",
+    "push",
     "report",
     "run",
 ]

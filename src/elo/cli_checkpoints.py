@@ -80,3 +80,18 @@ def merge(
             f"note: the models' configurations differ in {', '.join(record['differs'])}; the first model's values "
             "are kept"
         )
+
+
+@checkpoints.command()
+def push(
+    model: Annotated[Path, typer.Argument(help="Model folder, for example RUN/model.")],
+    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Repository; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the files; no token, no network.")] = False,
+) -> None:
+    """Upload a model folder to the Hugging Face hub."""
+    from elo.push import push
+
+    url = push(model, repo, private=private, dry_run=dry_run, say=typer.echo)["url"]
+    if url is not None:
+        typer.echo(url)

@@ -42,9 +42,8 @@ def test_the_card_is_one_that_the_hub_reads(finished):
         assert f"{results['base']['bpb'][language]:.3f}" in card.text
         assert f"{results['trials'][0]['measured']['bpb'][language]:.3f}" in card.text
         sizes = results["data"]["train"][language]
-        assert (
-            f"| {language}, training | {sizes['documents']:,} | {sizes['tokens']:,} | {sizes['bytes']:,} |" in card.text
-        )
+        assert f"| {language}, training" in card.text
+        assert f" | {sizes['documents']:,} | {sizes['tokens']:,} | {sizes['bytes']:,} |" in card.text
     assert "Tokens: 1,280" in card.text
     assert "held-out documents; 30 is the least" in card.text
     assert "names other, tiny" in card.text.replace("\\", "")

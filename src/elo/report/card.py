@@ -79,7 +79,7 @@ def model_card(results: Results, base: Path, config_file: str) -> str:
     return f"---\n{metadata.to_yaml()}\n---\n\n{render_markdown('model_card.md.j2', context)}"
 
 
-def base_licence(base: Path) -> dict[str, str]:
+def base_licence(base: Path) -> dict[str, Any]:
     """Return the licence that the metadata of the base's README.md names; empty if it names none."""
     try:
         data = ModelCard.load(base / "README.md").data.to_dict()
@@ -88,7 +88,7 @@ def base_licence(base: Path) -> dict[str, str]:
     return {key: str(data[key]) for key in _LICENCE_KEYS if data.get(key)}
 
 
-def _licence_sentence(base: Path, licence: dict[str, str]) -> str:
+def _licence_sentence(base: Path, licence: dict[str, Any]) -> str:
     files = ", ".join(sorted(path.name for path in base.glob("LICEN[CS]E*")))
     found = f"The base's card names {', '.join(licence.values())}." if licence else "The base's card names no licence."
     found += f" Its terms are in {files}." if files else ""

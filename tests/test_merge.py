@@ -321,6 +321,7 @@ def languages(tmp_path_factory):
 
 def test_the_weight_with_the_best_target_within_the_limit_is_taken(languages, tmp_path, capsys):
     root, corpora = languages
+    (tmp_path / ".tmp-out-0123abcd" / "trial").mkdir(parents=True)  # left by a killed search
     command = ["merge", root / "adapted", "--with", root / "base", "-o", tmp_path / "out", "--search", "--target", "xx"]
     command += [f"--corpus={language}={path}" for language, path in corpora.items()]
     main([str(each) for each in [*command, "--weights", "0,0.5,1", "--source-limit", "100"]])
@@ -334,7 +335,7 @@ def test_the_weight_with_the_best_target_within_the_limit_is_taken(languages, tm
     main([str(each) for each in [*command, "--weights", "0,1", "--source-limit", "0", "--overwrite"]])
     assert json.loads((tmp_path / "out" / RECORD_FILE).read_text())["weight"] == 1
     assert_same(stored(tmp_path / "out"), stored(root / "base"))
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no trial is left"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "no trial is left, not even a killed one's"
 
 
 def test_no_weight_within_the_limit_is_one_message(languages, tmp_path):

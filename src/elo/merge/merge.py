@@ -171,8 +171,9 @@ def _search(
     print(f"{recipe.models[-1]}: {_shown(reference)}", flush=True)
     tokenizer = _tokenizer_folder(folders, trust_remote_code) or folders[0]
     tried: list[dict[str, Any]] = []
-    target.parent.mkdir(parents=True, exist_ok=True)
-    trial = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"  # removed after a kill as well
+    scratch = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"  # a later merge removes it
+    scratch.mkdir(parents=True)
+    trial = scratch / "trial"
     try:
         for weight in search.weights:
             factors = two_models(recipe.method, recipe.models, weight).factors
@@ -188,7 +189,7 @@ def _search(
             tried.append({"weight": weight, "bpb": bpb})
             print(f"weight {weight:g}: {_shown(bpb)}", flush=True)
     finally:
-        shutil.rmtree(trial, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return {
         "weight": search.choose(reference, tried),
         "targets": list(search.targets),

@@ -22,18 +22,19 @@ ORDER = [
     {"config"},
     {"check_output"},
     {"detach_attach"},
-    {"identities", "circumstances", "budget"},
+    {"identities", "circumstances", "budget", "merge"},
     {"vocab", "chat", "plan", "report"},
-    {"stages", "preflight"},
+    {"stages", "preflight", "final_model", "push"},
     {"run"},
     {"compare"},
     {"quickstart"},
-    {"api", "cli_values"},
+    {"api", "cli_values", "cli_options"},
+    {"cli_checkpoints"},
     {"cli"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-COMMAND_LINE = {"cli.py", "__main__.py"}
+COMMAND_LINE = {"cli.py", "cli_checkpoints.py", "__main__.py"}
 """Import what a verb needs when it is called, so that --help is quick."""
 OPTIONAL = {
     "accelerate",
@@ -151,8 +152,10 @@ def test_help_lists_every_verb():
         "config",
         "compare",
         "chat-vector",
+        "merge",
         "evaluate",
         "report",
+        "push",
         "plan",
         "quickstart",
         "vocab",

@@ -10,7 +10,9 @@ from elo.compare import compare
 from elo.data.prepare import prepare
 from elo.detach_attach import attach, detach
 from elo.evaluate.evaluate import evaluate
+from elo.merge.merge import merge
 from elo.plan.plan import plan
+from elo.push import push
 from elo.report.write import report
 from elo.run import run
 from elo.surgery.in_memory import attach_layers, detach_layers
@@ -26,8 +28,10 @@ __all__ = [
     "evaluate",
     "extend_vocabulary",
     "measure_vocabulary",
+    "merge",
     "plan",
     "prepare",
+    "push",
     "report",
     "run",
 ]

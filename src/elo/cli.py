@@ -121,7 +121,7 @@ def detach(
 
 @app.command()
 def attach(
-    detached: Annotated[Path, typer.Argument(help="Folder of the trained detached model.")],
+    detached: Annotated[str, typer.Argument(help="Checkpoint of the trained detached model.")],
     base: Annotated[str, typer.Option(help="Checkpoint folder or hub id that it was detached from.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     scale: Annotated[float, typer.Option(help="Attach base + scale x (trained - base).")] = 1.0,

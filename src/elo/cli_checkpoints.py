@@ -85,11 +85,14 @@ def merge(
 @checkpoints.command()
 def push(
     model: Annotated[Path, typer.Argument(help="Model folder, for example RUN/model.")],
-    repo: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Repository; created if it does not exist.")],
+    repo: Annotated[
+        str,
+        typer.Option(metavar="OWNER/NAME", help="Repository, created if it does not exist; or s3://BUCKET/PATH."),
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the files; no token, no network.")] = False,
 ) -> None:
-    """Upload a model folder to the Hugging Face hub."""
+    """Upload a model folder to the Hugging Face hub or to object storage."""
     from elo.push import push
 
     url = push(model, repo, private=private, dry_run=dry_run, say=typer.echo)["url"]

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from elo.check_output import check_output
+from elo.checkpoint.download import OTHER_WEIGHTS, fetch_checkpoint, file_patterns
 from elo.checkpoint.layers import DEFAULT_LAYERS
 from elo.errors import EloError
 from elo.store.files import disk_problem
+from elo.store.remote import is_remote, require_local
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
-WEIGHT_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
 _REMEDY = "report this with the model's name; nothing was written"
-_OTHER_WEIGHTS = ["original/*", "consolidated*", "[!a]*/*", "a[!d]*/*"]  # all folders except additional_chat_templates
 
 
 def detach(
@@ -122,7 +122,8 @@ def readable_errors() -> Iterator[None]:
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:
-    """Raise EloError if overwriting would remove anything other than a checkpoint."""
+    """Raise EloError if the output is not local, or overwriting would remove anything other than a checkpoint."""
+    require_local(output, "output")
     if not overwrite or not output.exists():
         return
     if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
@@ -130,13 +131,17 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
 
 
 def resolve_checkpoint(checkpoint: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """Return the folder of a checkpoint, downloading a hub id's files to the Hugging Face cache if necessary.
+    """Return the folder of a checkpoint.
 
-    Python files are downloaded only with `trust_remote_code`.
+    Files of a hub id (owner/name or hf://owner/name) or of an address in object storage are downloaded to the Hugging
+    Face cache if necessary, Python files only with `trust_remote_code`.
 
     Raises:
         EloError: there is no such folder, and the hub does not provide such a model.
     """
+    if is_remote(checkpoint):
+        return fetch_checkpoint(str(checkpoint), trust_remote_code)
+    checkpoint = str(checkpoint).removeprefix("hf://")
     folder = Path(checkpoint).expanduser()
     if folder.exists() or len(folder.parts) > 2 or str(checkpoint).startswith((".", "/", "~")):
         if folder.is_dir():
@@ -147,10 +152,12 @@ def resolve_checkpoint(checkpoint: str | Path, *, revision: str | None = None, t
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = [*WEIGHT_PATTERNS, *(["*.py"] if trust_remote_code else [])]
         return Path(
             snapshot_download(
-                str(checkpoint), revision=revision, allow_patterns=patterns, ignore_patterns=_OTHER_WEIGHTS
+                checkpoint,
+                revision=revision,
+                allow_patterns=file_patterns(trust_remote_code),
+                ignore_patterns=OTHER_WEIGHTS,
             )
         )
     except Exception as error:  # the hub client raises its own errors, httpx's and OSError

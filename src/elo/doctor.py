@@ -26,6 +26,8 @@ _EXTRAS = {
     "optim: adamw_8bit": "adamw8bit",
     "evaluation by lm-eval (--tasks)": "eval",
     "fine-tuning on instructions": "chat",
+    "object storage: s3://": "s3",
+    "object storage: gs://": "gcs",
 }
 # Feature: distribution that no extra brings.
 _OTHERS = {

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from elo.data.prepare import CorpusSource, source_files
+from elo.data.prepare import CorpusSource
+from elo.data.sources import list_inputs
 from elo.store.run_folder import file_identity
 
 
@@ -25,5 +26,7 @@ def corpus_identity(source: CorpusSource) -> dict[str, Any]:
     return {
         "path": source.path,
         "text_column": source.text_column,
-        "files": [file_identity(file) for file in source_files(source)],
+        "files": [
+            {Path(file.location).name: file.fingerprint()[1:]} for file in list_inputs(source.path) if not file.is_hub
+        ],
     }

@@ -21,6 +21,7 @@ from elo.evaluate.cloze import read_cloze
 from elo.evaluate.scoring import longest_sequence, takes_position_ids
 from elo.methods import Phase
 from elo.methods.base import first_new_row
+from elo.store.remote import require_local
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.train.attention import VARLEN, ignores_document_starts, require_own_positions
 from elo.train.loop import check_settings
@@ -37,6 +38,7 @@ def check_inputs(config: RunConfig) -> None:
     for phase in config.method.phases:
         check_settings(config.settings(phase), config.data.sequence_length, "training")
     config.method.check()
+    require_local(config.output, "output")
     output = Path(config.output)
     if output.is_dir() and any(output.iterdir()) and not (output / "stages").is_dir():
         raise EloError(f"output: {output}: the folder is not empty and is not an ELO run; choose another")

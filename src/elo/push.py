@@ -1,4 +1,4 @@
-"""`elo push`: upload a model folder to the Hugging Face hub, after a check of every file that would be uploaded."""
+"""`elo push`: upload a model folder to the Hugging Face hub or to object storage, after a check of every file."""
 
 import re
 import zipfile
@@ -16,6 +16,7 @@ from elo.checkpoint.tensor_files import open_checkpoint
 from elo.errors import EloError, error_line
 from elo.format import memory
 from elo.report.schema import FILE_NAME
+from elo.store.remote import is_remote, upload_files
 
 _PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 _SECRET_FILES = re.compile(r"id_(rsa|dsa|ecdsa|ed25519)|credentials(\.json)?|token|.*\.(pem|key|p12|pfx)")
@@ -35,25 +36,31 @@ def push(
     dry_run: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Upload a model folder in one commit; hidden files are left out.
+    """Upload a model folder; hidden files are left out.
 
-    The token is read from HF_TOKEN or from `hf auth login`.
+    The hub receives one commit, with the token from HF_TOKEN or from `hf auth login`. Object storage receives
+    config.json last, so that an interrupted upload is not a model, and the same call completes it.
 
     Args:
         model: model folder, for example RUN/model.
-        repo: name of the repository, owner/name; created if it does not exist.
+        repo: name of the hub repository, owner/name, which is created if it does not exist; or an address such as
+            s3://bucket/path.
         private: make the repository private.
         dry_run: check and list the files, without a token and without the network.
         say: function that shows the user a line.
 
     Returns:
-        {"repo", "files" (size in bytes by path), "url" (of the commit; None for a dry run)}
+        {"repo", "files" (size in bytes by path), "url" (of the commit, or the address; None for a dry run)}
 
     Raises:
         EloError: the folder is not a model or holds a pickle or a secret, the name is wrong, there is no token, or the
-            hub does not accept the upload.
+            hub or the storage does not accept the upload.
     """
-    _check_name(repo)
+    in_storage = is_remote(repo)
+    if not in_storage:
+        _check_name(repo)
+    elif private:
+        raise EloError(f"--private: {repo}: is set by the bucket; leave the option out")
     token = get_token()
     files = _files(Path(model), token)
     for path, size in files.items():
@@ -62,8 +69,13 @@ def push(
     if "README.md" not in files:
         say("note: there is no README.md, so the repository will have no model card")
     if dry_run:
-        say(f"dry run: {what} would be uploaded to {repo} ({'private' if private else 'public if it is new'})")
+        access = "" if in_storage else " (private)" if private else " (public if it is new)"
+        say(f"dry run: {what} would be uploaded to {repo}{access}")
         return {"repo": repo, "files": files, "url": None}
+    if in_storage:
+        say(f"uploading {what} to {repo}")
+        upload_files(Path(model), sorted(files, key=lambda name: (name == CONFIG_FILE, name)), repo)
+        return {"repo": repo, "files": files, "url": repo}
     if token is None:
         raise EloError("token: none found; set HF_TOKEN to a token with write access, or run `hf auth login`")
     say(f"uploading {what} to {repo}")

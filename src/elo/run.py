@@ -14,6 +14,7 @@ from typing import Any
 from elo import stages
 from elo.budget import Sequences, divide_budget
 from elo.checkpoint.counting import footprint, read_config, text_config
+from elo.checkpoint.download import fetch_checkpoint
 from elo.circumstances import circumstances
 from elo.config import RunConfig, load_config
 from elo.data.shards import PreparedData, TokenCorpus
@@ -30,6 +31,7 @@ from elo.report.write import report, show
 from elo.store.files import write_json
 from elo.store.live import read_live
 from elo.store.processes import is_main
+from elo.store.remote import is_remote
 from elo.store.run_folder import Artifact, RunFolder, file_identity
 
 # Minimum number of tokens to fit a bridge on, besides 16 per hidden dimension.
@@ -136,13 +138,16 @@ def open_run(config: RunConfig, *, shared: bool = False) -> Iterator[Inputs]:
     check_inputs(config)
     base = resolve_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
     layers = check_model(config, base)
+    tokenizer = config.tokenizer or str(base)
+    if is_remote(tokenizer):
+        tokenizer = str(fetch_checkpoint(tokenizer, config.trust_remote_code, weights=False))
     folder = RunFolder(Path(config.output))
     with folder.locked(shared=shared):
         if is_main():
             if not shared:
                 folder.sweep()
             write_json(folder.path("config.json"), config.model_dump(mode="json"))
-        yield Inputs(config, folder, Artifact(base, checkpoint_identity(base)), config.tokenizer or str(base), layers)
+        yield Inputs(config, folder, Artifact(base, checkpoint_identity(base)), tokenizer, layers)
 
 
 def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
@@ -158,6 +163,7 @@ def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
         "on_error": config.data.on_error,
         "split_special_tokens": config.data.split_special_tokens,
         "allow_lost_text": config.data.allow_lost_text,
+        **({"filters": config.data.filters.plan()} if config.data.filters.plan() else {}),
     }
     model_config = text_config(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
     execution: dict[str, Any] = {

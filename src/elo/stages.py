@@ -125,6 +125,7 @@ def prepare_data(
         on_error=data.on_error,
         split_special_tokens=data.split_special_tokens,
         allow_lost_text=data.allow_lost_text,
+        filters=data.filters,
         vocab_size=vocab_size,
         together=together,
         overwrite=not together,

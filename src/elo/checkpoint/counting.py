@@ -15,10 +15,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from elo.checkpoint.architecture import find_architecture
+from elo.checkpoint.download import fetch_checkpoint
 from elo.checkpoint.footprint import Footprint, LayerFootprint, Middle
 from elo.checkpoint.layers import parse_layers
 from elo.checkpoint.reading import auto_class, require_pad_row
 from elo.errors import EloError
+from elo.store.remote import is_remote
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+|[\w-]+[\w.-]*")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
@@ -34,23 +36,26 @@ def read_config(
     Raises:
         EloError: the config is missing or unreadable, or the installed transformers does not know its model_type.
     """
+    if is_remote(source):
+        source = fetch_checkpoint(str(source), trust_remote_code, weights=False)
+    source = str(source).removeprefix("hf://")
     path = Path(source).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise EloError(f"{path}: has no config.json; give a checkpoint folder, a config.json or a Hugging Face id")
     local = path.exists()
-    if not local and (path.suffix == ".json" or not _HUB_ID.fullmatch(str(source))):
+    if not local and (path.suffix == ".json" or not _HUB_ID.fullmatch(source)):
         raise EloError(
             f"model: {source}: no such file or folder; give a checkpoint folder, a config.json or a Hugging Face id"
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            str(path) if local else str(source), revision=revision, trust_remote_code=trust_remote_code
+            str(path) if local else source, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # a family's config class can raise any type for inconsistent values
         reason = str(error).strip().split("\n")[0]
         remedy = "give a valid transformers config" if local else "give a local folder or an id that exists on the hub"
         raise EloError(f"model: {source}: its config cannot be read ({reason}); {remedy}") from None
-    require_pad_row(config, str(source))
+    require_pad_row(config, source)
     return config
 
 

@@ -18,6 +18,7 @@ from elo.config.schema import (
     EvaluationConfig,
     RunConfig,
 )
+from elo.data.filters import Filters
 from elo.evaluate.measures import MEASURES, Measure
 from elo.methods import METHODS
 from elo.train.settings import EXECUTION, TrainingSection
@@ -34,6 +35,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "The run": RunConfig,
     "data": DataConfig,
     "data.corpora": CorpusConfig,
+    "data.filters": Filters,
     "training": TrainingSection,
     "evaluation": EvaluationConfig,
     **{f"evaluation.{name}": measure for name, measure in MEASURES.items()},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator, model_validator
 
 from elo.checkpoint.layers import DEFAULT_LAYERS
+from elo.data.filters import Filters
 from elo.data.mixture import names_of
 from elo.evaluate.measures import MEASURES, Measure
 from elo.methods import METHODS, Method, Phase
@@ -66,7 +67,8 @@ class CorpusConfig(_Section):
     """One corpus. A bare string is the path."""
 
     path: str = Field(min_length=1)
-    """A file (.jsonl, .parquet, .txt, each also .gz or .zst), a folder, a glob, or a Hugging Face dataset id."""
+    """A file (.jsonl, .parquet, .txt, each also .gz or .zst), a folder, a glob, each also in object storage (s3://,
+    gs://), or a Hugging Face dataset id."""
     weight: float = Field(1.0, gt=0, le=1e6)
     """Number of passes over this corpus, relative to the other corpora of its language."""
     text_column: str = "text"
@@ -111,6 +113,7 @@ class DataConfig(_Section):
     allow_lost_text: bool = False
     """Accept a corpus of which the tokenizer loses more than 5 %, as unknown tokens or dropped characters. The loss is
     measured by decoding: all held-out text, the first 256 training documents, and every 16th after them."""
+    filters: Filters = Filters()
     workers: int | None = Field(None, ge=1, le=4096)
     """Number of processes that tokenise; null chooses it from the number of cores."""
 
@@ -201,7 +204,7 @@ class RunConfig(_Section):
     """A run."""
 
     model: str = Field(min_length=1)
-    """Folder of a Hugging Face checkpoint, or its hub id."""
+    """Folder of a Hugging Face checkpoint, its hub id, or its address in object storage (s3://, gs://)."""
     output: str = Field(min_length=1)
     """Run folder, which holds all output of the run."""
     data: DataConfig
@@ -214,7 +217,7 @@ class RunConfig(_Section):
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed for the order of the data and all other random choices."""
     tokenizer: str | None = Field(None, min_length=1)
-    """Folder or hub id of the tokenizer; null is the model's tokenizer."""
+    """Folder, hub id or address of the tokenizer; null is the model's tokenizer."""
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationConfig = EvaluationConfig()
     trust_remote_code: bool = False

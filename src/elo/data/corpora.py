@@ -2,13 +2,14 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from elo.data.filters import FILTERS, Filters
 from elo.data.shard_writer import READER_COUNTS, Position, UnitState, UnitWriter
 from elo.data.shards import SCHEMA, SPLITS, TokenCorpus
 from elo.data.sources import FileReader, InputFile, Record, list_inputs
@@ -23,6 +24,10 @@ BATCH_DOCUMENTS = 1 << 13
 UNIT_BYTES = 1 << 28
 """Bytes on disk up to which small files share a unit; each larger file is one unit."""
 SHOWN_PROBLEMS = 10
+EXAMPLES, EXAMPLE_BYTES = 3, 200
+"""Examples of what each filter dropped, and bytes shown of each."""
+EXAMPLES_WITHIN = 1 << 26
+"""Bytes of text at the start of a corpus in which examples are searched."""
 FIRST_CHECKED, CHECKED_EVERY = 256, 16
 """Documents that are decoded again to measure lost text: the first ones of each unit, then one in `CHECKED_EVERY`."""
 JUDGED_FROM = 1 << 20
@@ -35,6 +40,10 @@ log = logging.getLogger(__name__)
 def text_hash(text: bytes) -> bytes:
     """Return the 8-byte hash by which held-out documents are chosen and found in training text."""
     return hashlib.blake2b(text, digest_size=8).digest()
+
+
+Repeated = dict[tuple[str, int], dict[tuple[int, int], None]]
+"""Documents that repeat an earlier one: by corpus (`CorpusTask.folder`) and unit, the file in it and the record."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +103,17 @@ class CorpusTask:
             size += file.size
         return units
 
-    def plan(self, tokenizer: TextTokenizer, shard_tokens: int, known_heldout: frozenset[bytes]) -> dict[str, Any]:
+    def plan(
+        self,
+        tokenizer: TextTokenizer,
+        shard_tokens: int,
+        known_heldout: frozenset[bytes],
+        filters: Filters,
+        repeated: Repeated,
+    ) -> dict[str, Any]:
         """Return everything that determines the shards' content. Finished shards are kept while it is unchanged."""
+        own = {place: list(positions) for place, positions in repeated.items() if place[0] == self.folder}
+        kept = {"filters": filters.plan(), "repeated": sha256_json(sorted(map(list, own.items())))}
         return {
             "schema": SCHEMA,
             "tokenizer": [tokenizer.sha256, tokenizer.prefix_token_id, tokenizer.eos_token_id],
@@ -106,6 +124,7 @@ class CorpusTask:
             "threshold": self.threshold,
             "validation_threshold": self.validation_threshold,
             "heldout": sha256_json(sorted(item.hex() for item in known_heldout)) if self.split == "train" else "",
+            **(kept if self.split == "train" and filters.plan() else {}),
         }
 
 
@@ -134,7 +153,12 @@ class DocumentReader:
         on_error: str,
         known_heldout: frozenset[bytes],
         tell: Callable[[str], None],
+        filters: Filters | None = None,
+        repeated: Collection[tuple[int, int]] = (),
+        dropped: Callable[[str, str, bytes], None] = lambda *_: None,
     ) -> None:
+        self._filters = filters or Filters()
+        self._repeated, self._dropped = repeated, dropped
         self._task, self._files, self._on_error, self._known = task, files, on_error, known_heldout
         self._tell = tell
         self._told = 0
@@ -172,6 +196,8 @@ class DocumentReader:
                 if not text or text.isspace():
                     self._count("empty")
                     continue
+                if self._is_dropped(file, number, record):
+                    continue
                 side = 0
                 if hashed:
                     digest = text_hash(text)
@@ -196,6 +222,18 @@ class DocumentReader:
             self._reader = None
         if batch.texts:
             yield batch
+
+    def _is_dropped(self, file: InputFile, number: int, record: Record) -> bool:
+        """Return whether a filter drops a training document, and count it."""
+        if self._task.split != "train":
+            return False
+        reason = self._filters.reason(record.text)
+        if reason is None and (number, record.number) in self._repeated:
+            reason = "duplicate"
+        if reason is not None:
+            self._count(reason)
+            self._dropped(reason, f"{file.location}:{record.line}", record.text)
+        return reason is not None
 
     def _side(self, digest: bytes) -> int:
         value = int.from_bytes(digest, "big")
@@ -235,10 +273,16 @@ class Preparation:
     known_heldout: frozenset[bytes]
     tell: Callable[[str], None]
     allow_lost_text: bool = False
+    filters: Filters = field(default_factory=Filters)
+    repeated: Repeated = field(default_factory=dict)
 
     def writer(self, task: CorpusTask, unit: int) -> UnitWriter:
         """Return the writer for one unit of `task`."""
         return UnitWriter(self.root, task.folders, unit, self.tokenizer.dtype, self.shard_tokens)
+
+    def plan(self, task: CorpusTask) -> dict[str, Any]:
+        """Return everything that determines the shards of a corpus."""
+        return task.plan(self.tokenizer, self.shard_tokens, self.known_heldout, self.filters, self.repeated)
 
     def claim(self, task: CorpusTask, *, start_over: bool = True) -> None:
         """Create the corpus' folder; report and remove data made from other inputs or settings.
@@ -247,7 +291,7 @@ class Preparation:
             EloError: such data exists and `start_over` is false, because another process may be writing it.
         """
         folder = self.root / task.folder
-        plan = task.plan(self.tokenizer, self.shard_tokens, self.known_heldout)
+        plan = self.plan(task)
         if (folder / PLAN).is_file():
             before = read_json(folder / PLAN)
             if before == plan:
@@ -288,7 +332,8 @@ class Preparation:
         if writer.resume(self.on_error != "skip").finished:
             return
         known = self.known_heldout if task.split == "train" else frozenset()
-        reader = DocumentReader(task, task.units[unit], self.on_error, known, self.tell)
+        repeated = self.repeated.get((task.folder, unit), {})
+        reader = DocumentReader(task, task.units[unit], self.on_error, known, self.tell, self.filters, repeated)
         found = np.zeros(len(TextCounts._fields), np.int64)
         batches = pool.map(reader.batches(writer.position), lambda batch: batch.texts, lambda batch: batch.checked)
         try:
@@ -341,6 +386,49 @@ class Preparation:
             f"{file}:{line}: tokenizer {self.tokenizer.name} gives token id {int(tokens[where])}, but the model has "
             f"{rows} embedding rows; give the tokenizer that belongs to the model"
         )
+
+
+def find_repeated(tasks: list[CorpusTask], on_error: str, filters: Filters) -> Repeated:
+    """Find the training documents that are equal to an earlier one of their language, in the order of `tasks`.
+
+    The text is read once more for that, so that the result does not depend on workers or on where a run resumes. It
+    takes about 100 bytes of memory per document.
+    """
+    repeated: Repeated = {}
+    seen: dict[str, set[bytes]] = {}
+    for task in tasks if filters.exact_duplicates else ():
+        hashes = seen.setdefault(task.language, set())
+        for unit, files in enumerate(task.units if task.split == "train" else ()):
+            reader = DocumentReader(task, files, on_error, frozenset(), lambda line: None, filters)
+            for batch in reader.batches(Position()):
+                for text, after in zip(batch.texts, batch.positions, strict=True):
+                    digest = text_hash(text)
+                    if digest in hashes:
+                        repeated.setdefault((task.folder, unit), {})[after.file, after.record - 1] = None
+                    hashes.add(digest)
+    return repeated
+
+
+def dropped_examples(job: Preparation, task: CorpusTask, counts: dict[str, int]) -> dict[str, list[dict[str, str]]]:
+    """Return the first documents that each filter drops, with place and beginning, from the start of a corpus."""
+    wanted = {name: min(counts[name], EXAMPLES) for name in FILTERS if counts.get(name)}
+    found: dict[str, list[dict[str, str]]] = {name: [] for name in wanted}
+
+    def keep(name: str, place: str, text: bytes) -> None:
+        if len(found[name]) < EXAMPLES:
+            found[name].append({"place": place, "text": text[:EXAMPLE_BYTES].decode(errors="ignore")})
+
+    size = 0
+    for unit, files in enumerate(task.units if wanted else ()):
+        repeated = job.repeated.get((task.folder, unit), {})
+        reader = DocumentReader(
+            task, files, job.on_error, frozenset(), lambda line: None, job.filters, repeated, dropped=keep
+        )
+        for batch in reader.batches(Position()):
+            size += batch.size
+            if size > EXAMPLES_WITHIN or all(len(found[name]) >= number for name, number in wanted.items()):
+                return found
+    return found
 
 
 def tokenize_source(

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from elo.data.corpora import CorpusTask, Preparation
+from elo.data.corpora import CorpusTask, Preparation, dropped_examples
+from elo.data.filters import FILTERS
 from elo.data.shard_writer import LEFT_OUT
 from elo.data.shards import MANIFEST, SCHEMA, SPLITS, PreparedData
 from elo.data.tokenizing import TextCounts
@@ -26,6 +27,9 @@ def make_manifest(job: Preparation, tasks: list[CorpusTask], plan: str) -> dict[
         segments = [segment for state in job.states(task) for segment in state.segments]
         counts = {name: sum(segment["counts"][name] for segment in segments) for name in segments[0]["counts"]}
         files = [[file.location, file.size] for file in task.files]
+        examples = dropped_examples(job, task, counts)
+        if examples:
+            counts = {**counts, "dropped_examples": examples}
         # A corpus given as held-out text uses the "train" side of its segments: nothing is cut out of it.
         splits[task.split].append(_corpus(task, segments, "train", {**counts, "files": files}))
         for split in task.cut_splits:
@@ -114,6 +118,14 @@ def tell_totals(manifest: dict[str, Any], tell: Callable[[str], None]) -> None:
         ):
             if total(both, key):
                 tell(f"{language}: {total(both, key):,} {said}")
+        dropped = {name: total(train, name) for name in FILTERS if total(train, name)}
+        if dropped:
+            counts = ", ".join(f"{name} {number:,}" for name, number in dropped.items())
+            tell(f"{language}: filters dropped {sum(dropped.values()):,} documents: {counts}")
+        for corpus in train:
+            for name, examples in corpus.get("dropped_examples", {}).items():
+                for example in examples[:1]:
+                    tell(f"  {name}: {example['place']}: {example['text'][:60]!r}")
         if total(train, "overlapping"):
             tell(
                 f"warning: {language}: {total(train, 'overlapping'):,} training documents are also in held-out text; "

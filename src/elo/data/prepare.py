@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from elo.data.corpora import CorpusTask, DocumentReader, Preparation, text_hash
+from elo.data.corpora import CorpusTask, DocumentReader, Preparation, find_repeated, text_hash
+from elo.data.filters import Filters
 from elo.data.manifest import is_whole, judge_lost_text, make_manifest, reopen, reweigh, tell_totals
 from elo.data.shard_writer import Position
 from elo.data.shards import MANIFEST, SPLITS, PreparedData
@@ -49,17 +50,6 @@ class CorpusSource:
     """Name of the corpus; None uses the name of the file or folder."""
 
 
-def source_files(source: CorpusSource | str) -> list[Path]:
-    """List the files that a corpus currently matches; none for a Hugging Face dataset.
-
-    Raises:
-        EloError: there is nothing to read.
-    """
-
-    path = source if isinstance(source, str) else source.path
-    return [Path(file.location) for file in list_inputs(str(path)) if not file.is_hub]
-
-
 def prepare(
     tokenizer: str | Path | TextTokenizer,
     corpora: Mapping[str, Sequence[CorpusSource | str] | CorpusSource | str],
@@ -77,6 +67,7 @@ def prepare(
     overwrite: bool = False,
     split_special_tokens: bool = True,
     allow_lost_text: bool = False,
+    filters: Filters | None = None,
     trust_remote_code: bool = False,
 ) -> PreparedData:
     """Tokenise `corpora` ({language: corpora}) into `output`.
@@ -97,6 +88,7 @@ def prepare(
         split_special_tokens: tokenise special tokens spelled in a document as text, not as special tokens.
         allow_lost_text: accept text of which the tokenizer loses more than 5 %. The loss is measured on the first
             documents, then on one in 16, and on all held-out text.
+        filters: training documents to drop, which are counted in the manifest with examples. Default: none.
 
     Raises:
         EloError: bad input, named by file and line; or `output` holds other files.
@@ -120,11 +112,14 @@ def prepare(
         tokenizer.check_embedding(vocab_size)
     tell = Progress(None, "prepare" if progress else None, "B").say
     known = _hashes_of_heldout(tasks, on_error)
-    tasks = _with_thresholds(tasks, heldout_share, validation_share, known, on_error)
-
-    plan = sha256_json([[task.folder, task.plan(tokenizer, shard_tokens, known)] for task in tasks])
+    filters = filters or Filters()
+    tasks = _with_thresholds(tasks, heldout_share, validation_share, known, on_error, filters)
+    repeated = find_repeated(tasks, on_error, filters)
     existed = output.is_dir()
-    job = Preparation(output, tokenizer, shard_tokens, on_error, vocab_size, known, tell, allow_lost_text)
+    job = Preparation(
+        output, tokenizer, shard_tokens, on_error, vocab_size, known, tell, allow_lost_text, filters, repeated
+    )
+    plan = sha256_json([[task.folder, job.plan(task)] for task in tasks])
     with _locked(output, shared=together):
         with _one_at_a_time(output, together):
             if (output / MANIFEST).is_file():
@@ -271,16 +266,21 @@ def _hashes_of_heldout(tasks: list[CorpusTask], on_error: str) -> frozenset[byte
     return frozenset(text_hash(text) for task in tasks if task.split == "heldout" for text in _texts(task, on_error))
 
 
-def _texts(task: CorpusTask, on_error: str) -> Iterator[bytes]:
+def _texts(task: CorpusTask, on_error: str, filters: Filters | None = None) -> Iterator[bytes]:
 
     # Skipped documents are reported later, when the text is tokenised.
-    reader = DocumentReader(task, list(task.files), on_error, frozenset(), lambda line: None)
+    reader = DocumentReader(task, list(task.files), on_error, frozenset(), lambda line: None, filters)
     for batch in reader.batches(Position()):
         yield from batch.texts
 
 
 def _with_thresholds(
-    tasks: list[CorpusTask], heldout_share: float, validation_share: float, known: frozenset[bytes], on_error: str
+    tasks: list[CorpusTask],
+    heldout_share: float,
+    validation_share: float,
+    known: frozenset[bytes],
+    on_error: str,
+    filters: Filters,
 ) -> list[CorpusTask]:
     """Set the thresholds that choose held-out documents (in languages without held-out text) and validation text."""
     given = {task.language for task in tasks if task.split == "heldout"}
@@ -289,7 +289,7 @@ def _with_thresholds(
         share = 0.0 if language in given else heldout_share
         if share or validation_share:
             own = [task for task in tasks if task.language == language and task.split == "train"]
-            thresholds[language] = _thresholds(language, own, share, validation_share, known, on_error)
+            thresholds[language] = _thresholds(language, own, share, validation_share, known, on_error, filters)
 
     def threshold(task: CorpusTask, which: int) -> int:
         return thresholds.get(task.language, (0, 0))[which] if task.split == "train" else 0
@@ -304,6 +304,7 @@ def _thresholds(
     validation_share: float,
     known: frozenset[bytes],
     on_error: str,
+    filters: Filters,
 ) -> tuple[int, int]:
     """Return the hash below which documents are held out, and the one up to which further ones are validation text.
 
@@ -316,7 +317,7 @@ def _thresholds(
     lowest, first, documents, several = 2**64, None, 0, False
     above: list[int] = []  # lowest hashes from `bound` up: one held-out, validation, and one training document
     for task in tasks:
-        for text in _texts(task, on_error):
+        for text in _texts(task, on_error, filters):
             digest = text_hash(text)
             value = int.from_bytes(digest, "big")
             first = value if first is None else first

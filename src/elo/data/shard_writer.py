@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from elo.data.filters import FILTERS
 from elo.data.shards import SPECIALS_PER_DOCUMENT, SPLITS, shard_paths, shard_sizes
 from elo.data.tokenizing import TextCounts
 from elo.errors import UnfinishedError
 from elo.store.files import TEMPORARY_PREFIX, read_json, write_json
 
-READER_COUNTS = ("skipped", "cut_files", "empty", "overlapping")
+READER_COUNTS = ("skipped", "cut_files", "empty", "overlapping", *FILTERS)
 """Counts per segment besides its documents: unreadable documents, files that could not be read to the end, documents
-without text, and documents that are also in held-out text."""
+without text, documents that are also in held-out text, and documents that each filter dropped."""
 COUNTS = (*READER_COUNTS, *TextCounts._fields)
 LEFT_OUT = ("skipped", "cut_files")
 """Counts that must be 0 unless unreadable input may be skipped."""

@@ -1,5 +1,7 @@
 """Read documents from JSON lines, parquet and plain text files, folders and globs of them, and Hugging Face datasets.
 
+Files are on disk or in object storage.
+
 A problem with an input becomes a `Record` whose `problem` names the file and line. The reader needs memory for the
 largest single document, and for the window of a Zstandard file.
 """
@@ -21,6 +23,7 @@ import zstandard
 
 from elo.data.compressed import decompressed, file_problem, wrong_kind
 from elo.errors import EloError
+from elo.store.remote import RemoteFile, is_remote, list_remote, open_remote
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".txt.gz", ".txt.zst")
 HUB_PREFIX = "hf://"
@@ -75,24 +78,37 @@ class InputFile:
     size: int = 0
     """Bytes on disk; 0 for a dataset."""
     mtime_ns: int = 0
+    version: str = ""
+    """Entity tag of an object in object storage; empty for files on disk."""
 
     @property
     def is_hub(self) -> bool:
         """Whether this is a Hugging Face dataset rather than a file."""
-        return self.location.startswith(HUB_PREFIX)
+        return self.location.startswith(HUB_PREFIX) and not self.version
 
     def fingerprint(self) -> list[Any]:
-        """Return what must not change before a killed run is resumed: name, size and modification time."""
-        return [self.location, self.size, self.mtime_ns]
+        """Return what must not change before a killed run is resumed: name, size, and modification time or version."""
+        return [self.location, self.size, self.version or self.mtime_ns]
+
+    def open(self) -> BinaryIO:
+        """Open the file for reading."""
+        if self.version:
+            return open_remote(RemoteFile(self.location, self.size, self.version))
+        return Path(self.location).open("rb")
 
 
 def list_inputs(path: str) -> list[InputFile]:
-    """List the files that `path` (a file, folder, glob or Hugging Face dataset id) refers to, in a fixed order.
+    """List the files that `path` refers to, in a fixed order.
+
+    Args:
+        path: a file, folder or glob, also in object storage, or a Hugging Face dataset id.
 
     Raises:
         EloError: `path` does not exist, or has no file that can be read.
     """
     found = Path(path)
+    if is_remote(path):
+        return _list_objects(path)
     if path.startswith(HUB_PREFIX):
         return [InputFile(path)]
     if found.is_dir():
@@ -116,6 +132,18 @@ def list_inputs(path: str) -> list[InputFile]:
     raise EloError(f"{path}: no such file or folder{_near(found)}; check the path{hint}")
 
 
+def _list_objects(address: str) -> list[InputFile]:
+    files = list_remote(address)
+    if [file.location for file in files] != [address]:  # a single object is named by the user and has to be readable
+        start = len(address.rstrip("/")) if not glob.has_magic(address) else 0
+        files = [file for file in files if "/." not in file.location[start:] and file.location.endswith(SUFFIXES)]
+    if not files:
+        raise EloError(f"{address}: there is no readable object; add objects named {', '.join(SUFFIXES)}")
+    for file in files:
+        _check_suffix(Path(file.location))
+    return [InputFile(file.location, file.size, version=file.version) for file in files]
+
+
 def _looks_local(path: Path) -> bool:
     """Return whether the first part of `owner/name` is an existing folder, or a common name of one."""
     first = path.parts[0]
@@ -136,11 +164,15 @@ def _is_visible(file: Path, folder: Path) -> bool:
     return not any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
-def _input_file(path: Path) -> InputFile:
+def _check_suffix(path: Path) -> None:
     if not path.name.endswith(SUFFIXES):
         hint = "; name it .jsonl if it holds one JSON object per line" if ".json" in path.suffixes else ""
         kind = "".join(path.suffixes[-2:])
         raise EloError(f"{path}: unknown file type {kind!r}; use {', '.join(SUFFIXES)}{hint}")
+
+
+def _input_file(path: Path) -> InputFile:
+    _check_suffix(path)
     try:
         with path.open("rb"):
             status = path.stat()
@@ -196,7 +228,7 @@ class FileReader:
         if self.file.is_hub:
             yield from _hub_records(name, self.text_column, start)
             return
-        with Path(name).open("rb") as raw:
+        with self.file.open() as raw:
             self._raw = raw
             if (kind := wrong_kind(raw, name)) is not None:
                 yield Record(0, 1, b"", f"{name}:1: {kind}", ends_file=True)

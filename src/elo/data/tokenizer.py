@@ -11,11 +11,13 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from elo.checkpoint.download import fetch_checkpoint
 from elo.data.shards import token_dtype
 from elo.data.text_loss import special_spellings, text_encoder
 from elo.data.tokenizer_reading import one_reading, read_stored, require_sentencepiece
 from elo.data.tokenizing import TextChecker, encode_documents
 from elo.errors import EloError
+from elo.store.remote import is_remote
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -106,8 +108,8 @@ def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> T
 
 def load_with_settings(path_or_id: str | Path, trust_remote_code: bool = False) -> tuple[Any, TextTokenizer]:
     """Load a tokenizer as `load_tokenizer` does; return transformers' tokenizer and the `TextTokenizer`."""
-    name = str(path_or_id)
-    folder = Path(name)
+    name = str(path_or_id).removeprefix("hf://")
+    folder = fetch_checkpoint(name, trust_remote_code, weights=False) if is_remote(path_or_id) else Path(name)
     if folder.is_file():
         folder = folder.parent
     if folder.is_dir():

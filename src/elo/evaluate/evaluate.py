@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from elo.checkpoint.download import fetch_checkpoint
 from elo.data.heldout import choose_bytes, cut_corpus, cut_text, tokenize_and_check
 from elo.data.shards import TokenCorpus
 from elo.data.sources import list_inputs, read_documents
@@ -30,6 +31,7 @@ from elo.evaluate.warnings import few_documents
 from elo.format import count
 from elo.store.environment import hardware, versions
 from elo.store.files import write_json
+from elo.store.remote import is_remote
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 
@@ -106,7 +108,8 @@ def evaluate(
         if isinstance(given, str | Path):
             list_inputs(str(given))
     name = str(model) if isinstance(model, str | Path) else model.config.name_or_path or type(model).__name__
-    source = tokenizer if tokenizer is not None else name
+    place = str(fetch_checkpoint(name, trust_remote_code)) if is_remote(name) else name.removeprefix("hf://")
+    source = tokenizer if tokenizer is not None else place
     encoder = None
     tokenised = [
         isinstance(given, str | Path) or (max_bytes is not None and max_bytes < given.num_bytes)
@@ -122,7 +125,7 @@ def evaluate(
             texts_read[language] = _tokenise(given, encoder, max_bytes, text_column, on_error, allow_lost_text)
 
     if isinstance(model, str | Path):
-        model = load_model(name, device, dtype, revision, trust_remote_code)
+        model = load_model(place, device, dtype, revision, trust_remote_code)
     elif device is not None:
         move(model, device)
     if encoder is not None:

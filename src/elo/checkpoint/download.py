@@ -1,0 +1,24 @@
+"""Files of a checkpoint that are downloaded from the Hugging Face hub or from object storage."""
+
+from pathlib import Path
+
+from elo.store.remote import fetch_folder
+
+_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
+OTHER_WEIGHTS = ["original/*", "consolidated*", "[!a]*/*", "a[!d]*/*"]  # all folders except additional_chat_templates
+
+
+def file_patterns(trust_remote_code: bool) -> list[str]:
+    """Return globs of the files to download. Python files are included only with `trust_remote_code`."""
+    return [*_PATTERNS, *(["*.py"] if trust_remote_code else [])]
+
+
+def fetch_checkpoint(address: str, trust_remote_code: bool, *, weights: bool = True) -> Path:
+    """Return a local copy of the checkpoint at an address in object storage, if wanted without its weights.
+
+    Raises:
+        EloError: nothing is there, or the storage cannot be read.
+    """
+    return fetch_folder(
+        address, file_patterns(trust_remote_code), [*OTHER_WEIGHTS, *([] if weights else ["*.safetensors"])]
+    )

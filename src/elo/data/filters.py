@@ -1,0 +1,49 @@
+"""Filters that drop training documents before they are tokenised (`data.filters`)."""
+
+import zlib
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FILTERS = ("duplicate", "too_short", "too_long", "repetitive")
+"""Names under which dropped documents are counted."""
+
+
+class Filters(BaseModel):
+    """Training documents to drop before tokenising. By default none; held-out text that is given is never filtered."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    exact_duplicates: bool = False
+    """Keep the first of several equal documents of a language, in the order of its corpora and files."""
+    min_characters: int = Field(0, ge=0)
+    """Minimum length of a document, in characters."""
+    max_characters: int | None = Field(None, ge=1)
+    """Maximum length of a document, in characters; null is no limit."""
+    max_repetition: float | None = Field(None, gt=0, lt=1)
+    """Maximum share of a document's bytes that compression (zlib) removes; null is no limit. Prose has 0.4 to 0.6, and
+    lines or phrases that are repeated over and over have more than 0.9."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Filters":
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise ValueError(
+                f"max_characters: is {self.max_characters}, below min_characters, {self.min_characters}; raise it"
+            )
+        return self
+
+    def reason(self, text: bytes) -> str | None:
+        """Return the filter that drops a document for its own text, or None."""
+        if self.min_characters or self.max_characters:
+            length = len(text.decode())
+            if length < self.min_characters:
+                return "too_short"
+            if self.max_characters and length > self.max_characters:
+                return "too_long"
+        if self.max_repetition and 1 - len(zlib.compress(text, 1)) / len(text) > self.max_repetition:
+            return "repetitive"
+        return None
+
+    def plan(self) -> dict[str, Any]:
+        """Return what determines the kept documents; nothing without filters."""
+        return self.model_dump(exclude_defaults=True)

@@ -58,12 +58,13 @@ def chat_vector(
             theirs,
             chats,
             Path(output),
-            save_tokenizer=lambda folder: _save_tokenizer(ours, chats, folder, trust_remote_code),
+            save_tokenizer=lambda folder: _save_tokenizer(ours, theirs, chats, folder, trust_remote_code),
             check=lambda folder: check_output(
                 folder,
                 remedy="give a chat model and an adapted model with a row for every token; nothing was written",
                 trust_remote_code=trust_remote_code,
             ),
+            num_chat_tokens=lambda: load_tokenizer(chats, trust_remote_code).vocab_size,
             scale=scale,
             leave_out=leave_out,
             overwrite=overwrite,
@@ -72,7 +73,7 @@ def chat_vector(
         )
 
 
-def _save_tokenizer(adapted: Path, chat: Path, folder: Path, trust_remote_code: bool) -> None:
+def _save_tokenizer(adapted: Path, base: Path, chat: Path, folder: Path, trust_remote_code: bool) -> None:
     """Write the output's tokenizer: chat settings and, if it was extended, the adapted model's vocabulary.
 
     Raises:
@@ -83,14 +84,19 @@ def _save_tokenizer(adapted: Path, chat: Path, folder: Path, trust_remote_code: 
     ids, chat_ids = (each.get_vocab(with_added_tokens=True) for each in (ours, theirs))
     recorded = read_new_rows(read_config(str(adapted), trust_remote_code=trust_remote_code))
     if recorded is None and set(ids.values()) <= set(chat_ids.values()):  # other tools write no record
-        copy_tokenizer(chat, folder)
-        return
+        renamed = {number for token, number in ids.items() if chat_ids.get(token) != number}
+        if not renamed or renamed <= set(
+            load_tokenizer(base, trust_remote_code).backend.get_vocab(with_added_tokens=True).values()
+        ):
+            copy_tokenizer(chat, folder)
+            return
     for token, number in sorted(chat_ids.items(), key=lambda pair: pair[1]):
         if ids.get(token) != number:
             found = ours.id_to_token(number)
             raise EloError(
                 f"{adapted}: its tokenizer has {'no token' if found is None else repr(found)} at id {number}, where "
-                f"{chat} has {token!r}; extend the vocabulary of the chat model's tokenizer (elo vocab extend BASE "
-                "--tokenizer FOLDER) and adapt again, or give a chat model with the base's tokens"
+                f"{chat} has {token!r}; give a chat model that has only the base's tokens, or extend the chat model "
+                "first (elo vocab extend CHAT --target FILE --source FILE -o BOTH), then the base with that tokenizer "
+                "(elo vocab extend BASE --tokenizer BOTH), and adapt again"
             )
     save_with_backend(chat, ours, folder, trust_remote_code)

@@ -48,6 +48,7 @@ def add_chat_vector(
     *,
     save_tokenizer: Callable[[Path], None],
     check: Callable[[Path], None] = lambda folder: None,
+    num_chat_tokens: Callable[[], int] = lambda: 0,
     scale: float = 1.0,
     leave_out: Sequence[str] = (),
     overwrite: bool = False,
@@ -61,7 +62,8 @@ def add_chat_vector(
     equals the base become those of the chat model, bit for bit.
 
     Embedding and head rows that base and chat do not have, such as those of `elo vocab`, are kept. Rows that only the
-    chat model has, such as those of ChatML's tokens, are copied from it, even in parts that are left out.
+    chat model has, such as those of ChatML's tokens, are copied from it, even in parts that are left out. If the
+    adapted model's vocabulary was extended, these are the rows of the chat model's tokens that the base does not have.
 
     The bos, eos and pad token ids and generation_config.json come from the chat model, the rest of config.json from the
     adapted model.
@@ -73,6 +75,8 @@ def add_chat_vector(
         output: folder to write. It appears only when complete.
         save_tokenizer: writes the tokenizer's files and chat template into a folder.
         check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
+        num_chat_tokens: returns the highest id of the chat model's tokenizer plus one. Called only if the adapted
+            model's vocabulary was extended, and its tokenizer then needs the same tokens at these ids.
         scale: factor for the vector.
         leave_out: parts to which nothing is added, among "embedding", "norm" and "head". If embedding and head are
             tied, either name covers both.
@@ -115,6 +119,7 @@ def add_chat_vector(
             in_chat.get(name),
             ours,
             names.group(name),
+            num_chat_tokens,
             0.0 if names.group(name) in left_out else scale,
         )
         for name, tensor in ours.weights.tensors.items()
@@ -141,7 +146,7 @@ def add_chat_vector(
         "leave_out": list(leave_out),
         "tensors": sum(each.elements > 0 for each in sums),
         "rows_kept": max((each.rows_kept for each in sums), default=0),
-        "rows_added": added,
+        "rows_added": max((len(each.chat_rows) for each in sums), default=0),
         "differs": sorted(
             key
             for key in theirs.config_json.keys() | chats.config_json.keys()
@@ -153,14 +158,14 @@ def add_chat_vector(
 
 @dataclass(frozen=True)
 class _Sum:
-    """A tensor of the adapted model, the change added to its first `elements`, and rows added from the chat model."""
+    """A tensor of the adapted model, the change added to its first `elements`, and rows copied from the chat model."""
 
     adapted: StoredTensor
     base: StoredTensor
     chat: StoredTensor
     scale: float
     elements: int
-    rows_added: int = 0
+    chat_rows: range = range(0)
 
     @classmethod
     def of(
@@ -170,18 +175,26 @@ class _Sum:
         chat: StoredTensor | None,
         ours: CheckpointFolder,
         group: str | None,
+        num_chat_tokens: Callable[[], int],
         scale: float,
     ) -> "_Sum":
         """Add `scale` times the change of chat training to the rows that all three models have."""
-        added = 0
-        if group in ("embedding", "head") and base is not None and chat is not None and adapted.shape == base.shape:
-            added = max(0, chat.shape[0] - base.shape[0]) if chat.shape[1:] == base.shape[1:] else 0
-        if base is None or chat is None or scale == 0 or not adapted.torch_dtype.is_floating_point:
-            return cls(adapted, adapted, chat if added and chat is not None else adapted, 0.0, 0, added)
-        if added:
-            return cls(adapted, base, chat, scale, math.prod(base.shape), added)
-        longer = group in ("embedding", "head") and adapted.shape[0] >= base.shape[0]
-        if base.shape != chat.shape or adapted.shape[longer:] != base.shape[longer:]:
+        if base is None or chat is None:
+            return cls(adapted, adapted, adapted, 0.0, 0)
+        by_row = (
+            group in ("embedding", "head")
+            and adapted.shape[1:] == base.shape[1:] == chat.shape[1:]
+            and min(adapted.shape[0], chat.shape[0]) >= base.shape[0]
+        )
+        first_new, chat_rows, elements = first_new_row_of(ours.config, group), range(0), math.prod(base.shape)
+        if by_row:
+            start, stop = base.shape[0] if first_new is None else min(first_new, base.shape[0]), chat.shape[0]
+            if start < stop and (first_new is not None or adapted.shape[0] > base.shape[0]):
+                stop = min(stop, num_chat_tokens())
+            chat_rows, elements = range(start, stop), start * math.prod(base.shape[1:])
+        if scale == 0 or not adapted.torch_dtype.is_floating_point:
+            return cls(adapted, base, chat, 0.0, 0, chat_rows)
+        if not by_row and not adapted.shape == base.shape == chat.shape:
             raise EloError(
                 f"{chat.file}: {chat.name} is {list(chat.shape)}, {list(base.shape)} in the base and "
                 f"{list(adapted.shape)} in {ours.folder}; "
@@ -191,32 +204,46 @@ class _Sum:
                     else "give an adapted model and a chat model made from the same base"
                 )
             )
-        first_new = first_new_row_of(ours.config, "embedding" if longer else None)
-        rows = base.shape[0] if first_new is None else min(first_new, base.shape[0])
-        return cls(adapted, base, chat, scale, rows * math.prod(adapted.shape[1:]) if longer else math.prod(base.shape))
+        return cls(adapted, base, chat, scale, elements, chat_rows)
+
+    @property
+    def rows_added(self) -> int:
+        """Number of rows that the sum has and the adapted model does not."""
+        return max(0, self.chat_rows.stop - self.adapted.shape[0]) if self.chat_rows else 0
 
     @property
     def rows_kept(self) -> int:
         """Number of unchanged rows at the end of the tensor; 0 if nothing is added to the tensor at all."""
-        return (
-            (math.prod(self.adapted.shape) - self.elements) // math.prod(self.adapted.shape[1:]) if self.elements else 0
-        )
+        if not self.elements:
+            return 0
+        rows = (math.prod(self.adapted.shape) - self.elements) // math.prod(self.adapted.shape[1:])
+        return rows - len(self.chat_rows) + self.rows_added
 
     def tensor(self) -> NewTensor:
         """Return the sum, whose bytes are computed while they are written."""
         each = self.adapted
         shape = (each.shape[0] + self.rows_added, *each.shape[1:]) if self.rows_added else each.shape
         size = math.prod(shape) * each.size // max(1, math.prod(each.shape))
-        return NewTensor(each.name, each.dtype, shape, size, self._with_added_rows)
+        return NewTensor(each.name, each.dtype, shape, size, self._with_chat_rows if self.chat_rows else self._chunks)
 
-    def _with_added_rows(self) -> Iterator[bytes]:
-        yield from self._chunks() if self.elements else self.adapted.chunks()
-        if self.rows_added:
-            rows = bytearray(self.chat.read(self.chat.size // self.chat.shape[0] * self.adapted.shape[0]))
-            tail = torch.frombuffer(rows, dtype=self.chat.torch_dtype)
-            yield tensor_bytes(tail.to(self.adapted.torch_dtype))
+    def _with_chat_rows(self) -> Iterator[bytes]:
+        size = self.chat.size // self.chat.shape[0]
+        stored = bytearray(self.chat.read(size * self.chat_rows.start, size * len(self.chat_rows)))
+        rows = tensor_bytes(torch.frombuffer(stored, dtype=self.chat.torch_dtype).to(self.adapted.torch_dtype))
+        start = self.adapted.size // self.adapted.shape[0] * self.chat_rows.start
+        at = 0
+        for chunk in self._chunks():
+            first, stop = max(at, start), min(at + len(chunk), start + len(rows))
+            if first < stop:
+                chunk = chunk[: first - at] + rows[first - start : stop - start] + chunk[stop - at :]
+            yield chunk
+            at += len(chunk)
+        yield rows[max(0, at - start) :]
 
     def _chunks(self) -> Iterator[bytes]:
+        if not self.elements:
+            yield from self.adapted.chunks()
+            return
         step, left = CHUNK_BYTES // 16, self.elements
         streams = [each.chunks(step * each.torch_dtype.itemsize) for each in (self.adapted, self.base, self.chat)]
         for chunks in zip_longest(*streams, fillvalue=b""):  # the adapted model may have more rows

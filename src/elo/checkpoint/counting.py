@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from elo.checkpoint.architecture import find_architecture
 from elo.checkpoint.footprint import Footprint, LayerFootprint, Middle
 from elo.checkpoint.layers import parse_layers
+from elo.checkpoint.local_names import require_path_or_id
 from elo.checkpoint.reading import auto_class, require_pad_row
 from elo.errors import EloError
 
@@ -38,10 +39,10 @@ def read_config(
     if path.is_dir() and not (path / "config.json").is_file():
         raise EloError(f"{path}: has no config.json; give a checkpoint folder, a config.json or a Hugging Face id")
     local = path.exists()
+    remedy = "give a checkpoint folder, a config.json or a Hugging Face id"
+    require_path_or_id(source, remedy, "file or folder")
     if not local and (path.suffix == ".json" or not _HUB_ID.fullmatch(str(source))):
-        raise EloError(
-            f"model: {source}: no such file or folder; give a checkpoint folder, a config.json or a Hugging Face id"
-        )
+        raise EloError(f"model: {source}: no such file or folder; {remedy}")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             str(path) if local else str(source), revision=revision, trust_remote_code=trust_remote_code

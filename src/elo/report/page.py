@@ -23,7 +23,17 @@ from elo.format import count, listed, memory
 from elo.report.charts import contestant_styles, last_trials
 from elo.report.drawing import Chart
 from elo.report.schema import Results, Trial, Verdict
-from elo.report.tables import NOTHING, Table, data_table, measures_table, results_table, stages_table, tuning_table
+from elo.report.tables import (
+    NOTHING,
+    Table,
+    data_table,
+    measures_table,
+    paired_table,
+    results_table,
+    retention_table,
+    stages_table,
+    tuning_table,
+)
 from elo.report.verdict import judge, title_of
 
 CHART_FOLDER = "charts"
@@ -87,7 +97,12 @@ def terminal(results: Results) -> RenderableType:
                 text = Text("" if cell.text == NOTHING else cell.text, style="bold" if cell.bold else "")
                 cells.append(text.append(f"\n{cell.detail}" if cell.detail else "", style="dim not bold"))
             table.add_row(*cells, end_section=number == 0)
-        shown += [table, Text(made.note, style="dim"), *map(Text, judged.sentences), Text("")]
+        shown += [
+            table,
+            Text(made.note, style="dim"),
+            *map(Text, (*judged.sentences, *judged.retention_sentences)),
+            Text(""),
+        ]
     return Group(*shown)
 
 
@@ -141,9 +156,11 @@ def _sections(results: Results, verdict: Verdict, charts: Sequence[Chart]) -> li
         title = f"Results, {budget.name}" if several else "Results"
         found.append(Section(title, table=results_table(results, budget, judged)))
     found.append(Section("Charts", charts=tuple(charts)))
-    for budget in results.budgets:
-        title = "Benchmarks in detail" + (f", {budget.name}" if several else "")
-        found.append(Section(title, table=measures_table(results, budget)))
+    for budget, judged in zip(results.budgets, verdict.budgets, strict=True):
+        at = f", {budget.name}" if several else ""
+        found.append(Section("Retention" + at, judged.retention_sentences, table=retention_table(results, judged)))
+        found.append(Section("Benchmarks compared" + at, table=paired_table(results, judged)))
+        found.append(Section("Benchmarks in detail" + at, table=measures_table(results, budget)))
     return [
         *found,
         Section("Cost by stage", table=stages_table(results, last)),

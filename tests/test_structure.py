@@ -23,7 +23,7 @@ ORDER = [
     {"check_output"},
     {"identities", "circumstances", "budget"},
     {"vocab", "chat", "plan", "report"},
-    {"stages", "preflight"},
+    {"stages", "preflight", "fewshot"},
     {"run"},
     {"compare"},
     {"quickstart"},

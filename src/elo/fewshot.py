@@ -32,7 +32,7 @@ from elo.data.tokenizer import TextTokenizer, load_tokenizer
 from elo.errors import EloError
 from elo.evaluate.base import share_error
 from elo.evaluate.loading import load_model
-from elo.evaluate.scoring import evaluating, longest_sequence, vocabulary_size
+from elo.evaluate.scoring import embedding_weight, evaluating, longest_sequence, vocabulary_size
 from elo.format import duration, flops, signed
 from elo.log import Progress
 from elo.methods.lora import Lora
@@ -378,7 +378,7 @@ def _train(
     """
     from peft import LoraConfig, LoraModel
 
-    place = model.get_input_embeddings().weight.device
+    place = embedding_weight(model).device
     config = LoraConfig(r=training.rank, lora_alpha=2 * training.rank, target_modules="all-linear")
     with torch.random.fork_rng():
         torch.manual_seed(seed)

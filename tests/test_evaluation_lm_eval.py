@@ -147,13 +147,16 @@ def test_finished_tasks_are_not_repeated(world, tmp_path, monkeypatch):
     assert not (tmp_path / "out.partial").exists()
     fresh = evaluate(world / "model", measures=[asked], device="cpu", progress=False)
     assert resumed["measures"] == fresh["measures"]
+    # As a stage of a run does, whose folder the run removes.
     killed_after, ran[:] = 1, []
     with pytest.raises(KeyboardInterrupt):
-        evaluate(world / "model", measures=[asked], output=output, device="cpu", progress=False)
+        evaluate(world / "model", measures=[asked], files=tmp_path / "stage", device="cpu", progress=False)
+    assert len(list((tmp_path / "stage").iterdir())) == 1
     changed = asked.model_copy(update={"limit": 5})
     killed_after = 9
-    evaluate(world / "model", measures=[changed], output=output, device="cpu", progress=False)
-    assert ran == ["river", "river", "river_copy"], "another question is asked anew"
+    evaluate(world / "model", measures=[changed], files=tmp_path / "stage", device="cpu", progress=False)
+    assert ran == ["river", "river", "river_copy"], "with another limit all is asked anew"
+    assert set(json.loads((tmp_path / "stage.lm_eval.json").read_text())["results"]) == {"river", "river_copy"}
 
 
 @pytest.mark.usefixtures("installed")

@@ -7,10 +7,12 @@ import pytest
 import torch
 from evaluation_fixtures import text_tokenizer, tiny_model, tiny_tokenizer
 
-from elo import fewshot
 from elo.cli import main
 from elo.errors import EloError
-from elo.fewshot import Task, Training, draw_examples, few_shot, render
+from elo.fewshot import fewshot
+from elo.fewshot.fewshot import Training, few_shot
+from elo.fewshot.table import render
+from elo.fewshot.task import Example, Task, draw_examples, read_task
 
 WORDS = {"water": ["river", "ferryman", "mill"], "food": ["bread", "salt", "grain"], "light": ["lamp", "window"]}
 
@@ -57,9 +59,7 @@ def test_rows_costs_and_differences(world, tmp_path):
 
 def test_training_learns_and_leaves_no_trace(world):
     model = tiny_model("llama", len(tiny_tokenizer()))
-    task = fewshot._read_task(
-        world / "train.jsonl", world / "test.jsonl", "text", "topic", {}, "{text}\nLabel:", None, None
-    )
+    task = read_task(world / "train.jsonl", world / "test.jsonl", "text", "topic", {}, "{text}\nLabel:", None, None)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     cells = [fewshot.Cell(way, 30) for way in ("in-context", "sft")]
     for cell in cells:
@@ -77,7 +77,7 @@ def test_scores_are_log_likelihoods(model_type):
     model, tokenizer = tiny_model(model_type, len(tiny_tokenizer()), seed=3), text_tokenizer()
     words = ("bread", "river mill", "the lamp was lit", "grain")
     texts = ["Bread, salt", "the lamp", "No one knew why", "river"]
-    task = Task(words, words, (), tuple(fewshot.Example(text, 0) for text in texts), "{text}\n", "")
+    task = Task(words, words, (), tuple(Example(text, 0) for text in texts), "{text}\n", "")
     context = [tokenizer.prefix_token_id, *fewshot._encode(tokenizer, "a mill\n")]
     items = [fewshot._Item.of(task, example, tokenizer) for example in task.test]
     for text, item, scores in zip(texts, items, fewshot._scores(model, context, items), strict=True):
@@ -91,7 +91,7 @@ def test_scores_are_log_likelihoods(model_type):
 
 
 def test_draws_are_even_and_nested(world):
-    task = fewshot._read_task(
+    task = read_task(
         world / "train.jsonl", world / "test.jsonl", "text", "topic", {"food": "meal"}, "{text}:", None, None
     )
     assert task.words == ("meal", "light", "water")
@@ -100,6 +100,16 @@ def test_draws_are_even_and_nested(world):
     assert sorted(example.label for example in six) == [0, 0, 1, 1, 2, 2]
     assert all(example in six for example in three)
     assert six != draw_examples(task, 6, 2)
+
+
+def test_a_limit_draws_from_the_whole_file(world, tmp_path):
+    lines = [json.dumps({"text": f"the {word}", "topic": label}) for label in WORDS for word in 8 * WORDS[label]]
+    path = tmp_path / "sorted.jsonl"
+    path.write_text("\n".join(lines))
+    task = read_task(world / "train.jsonl", path, "text", "topic", {}, "{text}:", None, 12)
+    assert len(task.test) == 12
+    assert {example.label for example in task.test} == {0, 1, 2}
+    assert task == read_task(world / "train.jsonl", path, "text", "topic", {}, "{text}:", None, 12)
 
 
 def test_examples_that_do_not_fit_are_left_out(world, tmp_path):

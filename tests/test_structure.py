@@ -28,11 +28,12 @@ ORDER = [
     {"compare"},
     {"quickstart"},
     {"api", "cli_values"},
+    {"cli_fewshot"},
     {"cli"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-COMMAND_LINE = {"cli.py", "__main__.py"}
+COMMAND_LINE = {"cli.py", "cli_fewshot.py", "__main__.py"}
 """Import what a verb needs when it is called, so that --help is quick."""
 OPTIONAL = {
     "accelerate",

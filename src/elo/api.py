@@ -9,7 +9,7 @@ from elo.chat.chat_vector import chat_vector
 from elo.compare import compare
 from elo.data.prepare import prepare
 from elo.evaluate.evaluate import evaluate
-from elo.fewshot import few_shot
+from elo.fewshot.fewshot import few_shot
 from elo.plan.plan import plan
 from elo.report.write import report
 from elo.run import run

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from elo.cli_values import files_by_language, names, numbers, texts_by_language, words_by_label
+from elo.cli_fewshot import app as few_shot_commands
+from elo.cli_values import files_by_language, names, numbers, texts_by_language
 from elo.errors import EloError, StoppedBySignalError
 from elo.store.files import disk_problem
 
@@ -25,6 +26,7 @@ vocab = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(vocab, name="vocab")
+app.add_typer(few_shot_commands)
 
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG.yaml", help="Configuration of the run (docs/configuration.md).")
@@ -269,62 +271,6 @@ def evaluate(
         text_column=text_column,
         split_special_tokens=split_special_tokens,
         allow_lost_text=allow_lost_text,
-        output=output,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-@app.command()
-def fewshot(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    train: Annotated[Path, typer.Option(help="Labelled examples to draw from (.jsonl).")],
-    test: Annotated[Path, typer.Option(help="Labelled items to predict (.jsonl).")],
-    examples: Annotated[
-        str, typer.Option(help="Numbers of examples, drawn evenly over the labels, joined by commas.")
-    ] = "8,32",
-    ways: Annotated[
-        str, typer.Option(help="Ways to learn from them: in-context, sft, instruction, joined by commas.")
-    ] = "in-context,sft,instruction",
-    seeds: Annotated[str, typer.Option(help="Seeds, joined by commas; each draws its own examples.")] = "1,2,3",
-    text_field: Annotated[str, typer.Option(help="Key of the text.")] = "text",
-    label_field: Annotated[str, typer.Option(help="Key of the label.")] = "label",
-    word: Annotated[
-        list[str] | None,
-        typer.Option(metavar="LABEL=WORD", help="Word that stands for a label; by default the label. May be repeated."),
-    ] = None,
-    template: Annotated[
-        str, typer.Option(help="Text in front of the label's word, with {text}; \\n is a line break.")
-    ] = "{text}\\nLabel:",
-    instruction: Annotated[
-        str | None, typer.Option(help="Instruction; by default one that lists the words. sft goes without.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=2, help="Predict only the first items.")] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the examples in training.")] = 5,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate; it falls linearly to 0.")] = 5e-4,
-    batch_size: Annotated[int, typer.Option(help="Examples per update.")] = 8,
-    rank: Annotated[int, typer.Option(help="Rank of the low-rank adapters.")] = 16,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Compare in-context learning, SFT and instruction tuning on a labelled task, with their cost."""
-    from elo.fewshot import Training, few_shot
-
-    few_shot(
-        model,
-        train,
-        test,
-        tokenizer=tokenizer,
-        text_field=text_field,
-        label_field=label_field,
-        words=words_by_label(word),
-        template=template.replace("\\n", "\n"),
-        instruction=instruction,
-        ways=names(ways),
-        examples=numbers("--examples", examples),
-        seeds=numbers("--seeds", seeds),
-        training=Training(epochs, learning_rate, batch_size, rank),
-        limit=limit,
         output=output,
         trust_remote_code=trust_remote_code,
     )

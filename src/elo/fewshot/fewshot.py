@@ -10,7 +10,6 @@ each measurement, so that every one starts from the same model.
 
 import copy
 import datetime
-import json
 import random
 import time
 from collections import Counter
@@ -23,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from elo.checkpoint.counting import footprint
@@ -33,7 +31,8 @@ from elo.errors import EloError
 from elo.evaluate.base import share_error
 from elo.evaluate.loading import load_model
 from elo.evaluate.scoring import embedding_weight, evaluating, longest_sequence, vocabulary_size
-from elo.format import duration, flops, signed
+from elo.fewshot.table import render
+from elo.fewshot.task import DEFAULT_TEMPLATE, Example, Task, draw_examples, read_task
 from elo.log import Progress
 from elo.methods.lora import Lora
 from elo.report.statistics import estimate_items
@@ -41,46 +40,15 @@ from elo.store.environment import hardware, versions
 from elo.store.files import write_json
 
 WAYS = ("in-context", "sft", "instruction")
-DEFAULT_TEMPLATE = "{text}\nLabel:"
-
-
-@dataclass(frozen=True)
-class Example:
-    """A text with the index of its label."""
-
-    text: str
-    label: int
-
-
-@dataclass(frozen=True)
-class Task:
-    """A classification task as the model sees it.
-
-    Attributes:
-        labels: names of the labels in the files.
-        words: what the model reads and writes for each label.
-        template: text in front of the label's word, with `{text}`.
-        instruction: written once in front of everything else; sft leaves it out.
-    """
-
-    labels: tuple[str, ...]
-    words: tuple[str, ...]
-    train: tuple[Example, ...]
-    test: tuple[Example, ...]
-    template: str
-    instruction: str
-
-    def prompt(self, example: Example) -> str:
-        return self.template.replace("{text}", example.text)
 
 
 @dataclass(frozen=True)
 class Training:
     """How adapters are trained."""
 
-    epochs: int = 5
+    epochs: int = 10
     learning_rate: float = 5e-4
-    batch_size: int = 8
+    batch_size: int = 4
     rank: int = 16
 
 
@@ -137,7 +105,7 @@ def few_shot(
         examples: numbers of examples, drawn evenly over the labels; 0 is possible in context.
         seeds: each draws its own examples and initialises its own adapters.
         training: how adapters are trained.
-        limit: use only the first items of `test`.
+        limit: predict only this many items of `test`, drawn at random, the same for every seed.
         output: JSON file to write.
         device: by default cuda where there is one, else cpu.
         trust_remote_code: run code that ships with the checkpoint.
@@ -149,7 +117,7 @@ def few_shot(
     training = training or Training()
     if output is not None and Path(output).is_dir():
         raise EloError(f"{output}: is a folder; name the file to write, for example {Path(output) / 'fewshot.json'}")
-    task = _read_task(Path(train), Path(test), text_field, label_field, words or {}, template, instruction, limit)
+    task = read_task(Path(train), Path(test), text_field, label_field, words or {}, template, instruction, limit)
     _check(task, ways, examples, seeds, training)
     encoder = load_tokenizer(tokenizer or model, trust_remote_code)
     loaded = load_model(str(model), device, None, None, trust_remote_code)
@@ -190,65 +158,6 @@ def few_shot(
     return results
 
 
-# The task.
-
-
-def _read_task(
-    train: Path,
-    test: Path,
-    text_field: str,
-    label_field: str,
-    words: dict[str, str],
-    template: str,
-    instruction: str | None,
-    limit: int | None,
-) -> Task:
-    read = [_read_lines(path, text_field, label_field) for path in (train, test)]
-    labels = sorted({label for _, label, _ in read[0]})
-    if len(labels) < 2:
-        raise EloError(f"{train}: holds only the label {labels[0]!r}; a task needs at least two")
-    for _, label, where in read[1]:
-        if label not in labels:
-            raise EloError(f"{where}: label {label!r} is not in {train}, which has {', '.join(labels)}")
-    if unknown := [label for label in words if label not in labels]:
-        raise EloError(f"--word {unknown[0]}: {train} has no such label; it has {', '.join(labels)}")
-    if "{text}" not in template:
-        raise EloError(f"--template {template!r}: holds no {{text}}; write, for example, {DEFAULT_TEMPLATE!r}")
-    shown = [words.get(label, label) for label in labels]
-    if len(set(shown)) < len(shown):
-        raise EloError(f"--word: two labels have the same word ({', '.join(shown)}); give each its own")
-    if instruction is None:
-        instruction = f"Label each text with one of: {', '.join(shown)}."
-    sets = [tuple(Example(text, labels.index(label)) for text, label, _ in lines) for lines in read]
-    return Task(tuple(labels), tuple(shown), sets[0], sets[1][:limit], template, instruction)
-
-
-def _read_lines(path: Path, text_field: str, label_field: str) -> list[tuple[str, str, str]]:
-    """Text, label and place of every line."""
-    found = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EloError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise EloError(f"{where}: not JSON ({error})") from None
-        if not isinstance(value, dict):
-            raise EloError(f"{where}: expected an object, got {type(value).__name__}")
-        for key, option in ((text_field, "--text-field"), (label_field, "--label-field")):
-            if not isinstance(value.get(key), str | int) or not str(value[key]).strip():
-                raise EloError(f"{where}: has no {key!r}; it has {', '.join(value)}; name the right one with {option}")
-        found.append((str(value[text_field]).strip(), str(value[label_field]), where))
-    if not found:
-        raise EloError(f"{path}: holds no examples")
-    return found
-
-
 def _check(task: Task, ways: Sequence[str], examples: Sequence[int], seeds: Sequence[int], training: Training) -> None:
     for way in ways:
         if way not in WAYS:
@@ -262,16 +171,6 @@ def _check(task: Task, ways: Sequence[str], examples: Sequence[int], seeds: Sequ
         raise EloError("--examples 0: nothing can be trained on no example; add a number, or the way in-context")
     if min(training.epochs, training.batch_size, training.rank) < 1 or not training.learning_rate > 0:
         raise EloError("fewshot: --epochs, --batch-size, --rank and --learning-rate must be above 0")
-
-
-def draw_examples(task: Task, count: int, seed: int) -> list[Example]:
-    """Draw training examples evenly over the labels, in random order; a smaller draw is part of a larger one."""
-    draw = random.Random(seed)
-    by_label: dict[int, list[Example]] = {}
-    for example in draw.sample(task.train, len(task.train)):
-        by_label.setdefault(example.label, []).append(example)
-    turns = [each for turn in range(len(task.train)) for group in by_label.values() for each in group[turn : turn + 1]]
-    return draw.sample(turns[:count], count)
 
 
 # Learning and predicting.
@@ -484,41 +383,3 @@ def _differences(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             estimate = asdict(estimate_items(np.array(cell.right) - np.array(other.right)))
             found.append({"way": cell.way, "reference": "in-context", "examples": cell.examples, **estimate})
     return found
-
-
-def render(results: dict[str, Any]) -> Table:
-    """The results as a table."""
-    seeds, items = len(results["seeds"]), results["task"]["items"]
-    title = f"{results['model']}: {items} items, {seeds} seed{'s' * (seeds != 1)}, "
-    table = Table(title=f"{title}largest class {results['task']['majority']:.1%}", title_justify="left")
-    table.add_column("way")
-    for heading in (
-        "examples",
-        "accuracy ↑",
-        "95 % interval",
-        "minus in-context",
-        "training",
-        "training compute",
-        "test, per item",
-        "compute per item",
-    ):
-        table.add_column(heading, justify="right")
-    against = {(each["way"], each["examples"]): each for each in results["differences"]}
-    for row in results["rows"]:
-        used = fmean(row["used_examples"])
-        difference = against.get((row["way"], row["examples"]))
-        table.add_row(
-            row["way"],
-            f"{row['examples']}" + (f" ({used:g} fit)" if used != row["examples"] else ""),
-            f"{row['accuracy']:.1%}",
-            f"{row['low']:.1%} to {row['high']:.1%}",
-            f"{signed(100 * difference['value'], 1)} ({signed(100 * difference['low'], 1)} to "
-            f"{signed(100 * difference['high'], 1)})"
-            if difference
-            else "",
-            f"{duration(row['train_cpu_seconds'])} CPU" if row["train_tokens"] else "",
-            flops(row["train_flops"]) if row["train_tokens"] else "",
-            f"{duration(row['test_cpu_seconds_per_item'])} CPU",
-            flops(row["test_flops_per_item"]),
-        )
-    return table

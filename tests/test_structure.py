@@ -21,19 +21,20 @@ ORDER = [
     {"methods"},
     {"config"},
     {"check_output"},
-    {"identities", "circumstances", "budget"},
+    {"detach_attach"},
+    {"identities", "circumstances", "budget", "merge"},
     {"vocab", "chat", "plan", "report"},
-    {"stages", "preflight", "fewshot"},
+    {"stages", "preflight", "final_model", "push", "fewshot"},
     {"run"},
     {"compare"},
     {"quickstart"},
-    {"api", "cli_values"},
-    {"cli_fewshot"},
+    {"api", "cli_values", "cli_options"},
+    {"cli_checkpoints", "cli_fewshot"},
     {"cli"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-COMMAND_LINE = {"cli.py", "cli_fewshot.py", "__main__.py"}
+COMMAND_LINE = {"cli.py", "cli_checkpoints.py", "cli_fewshot.py", "__main__.py"}
 """Import what a verb needs when it is called, so that --help is quick."""
 OPTIONAL = {
     "accelerate",
@@ -151,8 +152,10 @@ def test_help_lists_every_verb():
         "config",
         "compare",
         "chat-vector",
+        "merge",
         "evaluate",
         "report",
+        "push",
         "plan",
         "quickstart",
         "vocab",

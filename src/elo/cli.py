@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from elo.cli_checkpoints import checkpoints
 from elo.cli_fewshot import app as few_shot_commands
+from elo.cli_options import Config, LostText, Overwrite, Set, SplitSpecials, Trust
 from elo.cli_values import files_by_language, names, numbers, texts_by_language
 from elo.errors import EloError, StoppedBySignalError
 from elo.store.files import disk_problem
@@ -26,27 +28,8 @@ vocab = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(vocab, name="vocab")
+app.add_typer(checkpoints)
 app.add_typer(few_shot_commands)
-
-Config = Annotated[
-    Path, typer.Argument(metavar="CONFIG.yaml", help="Configuration of the run (docs/configuration.md).")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the configuration; may be repeated."),
-]
-Trust = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run Python code that ships with the checkpoint. Only if you trust it."),
-]
-SplitSpecials = Annotated[
-    bool,
-    typer.Option(help="Tokenise special tokens that are spelled in the text as text, or as the tokens they spell."),
-]
-LostText = Annotated[
-    bool, typer.Option("--allow-lost-text", help="Accept text of which the tokenizer loses more than 5 %.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 
 @app.command()
@@ -114,7 +97,7 @@ def detach(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a small model of the chosen layers with embedding, final norm and LM head."""
-    from elo.surgery.detach_attach import detach
+    from elo.detach_attach import detach
 
     record = detach(checkpoint, layers, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
     kept = ", ".join(str(index) for index in record["layers"])
@@ -137,7 +120,7 @@ def attach(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write the base with trained layers back at their places."""
-    from elo.surgery.detach_attach import attach
+    from elo.detach_attach import attach
 
     record = attach(
         detached,
@@ -188,8 +171,8 @@ def chat_vector(
     typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{note}")
     if record["differs"]:
         typer.echo(
-            f"note: the chat model's configuration differs from the base's in {', '.join(record['differs'])}; "
-            "the adapted model's values are kept"
+            f"note: the models' configurations differ in {', '.join(record['differs'])}; the adapted model's values "
+            "are kept"
         )
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from elo.cli_options import Trust
 from elo.cli_values import names, numbers, words_by_label
 
 app = typer.Typer(rich_markup_mode=None)
@@ -41,12 +42,7 @@ def fewshot(
     rank: Annotated[int, typer.Option(help="Rank of the low-rank adapters.")] = 16,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", help="Run Python code that ships with the checkpoint. Only if you trust it."
-        ),
-    ] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Compare in-context learning, SFT and instruction tuning on a labelled task, with their cost."""
     from elo.fewshot.fewshot import Training, few_shot

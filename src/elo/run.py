@@ -4,7 +4,6 @@ Each step is a stage of the run folder (`elo.store.run_folder`). A stage runs on
 if an argument has changed.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,9 @@ from elo.checkpoint.counting import footprint, read_config, text_config
 from elo.circumstances import circumstances
 from elo.config import RunConfig, load_config
 from elo.data.shards import PreparedData, TokenCorpus
+from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
+from elo.final_model import write_final_model
 from elo.format import listed
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.methods import Method
@@ -28,7 +29,6 @@ from elo.report.write import report, show
 from elo.store.files import write_json
 from elo.store.processes import is_main
 from elo.store.run_folder import Artifact, RunFolder, file_identity
-from elo.surgery.detach_attach import resolve_checkpoint
 
 # Minimum number of tokens to fit a bridge on, besides 16 per hidden dimension.
 _BRIDGE_TOKENS = 8192
@@ -105,7 +105,6 @@ def run(
         except ReachedError:
             return {}
         final = measure(inputs, "evaluate", adapted.model, heldout_text(inputs, data))
-        link_model(inputs.folder, adapted.model.path)
         return write_report(inputs, data, base, adapted, final)
 
 
@@ -336,19 +335,10 @@ def measure(
     return stage.record
 
 
-def link_model(folder: RunFolder, model: Path) -> None:
-    """Link RUN/model to the final model."""
-    if not is_main():
-        return
-    link = folder.path("model")
-    link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(model, link.parent), target_is_directory=True)
-
-
 def write_report(
     inputs: Inputs, data: PreparedData, base: dict[str, Any], adapted: Adapted, final: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write results.json and the report, and show the table."""
+    """Write results.json, the report and the folder of the final model, and show the table."""
     config, method, folder = inputs.config, inputs.config.method, inputs.folder
     tokens = sum(record["tokens"] for record in adapted.records.values())
     budget = {"name": f"{tokens:,} tokens", "kind": "tokens", "value": tokens}
@@ -389,6 +379,7 @@ def write_report(
     if is_main():
         write_results(folder.path(schema.FILE_NAME), results)
         report(results, folder.root)
+        write_final_model(folder.path("model"), adapted.model.path, inputs.base.path, config, results)
         show(results)
         folder.say(f"report: {folder.path('report.html')}")
         folder.say(f"model: {folder.path('model')}")

@@ -75,7 +75,17 @@ def html_page(results: Results, charts: Sequence[Chart]) -> str:
 
 def markdown_page(results: Results, charts: Sequence[Chart]) -> str:
     """The same as Markdown; its charts are the PNG files in `CHART_FOLDER`."""
-    return re.sub(r"\n{3,}", "\n\n", _render("report.md.j2", results, charts))
+    return _without_gaps(_render("report.md.j2", results, charts))
+
+
+def render_markdown(template: str, context: dict[str, Any]) -> str:
+    """Render a Markdown template of this folder."""
+    return _without_gaps(_environment().get_template(template).render(context))
+
+
+def _without_gaps(page: str) -> str:
+    page = re.sub(r"\n{3,}", "\n\n", page)
+    return page.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair, UTF-8 cannot
 
 
 def terminal(results: Results) -> RenderableType:
@@ -168,7 +178,7 @@ def _sections(results: Results, verdict: Verdict, charts: Sequence[Chart]) -> li
         Section("Learning rates", table=tuning_table(results)),
         Section("Data", table=data_table(results.data, results.base)),
         Section("How this was measured", paragraphs=(verdict.rule, _BPB)),
-        Section("How to reproduce", facts=tuple(_setting(results)), code=tuple(filter(None, (results.command,)))),
+        Section("How to reproduce", facts=tuple(setting_facts(results)), code=tuple(filter(None, (results.command,)))),
         Section("Settings", code=tuple(filter(None, (settings,)))),
     ]
 
@@ -217,7 +227,8 @@ def changes_text(changes: dict[str, Any]) -> str:
     return ", ".join(walk(changes, ""))
 
 
-def _setting(results: Results) -> list[tuple[str, str]]:
+def setting_facts(results: Results) -> list[tuple[str, str]]:
+    """Return machine, versions and settings of the data, as names and texts."""
     hardware, data = dict(results.hardware), results.data
     size = hardware.pop("memory_bytes", None)
     parts = [f"{name} {value}" for name, value in hardware.items()]

@@ -18,6 +18,7 @@ from elo.report.write import report
 from elo.run import run
 from elo.surgery.in_memory import attach_layers, detach_layers
 from elo.vocab.vocabulary import extend_vocabulary, measure_vocabulary
+from elo.watch import watch
 
 __all__ = [
     "attach",
@@ -36,4 +37,5 @@ __all__ = [
     "push",
     "report",
     "run",
+    "watch",
 ]

@@ -9,6 +9,7 @@ import typer
 
 from elo.cli_checkpoints import checkpoints
 from elo.cli_fewshot import app as few_shot_commands
+from elo.cli_observing import observing
 from elo.cli_options import Config, LostText, Overwrite, Set, SplitSpecials, Trust
 from elo.cli_values import files_by_language, names, numbers, texts_by_language
 from elo.errors import EloError, StoppedBySignalError
@@ -30,6 +31,7 @@ vocab = typer.Typer(
 app.add_typer(vocab, name="vocab")
 app.add_typer(checkpoints)
 app.add_typer(few_shot_commands)
+app.add_typer(observing)
 
 
 @app.command()
@@ -69,15 +71,30 @@ def prepare(
 
 @app.command("config")
 def config_(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id that the configuration is for.")] = "MODEL",
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|FILE", help="Checkpoint folder or hub id, or with --from the file of the other tool."
+        ),
+    ] = "MODEL",
+    tool: Annotated[
+        str | None,
+        typer.Option("--from", metavar="TOOL", help="Translate a configuration of llamafactory or axolotl."),
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a run's configuration.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of printing.")] = None,
 ) -> None:
-    """Write a commented configuration with every key and its default."""
+    """Write a commented configuration with every key and its default, or translate another tool's (--from)."""
     from elo.config.document import commented_yaml, json_schema
+    from elo.config.translate import render, translate
     from elo.store.files import write_text
 
-    text = json_schema() if schema else commented_yaml(model)
+    if tool is not None and schema:
+        raise EloError("config: --from and --schema exclude each other; give one of them")
+    if tool is not None:
+        text = render(translate(tool, Path(model)))
+    else:
+        text = json_schema() if schema else commented_yaml(model)
     if output is None:
         typer.echo(text)
     elif output.exists():

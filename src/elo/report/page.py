@@ -39,6 +39,8 @@ from elo.report.verdict import judge, title_of
 CHART_FOLDER = "charts"
 _HERE = Path(__file__).parent
 _SAMPLES_BY = 3
+_REFRESH_S = 30
+_UNFINISHED = "This is not finished: values of what is in progress are those of its last measurement."
 _BPB = (
     "Bits per byte (bpb) is the summed negative log-likelihood of the text tokens, in nats, divided by ln 2 times the "
     "UTF-8 bytes of the text. Each text token is predicted once, from the tokens before it in its own document. Values "
@@ -124,7 +126,8 @@ def _render(template: str, results: Results, charts: Sequence[Chart]) -> str:
         "about": _about(results),
         "css": Markup((_HERE / "report.css").read_text(encoding="utf-8")),  # our own file: nothing to escape
         "verdict": [(f"{each.budget}: " if several else "", each.sentences) for each in verdict.budgets],
-        "warnings": verdict.warnings,
+        "warnings": [*([_UNFINISHED] if results.in_progress else []), *verdict.warnings],
+        "refresh": _REFRESH_S if results.in_progress else None,
         "sections": [each for each in _sections(results, verdict, charts) if _has_content(each)],
         "colours": {name: style.colour for name, style in contestant_styles(results).items()},
         "chart_folder": CHART_FOLDER,

@@ -273,10 +273,9 @@ def test_a_token_of_the_chat_model_that_is_another_piece_now_is_refused(talking,
         (lambda root: llama(layers=3).save_pretrained(root / "chat"), "has model.layers.3.*but .*chat does not"),
         (lambda root: llama(layers=5).save_pretrained(root / "base"), "base: has model.layers.4"),
         (lambda root: tiny_model(tiny_config("gpt2")).save_pretrained(root / "chat"), "has model type gpt2"),
-        (lambda root: resized(root / "chat", 60), "leave embedding and head out"),
         (lambda root: shutil.rmtree(root / "base"), "no such folder"),
     ],
-    ids=["detached", "fewer layers", "more layers", "another family", "fewer rows", "missing"],
+    ids=["detached", "fewer layers", "more layers", "another family", "missing"],
 )
 def test_what_does_not_belong_together_is_refused(spoil, said, tmp_path):
     folders = three(tmp_path)
@@ -358,7 +357,6 @@ def test_the_advice_for_an_extended_vocabulary_and_a_chat_model_with_more_tokens
     adapted = shutil.copytree(tmp_path / "base2", tmp_path / "adapted")
     changed(AutoModelForCausalLM.from_pretrained(tmp_path / "base2"), adapted, 6)
     record = chat_vector(adapted, talking / "base", chat, output=tmp_path / "sum", leave_out=left_out)
-    assert record["rows_added"] == 2
     ours, theirs, chats, summed = (stored(each) for each in (adapted, talking / "base", chat, tmp_path / "sum"))
     for name in {"model.embed_tokens.weight", "lm_head.weight"} & summed.keys():
         change = 0 if left_out else chats[name][:rows].double() - theirs[name][:rows].double()

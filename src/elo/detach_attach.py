@@ -14,7 +14,7 @@ from elo.errors import EloError
 from elo.store.files import disk_problem
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
-WEIGHT_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+WEIGHT_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
 _REMEDY = "report this with the model's name; nothing was written"
 _OTHER_WEIGHTS = ["original/*", "consolidated*", "[!a]*/*", "a[!d]*/*"]  # all folders except additional_chat_templates
 

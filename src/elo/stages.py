@@ -234,6 +234,7 @@ def train(
     tokenizer: str,
     label: str,
     say: Callable[[str], None],
+    measured: Callable[[dict[str, float]], None],
     trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Train a checkpoint on `rows`, in one phase of a method.
@@ -243,6 +244,7 @@ def train(
         targets: those of `languages` that are taught.
         base_bpb: bits per byte of the base by language. A target language that becomes worse causes a warning.
         say: function that shows the user a line.
+        measured: function called with bits per byte by language at each measurement.
     """
     tokens = len(rows) * rows.mixture.sequence_length
     say(f"{label}: {tokens:,} tokens ({phase.rows} part of the budget)")
@@ -261,6 +263,7 @@ def train(
         for language in () if phase.detached else targets:
             if line := worse_than_base(language, bpb, base_bpb):
                 say(f"warning: {label}: {line}")
+        measured(bpb)
         return bpb
 
     setup = Setup(layers, Bridge.load(bridge.path / BRIDGE_FILE) if bridge else None, seed)

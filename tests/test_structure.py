@@ -22,8 +22,9 @@ ORDER = [
     {"config"},
     {"check_output"},
     {"identities", "circumstances", "budget"},
-    {"vocab", "chat", "plan", "report"},
+    {"vocab", "plan", "report"},
     {"stages", "preflight"},
+    {"chat"},
     {"run"},
     {"compare"},
     {"quickstart"},
@@ -43,6 +44,7 @@ OPTIONAL = {
     "lm_eval",
     "matplotlib",
     "peft",
+    "py3langid",
     "torch",
 }
 """Heavy, or installed for some uses alone: may be imported where they are used."""
@@ -148,6 +150,7 @@ def test_help_lists_every_verb():
         "detach",
         "attach",
         "config",
+        "chat",
         "compare",
         "chat-vector",
         "evaluate",

@@ -1,11 +1,12 @@
 """`elo chat-vector`: add the chat abilities of a base's chat model to an adapted model, without training."""
 
+import tempfile
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from elo.chat.vector_files import add_chat_vector
+from elo.chat.vector_files import add_chat_vector, check_models
 from elo.check_output import check_output
 from elo.checkpoint.counting import read_config
 from elo.checkpoint.folder import copy_tokenizer
@@ -70,6 +71,15 @@ def chat_vector(
             trust_remote_code=trust_remote_code,
             label="chat vector",
         )
+
+
+def check_chat_vector(
+    adapted: Path, base: Path, chat: Path, *, leave_out: Sequence[str] = (), trust_remote_code: bool = False
+) -> None:
+    """Raise EloError if `chat_vector` would refuse these checkpoints, without reading weights."""
+    check_models(adapted, base, chat, leave_out=leave_out, trust_remote_code=trust_remote_code)
+    with tempfile.TemporaryDirectory() as scratch:
+        _save_tokenizer(adapted, chat, Path(scratch), trust_remote_code)
 
 
 def _save_tokenizer(adapted: Path, chat: Path, folder: Path, trust_remote_code: bool) -> None:

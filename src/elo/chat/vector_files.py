@@ -89,36 +89,10 @@ def add_chat_vector(
     Raises:
         EloError: a folder cannot be used, or the three models do not match. The message names the first tensor.
     """
-    for name in leave_out:
-        if name not in INCLUDABLE:
-            raise EloError(f"leave_out: there is no {name!r}; choose among {', '.join(INCLUDABLE)}")
     ours, theirs, chats = (open_folder(folder, trust_remote_code) for folder in (adapted, base, chat))
     for each in (ours, theirs, chats):
-        if PROVENANCE_KEY in each.config_json:
-            raise EloError(f"{each.folder}: is a detached checkpoint; attach its layers first, or give the full model")
-        if each.config.model_type != ours.config.model_type:
-            raise EloError(
-                f"{each.folder}: has model type {each.config.model_type}, but {ours.folder} has "
-                f"{ours.config.model_type}; give an adapted model, base and chat model of the same architecture"
-            )
         refuse_overlap(output, each.folder)
-    hollow = build_hollow_causal_lm(ours.config, trust_remote_code=trust_remote_code)
-    names, tied = map_names(hollow, ours.weights.meta_state_dict()), find_architecture(hollow).tied
-    left_out = {*leave_out}
-    if tied and left_out & {"embedding", "head"}:
-        left_out |= {"embedding", "head"}
-    in_base, in_chat = (_matched(ours, each, hollow, names) for each in (theirs, chats))
-    sums = [
-        _Sum.of(
-            tensor,
-            in_base.get(name),
-            in_chat.get(name),
-            ours,
-            names.group(name),
-            0.0 if names.group(name) in left_out else scale,
-        )
-        for name, tensor in ours.weights.tensors.items()
-    ]
+    sums = _sums(ours, theirs, chats, scale, leave_out, trust_remote_code)
     added = max((each.rows_added for each in sums), default=0)
     resized = ours.config_json
     if added:
@@ -149,6 +123,53 @@ def add_chat_vector(
             and theirs.config_json.get(key) != chats.config_json.get(key)
         ),
     }
+
+
+def check_models(
+    adapted: Path, base: Path, chat: Path, *, leave_out: Sequence[str] = (), trust_remote_code: bool = False
+) -> None:
+    """Raise EloError if `add_chat_vector` would refuse these checkpoints, without reading weights."""
+    ours, theirs, chats = (open_folder(folder, trust_remote_code) for folder in (adapted, base, chat))
+    _sums(ours, theirs, chats, 1.0, leave_out, trust_remote_code)
+
+
+def _sums(
+    ours: CheckpointFolder,
+    theirs: CheckpointFolder,
+    chats: CheckpointFolder,
+    scale: float,
+    leave_out: Sequence[str],
+    trust_remote_code: bool,
+) -> "list[_Sum]":
+    """Match the tensors of the three models. Raise EloError if they are not of one architecture."""
+    for name in leave_out:
+        if name not in INCLUDABLE:
+            raise EloError(f"leave_out: there is no {name!r}; choose among {', '.join(INCLUDABLE)}")
+    for each in (ours, theirs, chats):
+        if PROVENANCE_KEY in each.config_json:
+            raise EloError(f"{each.folder}: is a detached checkpoint; attach its layers first, or give the full model")
+        if each.config.model_type != ours.config.model_type:
+            raise EloError(
+                f"{each.folder}: has model type {each.config.model_type}, but {ours.folder} has "
+                f"{ours.config.model_type}; give an adapted model, base and chat model of the same architecture"
+            )
+    hollow = build_hollow_causal_lm(ours.config, trust_remote_code=trust_remote_code)
+    names, tied = map_names(hollow, ours.weights.meta_state_dict()), find_architecture(hollow).tied
+    left_out = {*leave_out}
+    if tied and left_out & {"embedding", "head"}:
+        left_out |= {"embedding", "head"}
+    in_base, in_chat = (_matched(ours, each, hollow, names) for each in (theirs, chats))
+    return [
+        _Sum.of(
+            tensor,
+            in_base.get(name),
+            in_chat.get(name),
+            ours,
+            names.group(name),
+            0.0 if names.group(name) in left_out else scale,
+        )
+        for name, tensor in ours.weights.tensors.items()
+    ]
 
 
 @dataclass(frozen=True)

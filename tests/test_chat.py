@@ -103,7 +103,7 @@ def test_until(world, done, capsys):
     assert run(world[1], until="chat_vector") == {}
     shown = capsys.readouterr().out
     assert "chat_vector: already done" in shown and "sft" not in shown
-    with pytest.raises(EloError, match="--until sft: method full has no such stage; write one of prepare, full$"):
+    with pytest.raises(EloError, match=r"--until sft: method full has no such stage; write one of prepare, full$"):
         run({key: value for key, value in world[1].items() if key != "chat"}, until="sft")
 
 
@@ -150,9 +150,7 @@ def test_a_packed_sequence_has_the_loss_of_its_conversations(world):
             with torch.no_grad():
                 logits = model(**inputs, use_cache=False).logits[0]
             labels = torch.tensor(row["shift_labels"])
-            total += float(
-                torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-            )
+            total += float(cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"))
         return total
 
     assert nats(packed) == pytest.approx(nats(ChatSequences(examples, packing=False, **made)), rel=1e-5)
@@ -283,7 +281,7 @@ def test_mistakes_are_found_before_anything_is_trained(changes, said, world, tmp
 def test_no_conversation_that_fits(world, tmp_path):
     root, _ = world
     changes = {"sequence_length": 8, "training": TRAINING | {"tokens_per_step": 8}}
-    with pytest.raises(EloError, match="chat.sequence_length: no conversation fits into 8 tokens"):
+    with pytest.raises(EloError, match=r"chat\.sequence_length: no conversation fits into 8 tokens"):
         chat(root / "base", section(root) | changes, output=tmp_path / "out")
 
 

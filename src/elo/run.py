@@ -19,6 +19,7 @@ from elo.config import RunConfig, load_config
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.errors import EloError
 from elo.evaluate.chat import Chat
+from elo.format import listed
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.preflight import check_inputs, check_model
 from elo.report import collect, schema
@@ -50,9 +51,9 @@ class Inputs:
     layers: tuple[int, ...]
 
     @property
-    def languages(self) -> tuple[str, str]:
-        """Target and source language."""
-        return self.config.data.target, self.config.data.source
+    def languages(self) -> tuple[str, ...]:
+        """Target languages, then source languages."""
+        return self.config.data.languages
 
 
 @dataclass
@@ -222,7 +223,14 @@ def adapt(
             sample = settings.vocabulary_sample
             name = f"vocabulary-{phase.name}"
             vocabulary = done(
-                folder.once(name, stages.cut_vocabulary, data=shards, sample=sample, seed=config.seed, base=base),
+                folder.once(
+                    name,
+                    stages.cut_vocabulary,
+                    rows=sequences.of(phase),
+                    sample=sample,
+                    seed=config.seed,
+                    base=base,
+                ),
                 name,
             )
         trained = done(
@@ -243,6 +251,7 @@ def adapt(
                 execution={
                     "data": shards,
                     "languages": inputs.languages,
+                    "targets": config.data.targets,
                     "base_bpb": base_bpb,
                     "tokenizer": inputs.tokenizer,
                     "label": phase.name if phase.name == method.name else f"{method.name} {phase.name}",
@@ -300,11 +309,10 @@ def heldout_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus]:
 
 def validation_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus]:
     """Return validation text by language, which is set aside from the training corpora for choosing learning rates."""
-    target, source = inputs.languages
-    found = {target: data.validation(target)}
-    if data.summary()["validation"][source]["documents"]:  # no replay, no source text
-        found[source] = data.validation(source)
-    return found
+    sizes = data.summary()["validation"]
+    # Without replay a source language may have no text but the held-out one.
+    sources = [language for language in inputs.config.data.sources if sizes[language]["documents"]]
+    return {language: data.validation(language) for language in (*inputs.config.data.targets, *sources)}
 
 
 def _open_chat(inputs: Inputs) -> ChatInputs | None:
@@ -410,7 +418,7 @@ def write_report(
                 **circumstances(config, inputs.base.path, inputs.layers, data),
                 "schema_version": schema.SCHEMA_VERSION,
                 "kind": "run",
-                "title": config.title or f"{Path(config.model).name} learns {config.data.target}",
+                "title": config.title or f"{Path(config.model).name} learns {listed(config.data.targets)}",
                 "config": config.model_dump(mode="json"),
                 "base": collect.measured(base),
                 "contestants": [

@@ -227,7 +227,7 @@ def chat_table(named: Sequence[Measurement]) -> Table | None:
         cells = [_measure_cell([measured], key) for _, measured, _ in named]
         title = f"{measure} {language}".replace("_", " ") + ("" if name == "all" else f": {name}")
         columns.append((Column(title, "↑" if higher else "↓"), cells[0], cells[1:]))
-    times = [_cell(stage and stage.seconds, duration) for _, _, stage in named]
+    times = [_cell(stage.seconds if stage else None, duration) for _, _, stage in named]
     columns.append((Column("Wall time"), times[0], times[1:]))
     names = [Cell(title) for title, _, _ in named]
     return _table([(Column("Model", is_text=True), names[0], names[1:]), *columns], _CHAT_NOTE)

@@ -13,12 +13,12 @@ from elo.data.chat_template import TEMPLATES
 
 
 def write_conversations(path: Path, words: list[str], count: int, seed: int) -> Path:
-    """Questions that name a word; the answer repeats it."""
+    """Different questions that name a word; the answer repeats it."""
     draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
-        for _ in range(count):
+        for number in range(count):
             word = draw.choice(words)
-            messages = [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word}]
+            messages = [{"role": "user", "content": f"{number} say {word}"}, {"role": "assistant", "content": word}]
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     return path
 

@@ -22,11 +22,12 @@ from zoo import tiny_config
 from elo.chat.chat import chat
 from elo.chat.sequences import ChatSequences
 from elo.chat.sft import keeps_apart
+from elo.chat.stages import _hold_out
 from elo.cli import main
 from elo.compare import compare
 from elo.config import load_chat, load_config
 from elo.data.chat_template import TEMPLATES, ChatFormat
-from elo.data.conversations import read_conversations
+from elo.data.conversations import Conversation, read_conversations
 from elo.data.packing import IGNORE_INDEX
 from elo.errors import EloError
 from elo.evaluate.base import Subject
@@ -96,6 +97,16 @@ def test_held_out_conversations_are_not_trained_on(done):
     assert counts == {"ko": {"training": 36, "heldout": 4}, "en": {"training": 36, "heldout": 4}}
     record = json.loads((folder / "stages" / "sft.json").read_text())["record"]
     assert record["conversations"] == 72 and record["packing"] and 0 < record["padding"] < 0.5
+
+
+def test_a_copy_of_a_held_out_conversation_is_not_trained_on():
+    talks = [Conversation(({"role": "user", "content": str(number % 5)},), f"x:{number}") for number in range(20)]
+    train, held = _hold_out(talks, 0.1, 0, "en")
+    assert len(held) == 2
+    assert not {each.messages[0]["content"] for each in train} & {each.messages[0]["content"] for each in held}
+    assert len(train) in (12, 16)
+    with pytest.raises(EloError, match=r"chat\.data\.en: x:\d+: all conversations are the same"):
+        _hold_out(talks[::5], 0.1, 0, "en")
 
 
 def test_until(world, done, capsys):
@@ -171,7 +182,7 @@ def answering(world, tmp_path_factory):
     model.save_pretrained(folder / "base")
     shutil.copy(root / "base" / "tokenizer.json", folder / "base")
     shutil.copy(root / "base" / "tokenizer_config.json", folder / "base")
-    changes = {"data": {"en": str(talk)}, "epochs": 60, "method": "full"}
+    changes = {"data": {"en": str(talk)}, "heldout": {"en": str(talk)}, "epochs": 60, "method": "full"}
     chosen = section(root, **changes, training=TRAINING | {"save_steps": 100, "learning_rate": 1e-2})
     return folder, chat(folder / "base", chosen, output=folder / "run")
 
@@ -188,7 +199,7 @@ def test_fine_tuning_teaches_the_answer_and_its_end(answering):
     assert after["chat_nats", "all"] < 0.1
     assert before["chat_ended", "all"] == 0 and after["chat_ended", "all"] == 1
     record = json.loads((folder / "run" / "stages" / "evaluate-sft.json").read_text())["record"]
-    assert record["answers"][0] == {"language": "en", "prompt": "say the", "text": "the", "ended": True}
+    assert record["answers"][0] == {"language": "en", "prompt": "0 say the", "text": "the", "ended": True}
 
 
 def test_the_loss_is_that_of_the_answers_alone(answering):

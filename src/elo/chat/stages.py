@@ -3,6 +3,7 @@
 Each writes its output to a path and returns a JSON record; `RunFolder.once` skips finished ones.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from elo.store.files import atomic_directory
 from elo.store.run_folder import Artifact, RunFolder, file_identity
 from elo.surgery.detach_attach import resolve_checkpoint
 from elo.train.loop import check_settings
+
+
+_HELD_OUT = 0x5F7  # number of the shuffle that chooses held-out conversations; passes of training count from 0
 
 
 @dataclass(frozen=True)
@@ -202,9 +206,13 @@ def _hold_out(
     if len(conversations) < 2:
         raise EloError(f"chat.data.{language}: {conversations[0].where}: is the only conversation; give at least two")
     count = max(1, round(share * len(conversations)))
-    held = set(shuffled(len(conversations), seed, 0x5F7)[:count].tolist())
-    train = [each for index, each in enumerate(conversations) if index not in held]
-    return train, [each for index, each in enumerate(conversations) if index in held]
+    chosen = set(shuffled(len(conversations), seed, _HELD_OUT)[:count].tolist())
+    held = [each for index, each in enumerate(conversations) if index in chosen]
+    known = {json.dumps(each.messages) for each in held}
+    train = [each for each in conversations if json.dumps(each.messages) not in known]  # no copy of what is measured
+    if not train:
+        raise EloError(f"chat.data.{language}: {held[0].where}: all conversations are the same; give different ones")
+    return train, held
 
 
 def _check_length(model: Path, length: int, trust_remote_code: bool) -> None:

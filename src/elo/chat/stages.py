@@ -27,7 +27,6 @@ from elo.store.run_folder import Artifact, RunFolder, file_identity
 from elo.surgery.detach_attach import resolve_checkpoint
 from elo.train.loop import check_settings
 
-
 _HELD_OUT = 0x5F7  # number of the shuffle that chooses held-out conversations; passes of training count from 0
 
 

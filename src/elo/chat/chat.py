@@ -8,6 +8,7 @@ from rich.console import Console
 
 from elo.chat.stages import ChatInputs, chat_models, open_chat
 from elo.config import EvaluationConfig, load_chat
+from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
 from elo.identities import checkpoint_identity
 from elo.report import collect, schema
@@ -17,7 +18,6 @@ from elo.stages import measure
 from elo.store.files import write_json
 from elo.store.processes import is_main
 from elo.store.run_folder import Artifact, RunFolder, file_identity
-from elo.surgery.detach_attach import resolve_checkpoint
 
 RESULTS_FILE = "chat.json"
 

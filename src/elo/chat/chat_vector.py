@@ -6,14 +6,15 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from elo.chat.vector_files import add_chat_vector, check_models
+from elo.chat.vector_files import add_chat_vector
 from elo.check_output import check_output
 from elo.checkpoint.counting import read_config
 from elo.checkpoint.folder import copy_tokenizer
 from elo.checkpoint.new_rows import read_new_rows
 from elo.data.tokenizer import load_tokenizer, save_with_backend
+from elo.detach_attach import check_replaceable, readable_errors, resolve_checkpoint
 from elo.errors import EloError
-from elo.surgery.detach_attach import check_replaceable, readable_errors, resolve_checkpoint
+from elo.merge.weights import check_models
 
 
 def chat_vector(
@@ -73,11 +74,9 @@ def chat_vector(
         )
 
 
-def check_chat_vector(
-    adapted: Path, base: Path, chat: Path, *, leave_out: Sequence[str] = (), trust_remote_code: bool = False
-) -> None:
+def check_chat_vector(adapted: Path, base: Path, chat: Path, *, trust_remote_code: bool = False) -> None:
     """Raise EloError if `chat_vector` would refuse these checkpoints, without reading weights."""
-    check_models(adapted, base, chat, leave_out=leave_out, trust_remote_code=trust_remote_code)
+    check_models((adapted, base, chat), trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory() as scratch:
         _save_tokenizer(adapted, chat, Path(scratch), trust_remote_code)
 

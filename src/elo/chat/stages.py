@@ -18,13 +18,13 @@ from elo.data.chat_template import TEMPLATES, ChatFormat
 from elo.data.conversations import Conversation, read_conversations, write_conversations
 from elo.data.packing import shuffled
 from elo.data.tokenizer import load_tokenizer
+from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
 from elo.evaluate.chat import Chat, require_identifier
 from elo.identities import checkpoint_identity, tokenizer_identity
 from elo.stages import checked, measured
 from elo.store.files import atomic_directory
 from elo.store.run_folder import Artifact, RunFolder, file_identity
-from elo.surgery.detach_attach import resolve_checkpoint
 from elo.train.loop import check_settings
 
 _HELD_OUT = 0x5F7  # number of the shuffle that chooses held-out conversations; passes of training count from 0
@@ -87,7 +87,7 @@ def open_chat(
     if config.model is not None:
         chats = resolve_checkpoint(config.model, trust_remote_code=trust_remote_code)
         bases = resolve_checkpoint(config.base, trust_remote_code=trust_remote_code) if config.base else model
-        check_chat_vector(model, bases, chats, leave_out=config.leave_out, trust_remote_code=trust_remote_code)
+        check_chat_vector(model, bases, chats, trust_remote_code=trust_remote_code)
         base, chat = (Artifact(each, checkpoint_identity(each)) for each in (bases, chats))
         tokenizer = str(chats)
     if config.data:

@@ -5,6 +5,7 @@
 Names in `__all__` are stable: CHANGELOG.md notes every change to them.
 """
 
+from elo.chat.chat import chat
 from elo.chat.chat_vector import chat_vector
 from elo.compare import compare
 from elo.data.prepare import prepare
@@ -23,6 +24,7 @@ from elo.watch import watch
 __all__ = [
     "attach",
     "attach_layers",
+    "chat",
     "chat_vector",
     "compare",
     "detach",

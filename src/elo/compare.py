@@ -89,6 +89,11 @@ def _open(config: CompareConfig) -> Iterator[tuple[Inputs, dict[str, tuple[int, 
         for name in config.contestants
     }
     for run in runs.values():
+        if run.chat is not None:
+            raise EloError(
+                "run: chat: a comparison makes no chat models; remove the section, and use `elo run` or `elo chat` on "
+                "the method that you choose"
+            )
         check_inputs(run)
     first = next(iter(runs.values()))
     for name, run in runs.items():

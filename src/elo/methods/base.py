@@ -173,6 +173,11 @@ def register(method: type[M]) -> type[M]:
     return method
 
 
+def section_of_name(value: Any) -> Any:
+    """Expand the bare name of a method to a section with default settings."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 def select_layers(model: PreTrainedModel, layers: Collection[int], also_train: Collection[Part] = ()) -> None:
     """Freeze all of `model` except the decoder layers at `layers` and the parts in `also_train`.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel
 
 from elo.check_output import generation_problem
-from elo.checkpoint.architecture import find_architecture, is_recurrent
+from elo.checkpoint.architecture import find_architecture, is_recurrent, require_module
 from elo.checkpoint.counting import read_config
 from elo.checkpoint.layers import parse_layers
 from elo.checkpoint.model_config import text_config_of
@@ -97,7 +97,9 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
         and len(layers) == find_architecture(model).num_layers
     ):
         raise EloError(f"layers: {config.layers!r} selects every layer, so there is nothing to bridge; choose fewer")
+    require_module(model, config.method.module, "method.module")
     for phase in config.method.phases:
+        config.method.lora_ranks(phase, find_architecture(model).num_layers)
         check_also_train(phase.also_train, tied=find_architecture(model).tied)
     if config.method.needs_new_rows:
         first_new_row(model)

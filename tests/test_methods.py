@@ -460,7 +460,7 @@ def test_adapters_have_the_rank_of_their_layer_and_one_scale():
 def test_what_trains_agrees_with_the_count_of_parameters(case):
     if case.method.redraws_layers or getattr(case.method, "backward_share", 1.0) == 0.0:
         return
-    model, prepared = case.ready()
+    model, _ = case.ready()
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     layers = case.method.layers_at_once(case.phase, KEPT, 4)
     counted = footprint(tiny_llama()).trainable(

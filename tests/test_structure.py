@@ -23,6 +23,7 @@ ORDER = [
     {"check_output"},
     {"identities", "circumstances", "budget"},
     {"vocab", "chat", "plan", "report"},
+    {"probe"},
     {"stages", "preflight"},
     {"run"},
     {"compare"},
@@ -153,6 +154,7 @@ def test_help_lists_every_verb():
         "evaluate",
         "report",
         "plan",
+        "probe",
         "quickstart",
         "vocab",
     ):

@@ -10,6 +10,7 @@ from elo.compare import compare
 from elo.data.prepare import prepare
 from elo.evaluate.evaluate import evaluate
 from elo.plan.plan import plan
+from elo.probe.probe import probe
 from elo.report.write import report
 from elo.run import run
 from elo.surgery.detach_attach import attach, detach
@@ -28,6 +29,7 @@ __all__ = [
     "measure_vocabulary",
     "plan",
     "prepare",
+    "probe",
     "report",
     "run",
 ]

@@ -7,20 +7,28 @@ if an argument has changed.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from elo import stages
 from elo.budget import Sequences, divide_budget
 from elo.checkpoint.counting import footprint, read_config, text_config
+from elo.checkpoint.layers import parse_auto
 from elo.circumstances import circumstances
 from elo.config import RunConfig, load_config
 from elo.data.shards import PreparedData, TokenCorpus
+from elo.data.tokenizer import load_tokenizer
 from elo.errors import EloError
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.methods import Method
 from elo.preflight import check_inputs, check_model
+from elo.probe.base import Scores
+from elo.probe.choice import TO_TRAIN, choose, mean_scores
+from elo.probe.probe import frozen_model, score_once
+from elo.probe.text import ProbeText, make_rows, read_sentences
 from elo.report import collect, schema
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
@@ -40,7 +48,8 @@ class Inputs:
     Attributes:
         base: checkpoint to adapt.
         tokenizer: folder or hub id of the tokenizer.
-        layers: decoder layers that the configuration chooses.
+        layers: decoder layers that the configuration chooses; for `layers: auto`, an estimate until `probe_layers`.
+        layers_reason: why a probe chose the layers.
     """
 
     config: RunConfig
@@ -48,6 +57,7 @@ class Inputs:
     base: Artifact
     tokenizer: str
     layers: tuple[int, ...]
+    layers_reason: str = ""
 
     @property
     def languages(self) -> tuple[str, str]:
@@ -97,6 +107,7 @@ def run(
         data = prepare_data(inputs)
         if until == "prepare":
             return {}
+        inputs = probe_layers(inputs, data)
         sequences = divide_budget(config, data, inputs.folder.say)
         try:
             base = measure(inputs, "evaluate-base", inputs.base, heldout_text(inputs, data))
@@ -170,6 +181,49 @@ def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
     else:
         folder.once("prepared", stages.prepare_data, identities=decisive, execution=execution)
     return PreparedData.open(folder.path("prepared"))
+
+
+def probe_layers(inputs: Inputs, data: PreparedData) -> Inputs:
+    """Make the choices that need scores of the layers: `layers: auto`, and settings of the method.
+
+    The text is the beginning of the training text. Without such choices, the inputs are returned unchanged.
+    """
+    config, method = inputs.config, inputs.config.method
+    auto = parse_auto(config.layers) if method.uses_layers else None
+    if auto is None and method.probe_criterion is None:
+        return inputs
+    settings = config.probe
+    rows = {
+        language: make_rows(
+            language,
+            (corpus.document(index) for corpus in data.train(language) for index in range(corpus.num_documents)),
+            settings.tokens,
+            settings.sequence_length,
+        )
+        for language in (language for language in inputs.languages if config.data.corpora.get(language))
+    }
+    sentences = {}
+    if settings.parallel is not None:
+        encoder = load_tokenizer(inputs.tokenizer, config.trust_remote_code)
+        sentences = read_sentences(settings.parallel, inputs.languages, encoder, settings.sequence_length)
+    text, targets = ProbeText(rows, sentences), [config.data.target]
+
+    def scores(criterion: str) -> Scores:
+        def load() -> PreTrainedModel:
+            return frozen_model(inputs.base.path, config.trust_remote_code)
+
+        found: Scores = score_once(inputs.folder, criterion, inputs.base, text, load)["scores"]
+        return found
+
+    if auto is not None:
+        criterion = auto.criterion or TO_TRAIN
+        choice = choose(scores(criterion), criterion, auto.count, method.module, targets)
+        inputs.folder.say(f"layers: {config.layers}: {', '.join(map(str, choice.layers))}: {choice.reason}")
+        inputs = replace(inputs, layers=choice.layers, layers_reason=choice.reason)
+    if method.probe_criterion is not None:
+        found = mean_scores(scores(method.probe_criterion), method.module, targets)
+        inputs = replace(inputs, config=config.model_copy(update={"method": method.with_scores(found)}))
+    return inputs
 
 
 def adapt(
@@ -370,6 +424,7 @@ def write_report(
                         "label": method.label,
                         "method": method.name,
                         "layers": inputs.layers if method.uses_layers else (),
+                        "layers_reason": inputs.layers_reason,
                     }
                 ],
                 "budgets": [budget],

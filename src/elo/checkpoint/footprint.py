@@ -31,6 +31,9 @@ class ModuleFootprint(NamedTuple):
     lora_width: int = 0
 
 
+_NOTHING = ModuleFootprint()
+
+
 @dataclass(frozen=True)
 class LayerFootprint:
     """Element counts of one decoder layer; fields after `matmul` are per token."""
@@ -51,8 +54,8 @@ class LayerFootprint:
     """Largest number of outputs of one matrix product, per token."""
     window: int | None
     """Number of tokens that a position can attend to; None if it is the whole sequence."""
-    attention: ModuleFootprint = ModuleFootprint()
-    mlp: ModuleFootprint = ModuleFootprint()
+    attention: ModuleFootprint = _NOTHING
+    mlp: ModuleFootprint = _NOTHING
 
     def part(self, module: LayerModule) -> ModuleFootprint:
         """Return the counts of the layer or of a part of it."""

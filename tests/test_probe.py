@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from zoo import FAMILIES, tiny_config, tiny_model
 
 from elo.checkpoint.architecture import layers_of
-from elo.checkpoint.layers import assumed_layers, parse_auto
+from elo.checkpoint.layers import AutoLayers, assumed_layers, parse_auto
 from elo.cli import app
 from elo.errors import EloError
 from elo.probe import adaptability
@@ -163,8 +163,8 @@ def test_choose_takes_the_highest_mean_over_the_languages():
 
 
 def test_selections_that_a_probe_makes():
-    assert parse_auto("auto:4") == (None, 4)
-    assert parse_auto("auto:fisher:2") == ("fisher", 2)
+    assert parse_auto("auto:4") == AutoLayers(None, 4)
+    assert parse_auto("auto:fisher:2") == AutoLayers("fisher", 2)
     assert parse_auto("first:1,last:1") is None and parse_auto([0, 1]) is None
     assert assumed_layers("auto:3", 12) == (0, 6, 11)
     assert assumed_layers("auto:1", 12) == (0,)

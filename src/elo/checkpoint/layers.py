@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from elo.errors import EloError
@@ -15,7 +16,8 @@ _AUTO = re.compile(r"auto:(?:([a-z_]+):)?([0-9]{1,9})")
 _INDEX = re.compile(r"-?[0-9]{1,9}")
 
 
-class AutoLayers(NamedTuple):
+@dataclass(frozen=True)
+class AutoLayers:
     """A selection that a probe of the model makes: `auto:K` or `auto:CRITERION:K` (elo.probe)."""
 
     criterion: str | None

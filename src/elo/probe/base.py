@@ -19,7 +19,7 @@ from elo.evaluate.scoring import forward_logits
 
 MODULES: tuple[LayerModule, ...] = ("layer", "attention", "mlp")
 
-Scores = dict[str, dict[str, list[float]]]
+Scores = dict[LayerModule, dict[str, list[float]]]
 """Module, then language (or pair of languages), then one score per decoder layer."""
 
 
@@ -93,7 +93,7 @@ def criterion(
     return register
 
 
-def score_each(subject: Subject, score: Callable[[int, LayerModule], float]) -> dict[str, list[float]]:
+def score_each(subject: Subject, score: Callable[[int, LayerModule], float]) -> dict[LayerModule, list[float]]:
     """Call `score` for every module of every layer. A layer without the module scores 0."""
     return {
         which: [score(index, which) if modules_in(layer, which) else 0.0 for index, layer in enumerate(subject.layers)]
@@ -101,7 +101,7 @@ def score_each(subject: Subject, score: Callable[[int, LayerModule], float]) -> 
     }
 
 
-def by_module(by_language: Mapping[str, Mapping[str, list[float]]]) -> Scores:
+def by_module(by_language: Mapping[str, Mapping[LayerModule, list[float]]]) -> Scores:
     """Reorder scores by language and module to module and language."""
     return {which: {language: list(found[which]) for language, found in by_language.items()} for which in MODULES}
 
@@ -201,7 +201,7 @@ def gradients(subject: Subject) -> Iterator[None]:
 
 def sums_of_gradients(
     subject: Subject, ids_NT: Tensor, measure: Callable[[nn.Parameter, Tensor], Tensor]
-) -> dict[str, list[float]]:
+) -> dict[LayerModule, list[float]]:
     """Return the sum of `measure(weight, gradient)` over the parameters of every module of every layer.
 
     Each gradient is freed as soon as it is measured.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from elo.checkpoint.architecture import modules_in
+from elo.checkpoint.architecture import LayerModule, modules_in
 from elo.probe.base import MODULES, Scores, Subject, by_module, criterion, sums_of_gradients
 
 
@@ -56,10 +56,10 @@ def _weighted(subject: Subject, activations: dict[int, Tensor]) -> dict[str, lis
                 found += float(each.weight.float().abs().sum(1 if isinstance(each, Conv1D) else 0) @ norms)
         return found
 
-    return {
-        which: [sum((total(part) for part in modules_in(layer, which)), 0.0) for layer in subject.layers]
-        for which in MODULES
-    }
+    def of_layer(layer: nn.Module, which: LayerModule) -> float:
+        return sum((total(part) for part in modules_in(layer, which)), 0.0)
+
+    return {which: [of_layer(layer, which) for layer in subject.layers] for which in MODULES}
 
 
 def _fused(kinds: list[list[list[float]]]) -> Tensor:

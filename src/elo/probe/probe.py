@@ -217,7 +217,7 @@ def _show(results: dict[str, Any]) -> None:
     for name, record in results["criteria"].items():
         for which in MODULES:
             means = mean_scores(record["scores"], which, results["languages"])
-            best = sorted(range(len(means)), key=lambda index, means=means: -means[index])[:6]
+            best = sorted(range(len(means)), key=means.__getitem__, reverse=True)[:6]
             shown = ", ".join(f"{index} ({means[index]:.3g})" for index in best)
             table.add_row(name if which == "layer" else "", which, shown)
     Console().print(table)

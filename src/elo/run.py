@@ -22,6 +22,7 @@ from elo.config import RunConfig, load_config
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.data.tokenizer import load_tokenizer
 from elo.errors import EloError
+from elo.format import listed
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.methods import Method
 from elo.preflight import check_inputs, check_model
@@ -60,9 +61,9 @@ class Inputs:
     layers_reason: str = ""
 
     @property
-    def languages(self) -> tuple[str, str]:
-        """Target and source language."""
-        return self.config.data.target, self.config.data.source
+    def languages(self) -> tuple[str, ...]:
+        """Target languages, then source languages."""
+        return self.config.data.languages
 
 
 @dataclass
@@ -186,7 +187,8 @@ def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
 def probe_layers(inputs: Inputs, data: PreparedData) -> Inputs:
     """Make the choices that need scores of the layers: `layers: auto`, and settings of the method.
 
-    The text is the beginning of the training text. Without such choices, the inputs are returned unchanged.
+    The text is the beginning of the target languages' training text. Without such choices, the inputs are returned
+    unchanged.
     """
     config, method = inputs.config, inputs.config.method
     auto = parse_auto(config.layers) if method.uses_layers else None
@@ -200,13 +202,13 @@ def probe_layers(inputs: Inputs, data: PreparedData) -> Inputs:
             settings.tokens,
             settings.sequence_length,
         )
-        for language in (language for language in inputs.languages if config.data.corpora.get(language))
+        for language in config.data.targets
     }
     sentences = {}
     if settings.parallel is not None:
         encoder = load_tokenizer(inputs.tokenizer, config.trust_remote_code)
         sentences = read_sentences(settings.parallel, inputs.languages, encoder, settings.sequence_length)
-    text, targets = ProbeText(rows, sentences), [config.data.target]
+    text, targets = ProbeText(rows, sentences), config.data.targets
 
     def scores(criterion: str) -> Scores:
         def load() -> PreTrainedModel:
@@ -272,7 +274,14 @@ def adapt(
             sample = settings.vocabulary_sample
             name = f"vocabulary-{phase.name}"
             vocabulary = done(
-                folder.once(name, stages.cut_vocabulary, data=shards, sample=sample, seed=config.seed, base=base),
+                folder.once(
+                    name,
+                    stages.cut_vocabulary,
+                    rows=sequences.of(phase),
+                    sample=sample,
+                    seed=config.seed,
+                    base=base,
+                ),
                 name,
             )
         trained = done(
@@ -293,6 +302,7 @@ def adapt(
                 execution={
                     "data": shards,
                     "languages": inputs.languages,
+                    "targets": config.data.targets,
                     "base_bpb": base_bpb,
                     "tokenizer": inputs.tokenizer,
                     "label": phase.name if phase.name == method.name else f"{method.name} {phase.name}",
@@ -350,11 +360,10 @@ def heldout_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus]:
 
 def validation_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus]:
     """Return validation text by language, which is set aside from the training corpora for choosing learning rates."""
-    target, source = inputs.languages
-    found = {target: data.validation(target)}
-    if data.summary()["validation"][source]["documents"]:  # no replay, no source text
-        found[source] = data.validation(source)
-    return found
+    sizes = data.summary()["validation"]
+    # Without replay a source language may have no text but the held-out one.
+    sources = [language for language in inputs.config.data.sources if sizes[language]["documents"]]
+    return {language: data.validation(language) for language in (*inputs.config.data.targets, *sources)}
 
 
 def measure(
@@ -415,7 +424,7 @@ def write_report(
                 **circumstances(config, inputs.base.path, inputs.layers, data),
                 "schema_version": schema.SCHEMA_VERSION,
                 "kind": "run",
-                "title": config.title or f"{Path(config.model).name} learns {config.data.target}",
+                "title": config.title or f"{Path(config.model).name} learns {listed(config.data.targets)}",
                 "config": config.model_dump(mode="json"),
                 "base": collect.measured(base),
                 "contestants": [

@@ -23,6 +23,7 @@ from elo.probe.criteria import CRITERIA
 from elo.probe.probe import probe
 from elo.probe.text import make_rows
 from elo.run import run
+from elo.surgery.detach_attach import detach
 from elo.surgery.in_memory import detach_layers
 
 ONE_WORD = {"layer": ("",), "attention": ("self_attn",), "mlp": ("mlp",)}
@@ -241,6 +242,16 @@ def test_a_smaller_model_of_the_layers_that_matter(tmp_path):
     arguments = ["detach", base, "-o", str(again), "--layers", "auto:skipping:2", "--probe", saved]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert (again / "model.safetensors").read_bytes() == (small / "model.safetensors").read_bytes()
+
+
+def test_a_smaller_model_is_healed_by_training_all_of_it(world, tmp_path):
+    small = tmp_path / "small"
+    detach(world["model"], [0, 2, 3], output=small)
+    results = run(world | {"model": str(small), "output": str(tmp_path / "run"), "method": "full", "evaluation": {}})
+    assert results["model"]["num_layers"] == 3
+    assert results["trials"][0]["measured"]["bpb"]["xx"] < results["base"]["bpb"]["xx"]
+    healed = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert healed.config.num_hidden_layers == 3
 
 
 @pytest.mark.parametrize(

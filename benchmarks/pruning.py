@@ -1,7 +1,7 @@
 """Quality over size: remove layers by the scores of a probe, heal the smaller models, and measure bits per byte.
 
     python benchmarks/pruning.py MODEL --corpus ko=ko.jsonl --corpus en=en.jsonl --heldout ko=ko_heldout.jsonl \
-        --heldout en=en_heldout.jsonl --keep 28,26,24 --criteria skipping,block_influence --heal 1000000 --output pruning
+        --heldout en=en_heldout.jsonl --keep 28,26,24 --criteria skipping,gradient --heal 1000000 --output pruning
 
 Writes OUTPUT/pruning.json and pruning.svg, one line per criterion and language. `--heal 0` measures the models as they
 are cut. An interrupted call resumes the probe and the training of each model.

@@ -122,7 +122,9 @@ def test_imports_are_at_the_top(path):
 
 
 def test_files_stay_short():
-    long = {str(path): lines for path in FILES if (lines := path.read_text().count("\n")) > 500}
+    """The command line is a list of commands, and grows with each."""
+    files = [path for path in FILES if path.name not in COMMAND_LINE]
+    long = {str(path): lines for path in files if (lines := path.read_text().count("\n")) > 500}
     assert not long
 
 

@@ -33,7 +33,7 @@ def check_auto(auto: AutoLayers, num_layers: int, *, has_parallel: bool, where: 
         )
     if auto.criterion is not None and CRITERIA[auto.criterion].needs_parallel and not has_parallel:
         raise EloError(
-            f"layers: {where}: criterion {auto.criterion} needs parallel text; set probe.parallel, or give a saved probe"
+            f"layers: {where}: criterion {auto.criterion} needs parallel text; set probe.parallel, or give --probe"
         )
     if not 0 < auto.count < num_layers:
         raise EloError(f"layers: {where}: the model has {num_layers} decoder layers; choose 1 to {num_layers - 1}")

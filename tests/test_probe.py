@@ -15,6 +15,7 @@ from zoo import FAMILIES, tiny_config, tiny_model
 from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.layers import AutoLayers, assumed_layers, parse_auto
 from elo.cli import app
+from elo.compare import compare
 from elo.errors import EloError
 from elo.probe import adaptability
 from elo.probe.base import MODULES, Subject
@@ -96,7 +97,8 @@ def test_gradient_and_fisher_are_those_of_autograd():
             assert fisher[which]["en"][index] == pytest.approx(mean, rel=1e-3)
 
 
-def test_adaptability_is_the_gain_of_updates_of_the_module_alone():
+def test_adaptability_is_the_gain_of_updates_of_the_module_alone(monkeypatch):
+    monkeypatch.setattr(adaptability, "STEP", 0.02)
     of = subject(length=16)
     scores = CRITERIA["adaptability"].score(of)
     ids = of.rows["xx"]
@@ -306,6 +308,25 @@ def test_ranks_follow_a_probe(world, tmp_path):
     scores = json.loads((tmp_path / "run" / "stages" / "probe-adaptability.json").read_text())["record"]["scores"]
     means = scores["layer"]["xx"]
     assert ranks[means.index(max(means))] == 4 and ranks[means.index(min(means))] == 1
+
+
+def test_contestants_share_a_probe(world, tmp_path, capsys):
+    layers = {"auto": {"layers": "auto:gradient:2"}, "other": {"layers": "auto:gradient:1"}}
+    results = compare(
+        {
+            "run": {key: value for key, value in world.items() if key != "output"}
+            | {"probe": {"tokens": 32, "sequence_length": 16}, "evaluation": {}},
+            "output": str(tmp_path / "compared"),
+            "contestants": {name: {"method": {"name": "slam"}, "changes": each} for name, each in layers.items()},
+            "budgets": [{"tokens": 128}],
+            "seeds": [1],
+            "learning_rates": [1e-3],
+        }
+    )
+    two, one = (each["layers"] for each in results["contestants"])
+    assert len(two) == 2 and len(one) == 1 and set(one) < set(two)
+    assert all("highest gradient of the mlp" in each["layers_reason"] for each in results["contestants"])
+    assert capsys.readouterr().out.count("probe-gradient: already done") == 1
 
 
 @pytest.mark.parametrize(

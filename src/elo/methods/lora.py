@@ -69,7 +69,7 @@ def add_adapters(
         for layer, rank in zip(layers_of(model), ranks, strict=True)
         for part in modules_in(layer, module)
         for linear in part.modules()
-        if rank and isinstance(linear, nn.Linear | Conv1D)
+        if rank and type(linear) in (nn.Linear, Conv1D)  # not a router, which returns more than one tensor
     }
     if not rank_of:
         raise EloError(f"method.module: {module}: no linear layer would get an adapter; choose another module or rank")

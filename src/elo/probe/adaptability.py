@@ -11,8 +11,9 @@ from elo.probe.base import Scores, Subject, Trace, by_module, criterion, gradien
 
 UPDATES = 2
 """Number of updates of each module."""
-STEP = 0.02
-"""Size of an update: each tensor moves by this share of its own norm, along its gradient."""
+STEP = 0.0005
+"""Size of an update: each tensor moves by this share of its own norm, along its gradient. On SmolLM2-135M, 0.02 makes the
+loss of most layers worse."""
 
 
 @criterion("adaptability", "loss decrease after a few updates of it alone (nats per token)")

@@ -16,6 +16,7 @@ from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.layers import AutoLayers, assumed_layers, parse_auto
 from elo.cli import app
 from elo.compare import compare
+from elo.detach_attach import detach
 from elo.errors import EloError
 from elo.probe import adaptability
 from elo.probe.base import MODULES, Subject
@@ -24,7 +25,6 @@ from elo.probe.criteria import CRITERIA
 from elo.probe.probe import probe
 from elo.probe.text import make_rows
 from elo.run import run
-from elo.surgery.detach_attach import detach
 from elo.surgery.in_memory import detach_layers
 
 ONE_WORD = {"layer": ("",), "attention": ("self_attn",), "mlp": ("mlp",)}

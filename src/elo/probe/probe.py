@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from elo.checkpoint.counting import footprint, read_config
 from elo.checkpoint.layers import AutoLayers, parse_auto
 from elo.data.tokenizer import load_tokenizer
+from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
 from elo.evaluate.loading import load_model
 from elo.evaluate.scoring import longest_sequence
@@ -27,7 +28,6 @@ from elo.probe.text import ProbeText, read_rows, read_sentences
 from elo.store.environment import hardware, versions
 from elo.store.files import read_json, write_json
 from elo.store.run_folder import Artifact, RunFolder
-from elo.surgery.detach_attach import resolve_checkpoint
 from elo.train.loop import bf16_pays
 
 FILE_NAME = "probe.json"

@@ -11,16 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from elo import stages
 from elo.budget import Sequences, divide_budget
 from elo.checkpoint.counting import footprint, read_config, text_config
-from elo.checkpoint.layers import parse_auto
 from elo.circumstances import circumstances
 from elo.config import RunConfig, load_config
 from elo.data.shards import PreparedData, TokenCorpus
-from elo.data.tokenizer import load_tokenizer
 from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
 from elo.final_model import write_final_model
@@ -28,10 +24,7 @@ from elo.format import listed
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.methods import Method
 from elo.preflight import check_inputs, check_model
-from elo.probe.base import Scores
-from elo.probe.choice import TO_TRAIN, choose, mean_scores
-from elo.probe.probe import frozen_model, score_once
-from elo.probe.text import ProbeText, make_rows, read_sentences
+from elo.probe.in_run import choices
 from elo.report import collect, schema
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
@@ -187,47 +180,10 @@ def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
 
 
 def probe_layers(inputs: Inputs, data: PreparedData) -> Inputs:
-    """Make the choices that need scores of the layers: `layers: auto`, and settings of the method.
-
-    The text is the beginning of the target languages' training text. Without such choices, the inputs are returned
-    unchanged.
-    """
-    config, method = inputs.config, inputs.config.method
-    auto = parse_auto(config.layers) if method.uses_layers else None
-    if auto is None and method.probe_criterion is None:
-        return inputs
-    settings = config.probe
-    rows = {
-        language: make_rows(
-            language,
-            (corpus.document(index) for corpus in data.train(language) for index in range(corpus.num_documents)),
-            settings.tokens,
-            settings.sequence_length,
-        )
-        for language in config.data.targets
-    }
-    sentences = {}
-    if settings.parallel is not None:
-        encoder = load_tokenizer(inputs.tokenizer, config.trust_remote_code)
-        sentences = read_sentences(settings.parallel, inputs.languages, encoder, settings.sequence_length)
-    text, targets = ProbeText(rows, sentences), config.data.targets
-
-    def scores(criterion: str) -> Scores:
-        def load() -> PreTrainedModel:
-            return frozen_model(inputs.base.path, config.trust_remote_code)
-
-        found: Scores = score_once(inputs.folder, criterion, inputs.base, text, load)["scores"]
-        return found
-
-    if auto is not None:
-        criterion = auto.criterion or TO_TRAIN
-        choice = choose(scores(criterion), criterion, auto.count, method.module, targets)
-        inputs.folder.say(f"layers: {config.layers}: {', '.join(map(str, choice.layers))}: {choice.reason}")
-        inputs = replace(inputs, layers=choice.layers, layers_reason=choice.reason)
-    if method.probe_criterion is not None:
-        found = mean_scores(scores(method.probe_criterion), method.module, targets)
-        inputs = replace(inputs, config=config.model_copy(update={"method": method.with_scores(found)}))
-    return inputs
+    """Make the choices that need scores of the layers; see `elo.probe.in_run`."""
+    choice, method = choices(inputs.config, data, inputs.folder, inputs.base, inputs.tokenizer)
+    inputs = replace(inputs, config=inputs.config.model_copy(update={"method": method}))
+    return inputs if choice is None else replace(inputs, layers=choice.layers, layers_reason=choice.reason)
 
 
 def adapt(

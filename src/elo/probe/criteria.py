@@ -6,7 +6,7 @@ import pkgutil
 import elo.probe
 from elo.probe.base import CRITERIA, Criterion
 
-_NOT_CRITERIA = {"base", "chart", "choice", "criteria", "probe", "text"}
+_NOT_CRITERIA = {"base", "chart", "choice", "criteria", "in_run", "probe", "text"}
 
 for _module in pkgutil.iter_modules(elo.probe.__path__):
     if _module.name not in _NOT_CRITERIA:

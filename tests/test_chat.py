@@ -61,7 +61,7 @@ def test_the_stages_of_a_run(done, world, capsys):
     records = {path.stem for path in (folder / "stages").glob("*.json")}
     assert {"conversations", "chat_vector", "sft", "evaluate-chat_vector", "evaluate-sft"} <= records
     assert (folder / "chat").resolve() == folder / "sft"
-    assert (folder / "model").resolve() == folder / "full"
+    assert sha(folder / "model") == sha(folder / "full")
     assert "## Chat models" in (folder / "report.md").read_text()
     assert "chat ended ko" in (folder / "report.html").read_text()
     known = read_results(folder)

@@ -14,6 +14,7 @@ from elo.evaluate.evaluate import evaluate
 from elo.fewshot.fewshot import few_shot
 from elo.merge.merge import merge
 from elo.plan.plan import plan
+from elo.probe.probe import probe
 from elo.push import push
 from elo.report.write import report
 from elo.run import run
@@ -36,6 +37,7 @@ __all__ = [
     "merge",
     "plan",
     "prepare",
+    "probe",
     "push",
     "report",
     "run",

@@ -109,15 +109,39 @@ def detach(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     layers: Annotated[
-        str, typer.Option(help="first:K, last:K, indices (0,1,-1) and ranges (0-3), joined by commas.")
+        str,
+        typer.Option(
+            help="first:K, last:K, indices (0,1,-1) and ranges (0-3), joined by commas; or auto:K or auto:CRITERION:K, "
+            "the K layers that a probe finds most important (docs/probe.md)."
+        ),
     ] = "first:1,last:1",
+    corpus: Annotated[
+        list[str] | None, typer.Option(metavar="LANGUAGE=FILE", help="Text to probe the layers on, for auto.")
+    ] = None,
+    probe: Annotated[Path | None, typer.Option(help="Scores for auto: probe.json of `elo probe`.")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a small model of the chosen layers with embedding, final norm and LM head."""
+    from elo.checkpoint.layers import parse_auto
     from elo.detach_attach import detach
 
-    record = detach(checkpoint, layers, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    chosen: Any = layers
+    if parse_auto(layers):
+        from elo.probe.probe import layers_to_keep
+
+        chosen, reason = layers_to_keep(
+            checkpoint,
+            layers,
+            saved=probe,
+            corpora=files_by_language("--corpus", corpus),
+            output=output.with_name(f"{output.name}-probe"),
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(f"layers: {reason}")
+    elif corpus or probe is not None:
+        raise EloError(f"detach: --corpus and --probe belong to --layers auto:K, not to --layers {layers}; remove them")
+    record = detach(checkpoint, chosen, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
     kept = ", ".join(str(index) for index in record["layers"])
     typer.echo(f"{output}: layers {kept} of {record['num_base_layers']}")
 
@@ -326,6 +350,41 @@ def evaluate(
         output=output,
         trust_remote_code=trust_remote_code,
     )
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of any causal LM.")],
+    corpus: Annotated[list[str], typer.Option(metavar="LANGUAGE=FILE", help="Text of a language; may be repeated.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for probe.json and charts.")],
+    parallel: Annotated[
+        Path | None, typer.Option(help="Parallel sentences (.jsonl) with one field per language.")
+    ] = None,
+    criteria: Annotated[
+        str, typer.Option(help="Criteria, joined by commas; by default all that the text allows.")
+    ] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per language.")] = 256,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Length of a sequence, in tokens.")] = 64,
+    text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Score every decoder layer, its attention and its feed-forward part, by several criteria."""
+    from elo.probe.probe import probe
+
+    probe(
+        model,
+        files_by_language("--corpus", corpus),
+        output=output,
+        parallel=parallel,
+        criteria=names(criteria),
+        tokens=tokens,
+        sequence_length=sequence_length,
+        text_column=text_column,
+        tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+    )
+    typer.echo(f"{output / 'probe.json'}: all scores")
 
 
 @app.command()

@@ -25,6 +25,7 @@ from elo.final_model import write_final_model
 from elo.format import listed
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.preflight import check_inputs, check_model
+from elo.probe.in_run import choices
 from elo.report import collect, schema
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
@@ -44,7 +45,8 @@ class Inputs:
     Attributes:
         base: checkpoint to adapt.
         tokenizer: folder or hub id of the tokenizer.
-        layers: decoder layers that the configuration chooses.
+        layers: decoder layers that the configuration chooses; for `layers: auto`, an estimate until `probe_layers`.
+        layers_reason: why a probe chose the layers.
     """
 
     config: RunConfig
@@ -52,6 +54,7 @@ class Inputs:
     base: Artifact
     tokenizer: str
     layers: tuple[int, ...]
+    layers_reason: str = ""
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -103,6 +106,7 @@ def run(
         data = prepare_data(inputs)
         if until == "prepare":
             return {}
+        inputs = probe_layers(inputs, data)
         sequences = divide_budget(config, data, inputs.folder.say)
         text, questions = heldout_text(inputs, data), chat.measure_base() if chat else None
         try:
@@ -178,6 +182,13 @@ def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
     else:
         folder.once("prepared", stages.prepare_data, identities=decisive, execution=execution)
     return PreparedData.open(folder.path("prepared"))
+
+
+def probe_layers(inputs: Inputs, data: PreparedData) -> Inputs:
+    """Make the choices that need scores of the layers; see `elo.probe.in_run`."""
+    choice, method = choices(inputs.config, data, inputs.folder, inputs.base, inputs.tokenizer)
+    inputs = replace(inputs, config=inputs.config.model_copy(update={"method": method}))
+    return inputs if choice is None else replace(inputs, layers=choice.layers, layers_reason=choice.reason)
 
 
 def adapt(
@@ -477,6 +488,7 @@ def _results(
                         "label": method.label,
                         "method": method.name,
                         "layers": inputs.layers if method.uses_layers else (),
+                        "layers_reason": inputs.layers_reason,
                     }
                 ],
                 "budgets": [budget],

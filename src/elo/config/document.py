@@ -17,6 +17,7 @@ from elo.config.schema import (
     CorpusConfig,
     DataConfig,
     EvaluationConfig,
+    ProbeConfig,
     RunConfig,
 )
 from elo.evaluate.measures import MEASURES, Measure
@@ -35,6 +36,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "The run": RunConfig,
     "data": DataConfig,
     "data.corpora": CorpusConfig,
+    "probe": ProbeConfig,
     "training": TrainingSection,
     "evaluation": EvaluationConfig,
     **{f"evaluation.{name}": measure for name, measure in MEASURES.items()},

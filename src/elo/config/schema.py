@@ -193,6 +193,17 @@ else:
     )
 
 
+class ProbeConfig(_Section):
+    """The probe of `layers: auto` and of `profile: probe`, on training text (docs/probe.md)."""
+
+    tokens: Annotated[int, BeforeValidator(_whole_number)] = Field(256, gt=0)
+    """Number of tokens per language."""
+    sequence_length: int = Field(64, ge=8)
+    """Length of a sequence, in tokens."""
+    parallel: str | None = Field(None, min_length=1)
+    """File with parallel sentences, one column per language, for the criterion `parallel`."""
+
+
 class RunConfig(_Section):
     """A run."""
 
@@ -204,7 +215,9 @@ class RunConfig(_Section):
     method: AnyMethod = Lora()
     """Adaptation method: its name, or a section with `name` and the method's settings (docs/methods.md)."""
     layers: str | int | list[int] = DEFAULT_LAYERS
-    """Decoder layers to train: first:K, last:K, indices or ranges, separated by commas."""
+    """Decoder layers to train: first:K, last:K, indices or ranges, separated by commas. auto:K and auto:CRITERION:K
+    take the K layers that a probe finds most important."""
+    probe: ProbeConfig = ProbeConfig()
     tokens: Annotated[int | None, BeforeValidator(_whole_number)] = Field(None, gt=0, le=10**15)
     """Number of training tokens of the run; null is one pass over the text in the target languages."""
     seed: int = Field(42, ge=0, lt=2**32)

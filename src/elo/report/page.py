@@ -209,6 +209,7 @@ def _compared(results: Results) -> list[tuple[str, str]]:
     for contestant in results.contestants:
         text = f"method {contestant.method}"
         text += f", layers {', '.join(map(str, contestant.layers))}" if contestant.layers else ""
+        text += f": {contestant.layers_reason}" if contestant.layers_reason else ""
         text += f"; {changes_text(contestant.changes)}" if contestant.changes else ""
         found.append((contestant.title, text))
     sizes = [

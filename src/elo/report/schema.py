@@ -188,6 +188,7 @@ class Contestant(Record):
     layers: tuple[int, ...] = Field(
         (), description="0-based decoder layers that the method was asked to train; empty if it chooses its own."
     )
+    layers_reason: str = Field("", description="Why `layers: auto` chose these layers.")
     changes: dict[str, Any] = Field(
         {}, description="Configuration keys in which this contestant differs from the shared run."
     )

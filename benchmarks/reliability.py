@@ -143,7 +143,8 @@ def large(megabytes: int, corpus_mb: int, scratch: Path) -> dict[str, Any]:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     corpus = (scratch / "corpus.jsonl").stat().st_size
     call = (
-        f"from elo.api import prepare; prepare({str(scratch / 'small')!r}, {{'xx': {str(scratch / 'corpus.jsonl')!r}}}, "
+        "from elo.api import prepare; "
+        f"prepare({str(scratch / 'small')!r}, {{'xx': {str(scratch / 'corpus.jsonl')!r}}}, "
         f"{str(scratch / 'data')!r}, progress=False)"
     )
     return {

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
 from fork_fixtures import launched
 from run_fixtures import write_base, write_world
 from surgery_fixtures import assert_same, stored
@@ -186,14 +187,9 @@ def test_deepspeed_killed_and_gone_on_with_ends_as_one_process(
     ],
 )
 def test_what_the_launcher_asks_for_is_refused(asked: str, version: int, settings: Any, message: str) -> None:
-    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
-    trainer = SimpleNamespace(
-        is_fsdp_enabled=asked == "fsdp",
-        is_deepspeed_enabled=asked == "deepspeed",
-        accelerator=SimpleNamespace(state=state),
-    )
+    accelerator: Any = SimpleNamespace(distributed_type=DistributedType[asked.upper()], is_fsdp2=version == 2)
     with pytest.raises(EloError, match=message):
-        check_sharding(trainer, TrainingSettings(training_arguments=settings), None)
+        check_sharding(accelerator, TrainingSettings(training_arguments=settings), None)
 
 
 def test_deepspeed_in_bf16_is_refused_where_it_would_round_what_is_stored(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from elo.evaluate.scoring import longest_sequence, takes_position_ids
 from elo.methods import Phase
 from elo.methods.base import first_new_row
 from elo.surgery.equivalence import build_hollow_causal_lm
+from elo.train.arguments import check_settings
 from elo.train.attention import VARLEN, require_own_positions
-from elo.train.loop import check_settings
 from elo.train.settings import TrainingSettings, check_also_train
 
 log = logging.getLogger(__name__)

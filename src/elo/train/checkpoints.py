@@ -1,13 +1,53 @@
-"""Write and find training checkpoints. A checkpoint without a valid manifest, which is written last, is ignored."""
+"""Write, find and read training checkpoints.
+
+A checkpoint without a valid manifest, which is written last, is ignored. Weights have the names of the model, not those
+of a wrapper such as DDP, so that another number of processes can resume.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from elo.errors import UnfinishedError
-from elo.store.files import fsync_tree, read_json, remove, sha256_file, write_json
+from elo.store.files import disk_errors_told, fsync_tree, read_json, remove, sha256_file, write_json
+from elo.train.trained_files import first_names
 
 MANIFEST = "elo_checkpoint.json"
+
+
+def write_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
+    """Write and seal the checkpoint of `step`, then remove all but the `keep` newest. Every process must call this."""
+    checkpoint = folder / f"checkpoint-{step}"
+
+    def use_own_names(models: list[Any], weights: list[Any], _: str) -> None:
+        for index, _ in enumerate(weights):  # none if FSDP or DeepSpeed shards them
+            model = accelerator.unwrap_model(models[index])
+            first = first_names(model)
+            weights[index] = {name: t.contiguous() for name, t in model.state_dict().items() if first[name] == name}
+
+    hook = accelerator.register_save_state_pre_hook(use_own_names)
+    with disk_errors_told(checkpoint):
+        accelerator.save_state(str(checkpoint))
+    hook.remove()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with disk_errors_told(checkpoint):
+            seal_checkpoint(checkpoint, state)
+        rotate_checkpoints(folder, keep)
+    accelerator.wait_for_everyone()
+
+
+def read_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Restore the weights, the optimizer, the schedule and the random generators. Every process must call this."""
+
+    def unwrap(models: list[Any], _: str) -> None:
+        models[:] = map(accelerator.unwrap_model, models)
+
+    hook = accelerator.register_load_state_pre_hook(unwrap)
+    accelerator.load_state(str(checkpoint))
+    hook.remove()
 
 
 def seal_checkpoint(checkpoint: Path, state: dict[str, Any]) -> None:
@@ -35,11 +75,27 @@ def check_checkpoint(checkpoint: Path) -> dict[str, Any]:
                 raise UnfinishedError(f"{checkpoint / MANIFEST}: lists {name!r}, which is outside its folder")
             if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
                 raise UnfinishedError(f"{path}: missing or damaged")
-        return {key: float(manifest["state"][key]) for key in ("seconds", "cpu_seconds")}
+        return _checked(manifest["state"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UnfinishedError):
             raise
         raise UnfinishedError(f"{checkpoint / MANIFEST}: is damaged, or not the manifest of a checkpoint") from None
+
+
+def _checked(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "seconds": float(state["seconds"]),
+        "cpu_seconds": float(state["cpu_seconds"]),
+        "losses": [_point(each) | {"loss": float(each["loss"])} for each in state["losses"]],
+        "evaluations": [
+            _point(each) | {"bpb": {str(key): float(value) for key, value in each["bpb"].items()}}
+            for each in state["evaluations"]
+        ],
+    }
+
+
+def _point(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"tokens": int(entry["tokens"]), "seconds": float(entry["seconds"])}
 
 
 def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:

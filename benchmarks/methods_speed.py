@@ -42,15 +42,13 @@ class Speeds:
         self.footprint = footprint(read_config(str(inputs.base.path)))
         self.bridges: dict[tuple[int, ...], Bridge] = {}
 
-    def rows(self, sample: int) -> list[int]:
-        """Rows of the vocabulary that training text uses, and `sample` others."""
-        return [int(each) for each in choose_rows(self.data, self.inputs.base.path, sample=sample, seed=1)]
-
     def measure(self, config: RunConfig, layers: tuple[int, ...], phase: Phase, scratch: Path) -> dict[str, Any]:
         """Train one phase for a few updates; returns tokens per CPU second and FLOPs per token."""
         settings = config.settings(phase).model_copy(update={"save_steps": 10**6, "evaluations": 0})
         sequences = divide_budget(config, self.data, lambda _: None)
-        rows: Any = sequences.first(self.steps * settings.tokens_per_step)
+        every = sequences.of(phase)
+        count = self.steps * settings.tokens_per_step // config.data.sequence_length
+        rows: Any = every.mixture.rows(every.start, every.start + count)
         model, _, _ = load_trainable(self.inputs.base.path, settings)
         if phase.detached:
             model = detach_layers(model, list(layers))
@@ -59,7 +57,8 @@ class Speeds:
         counted = self.footprint
         if settings.vocabulary == "corpus":
             file = scratch / "rows.json"
-            file.write_text(json.dumps(self.rows(settings.vocabulary_sample)))
+            chosen = choose_rows(every, self.inputs.base.path, sample=settings.vocabulary_sample, seed=config.seed)
+            file.write_text(json.dumps(chosen.tolist()))
             cut = VocabularyCut(model, file)
             rows = CutSequences(rows, cut)
             counted = counted.with_vocabulary(len(cut.ids))
@@ -79,13 +78,14 @@ class Speeds:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", type=Path)
+    parser.add_argument("--tokens", type=int, default=10**6, help="length of a run, for its vocabulary rows")
     parser.add_argument("--steps", type=int, default=6, help="number of updates per phase and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     comparison = load_comparison(arguments.comparison)
     scratch = Path(tempfile.mkdtemp())
-    configs = {name: contestant_config(comparison, name, 10**6, scratch) for name in comparison.contestants}
+    configs = {name: contestant_config(comparison, name, arguments.tokens, scratch) for name in comparison.contestants}
     first = contestant_run(
         comparison, next(iter(configs)), Path(comparison.output), learning_rates={}, tokens=10**6, seed=1
     )

@@ -193,6 +193,27 @@ def test_a_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypatch):
     known = {**config, "contestants": {"full": {"tokens_per_second": 50.0}}, "output": str(tmp_path / "known")}
     compare(known)
     assert trained == [5000 // step * step], "measured beforehand, there is nothing to look at"
+    trained.clear()
+    known["contestants"]["full"]["fixed_seconds"] = 20
+    compare(known)
+    assert trained == [4000 // step * step]
+    known["contestants"]["full"]["fixed_seconds"] = 100
+    with pytest.raises(EloError, match=r"contestants\.full\.fixed_seconds: leaves nothing"):
+        compare(known)
+
+
+def test_rates_tuned_on_a_share_of_the_budget(tmp_path):
+    config = _world(tmp_path)
+    config |= {"contestants": ["full"], "seeds": [1, 2], "learning_rates": [1e-3, 3e-3], "tuning_share": 0.5}
+    results = compare(config)
+    tuning = [trial for trial in results["trials"] if trial["tuning"]]
+    assert len(tuning) >= 2 and all(sum(stage["tokens"] for stage in trial["stages"]) == 640 for trial in tuning)
+    assert all(trial["validation"] and not trial["measured"]["bpb"] for trial in tuning), "nothing seen of what counts"
+    best = min(tuning, key=lambda trial: trial["validation"]["bpb"]["xx"])
+    trials = reported(results, "full")
+    assert [trial["learning_rates"] for trial in trials] == [best["learning_rates"]] * 2
+    assert all(sum(stage["tokens"] for stage in trial["stages"]) == 1280 for trial in trials)
+    assert not any(trial["validation"] for trial in trials)
 
 
 def test_a_diverged_trial_is_a_result(tmp_path, monkeypatch):

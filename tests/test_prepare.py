@@ -96,7 +96,7 @@ def test_validation_text_is_cut_out_of_training_text_and_nowhere_else(tmp_path: 
     assert len(set(validation)) >= 8, "one in a hundred documents"
     assert texts_of(prepared.heldout("ko")) == held and texts_of(prepared.validation("ko")) == validation
     assert prepared.summary()["validation"]["ko"]["documents"] == len(validation)
-    mixture = build_mixture(prepared, "ko", None, 0, sequence_length=64, seed=3)
+    mixture = build_mixture(prepared, "ko", replay_ratio=0, sequence_length=64, seed=3)
     rows = [TOKENIZER.backend.decode(mixture.row(index)["input_ids"].tolist()) for index in range(200)]
     begins = [text[:9] for text in validation]
     assert not any(begin in row for begin in begins for row in rows)
@@ -348,8 +348,8 @@ def test_mixture_from_prepared_data(tmp_path: Path, inputs: dict[str, Path]) -> 
     assert len(seeds) == 3, "streams of different corpora must not be shuffled alike"
     for said, arguments in {
         "replay_ratio must be between 0 and 1": {"replay_ratio": 1.5},
-        "needs a source language": {"source": None},
-        "are both 'ko'": {"source": "ko"},
+        "needs a source language": {"source": ()},
+        "'ko' is both a target and a source": {"source": "ko"},
         "no language 'ja'": {"source": "ja"},
         "has a weight above 0": {"weights": {"ko": {"ko": 0, "more": 0}}},
         "sequence_length must be": {"sequence_length": 0},

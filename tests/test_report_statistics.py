@@ -161,7 +161,7 @@ def test_several_target_languages_are_averaged():
     verdict = verdict_of(results)
     assert [each.languages for each in verdict.best_against] == [("ko", "ja")]
     assert verdict.best_against[0].value == pytest.approx(-0.1, abs=1e-5)
-    assert verdict.sentences[0].startswith("ko and ja with en held")
+    assert verdict.sentences[0].startswith("mean of ko and ja with en held")
 
 
 def test_harm_few_documents_and_missing_trials_are_warned_of():

@@ -19,6 +19,7 @@ from run_fixtures import write_world
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from elo.budget import divide_budget
 from elo.config import load_config
 from elo.data.shards import PreparedData
 from elo.errors import EloError
@@ -201,9 +202,11 @@ def test_a_run_on_the_rows_that_its_text_uses(tmp_path):
     rows = json.loads((tmp_path / "run" / "vocabulary-full" / "rows.json").read_text())
     base, final = _tensors(tmp_path / "base"), _tensors(tmp_path / "run" / "model")
     data = PreparedData.open(tmp_path / "run" / "prepared")
-    used = {token for language in ("xx", "en") for corpus in data.train(language) for shard in corpus.shards
-            for token in shard.arrays.tokens.tolist()}  # fmt: skip
-    assert used <= set(rows) and len(rows) <= len(used) + 5 + 2
+    sequences = divide_budget(load_config(config), data, print).mixture.rows(
+        0, 512 // config["data"]["sequence_length"]
+    )
+    used = {token for index in range(len(sequences)) for token in sequences[index]["input_ids"].tolist()}
+    assert used <= set(rows) and len(rows) <= len(used) + 5 + 3
     assert len(rows) < len(base["lm_head.weight"]), "some are left out"
     left_out = sorted(set(range(len(base["lm_head.weight"]))) - set(rows))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -219,6 +222,19 @@ def test_a_run_on_the_rows_that_its_text_uses(tmp_path):
     assert stages["full"]["flops"] < whole["flops"]
     everything = change(config, output=str(tmp_path / "every"), training__vocabulary_sample=10_000)
     _close(run(everything), tmp_path / "every" / "model", tmp_path / "plain" / "model")
+
+
+def test_measurements_in_bf16(tmp_path):
+    config = write_world(tmp_path) | {"method": "full"}
+    bpb = {}
+    for dtype in ("float32", "bfloat16"):
+        output = tmp_path / dtype
+        run({**config, "output": str(output), "tokens": 64, "evaluation": {"dtype": dtype}})
+        record = json.loads((output / "stages" / "evaluate-base.json").read_text())["record"]
+        assert record["model"]["dtype"] == dtype
+        bpb[dtype] = record["bpb"]["xx"]
+    assert bpb["bfloat16"] != bpb["float32"]
+    assert bpb["bfloat16"] == pytest.approx(bpb["float32"], abs=0.05)
 
 
 def _close(_, left: Path, right: Path) -> None:

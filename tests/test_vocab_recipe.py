@@ -47,6 +47,32 @@ def test_measured_before_anything_is_written(world, tmp_path):
     assert measured["advice"].startswith(("worth it", "not worth it"))
 
 
+def test_several_target_and_source_languages(world, tmp_path):
+    root, _ = world
+    yy = write_documents(root / "yy.jsonl", [word[::-1] + word[0] for word in TARGET], 60, 5)
+    de = write_documents(root / "de.jsonl", [word[::-1] for word in SOURCE], 30, 6)
+    corpora = {"xx": root / "xx.jsonl", "yy": yy, "en": root / "en.jsonl", "de": de}
+    measured = measure_vocabulary(root / "base", corpora, target=["xx", "yy"], pieces=[60])
+    (candidate,) = measured["candidates"]
+    now = {language: measured["languages"][language]["tokens"] for language in ("xx", "yy")}
+    assert all(0 < share < 1 for share in candidate["target"].values())
+    together = sum(candidate["target"][language] * count for language, count in now.items())
+    assert candidate["tokens"] == pytest.approx(together / sum(now.values()))
+    assert [found["holds"] for found in candidate["source"].values()] == [True, True]
+    assert "xx and yy need " in measured["advice"]
+
+    targets, sources = [corpora["xx"], corpora["yy"]], [corpora["en"], corpora["de"]]
+    record = extend_vocabulary(root / "base", targets, sources, output=tmp_path / "both", pieces=60)
+    assert record["source_identity"]["documents"] == 6 and record["source_identity"]["holds"]
+    alone = extend_vocabulary(root / "base", targets[0], sources, output=tmp_path / "one", pieces=60)
+    old, both, one = (
+        AutoTokenizer.from_pretrained(each) for each in (root / "base", tmp_path / "both", tmp_path / "one")
+    )
+    text = yy.read_text().splitlines()[0]
+    assert len(both(text)["input_ids"]) < len(one(text)["input_ids"]) <= len(old(text)["input_ids"])
+    assert record["target_bytes_per_token"] != alone["target_bytes_per_token"]
+
+
 def test_an_extended_checkpoint_is_an_ordinary_one(world):
     root, _ = world
     model = AutoModelForCausalLM.from_pretrained(root / "extended")

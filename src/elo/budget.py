@@ -67,8 +67,8 @@ def divide_budget(config: RunConfig, data: PreparedData, say: Callable[[str], No
     """
     length = config.data.sequence_length
     mixture = _mixture(config, data)
-    total = mixture.epoch_rows(config.data.target) if config.tokens is None else config.tokens // length
-    for language in (config.data.target, config.data.source) if config.data.replay_ratio else (config.data.target,):
+    total = mixture.epoch_rows(*config.data.targets) if config.tokens is None else config.tokens // length
+    for language in dict.fromkeys(source.language for source in mixture.sources):
         once = mixture.epoch_rows(language)
         if total > once:
             say(

@@ -7,12 +7,14 @@ from typing import Any
 from elo.checkpoint.counting import build_on_meta, parameter_counts, read_config
 from elo.checkpoint.new_rows import read_new_rows, record_of
 from elo.config import RunConfig
+from elo.data.mixture import language_shares
 from elo.data.shards import PreparedData
 from elo.store.environment import command_line, hardware, versions
 
 
 def circumstances(config: RunConfig, base: Path, layers: tuple[int, ...], data: PreparedData) -> dict[str, Any]:
     """Return the fields of `elo.report.schema.Results` that do not depend on training."""
+    section = config.data
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
     counts = parameter_counts(build_on_meta(model_config, trust_remote_code=config.trust_remote_code), layers)
     extended = read_new_rows(model_config) is not None
@@ -25,12 +27,13 @@ def circumstances(config: RunConfig, base: Path, layers: tuple[int, ...], data: 
             "num_layers": len(counts["layers"]),
             **({"vocabulary": record_of(model_config)} if extended else {}),
         },
-        "languages": {"targets": [config.data.target], "sources": [config.data.source]},
+        "languages": {"targets": section.targets, "sources": section.sources},
         "hardware": hardware(),
         "versions": versions(),
         "data": {
             **data.summary(),
-            "replay_ratio": config.data.replay_ratio,
-            "sequence_length": config.data.sequence_length,
+            "replay_ratio": section.replay_ratio,
+            "shares": language_shares(data, section.target, section.source, section.replay_ratio),
+            "sequence_length": section.sequence_length,
         },
     }

@@ -353,7 +353,7 @@ def quickstart(
 def vocab_measure(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; no weights are read.")],
     corpus: Annotated[list[str], typer.Option(metavar="LANGUAGE=FILE", help="Text of a language; may be repeated.")],
-    target: Annotated[str | None, typer.Option(help="Language to try new pieces for.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Language to try new pieces for; may be repeated.")] = None,
     pieces: Annotated[
         str, typer.Option(help="Numbers of new pieces to try, joined by commas.")
     ] = "2000,4000,8000,16000",
@@ -376,7 +376,7 @@ def vocab_measure(
     measured = measure_vocabulary(
         model,
         files_by_language("--corpus", corpus),
-        target=target,
+        target=target or (),
         pieces=numbers("--pieces", pieces),
         tokenizer=tokenizer,
         text_column=text_column,
@@ -393,8 +393,12 @@ def vocab_measure(
 def vocab_extend(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    target: Annotated[str | None, typer.Option(help="Text to learn pieces from.")] = None,
-    source: Annotated[str | None, typer.Option(help="Text whose words must keep their tokens.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Text to learn pieces from; one for each language, may be repeated.")
+    ] = None,
+    source: Annotated[
+        list[str] | None, typer.Option(help="Text whose words must keep their tokens; may be repeated.")
+    ] = None,
     pieces: Annotated[int, typer.Option(help="Number of new pieces.")] = 8000,
     tokenizer: Annotated[str | None, typer.Option(help="Use this extended tokenizer instead of learning one.")] = None,
     init: Annotated[
@@ -411,14 +415,14 @@ def vocab_extend(
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write a checkpoint with new vocabulary pieces; words of the source language keep their tokens."""
+    """Write a checkpoint with new vocabulary pieces; words of the source languages keep their tokens."""
     from elo.vocab.table import extension_line
     from elo.vocab.vocabulary import extend_vocabulary
 
     record = extend_vocabulary(
         model,
-        target,
-        source,
+        target or (),
+        source or (),
         output=output,
         pieces=pieces,
         tokenizer=tokenizer,

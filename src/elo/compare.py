@@ -1,8 +1,8 @@
 """Compare methods on the same model, text and budget (`elo compare`).
 
-Each contestant's learning rates are tuned on validation text, with the full budget and its complete schedule, because a
-run stopped in the middle of its decay is no fair comparison. Then the contestant is trained with every seed and
-measured on held-out text. A trial is a run (`elo.run`) with given rates, tokens and seed.
+Each contestant's learning rates are tuned on validation text, with the budget or a share of it, and always with a
+complete schedule, because a run stopped in the middle of its decay is no fair comparison. Then the contestant is
+trained with every seed and measured on held-out text. A trial is a run (`elo.run`) with given rates, tokens and seed.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,10 @@ from elo.circumstances import circumstances
 from elo.config import Budget, CompareConfig, RunConfig, contestant_run, load_comparison
 from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
+from elo.format import listed
 from elo.log import duration
 from elo.preflight import check_inputs, check_model
-from elo.report import collect, schema
+from elo.report import collect, schema, verdict
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
 from elo.run import (
@@ -33,7 +34,7 @@ from elo.run import (
     validation_text,
 )
 from elo.store.processes import is_main
-from elo.store.run_folder import Artifact, RunFolder
+from elo.store.run_folder import RunFolder
 
 # Number of updates in the first speed test of a contestant, and share of the time budget for the second.
 _FIRST_LOOK_STEPS = 6
@@ -129,9 +130,16 @@ class _Comparison:
         for budget in self.config.budgets:
             for name in self.config.contestants:
                 tokens = self._tokens(name, budget)
-                rates, tried = self._tune(name, tokens)
-                reported = [self._trial(name, rates, tokens, seed) for seed in self.config.seeds]
-                trials += [each.model_copy(update={"budget": budget.name, "tuning": True}) for each in tried]
+                share = max(1, round(tokens * self.config.tuning_share / self._step(name))) * self._step(name)
+                rates, tried = self._tune(name, share)
+                tuned = share == tokens and any(len(grid) > 1 for grid in self._grids(name).values())
+                reported = [
+                    self._trial(name, rates, tokens, seed, validated=tuned and seed == self.config.seeds[0])
+                    for seed in self.config.seeds
+                ]
+                chosen = tuple(rates.values()) if tuned else None
+                tried = {key: trial for key, trial in tried.items() if key != chosen}
+                trials += [each.model_copy(update={"budget": budget.name, "tuning": True}) for each in tried.values()]
                 trials += [each.model_copy(update={"budget": budget.name}) for each in reported]
                 results = self._results(trials)
                 if is_main():
@@ -145,12 +153,14 @@ class _Comparison:
         if budget.tokens is not None:
             return budget.tokens
         if speed := self.config.contestants[name].tokens_per_second:
-            step = max(self._run(name, 1).settings(phase).tokens_per_step for phase in self.config.method(name).phases)
-            return max(1, round(speed * budget.value / step)) * step
+            seconds = budget.value - self.config.contestants[name].fixed_seconds
+            if seconds <= 0:
+                raise EloError(f"contestants.{name}.fixed_seconds: leaves nothing of the budget of {budget.name}")
+            return max(1, round(speed * seconds / self._step(name))) * self._step(name)
 
         def look(output: Path, *, seconds: float, run: Any) -> dict[str, Any]:
             run = self._run(name, 1)
-            step = max(run.settings(phase).tokens_per_step for phase in run.method.phases)
+            step = self._step(name)
             shortest = int(_FIRST_LOOK_STEPS * step / min(_shares(run)))
             rates = _middle(self._grids(name))
 
@@ -173,6 +183,10 @@ class _Comparison:
         self.say(f"{name}: {stage.record['tokens']:,} tokens within {budget.name}")
         return int(stage.record["tokens"])
 
+    def _step(self, name: str) -> int:
+        """Return the number of tokens of a contestant's largest update."""
+        return max(self._run(name, 1).settings(phase).tokens_per_step for phase in self.config.method(name).phases)
+
     # Learning rates.
 
     def _grids(self, name: str) -> dict[str, list[float]]:
@@ -188,11 +202,11 @@ class _Comparison:
         chosen = own if isinstance(own, dict) else dict.fromkeys(phases, own or self.config.learning_rates)
         return {phase: sorted(set(chosen.get(phase) or self.config.learning_rates)) for phase in phases}
 
-    def _tune(self, name: str, tokens: int) -> tuple[Rates, list[schema.Trial]]:
+    def _tune(self, name: str, tokens: int) -> tuple[Rates, dict[tuple[float, ...], schema.Trial]]:
         """Choose the learning rates with the lowest score on validation text, one phase after another.
 
         Returns:
-            The chosen rates, and the trials with other rates.
+            The chosen rates, and all trials by their rates.
         """
         grids = self._grids(name)
         rates = _middle(grids)
@@ -202,9 +216,12 @@ class _Comparison:
             attempt = {**rates, phase: rate}
             key = tuple(attempt.values())
             if key not in tried:
-                tried[key] = self._trial(name, attempt, tokens, self.config.seeds[0])
-            validation = tried[key].validation
-            return self._score(validation.bpb) if validation else float("inf")
+                tried[key] = self._trial(
+                    name, attempt, tokens, self.config.seeds[0], validated=True, reported=self.config.tuning_share == 1
+                )
+            data, weight = self.inputs.config.data, self.config.source_weight
+            value = verdict.score(tried[key].validation, data.targets, data.sources, weight)
+            return float("inf") if value is None else value
 
         for phase, grid in grids.items():
             if len(grid) == 1:
@@ -223,30 +240,35 @@ class _Comparison:
                     break
                 scores[float(f"{beyond:.3g}")] = score(phase, float(f"{beyond:.3g}"))
             rates[phase] = min(scores, key=scores.__getitem__)
-        return rates, [trial for key, trial in tried.items() if key != tuple(rates.values())]
-
-    def _score(self, bpb: dict[str, float]) -> float:
-        target, source = self.inputs.languages
-        weight = self.config.source_weight
-        return bpb[target] + (weight * bpb[source] if weight else 0.0)
+        return rates, tried
 
     def _check_source_weight(self) -> None:
-        source = self.inputs.languages[1]
-        if self.config.source_weight and source not in self.base_validation["bpb"]:
-            raise EloError(
-                f"source_weight: {self.config.source_weight:g} needs validation text of {source!r}, and there is none; "
-                "add its text to data.corpora and set data.validation_share above 0, or set source_weight to 0"
-            )
+        for source in self.inputs.config.data.sources:
+            if self.config.source_weight and source not in self.base_validation["bpb"]:
+                raise EloError(
+                    f"source_weight: {self.config.source_weight:g} needs validation text of {source!r}, and there is "
+                    "none; add its text to data.corpora and set data.validation_share above 0, or set source_weight "
+                    "to 0"
+                )
 
     # Trials.
 
-    def _trial(self, name: str, rates: Rates, tokens: int, seed: int) -> schema.Trial:
-        # The trial with the first seed is used both for tuning and in the report.
-        tuned = any(len(grid) > 1 for grid in self._grids(name).values())
-        trial = self._train(name, rates, tokens, seed, validated=tuned and seed == self.config.seeds[0])
+    def _trial(
+        self, name: str, rates: Rates, tokens: int, seed: int, *, validated: bool, reported: bool = True
+    ) -> schema.Trial:
+        """Train and measure a contestant, and show the user the result.
+
+        Args:
+            validated: whether to measure on validation text.
+            reported: whether to measure on held-out text. With `tuning_share` 1, the trial with the first seed serves
+                both for tuning and in the report.
+        """
+        trial = self._train(name, rates, tokens, seed, validated=validated, reported=reported)
         self.seconds[_identity(name, rates, tokens, seed)] = trial.seconds
         done = len(self.seconds)
-        shown = trial.failed or ", ".join(f"{language} {value:.4f}" for language, value in trial.measured.bpb.items())
+        bpb = (trial.measured if reported else trial.validation or trial.measured).bpb
+        shown = trial.failed or ", ".join(f"{language} {value:.4f}" for language, value in bpb.items())
+        shown += "" if reported or trial.failed else " on validation text"
         at = ", ".join(f"{rate:g}" for rate in rates.values())
         left = (self.num_expected - done) * sum(self.seconds.values()) / done
         self.say(
@@ -255,18 +277,16 @@ class _Comparison:
         )
         return trial
 
-    def _train(self, name: str, rates: Rates, tokens: int, seed: int, *, validated: bool) -> schema.Trial:
-        """Train and measure a contestant, or return the finished trial.
-
-        Args:
-            validated: whether to measure on validation text too.
-        """
+    def _train(
+        self, name: str, rates: Rates, tokens: int, seed: int, *, validated: bool, reported: bool = True
+    ) -> schema.Trial:
+        """Train and measure a contestant, or return the finished trial. For the arguments see `_trial`."""
         identity = _identity(name, rates, tokens, seed)
         run = self._run(name, tokens, rates, seed)
 
-        def work(output: Path, *, base: Artifact, data: str, validated: bool, run: Any, layers: Any) -> dict[str, Any]:
+        def work(output: Path, *, measured_on: list[str], layers: Any, **decisive: Any) -> dict[str, Any]:
             config = self._run(name, tokens, rates, seed, output)
-            return self._run_trial(name, replace(self.inputs, config=config, layers=layers), output, validated)
+            return self._run_trial(name, replace(self.inputs, config=config, layers=layers), output, measured_on)
 
         record = self.inputs.folder.once(
             f"trials/{identity}",
@@ -275,13 +295,13 @@ class _Comparison:
             collective=True,
             base=self.inputs.base,
             data=self.data.fingerprint,
-            validated=validated,
+            measured_on=["heldout"] * reported + ["validation"] * validated,
             run=run.model_dump(mode="json", exclude={"output", "title"}),
             layers=self.layers[name],
         ).record
         return schema.Trial.model_validate(record["trial"])
 
-    def _run_trial(self, name: str, inputs: Inputs, output: Path, validated: bool) -> dict[str, Any]:
+    def _run_trial(self, name: str, inputs: Inputs, output: Path, measured_on: list[str]) -> dict[str, Any]:
         folder = RunFolder(output, lambda _: None)
         (output / "stages").mkdir(parents=True, exist_ok=True)
         inputs = replace(inputs, folder=folder)
@@ -297,13 +317,16 @@ class _Comparison:
             "",
             inputs.config.seed,
             adapted.records,
-            measure(inputs, "evaluate", adapted.model, heldout_text(inputs, self.data)),
+            self._evaluate(inputs, adapted) if "heldout" in measured_on else None,
             before_alignment=adapted.before_alignment,
             learning_rates=rates,
-            validation=self._validate(inputs, adapted) if validated else None,
+            validation=self._validate(inputs, adapted) if "validation" in measured_on else None,
             flops=training_flops(inputs, adapted),
         )
         return {"trial": trial.model_dump(mode="json")}
+
+    def _evaluate(self, inputs: Inputs, adapted: Adapted) -> dict[str, Any]:
+        return measure(inputs, "evaluate", adapted.model, heldout_text(inputs, self.data))
 
     def _validate(self, inputs: Inputs, adapted: Adapted) -> dict[str, Any]:
         return measure(inputs, "validate", adapted.model, validation_text(inputs, self.data), brief=True)
@@ -347,7 +370,7 @@ class _Comparison:
                 **circumstances(run, self.inputs.base.path, self.inputs.layers, self.data),
                 "schema_version": schema.SCHEMA_VERSION,
                 "kind": "comparison",
-                "title": config.title or f"{Path(run.model).name} learns {run.data.target}: methods compared",
+                "title": config.title or f"{Path(run.model).name} learns {listed(run.data.targets)}: methods compared",
                 "config": config.model_dump(mode="json"),
                 "endpoint": {"source_weight": config.source_weight},
                 "base": collect.measured(self.base),

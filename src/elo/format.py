@@ -1,5 +1,7 @@
 """Numbers as people read them: three significant digits and a unit."""
 
+from collections.abc import Sequence
+
 
 def signed(value: float, digits: int = 3) -> str:
     """A change with its sign."""
@@ -47,6 +49,11 @@ def learning_rate(value: float) -> str:
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def listed(names: list[str] | tuple[str, ...]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Names as in `A, B and C`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+
+
+def mean_of(names: Sequence[str]) -> str:
+    """What a mean over languages is called, which is the language itself if there is but one."""
+    return f"mean of {listed(names)}" if len(names) > 1 else listed(names)

@@ -39,24 +39,24 @@ def check_inputs(config: RunConfig) -> None:
     if output.is_dir() and any(output.iterdir()) and not (output / "stages").is_dir():
         raise EloError(f"output: {output}: the folder is not empty and is not an ELO run; choose another")
     for language, path in config.evaluation.cloze.items():
-        if language not in (config.data.target, config.data.source):
-            raise EloError(
-                f"evaluation.cloze: {language!r} is neither the target nor the source language; "
-                f"choose {config.data.target!r} or {config.data.source!r}"
-            )
+        _check_language(config, language, "evaluation.cloze")
         if not Path(path).is_file():
             raise EloError(f"evaluation.cloze.{language}: {path}: no such file; give a file of cloze items")
         read_cloze(Path(path))
     for measure in config.evaluation.measures:
         measure.check(f"evaluation.{measure.name}")
     for language in config.evaluation.prompts:
-        if language not in (config.data.target, config.data.source):
-            raise EloError(
-                f"evaluation.prompts: {language!r} is neither the target nor the source language; "
-                f"choose {config.data.target!r} or {config.data.source!r}"
-            )
+        _check_language(config, language, "evaluation.prompts")
     if Path(config.output).exists() and not Path(config.output).is_dir():
         raise EloError(f"output: {config.output}: is a file; give a folder for the run")
+
+
+def _check_language(config: RunConfig, language: str, key: str) -> None:
+    if language not in config.data.languages:
+        raise EloError(
+            f"{key}: {language!r} is neither a target nor a source language; "
+            f"choose among {', '.join(config.data.languages)}"
+        )
 
 
 def _check_divided(phase: Phase, settings: TrainingSettings) -> None:

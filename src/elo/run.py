@@ -18,6 +18,7 @@ from elo.circumstances import circumstances
 from elo.config import RunConfig, load_config
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.errors import EloError
+from elo.format import listed
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.methods import Method
 from elo.preflight import check_inputs, check_model
@@ -50,9 +51,9 @@ class Inputs:
     layers: tuple[int, ...]
 
     @property
-    def languages(self) -> tuple[str, str]:
-        """Target and source language."""
-        return self.config.data.target, self.config.data.source
+    def languages(self) -> tuple[str, ...]:
+        """Target languages, then source languages."""
+        return self.config.data.languages
 
 
 @dataclass
@@ -218,7 +219,14 @@ def adapt(
             sample = settings.vocabulary_sample
             name = f"vocabulary-{phase.name}"
             vocabulary = done(
-                folder.once(name, stages.cut_vocabulary, data=shards, sample=sample, seed=config.seed, base=base),
+                folder.once(
+                    name,
+                    stages.cut_vocabulary,
+                    rows=sequences.of(phase),
+                    sample=sample,
+                    seed=config.seed,
+                    base=base,
+                ),
                 name,
             )
         trained = done(
@@ -239,6 +247,7 @@ def adapt(
                 execution={
                     "data": shards,
                     "languages": inputs.languages,
+                    "targets": config.data.targets,
                     "base_bpb": base_bpb,
                     "tokenizer": inputs.tokenizer,
                     "label": phase.name if phase.name == method.name else f"{method.name} {phase.name}",
@@ -296,11 +305,10 @@ def heldout_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus]:
 
 def validation_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus]:
     """Return validation text by language, which is set aside from the training corpora for choosing learning rates."""
-    target, source = inputs.languages
-    found = {target: data.validation(target)}
-    if data.summary()["validation"][source]["documents"]:  # no replay, no source text
-        found[source] = data.validation(source)
-    return found
+    sizes = data.summary()["validation"]
+    # Without replay a source language may have no text but the held-out one.
+    sources = [language for language in inputs.config.data.sources if sizes[language]["documents"]]
+    return {language: data.validation(language) for language in (*inputs.config.data.targets, *sources)}
 
 
 def measure(
@@ -361,7 +369,7 @@ def write_report(
                 **circumstances(config, inputs.base.path, inputs.layers, data),
                 "schema_version": schema.SCHEMA_VERSION,
                 "kind": "run",
-                "title": config.title or f"{Path(config.model).name} learns {config.data.target}",
+                "title": config.title or f"{Path(config.model).name} learns {listed(config.data.targets)}",
                 "config": config.model_dump(mode="json"),
                 "base": collect.measured(base),
                 "contestants": [

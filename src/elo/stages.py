@@ -202,9 +202,9 @@ def keep_share(
 
 
 @_measured
-def cut_vocabulary(output: Path, *, data: Artifact, sample: int, seed: int, base: Artifact) -> dict[str, Any]:
-    """Write the ids of the vocabulary rows that training computes with."""
-    chosen = choose_rows(PreparedData.open(data.path), base.path, sample=sample, seed=seed)
+def cut_vocabulary(output: Path, *, rows: MixtureRows, sample: int, seed: int, base: Artifact) -> dict[str, Any]:
+    """Write the ids of the vocabulary rows that training on `rows` computes with."""
+    chosen = choose_rows(rows, base.path, sample=sample, seed=seed)
     with atomic_directory(output, overwrite=True) as folder:
         write_json(folder / "rows.json", chosen.tolist())
     return {"rows": len(chosen)}
@@ -226,6 +226,7 @@ def train(
     evaluation: int | None,
     data: Artifact,
     languages: Sequence[str],
+    targets: Sequence[str],
     base_bpb: Mapping[str, float],
     tokenizer: str,
     label: str,
@@ -236,6 +237,7 @@ def train(
 
     Args:
         evaluation: maximum size of held-out text per language for measurements during training, in bytes.
+        targets: those of `languages` that are taught.
         base_bpb: bits per byte of the base by language. A target language that becomes worse causes a warning.
         say: function that shows the user a line.
     """
@@ -253,8 +255,9 @@ def train(
     def measure_and_warn(model: Any) -> dict[str, float]:
         bpb = measure(model)
         # A detached model is not expected to predict text well.
-        if not phase.detached and (line := worse_than_base(languages[0], bpb, base_bpb)):
-            say(f"warning: {label}: {line}")
+        for language in () if phase.detached else targets:
+            if line := worse_than_base(language, bpb, base_bpb):
+                say(f"warning: {label}: {line}")
         return bpb
 
     setup = Setup(layers, Bridge.load(bridge.path / BRIDGE_FILE) if bridge else None, seed)
@@ -295,6 +298,7 @@ def measure(
     measured = evaluate(
         str(model.path),
         tokenizer=tokenizer,
+        dtype=None if evaluation.dtype == "auto" else evaluation.dtype,
         corpora=corpora,
         cloze={} if brief else {language: Path(path) for language, path in evaluation.cloze.items()},
         prompts={} if brief else evaluation.prompts,

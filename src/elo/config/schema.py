@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator, model_validator
 
 from elo.checkpoint.layers import DEFAULT_LAYERS
+from elo.data.mixture import names_of
 from elo.evaluate.measures import MEASURES, Measure
 from elo.methods import METHODS, Method, Phase
 from elo.methods.lora import Lora
@@ -26,6 +27,24 @@ def _whole_number(value: Any) -> Any:
             return value
         return int(number) if number.is_integer() else value
     return value
+
+
+def _languages(value: Any) -> Any:
+    """Check the languages of a role here, because pydantic reports each form of a union as an error of its own."""
+    names = value if isinstance(value, dict | list) else [value]
+    for name in names or [value]:
+        if not isinstance(name, str) or not name:
+            hint = " (YAML reads bare no, yes, on and off as true or false: quote it)" if isinstance(name, bool) else ""
+            raise ValueError(f"got {value!r}; write a language, a list of languages, or a mapping to shares{hint}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"got {value!r}, which names a language twice; remove one")
+    for name, share in value.items() if isinstance(value, dict) else ():
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1e6:
+            raise ValueError(f"the share of {name!r} is {share!r}; write a number above 0, at most 1e6")
+    return value
+
+
+Languages = Annotated[str | list[str] | dict[str, float], BeforeValidator(_languages)]
 
 
 def _named(value: Any) -> Any:
@@ -62,10 +81,12 @@ class CorpusConfig(_Section):
 class DataConfig(_Section):
     """Training and held-out text."""
 
-    target: str
-    """Key of the target language in `corpora`."""
-    source: str
-    """Key of the source language in `corpora`. Its text is replayed in training, and forgetting is measured on it."""
+    target: Languages
+    """Target language, as named in `corpora`. Several are a list, each read in proportion to its tokens, or a mapping
+    to their relative shares of training tokens, such as {ko: 2, ja: 1}."""
+    source: Languages
+    """Source language, or several in the same forms. Its text is replayed in training, and forgetting is measured on
+    it."""
     corpora: dict[str, list[CorpusConfig]]
     heldout: dict[str, CorpusConfig] = Field(default_factory=dict)
     """Held-out text by language. Where it is missing, `heldout_share` of the language's documents is held out."""
@@ -74,7 +95,7 @@ class DataConfig(_Section):
     validation_share: float = Field(0.005, ge=0, lt=0.5)
     """Share of each language's training documents set aside for choosing learning rates."""
     replay_ratio: float = Field(0.1, ge=0, lt=1)
-    """Share of training tokens in the source language."""
+    """Share of training tokens in the source languages together."""
     sequence_length: int = Field(2048, ge=8, le=1 << 24)
     """Length of a packed sequence, in tokens."""
     packing: bool = True
@@ -105,20 +126,35 @@ class DataConfig(_Section):
         for language in (*self.corpora, *self.heldout):
             if not language.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"language name {language!r} may contain only letters, digits, - and _")
-        if self.target == self.source:
-            raise ValueError(f"target and source are both {self.target!r}; name two different languages")
-        for role in ("target", "source"):
-            language = getattr(self, role)
-            needed = role == "target" or self.replay_ratio > 0
-            if needed and not self.corpora.get(language):
+        for language in self.targets:
+            if language in self.sources:
+                raise ValueError(f"{language!r} is both a target and a source language; name different languages")
+        for language in self.languages:
+            role = "target" if language in self.targets else "source"
+            only_measured = role == "source" and self.replay_ratio == 0 and language in self.heldout
+            if not self.corpora.get(language) and not only_measured:
                 raise ValueError(f"{role}: {language!r} has no corpus; corpora has {', '.join(self.corpora) or 'none'}")
-        unknown = [language for language in self.heldout if language not in (self.target, self.source)]
-        unknown += [language for language in self.corpora if language not in (self.target, self.source)]
-        if unknown:
-            raise ValueError(
-                f"{unknown[0]!r} is neither the target {self.target!r} nor the source {self.source!r} language"
-            )
+        for language in (*self.heldout, *self.corpora):
+            if language not in self.languages:
+                raise ValueError(
+                    f"{language!r} is neither a target nor a source language; choose among {', '.join(self.languages)}"
+                )
         return self
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of the target languages."""
+        return names_of(self.target)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the source languages."""
+        return names_of(self.source)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Names of all languages, target languages first."""
+        return (*self.targets, *self.sources)
 
 
 class _EvaluationConfig(_Section):
@@ -127,6 +163,9 @@ class _EvaluationConfig(_Section):
     max_bytes: Annotated[int | None, BeforeValidator(_whole_number)] = Field(400_000, ge=1000)
     """Maximum size of held-out text per language, in bytes, shared among its documents; null takes all. It also applies
     to the measurements during training."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format that measurements compute in. auto is the checkpoint's on a GPU and float32 on a CPU. On a CPU that
+    multiplies bfloat16 in hardware it halves the time and changes bits per byte by some thousandths."""
     cloze: dict[str, str] = Field(default_factory=dict)
     """File with cloze items (.jsonl) by language."""
     prompts: dict[str, list[str]] = Field(default_factory=dict)
@@ -171,7 +210,7 @@ class RunConfig(_Section):
     layers: str | int | list[int] = DEFAULT_LAYERS
     """Decoder layers to train: first:K, last:K, indices or ranges, separated by commas."""
     tokens: Annotated[int | None, BeforeValidator(_whole_number)] = Field(None, gt=0, le=10**15)
-    """Number of training tokens of the run; null is one pass over the target-language text."""
+    """Number of training tokens of the run; null is one pass over the text in the target languages."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed for the order of the data and all other random choices."""
     tokenizer: str | None = Field(None, min_length=1)
@@ -219,6 +258,9 @@ class Contestant(_Section):
     """Training speed in tokens per second (CPU second for a `cpu_seconds` budget), measured on an idle machine with
     benchmarks/methods_speed.py. A time budget is then converted to tokens at this speed. null measures the speed in
     trial runs."""
+    fixed_seconds: float = Field(0.0, ge=0)
+    """Time of the stages without training, such as detach and the search of a scale. It is deducted from a time budget
+    before `tokens_per_second` is applied."""
     learning_rates: list[Rate] | dict[str, list[Rate]] | None = None
     """Learning rates to try, for all phases or by phase; null is the comparison's list."""
 
@@ -269,11 +311,14 @@ class CompareConfig(_Section):
     seeds: list[int] = Field([1, 2, 3], min_length=1)
     """Seeds, one training per seed. Learning rates are tuned with the first."""
     learning_rates: list[Rate] = Field([1e-4, 3e-4, 1e-3], min_length=1)
-    """Learning rates to try for each phase of each contestant, with the full budget. If the lowest or highest is best,
-    the next one beyond it is also tried."""
+    """Learning rates to try for each phase of each contestant, with `tuning_share` of the budget. If the lowest or
+    highest is best, the next one beyond it is also tried."""
+    tuning_share: float = Field(1.0, gt=0, le=1)
+    """Length of a tuning run as a share of the budget. 1 is the most faithful, since the best rate depends on the
+    length of the training."""
     source_weight: float = Field(0.0, ge=0, le=10)
-    """Weight of the source language when learning rates are chosen. The rates with the lowest target bits per byte
-    + `source_weight` x source bits per byte on validation text are taken."""
+    """Weight of the source languages when learning rates are chosen. The rates with the lowest target bits per byte
+    + `source_weight` x source bits per byte on validation text are taken, each the mean over its languages."""
     title: str | None = None
 
     @field_validator("contestants", mode="before")

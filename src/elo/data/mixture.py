@@ -16,17 +16,20 @@ from elo.data.shards import PreparedData, TokenCorpus
 from elo.errors import EloError
 
 Stream = PackedStream | PaddedStream
+Languages = str | Sequence[str] | Mapping[str, float]
+"""A language, several in proportion to their training tokens, or several with their relative shares."""
 RESOLUTION = 1 << 40
 """Shares and phases are multiples of 1/RESOLUTION, so that counting sequences is exact integer arithmetic."""
 
 
 @dataclass(frozen=True)
 class MixtureSource:
-    """A stream with its language and its share of the mixture's tokens, in [0, 1]."""
+    """A stream with its language, its share of the mixture's tokens, in [0, 1], and the role of its language."""
 
     language: str
     share: float
     stream: Stream
+    role: str = "target"
 
 
 @dataclass(frozen=True)
@@ -49,21 +52,26 @@ class _Split:
         return (side, inside) if isinstance(side, int) else side.find(inside)
 
 
-def _split_tree(groups: Sequence["tuple[Fraction, _Split | int]"], seed: int, depth: int) -> "_Split | int":
-    """Build a chain of two-way splits over groups. The shares need not sum to 1."""
+_Group = tuple[Fraction, "_Split | int"]
+"""Share of a group of sources, and how it is split among them."""
+
+
+def _join(groups: Sequence[_Group], seed: int, depth: int) -> _Group:
+    """Join groups by a chain of two-way splits. The shares need not sum to 1."""
     (share, first), *rest = groups
-    if not rest:
-        return first
     total = sum((weight for weight, _ in groups), Fraction(0))
+    if not rest:
+        return total, first
     part = share / total if total else Fraction(0)
     phase = int(np.argsort(shuffled(1 << 10, seed, depth))[0]) * (RESOLUTION >> 10)
-    return _Split(round(part * RESOLUTION), phase, first, _split_tree(rest, seed, depth + 1))
+    return total, _Split(round(part * RESOLUTION), phase, first, _join(rest, seed, depth + 1)[1])
 
 
 class Mixture:
     """An endless series of sequences, each in one language, drawn from `sources` by their shares of tokens.
 
-    In every prefix a language deviates from its share by less than one sequence, a corpus within it by about one.
+    In every prefix a role deviates from its share by less than one sequence, a language within it by about one more,
+    and a corpus within that by about one more.
     """
 
     def __init__(
@@ -83,14 +91,14 @@ class Mixture:
         if len(lengths) != 1:
             raise EloError(f"mixture: all streams must have the same sequence length, got {sorted(lengths)}")
         self.sequence_length = lengths.pop()
-        by_language: dict[str, list[tuple[Fraction, _Split | int]]] = {}
+        by_language: dict[tuple[str, str], list[_Group]] = {}
         for index, source in enumerate(self.sources):
-            by_language.setdefault(source.language, []).append((Fraction(source.share), index))
-        groups: list[tuple[Fraction, _Split | int]] = []
-        for number, members in enumerate(by_language.values()):
-            share = sum((weight for weight, _ in members), Fraction(0))
-            groups.append((share, _split_tree(members, seed, 1000 * (number + 1))))
-        self._root = _split_tree(groups, seed, 0)
+            by_language.setdefault((source.role, source.language), []).append((Fraction(source.share), index))
+        by_role: dict[str, list[_Group]] = {}
+        for number, ((role, _), members) in enumerate(by_language.items(), 1):
+            by_role.setdefault(role, []).append(_join(members, seed, 1000 * number))
+        roles = [_join(members, seed, 100 * number) for number, members in enumerate(by_role.values(), 1)]
+        self._root = _join(roles, seed, 0)[1]
 
     def find(self, index: int) -> tuple[int, int]:
         """Return the source of sequence `index`, and its index in that source's stream."""
@@ -128,18 +136,19 @@ class Mixture:
                 break
         return dict(sorted(found.items()))
 
-    def epoch_rows(self, language: str) -> int:
-        """Rows of the mixture in which as much of `language` is read as its corpora hold together.
+    def epoch_rows(self, *languages: str) -> int:
+        """Rows of the mixture in which as much of `languages` is read as their corpora hold together.
 
-        With equal weights that is one pass over its text; a corpus with a higher weight than its siblings is by then
-        read more than once, and they are not through.
+        With equal weights that is one pass over their text; a corpus or language with a higher weight than its siblings
+        is by then read more than once, and they are not through.
 
         Raises:
-            EloError: `language` has no share in the mixture.
+            EloError: `languages` have no share in the mixture.
         """
-        taken = [source for source in self.sources if source.language == language and source.share > 0]
+        taken = [source for source in self.sources if source.language in languages and source.share > 0]
         if not taken:
-            raise EloError(f"mixture: {language!r} has no share, so its sequences cannot be counted")
+            names = ", ".join(map(repr, languages))
+            raise EloError(f"mixture: {names} has no share, so its sequences cannot be counted")
         return int(sum(source.stream.rows_per_epoch for source in taken) / sum(source.share for source in taken))
 
 
@@ -172,15 +181,15 @@ class MixtureRows:
 
 def build_mixture(
     prepared: PreparedData,
-    target: str,
-    source: str | None = None,
+    target: Languages,
+    source: Languages = (),
     replay_ratio: float = 0.1,
     sequence_length: int = 1024,
     seed: int = 0,
     packing: bool = True,
     weights: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Mixture:
-    """Mix the target language with `replay_ratio` (share of tokens) of the source language.
+    """Mix the target languages with `replay_ratio` (share of tokens) of the source languages.
 
     `weights` ({language: {corpus name: weight}}) overrides the manifest's. Within a language, a corpus' share is
     proportional to its tokens times its weight, so weights are relative numbers of epochs.
@@ -190,21 +199,20 @@ def build_mixture(
     """
     if not 0 <= replay_ratio <= 1:
         raise EloError(
-            f"replay_ratio must be between 0 and 1 (share of tokens in the source language), got {replay_ratio}"
+            f"replay_ratio must be between 0 and 1 (share of tokens in the source languages), got {replay_ratio}"
         )
-    if replay_ratio > 0 and source is None:
+    if replay_ratio > 0 and not names_of(source):
         raise EloError(f"replay_ratio {replay_ratio} needs a source language; name one, or set replay_ratio to 0")
-    if replay_ratio > 0 and source == target:
+    both = set(names_of(target)) & set(names_of(source))
+    if replay_ratio > 0 and both:
         raise EloError(
-            f"source and target language are both {target!r}; name another source language, or set replay_ratio to 0"
+            f"{min(both)!r} is both a target and a source language; name another source language, or set replay_ratio "
+            "to 0"
         )
-    shares = {target: 1 - replay_ratio}
-    if source is not None and replay_ratio > 0:
-        shares[source] = replay_ratio
+    shares = language_shares(prepared, target, source, replay_ratio)
     sources: list[MixtureSource] = []
     for number, (language, share) in enumerate(shares.items()):
-        if share == 0:
-            continue
+        role = "target" if language in names_of(target) else "source"
         corpora = prepared.train(language)
         factors = corpus_weights(corpora, language, (weights or {}).get(language, {}))
         tokens = [corpus.num_tokens * factor for corpus, factor in zip(corpora, factors, strict=True)]
@@ -218,16 +226,39 @@ def build_mixture(
             stream_seed = seed + 1_000_003 * (1000 * number + index)
             kind = PackedStream if packing else PaddedStream
             stream = kind(corpus, sequence_length, stream_seed)
-            sources.append(MixtureSource(language, share * part / sum(tokens), stream))
+            sources.append(MixtureSource(language, share * part / sum(tokens), stream, role))
     origin = {
         "data": prepared.fingerprint,
-        "shares": shares,
+        "target": [[language, shares[language]] for language in names_of(target) if language in shares],
+        "source": [[language, shares[language]] for language in names_of(source) if language in shares],
         "sequence_length": sequence_length,
         "packing": packing,
         "seed": seed,
         "weights": {language: dict(each) for language, each in (weights or {}).items()},
     }
     return Mixture(sources, seed, origin)
+
+
+def names_of(languages: Languages) -> tuple[str, ...]:
+    """Return the names of languages."""
+    return (languages,) if isinstance(languages, str) else tuple(languages)
+
+
+def language_shares(
+    prepared: PreparedData, target: Languages, source: Languages, replay_ratio: float
+) -> dict[str, float]:
+    """Return the share of training tokens of each language that is trained on, target languages first.
+
+    Raises:
+        EloError: a language is not prepared.
+    """
+    shares: dict[str, float] = {}
+    for languages, together in ((target, 1 - replay_ratio), (source, replay_ratio)):
+        names = names_of(languages) if together else ()
+        given = languages if isinstance(languages, Mapping) else None
+        parts = [given[name] if given else sum(corpus.num_tokens for corpus in prepared.train(name)) for name in names]
+        shares |= {name: together * (part / (sum(parts) or 1)) for name, part in zip(names, parts, strict=True)}
+    return shares
 
 
 def corpus_weights(corpora: Sequence[TokenCorpus], language: str, overrides: Mapping[str, float]) -> list[float]:

@@ -82,7 +82,7 @@ class Method(BaseModel):
     name: str
     scale: Scale = 1.0
     """Factor of the trained change: the result is base + scale x (trained - base). `search` tries several scales on
-    text that was not trained on, and takes the one with the lowest loss over both languages."""
+    text that was not trained on, and takes the one with the lowest loss over all languages."""
 
     @field_validator("scale")
     @classmethod

@@ -29,7 +29,7 @@ class Elo(Method):
     """Vocabulary rows to train in a trained embedding and head; `new` is only those that `elo vocab extend` added."""
     scale: Scale = "search"
     """Factor of the detached model's change when it is attached. `search` tries several scales and takes the one with
-    the lowest loss over both languages."""
+    the lowest loss over all languages."""
     alignment: Literal["full", "lora", "none"] = "full"
     """Training in layer alignment: every parameter (`full`), low-rank adapters on every layer (`lora`), or no layer
     alignment (`none`)."""

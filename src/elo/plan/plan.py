@@ -101,7 +101,7 @@ def plan(
     machine = Machine(found, devices, utilisation, price_per_hour)
     total = config.tokens or DEFAULT_TOKENS
     if config.tokens is None:
-        notes.append(f"tokens: null means one pass over the target language; the plan assumes {total:,}")
+        notes.append(f"tokens: null means one pass over the target languages; the plan assumes {total:,}")
 
     run = _plan_method(model, machine, config, layers, total)
     baselines = []

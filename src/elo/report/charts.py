@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from elo.format import count, listed
+from elo.format import count, mean_of
 from elo.report.drawing import (
     COLOURS,
     INK,
@@ -125,7 +125,7 @@ def _dots(results: Results) -> str:
 
 
 def _targets(results: Results) -> str:
-    return drawable(listed(results.languages.targets), "target")
+    return drawable(mean_of(results.languages.targets), "target")
 
 
 def _draw_base(axes: Axes, base: float | None, values: Sequence[float]) -> str:
@@ -195,7 +195,7 @@ def _retention_chart(results: Results, budget: Budget, number: int) -> Chart | N
     axes.axvline(0, color=INK, linestyle=":", linewidth=1.0)
     if min(y for group in groups for _, y in group.points) < 0:
         axes.axhline(0, color=INK, linestyle=":", linewidth=1.0)
-    source = drawable(listed(sources), "source")
+    source = drawable(mean_of(sources), "source")
     axes.set_xlabel(f"loss in {source} (bits per byte)")
     axes.set_ylabel(f"gain in {_targets(results)} (bits per byte)")
     title = "Target gain over source loss" + (f", {budget.name}" if len(results.budgets) > 1 else "")

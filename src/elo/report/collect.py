@@ -42,7 +42,7 @@ def trial(
     budget: str,
     seed: int,
     stages: Stages,
-    final: Mapping[str, Any],
+    final: Mapping[str, Any] | None,
     *,
     before_alignment: Mapping[str, Any] | None = None,
     learning_rates: Mapping[str, float] | None = None,
@@ -56,7 +56,7 @@ def trial(
         budget: name of the budget.
         seed: of the run.
         stages: records of the stages that cost time.
-        final: evaluation record of the final model on held-out text.
+        final: evaluation record of the final model on held-out text; None if only `validation` was measured.
         before_alignment: evaluation record of the attached model before layer alignment.
         learning_rates: peak learning rate by training section.
         validation: evaluation record on validation text.
@@ -68,7 +68,7 @@ def trial(
         budget=budget,
         seed=seed,
         learning_rates=dict(learning_rates or {}),
-        measured=measured(final),
+        measured=Measured() if final is None else measured(final),
         before_alignment=None if before_alignment is None else measured(before_alignment),
         validation=None if validation is None else measured(validation),
         attach_scale=stages.get("scale", {}).get("scale"),

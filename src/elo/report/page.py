@@ -19,7 +19,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from elo.format import count, listed, memory
+from elo.format import count, listed, mean_of, memory
 from elo.report.charts import contestant_styles, last_trials
 from elo.report.drawing import Chart
 from elo.report.schema import Results, Trial, Verdict
@@ -184,7 +184,7 @@ def _compared(results: Results) -> list[tuple[str, str]]:
     found.append(("Seed" + "s" * (len(results.seeds) > 1), ", ".join(map(str, results.seeds))))
     if results.languages.sources and len(results.contestants) > 1:
         limit = f"{listed(results.languages.sources)} at most {results.endpoint.source_limit_bpb:g} bpb above the base"
-        found.append(("Ranked by", f"bits per byte in {listed(results.languages.targets)}, with {limit}"))
+        found.append(("Ranked by", f"bits per byte in {mean_of(results.languages.targets)}, with {limit}"))
     return [(name, text) for name, text in found if text]
 
 

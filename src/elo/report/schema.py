@@ -136,7 +136,9 @@ class Trial(Record):
         False, description="Whether the trial only served to choose learning rates and is not in the results table."
     )
     failed: str | None = Field(None, description="Reason why the trial has no result.")
-    measured: Measured = Field(Measured(), description="The final model on held-out text.")
+    measured: Measured = Field(
+        Measured(), description="The final model on held-out text; empty for a tuning trial of its own length."
+    )
     before_alignment: Measured | None = Field(
         None, description="The attached model before layer alignment, on held-out text."
     )
@@ -219,13 +221,13 @@ class Vocabulary(Record):
     embedding_init: str | None = Field(None, description="Initialisation of the new embedding rows.")
     head_init: str | None = Field(None, description="Initialisation of the new LM head rows; null if they are tied.")
     source_identity: dict[str, Any] | None = Field(
-        None, description="Comparison of both tokenizers on text of the source language."
+        None, description="Comparison of both tokenizers on text of the source languages."
     )
     target_bytes_per_token: tuple[float, float] | None = Field(
-        None, description="Bytes per token of the target language, before and after."
+        None, description="Bytes per token of the target languages, before and after."
     )
     source_bytes_per_token: tuple[float, float] | None = Field(
-        None, description="Bytes per token of the source language, before and after."
+        None, description="Bytes per token of the source languages, before and after."
     )
 
 
@@ -255,6 +257,7 @@ class Data(Record):
     train: dict[str, TextSize] = Field({}, description="Prepared training text by language.")
     heldout: dict[str, TextSize] = Field({}, description="Prepared held-out text by language.")
     replay_ratio: Share | None = Field(None, description="Share of training tokens in the source languages.")
+    shares: dict[str, Share] = Field({}, description="Share of training tokens by language that is trained on.")
     sequence_length: Count | None = Field(None, description="Tokens in a packed sequence.")
 
 
@@ -267,7 +270,9 @@ class Endpoint(Record):
         "much above the base model's.",
     )
     source_weight: NonNegative = Field(
-        0.0, description="Learning rates were chosen by target + this times source bits per byte of validation text."
+        0.0,
+        description="Learning rates were chosen by target + this times source bits per byte of validation text, each "
+        "the mean over its languages.",
     )
 
 
@@ -376,9 +381,11 @@ class Results(Record):
                 if key in reported:
                     raise ValueError(f"{where}: {key} occurs twice")
                 reported.add(key)
-            lacking = [each for each in self.languages.targets if each not in trial.measured.bpb]
+            section = "validation" if trial.tuning else "measured"
+            found = getattr(trial, section) or Measured()
+            lacking = [each for each in self.languages.targets if each not in found.bpb]
             if trial.failed is None and lacking:
-                raise ValueError(f"{where}.measured.bpb: {', '.join(lacking)} missing, but the trial did not fail")
+                raise ValueError(f"{where}.{section}.bpb: {', '.join(lacking)} missing, but the trial did not fail")
             for language, sizes in trial.measured.document_bytes.items():
                 if sizes != self.base.document_bytes.get(language, sizes):
                     raise ValueError(
@@ -403,9 +410,9 @@ class Results(Record):
         values = [mean_bpb(trial.measured, languages) for trial in self.finished(contestant, budget)]
         return mean([value for value in values if value is not None])
 
-    def change(self, contestant: str, budget: str, language: str) -> float | None:
-        """Mean bits per byte less the base model's."""
-        before, after = self.base.bpb.get(language), self.mean_bpb(contestant, budget, (language,))
+    def change(self, contestant: str, budget: str, *languages: str) -> float | None:
+        """Mean bits per byte over `languages` less the base model's."""
+        before, after = mean_bpb(self.base, languages), self.mean_bpb(contestant, budget, languages)
         return None if before is None or after is None else after - before
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from elo.format import count, duration, flops, learning_rate, memory, signed
-from elo.report.schema import Budget, BudgetVerdict, Contestant, Data, Measured, Results, Trial, mean
+from elo.format import count, duration, flops, learning_rate, mean_of, memory, signed
+from elo.report.schema import Budget, BudgetVerdict, Contestant, Data, Measured, Results, Trial, mean, mean_bpb
 from elo.report.verdict import contestant_warnings, score, title_of, tuned
 
 NOTHING = "–"
@@ -53,8 +53,9 @@ def results_table(results: Results, budget: Budget, verdict: BudgetVerdict) -> T
     bpb = {name: results.mean_bpb(name, budget.name, results.languages.targets) for name in trials}
     order = sorted(results.contestants, key=lambda each: (bpb[each.name] is None, bpb[each.name]))
     columns = [_names(results, budget, order)]
-    for language in results.languages.all:
-        columns += _bpb_columns(results, language, order, verdict)
+    targets = results.languages.targets
+    for languages in ([targets] if len(targets) > 1 else []) + [(language,) for language in results.languages.all]:
+        columns += _bpb_columns(results, languages, order, verdict)
     for title, value, shown in _COSTS:
         column = Column(title, is_brief=title not in ("Wall time", "Compute"))
         columns.append((column, Cell(), [_mean_cell(trials[each.name], value, shown) for each in order]))
@@ -90,14 +91,17 @@ def _names(results: Results, budget: Budget, order: Sequence[Contestant]) -> _Pa
     return Column("Contestant", is_text=True), Cell("Base model"), cells
 
 
-def _bpb_columns(results: Results, language: str, order: Sequence[Contestant], verdict: BudgetVerdict) -> list[_Parts]:
-    is_target = language in results.languages.targets
-    differences = {each.contestant: each for each in verdict.differences if each.languages == (language,)}
+def _bpb_columns(
+    results: Results, languages: tuple[str, ...], order: Sequence[Contestant], verdict: BudgetVerdict
+) -> list[_Parts]:
+    """The mean over `languages`, and its difference from the reference where there is one."""
+    differences = {each.contestant: each for each in verdict.differences if each.languages == languages}
     values, against = [], []
     for contestant in order:
-        after = results.mean_bpb(contestant.name, verdict.budget, (language,))
-        change = results.change(contestant.name, verdict.budget, language)
-        best = is_target and verdict.best_is_supported and contestant.name == verdict.ranked[0]
+        after = results.mean_bpb(contestant.name, verdict.budget, languages)
+        change = results.change(contestant.name, verdict.budget, *languages)
+        ranked = languages == results.languages.targets
+        best = ranked and verdict.best_is_supported and contestant.name == verdict.ranked[0]
         detail = "" if change is None else signed(change)
         values.append(Cell() if after is None else Cell(f"{after:.3f}", detail, best))
         if each := differences.get(contestant.name):
@@ -106,10 +110,11 @@ def _bpb_columns(results: Results, language: str, order: Sequence[Contestant], v
             against.append(Cell(signed(each.value), interval, each.is_supported, tone=tone))
         else:
             against.append(Cell("reference" if contestant.name == verdict.reference else NOTHING))
-    heading = Column(f"{language}, {'target' if is_target else 'source'}", "bpb ↓, change")
-    found = [(heading, _cell(results.base.bpb.get(language), lambda value: f"{value:.3f}"), values)]
+    role = "target" if languages[0] in results.languages.targets else "source"
+    heading = Column(f"{mean_of(languages)}, {role}", "bpb ↓, change")
+    found = [(heading, _cell(mean_bpb(results.base, languages), lambda value: f"{value:.3f}"), values)]
     if differences:
-        versus = Column(f"{language} − {title_of(results, verdict.reference)}", "bpb ↓, 95 % interval")
+        versus = Column(f"{mean_of(languages)} − {title_of(results, verdict.reference)}", "bpb ↓, 95 % interval")
         found.append((versus, Cell(), against))
     return found
 
@@ -236,16 +241,18 @@ def _rates(trial: Trial) -> str:
 
 
 def _score(results: Results, trial: Trial) -> str:
-    value = score(results, trial.validation)
+    languages, weight = results.languages, results.endpoint.source_weight
+    value = score(trial.validation, languages.targets, languages.sources, weight)
     return "failed" if value is None or trial.failed else f"{value:.3f}"
 
 
 def data_table(data: Data, base: Measured) -> Table | None:
     """Amounts of text: training, held out, and measured on."""
+    shares = {language: f"{share:.3g} of training tokens" for language, share in data.shares.items()}
     parts = (("training", data.train), ("held out", data.heldout), ("measured on", base.heldout))
     rows = [
         (
-            Cell(f"{language}, {use}"),
+            Cell(f"{language}, {use}", shares.get(language, "") if use == "training" else ""),
             *(_cell(number, lambda value: f"{value:,}") for number in (size.documents, size.tokens, size.bytes)),
             _cell(size.bytes_per_token, lambda value: f"{value:.2f}"),
         )

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from elo.format import count, duration, learning_rate, listed, signed
+from elo.format import count, duration, learning_rate, listed, mean_of, signed
 from elo.report.schema import (
     MIN_DOCUMENTS,
     Budget,
@@ -142,7 +142,7 @@ def _sentences(results: Results, verdict: BudgetVerdict) -> list[str]:
     if len(results.contestants) == 1:
         found = _against_base(results, verdict)
         return [*found, one_seed] if all(each.seeds == 1 for each in verdict.differences) else found
-    targets, sources = listed(results.languages.targets), listed(results.languages.sources)
+    targets, sources = mean_of(results.languages.targets), listed(results.languages.sources)
     condition = f" with {sources} held to base + {results.endpoint.source_limit_bpb:g}" if sources else ""
     found = []
     if verdict.ranked:
@@ -168,19 +168,22 @@ def _sentences(results: Results, verdict: BudgetVerdict) -> list[str]:
 
 
 def _against_base(results: Results, verdict: BudgetVerdict) -> list[str]:
-    """What a single contestant did to the first languages."""
+    """What a single contestant did to the languages, in one sentence for each role."""
     contestant, found = results.contestants[0], []
-    for language in results.languages.all[:2]:
-        change = results.change(contestant.name, verdict.budget, language)
-        if change is not None:
-            before = results.base.bpb[language]
-            text = f"{contestant.title}, {language}: {before:.3f} to {before + change:.3f} bits per byte"
-            intervals = [
-                f", 95 % interval {signed(each.low)} to {signed(each.high)}"
-                for each in verdict.differences
-                if each.languages == (language,)
-            ]
-            found.append(f"{text} ({signed(change)}{''.join(intervals)}).")
+    for languages in (results.languages.targets, results.languages.sources):
+        parts = []
+        for language in languages:
+            change = results.change(contestant.name, verdict.budget, language)
+            if change is not None:
+                before = results.base.bpb[language]
+                intervals = [
+                    f", 95 % interval {signed(each.low)} to {signed(each.high)}"
+                    for each in verdict.differences
+                    if each.languages == (language,)
+                ]
+                text = f"{language}: {before:.3f} to {before + change:.3f} bits per byte"
+                parts.append(f"{text} ({signed(change)}{''.join(intervals)})")
+        found += [f"{contestant.title}, {'; '.join(parts)}."] if parts else []
     return found
 
 
@@ -252,27 +255,31 @@ def _off_budget(budget: Budget, trials: Sequence[Trial]) -> list[str]:
 
 
 def tuned(results: Results, contestant: str, budget: str) -> list[Trial]:
-    """Trials among which the learning rates were chosen: tuning trials, and the reported one that won."""
+    """Trials among which the learning rates were chosen: tuning trials, and the reported one that won if it is one."""
     own = [trial for trial in results.trials if (trial.contestant, trial.budget) == (contestant, budget)]
     seeds = {trial.seed for trial in own if trial.tuning}
     return [trial for trial in own if trial.seed in seeds and (trial.tuning or trial.validation or trial.failed)]
 
 
-def score(results: Results, measured: Measured | None) -> float | None:
-    """What tuning minimised: target + source_weight times source bits per byte of validation text."""
-    target = mean_bpb(measured, results.languages.targets) if measured else None
-    if measured is None or target is None or not results.endpoint.source_weight:
+def score(
+    measured: Measured | None, targets: tuple[str, ...], sources: tuple[str, ...], source_weight: float
+) -> float | None:
+    """What tuning minimises: target + source_weight times source bits per byte, each the mean over its languages."""
+    target = mean_bpb(measured, targets) if measured else None
+    if measured is None or target is None or not source_weight:
         return target
-    source = mean_bpb(measured, results.languages.sources)
-    return target if source is None else target + results.endpoint.source_weight * source
+    source = mean_bpb(measured, sources)
+    return target if source is None else target + source_weight * source
 
 
 def _edges(results: Results, contestant: Contestant, budget: Budget) -> list[str]:
     """Chosen learning rates beyond which nothing was tried."""
     trials = tuned(results, contestant.name, budget.name)
-    chosen = next((trial for trial in trials if not trial.tuning), None)
+    if trials and all(trial.failed for trial in trials):
+        return ["every learning rate that was tried failed"]
+    chosen = next(iter(results.reported(contestant.name, budget.name)), None)
     if chosen is None:
-        return ["every learning rate that was tried failed"] if trials and all(t.failed for t in trials) else []
+        return []
     found = []
     for section, rate in chosen.learning_rates.items():
         tried = sorted({trial.learning_rates[section] for trial in trials if section in trial.learning_rates})

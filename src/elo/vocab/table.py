@@ -35,7 +35,9 @@ def render_vocabulary(measured: Mapping[str, Any]) -> RenderableType:
             candidates.add_row(
                 f"{each['pieces']:,}",
                 f"{each['bytes_per_token']:.2f}",
-                f"{each['tokens']:.0%}",
+                ", ".join(f"{language} {share:.0%}" for language, share in each["target"].items())
+                if len(each["target"]) > 1
+                else f"{each['tokens']:.0%}",
                 f"{each['flops_per_byte']:.0%}",
                 f"{each['new_parameters']:,}",
                 ", ".join(f"{language}: {_alike(found)}" for language, found in each["source"].items()) or "-",

@@ -1,7 +1,7 @@
-"""`elo vocab`: measure how many tokens languages need, and write a checkpoint with new pieces for one of them."""
+"""`elo vocab`: measure how many tokens languages need, and write a checkpoint with new pieces for some of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from tokenizers import Tokenizer
 from elo.check_output import check_output
 from elo.checkpoint.counting import footprint, read_config
 from elo.checkpoint.footprint import Footprint
+from elo.data.mixture import names_of
 from elo.data.sources import read_documents
 from elo.data.text_loss import judge_loss, text_encoder
 from elo.data.tokenizer import TextTokenizer, load_tokenizer, save_with_backend
 from elo.data.tokenizing import TextCounts, batched
 from elo.errors import EloError
+from elo.format import listed
 from elo.log import Progress
 from elo.store.files import write_json
 from elo.surgery.detach_attach import check_replaceable, resolve_checkpoint
@@ -25,6 +27,8 @@ from elo.vocab.pieces import Identity, PieceLearner, compare_tokenizers, extend_
 from elo.vocab.rows import INITIALISATIONS, NewTokens, RowInit, extend_checkpoint
 from elo.vocab.words import Fertility, measure_fertility
 
+Texts = str | Path | Sequence[str | Path]
+"""A corpus, or one for each of several languages."""
 DEFAULT_PIECES = (2000, 4000, 8000, 16000)
 _MOST_PIECES = 10_000_000
 # Characters read per language; more text hardly changes which pieces are learnt.
@@ -40,7 +44,7 @@ def measure_vocabulary(
     model: str | Path,
     corpora: Mapping[str, str | Path],
     *,
-    target: str | None = None,
+    target: str | Sequence[str] = (),
     pieces: Sequence[int] = DEFAULT_PIECES,
     tokenizer: str | Path | None = None,
     text_column: str = "text",
@@ -55,12 +59,12 @@ def measure_vocabulary(
     Args:
         model: checkpoint folder or hub id; its weights are not read.
         corpora: text by language, anything that `elo prepare` reads.
-        target: language among `corpora` to extend for; the other languages must keep their tokens.
+        target: language or languages among `corpora` to extend for; the others must keep their tokens.
         pieces: numbers of new pieces to try.
         tokenizer: folder or hub id; None uses the model's tokenizer.
         text_column: key or column that holds a document's text.
-        max_characters: read at most this many characters per language; None reads 50 M of the target and 20 M of
-            every other language.
+        max_characters: read at most this many characters per language; None reads 50 M of a target and 20 M of every
+            other language.
         split_special_tokens: tokenise special tokens spelled out in text as text.
         allow_lost_text: accept text of which the tokenizer loses more than 5 %.
         output: JSON file to write.
@@ -76,14 +80,16 @@ def measure_vocabulary(
 
     if not corpora:
         raise EloError("vocab: nothing to measure on; give --corpus LANGUAGE=FILE")
-    if target is not None and target not in corpora:
-        raise EloError(f"--target {target!r}: has no corpus; choose among {', '.join(corpora)}")
+    targets = names_of(target)
+    for language in targets:
+        if language not in corpora:
+            raise EloError(f"--target {language!r}: has no corpus; choose among {', '.join(corpora)}")
     if not pieces or min(pieces) < 1 or max(pieces) > _MOST_PIECES:
         raise EloError(f"--pieces {list(pieces)}: give numbers of new pieces, each from 1 to {_MOST_PIECES:,}")
     loaded = replace(load_tokenizer(tokenizer or model, trust_remote_code), split_special_tokens=split_special_tokens)
     backend = loaded.backend
     texts = {
-        language: _read(path, text_column, max_characters or _limit(language == target), language)
+        language: _read(path, text_column, max_characters or _limit(language in targets), language)
         for language, path in corpora.items()
     }
     counts = {language: _count(loaded, heldout) for language, (_, heldout) in texts.items()}
@@ -114,32 +120,37 @@ def measure_vocabulary(
         "advice": None,
         "warnings": [warning for warning in warnings if warning is not None],
     }
-    if target is not None:
+    if targets:
         now = footprint(read_config(model, trust_remote_code=trust_remote_code))
-        spent_now = _flops_per_byte(now, measured[target])
-        learning = [train for language, (train, _) in texts.items() if language != target]
-        learner = PieceLearner(backend, texts[target][0], learning, max(pieces))
+        before = _total([measured[language] for language in targets])
+        spent_now = _flops_per_byte(now, before)
+        learning = [train for language, (train, _) in texts.items() if language not in targets]
+        learner = PieceLearner(backend, [text for each in targets for text in texts[each][0]], learning, max(pieces))
         found = {len(extension.pieces): extension for extension in map(learner.extension, pieces)}
         for count, extension in sorted(found.items()):
             extended = extend_tokenizer(backend, extension)
             encoder = text_encoder(extended, loaded.special_tokens) if split_special_tokens else extended
-            after = measure_fertility(encoder, texts[target][1])
+            by_target = {language: measure_fertility(encoder, texts[language][1]) for language in targets}
+            after = _total(list(by_target.values()))
             larger = now.with_vocabulary(max(now.vocab_size, extended.get_vocab_size()))
             results["candidates"].append(
                 {
                     "pieces": count,
                     "bytes_per_token": after.bytes_per_token,
-                    "tokens": after.tokens / measured[target].tokens,
+                    "tokens": after.tokens / before.tokens,
+                    "target": {
+                        language: each.tokens / measured[language].tokens for language, each in by_target.items()
+                    },
                     "flops_per_byte": _flops_per_byte(larger, after) / spent_now,
                     "new_parameters": larger.total - now.total,
                     "source": {
-                        language: _identity(compare_tokenizers(backend, extended, heldout))
+                        language: _identity([compare_tokenizers(backend, extended, heldout)])
                         for language, (_, heldout) in texts.items()
-                        if language != target
+                        if language not in targets
                     },
                 }
             )
-        results["advice"] = _advice(target, measured[target], results["candidates"])
+        results["advice"] = _advice(targets, before, results["candidates"])
     if output is not None:
         write_json(Path(output), results)
     return results
@@ -147,8 +158,8 @@ def measure_vocabulary(
 
 def extend_vocabulary(
     model: str | Path,
-    target: str | Path | None = None,
-    source: str | Path | None = None,
+    target: Texts = (),
+    source: Texts = (),
     *,
     output: str | Path,
     pieces: int = 8000,
@@ -163,12 +174,12 @@ def extend_vocabulary(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write a checkpoint with new pieces for the target language in its tokenizer, embedding and head.
+    """Write a checkpoint with new pieces for the target languages in its tokenizer, embedding and head.
 
     Args:
         model: checkpoint folder or hub id.
-        target: text of the language to learn pieces for, anything that `elo prepare` reads.
-        source: text of the language that must keep its tokens.
+        target: text to learn pieces for, anything that `elo prepare` reads: one corpus for each language.
+        source: text that must keep its tokens: one corpus for each language.
         output: folder to write. It appears only when complete.
         pieces: number of new pieces.
         tokenizer: folder or hub id of an extended tokenizer, used instead of learning pieces. It must keep all old ids.
@@ -178,7 +189,7 @@ def extend_vocabulary(
         pad_to_multiple_of: the number of rows is rounded up to a multiple of this.
         seed: random seed of `noise`.
         text_column: key or column that holds a document's text.
-        max_characters: read at most this many characters per language; None reads 50 M of the target and 20 M of the
+        max_characters: read at most this many characters per corpus; None reads 50 M of a target and 20 M of a
             source.
         overwrite: replace an existing output.
         trust_remote_code: run code that ships with the checkpoint.
@@ -198,7 +209,8 @@ def extend_vocabulary(
         raise EloError(
             f"--pieces and --pad-to must be from 1 to {_MOST_PIECES:,}; got {pieces} and {pad_to_multiple_of}"
         )
-    if tokenizer is None and (target is None or source is None):
+    targets, sources = ((given,) if isinstance(given, str | Path) else tuple(given) for given in (target, source))
+    if tokenizer is None and not (targets and sources):
         raise EloError(
             "vocab extend: nothing to learn from; give --target FILE to learn pieces from and --source FILE whose "
             "words must keep their tokens, or an extended --tokenizer"
@@ -207,12 +219,13 @@ def extend_vocabulary(
     given = None if rows is None else _read_rows(Path(rows))
     folder = resolve_checkpoint(model, trust_remote_code=trust_remote_code)
     old = _backend(folder, trust_remote_code)
-    none: tuple[list[str], list[str]] = ([], [])
-    of_target = none if target is None else _read(target, text_column, max_characters or _limit(True), "target")
-    of_source = none if source is None else _read(source, text_column, max_characters or _limit(False), "source")
+    of_targets = [_read(path, text_column, max_characters or _limit(True), "target") for path in targets]
+    of_sources = [_read(path, text_column, max_characters or _limit(False), "source") for path in sources]
     if tokenizer is None:
-        print(f"vocab: learning up to {pieces:,} pieces from {sum(map(len, of_target[0])):,} characters", flush=True)
-        new = extend_tokenizer(old, PieceLearner(old, of_target[0], [of_source[0]], pieces).extension(pieces))
+        learning = [text for train, _ in of_targets for text in train]
+        print(f"vocab: learning up to {pieces:,} pieces from {sum(map(len, learning)):,} characters", flush=True)
+        learner = PieceLearner(old, learning, [train for train, _ in of_sources], pieces)
+        new = extend_tokenizer(old, learner.extension(pieces))
         require_old_ids(old, new, "extended")
     else:
         new = _backend(tokenizer, trust_remote_code)
@@ -225,8 +238,8 @@ def extend_vocabulary(
             f"token, and new tokens numbered from {first_id} without gaps"
         )
     record: dict[str, Any] = {"base": str(model)}
-    for name, (_, heldout) in (("target", of_target), ("source", of_source)):
-        if heldout:
+    for name, texts in (("target", of_targets), ("source", of_sources)):
+        if heldout := [text for _, each in texts for text in each]:
             before, after = measure_fertility(old, heldout), measure_fertility(new, heldout)
             if name == "target" and after.tokens >= before.tokens:
                 raise EloError(
@@ -234,8 +247,8 @@ def extend_vocabulary(
                     "of the tokenizer match the words first"
                 )
             record[f"{name}_bytes_per_token"] = [round(before.bytes_per_token, 4), round(after.bytes_per_token, 4)]
-    if of_source[1]:
-        record["source_identity"] = _identity(compare_tokenizers(old, new, of_source[1]))
+    if of_sources:
+        record["source_identity"] = _identity([compare_tokenizers(old, new, heldout) for _, heldout in of_sources])
     return extend_checkpoint(
         folder,
         Path(output),
@@ -316,7 +329,13 @@ def _fertility(measured: Fertility) -> dict[str, Any]:
     }
 
 
-def _identity(found: Identity) -> dict[str, Any]:
+def _total(measured: Sequence[Fertility]) -> Fertility:
+    return Fertility(*map(sum, zip(*map(astuple, measured), strict=True)))
+
+
+def _identity(languages: Sequence[Identity]) -> dict[str, Any]:
+    documents, identical, foreign, words = zip(*map(astuple, languages), strict=True)
+    found = Identity(sum(documents), sum(identical), sum(foreign), tuple(word for each in words for word in each))
     return asdict(found) | {"holds": found.holds, "words": list(found.words)}
 
 
@@ -325,10 +344,11 @@ def _flops_per_byte(counted: Footprint, measured: Fertility) -> float:
     return counted.flops_per_token("trained", sequence_length=2048).total / measured.bytes_per_token
 
 
-def _advice(target: str, now: Fertility, candidates: Sequence[Mapping[str, Any]]) -> str:
+def _advice(targets: Sequence[str], now: Fertility, candidates: Sequence[Mapping[str, Any]]) -> str:
     best = min(candidates, key=lambda each: each["flops_per_byte"])
+    need = "needs" if len(targets) == 1 else "need"
     told = (
-        f"with {best['pieces']:,} new pieces {target} needs {best['tokens']:.0%} of the tokens "
+        f"with {best['pieces']:,} new pieces {listed(targets)} {need} {best['tokens']:.0%} of the tokens "
         f"({now.bytes_per_token:.2f} -> {best['bytes_per_token']:.2f} bytes per token) and "
         f"{best['flops_per_byte']:.0%} of the training FLOPs for the same text"
     )

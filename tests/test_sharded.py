@@ -3,7 +3,9 @@
 import itertools
 import json
 import os
+import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,16 +15,20 @@ import torch
 import yaml
 from accelerate.utils import DistributedType
 from fork_fixtures import launched
+from method_fixtures import CASES, FIRST_NEW_ROW
 from run_fixtures import write_base, write_world
 from surgery_fixtures import assert_same, stored
+from training_fixtures import LENGTH, SETTINGS, rows
 from transformers import AutoModelForCausalLM
 from zoo import logits_of, tiny_config, tiny_model
 
 from elo.checkpoint.architecture import find_architecture
-from elo.errors import EloError
+from elo.errors import EloError, StoppedBySignalError
 from elo.run import run
+from elo.train.arguments import rows_per_step
 from elo.train.distributed import check_sharding, main_alone_loads, whole_parts, without_weights
-from elo.train.phase import load_trainable, save_checkpoint
+from elo.train.phase import load_trainable, save_checkpoint, train_checkpoint
+from elo.train.prepared import Prepared
 from elo.train.settings import TrainingSettings
 from elo.train.trained_files import TrainedFiles
 
@@ -232,3 +238,57 @@ def test_parts_make_the_same_checkpoint_as_the_whole(family: str, tmp_path: Path
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {p.name for p in (tmp_path / "base").iterdir()}
     expected = {name: (t.float() + 0.5).bfloat16() for name, t in stored(tmp_path / "base").items()}
     assert_same(stored(tmp_path / "whole"), expected)
+
+
+@pytest.mark.parametrize("name", ["lisa", "lisa-window", "lora", "lora-with ends", "frozen-half", "frozen-new rows"])
+def test_a_method_in_two_processes_ends_as_in_one(name: str, tmp_path: Path) -> None:
+    case = next(each for each in CASES if each.name == name)
+    case.start(tie=name == "lora-with ends").save_pretrained(tmp_path / "base")
+    plain = SETTINGS.model_copy(update={"per_device_train_batch_size": 1, "save_steps": 2, "weight_decay": 0.1})
+    fsdp = plain.model_copy(update={"training_arguments": {"fsdp": True}})
+
+    def train(folder: str, settings: TrainingSettings, *, stop_at: int | None = None) -> None:
+        def prepare(model: Any) -> Prepared:
+            prepared = case.method.prepare(model, case.phase, case.setup())
+
+            def before_step(step: int, optimizer: Any) -> None:
+                if step == stop_at:
+                    signal.raise_signal(signal.SIGTERM)
+                if prepared.before_step is not None:
+                    prepared.before_step(step, optimizer)
+
+            return replace(prepared, before_step=before_step)
+
+        train_checkpoint(
+            tmp_path / "base",
+            tmp_path / folder,
+            rows=rows(6 * rows_per_step(LENGTH, settings)),
+            prepare=prepare,
+            seed=5,
+            settings=settings,
+            scratch=tmp_path / f"{folder}-checkpoints",
+        )
+
+    def work() -> None:
+        import sharded_worker  # noqa: F401
+
+        train("parallel", plain)
+        train("sharded", fsdp)
+        with pytest.raises(StoppedBySignalError):
+            train("resumed", fsdp, stop_at=2)
+        train("resumed", fsdp)
+
+    train("alone", plain)
+    log = tmp_path / "log.txt"
+    assert launched(work, log, 2) == [0, 0], log.read_text()
+    base, alone, sharded = (stored(tmp_path / folder) for folder in ("base", "alone", "sharded"))
+    assert_same(sharded, stored(tmp_path / "resumed"))
+    for other in (sharded, stored(tmp_path / "parallel")):
+        assert other.keys() == base.keys()
+        for key, tensor in alone.items():
+            assert (tensor - other[key]).abs().max() < 1e-4, key
+            assert torch.equal(tensor, base[key]) == torch.equal(other[key], base[key]), f"{key}: trained or not"
+        if name == "frozen-new rows":
+            old = slice(FIRST_NEW_ROW)
+            assert torch.equal(other["lm_head.weight"][old], base["lm_head.weight"][old])
+            assert not torch.equal(other["lm_head.weight"], base["lm_head.weight"])

@@ -110,8 +110,10 @@ class Method(BaseModel):
         """Whether the method requires a base with an extended vocabulary."""
         return False
 
-    def check(self) -> None:
-        """Raise EloError if the method cannot run on this machine."""
+    @property
+    def changes_layers(self) -> bool:
+        """Whether the layers that train change between updates."""
+        return self.redraws_layers
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         """Set `requires_grad` on every parameter of `model` and install the phase's adapters, bridge or hooks.

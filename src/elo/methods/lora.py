@@ -1,9 +1,11 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) of the package peft, merged into the weights at the end."""
 
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from elo.methods.base import Method, Phase, Setup, register, train_parts
@@ -39,6 +41,7 @@ class Lora(Method):
 def add_adapters(model: PreTrainedModel, phase: Phase, seed: int, *, alpha: int, dropout: float = 0.0) -> Prepared:
     """Freeze `model`, add trainable adapters and unfreeze `phase.also_train`. `fold` merges the adapters."""
     from peft import LoraConfig, LoraModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     config = LoraConfig(
         r=phase.lora_rank,
@@ -54,4 +57,27 @@ def add_adapters(model: PreTrainedModel, phase: Phase, seed: int, *, alpha: int,
     def fold() -> None:
         tuner.merge_and_unload(safe_merge=True)
 
-    return Prepared(fold=fold)
+    def fold_parts() -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        adapted = {name: each for name, each in model.named_modules() if isinstance(each, BaseTunerLayer)}
+        tuner.unload()
+        return lambda part: _merged(part, adapted)
+
+    return Prepared(fold=fold, fold_parts=fold_parts)
+
+
+def _merged(part: dict[str, Tensor], adapted: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a part of a model with the adapters in it merged.
+
+    Args:
+        adapted: peft's layers by name, for the scale and orientation of their weights.
+    """
+    merged = {}
+    for name, tensor in part.items():
+        owner, found, own = name.partition(".base_layer.")
+        if found and own == "weight":
+            change = part[f"{owner}.lora_B.default.weight"] @ part[f"{owner}.lora_A.default.weight"]
+            change = (change.t() if adapted[owner].fan_in_fan_out else change) * adapted[owner].scaling["default"]
+            tensor = tensor + change.to(tensor.dtype)
+        if ".lora_" not in name:
+            merged[f"{owner}.{own}" if found else name] = tensor
+    return merged

@@ -23,7 +23,7 @@ from elo.train.settings import PASSED_ARGUMENTS, TrainingSettings
 
 # Other processes wait in a collective while the main process reads weights and writes checkpoints, for hours if the
 # model is large.
-_LAUNCH = {"ddp_find_unused_parameters": False, "ddp_timeout": 4 * 3600}
+_DDP_TIMEOUT_S = 4 * 3600
 
 
 def rows_per_step(sequence_length: int, settings: TrainingSettings) -> int:
@@ -64,7 +64,12 @@ def wants_bf16(settings: TrainingSettings) -> bool:
 
 
 def training_arguments(
-    settings: TrainingSettings, micro_steps: int, folder: Path, *, main_alone: bool = False
+    settings: TrainingSettings,
+    micro_steps: int,
+    folder: Path,
+    *,
+    main_alone: bool = False,
+    changes_layers: bool = False,
 ) -> TrainingArguments:
     """Return what transformers makes of the settings: devices, optimizer, FSDP and DeepSpeed.
 
@@ -72,7 +77,9 @@ def training_arguments(
         micro_steps: number of micro-steps per update.
         folder: folder of the training checkpoints.
         main_alone: whether only the main process has the weights.
+        changes_layers: whether the layers that train change between updates, so that DDP must look for them.
     """
+    launch = {"ddp_find_unused_parameters": changes_layers, "ddp_timeout": _DDP_TIMEOUT_S}
     arguments = TrainingArguments(
         output_dir=str(folder),
         learning_rate=settings.learning_rate,
@@ -87,7 +94,7 @@ def training_arguments(
         bf16=wants_bf16(settings),
         use_cpu=not torch.cuda.is_available(),
         dataloader_num_workers=settings.dataloader_num_workers,
-        **(_LAUNCH | fsdp_arguments(settings.training_arguments, main_alone=main_alone)),
+        **(launch | fsdp_arguments(settings.training_arguments, main_alone=main_alone)),
     )
     set_precision(arguments)
     return arguments

@@ -148,10 +148,10 @@ def check_sharding(
             f"{now}: only the launcher sets it; write it in this section's training_arguments "
             "(docs/launching.md), and launch with torchrun"
         )
-    if now and first_row:
+    if now == "DeepSpeed" and first_row:
         raise EloError(
-            "training_arguments: FSDP and DeepSpeed shard the embedding, so new rows cannot train alone "
-            "(method.embedding_rows: new, method embeddings_first); remove fsdp and deepspeed"
+            "training_arguments: DeepSpeed divides the embedding without regard to rows, so new rows cannot train "
+            "alone (method.embedding_rows: new, method embeddings_first); remove deepspeed, or write fsdp: true"
         )
     if checkpoint is None:
         return
@@ -180,7 +180,9 @@ def whole_parts(model: Any) -> Iterator[dict[str, Tensor]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            part = prefix + name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else name
+            # A linear layer outside the decoder layers is one part with its adapters.
+            part = name.split(".base_layer.")[0].split(".lora_")[0]
+            part = prefix + name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else part
             parts.setdefault(part, {})[name] = tensor
     return ({name: _whole(tensor) for name, tensor in part.items()} for part in parts.values())
 

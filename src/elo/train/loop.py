@@ -29,7 +29,7 @@ from elo.train.attention import VARLEN, choose_attention, require_own_positions
 from elo.train.batches import PackedCollator, micro_batches
 from elo.train.checkpoints import latest_checkpoint, read_checkpoint, step_of, write_checkpoint
 from elo.train.distributed import accumulating, check_sharding, launch_kept, whole_parts
-from elo.train.embedding_rows import rows_left_out
+from elo.train.embedding_rows import keep_old_rows, rows_left_out
 from elo.train.loss import install_head_loss
 from elo.train.optimizer import forget_overrides, make_optimizer, make_schedule
 from elo.train.peak_memory import peak_memory_bytes, reset_peak_memory
@@ -93,8 +93,7 @@ def train(
         label: label of the progress lines; None shows no progress.
 
     Raises:
-        EloError: the sequences are packed but the model does not keep packed documents apart, or only new vocabulary
-            rows train but FSDP or DeepSpeed shards the embedding.
+        EloError: the sequences are packed but the model does not keep packed documents apart.
         TrainingDivergedError: the loss is not finite, or it rose and stayed high.
         StoppedBySignalError: SIGTERM or SIGINT arrived; a checkpoint has been written.
     """
@@ -117,18 +116,25 @@ def train(
     ):
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainable -= rows_left_out(model, prepared.first_row) if prepared.first_row else 0
-        arguments = training_arguments(settings, micro_steps, output_dir, main_alone=main_alone)
+        arguments = training_arguments(
+            settings, micro_steps, output_dir, main_alone=main_alone, changes_layers=prepared.before_step is not None
+        )
         accelerator = make_accelerator(settings, arguments)
         check_sharding(accelerator, settings, checkpoint, first_row=prepared.first_row)
         set_seed(seed)
         if settings.activation_checkpointing:
             model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs)
-        optimizer = make_optimizer(model, settings, arguments, prepared.first_row)
+        optimizer = make_optimizer(model, settings, arguments, 0 if accelerator.is_fsdp2 else prepared.first_row)
         wrapped, optimizer = accelerator.prepare(model, optimizer)
+        drop_old_gradients: Callable[[], None] = lambda: None  # noqa: E731
+        if accelerator.is_fsdp2 and prepared.first_row:
+            drop_old_gradients = keep_old_rows(optimizer.optimizer, model, prepared.first_row)
         schedule = accelerator.prepare_scheduler(make_schedule(optimizer, settings, steps))
         collator = PackedCollator(varlen=attention == VARLEN, position_ids=takes_position_ids(model))
         batches = micro_batches(rows, collator, arguments, accelerator, first_row=done * per_step)
         if checkpoint is not None:
+            if prepared.before_step is not None:
+                prepared.before_step(done - 1, optimizer.optimizer)  # FSDP reads the states of what trained then
             read_checkpoint(accelerator, checkpoint)  # last, because it restores the random generators
         by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         scaling = {"scale_wrt_gas": False} if by_deepspeed else {}  # the loss is scaled here
@@ -151,6 +157,7 @@ def train(
                     loss = loss * (accelerator.num_processes / targets)
                     accelerator.backward(loss, **scaling)
                 loss_sum += loss.detach()
+            drop_old_gradients()
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm or math.inf)
             optimizer.step()
             rate = schedule.get_last_lr()[0]

@@ -75,7 +75,10 @@ def train_checkpoint(
     def save(trained: PreTrainedModel, parts: Iterator[dict[str, Tensor]] | None) -> None:
         if cut is not None:
             cut.restore()
-        prepared.fold()
+        if parts is not None and prepared.fold_parts is not None:
+            parts = map(prepared.fold_parts(), parts)
+        else:
+            prepared.fold()
         save_checkpoint(trained, parts, files, output, python=trust_remote_code)
 
     result = train(

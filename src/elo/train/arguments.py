@@ -1,6 +1,7 @@
 """Translate the training settings to arguments of transformers and accelerate, and check them before any work."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ def training_arguments(
     return arguments
 
 
-def make_accelerator(settings: TrainingSettings, arguments: TrainingArguments) -> Accelerator:
-    """Return the accelerator of a phase, with its trackers started."""
+@contextmanager
+def accelerating(settings: TrainingSettings, arguments: TrainingArguments) -> Iterator[Accelerator]:
+    """Yield the accelerator of a phase, with its trackers, which are closed afterwards."""
     folder = Path(str(arguments.output_dir))
     ddp = {
         "find_unused_parameters": arguments.ddp_find_unused_parameters,
@@ -111,6 +113,7 @@ def make_accelerator(settings: TrainingSettings, arguments: TrainingArguments) -
     }
     fsdp = arguments.fsdp_plugin_args
     accelerator = Accelerator(
+        device_placement=False,  # the loop moves a model once, because the optimizer may have views of its weights
         mixed_precision=arguments.mixed_precision,
         cpu=arguments.use_cpu,
         deepspeed_plugin=arguments.deepspeed_plugin,
@@ -126,7 +129,11 @@ def make_accelerator(settings: TrainingSettings, arguments: TrainingArguments) -
         simple = {key: value for key, value in settings.model_dump().items() if isinstance(value, int | float | str)}
         named = {"wandb": {"name": name}, "trackio": {"name": name}, "mlflow": {"run_name": name}}
         accelerator.init_trackers("elo", simple, named)
-    return accelerator
+    try:
+        yield accelerator
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 @launch_kept()

@@ -24,7 +24,7 @@ from elo.evaluate.bits_per_byte import isolates_documents
 from elo.evaluate.scoring import evaluating, takes_position_ids
 from elo.log import Progress
 from elo.store.processes import from_main, is_main
-from elo.train.arguments import make_accelerator, micro_steps_per_step, rows_per_step, training_arguments, wants_bf16
+from elo.train.arguments import accelerating, micro_steps_per_step, rows_per_step, training_arguments, wants_bf16
 from elo.train.attention import VARLEN, choose_attention, require_own_positions
 from elo.train.batches import PackedCollator, micro_batches
 from elo.train.checkpoints import latest_checkpoint, read_checkpoint, step_of, write_checkpoint
@@ -108,18 +108,19 @@ def train(
     checkpoint, done, state = (found[0], step_of(found[0]), found[1]) if found else (None, 0, {})
     record = Record(tokens_per_step, **state)
 
+    arguments = training_arguments(
+        settings, micro_steps, output_dir, main_alone=main_alone, changes_layers=prepared.before_step is not None
+    )
+
     reset_peak_memory()
     with (
-        _fitted(model, rows, settings, prepared.first_row) as attention,
+        accelerating(settings, arguments) as accelerator,
+        _fitted(model, rows, settings, prepared.first_row, accelerator.device) as attention,
         Progress(steps * tokens_per_step, label if is_main() else None, "tokens", done * tokens_per_step) as progress,
         _StopOnSignal() as stop,
     ):
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainable -= rows_left_out(model, prepared.first_row) if prepared.first_row else 0
-        arguments = training_arguments(
-            settings, micro_steps, output_dir, main_alone=main_alone, changes_layers=prepared.before_step is not None
-        )
-        accelerator = make_accelerator(settings, arguments)
         check_sharding(accelerator, settings, checkpoint, first_row=prepared.first_row)
         set_seed(seed)
         if settings.activation_checkpointing:
@@ -196,8 +197,6 @@ def train(
 
         record.pause_clock()
         optimizer.eval()
-        for tracker in accelerator.trackers:
-            tracker.finish()
     if save is not None:
         parts = whole_parts(model) if settings.divides_model else None
         if is_main():
@@ -215,15 +214,16 @@ def train(
 
 
 @contextmanager
-def _fitted(model: PreTrainedModel, rows: Dataset, settings: TrainingSettings, first_row: int) -> Iterator[str]:
+def _fitted(
+    model: PreTrainedModel, rows: Dataset, settings: TrainingSettings, first_row: int, device: torch.device
+) -> Iterator[str]:
     """Move a model to its device and install the head loss and the attention of the settings.
 
     Yields the name of the attention. Afterwards the model has its original forward and attention.
     """
     # A model that FSDP or DeepSpeed shards may not fit on one GPU; they move it there in parts.
-    on_gpu = torch.cuda.is_available() and not settings.divides_model
-    if on_gpu:
-        model.to("cuda")  # type: ignore[arg-type]
+    if not settings.divides_model:
+        model.to(device)  # type: ignore[arg-type]
     packed = "attention_mask" not in rows[0]
     require_own_positions(
         model.config,
@@ -238,7 +238,7 @@ def _fitted(model: PreTrainedModel, rows: Dataset, settings: TrainingSettings, f
     restore_forward = install_head_loss(model, settings.head_loss, autocast_dtype, first_row)
     try:
         requested = settings.attn_implementation
-        if requested == "auto" and torch.cuda.is_available() and not on_gpu:
+        if requested == "auto" and torch.cuda.is_available() and settings.divides_model:
             requested = own_attention or "eager"  # no other can be tried, since the model is not on the GPU yet
         attention = "model's own"
         if packed:

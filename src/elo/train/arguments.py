@@ -164,11 +164,11 @@ def _trackers(settings: TrainingSettings) -> list[str]:
 
 
 def _check_trackers(names: Iterable[str]) -> None:
-    known = [str(each) for each in LoggerType]
+    known, installed = sorted(map(str, LoggerType)), [*map(str, get_available_trackers()), "all"]
     for name in names:
         if name not in known:
-            raise EloError(f"report_to: got {name!r}; write none, or some of {', '.join(sorted(known))}")
-        if name != "all" and name not in get_available_trackers():
+            raise EloError(f"report_to: got {name!r}; write none, or some of {', '.join(known)}")
+        if name not in installed:
             raise EloError(f"report_to: {name} is not installed; install its package, or remove it")
 
 

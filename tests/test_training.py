@@ -315,17 +315,6 @@ def test_bits_per_byte_is_logged_while_training(tmp_path):
     assert measured[-1] == bits_per_byte(model, held, sequence_length=LENGTH).bits_per_byte
 
 
-def test_trackers_get_losses_and_measurements(tmp_path):
-    pytest.importorskip("tensorboardX")
-    settings = SETTINGS.model_copy(update={"report_to": ["tensorboard"]})
-    check_settings(settings, LENGTH, "full")
-    _train(_detached(), tmp_path / "full-checkpoints", settings=settings, evaluate=lambda model: {"xx": 4.0}, steps=2)
-    (events,) = (tmp_path / "trackers" / "full" / "elo").glob("events.*")
-    written = events.read_bytes()
-    for name in (b"train/loss", b"train/grad_norm", b"train/learning_rate", b"train/tokens", b"eval/bpb_xx"):
-        assert name in written, name
-
-
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     model = _detached()
 

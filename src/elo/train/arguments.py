@@ -1,5 +1,6 @@
 """Translate the training settings to arguments of transformers and accelerate, and check them before any work."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,7 +129,7 @@ def accelerating(settings: TrainingSettings, arguments: TrainingArguments) -> It
         name = str(arguments.run_name or folder.parent.name)
         simple = {key: value for key, value in settings.model_dump().items() if isinstance(value, int | float | str)}
         named = {"wandb": {"name": name}, "trackio": {"name": name}, "mlflow": {"run_name": name}}
-        accelerator.init_trackers("elo", simple, named)
+        accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "elo"), simple, named)
     try:
         yield accelerator
     finally:

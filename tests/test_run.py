@@ -171,7 +171,7 @@ def test_stages_one_by_one_give_the_same(finished, tmp_path):
     root, config, _ = finished
     alone = {**config, "output": str(tmp_path / "run")}
     made = {"prepare": "prepared"}
-    assert stage_names(load_config(config).method) == list(_STAGES)
+    assert stage_names(load_config(config)) == list(_STAGES)
     for until in _STAGES:
         output = tmp_path / "run" / made.get(until, until)
         assert not output.exists()

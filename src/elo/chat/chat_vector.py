@@ -1,5 +1,6 @@
 """`elo chat-vector`: add the chat abilities of a base's chat model to an adapted model, without training."""
 
+import tempfile
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
@@ -13,6 +14,7 @@ from elo.checkpoint.new_rows import read_new_rows
 from elo.data.tokenizer import load_tokenizer, save_with_backend
 from elo.detach_attach import check_replaceable, readable_errors, resolve_checkpoint
 from elo.errors import EloError
+from elo.merge.weights import check_models
 
 
 def chat_vector(
@@ -70,6 +72,13 @@ def chat_vector(
             trust_remote_code=trust_remote_code,
             label="chat vector",
         )
+
+
+def check_chat_vector(adapted: Path, base: Path, chat: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise EloError if `chat_vector` would refuse these checkpoints, without reading weights."""
+    check_models((adapted, base, chat), trust_remote_code=trust_remote_code)
+    with tempfile.TemporaryDirectory() as scratch:
+        _save_tokenizer(adapted, chat, Path(scratch), trust_remote_code)
 
 
 def _save_tokenizer(adapted: Path, chat: Path, folder: Path, trust_remote_code: bool) -> None:

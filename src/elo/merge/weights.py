@@ -110,14 +110,8 @@ def merge_weights(
     """
     models = [open_folder(folder, trust_remote_code) for folder in folders]
     ours = models[0]
+    _require_same_family(models)
     for each in models:
-        if PROVENANCE_KEY in each.config_json:
-            raise EloError(f"{each.folder}: is a detached checkpoint; attach its layers first, or give the full model")
-        if each.config.model_type != ours.config.model_type:
-            raise EloError(
-                f"{each.folder}: has model type {each.config.model_type}, but {ours.folder} has "
-                f"{ours.config.model_type}; give models of the same architecture"
-            )
         refuse_overlap(output, each.folder)
     sums = _plan(models, factors, dtype, trust_remote_code)
     added = max((each.rows_added for each in sums), default=0)
@@ -142,6 +136,25 @@ def merge_weights(
             }
         ),
     }
+
+
+def check_models(folders: Sequence[Path], *, trust_remote_code: bool = False) -> None:
+    """Raise EloError if `merge_weights` would refuse these checkpoints, without reading weights."""
+    models = [open_folder(folder, trust_remote_code) for folder in folders]
+    _require_same_family(models)
+    _plan(models, lambda *_: (1.0,) * len(models), None, trust_remote_code)
+
+
+def _require_same_family(models: Sequence[CheckpointFolder]) -> None:
+    ours = models[0]
+    for each in models:
+        if PROVENANCE_KEY in each.config_json:
+            raise EloError(f"{each.folder}: is a detached checkpoint; attach its layers first, or give the full model")
+        if each.config.model_type != ours.config.model_type:
+            raise EloError(
+                f"{each.folder}: has model type {each.config.model_type}, but {ours.folder} has "
+                f"{ours.config.model_type}; give models of the same architecture"
+            )
 
 
 def shared_chunks(tensors: Sequence[StoredTensor], elements: int) -> Iterator[list[torch.Tensor]]:

@@ -16,7 +16,8 @@ from elo.methods import METHODS, Phase, Setup, base
 from elo.methods.base import select_layers
 from elo.methods.frozen import topmost_block
 from elo.methods.gradient_floor import GradientFloor
-from elo.train.loop import rows_per_step, train
+from elo.train.arguments import rows_per_step
+from elo.train.loop import train
 from elo.train.settings import TrainingSettings
 
 QUICK = SETTINGS.model_copy(update={"save_steps": 100})

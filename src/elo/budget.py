@@ -11,7 +11,7 @@ from elo.data.mixture import Mixture, MixtureRows, build_mixture
 from elo.data.shards import PreparedData
 from elo.errors import EloError
 from elo.methods import Phase
-from elo.train.loop import rows_per_step
+from elo.train.arguments import rows_per_step
 
 # Limits on the tokens per language for the search of a scale, which is 1/400 of the budget. The search takes several
 # forward passes of the whole model and should cost little in comparison with training.

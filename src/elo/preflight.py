@@ -19,12 +19,12 @@ from elo.config import RunConfig
 from elo.errors import EloError, UnsupportedArchitectureError
 from elo.evaluate.cloze import read_cloze
 from elo.evaluate.scoring import longest_sequence, takes_position_ids
-from elo.methods import Phase
+from elo.methods import Method, Phase
 from elo.methods.base import first_new_row
 from elo.probe.choice import check_auto
 from elo.surgery.equivalence import build_hollow_causal_lm
+from elo.train.arguments import check_settings
 from elo.train.attention import VARLEN, ignores_document_starts, require_own_positions
-from elo.train.loop import check_settings
 from elo.train.settings import TrainingSettings, check_also_train
 
 log = logging.getLogger(__name__)
@@ -34,10 +34,9 @@ def check_inputs(config: RunConfig) -> None:
     """Raise EloError if the configuration or an input file is wrong, without loading anything."""
 
     for phase in config.method.phases:
-        _check_divided(phase, config.settings(phase))
+        _check_divided(config.method, phase, config.settings(phase))
     for phase in config.method.phases:
         check_settings(config.settings(phase), config.data.sequence_length, "training")
-    config.method.check()
     output = Path(config.output)
     if output.is_dir() and any(output.iterdir()) and not (output / "stages").is_dir():
         raise EloError(f"output: {output}: the folder is not empty and is not an ELO run; choose another")
@@ -62,18 +61,23 @@ def _check_language(config: RunConfig, language: str, key: str) -> None:
         )
 
 
-def _check_divided(phase: Phase, settings: TrainingSettings) -> None:
-    """Raise EloError if a phase needs whole weights but FSDP or DeepSpeed divides them."""
-    if not settings.divides_model:
-        return
-    needs_whole = "low-rank adapters need" if phase.middle == "adapted" else None
-    if settings.vocabulary == "corpus":
-        needs_whole = "training.vocabulary: corpus needs"
-    if needs_whole:
+def _check_divided(method: Method, phase: Phase, settings: TrainingSettings) -> None:
+    """Raise EloError if FSDP or DeepSpeed divides the weights of a phase that does not support it."""
+    where = f"training.training_arguments: {phase.name}"
+    if settings.divides_model and settings.vocabulary == "corpus":
         raise EloError(
-            f"training.training_arguments: {phase.name}: {needs_whole} whole weights, but FSDP and DeepSpeed divide "
-            "them among processes; remove fsdp and deepspeed"
+            f"{where}: training.vocabulary: corpus needs whole weights, but FSDP and DeepSpeed divide them among "
+            "processes; remove fsdp and deepspeed"
         )
+    if not settings.training_arguments.get("deepspeed"):
+        return
+    # ZeRO copies the gradients of all parameters into one buffer that is laid out when training begins.
+    unsupported = {
+        "layers that change between updates": method.changes_layers,
+        "low-rank adapters": phase.middle == "adapted",
+    }
+    for what in (name for name, wanted in unsupported.items() if wanted):
+        raise EloError(f"{where}: {what} cannot train with DeepSpeed; remove deepspeed, or write fsdp: true")
 
 
 def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from elo.errors import EloError
 from elo.evaluate.scoring import rope_limit, takes_position_ids
 from elo.methods import Method, Setup
 from elo.surgery.equivalence import build_hollow_causal_lm
-from elo.train.loop import rows_per_step
+from elo.train.arguments import rows_per_step
 from elo.train.phase import train_checkpoint
 from elo.train.settings import TrainingSettings
 

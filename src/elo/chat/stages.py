@@ -25,7 +25,7 @@ from elo.identities import checkpoint_identity, tokenizer_identity
 from elo.stages import checked, measured
 from elo.store.files import atomic_directory
 from elo.store.run_folder import Artifact, RunFolder, file_identity
-from elo.train.loop import check_settings
+from elo.train.arguments import check_settings
 
 _HELD_OUT = 0x5F7  # number of the shuffle that chooses held-out conversations; passes of training count from 0
 

@@ -115,6 +115,11 @@ class Method(BaseModel):
         return False
 
     @property
+    def changes_layers(self) -> bool:
+        """Whether the layers that train change between updates."""
+        return self.redraws_layers
+
+    @property
     def probe_criterion(self) -> str | None:
         """Criterion by which the layers must be scored before the method can start (`elo.probe`); None for none."""
         return None
@@ -122,9 +127,6 @@ class Method(BaseModel):
     def with_scores(self, scores: Sequence[float]) -> "Method":
         """Return the method with the settings that follow from each layer's score by `probe_criterion`."""
         return self
-
-    def check(self) -> None:
-        """Raise EloError if the method cannot run on this machine."""
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         """Set `requires_grad` on every parameter of `model` and install the phase's adapters, bridge or hooks.

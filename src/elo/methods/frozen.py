@@ -9,10 +9,8 @@ from transformers import PreTrainedModel
 
 from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.footprint import Flops, Footprint
-from elo.errors import EloError
 from elo.methods.base import Method, Phase, Setup, parameters_in, register
 from elo.methods.gradient_floor import GradientFloor
-from elo.store.processes import world_size
 from elo.train.prepared import Prepared
 from elo.train.settings import Part
 
@@ -43,12 +41,9 @@ class Frozen(Method):
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("frozen", "frozen", also_train=self.also_train, learning_rate=5e-4),)
 
-    def check(self) -> None:
-        if self.backward_share < 1 and world_size() > 1:
-            raise EloError(
-                "method.backward_share: below 1 it changes the trained layers between updates, which several processes "
-                "cannot do; launch one process, or write 1"
-            )
+    @property
+    def changes_layers(self) -> bool:
+        return self.backward_share < 1
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         prepared = super().prepare(model, phase, setup)

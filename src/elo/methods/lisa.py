@@ -9,10 +9,8 @@ from transformers import PreTrainedModel
 
 from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.footprint import Flops, Footprint
-from elo.errors import EloError
 from elo.methods.base import Method, Phase, Setup, parameters_in, register, train_all
 from elo.methods.gradient_floor import GradientFloor
-from elo.store.processes import world_size
 from elo.train.prepared import Prepared
 
 
@@ -38,13 +36,6 @@ class Lisa(Method):
     @property
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("lisa", "frozen", also_train=("embedding", "head"), learning_rate=2e-4),)
-
-    def check(self) -> None:
-        if world_size() > 1:
-            raise EloError(
-                "method: lisa changes the trained layers between updates, which several processes cannot do; launch "
-                "one process"
-            )
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         layers = layers_of(model)

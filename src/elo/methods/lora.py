@@ -1,12 +1,12 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) of the package peft, merged into the weights at the end."""
 
 import re
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -62,6 +62,7 @@ def add_adapters(
         module: part of the layers that gets adapters.
     """
     from peft import LoraConfig, LoraModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     names = {id(each): name for name, each in model.named_modules()}
     rank_of = {
@@ -90,4 +91,27 @@ def add_adapters(
     def fold() -> None:
         tuner.merge_and_unload(safe_merge=True)
 
-    return Prepared(fold=fold)
+    def fold_parts() -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        adapted = {name: each for name, each in model.named_modules() if isinstance(each, BaseTunerLayer)}
+        tuner.unload()
+        return lambda part: _merged(part, adapted)
+
+    return Prepared(fold=fold, fold_parts=fold_parts)
+
+
+def _merged(part: dict[str, Tensor], adapted: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a part of a model with the adapters in it merged.
+
+    Args:
+        adapted: peft's layers by name, for the scale and orientation of their weights.
+    """
+    merged = {}
+    for name, tensor in part.items():
+        owner, found, own = name.partition(".base_layer.")
+        if found and own == "weight":
+            change = part[f"{owner}.lora_B.default.weight"] @ part[f"{owner}.lora_A.default.weight"]
+            change = (change.t() if adapted[owner].fan_in_fan_out else change) * adapted[owner].scaling["default"]
+            tensor = tensor + change.to(tensor.dtype)
+        if ".lora_" not in name:
+            merged[f"{owner}.{own}" if found else name] = tensor
+    return merged

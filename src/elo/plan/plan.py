@@ -22,7 +22,7 @@ from elo.plan.memory import OPTIMIZER_BYTES
 from elo.plan.phase import USABLE_MEMORY, Machine, Model, plan_phase
 from elo.plan.schema import MethodPlan, Plan, PlannedDevice, PlannedModel, SpeedUp
 from elo.store.files import read_json
-from elo.train.loop import bf16_pays
+from elo.train.arguments import bf16_pays
 from elo.train.settings import check_also_train
 
 DEFAULT_DEVICE = "H100"

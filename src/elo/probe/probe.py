@@ -28,7 +28,7 @@ from elo.probe.text import ProbeText, read_rows, read_sentences
 from elo.store.environment import hardware, versions
 from elo.store.files import read_json, write_json
 from elo.store.run_folder import Artifact, RunFolder
-from elo.train.loop import bf16_pays
+from elo.train.arguments import bf16_pays
 
 FILE_NAME = "probe.json"
 TOKENS = 256

@@ -22,12 +22,12 @@ from elo.evaluate.bits_per_byte import bits_per_byte
 from elo.evaluate.loading import load_model
 from elo.store.files import atomic_directory, disk_errors_told
 from elo.store.processes import from_main, is_main
+from elo.train.arguments import wants_bf16
 from elo.train.distributed import main_alone_loads, whole_parts, without_weights
-from elo.train.loop import train, wants_bf16
+from elo.train.loop import Evaluate, train
 from elo.train.prepared import Prepared
 from elo.train.settings import TrainingSettings
 from elo.train.trained_files import TrainedFiles
-from elo.train.trainer import Evaluate
 from elo.train.vocabulary_cut import CutSequences, VocabularyCut
 
 
@@ -77,7 +77,10 @@ def train_checkpoint(
     def save(trained: PreTrainedModel, parts: Iterator[dict[str, Tensor]] | None) -> None:
         if cut is not None:
             cut.restore()
-        prepared.fold()
+        if parts is not None and prepared.fold_parts is not None:
+            parts = map(prepared.fold_parts(), parts)
+        else:
+            prepared.fold()
         save_checkpoint(trained, parts, files, output, finish=finish, python=trust_remote_code)
 
     result = train(

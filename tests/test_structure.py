@@ -43,6 +43,7 @@ OPTIONAL = {
     "lm_eval",
     "matplotlib",
     "peft",
+    "sacrebleu",
     "torch",
 }
 """Heavy, or installed for some uses alone: may be imported where they are used."""

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from elo.checkpoint.layers import DEFAULT_LAYERS
 from elo.data.mixture import names_of
+from elo.data.parallel import DEFAULT_TEMPLATE, Parallel, template_problem
 from elo.evaluate.measures import MEASURES, Measure
 from elo.methods import METHODS, Method, Phase
 from elo.methods.lora import Lora
@@ -67,15 +68,57 @@ class CorpusConfig(_Section):
 
     path: str = Field(min_length=1)
     """A file (.jsonl, .parquet, .txt, each also .gz or .zst), a folder, a glob, or a Hugging Face dataset id."""
+    kind: Literal["text", "parallel"] = "text"
+    """`parallel`: each row holds a sentence and its translation. A document of such a corpus ends in the language that
+    lists the corpus, and all its tokens count for that language."""
     weight: float = Field(1.0, gt=0, le=1e6)
     """Number of passes over this corpus, relative to the other corpora of its language."""
     text_column: str = "text"
     """JSON field or table column with the text of a document."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns of a parallel corpus by language: the one that lists the corpus, and one other."""
+    templates: list[str] = Field([DEFAULT_TEMPLATE], min_length=1)
+    """Layouts of a pair in a parallel corpus, used in turn, with `{source}`, `{source_language}`, `{target_language}`
+    and, at the end, `{target}`."""
+    pairs: int = Field(1, ge=1, le=1024)
+    """Consecutive rows of a parallel corpus that form a document."""
+    code_switched: float = Field(0.0, ge=0, le=1)
+    """Share of a parallel corpus' documents that are code-switched: consecutive sentences, alternating between the
+    languages, without a template. It needs at least two `pairs`, and rows in the order of a text."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _parallel_or_not(self) -> "CorpusConfig":
+        if self.kind == "text":
+            plain = (self.columns, self.templates, self.pairs, self.code_switched) == ({}, [DEFAULT_TEMPLATE], 1, 0.0)
+            if not plain:
+                raise ValueError("columns, templates, pairs and code_switched belong to kind: parallel; add it")
+            return self
+        if len(self.columns) != 2:
+            raise ValueError(f"columns: got {self.columns}; name the columns of two languages, as in {{en: a, ko: b}}")
+        for template in self.templates:
+            if problem := template_problem(template):
+                raise ValueError(f"templates: {problem}")
+        if self.code_switched and self.pairs < 2:
+            raise ValueError("code_switched: a code-switched document needs several sentences; set pairs to 2 or more")
+        return self
+
+    def parallel(self, language: str) -> Parallel | None:
+        """Return how rows become documents that end in `language`; None for ordinary text."""
+        if self.kind == "text":
+            return None
+        other = next(name for name in self.columns if name != language)
+        return Parallel(
+            (self.columns[other], self.columns[language]),
+            (other, language),
+            tuple(self.templates),
+            self.pairs,
+            self.code_switched,
+        )
 
 
 class DataConfig(_Section):
@@ -138,6 +181,19 @@ class DataConfig(_Section):
             if language not in self.languages:
                 raise ValueError(
                     f"{language!r} is neither a target nor a source language; choose among {', '.join(self.languages)}"
+                )
+        for language, corpora in self.corpora.items():
+            for corpus in corpora:
+                if corpus.kind == "parallel" and language not in corpus.columns:
+                    raise ValueError(
+                        f"corpora.{language}: {corpus.path}: columns has no {language!r}, only "
+                        f"{' and '.join(corpus.columns)}; list the corpus under a language that it is written in"
+                    )
+        for language, heldout in self.heldout.items():
+            if heldout.kind == "parallel":
+                raise ValueError(
+                    f"heldout.{language}: is a parallel corpus; give ordinary text, and parallel text to "
+                    "evaluation.translation"
                 )
         return self
 
@@ -238,6 +294,14 @@ class RunConfig(_Section):
                     f"training.phases: {name!r} is not a phase of method {self.method.name}, which has "
                     f"{', '.join(known)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _translations_are_held_out(self) -> "RunConfig":
+        trained = {corpus.path for corpora in self.data.corpora.values() for corpus in corpora}
+        asked = self.evaluation.translation
+        if asked is not None and asked.path in trained:
+            raise ValueError(f"evaluation.translation: {asked.path} is also a training corpus; give held-out text")
         return self
 
     def settings(self, phase: Phase) -> TrainingSettings:

@@ -94,7 +94,7 @@ def _open(config: CompareConfig) -> Iterator[tuple[Inputs, dict[str, tuple[int, 
     first = next(iter(runs.values()))
     for name, run in runs.items():
         for key in ("model", "data", "tokenizer", "evaluation", "trust_remote_code"):
-            if getattr(run, key) != getattr(first, key):
+            if _shared(run, key) != _shared(first, key):
                 raise EloError(
                     f"contestants.{name}.changes: {key} differs from the other contestants, and must be the same for "
                     "all; remove the change"
@@ -365,9 +365,13 @@ class _Comparison:
                     "changes": each.changes | method.model_dump(mode="json", exclude_defaults=True, exclude={"name"}),
                 }
             )
+        shared = circumstances(run, self.inputs.base.path, self.inputs.layers, self.data)
+        if len({self._run(name, 1).data.model_dump_json() for name in config.contestants}) > 1:
+            # Schedules differ, and with them the shares.
+            shared["data"] |= {"replay_ratio": None, "shares": {}}
         results = schema.Results.model_validate(
             {
-                **circumstances(run, self.inputs.base.path, self.inputs.layers, self.data),
+                **shared,
                 "schema_version": schema.SCHEMA_VERSION,
                 "kind": "comparison",
                 "title": config.title or f"{Path(run.model).name} learns {listed(run.data.targets)}: methods compared",
@@ -382,6 +386,11 @@ class _Comparison:
             }
         )
         return judged(results)
+
+
+def _shared(run: RunConfig, key: str) -> Any:
+    """Return what contestants have in common under `key`: of the data, all but the order in which it is read."""
+    return run.data.model_copy(update={"schedule": []}) if key == "data" else getattr(run, key)
 
 
 def _identity(name: str, rates: Rates, tokens: int, seed: int) -> str:

@@ -16,6 +16,7 @@ from elo.config.schema import (
     CorpusConfig,
     DataConfig,
     EvaluationConfig,
+    PartConfig,
     RunConfig,
 )
 from elo.evaluate.measures import MEASURES, Measure
@@ -34,6 +35,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "The run": RunConfig,
     "data": DataConfig,
     "data.corpora": CorpusConfig,
+    "data.schedule": PartConfig,
     "training": TrainingSection,
     "evaluation": EvaluationConfig,
     **{f"evaluation.{name}": measure for name, measure in MEASURES.items()},

@@ -121,6 +121,21 @@ class CorpusConfig(_Section):
         )
 
 
+class PartConfig(_Section):
+    """A part of the training with shares of its own. What it leaves out is as in `data`."""
+
+    share: float = Field(gt=0, le=1e6)
+    """Length of the part in training tokens, relative to the other parts."""
+    target: Languages | None = None
+    """Target languages of the part, in the forms of `data.target`."""
+    source: Languages | None = None
+    """Source languages of the part, in the forms of `data.source`."""
+    replay_ratio: float | None = Field(None, ge=0, lt=1)
+    """Share of the part's tokens in the source languages together."""
+    weights: dict[str, list[Annotated[float, Field(ge=0, le=1e6)]]] = Field(default_factory=dict)
+    """Weights of a language's corpora in the part, in the order of `data.corpora`; 0 leaves a corpus out."""
+
+
 class DataConfig(_Section):
     """Training and held-out text."""
 
@@ -139,6 +154,8 @@ class DataConfig(_Section):
     """Share of each language's training documents set aside for choosing learning rates."""
     replay_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of training tokens in the source languages together."""
+    schedule: list[PartConfig] = Field(default_factory=list)
+    """Parts of the training with different shares, one after the other; by default all tokens have the same shares."""
     sequence_length: int = Field(2048, ge=8, le=1 << 24)
     """Length of a packed sequence, in tokens."""
     packing: bool = True
@@ -174,7 +191,7 @@ class DataConfig(_Section):
                 raise ValueError(f"{language!r} is both a target and a source language; name different languages")
         for language in self.languages:
             role = "target" if language in self.targets else "source"
-            only_measured = role == "source" and self.replay_ratio == 0 and language in self.heldout
+            only_measured = role == "source" and not self._replays and language in self.heldout
             if not self.corpora.get(language) and not only_measured:
                 raise ValueError(f"{role}: {language!r} has no corpus; corpora has {', '.join(self.corpora) or 'none'}")
         for language in (*self.heldout, *self.corpora):
@@ -189,6 +206,8 @@ class DataConfig(_Section):
                         f"corpora.{language}: {corpus.path}: columns has no {language!r}, only "
                         f"{' and '.join(corpus.columns)}; list the corpus under a language that it is written in"
                     )
+        for number, part in enumerate(self.schedule):
+            self._check_part(part, f"schedule.{number}")
         for language, heldout in self.heldout.items():
             if heldout.kind == "parallel":
                 raise ValueError(
@@ -196,6 +215,30 @@ class DataConfig(_Section):
                     "evaluation.translation"
                 )
         return self
+
+    def _check_part(self, part: PartConfig, where: str) -> None:
+        for key, known in (("target", self.targets), ("source", self.sources)):
+            for language in names_of(getattr(part, key) or ()):
+                if language not in known:
+                    raise ValueError(
+                        f"{where}.{key}: {language!r} is not in data.{key}; choose among {', '.join(known)}"
+                    )
+        for language, weights in part.weights.items():
+            if len(weights) != len(self.corpora.get(language, ())):
+                raise ValueError(
+                    f"{where}.weights.{language}: got {len(weights)} weights for "
+                    f"{len(self.corpora.get(language, ()))} corpora; write one for each"
+                )
+
+    @property
+    def parts(self) -> list[PartConfig]:
+        """The schedule, of one part if there is none."""
+        return self.schedule or [PartConfig(share=1)]
+
+    @property
+    def _replays(self) -> bool:
+        """Whether any part reads text in the source languages."""
+        return any(self.replay_ratio if part.replay_ratio is None else part.replay_ratio for part in self.parts)
 
     @property
     def targets(self) -> tuple[str, ...]:

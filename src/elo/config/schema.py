@@ -10,6 +10,7 @@ from elo.checkpoint.layers import DEFAULT_LAYERS
 from elo.data.mixture import names_of
 from elo.data.parallel import DEFAULT_TEMPLATE, Parallel, template_problem
 from elo.evaluate.measures import MEASURES, Measure
+from elo.evaluate.translation import Translation
 from elo.methods import METHODS, Method, Phase
 from elo.methods.lora import Lora
 from elo.train.settings import TrainingSection, TrainingSettings
@@ -342,9 +343,11 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _translations_are_held_out(self) -> "RunConfig":
         trained = {corpus.path for corpora in self.data.corpora.values() for corpus in corpora}
-        asked = self.evaluation.translation
-        if asked is not None and asked.path in trained:
-            raise ValueError(f"evaluation.translation: {asked.path} is also a training corpus; give held-out text")
+        for measure in self.evaluation.measures:
+            if isinstance(measure, Translation) and measure.path in trained:
+                raise ValueError(
+                    f"evaluation.translation: {measure.path} is also a training corpus; give held-out text"
+                )
         return self
 
     def settings(self, phase: Phase) -> TrainingSettings:
@@ -357,6 +360,10 @@ class Contestant(_Section):
 
     method: AnyMethod | None = None
     """Adaptation method; null is the method with the contestant's name."""
+    model: str | None = Field(None, min_length=1)
+    """Base model of this contestant, to compare bases; null is the run's."""
+    tokenizer: str | None = Field(None, min_length=1)
+    """Tokenizer for `model`; null is the model's own."""
     label: str | None = None
     """Name in the report."""
     changes: dict[str, Any] = Field(default_factory=dict)
@@ -407,7 +414,7 @@ class Budget(_Section):
 
 
 class CompareConfig(_Section):
-    """A comparison of methods on the same base model, training text and held-out text."""
+    """A comparison of methods, or of base models, on the same training text and held-out text."""
 
     run: str | dict[str, Any]
     """Configuration of a run that all contestants share, or the path of its file."""
@@ -438,6 +445,11 @@ class CompareConfig(_Section):
     @model_validator(mode="after")
     def _known(self) -> "CompareConfig":
         for name, contestant in self.contestants.items():
+            for key in ("model", "tokenizer"):
+                if key in contestant.changes:
+                    raise ValueError(f"contestants.{name}.changes: {key}: write {key} beside changes, not in it")
+            if contestant.tokenizer and not contestant.model:
+                raise ValueError(f"contestants.{name}.tokenizer: needs a model of the contestant; add model")
             if contestant.method is None and name not in METHODS:
                 raise ValueError(f"contestants.{name}: is not a method; set method to one of {', '.join(METHODS)}")
             if not name.replace("_", "").replace("-", "").replace(".", "").isalnum() or name.startswith("."):

@@ -23,7 +23,16 @@ from elo.format import count, listed, mean_of, memory
 from elo.report.charts import contestant_styles, last_trials
 from elo.report.drawing import Chart
 from elo.report.schema import Results, Trial, Verdict
-from elo.report.tables import NOTHING, Table, data_table, measures_table, results_table, stages_table, tuning_table
+from elo.report.tables import (
+    NOTHING,
+    Table,
+    bases_table,
+    data_table,
+    measures_table,
+    results_table,
+    stages_table,
+    tuning_table,
+)
 from elo.report.verdict import judge, title_of
 
 CHART_FOLDER = "charts"
@@ -140,6 +149,7 @@ def _sections(results: Results, verdict: Verdict, charts: Sequence[Chart]) -> li
     for budget, judged in zip(results.budgets, verdict.budgets, strict=True):
         title = f"Results, {budget.name}" if several else "Results"
         found.append(Section(title, table=results_table(results, budget, judged)))
+        found.append(Section(title.replace("Results", "Base models"), table=bases_table(results, budget)))
     found.append(Section("Charts", charts=tuple(charts)))
     for budget in results.budgets:
         title = "Benchmarks in detail" + (f", {budget.name}" if several else "")
@@ -172,7 +182,8 @@ def _compared(results: Results) -> list[tuple[str, str]]:
     if model.vocabulary is not None:
         found.append(("Vocabulary", f"extended by {model.vocabulary.rows.stop - model.vocabulary.rows.start:,} tokens"))
     for contestant in results.contestants:
-        text = f"method {contestant.method}"
+        text = f"base model {contestant.base.model.name}, " if contestant.base else ""
+        text += f"method {contestant.method}"
         text += f", layers {', '.join(map(str, contestant.layers))}" if contestant.layers else ""
         text += f"; {changes_text(contestant.changes)}" if contestant.changes else ""
         found.append((contestant.title, text))

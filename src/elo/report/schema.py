@@ -179,24 +179,6 @@ def _total(values: list[float | None]) -> float | None:
     return sum(known) if values and len(known) == len(values) else None
 
 
-class Contestant(Record):
-    """One way of training."""
-
-    name: str = Field(description="Unique name.")
-    label: str | None = Field(None, description="Name for people; by default `name`.")
-    method: str = Field(description="Method, for example `elo`, `full`, `lora`.")
-    layers: tuple[int, ...] = Field(
-        (), description="0-based decoder layers that the method was asked to train; empty if it chooses its own."
-    )
-    changes: dict[str, Any] = Field(
-        {}, description="Configuration keys in which this contestant differs from the shared run."
-    )
-
-    @property
-    def title(self) -> str:
-        return self.label or self.name
-
-
 class Budget(Record):
     """What each contestant may spend."""
 
@@ -238,6 +220,35 @@ class Model(Record):
     parameters: Count | None = Field(None, description="Number of parameters.")
     num_layers: Count | None = Field(None, description="Number of decoder layers.")
     vocabulary: Vocabulary | None = Field(None, description="Vocabulary extension, if there was one.")
+
+
+class Base(Record):
+    """The base model of one contestant in a comparison of base models."""
+
+    model: Model = Field(description="The model.")
+    measured: Measured = Field(description="The model on held-out text, before any training.")
+
+
+class Contestant(Record):
+    """One way of training."""
+
+    name: str = Field(description="Unique name.")
+    label: str | None = Field(None, description="Name for people; by default `name`.")
+    method: str = Field(description="Method, for example `elo`, `full`, `lora`.")
+    layers: tuple[int, ...] = Field(
+        (), description="0-based decoder layers that the method was asked to train; empty if it chooses its own."
+    )
+    changes: dict[str, Any] = Field(
+        {}, description="Configuration keys in which this contestant differs from the shared run."
+    )
+
+    base: Base | None = Field(
+        None, description="Its base model, if base models are compared; null if all start from the same one."
+    )
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
 
 
 class Languages(Record):
@@ -339,7 +350,7 @@ class Results(Record):
     title: str = Field("ELO", description="Heading of the report.")
     created: str | None = Field(None, description="Time of writing, ISO 8601 in UTC.")
     command: str | None = Field(None, description="Command that produced the results.")
-    model: Model = Field(description="The base model.")
+    model: Model = Field(description="The base model; the first contestant's if base models are compared.")
     languages: Languages = Field(description="Target and source languages.")
     hardware: dict[str, Any] = Field(
         {}, description="`cpu`, `cores`, `memory_bytes`, `gpu`, `gpus`: what is known of them."
@@ -348,7 +359,9 @@ class Results(Record):
     data: Data = Field(Data(), description="What was trained and measured on.")
     config: dict[str, Any] = Field({}, description="The resolved configuration.")
     endpoint: Endpoint = Field(Endpoint(), description="How contestants are ranked and tuned.")
-    base: Measured = Field(description="The base model on held-out text.")
+    base: Measured = Field(
+        description="The base model on held-out text; the first contestant's if base models are compared."
+    )
     base_validation: Measured | None = Field(None, description="The base model on validation text.")
     contestants: tuple[Contestant, ...] = Field(
         min_length=1, description="Ways of training; in a run, the run's own method comes first."
@@ -393,6 +406,16 @@ class Results(Record):
                     )
         return self
 
+    @property
+    def bases_differ(self) -> bool:
+        """Whether base models are compared."""
+        return any(each.base is not None for each in self.contestants)
+
+    def base_of(self, contestant: str) -> Measured:
+        """The base model that a contestant started from, on held-out text."""
+        base = next((each.base for each in self.contestants if each.name == contestant), None)
+        return self.base if base is None else base.measured
+
     def reported(self, contestant: str, budget: str) -> list[Trial]:
         """Trials of the results table, failed ones included."""
         return [
@@ -411,8 +434,8 @@ class Results(Record):
         return mean([value for value in values if value is not None])
 
     def change(self, contestant: str, budget: str, *languages: str) -> float | None:
-        """Mean bits per byte over `languages` less the base model's."""
-        before, after = mean_bpb(self.base, languages), self.mean_bpb(contestant, budget, languages)
+        """Mean bits per byte over `languages` less those of the contestant's base model."""
+        before, after = mean_bpb(self.base_of(contestant), languages), self.mean_bpb(contestant, budget, languages)
         return None if before is None or after is None else after - before
 
 

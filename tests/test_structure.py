@@ -13,7 +13,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "elo"
 # From the bottom to the top: a module imports from lines above its own, or from its own package.
 ORDER = [
     {"errors", "format"},
-    {"store", "log"},
+    {"store"},
+    {"log"},
     {"checkpoint"},
     {"data", "surgery"},
     {"evaluate"},
@@ -21,19 +22,21 @@ ORDER = [
     {"methods"},
     {"config"},
     {"check_output"},
-    {"identities", "budget"},
+    {"detach_attach"},
+    {"identities", "budget", "merge"},
     {"circumstances"},
     {"vocab", "chat", "plan", "report"},
-    {"stages", "preflight"},
+    {"stages", "preflight", "final_model", "push"},
     {"run"},
-    {"compare"},
+    {"compare", "watch", "doctor"},
     {"quickstart"},
-    {"api", "cli_values"},
+    {"api", "cli_values", "cli_options"},
+    {"cli_checkpoints", "cli_observing"},
     {"cli"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-COMMAND_LINE = {"cli.py", "__main__.py"}
+COMMAND_LINE = {"cli.py", "cli_checkpoints.py", "cli_observing.py", "__main__.py"}
 """Import what a verb needs when it is called, so that --help is quick."""
 OPTIONAL = {
     "accelerate",
@@ -152,10 +155,14 @@ def test_help_lists_every_verb():
         "config",
         "compare",
         "chat-vector",
+        "merge",
         "evaluate",
         "report",
+        "push",
         "plan",
         "quickstart",
         "vocab",
+        "watch",
+        "doctor",
     ):
         assert f"\n  {verb} " in done.stdout

@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from elo.cli_checkpoints import checkpoints
+from elo.cli_observing import observing
+from elo.cli_options import Config, LostText, Overwrite, Set, SplitSpecials, Trust
 from elo.cli_values import files_by_language, names, numbers, texts_by_language
 from elo.errors import EloError, StoppedBySignalError
 from elo.store.files import disk_problem
@@ -25,26 +28,8 @@ vocab = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(vocab, name="vocab")
-
-Config = Annotated[
-    Path, typer.Argument(metavar="CONFIG.yaml", help="Configuration of the run (docs/configuration.md).")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the configuration; may be repeated."),
-]
-Trust = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run Python code that ships with the checkpoint. Only if you trust it."),
-]
-SplitSpecials = Annotated[
-    bool,
-    typer.Option(help="Tokenise special tokens that are spelled in the text as text, or as the tokens they spell."),
-]
-LostText = Annotated[
-    bool, typer.Option("--allow-lost-text", help="Accept text of which the tokenizer loses more than 5 %.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+app.add_typer(checkpoints)
+app.add_typer(observing)
 
 
 @app.command()
@@ -84,15 +69,30 @@ def prepare(
 
 @app.command("config")
 def config_(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id that the configuration is for.")] = "MODEL",
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|FILE", help="Checkpoint folder or hub id, or with --from the file of the other tool."
+        ),
+    ] = "MODEL",
+    tool: Annotated[
+        str | None,
+        typer.Option("--from", metavar="TOOL", help="Translate a configuration of llamafactory or axolotl."),
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a run's configuration.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of printing.")] = None,
 ) -> None:
-    """Write a commented configuration with every key and its default."""
+    """Write a commented configuration with every key and its default, or translate another tool's (--from)."""
     from elo.config.document import commented_yaml, json_schema
+    from elo.config.translate import render, translate
     from elo.store.files import write_text
 
-    text = json_schema() if schema else commented_yaml(model)
+    if tool is not None and schema:
+        raise EloError("config: --from and --schema exclude each other; give one of them")
+    if tool is not None:
+        text = render(translate(tool, Path(model)))
+    else:
+        text = json_schema() if schema else commented_yaml(model)
     if output is None:
         typer.echo(text)
     elif output.exists():
@@ -112,7 +112,7 @@ def detach(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a small model of the chosen layers with embedding, final norm and LM head."""
-    from elo.surgery.detach_attach import detach
+    from elo.detach_attach import detach
 
     record = detach(checkpoint, layers, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
     kept = ", ".join(str(index) for index in record["layers"])
@@ -135,7 +135,7 @@ def attach(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write the base with trained layers back at their places."""
-    from elo.surgery.detach_attach import attach
+    from elo.detach_attach import attach
 
     record = attach(
         detached,
@@ -186,8 +186,8 @@ def chat_vector(
     typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{note}")
     if record["differs"]:
         typer.echo(
-            f"note: the chat model's configuration differs from the base's in {', '.join(record['differs'])}; "
-            "the adapted model's values are kept"
+            f"note: the models' configurations differ in {', '.join(record['differs'])}; the adapted model's values "
+            "are kept"
         )
 
 

@@ -1,6 +1,11 @@
 """Parse values of command-line options: names, numbers, texts or files by language."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from elo.errors import EloError
+
+_Number = TypeVar("_Number", int, float)
 
 
 def names(joined: str) -> list[str]:
@@ -14,12 +19,23 @@ def numbers(option: str, joined: str) -> list[int]:
     Raises:
         EloError: an item is not an integer.
     """
+    return _parsed(option, joined, int, "integers", "4000,8000")
+
+
+def decimals(option: str, joined: str) -> list[float]:
+    """Parse numbers that are separated by commas.
+
+    Raises:
+        EloError: an item is not a number.
+    """
+    return _parsed(option, joined, float, "numbers", "0,0.5,1")
+
+
+def _parsed(option: str, joined: str, kind: Callable[[str], _Number], what: str, example: str) -> list[_Number]:
     try:
-        return [int(number) for number in names(joined)]
+        return [kind(number) for number in names(joined)]
     except ValueError:
-        raise EloError(
-            f"{option} {joined!r}: not integers separated by commas; write, for example, 4000,8000"
-        ) from None
+        raise EloError(f"{option} {joined!r}: not {what} separated by commas; write, for example, {example}") from None
 
 
 def texts_by_language(pairs: list[str] | None) -> dict[str, list[str]]:

@@ -371,6 +371,9 @@ class Results(Record):
     trials: tuple[Trial, ...] = Field(
         (), description="All trainings, tuning trials included; planned trials that are missing have not run yet."
     )
+    in_progress: bool = Field(
+        False, description="Whether the run or comparison goes on; an unfinished trial has its last measurement."
+    )
     verdict: Verdict | None = Field(None, description="What the statistics support; `elo report` computes it anew.")
 
     @model_validator(mode="after")

@@ -201,7 +201,6 @@ def train(
             save(model, parts)
         for _ in parts or ():
             pass  # gathering a part is collective, so every process must iterate
-    history = trainer.state.log_history
     return TrainingResult(
         steps=steps,
         tokens=steps * tokens_per_step,
@@ -210,13 +209,7 @@ def train(
         peak_memory_bytes=peak_memory_bytes(),
         trainable_parameters=trainable,
         attention=attention,
-        losses=[_point(entry) | {"loss": entry["loss"]} for entry in history if "loss" in entry],
-        evaluations=[
-            _point(entry)
-            | {"bpb": {k.removeprefix("eval_bpb_"): v for k, v in entry.items() if k.startswith("eval_bpb_")}}
-            for entry in history
-            if any(key.startswith("eval_bpb_") for key in entry)
-        ],
+        **_curves(trainer.state.log_history),
     )
 
 
@@ -392,6 +385,7 @@ class _Report(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
+        self.progress.curves = _curves(state.log_history)
         if "loss" in logs:
             self.note = f"loss {logs['loss']:.3f}"
         measured = {key.removeprefix("eval_bpb_"): value for key, value in logs.items() if key.startswith("eval_bpb_")}
@@ -442,6 +436,19 @@ class _StopOnSignal(TrainerCallback):
         if self.number is not None:
             control.should_save = True
             control.should_training_stop = True
+
+
+def _curves(history: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return losses and measurements so far."""
+    return {
+        "losses": [_point(entry) | {"loss": entry["loss"]} for entry in history if "loss" in entry],
+        "evaluations": [
+            _point(entry)
+            | {"bpb": {k.removeprefix("eval_bpb_"): v for k, v in entry.items() if k.startswith("eval_bpb_")}}
+            for entry in history
+            if any(key.startswith("eval_bpb_") for key in entry)
+        ],
+    }
 
 
 def _point(entry: dict[str, Any]) -> dict[str, Any]:

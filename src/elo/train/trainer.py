@@ -21,6 +21,7 @@ from elo.errors import EloError, TrainingDivergedError
 from elo.store.files import disk_errors_told
 from elo.train.attention import document_starts
 from elo.train.checkpoints import rotate_checkpoints, seal_checkpoint, step_of
+from elo.train.cost import cost_so_far
 from elo.train.embedding_rows import set_embeddings_apart
 
 Evaluate = Callable[[PreTrainedModel], dict[str, float]]
@@ -177,7 +178,8 @@ class EloTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         tokens = self.state.global_step * self.tokens_per_step
-        super().log({**logs, "tokens": tokens, "seconds": round(self.seconds, 3)}, start_time)
+        cost = cost_so_far(self.seconds, self.cpu_seconds)
+        super().log({**logs, "tokens": tokens, "seconds": round(self.seconds, 3), **cost}, start_time)
         if "loss" in logs:
             self._check_loss(logs)
 

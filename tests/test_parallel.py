@@ -180,7 +180,7 @@ def test_translation_is_scored_in_both_directions(tmp_path):
         each = [pair[::-1] if turned else pair for pair in pairs]
         shot = layout.example(*each[0], measure_file.DEFAULT_TEMPLATE) + "\n"
         documents += [shot + layout.example(*pair, measure_file.DEFAULT_TEMPLATE) + "\n" for pair in each[1:]]
-    for _ in range(50):
+    for _ in range(80):
         for document in documents:
             ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer.backend.encode(document).ids]])
             model(ids, labels=ids).loss.backward()

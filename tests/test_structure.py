@@ -26,17 +26,17 @@ ORDER = [
     {"identities", "budget", "merge"},
     {"circumstances"},
     {"vocab", "chat", "plan", "report"},
-    {"stages", "preflight", "final_model", "push"},
+    {"stages", "preflight", "final_model", "push", "fewshot"},
     {"run"},
     {"compare", "watch", "doctor"},
     {"quickstart"},
     {"api", "cli_values", "cli_options"},
-    {"cli_checkpoints", "cli_observing"},
+    {"cli_checkpoints", "cli_fewshot", "cli_observing"},
     {"cli"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-COMMAND_LINE = {"cli.py", "cli_checkpoints.py", "cli_observing.py", "__main__.py"}
+COMMAND_LINE = {"cli.py", "cli_checkpoints.py", "cli_fewshot.py", "cli_observing.py", "__main__.py"}
 """Import what a verb needs when it is called, so that --help is quick."""
 OPTIONAL = {
     "accelerate",

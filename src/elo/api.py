@@ -10,6 +10,7 @@ from elo.compare import compare
 from elo.data.prepare import prepare
 from elo.detach_attach import attach, detach
 from elo.evaluate.evaluate import evaluate
+from elo.fewshot.fewshot import few_shot
 from elo.merge.merge import merge
 from elo.plan.plan import plan
 from elo.push import push
@@ -28,6 +29,7 @@ __all__ = [
     "detach_layers",
     "evaluate",
     "extend_vocabulary",
+    "few_shot",
     "measure_vocabulary",
     "merge",
     "plan",

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from elo.cli_checkpoints import checkpoints
+from elo.cli_fewshot import app as few_shot_commands
 from elo.cli_observing import observing
 from elo.cli_options import Config, LostText, Overwrite, Set, SplitSpecials, Trust
 from elo.cli_values import files_by_language, names, numbers, texts_by_language
@@ -29,6 +30,7 @@ vocab = typer.Typer(
 )
 app.add_typer(vocab, name="vocab")
 app.add_typer(checkpoints)
+app.add_typer(few_shot_commands)
 app.add_typer(observing)
 
 
@@ -212,6 +214,12 @@ def evaluate(
         str | None,
         typer.Option(help="Tasks of lm-eval, joined by commas; ko=TASK reports one under a language (extra eval)."),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Languages whose common lm-eval tasks to run, joined by commas; korean=ko renames (extra eval)."
+        ),
+    ] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question of --tasks.")] = None,
     limit: Annotated[
         float | None, typer.Option(min=0, help="Questions of each task: the first ones, or a share below 1.")
@@ -242,14 +250,14 @@ def evaluate(
     corpora, items = files_by_language("--corpus", corpus), files_by_language("--cloze", cloze)
     prompts = texts_by_language(prompt)
     measures: list[Any] = [InContext()] if in_context else []
-    if tasks is not None:
-        measures.append(benchmark_tasks(tasks, num_fewshot, limit, batch_size, include_path))
+    if tasks is not None or suite is not None:
+        measures.append(benchmark_tasks(tasks, suite, num_fewshot, limit, batch_size, include_path))
     elif num_fewshot is not None or limit is not None or include_path is not None:
         raise EloError("evaluate: --num-fewshot, --limit and --include-path belong to --tasks; give --tasks TASK")
     if not corpora and not items and not prompts and not measures:
         raise EloError(
-            "evaluate: nothing to measure; give --corpus LANGUAGE=FILE, --cloze LANGUAGE=FILE, --in-context or "
-            "--tasks TASK"
+            "evaluate: nothing to measure; give --corpus LANGUAGE=FILE, --cloze LANGUAGE=FILE, --in-context, "
+            "--tasks TASK or --suite LANGUAGE"
         )
     evaluate(
         model,

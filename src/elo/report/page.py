@@ -29,7 +29,9 @@ from elo.report.tables import (
     bases_table,
     data_table,
     measures_table,
+    paired_table,
     results_table,
+    retention_table,
     stages_table,
     tuning_table,
 )
@@ -108,7 +110,12 @@ def terminal(results: Results) -> RenderableType:
                 text = Text("" if cell.text == NOTHING else cell.text, style="bold" if cell.bold else "")
                 cells.append(text.append(f"\n{cell.detail}" if cell.detail else "", style="dim not bold"))
             table.add_row(*cells, end_section=number == 0)
-        shown += [table, Text(made.note, style="dim"), *map(Text, judged.sentences), Text("")]
+        shown += [
+            table,
+            Text(made.note, style="dim"),
+            *map(Text, (*judged.sentences, *judged.retention_sentences)),
+            Text(""),
+        ]
     return Group(*shown)
 
 
@@ -164,9 +171,11 @@ def _sections(results: Results, verdict: Verdict, charts: Sequence[Chart]) -> li
         found.append(Section(title, table=results_table(results, budget, judged)))
         found.append(Section(title.replace("Results", "Base models"), table=bases_table(results, budget)))
     found.append(Section("Charts", charts=tuple(charts)))
-    for budget in results.budgets:
-        title = "Benchmarks in detail" + (f", {budget.name}" if several else "")
-        found.append(Section(title, table=measures_table(results, budget)))
+    for budget, judged in zip(results.budgets, verdict.budgets, strict=True):
+        at = f", {budget.name}" if several else ""
+        found.append(Section("Retention" + at, judged.retention_sentences, table=retention_table(results, judged)))
+        found.append(Section("Benchmarks compared" + at, table=paired_table(results, judged)))
+        found.append(Section("Benchmarks in detail" + at, table=measures_table(results, budget)))
     return [
         *found,
         Section("Cost by stage", table=stages_table(results, last)),

@@ -62,11 +62,11 @@ def test_every_base_is_measured_on_the_same_bytes_in_its_own_tokens(finished):
     sizes = [each.heldout["xx"] for each in (one, two)]
     assert sizes[0].bytes == sizes[1].bytes
     assert sizes[0].bytes_per_token > 1.5 * sizes[1].bytes_per_token
-    assert [each.base.model.name for each in known.contestants] == [
+    assert [each.model.name for each in known.contestants] == [
         config["run"]["model"],
         *[config["contestants"]["two"]["model"]] * 2,
     ]
-    assert [each.base.model.num_layers for each in known.contestants] == [4, 3, 3]
+    assert [each.model.num_layers for each in known.contestants] == [4, 3, 3]
     assert known.contestants[2].layers == (2,)
 
 

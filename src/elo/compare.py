@@ -397,7 +397,7 @@ class _Comparison:
                     "label": label,
                     "method": method.name,
                     "layers": self._layers(name),
-                    "base": self._base(name),
+                    **self._base(name),
                     "changes": each.changes | method.model_dump(mode="json", exclude_defaults=True, exclude={"name"}),
                 }
             )
@@ -423,13 +423,13 @@ class _Comparison:
         )
         return judged(results)
 
-    def _base(self, name: str) -> dict[str, Any] | None:
+    def _base(self, name: str) -> dict[str, Any]:
         """Return the base model of a contestant, if base models are compared."""
         if all(base is self.base for base in self.bases.values()):
-            return None
+            return {}
         inputs = self.opened[name]
         model = model_record(inputs.config, inputs.base.path, inputs.layers)
-        return {"model": model, "measured": collect.measured(self.bases[name].measured).model_dump(mode="json")}
+        return {"model": model, "base": collect.measured(self.bases[name].measured).model_dump(mode="json")}
 
     def _title(self) -> str:
         run = self.inputs.config

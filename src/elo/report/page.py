@@ -204,7 +204,7 @@ def _compared(results: Results) -> list[tuple[str, str]]:
     if model.vocabulary is not None:
         found.append(("Vocabulary", f"extended by {model.vocabulary.rows.stop - model.vocabulary.rows.start:,} tokens"))
     for contestant in results.contestants:
-        text = f"base model {contestant.base.model.name}, " if contestant.base else ""
+        text = f"base model {contestant.model.name}, " if contestant.model else ""
         text += f"method {contestant.method}"
         text += f", layers {', '.join(map(str, contestant.layers))}" if contestant.layers else ""
         text += f"; {changes_text(contestant.changes)}" if contestant.changes else ""

@@ -222,13 +222,6 @@ class Model(Record):
     vocabulary: Vocabulary | None = Field(None, description="Vocabulary extension, if there was one.")
 
 
-class Base(Record):
-    """The base model of one contestant in a comparison of base models."""
-
-    model: Model = Field(description="The model.")
-    measured: Measured = Field(description="The model on held-out text, before any training.")
-
-
 class Contestant(Record):
     """One way of training."""
 
@@ -242,9 +235,8 @@ class Contestant(Record):
         {}, description="Configuration keys in which this contestant differs from the shared run."
     )
 
-    base: Base | None = Field(
-        None, description="Its base model, if base models are compared; null if all start from the same one."
-    )
+    model: Model | None = Field(None, description="Its base model, if base models are compared.")
+    base: Measured | None = Field(None, description="`model` on held-out text, before any training.")
 
     @property
     def title(self) -> str:
@@ -417,9 +409,7 @@ class Results(Record):
     data: Data = Field(Data(), description="What was trained and measured on.")
     config: dict[str, Any] = Field({}, description="The resolved configuration.")
     endpoint: Endpoint = Field(Endpoint(), description="How contestants are ranked and tuned.")
-    base: Measured = Field(
-        description="The base model on held-out text; the first contestant's if base models are compared."
-    )
+    base: Measured = Field(description="`model` on held-out text.")
     base_validation: Measured | None = Field(None, description="The base model on validation text.")
     contestants: tuple[Contestant, ...] = Field(
         min_length=1, description="Ways of training; in a run, the run's own method comes first."
@@ -474,8 +464,7 @@ class Results(Record):
 
     def base_of(self, contestant: str) -> Measured:
         """The base model that a contestant started from, on held-out text."""
-        base = next((each.base for each in self.contestants if each.name == contestant), None)
-        return self.base if base is None else base.measured
+        return next((each.base for each in self.contestants if each.name == contestant and each.base), self.base)
 
     def reported(self, contestant: str, budget: str) -> list[Trial]:
         """Trials of the results table, failed ones included."""

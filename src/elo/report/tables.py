@@ -179,7 +179,7 @@ def bases_table(results: Results, budget: Budget) -> Table | None:
         return None
     rows = []
     for contestant in results.contestants:
-        model = contestant.base.model if contestant.base else results.model
+        model = contestant.model or results.model
         base, trials = results.base_of(contestant.name), results.finished(contestant.name, budget.name)
         cells = [Cell(contestant.title, model.name, swatch=contestant.name), _cell(model.parameters, count)]
         for language in results.languages.all:

@@ -30,6 +30,7 @@ from elo.run import (
     measure,
     open_run,
     prepare_data,
+    probe_layers,
     training_flops,
     validation_text,
 )
@@ -93,6 +94,11 @@ def _open(config: CompareConfig) -> Iterator[dict[str, Inputs]]:
         for name in config.contestants
     }
     for run in runs.values():
+        if run.chat is not None:
+            raise EloError(
+                "run: chat: a comparison makes no chat models; remove the section, and use `elo run` or `elo chat` on "
+                "the method that you choose"
+            )
         check_inputs(run)
     first = next(iter(runs.values()))
     for name, run in runs.items():
@@ -129,6 +135,7 @@ class _Comparison:
         self.config, self.opened = config, opened
         self.inputs = next(iter(opened.values()))
         self.say = self.inputs.folder.say
+        self.reasons: dict[str, str] = {}
         by_folder: dict[Path, _Base] = {}
         self.bases: dict[str, _Base] = {}
         for name, inputs in opened.items():
@@ -142,6 +149,7 @@ class _Comparison:
                     data, measured, measure(inputs, "validate-base", inputs.base, validation, brief=True)
                 )
             self.bases[name] = by_folder[folder]
+            self._probe_layers(name)
         self.base = self.bases[next(iter(opened))]
         self._check_source_weight()
         for line in self.base.measured["warnings"]:
@@ -151,6 +159,15 @@ class _Comparison:
             sum(len(grid) for grid in self._grids(name).values()) - len(self._grids(name)) + len(config.seeds)
             for name in config.contestants
         ) * len(config.budgets)
+
+    def _probe_layers(self, name: str) -> None:
+        """Make the choices of a contestant that need scores of the layers."""
+        run = self._run(name, 1)
+        found = probe_layers(replace(self.opened[name], config=run), self.bases[name].data)
+        self.opened[name] = replace(self.opened[name], layers=found.layers)
+        self.reasons[name] = found.layers_reason
+        contestant = self.config.contestants[name].model_copy(update={"method": found.config.method})
+        self.config = self.config.model_copy(update={"contestants": self.config.contestants | {name: contestant}})
 
     def run(self) -> schema.Results:
         """Tune and train every contestant with every budget."""
@@ -398,6 +415,7 @@ class _Comparison:
                     "method": method.name,
                     "layers": self._layers(name),
                     **self._base(name),
+                    "layers_reason": self.reasons[name],
                     "changes": each.changes | method.model_dump(mode="json", exclude_defaults=True, exclude={"name"}),
                 }
             )

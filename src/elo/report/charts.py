@@ -111,7 +111,9 @@ def _cost_chart(results: Results) -> Chart | None:
     unit, scale = time_axis(costs)
     groups = [_Group(group.contestant, tuple((x / scale, y) for x, y in group.points)) for group in groups]
     caption = f"Lower and further left is better. {_dots(results)}"
-    base = None if results.bases_differ else mean_bpb(results.base, results.languages.targets)
+    base = (
+        None if any(each.model for each in results.contestants) else mean_bpb(results.base, results.languages.targets)
+    )
     caption += _draw_base(axes, base, [y for group in groups for _, y in group.points])
     _draw_groups(axes, results, groups, joined=True)
     axes.set_xlabel(f"training {name} ({unit})")

@@ -87,9 +87,7 @@ class Measured(Record):
 class StageCost(Record):
     """What one stage of a trial did and cost."""
 
-    name: str = Field(
-        description="Stage, for example `detach`, `elo_pretraining`, `attach`, `layer_alignment`, `full`."
-    )
+    name: str = Field(description="Stage, for example `detach`, `elo_pretraining`, `attach`, `full`.")
     seconds: NonNegative = Field(description="Wall time of the stage without evaluation, in seconds.")
     cpu_seconds: NonNegative | None = Field(
         None, description="CPU time of the stage over all its threads, without evaluation, in seconds."
@@ -228,13 +226,9 @@ class Contestant(Record):
     name: str = Field(description="Unique name.")
     label: str | None = Field(None, description="Name for people; by default `name`.")
     method: str = Field(description="Method, for example `elo`, `full`, `lora`.")
-    layers: tuple[int, ...] = Field(
-        (), description="0-based decoder layers that the method was asked to train; empty if it chooses its own."
-    )
+    layers: tuple[int, ...] = Field((), description="0-based decoder layers to train; empty if the method chooses.")
     layers_reason: str = Field("", description="Why `layers: auto` chose these layers.")
-    changes: dict[str, Any] = Field(
-        {}, description="Configuration keys in which this contestant differs from the shared run."
-    )
+    changes: dict[str, Any] = Field({}, description="Configuration keys that differ from the shared run.")
 
     model: Model | None = Field(None, description="Its base model, if base models are compared.")
     base: Measured | None = Field(None, description="`model` on held-out text, before any training.")
@@ -466,11 +460,6 @@ class Results(Record):
                         f"{where}.measured.document_bytes.{language}: the documents are not those of the base model"
                     )
         return self
-
-    @property
-    def bases_differ(self) -> bool:
-        """Whether base models are compared."""
-        return any(each.base is not None for each in self.contestants)
 
     def base_of(self, contestant: str) -> Measured:
         """The base model that a contestant started from, on held-out text."""

@@ -100,7 +100,11 @@ def _names(results: Results, budget: Budget, order: Sequence[Contestant]) -> _Pa
         failed = sum(trial.failed is not None for trial in reported)
         seeds = f"{len(reported)} seed{'s' * (len(reported) != 1)}" + (f", {failed} failed" if failed else "")
         cells.append(Cell(contestant.title, seeds, swatch=contestant.name))
-    base = f"Base model of {results.contestants[0].title}" if results.bases_differ else "Base model"
+    base = (
+        f"Base model of {results.contestants[0].title}"
+        if any(each.model for each in results.contestants)
+        else "Base model"
+    )
     return Column("Contestant", is_text=True), Cell(base), cells
 
 
@@ -188,7 +192,7 @@ def _note(results: Results, verdict: BudgetVerdict) -> str:
 
 def bases_table(results: Results, budget: Budget) -> Table | None:
     """What each base model brings and what training makes of it; None if all contestants start from the same one."""
-    if not results.bases_differ:
+    if not any(each.model for each in results.contestants):
         return None
     rows = []
     for contestant in results.contestants:

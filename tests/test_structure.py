@@ -23,7 +23,8 @@ ORDER = [
     {"config"},
     {"check_output"},
     {"detach_attach"},
-    {"identities", "circumstances", "budget", "merge"},
+    {"identities", "budget", "merge"},
+    {"circumstances"},
     {"vocab", "plan", "report"},
     {"probe"},
     {"stages", "preflight", "final_model", "push", "fewshot"},
@@ -49,6 +50,7 @@ OPTIONAL = {
     "matplotlib",
     "peft",
     "py3langid",
+    "sacrebleu",
     "torch",
 }
 """Heavy, or installed for some uses alone: may be imported where they are used."""

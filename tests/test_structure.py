@@ -29,6 +29,8 @@ ORDER = [
     {"probe"},
     {"stages", "preflight", "final_model", "push", "fewshot"},
     {"chat"},
+    {"inputs"},
+    {"run_results"},
     {"run"},
     {"compare", "watch", "doctor"},
     {"quickstart"},

@@ -17,23 +17,22 @@ from elo.config import Budget, CompareConfig, RunConfig, contestant_run, load_co
 from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
 from elo.format import listed
+from elo.inputs import Adapted, Inputs
 from elo.log import duration
 from elo.preflight import check_inputs, check_model
 from elo.report import collect, schema, verdict
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
 from elo.run import (
-    Adapted,
-    Inputs,
     adapt,
     heldout_text,
     measure,
     open_run,
     prepare_data,
     probe_layers,
-    training_flops,
     validation_text,
 )
+from elo.run_results import training_flops
 from elo.store.processes import is_main
 from elo.store.run_folder import RunFolder
 

@@ -33,7 +33,6 @@ from elo.surgery.in_memory import detach_layers
 from elo.train import loop
 from elo.train.bridge import Bridge
 from elo.train.prepared import Prepared
-from elo.train.trainer import EloTrainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "dev" / "null_gpu"))
 from answers import answer_for_it, on_a_null_gpu
@@ -82,7 +81,7 @@ def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float
     """Train here, for a few updates: peaks of memory allocated and reserved, in bytes, and the last one's seconds."""
     if on_a_null_gpu():
         answer_for_it()
-    EloTrainer._save_checkpoint = lambda *_: None  # type: ignore[method-assign]  # tens of GB of what nobody wants
+    loop.write_checkpoint = lambda *_: None  # tens of GB of what nobody wants
     model, prepared = make_ready(args, contestant.make())
     args.vocab_size = model.config.vocab_size
     rows = make_rows(args, args.steps * args.batch * args.accumulate)

@@ -28,8 +28,9 @@ from elo.data.shards import TokenCorpus
 from elo.methods import METHODS, Method, Setup
 from elo.plan.devices import measure_matmul_rate
 from elo.surgery.in_memory import detach_layers
+from elo.train.arguments import wants_bf16
 from elo.train.bridge import fit_bridge
-from elo.train.loop import train, wants_bf16
+from elo.train.loop import train
 from elo.train.prepared import Prepared
 from elo.train.settings import TrainingSettings
 

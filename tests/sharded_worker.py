@@ -6,31 +6,31 @@ that reads weights for training is an error.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from elo.cli import main as main
 from elo.store.processes import is_main
+from elo.train import loop
 from elo.train import phase as train
-from elo.train.trainer import EloTrainer
 
-_init, _save, _load = AcceleratorState.__init__, EloTrainer._save_checkpoint, train.load_model
+_init, _save, _load = AcceleratorState.__init__, loop.write_checkpoint, train.load_model
 _load_trainable = train.load_trainable
 
 
 def _engage(self: AcceleratorState, *arguments: Any, fsdp_plugin: Any = None, **keywords: Any) -> None:
     _init(self, *arguments, fsdp_plugin=fsdp_plugin, **keywords)
     if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-        self.distributed_type = DistributedType.FSDP
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.fsdp_plugin = fsdp_plugin
 
 
-def _save_and_die(self: EloTrainer, *arguments: Any) -> None:
-    _save(self, *arguments)
-    stage, _, step = os.environ.get("ELO_TEST_DIE_AT", "::").partition(":")
-    if stage and f"{stage}-checkpoints" in str(self.args.output_dir) and self.state.global_step == int(step):
+def _save_and_die(accelerator: Any, folder: Path, step: int, *arguments: Any) -> None:
+    _save(accelerator, folder, step, *arguments)
+    if os.environ.get("ELO_TEST_DIE_AT") == f"{folder.name.removesuffix('-checkpoints')}:{step}":
         os._exit(9)
 
 
@@ -51,7 +51,7 @@ def _load_in_main_alone(checkpoint: Any, settings: Any, **keywords: Any) -> Any:
 
 
 AcceleratorState.__init__ = _engage  # type: ignore[method-assign]
-EloTrainer._save_checkpoint = _save_and_die  # type: ignore[method-assign]
+loop.write_checkpoint = _save_and_die
 train.load_model = _count_and_load
 train.load_trainable = _load_in_main_alone
 if os.environ.get("ELO_TEST_FROZEN_AS_STORED"):

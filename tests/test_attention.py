@@ -15,9 +15,10 @@ from transformers import (
 
 from elo.errors import EloError
 from elo.evaluate.bits_per_byte import bits_per_byte
+from elo.train.arguments import rows_per_step
 from elo.train.attention import VARLEN, choose_attention, document_starts
-from elo.train.loop import rows_per_step, train
-from elo.train.trainer import PackedCollator
+from elo.train.batches import PackedCollator
+from elo.train.loop import train
 
 SIZES = {
     "vocab_size": 61,

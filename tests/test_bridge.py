@@ -15,8 +15,9 @@ from elo.errors import EloError
 from elo.methods.base import select_layers
 from elo.surgery.in_memory import detach_layers
 from elo.train import bridge as train_bridge
+from elo.train.arguments import rows_per_step
 from elo.train.bridge import RIDGES, Bridge, fit_bridge, install_bridge
-from elo.train.loop import rows_per_step, train
+from elo.train.loop import train
 
 
 def _rows(count=80):

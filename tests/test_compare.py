@@ -20,7 +20,7 @@ from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
 from elo.report.files import read_results
 from elo.report.schema import Trial
-from elo.train.trainer import EloTrainer
+from elo.train import loop
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 BUDGET = "1,280 tokens"
@@ -238,18 +238,18 @@ def test_a_trial_that_was_killed_goes_on_from_its_checkpoint(tmp_path, monkeypat
     config = _world(tmp_path)
     config |= {"contestants": {"full": {}}, "seeds": [1]}
     expected = compare({**config, "output": str(tmp_path / "whole")})
-    save, steps = EloTrainer._save_checkpoint, []
+    write, steps = loop.write_checkpoint, []
 
     class KilledError(Exception):
         pass
 
-    def dying(self, *arguments):
-        save(self, *arguments)
-        steps.append(self.state.global_step)
-        if self.state.global_step == 10:
+    def dying(accelerator, folder, step, *arguments):
+        write(accelerator, folder, step, *arguments)
+        steps.append(step)
+        if step == 10:
             raise KilledError
 
-    monkeypatch.setattr(EloTrainer, "_save_checkpoint", dying)
+    monkeypatch.setattr(loop, "write_checkpoint", dying)
     with pytest.raises(KilledError):
         compare(config)
     assert not (tmp_path / "comparison" / "results.json").exists()

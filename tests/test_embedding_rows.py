@@ -92,7 +92,7 @@ def test_old_rows_stay_bit_for_bit_and_new_ones_learn(tmp_path, middle, tie, opt
 def test_the_optimizer_holds_no_state_for_old_rows(tmp_path):
     model, ready = prepared(new_rows(), extended_llama())
     run(model, ready, tmp_path)
-    state = torch.load(tmp_path / f"checkpoint-{STEPS}" / "optimizer.pt", weights_only=True)["state"]
+    state = torch.load(tmp_path / f"checkpoint-{STEPS}" / "optimizer.bin", weights_only=True)["state"]
     elements = sum(moments["exp_avg"].numel() for moments in state.values())
     layers = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
     assert elements == layers + 2 * (VOCAB - FIRST) * 16

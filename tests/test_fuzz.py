@@ -90,7 +90,7 @@ def world() -> Path:
     prepare(root / "base", {"en": str(corpus)}, root / "data", heldout_share=0.2, progress=False)
     (root / "checkpoint-3").mkdir()
     (root / "checkpoint-3" / "weights").write_bytes(b"abc")
-    seal_checkpoint(root / "checkpoint-3", {"seconds": 1.0})
+    seal_checkpoint(root / "checkpoint-3")
     (root / "work").mkdir()
     return root
 

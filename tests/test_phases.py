@@ -12,7 +12,7 @@ from training_fixtures import LENGTH, SETTINGS, VOCAB, corpus, rows, tiny_llama
 
 from elo.errors import EloError, StoppedBySignalError
 from elo.evaluate.bits_per_byte import bits_per_byte
-from elo.train.loop import rows_per_step
+from elo.train.arguments import rows_per_step
 from elo.train.phase import train_checkpoint
 from elo.train.vocabulary_cut import CutSequences, VocabularyCut
 

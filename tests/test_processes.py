@@ -36,16 +36,16 @@ def test_a_killed_run_of_one_process_goes_on_with_two_and_ends_as_that_of_one(tm
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(shared))
 
     def killed() -> None:
-        import elo.train.trainer as trainer
+        from elo.train import loop
 
-        save = trainer.EloTrainer._save_checkpoint
+        write = loop.write_checkpoint
 
-        def dying(self, *arguments):
-            save(self, *arguments)
-            if self.state.global_step == 4:  # pretraining's second checkpoint, a quarter of the way
+        def dying(accelerator, folder, step, *arguments):
+            write(accelerator, folder, step, *arguments)
+            if step == 4:  # pretraining's second checkpoint, a quarter of the way
                 os._exit(9)
 
-        trainer.EloTrainer._save_checkpoint = dying
+        loop.write_checkpoint = dying
         run(shared)
 
     assert finish(forked(killed, tmp_path / "killed.txt")) == 9
@@ -90,13 +90,13 @@ def test_one_of_two_processes_is_killed_and_one_goes_on(tmp_path):
     shared = {**config, "output": str(tmp_path / "shared")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(shared))
     (tmp_path / "dying.py").write_text(
-        "import os, signal, sys; import elo.train.trainer as t; from elo.cli import main\n"
-        "step = t.EloTrainer.training_step\n"
-        "def dying(self, *a, **k):\n"
-        "    if self.state.global_step == 5 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return step(self, *a, **k)\n"
-        "t.EloTrainer.training_step = dying\n"
-        "main(['pretrain', sys.argv[1]])\n"
+        "import os, signal, sys; from elo.train.loop import Record; from elo.cli import main\n"
+        "add = Record.add_loss\n"
+        "def dying(self, step, loss):\n"
+        "    if step == 6 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return add(self, step, loss)\n"
+        "Record.add_loss = dying\n"
+        "main(['run', sys.argv[1], '--until', 'elo_pretraining'])\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, str(tmp_path / "dying.py"), str(tmp_path / "config.yaml")]

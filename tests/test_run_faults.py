@@ -16,7 +16,7 @@ from kill_fixtures import Tally, finished_stages, kill_until_done, small_world, 
 
 import elo.report.drawing as drawing
 from elo.run import run
-from elo.train.trainer import EloTrainer
+from elo.train import loop
 
 CHECKPOINTS = "elo_pretraining-checkpoints"
 
@@ -39,14 +39,14 @@ def run_to(folder: Path, config: dict[str, Any], step: int) -> dict[str, Any]:
     config = {**config, "output": str(folder / "run")}
 
     def work() -> None:
-        save = EloTrainer._save_checkpoint
+        write = loop.write_checkpoint
 
-        def dying(self: Any, *arguments: Any) -> None:
-            save(self, *arguments)
-            if self.state.global_step == step:
+        def dying(accelerator: Any, scratch: Path, at: int, *arguments: Any) -> None:
+            write(accelerator, scratch, at, *arguments)
+            if at == step:
                 os._exit(9)
 
-        EloTrainer._save_checkpoint = dying  # type: ignore[method-assign]
+        loop.write_checkpoint = dying
         run(config, until="layer_alignment")
 
     assert finish(forked(work, folder / "log.txt")) == 9
@@ -100,12 +100,12 @@ def test_the_newest_good_checkpoint_is_taken(undisturbed, tmp_path, capsys):
     config = run_to(tmp_path, config, 4)
     scratch = tmp_path / "run" / CHECKPOINTS
     assert sorted(path.name for path in scratch.iterdir()) == ["checkpoint-3", "checkpoint-4"]
-    flip(scratch / "checkpoint-4" / "optimizer.pt")
+    flip(scratch / "checkpoint-4" / "optimizer.bin")
     now = time.time()
     os.utime(scratch / "checkpoint-3", (now + 10**6, now + 10**6))  # clocks jump: names count
     run(config, until="layer_alignment")
     said = capsys.readouterr().out
-    assert "optimizer.pt: missing or damaged; checkpoint checkpoint-4 is removed, and the previous one is used" in said
+    assert "optimizer.bin: missing or damaged; checkpoint checkpoint-4 is removed, and the previous one is used" in said
     assert weights(tmp_path / "run") == reference
 
 

@@ -3,7 +3,9 @@
 import itertools
 import json
 import os
+import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,17 +13,22 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
 from fork_fixtures import launched
+from method_fixtures import CASES, FIRST_NEW_ROW
 from run_fixtures import write_base, write_world
 from surgery_fixtures import assert_same, stored
+from training_fixtures import LENGTH, SETTINGS, rows
 from transformers import AutoModelForCausalLM
 from zoo import logits_of, tiny_config, tiny_model
 
 from elo.checkpoint.architecture import find_architecture
-from elo.errors import EloError
+from elo.errors import EloError, StoppedBySignalError
 from elo.run import run
+from elo.train.arguments import rows_per_step
 from elo.train.distributed import check_sharding, main_alone_loads, whole_parts, without_weights
-from elo.train.phase import load_trainable, save_checkpoint
+from elo.train.phase import load_trainable, save_checkpoint, train_checkpoint
+from elo.train.prepared import Prepared
 from elo.train.settings import TrainingSettings
 from elo.train.trained_files import TrainedFiles
 
@@ -75,7 +82,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     status, said = launch(shared, root / "shared.yaml", die_at="layer_alignment:2")
     checkpoint = root / "shared" / "layer_alignment-checkpoints" / "checkpoint-2"
     assert status != 0 and (checkpoint / "elo_checkpoint.json").is_file(), said
-    assert not list(checkpoint.glob("*.bin")), "no process writes the whole model"
+    whole = {"model.safetensors", "pytorch_model_fsdp.bin", "optimizer.bin"}
+    assert not whole & {path.name for path in checkpoint.iterdir()}, "no process writes the whole model"
     with pytest.raises(EloError, match=r"checkpoint-2: was written with FSDP, .*without.*launch it as before"):
         run({**config, "output": shared["output"]})
     status, said = launch(shared, root / "shared.yaml")
@@ -186,14 +194,9 @@ def test_deepspeed_killed_and_gone_on_with_ends_as_one_process(
     ],
 )
 def test_what_the_launcher_asks_for_is_refused(asked: str, version: int, settings: Any, message: str) -> None:
-    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version))
-    trainer = SimpleNamespace(
-        is_fsdp_enabled=asked == "fsdp",
-        is_deepspeed_enabled=asked == "deepspeed",
-        accelerator=SimpleNamespace(state=state),
-    )
+    accelerator: Any = SimpleNamespace(distributed_type=DistributedType[asked.upper()], is_fsdp2=version == 2)
     with pytest.raises(EloError, match=message):
-        check_sharding(trainer, TrainingSettings(training_arguments=settings), None)
+        check_sharding(accelerator, TrainingSettings(training_arguments=settings), None)
 
 
 def test_deepspeed_in_bf16_is_refused_where_it_would_round_what_is_stored(tmp_path: Path) -> None:
@@ -235,3 +238,57 @@ def test_parts_make_the_same_checkpoint_as_the_whole(family: str, tmp_path: Path
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {p.name for p in (tmp_path / "base").iterdir()}
     expected = {name: (t.float() + 0.5).bfloat16() for name, t in stored(tmp_path / "base").items()}
     assert_same(stored(tmp_path / "whole"), expected)
+
+
+@pytest.mark.parametrize("name", ["lisa", "lisa-window", "lora", "lora-with ends", "frozen-half", "frozen-new rows"])
+def test_a_method_in_two_processes_ends_as_in_one(name: str, tmp_path: Path) -> None:
+    case = next(each for each in CASES if each.name == name)
+    case.start(tie=name == "lora-with ends").save_pretrained(tmp_path / "base")
+    plain = SETTINGS.model_copy(update={"per_device_train_batch_size": 1, "save_steps": 2, "weight_decay": 0.1})
+    fsdp = plain.model_copy(update={"training_arguments": {"fsdp": True}})
+
+    def train(folder: str, settings: TrainingSettings, *, stop_at: int | None = None) -> None:
+        def prepare(model: Any) -> Prepared:
+            prepared = case.method.prepare(model, case.phase, case.setup())
+
+            def before_step(step: int, optimizer: Any) -> None:
+                if step == stop_at:
+                    signal.raise_signal(signal.SIGTERM)
+                if prepared.before_step is not None:
+                    prepared.before_step(step, optimizer)
+
+            return replace(prepared, before_step=before_step)
+
+        train_checkpoint(
+            tmp_path / "base",
+            tmp_path / folder,
+            rows=rows(6 * rows_per_step(LENGTH, settings)),
+            prepare=prepare,
+            seed=5,
+            settings=settings,
+            scratch=tmp_path / f"{folder}-checkpoints",
+        )
+
+    def work() -> None:
+        import sharded_worker  # noqa: F401
+
+        train("parallel", plain)
+        train("sharded", fsdp)
+        with pytest.raises(StoppedBySignalError):
+            train("resumed", fsdp, stop_at=2)
+        train("resumed", fsdp)
+
+    train("alone", plain)
+    log = tmp_path / "log.txt"
+    assert launched(work, log, 2) == [0, 0], log.read_text()
+    base, alone, sharded = (stored(tmp_path / folder) for folder in ("base", "alone", "sharded"))
+    assert_same(sharded, stored(tmp_path / "resumed"))
+    for other in (sharded, stored(tmp_path / "parallel")):
+        assert other.keys() == base.keys()
+        for key, tensor in alone.items():
+            assert (tensor - other[key]).abs().max() < 1e-4, key
+            assert torch.equal(tensor, base[key]) == torch.equal(other[key], base[key]), f"{key}: trained or not"
+        if name == "frozen-new rows":
+            old = slice(FIRST_NEW_ROW)
+            assert torch.equal(other["lm_head.weight"][old], base["lm_head.weight"][old])
+            assert not torch.equal(other["lm_head.weight"], base["lm_head.weight"])

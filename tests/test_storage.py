@@ -80,12 +80,12 @@ def test_a_lost_connection_stops_prepare_and_the_same_command_resumes(
 
     def breaking(self: remote._Object, size: int) -> bytes:
         opened.append(size)
-        storage.refuses = len(opened) == 14  # after that the proxy drops every connection
+        storage.refuses = len(opened) == 30  # after that the proxy drops every connection
         if storage.refuses:
             self._file = None
         return read(self, size)
 
-    tokenizer, options = make_tokenizer(), {"shard_tokens": 8000, "heldout_share": 0.0, "progress": False}
+    tokenizer, options = make_tokenizer(), {"shard_tokens": 4000, "heldout_share": 0.0, "progress": False}
     with monkeypatch.context() as context:
         context.setattr(remote._Object, "_read", breaking)
         with pytest.raises(EloError, match=r"ko\.jsonl: the storage cannot be reached .*it resumes"):

@@ -10,13 +10,12 @@ from elo.run import run
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 
-def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+def test_tensorboard(tmp_path: Path) -> None:
     config = write_world(tmp_path) | {"method": "full", "tokens": 256}
     config["training"] |= {"report_to": "tensorboard", "evaluations": 1}
     results = run(config)
     values: dict[str, list[float]] = {}
-    for file in tmp_path.rglob("events.out.tfevents.*"):
+    for file in (tmp_path / "run" / "trackers" / "full").rglob("events.out.tfevents.*"):
         events = event_accumulator.EventAccumulator(str(file)).Reload()
         for tag in events.Tags()["scalars"]:
             values[tag.rpartition("/")[2]] = [event.value for event in events.Scalars(tag)]

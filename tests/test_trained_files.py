@@ -22,8 +22,8 @@ from elo.evaluate.loading import load_model
 from elo.methods.base import METHODS, Method, Phase, Setup
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 from elo.surgery.scale_change import scale_change
+from elo.train.arguments import rows_per_step
 from elo.train.bridge import fit_bridge
-from elo.train.loop import rows_per_step
 from elo.train.phase import save_checkpoint, train_checkpoint
 from elo.train.trained_files import TrainedFiles
 

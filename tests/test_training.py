@@ -10,12 +10,13 @@ from training_fixtures import LENGTH, SETTINGS, VOCAB, corpus, rows, tiny_llama
 
 from elo.data.mixture import Mixture
 from elo.data.packing import PaddedStream
-from elo.errors import EloError, TrainingDivergedError
+from elo.errors import EloError, StoppedBySignalError, TrainingDivergedError
 from elo.evaluate.bits_per_byte import bits_per_byte
 from elo.methods.base import select_layers
 from elo.surgery.in_memory import attach_layers, detach_layers
+from elo.train.arguments import check_settings, rows_per_step
 from elo.train.checkpoints import MANIFEST, check_checkpoint, latest_checkpoint
-from elo.train.loop import StoppedBySignalError, check_settings, rows_per_step, train
+from elo.train.loop import train
 from elo.train.loss import install_head_loss
 from elo.train.phase import _freeze_in
 
@@ -62,7 +63,7 @@ def test_optimizer_has_no_state_for_what_is_frozen(tmp_path):
     model = _detached()
     _train(model, tmp_path)
     checkpoint, _ = latest_checkpoint(tmp_path, print)
-    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    state = torch.load(checkpoint / "optimizer.bin", weights_only=True)
     held = sum(entry["exp_avg"].numel() for entry in state["state"].values())
     assert held == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -74,7 +75,7 @@ def test_8_bit_state_is_what_the_plan_counts_whatever_was_trained_before(tmp_pat
     def bits(model, folder):
         _train(model, folder, settings=settings, steps=2)
         checkpoint, _ = latest_checkpoint(folder, print)
-        state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+        state = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
         moments = [entry["__bnb_optimizer_quant_state__"]["state1"] for entry in state.values()]
         return sorted((tuple(moment.shape), 8 * moment.element_size()) for moment in moments if moment.ndim == 2)
 

@@ -5,13 +5,16 @@
 Names in `__all__` are stable: CHANGELOG.md notes every change to them.
 """
 
+from elo.chat.chat import chat
 from elo.chat.chat_vector import chat_vector
 from elo.compare import compare
 from elo.data.prepare import prepare
 from elo.detach_attach import attach, detach
 from elo.evaluate.evaluate import evaluate
+from elo.fewshot.fewshot import few_shot
 from elo.merge.merge import merge
 from elo.plan.plan import plan
+from elo.probe.probe import probe
 from elo.push import push
 from elo.report.write import report
 from elo.run import run
@@ -22,16 +25,19 @@ from elo.watch import watch
 __all__ = [
     "attach",
     "attach_layers",
+    "chat",
     "chat_vector",
     "compare",
     "detach",
     "detach_layers",
     "evaluate",
     "extend_vocabulary",
+    "few_shot",
     "measure_vocabulary",
     "merge",
     "plan",
     "prepare",
+    "probe",
     "push",
     "report",
     "run",

@@ -68,3 +68,18 @@ def files_by_language(option: str, pairs: list[str] | None) -> dict[str, str]:
             raise EloError(f"{option}: {language!r} is given twice; give one file per language")
         found[language] = path
     return found
+
+
+def words_by_label(pairs: list[str] | None) -> dict[str, str]:
+    """Parse LABEL=WORD pairs.
+
+    Raises:
+        EloError: an item is not LABEL=WORD.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs or []:
+        label, equals, word = pair.partition("=")
+        if not equals or not label or not word:
+            raise EloError(f"--word {pair!r}: write LABEL=WORD, for example --word 1=positive")
+        found[label] = word
+    return found

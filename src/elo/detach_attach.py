@@ -10,6 +10,7 @@ from typing import Any
 from elo.check_output import check_output
 from elo.checkpoint.download import OTHER_WEIGHTS, fetch_checkpoint, file_patterns
 from elo.checkpoint.layers import DEFAULT_LAYERS
+from elo.checkpoint.local_names import require_path_or_id
 from elo.errors import EloError
 from elo.store.files import disk_problem
 from elo.store.remote import is_remote, require_local
@@ -143,12 +144,11 @@ def resolve_checkpoint(checkpoint: str | Path, *, revision: str | None = None, t
         return fetch_checkpoint(str(checkpoint), trust_remote_code)
     checkpoint = str(checkpoint).removeprefix("hf://")
     folder = Path(checkpoint).expanduser()
-    if folder.exists() or len(folder.parts) > 2 or str(checkpoint).startswith((".", "/", "~")):
-        if folder.is_dir():
-            return folder
-        raise EloError(
-            f"{checkpoint}: {'is not a folder' if folder.exists() else 'no such folder'}; give a checkpoint folder"
-        )
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise EloError(f"{checkpoint}: is not a folder; give a checkpoint folder")
+    require_path_or_id(checkpoint, "give a checkpoint folder")
     from huggingface_hub import snapshot_download
 
     try:

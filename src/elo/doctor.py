@@ -18,7 +18,7 @@ from rich.text import Text
 
 from elo.format import memory
 from elo.store.environment import hardware
-from elo.train.loop import bf16_pays
+from elo.train.arguments import bf16_pays
 
 PACKAGE = "elo-cpt"
 # Feature: extra of this package.

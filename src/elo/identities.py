@@ -22,10 +22,11 @@ def tokenizer_identity(tokenizer: str) -> Any:
 
 
 def corpus_identity(source: CorpusSource) -> dict[str, Any]:
-    """Identify a corpus by its path, text column and files."""
+    """Identify a corpus by its path, columns and files."""
     return {
         "path": source.path,
         "text_column": source.text_column,
+        **({"parallel": source.parallel.identity()} if source.parallel else {}),
         "files": [
             {Path(file.location).name: file.fingerprint()[1:]} for file in list_inputs(source.path) if not file.is_hub
         ],

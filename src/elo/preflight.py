@@ -7,9 +7,9 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel
 
 from elo.check_output import generation_problem
-from elo.checkpoint.architecture import find_architecture, is_recurrent
+from elo.checkpoint.architecture import find_architecture, is_recurrent, require_module
 from elo.checkpoint.counting import read_config
-from elo.checkpoint.layers import parse_layers
+from elo.checkpoint.layers import assumed_layers, parse_auto
 from elo.checkpoint.model_config import text_config_of
 from elo.checkpoint.naming import find_layer_names, map_names, refuse_more_layers
 from elo.checkpoint.new_rows import share_record
@@ -19,12 +19,13 @@ from elo.config import RunConfig
 from elo.errors import EloError, UnsupportedArchitectureError
 from elo.evaluate.cloze import read_cloze
 from elo.evaluate.scoring import longest_sequence, takes_position_ids
-from elo.methods import Phase
+from elo.methods import Method, Phase
 from elo.methods.base import first_new_row
+from elo.probe.choice import check_auto
 from elo.store.remote import require_local
 from elo.surgery.equivalence import build_hollow_causal_lm
+from elo.train.arguments import check_settings
 from elo.train.attention import VARLEN, ignores_document_starts, require_own_positions
-from elo.train.loop import check_settings
 from elo.train.settings import TrainingSettings, check_also_train
 
 log = logging.getLogger(__name__)
@@ -34,10 +35,9 @@ def check_inputs(config: RunConfig) -> None:
     """Raise EloError if the configuration or an input file is wrong, without loading anything."""
 
     for phase in config.method.phases:
-        _check_divided(phase, config.settings(phase))
+        _check_divided(config.method, phase, config.settings(phase))
     for phase in config.method.phases:
         check_settings(config.settings(phase), config.data.sequence_length, "training")
-    config.method.check()
     require_local(config.output, "output")
     output = Path(config.output)
     if output.is_dir() and any(output.iterdir()) and not (output / "stages").is_dir():
@@ -63,25 +63,30 @@ def _check_language(config: RunConfig, language: str, key: str) -> None:
         )
 
 
-def _check_divided(phase: Phase, settings: TrainingSettings) -> None:
-    """Raise EloError if a phase needs whole weights but FSDP or DeepSpeed divides them."""
-    if not settings.divides_model:
-        return
-    needs_whole = "low-rank adapters need" if phase.middle == "adapted" else None
-    if settings.vocabulary == "corpus":
-        needs_whole = "training.vocabulary: corpus needs"
-    if needs_whole:
+def _check_divided(method: Method, phase: Phase, settings: TrainingSettings) -> None:
+    """Raise EloError if FSDP or DeepSpeed divides the weights of a phase that does not support it."""
+    where = f"training.training_arguments: {phase.name}"
+    if settings.divides_model and settings.vocabulary == "corpus":
         raise EloError(
-            f"training.training_arguments: {phase.name}: {needs_whole} whole weights, but FSDP and DeepSpeed divide "
-            "them among processes; remove fsdp and deepspeed"
+            f"{where}: training.vocabulary: corpus needs whole weights, but FSDP and DeepSpeed divide them among "
+            "processes; remove fsdp and deepspeed"
         )
+    if not settings.training_arguments.get("deepspeed"):
+        return
+    # ZeRO copies the gradients of all parameters into one buffer that is laid out when training begins.
+    unsupported = {
+        "layers that change between updates": method.changes_layers,
+        "low-rank adapters": phase.middle == "adapted",
+    }
+    for what in (name for name, wanted in unsupported.items() if wanted):
+        raise EloError(f"{where}: {what} cannot train with DeepSpeed; remove deepspeed, or write fsdp: true")
 
 
 def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     """Check that the model supports the run's layers, vocabulary rows and sequence length, without reading weights.
 
     Returns:
-        Indices of the decoder layers to train.
+        Indices of the decoder layers to train; for `layers: auto`, an estimate until the probe.
 
     Raises:
         EloError: the model does not support a setting.
@@ -97,13 +102,15 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     share_record(model_config, model.config)
     _check_weights(weights, model)
     _check_attention(config, model)
-    layers = parse_layers(config.layers, find_architecture(model).num_layers)
-    if (
-        any(phase.middle == "bridged" for phase in config.method.phases)
-        and len(layers) == find_architecture(model).num_layers
-    ):
+    num_layers = find_architecture(model).num_layers
+    if auto := parse_auto(config.layers):
+        check_auto(auto, num_layers, has_parallel=config.probe.parallel is not None, where=str(config.layers))
+    layers = assumed_layers(config.layers, num_layers)
+    if any(phase.middle == "bridged" for phase in config.method.phases) and len(layers) == num_layers:
         raise EloError(f"layers: {config.layers!r} selects every layer, so there is nothing to bridge; choose fewer")
+    require_module(model, config.method.module, "method.module")
     for phase in config.method.phases:
+        config.method.lora_ranks(phase, num_layers)
         check_also_train(phase.also_train, tied=find_architecture(model).tied)
     if config.method.needs_new_rows:
         first_new_row(model)

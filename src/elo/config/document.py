@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from elo.config.chat import ChatConfig, ChatTraining
 from elo.config.schema import (
     Budget,
     CompareConfig,
@@ -16,12 +17,14 @@ from elo.config.schema import (
     CorpusConfig,
     DataConfig,
     EvaluationConfig,
+    PartConfig,
+    ProbeConfig,
     RunConfig,
 )
 from elo.data.filters import Filters
 from elo.evaluate.measures import MEASURES, Measure
 from elo.methods import METHODS
-from elo.train.settings import EXECUTION, TrainingSection
+from elo.train.settings import EXECUTION, TrainingSection, TrainingSettings
 
 _EXAMPLES: dict[str, Any] = {
     "model": "MODEL",
@@ -36,9 +39,13 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataConfig,
     "data.corpora": CorpusConfig,
     "data.filters": Filters,
+    "data.schedule": PartConfig,
+    "probe": ProbeConfig,
     "training": TrainingSection,
     "evaluation": EvaluationConfig,
     **{f"evaluation.{name}": measure for name, measure in MEASURES.items()},
+    "chat": ChatConfig,
+    "chat.training": ChatTraining,
 }
 _COMPARISON: dict[str, type[BaseModel]] = {
     "The comparison": CompareConfig,
@@ -78,7 +85,10 @@ def markdown() -> str:
         "",
     ]
     for title, model in _SECTIONS.items():
-        lines += [f"## {title}", "", *_table(model), ""]
+        inherited = tuple(set(TrainingSettings.model_fields) - set(vars(model)["__annotations__"]))
+        skip = inherited if model is ChatTraining else ()
+        also = ["As [training](#training), except `phases`, `vocabulary` and `evaluations`, and with:", ""]
+        lines += [f"## {title}", "", *(also if skip else []), *_table(model, skip), ""]
     lines += [
         "## method",
         "",

@@ -87,9 +87,7 @@ class Measured(Record):
 class StageCost(Record):
     """What one stage of a trial did and cost."""
 
-    name: str = Field(
-        description="Stage, for example `detach`, `elo_pretraining`, `attach`, `layer_alignment`, `full`."
-    )
+    name: str = Field(description="Stage, for example `detach`, `elo_pretraining`, `attach`, `full`.")
     seconds: NonNegative = Field(description="Wall time of the stage without evaluation, in seconds.")
     cpu_seconds: NonNegative | None = Field(
         None, description="CPU time of the stage over all its threads, without evaluation, in seconds."
@@ -179,24 +177,6 @@ def _total(values: list[float | None]) -> float | None:
     return sum(known) if values and len(known) == len(values) else None
 
 
-class Contestant(Record):
-    """One way of training."""
-
-    name: str = Field(description="Unique name.")
-    label: str | None = Field(None, description="Name for people; by default `name`.")
-    method: str = Field(description="Method, for example `elo`, `full`, `lora`.")
-    layers: tuple[int, ...] = Field(
-        (), description="0-based decoder layers that the method was asked to train; empty if it chooses its own."
-    )
-    changes: dict[str, Any] = Field(
-        {}, description="Configuration keys in which this contestant differs from the shared run."
-    )
-
-    @property
-    def title(self) -> str:
-        return self.label or self.name
-
-
 class Budget(Record):
     """What each contestant may spend."""
 
@@ -240,6 +220,24 @@ class Model(Record):
     vocabulary: Vocabulary | None = Field(None, description="Vocabulary extension, if there was one.")
 
 
+class Contestant(Record):
+    """One way of training."""
+
+    name: str = Field(description="Unique name.")
+    label: str | None = Field(None, description="Name for people; by default `name`.")
+    method: str = Field(description="Method, for example `elo`, `full`, `lora`.")
+    layers: tuple[int, ...] = Field((), description="0-based decoder layers to train; empty if the method chooses.")
+    layers_reason: str = Field("", description="Why `layers: auto` chose these layers.")
+    changes: dict[str, Any] = Field({}, description="Configuration keys that differ from the shared run.")
+
+    model: Model | None = Field(None, description="Its base model, if base models are compared.")
+    base: Measured | None = Field(None, description="`model` on held-out text, before any training.")
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
+
+
 class Languages(Record):
     """Keys of the languages, as used in every table by language."""
 
@@ -268,6 +266,9 @@ class Endpoint(Record):
         0.02,
         description="A contestant is ranked only if its mean bits per byte in each source language are at most this "
         "much above the base model's.",
+    )
+    source_limit_share: NonNegative = Field(
+        0.02, description="Loss of accuracy against the base model up to which a benchmark counts as kept."
     )
     source_weight: NonNegative = Field(
         0.0,
@@ -298,6 +299,56 @@ class Difference(Record):
         return self.adjusted_p_value < 0.05 and self.documents >= MIN_DOCUMENTS
 
 
+class MeasureDifference(Record):
+    """A paired difference in a benchmark over the same items: `contestant` minus `reference`."""
+
+    contestant: str = Field(description="Name of the contestant.")
+    reference: str = Field(description="Name of the other contestant, or `base` for the base model.")
+    measure: str = Field(description="Name of the benchmark.")
+    language: str = Field("", description="Language of the items; empty where they have none.")
+    unit: Literal["share", "number"] = Field(description="Unit of the benchmark.")
+    higher_is_better: bool = Field(description="Direction of improvement.")
+    value: Finite = Field(description="Mean difference over seeds.")
+    low: Finite = Field(description="Lower end of the 95 % confidence interval.")
+    high: Finite = Field(description="Upper end of the 95 % confidence interval.")
+    p_value: Share = Field(description="Two-sided p-value.")
+    adjusted_p_value: Share = Field(description="p-value after Holm's correction over contestants and benchmarks.")
+    test: Literal["McNemar", "t"] = Field(
+        description="`McNemar`: exact test of right-or-wrong items, with one seed; `t`: the test of the interval."
+    )
+    seeds: Count = Field(description="Seeds that both have in common; with one seed the interval covers items alone.")
+    items: Count = Field(description="Number of items.")
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether the difference is significant at 5 % after correction, on enough items."""
+        return self.adjusted_p_value < 0.05 and self.items >= MIN_DOCUMENTS
+
+
+class Retained(Record):
+    """What became of one ability of the base model."""
+
+    measure: str = Field(description="`bits per byte`, or the name of a benchmark.")
+    language: str = Field("", description="Source language; empty where the benchmark has none.")
+    unit: Literal["share", "number"] = Field(description="Unit of the measure.")
+    before: Finite = Field(description="Value of the base model.")
+    change: Finite = Field(description="Mean change over seeds.")
+    low: Finite = Field(description="Lower end of the 95 % confidence interval of the change.")
+    high: Finite = Field(description="Upper end of the 95 % confidence interval of the change.")
+    limit: NonNegative = Field(description="Loss up to which it counts as kept.")
+    outcome: Literal["improved", "kept", "lost", "undecided"] = Field(
+        description="`improved`: the interval is all gain; `kept`: it stays within the limit; `lost`: it is all loss; "
+        "`undecided`: any other."
+    )
+
+
+class Retention(Record):
+    """What a contestant kept of what the base model could do besides the target languages."""
+
+    contestant: str = Field(description="Name of the contestant.")
+    parts: tuple[Retained, ...] = Field(description="Bits per byte of each source language, then benchmarks.")
+
+
 class BudgetVerdict(Record):
     """What the statistics support at one budget."""
 
@@ -320,7 +371,12 @@ class BudgetVerdict(Record):
     best_is_supported: bool = Field(
         False, description="Whether the first of `ranked` is significantly below every other one."
     )
-    sentences: tuple[str, ...] = Field((), description="The same in words.")
+    measure_differences: tuple[MeasureDifference, ...] = Field(
+        (), description="Each contestant against the reference in each benchmark; one family for Holm's correction."
+    )
+    retention: tuple[Retention, ...] = Field((), description="What each contestant kept.")
+    sentences: tuple[str, ...] = Field((), description="Ranking and differences in words.")
+    retention_sentences: tuple[str, ...] = Field((), description="Retention in words.")
 
 
 class Verdict(Record):
@@ -331,6 +387,14 @@ class Verdict(Record):
     warnings: tuple[str, ...] = Field((), description="What a reader has to know before using the results.")
 
 
+class ChatModel(Record):
+    """A chat model that was measured: the given one, or what a stage of the section `chat` made."""
+
+    name: str = Field(description="`chat_model` (the given one), or the stage: `chat_vector`, `sft`.")
+    stage: StageCost | None = Field(None, description="What the stage cost; null for the given chat model.")
+    measured: Measured = Field(description="The chat model on the held-out text and conversations.")
+
+
 class Results(Record):
     """Top level of results.json."""
 
@@ -339,7 +403,7 @@ class Results(Record):
     title: str = Field("ELO", description="Heading of the report.")
     created: str | None = Field(None, description="Time of writing, ISO 8601 in UTC.")
     command: str | None = Field(None, description="Command that produced the results.")
-    model: Model = Field(description="The base model.")
+    model: Model = Field(description="The base model; the first contestant's if base models are compared.")
     languages: Languages = Field(description="Target and source languages.")
     hardware: dict[str, Any] = Field(
         {}, description="`cpu`, `cores`, `memory_bytes`, `gpu`, `gpus`: what is known of them."
@@ -348,7 +412,7 @@ class Results(Record):
     data: Data = Field(Data(), description="What was trained and measured on.")
     config: dict[str, Any] = Field({}, description="The resolved configuration.")
     endpoint: Endpoint = Field(Endpoint(), description="How contestants are ranked and tuned.")
-    base: Measured = Field(description="The base model on held-out text.")
+    base: Measured = Field(description="`model` on held-out text.")
     base_validation: Measured | None = Field(None, description="The base model on validation text.")
     contestants: tuple[Contestant, ...] = Field(
         min_length=1, description="Ways of training; in a run, the run's own method comes first."
@@ -361,6 +425,7 @@ class Results(Record):
     in_progress: bool = Field(
         False, description="Whether the run or comparison goes on; an unfinished trial has its last measurement."
     )
+    chat: tuple[ChatModel, ...] = Field((), description="Chat models of the section `chat`, in order.")
     verdict: Verdict | None = Field(None, description="What the statistics support; `elo report` computes it anew.")
 
     @model_validator(mode="after")
@@ -396,6 +461,10 @@ class Results(Record):
                     )
         return self
 
+    def base_of(self, contestant: str) -> Measured:
+        """The base model that a contestant started from, on held-out text."""
+        return next((each.base for each in self.contestants if each.name == contestant and each.base), self.base)
+
     def reported(self, contestant: str, budget: str) -> list[Trial]:
         """Trials of the results table, failed ones included."""
         return [
@@ -414,8 +483,8 @@ class Results(Record):
         return mean([value for value in values if value is not None])
 
     def change(self, contestant: str, budget: str, *languages: str) -> float | None:
-        """Mean bits per byte over `languages` less the base model's."""
-        before, after = mean_bpb(self.base, languages), self.mean_bpb(contestant, budget, languages)
+        """Mean bits per byte over `languages` less those of the contestant's base model."""
+        before, after = mean_bpb(self.base_of(contestant), languages), self.mean_bpb(contestant, budget, languages)
         return None if before is None or after is None else after - before
 
 

@@ -4,7 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from elo.format import count, duration, flops, learning_rate, mean_of, memory, signed
-from elo.report.schema import Budget, BudgetVerdict, Contestant, Data, Measured, Results, Trial, mean, mean_bpb
+from elo.report.schema import (
+    Budget,
+    BudgetVerdict,
+    ChatModel,
+    Contestant,
+    Data,
+    Measured,
+    Results,
+    StageCost,
+    Trial,
+    mean,
+    mean_bpb,
+)
 from elo.report.verdict import contestant_warnings, score, title_of, tuned
 
 NOTHING = "–"
@@ -88,7 +100,12 @@ def _names(results: Results, budget: Budget, order: Sequence[Contestant]) -> _Pa
         failed = sum(trial.failed is not None for trial in reported)
         seeds = f"{len(reported)} seed{'s' * (len(reported) != 1)}" + (f", {failed} failed" if failed else "")
         cells.append(Cell(contestant.title, seeds, swatch=contestant.name))
-    return Column("Contestant", is_text=True), Cell("Base model"), cells
+    base = (
+        f"Base model of {results.contestants[0].title}"
+        if any(each.model for each in results.contestants)
+        else "Base model"
+    )
+    return Column("Contestant", is_text=True), Cell(base), cells
 
 
 def _bpb_columns(
@@ -132,14 +149,15 @@ def _measure_columns(
         (value.language, value.measure, value.name)
         for each in measured
         for value in each.measures
-        if (value.name != "all") == subsets
+        if (value.name != "all" or value.is_detail) == subsets
+        and not (results.chat and value.measure.startswith("chat_"))
     )
     found = []
     for key in sorted(keys, key=lambda key: (key[0] not in results.languages.targets, not key[0], key[0])):
         arrow = "↓" if any(_is(v, key) and not v.higher_is_better for m in measured for v in m.measures) else "↑"
         base = _measure_cell([results.base], key)
         cells = [_measure_cell([trial.measured for trial in trials[each.name]], key) for each in order]
-        title = f"{key[1]} {key[0]}".strip() + (f": {key[2]}" if subsets else "")
+        title = f"{key[1]} {key[0]}".strip() + (f": {key[2]}" if subsets and key[2] != "all" else "")
         title = title.replace("_", " ")
         chance = next((v.chance for m in measured for v in m.measures if _is(v, key) and v.chance is not None), None)
         unit = arrow if chance is None else f"{arrow}, chance {chance:.{0 if chance >= 0.01 else 2}%}"
@@ -172,6 +190,33 @@ def _note(results: Results, verdict: BudgetVerdict) -> str:
     return " ".join(notes)
 
 
+def bases_table(results: Results, budget: Budget) -> Table | None:
+    """What each base model brings and what training makes of it; None if all contestants start from the same one."""
+    if not any(each.model for each in results.contestants):
+        return None
+    rows = []
+    for contestant in results.contestants:
+        model = contestant.model or results.model
+        base, trials = results.base_of(contestant.name), results.finished(contestant.name, budget.name)
+        cells = [Cell(contestant.title, model.name, swatch=contestant.name), _cell(model.parameters, count)]
+        for language in results.languages.all:
+            size = base.heldout.get(language)
+            cells.append(_cell(size.bytes_per_token if size else None, lambda value: f"{value:.2f}"))
+            cells.append(_cell(base.bpb.get(language), lambda value: f"{value:.3f}"))
+            after = results.mean_bpb(contestant.name, budget.name, (language,))
+            change = results.change(contestant.name, budget.name, language)
+            cells.append(Cell() if after is None else Cell(f"{after:.3f}", "" if change is None else signed(change)))
+        cells += [_mean_cell(trials, value, shown) for _, value, shown in _COSTS]
+        rows.append(tuple(cells))
+    columns = [Column("Contestant", is_text=True), Column("Parameters")]
+    for language in results.languages.all:
+        columns.append(Column(language, "bytes per token ↑"))
+        columns += [Column(f"{language} before", "bpb ↓"), Column(f"{language} after", "bpb ↓, change")]
+    columns += [Column(title) for title, _, _ in _COSTS]
+    note = "All columns are of the same held-out bytes, so they can be compared across tokenizers."
+    return Table(tuple(columns), tuple(rows), note)
+
+
 def measures_table(results: Results, budget: Budget) -> Table | None:
     """Benchmark values by subset of the items; None without subsets."""
     trials = {each.name: results.finished(each.name, budget.name) for each in results.contestants}
@@ -180,7 +225,123 @@ def measures_table(results: Results, budget: Budget) -> Table | None:
         return None
     rows = tuple((Cell(column.title, column.unit), base, *cells) for column, base, cells in columns)
     heads = (Column("Benchmark", is_text=True), Column("Base model"), *(Column(c.title) for c in results.contestants))
-    return Table(heads, rows, "±: one standard error, of shares in percentage points, with items taken as independent.")
+    note = "±: one standard error, of shares in percentage points, with items taken as independent."
+    if any("margin" in column.title for column, _, _ in columns):
+        note += " Margin: log-likelihood of the right choice less that of the likeliest wrong one, in nats per byte."
+    return Table(heads, rows, note)
+
+
+def paired_table(results: Results, verdict: BudgetVerdict) -> Table | None:
+    """Each contestant against the reference in each benchmark, over the same items."""
+    rows = [
+        (
+            Cell(title_of(results, each.contestant), swatch=each.contestant),
+            Cell(f"{each.measure} {each.language}".strip().replace("_", " ")),
+            Cell(
+                _change(each.value, each.unit),
+                f"{_change(each.low, each.unit)} to {_change(each.high, each.unit)}",
+                each.is_supported,
+                tone="good" if (each.value > 0) == each.higher_is_better else "bad",
+            ),
+            Cell(f"{each.adjusted_p_value:.2g}", each.test),
+            Cell(f"{each.items:,}"),
+        )
+        for each in verdict.measure_differences
+    ]
+    columns = (
+        Column("Contestant", is_text=True),
+        Column("Benchmark", is_text=True),
+        Column(f"Difference from {title_of(results, verdict.reference)}", "95 % interval"),
+        Column("p, corrected", "test"),
+        Column("Items"),
+    )
+    note = "Shares in percentage points, margins in nats per byte. Bold: significant at 5 % after Holm's correction."
+    return Table(columns, tuple(rows), note) if rows else None
+
+
+def retention_table(results: Results, verdict: BudgetVerdict) -> Table | None:
+    """What each contestant kept of what the base model could do besides the target languages."""
+    rows = [
+        (
+            Cell(title_of(results, kept.contestant), swatch=kept.contestant),
+            Cell(f"{part.measure} {part.language}".strip().replace("_", " ")),
+            Cell(f"{part.before:.1%}" if part.unit == "share" else f"{part.before:.3f}"),
+            Cell(
+                _change(part.change, part.unit),
+                f"{_change(part.low, part.unit)} to {_change(part.high, part.unit)}",
+                tone={"lost": "bad", "improved": "good"}.get(part.outcome, ""),
+            ),
+            Cell(f"{100 * part.limit:g} points" if part.unit == "share" else f"{part.limit:g}"),
+            Cell(part.outcome),
+        )
+        for kept in verdict.retention
+        for part in kept.parts
+    ]
+    columns = (
+        Column("Contestant", is_text=True),
+        Column("Measure", is_text=True),
+        Column("Base model"),
+        Column("Change", "95 % interval"),
+        Column("Limit"),
+        Column("Outcome"),
+    )
+    note = "Bits per byte: lower is better. Accuracies: higher is better; changes in percentage points."
+    return Table(columns, tuple(rows), note) if rows else None
+
+
+def _change(value: float, unit: str) -> str:
+    return signed(100 * value, 1) if unit == "share" else signed(value)
+
+
+Measurement = tuple[str, Measured, StageCost | None]
+"""A model's name for people, what was measured of it, and what it cost."""
+
+
+def chat_measurements(results: Results, trials: Sequence[Trial]) -> list[Measurement]:
+    """The base, the adapted model and the chat models of a run; empty without chat models."""
+    if not results.chat:
+        return []
+    adapted = [("Adapted model", trial.measured, None) for trial in trials if trial.failed is None]
+    return [("Base model", results.base, None), *adapted[:1], *named_chat_models(results.chat)]
+
+
+def named_chat_models(models: Sequence[ChatModel]) -> list[Measurement]:
+    """Chat models with names for people."""
+    return [(_CHAT_TITLES.get(each.name, each.name), each.measured, each.stage) for each in models]
+
+
+def chat_table(named: Sequence[Measurement]) -> Table | None:
+    """Bits per byte and chat ability, one model a row; None without models."""
+    if not named:
+        return None
+    columns: list[_Parts] = []
+    for language in dict.fromkeys(each for _, measured, _ in named for each in measured.bpb):
+        cells = [_cell(measured.bpb.get(language), lambda value: f"{value:.3f}") for _, measured, _ in named]
+        columns.append((Column(language, "bpb ↓"), cells[0], cells[1:]))
+    values = [value for _, measured, _ in named for value in measured.measures if value.measure.startswith("chat_")]
+    for measure, language, name in sorted({(v.measure, v.language, v.name) for v in values}):
+        key = (language, measure, name)
+        higher = next(value.higher_is_better for value in values if _is(value, key))
+        cells = [_measure_cell([measured], key) for _, measured, _ in named]
+        title = f"{measure} {language}".replace("_", " ") + ("" if name == "all" else f": {name}")
+        columns.append((Column(title, "↑" if higher else "↓"), cells[0], cells[1:]))
+    times = [_cell(stage.seconds if stage else None, duration) for _, _, stage in named]
+    columns.append((Column("Wall time"), times[0], times[1:]))
+    names = [Cell(title) for title, _, _ in named]
+    return _table([(Column("Model", is_text=True), names[0], names[1:]), *columns], _CHAT_NOTE)
+
+
+_CHAT_TITLES = {
+    "adapted": "Adapted model",
+    "chat_model": "Given chat model",
+    "chat_vector": "Chat vector",
+    "sft": "SFT",
+}
+_CHAT_NOTE = (
+    "On held-out conversations. chat ended: generated answers that end the turn as the template does; chat language: "
+    "generated answers in the language of the conversation (reference: the true answers); chat nats: loss per token of "
+    "the true answers. ±: one standard error, of shares in percentage points."
+)
 
 
 def stages_table(results: Results, trials: Sequence[Trial]) -> Table | None:

@@ -1,28 +1,70 @@
-"""Write and find training checkpoints. A checkpoint without a valid manifest, which is written last, is ignored."""
+"""Write, find and read training checkpoints.
+
+A checkpoint without a valid manifest, which is written last, is ignored. Weights have the names of the model, not those
+of a wrapper such as DDP, so that another number of processes can resume.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from elo.errors import UnfinishedError
-from elo.store.files import fsync_tree, read_json, remove, sha256_file, write_json
+from elo.store.files import disk_errors_told, fsync_tree, read_json, remove, sha256_file, write_json
+from elo.train.trained_files import first_names
 
 MANIFEST = "elo_checkpoint.json"
+RECORD = "elo_record.json"
 
 
-def seal_checkpoint(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Flush every file of a checkpoint, then write its manifest: sizes, checksums and `state`."""
+def write_checkpoint(accelerator: Accelerator, folder: Path, step: int, record: dict[str, Any], keep: int) -> None:
+    """Write and seal the checkpoint of `step`, then remove all but the `keep` newest. Every process must call this."""
+    checkpoint = folder / f"checkpoint-{step}"
+
+    def use_own_names(models: list[Any], weights: list[Any], _: str) -> None:
+        for index, _ in enumerate(weights):  # none if FSDP or DeepSpeed shards them
+            model = accelerator.unwrap_model(models[index])
+            first = first_names(model)
+            weights[index] = {name: t.contiguous() for name, t in model.state_dict().items() if first[name] == name}
+
+    hook = accelerator.register_save_state_pre_hook(use_own_names)
+    with disk_errors_told(checkpoint):
+        accelerator.save_state(str(checkpoint))
+    hook.remove()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with disk_errors_told(checkpoint):
+            write_json(checkpoint / RECORD, record)
+            seal_checkpoint(checkpoint)
+        rotate_checkpoints(folder, keep)
+    accelerator.wait_for_everyone()
+
+
+def read_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Restore the weights, the optimizer, the schedule and the random generators. Every process must call this."""
+
+    def unwrap(models: list[Any], _: str) -> None:
+        models[:] = map(accelerator.unwrap_model, models)
+
+    hook = accelerator.register_load_state_pre_hook(unwrap)
+    accelerator.load_state(str(checkpoint))
+    hook.remove()
+
+
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Flush every file of a checkpoint, then write its manifest: sizes and checksums."""
     fsync_tree(checkpoint)
     files = {
         path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    write_json(checkpoint / MANIFEST, {"files": files, "state": state})
+    write_json(checkpoint / MANIFEST, {"files": files})
 
 
-def check_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """Return the state stored with a checkpoint.
+def check_checkpoint(checkpoint: Path) -> None:
+    """Compare the files of a checkpoint with its manifest.
 
     Raises:
         UnfinishedError: it has no manifest, or a file is missing, truncated or altered.
@@ -35,7 +77,6 @@ def check_checkpoint(checkpoint: Path) -> dict[str, Any]:
                 raise UnfinishedError(f"{checkpoint / MANIFEST}: lists {name!r}, which is outside its folder")
             if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
                 raise UnfinishedError(f"{path}: missing or damaged")
-        return {key: float(manifest["state"][key]) for key in ("seconds", "cpu_seconds")}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UnfinishedError):
             raise
@@ -43,10 +84,11 @@ def check_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest complete checkpoint in `folder` with its state, and remove newer incomplete ones."""
+    """Return the newest complete checkpoint in `folder` with its record, and remove newer incomplete ones."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         try:
-            return checkpoint, check_checkpoint(checkpoint)
+            check_checkpoint(checkpoint)
+            return checkpoint, read_json(checkpoint / RECORD)
         except UnfinishedError as error:
             if (checkpoint / MANIFEST).exists():
                 warn(f"{error}; checkpoint {checkpoint.name} is removed, and the previous one is used")

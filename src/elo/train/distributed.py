@@ -3,18 +3,19 @@
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import Accelerator, init_empty_weights
+from accelerate.utils import DistributedType
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer import FSDP_MODEL_NAME
 
 from elo.checkpoint.architecture import find_architecture
 from elo.checkpoint.reading import auto_class
@@ -112,15 +113,45 @@ def check_fsdp(settings: TrainingSettings) -> None:
         )
 
 
-def check_sharding(trainer: Any, settings: TrainingSettings, checkpoint: Path | None) -> None:
-    """Raise EloError for FSDP1, for sharding that only the launcher sets, or if `checkpoint` cannot be resumed."""
-    now = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
-    if now == "FSDP" and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+def check_deepspeed(arguments: TrainingArguments) -> None:
+    """Raise EloError if DeepSpeed's configuration has an optimizer or a schedule of its own."""
+    plugin = arguments.deepspeed_plugin
+    for key in ("optimizer", "scheduler"):
+        if plugin is not None and key in plugin.deepspeed_config:
+            raise EloError(
+                f"training_arguments.deepspeed.{key}: optimizer and schedule are set by this section's optim and "
+                "lr_scheduler_type; remove it"
+            )
+
+
+def accumulating(accelerator: Accelerator, model: Any, *, last: bool) -> AbstractContextManager[None]:
+    """Return the context of a micro-step. Gradients are averaged over processes only after the last one of a step."""
+    accelerator.sync_gradients = last
+    by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED  # which looks at sync_gradients
+    return nullcontext() if last or by_deepspeed else accelerator.no_sync(model)
+
+
+def check_sharding(
+    accelerator: Accelerator, settings: TrainingSettings, checkpoint: Path | None, *, first_row: int = 0
+) -> None:
+    """Raise EloError for FSDP1, for sharding that only the launcher sets, or if `checkpoint` cannot be resumed.
+
+    Args:
+        first_row: first trained row of embedding and head.
+    """
+    names = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
+    now = names.get(accelerator.distributed_type)
+    if now == "FSDP" and not accelerator.is_fsdp2:
         raise EloError("FSDP: the launcher sets version 1, and only FSDP2 is supported; set fsdp_version: 2")
     if now and not settings.divides_model:
         raise EloError(
             f"{now}: only the launcher sets it; write it in this section's training_arguments "
             "(docs/launching.md), and launch with torchrun"
+        )
+    if now == "DeepSpeed" and first_row:
+        raise EloError(
+            "training_arguments: DeepSpeed divides the embedding without regard to rows, so new rows cannot train "
+            "alone (method.embedding_rows: new, method embeddings_first); remove deepspeed, or write fsdp: true"
         )
     if checkpoint is None:
         return
@@ -130,7 +161,7 @@ def check_sharding(trainer: Any, settings: TrainingSettings, checkpoint: Path | 
     if was != now:
         written, running = (f"with {each}" if each else "without FSDP or DeepSpeed" for each in (was, now))
         raise EloError(f"{checkpoint}: was written {written}, and this run is {running}; launch it as before, {anew}")
-    optimizer_states = list(checkpoint.glob("global_step*/*_optim_states.pt"))
+    optimizer_states = list(checkpoint.glob("*/*_optim_states.pt"))
     if optimizer_states and len(optimizer_states) != world_size():
         raise EloError(
             f"{checkpoint}: was written by {len(optimizer_states)} processes, and DeepSpeed cannot resume it with "
@@ -149,7 +180,9 @@ def whole_parts(model: Any) -> Iterator[dict[str, Tensor]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            part = prefix + name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else name
+            # A linear layer outside the decoder layers is one part with its adapters.
+            part = name.split(".base_layer.")[0].split(".lora_")[0]
+            part = prefix + name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else part
             parts.setdefault(part, {})[name] = tensor
     return ({name: _whole(tensor) for name, tensor in part.items()} for part in parts.values())
 

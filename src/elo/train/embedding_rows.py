@@ -1,9 +1,11 @@
 """Give embedding and LM head their own learning rate in an optimizer, and keep old vocabulary rows unchanged."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import distribute_tensor
 
 from elo.checkpoint.architecture import find_architecture
 
@@ -34,6 +36,35 @@ def set_embeddings_apart(
             {**settings, "params": chosen, "lr": group["lr"] if learning_rate is None else learning_rate}
         )
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def keep_old_rows(optimizer: torch.optim.Optimizer, model: Any, first_row: int) -> Callable[[], None]:
+    """Keep the rows before `first_row` of trained embedding and head weights that FSDP shards.
+
+    The optimizer has whole shards and moments of all rows. The old rows' values are restored after each update.
+
+    Returns:
+        Function that sets the gradients of old rows to zero, to call before clipping.
+    """
+    kept: list[tuple[Any, torch.Tensor]] = []
+    sharded: list[Any] = list(_trained(model))
+    for weight in sharded:
+        numbers = torch.arange(len(weight), device=weight.device_mesh.device_type)
+        local = distribute_tensor(numbers, weight.device_mesh, weight.placements).to_local()
+        num_old = int((local < first_row).sum())
+        kept.append((weight, weight.detach().to_local()[:num_old].clone()))
+
+    def drop_gradients() -> None:
+        for weight, old in kept:
+            if weight.grad is not None:
+                weight.grad.to_local()[: len(old)].zero_()
+
+    def restore(*_: Any) -> None:
+        for weight, old in kept:
+            weight.detach().to_local()[: len(old)].copy_(old)
+
+    optimizer.register_step_post_hook(restore)
+    return drop_gradients
 
 
 def rows_left_out(model: Any, first_row: int) -> int:

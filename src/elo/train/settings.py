@@ -36,7 +36,8 @@ class TrainingSettings(BaseModel):
     embedding_learning_rate: float | None = Field(None, gt=0, le=1)
     """Peak learning rate of embedding and LM head, if they train; null is `learning_rate`."""
     lr_scheduler_type: str = "cosine"
-    """Learning-rate schedule over the updates of a phase: the name of any schedule in transformers."""
+    """Learning-rate schedule over the updates of a phase: the name of any schedule in transformers that needs no
+    measured loss."""
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the schedule, such as num_decay_steps for warmup_stable_decay."""
     warmup_steps: float = Field(0.03, ge=0)
@@ -50,8 +51,8 @@ class TrainingSettings(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0)
     """Norm to which gradients are clipped; 0 turns clipping off."""
     optim: str = "adamw"
-    """Optimizer: adamw, adamw_8bit (needs bitsandbytes), adafactor, or the name of any other optimizer in
-    transformers."""
+    """Optimizer: adamw, adamw_8bit (needs bitsandbytes), adafactor, or the name of any other optimizer in transformers
+    but lomo and adalomo, which update the weights in the backward pass of each micro-step."""
     optim_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimizer, passed to it by transformers."""
     tokens_per_step: int = Field(65536, gt=0)
@@ -86,19 +87,24 @@ class TrainingSettings(BaseModel):
     dataloader_num_workers: int = Field(0, ge=0, json_schema_extra=EXECUTION)
     """Number of processes that load sequences; 0 loads them in the training process."""
     report_to: str | list[str] = Field("none", json_schema_extra=EXECUTION)
-    """Experiment trackers, by their names in transformers: wandb, tensorboard, mlflow, trackio, ..."""
+    """Experiment trackers, by their names in accelerate: tensorboard, wandb, mlflow, trackio, ... or all installed
+    ones. Files are written to the folder `trackers` of the run."""
     training_arguments: dict[str, Any] = Field(default_factory=dict, json_schema_extra=EXECUTION)
-    """Further transformers.TrainingArguments (fsdp, deepspeed, ddp_backend, ...), passed unchanged."""
+    """Further settings by their names in transformers.TrainingArguments: fsdp, fsdp_config, deepspeed, and those of
+    docs/launching.md."""
 
     @field_validator("optim")
     @classmethod
     def _known_optimizer(cls, value: str) -> str:
-        return _one_of(value, [*_SHORT_NAMES, *(each.value for each in OptimizerNames)])
+        known = {each.value for each in OptimizerNames} - {"lomo", "adalomo"}
+        return _one_of(value, [*_SHORT_NAMES, *known])
 
     @field_validator("lr_scheduler_type")
     @classmethod
     def _known_schedule(cls, value: str) -> str:
-        return _one_of(value, [each.value for each in SchedulerType])
+        return _one_of(
+            value, [each.value for each in SchedulerType if each.value not in ("reduce_lr_on_plateau", "greedy")]
+        )
 
     @property
     def optimizer_name(self) -> str:
@@ -120,8 +126,15 @@ class TrainingSettings(BaseModel):
         return self.model_dump(mode="json", exclude=how) | further
 
 
-# Prefixes of transformers.TrainingArguments that are execution settings.
-_EXECUTION_ARGUMENTS = ("fsdp", "deepspeed", "ddp_", "dataloader_", "accelerator_config", "log", "run_name", "tf32")
+PASSED_ARGUMENTS = {
+    "fsdp", "fsdp_config", "deepspeed", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "ddp_find_unused_parameters", "ddp_static_graph", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "run_name", "tf32", "adam_epsilon",
+    "optim_target_modules", "activation_checkpointing_kwargs",
+}  # fmt: skip
+"""Keys of transformers.TrainingArguments that `training_arguments` may have."""
+# Prefixes of those that are execution settings.
+_EXECUTION_ARGUMENTS = ("fsdp", "deepspeed", "ddp_", "dataloader_", "run_name", "tf32", "activation_")
 
 
 class TrainingSection(TrainingSettings):

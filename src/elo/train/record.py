@@ -1,0 +1,85 @@
+"""The record of a phase across restarts: time, losses and measurements."""
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Record:
+    """Time, losses and measurements of a phase so far.
+
+    Attributes:
+        tokens_per_step: tokens per update over all processes.
+        seconds: wall time of training, in seconds, without evaluation and checkpoints.
+        cpu_seconds: CPU time of this process in that time, in seconds, summed over cores.
+        losses: {"tokens", "seconds", "loss"} by logging interval, with the loss in nats per token.
+        evaluations: {"tokens", "seconds", "bpb": {language: bits per byte}} by measurement.
+    """
+
+    tokens_per_step: int
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    losses: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    _since: tuple[float, float] | None = None
+
+    def resume_clock(self) -> None:
+        """Count the time from now on."""
+        self._since = time.perf_counter(), time.process_time()
+
+    def pause_clock(self) -> None:
+        """Stop counting the time, after the GPU has finished."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._count()
+        self._since = None
+
+    def add_loss(self, step: int, loss: float) -> dict[str, Any]:
+        """Record the mean loss since the last record, in nats per token. Return tokens and seconds."""
+        point = self._point(step)
+        self.losses.append(point | {"loss": loss})
+        return point
+
+    def add_evaluation(self, step: int, bpb: dict[str, float]) -> dict[str, Any]:
+        """Record bits per byte by language. Return tokens and seconds."""
+        point = self._point(step)
+        self.evaluations.append(point | {"bpb": bpb})
+        return point
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the arguments of a `Record` that continues this one."""
+        return {key: getattr(self, key) for key in ("seconds", "cpu_seconds", "losses", "evaluations")}
+
+    def fault(self, gradient_norm: float, max_spike: float) -> str | None:
+        """Return what is wrong with the last losses, if anything.
+
+        Args:
+            max_spike: tolerated difference to the recent median loss, in nats.
+        """
+        losses = [point["loss"] for point in self.losses]
+        if not (math.isfinite(losses[-1]) and math.isfinite(gradient_norm)):
+            return f"the loss is {losses[-1]} and the gradient norm {gradient_norm}"
+        recent, before = losses[-3:], losses[-23:-3]
+        if len(before) >= 5 and min(recent) > statistics.median(before) + max_spike:
+            shown = ", ".join(f"{value:.3f}" for value in recent)
+            return (
+                f"the last three logged losses ({shown}) are more than {max_spike} nats above the recent median "
+                f"{statistics.median(before):.3f} (max_loss_spike_nats)"
+            )
+        return None
+
+    def _point(self, step: int) -> dict[str, Any]:
+        self._count()
+        return {"tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3)}
+
+    def _count(self) -> None:
+        if self._since is not None:
+            now = time.perf_counter(), time.process_time()
+            self.seconds += now[0] - self._since[0]
+            self.cpu_seconds += now[1] - self._since[1]
+            self._since = now

@@ -9,6 +9,7 @@ from elo.chat.chat_vector import chat_vector
 from elo.compare import compare
 from elo.data.prepare import prepare
 from elo.evaluate.evaluate import evaluate
+from elo.generate import generate
 from elo.plan.plan import plan
 from elo.report.write import report
 from elo.run import run
@@ -25,6 +26,7 @@ __all__ = [
     "detach_layers",
     "evaluate",
     "extend_vocabulary",
+    "generate",
     "measure_vocabulary",
     "plan",
     "prepare",

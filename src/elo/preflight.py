@@ -18,7 +18,7 @@ from elo.errors import EloError
 from elo.evaluate.cloze import read_cloze
 from elo.evaluate.scoring import longest_sequence, takes_position_ids
 from elo.methods import Method, Phase
-from elo.methods.base import first_new_row
+from elo.methods.base import check_supervision, first_new_row
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.train.arguments import check_settings
 from elo.train.attention import VARLEN, require_own_positions
@@ -103,6 +103,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
         raise EloError(f"layers: {config.layers!r} selects every layer, so there is nothing to bridge; choose fewer")
     for phase in config.method.phases:
         check_also_train(phase.also_train, tied=find_architecture(model).tied)
+        check_supervision(phase, config.settings(phase), layers, find_architecture(model).num_layers)
     if config.method.needs_new_rows:
         first_new_row(model)
     length, limit = config.data.sequence_length, longest_sequence(model)

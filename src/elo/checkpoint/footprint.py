@@ -184,6 +184,7 @@ class Footprint:
         activation_checkpointing: bool = False,
         lora_rank: int = 0,
         also_train: Collection[str] = (),
+        num_losses: int = 1,
     ) -> Flops:
         """Count the matrix-product FLOPs of one trained token.
 
@@ -197,6 +198,7 @@ class Footprint:
                 is `adapted`.
             also_train: parts that train with `layers`. With `embedding`, input gradients continue down to it. With
                 `head`, the head's weight gradient is counted. `norm` adds nothing.
+            num_losses: how many hidden states of a token go through the head: the last, and those of supervised layers.
 
         A layer of P elements costs:
 
@@ -228,7 +230,7 @@ class Footprint:
         if middle == "bridged":
             maps = 2.0 * self.bridge_elements(sorted(chosen))
             forward, backward = forward + maps, backward + maps
-        head_forward = 2.0 * self.head_matmul
+        head_forward = 2.0 * self.head_matmul * num_losses
         gradient_at_head = gradient_below or "norm" in also_train
         head_backward = head_forward * (int(gradient_at_head) + int(middle == "trained" or "head" in also_train))
         return Flops(forward + head_forward, backward + head_backward, recompute, head_forward + head_backward)

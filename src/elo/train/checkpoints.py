@@ -86,12 +86,17 @@ def _checked(state: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": float(state["seconds"]),
         "cpu_seconds": float(state["cpu_seconds"]),
-        "losses": [_point(each) | {"loss": float(each["loss"])} for each in state["losses"]],
+        "losses": [_point(each) | _losses(each) for each in state["losses"]],
         "evaluations": [
             _point(each) | {"bpb": {str(key): float(value) for key, value in each["bpb"].items()}}
             for each in state["evaluations"]
         ],
     }
+
+
+def _losses(point: dict[str, Any]) -> dict[str, Any]:
+    internal = {str(layer): float(loss) for layer, loss in point.get("internal", {}).items()}
+    return {"loss": float(point["loss"])} | ({"internal": internal} if internal else {})
 
 
 def _point(entry: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from elo.config.schema import (
 )
 from elo.evaluate.measures import MEASURES, Measure
 from elo.methods import METHODS
-from elo.train.settings import EXECUTION, TrainingSection
+from elo.train.settings import EXECUTION, DeepSupervision, TrainingSection
 
 _EXAMPLES: dict[str, Any] = {
     "model": "MODEL",
@@ -35,6 +35,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "data": DataConfig,
     "data.corpora": CorpusConfig,
     "training": TrainingSection,
+    "training.deep_supervision": DeepSupervision,
     "evaluation": EvaluationConfig,
     **{f"evaluation.{name}": measure for name, measure in MEASURES.items()},
 }

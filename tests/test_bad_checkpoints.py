@@ -13,7 +13,7 @@ from bad_input_fixtures import assert_refused, copy_of
 from run_fixtures import write_base
 from safetensors.torch import load_file, save_file
 
-from elo.surgery.detach_attach import detach
+from elo.detach_attach import detach
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"

@@ -17,7 +17,8 @@ from elo import stages
 from elo.check_output import check_output, problems
 from elo.errors import EloError
 from elo.run import run
-from elo.surgery.detach_attach import attach
+from elo.surgery import on_disk
+from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,14 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "generation no JSON": (
         lambda f: (f / "generation_config.json").write_text("{"),
         ("generation_config.json: transformers rejects it",),
+    ),
+    "generation eos as text": (
+        lambda f: generation(f, eos_token_id="0"),
+        ("generation_config.json: eos_token_id is '0', which is no token id",),
+    ),
+    "a template that is none": (
+        lambda f: tokenizer(f, with_template("{% for m in messages %}{{ m.role ")),
+        ("chat template 'default': is no valid template (line 1: ",),
     ),
     "tokenizer eos": (
         lambda f: tokenizer(f, lambda t: t.add_special_tokens({"eos_token": "<|end|>"})),
@@ -143,12 +152,12 @@ def test_a_run_names_refused_generation_settings_before_tokenising_and_warns_of_
 def test_a_stage_is_done_only_once_its_output_is_loaded_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = write_world(tmp_path)
 
-    def damage(*arguments: Any, output: Path, **keywords: Any) -> dict[str, Any]:
-        record = attach(*arguments, output=output, **keywords)
+    def damage(detached: Path, base: Path, output: Path, **keywords: Any) -> dict[str, Any]:
+        record = attach_checkpoint(detached, base, output, **keywords)
         without_a_tensor(output)
         return record
 
-    monkeypatch.setattr(stages, "attach", damage)
+    monkeypatch.setattr(stages, "attach_checkpoint", damage)
     with pytest.raises(EloError, match=r"model\.norm\.weight.*attach is not a correct checkpoint"):
         run(config, until="attach")
     monkeypatch.undo()
@@ -156,3 +165,25 @@ def test_a_stage_is_done_only_once_its_output_is_loaded_back(tmp_path: Path, mon
     assert not record.exists()
     run(config, until="attach")
     assert record.exists()
+
+
+@pytest.mark.parametrize("command", ["detach", "attach"])
+def test_what_detach_and_attach_write_is_checked_before_it_appears(
+    command: str, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = copy_of(sound, tmp_path / "base")
+    arguments: list[Any] = ["detach", base]
+    if command == "attach":
+        detach_checkpoint(base, "0,-1", tmp_path / "detached")
+        arguments = ["attach", tmp_path / "detached", "--base", base]
+    copy = on_disk.copy_side_files
+
+    def break_ids(source: Path, folder: Path, **keywords: Any) -> None:  # as a fault of ours might
+        copy(source, folder, **keywords)
+        generation(folder, eos_token_id=9999)
+
+    monkeypatch.setattr(on_disk, "copy_side_files", break_ids)
+    words = ("generation_config.json: eos_token_id is 9999", "nothing was written")
+    assert_refused([*arguments, "-o", tmp_path / "out"], words, (tmp_path,), capsys)
+    generation(base, eos_token_id=9999)  # what was wrong before is accepted
+    assert run_elo([*arguments, "-o", tmp_path / "out"], capsys)[0] == 0

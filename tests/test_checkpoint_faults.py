@@ -10,8 +10,8 @@ import torch
 from surgery_fixtures import edit_config, llama, store, stored
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
+from elo.detach_attach import attach, detach
 from elo.errors import EloError
-from elo.surgery.detach_attach import attach, detach
 from elo.surgery.in_memory import attach_layers, detach_layers
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 

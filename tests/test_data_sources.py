@@ -135,11 +135,11 @@ def damaged_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "blank.jsonl": (b"\n \n", ":1: the file has no document"),
         "blank.txt": (b"\n\n", ":1: the file has no document"),
         "short.jsonl.gz": (gzip.compress(data)[:-20], ": the file is damaged from here on: it is truncated"),
-        "not.jsonl.gz": (data, ":1: the file is damaged from here on (Not a gzipped file"),
+        "not.jsonl.gz": (data, ":1: the file is not compressed with gzip"),
         "flip.jsonl.gz": (gzip.compress(data)[:-8] + b"\0" * 8, ": the file is damaged from here on (CRC"),
         "short.jsonl.zst": (zstandard.compress(data)[:-20], ": the file is damaged from here on"),
-        "not.jsonl.zst": (data, ":1: the file is damaged from here on"),
-        "not.parquet": (data, ":1: the file is damaged from here on"),
+        "not.jsonl.zst": (data, ":1: the file is not compressed with Zstandard"),
+        "not.parquet": (data, ":1: the file is not a parquet file"),
         "latin.txt": ("eins\nzwei\nschön\n".encode("latin-1"), ":3: not UTF-8 (byte 0xf6 at byte 4 of the line)"),
         "utf16.jsonl": (data.decode().encode("utf-16"), ":1: the file is not UTF-8 but UTF-16"),
     }
@@ -175,6 +175,8 @@ LOST_WHOLE = (
     "short.parquet",
     "holes.parquet",
     "column.parquet",
+    "latin.txt",
+    "number.parquet",
 )
 
 
@@ -399,3 +401,69 @@ def test_a_file_of_another_kind_than_its_name_is_called_that(tmp_path: Path, nam
         elif not (kind == "a web page" and name == "a.txt"):
             for on_error in ("stop", "skip"):
                 assert kind in refusal(path, on_error=on_error)
+
+
+GOOD_LINES = lines(TEXTS[:3])
+_ARRAY = json.dumps([{"text": "a"}, {"text": "b"}], indent=1).encode()
+WHOLE_FILES: dict[str, tuple[str, bytes, str]] = {
+    "array": ("a.jsonl", b"[" + GOOD_LINES.replace(b"}\n", b"},\n") + b"]", r"a\.jsonl:1: .*JSON array.*jq"),
+    "indented array": ("a.jsonl", _ARRAY, r"a\.jsonl:1: .*JSON array"),
+    "indented object": ("a.jsonl", b'{\n "text": "a"\n}\n', "spread over several lines"),
+    "CR alone": ("a.jsonl", GOOD_LINES.replace(b"\n", b"\r"), "end in CR alone"),
+    "other column": ("a.jsonl", b'{"body": "a"}\n' * 3, "no column 'text'; the columns are 'body'"),
+    "inside another column": ("a.jsonl", b'{"doc": {"text": "a"}}\n' * 3, "column 'doc' has one inside"),
+    "another encoding": ("a.txt", "안녕하세요 여러분".encode("cp949"), "not UTF-8"),
+    "UTF-16 without mark": ("a.jsonl", GOOD_LINES.decode().encode("utf-16-le"), "iconv -f UTF-16LE"),
+    "UTF-32": ("a.jsonl", GOOD_LINES.decode().encode("utf-32"), "iconv -f UTF-32"),
+    "no gzip": ("a.jsonl.gz", GOOD_LINES, "not compressed with gzip; .* remove .gz"),
+    "lz4": ("a.jsonl.zst", b"\x04\x22\x4d\x18" + b"x" * 30, "not compressed with Zstandard"),
+    "XML": ("a.jsonl", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML page"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_FILES)
+def test_a_file_without_a_readable_document_is_never_skipped(name: str, tmp_path: Path) -> None:
+    file, content, words = WHOLE_FILES[name]
+    (tmp_path / file).write_bytes(content)
+    (tmp_path / "z.jsonl").write_bytes(GOOD_LINES)
+    for on_error in ("stop", "skip"):
+        with pytest.raises(EloError, match=words) as it:
+            list(read_documents(tmp_path, on_error=on_error))
+        assert "damaged" not in str(it.value)
+
+
+@pytest.mark.parametrize("kind", ["struct", "list", "null"])
+def test_a_parquet_column_without_text_is_never_skipped(kind: str, tmp_path: Path) -> None:
+    columns: dict[str, dict[str, list]] = {
+        "struct": {"doc": [{"text": "a"}, {"text": "b"}]},
+        "list": {"text": [["a"], ["b"]]},
+        "null": {"text": [None, None]},
+    }
+    path = write_parquet(tmp_path / "a.parquet", columns[kind])
+    words = {"struct": "column 'doc' has one inside", "list": "array, not text", "null": "null, not text"}[kind]
+    with pytest.raises(EloError, match=words):
+        list(read_documents(path, on_error="skip"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_bytes_after_the_compressed_data_are_called_that_and_zeros_are_padding(name: str, tmp_path: Path) -> None:
+    data = gzip.compress(GOOD_LINES) if name.endswith("gz") else zstandard.compress(GOOD_LINES)
+    path = tmp_path / name
+    for padded in (data + bytes(513), data + bytes(7) + data):
+        path.write_bytes(padded)
+        assert list(read_documents(path)) == TEXTS[:3] * padded.count(data[:8])
+    path.write_bytes(data + b"garbage")
+    with pytest.raises(EloError, match=r":4: the compressed data ends here, but other bytes follow"):
+        list(read_documents(path))
+    assert list(read_documents(path, on_error="skip")) == TEXTS[:3]
+
+
+def test_joined_files_with_byte_order_marks_and_nul_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD_LINES + b"\xef\xbb\xbf" + GOOD_LINES)
+    assert list(read_documents(path)) == TEXTS[:3] * 2
+    path.write_bytes(GOOD_LINES + bytes(4096))
+    with pytest.raises(EloError, match=r"a\.jsonl:4: not valid JSON: NUL bytes"):
+        list(read_documents(path))
+    path.write_bytes(b'{"text": "a\\u0000b"}\n')
+    assert list(read_documents(path)) == ["a\0b"]

@@ -4,6 +4,8 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 from evaluation_fixtures import text_tokenizer, tiny_model, tiny_tokenizer
@@ -12,7 +14,7 @@ from elo.config import load_config
 from elo.errors import EloError
 from elo.evaluate import lm_eval as measure_file
 from elo.evaluate.evaluate import evaluate
-from elo.evaluate.lm_eval import Tasks, benchmark_tasks
+from elo.evaluate.lm_eval import SUITES, Tasks, benchmark_tasks
 from elo.report.collect import measured
 
 TASK = """\
@@ -28,6 +30,7 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
+DATA = {"target": "ko", "source": "en", "corpora": {"ko": "a.txt", "en": "b.txt"}}
 WORDS = ["river", "mill", "grain", "lamp", "bread", "salt", "bell", "ferryman"]
 
 
@@ -48,10 +51,10 @@ def world(tmp_path_factory):
     tasks.mkdir()
     (tasks / "river.yaml").write_text(TASK.format(name="river", folder=root, field="{{question}} Answer:"))
     (tasks / "group.yaml").write_text(
-        "group: waters\ntask: [river, broken_copy]\n"
+        "group: waters\ntask: [river, river_copy]\n"
         "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
     )  # fmt: skip
-    (tasks / "copy.yaml").write_text(TASK.format(name="broken_copy", folder=root, field="{{question}}\\nA:"))
+    (tasks / "copy.yaml").write_text(TASK.format(name="river_copy", folder=root, field="{{question}}\\nA:"))
     return root
 
 
@@ -68,37 +71,92 @@ def test_values_are_those_of_the_command_line(world, tmp_path):
         [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
          f"pretrained={world / 'model'},dtype=float32", "--tasks", "river", "--include_path", str(world / "tasks"),
          "--num_fewshot", "2", "--limit", "20", "--batch_size", "3", "--device", "cpu",
-         "--output_path", str(tmp_path / "theirs")],
+         "--output_path", str(tmp_path / "theirs"), "--log_samples"],
         check=True, capture_output=True,
     )  # fmt: skip
     (path,) = (tmp_path / "theirs").rglob("results_*.json")
     theirs = json.loads(path.read_text())["results"]["river"]
     ours = {value.measure: value for value in measured(results).measures}
-    assert len(ours) == 2
+    assert set(ours) == {"river acc", "river acc_norm", "river margin"}
     for metric in ("acc", "acc_norm"):
         value = ours[f"river {metric}"]
         assert value.value == theirs[f"{metric},none"]
         assert value.standard_error == theirs[f"{metric}_stderr,none"]
         assert (value.language, value.items, value.chance) == ("en", 20, 0.25)
+        assert fmean(value.per_item) == pytest.approx(value.value)
+    samples = [json.loads(line) for line in next((tmp_path / "theirs").rglob("samples_*.jsonl")).open()]
+    margins = []
+    for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
+        texts = [argument["arg_1"] for argument in sample["arguments"].values()]
+        nats = [float(r[0]) / len(text.encode()) for r, text in zip(sample["filtered_resps"], texts, strict=True)]
+        gold = nats.pop(sample["target"] if isinstance(sample["target"], int) else int(sample["target"]))
+        margins.append(gold - max(nats))
+    assert ours["river margin"].per_item == pytest.approx(margins, abs=1e-4)
+    assert ours["river margin"].standard_error == pytest.approx(stdev(margins) / 20**0.5, rel=1e-3)
+    assert not (tmp_path / "ours.partial").exists()
     written = json.loads((tmp_path / "ours.lm_eval.json").read_text())
     assert written["results"]["river"]["acc,none"] == theirs["acc,none"]
 
 
 @pytest.mark.usefixtures("installed")
-def test_groups_and_tags(world):
-    include = str(world / "tasks")
+def test_groups_and_tags(world, monkeypatch):
+    managers = []
+    monkeypatch.setattr(
+        measure_file, "_manager", lambda path, *, defaults=True: managers.append(defaults) or TaskManager(
+            include_path=path, include_defaults=defaults
+        )
+    )  # fmt: skip
+    from lm_eval.tasks import TaskManager
 
-    def names(task, **settings):
+    def values(task):
         model = tiny_model("llama", len(tiny_tokenizer()))
-        tasks = Tasks(names=(task,), limit=4, include_path=include, **settings)
+        tasks = Tasks(names=(task,), limit=4, include_path=str(world / "tasks"))
         results = evaluate(model, text_tokenizer(), measures=[tasks], progress=False)
-        return {(value["measure"], value["name"]) for value in results["measures"]}
+        return {(value.measure, value.name): value for value in measured(results).measures}
 
-    group = names("waters")
-    assert ("waters acc", "all") in group
-    assert ("waters acc", "river") not in group or ("river acc", "river") not in group
-    assert {name for _, name in group} == {"all", "river", "broken_copy"}
-    assert ("river acc", "all") in names("river_tasks"), "a tag stands for its tasks"
+    group = values("waters")
+    assert {key for key in group if key[1] == "all"} == {("waters acc", "all"), ("waters margin", "all")}
+    whole, parts = group["waters acc", "all"], [group["waters acc", name] for name in ("river", "river_copy")]
+    assert (whole.items, len(whole.per_item)) == (8, 8)
+    assert whole.value == fmean(whole.per_item) == fmean(part.value for part in parts)
+    assert not any(part.per_item for part in parts), "values of items are kept once"
+    tag = values("river_tasks")
+    assert {("river acc", "all"), ("river_copy acc", "all")} <= set(tag), "a tag stands for its tasks"
+    assert not any(managers), "lm-eval's own thousands of tasks are not read for tasks of one's own"
+
+
+@pytest.mark.usefixtures("installed")
+def test_finished_tasks_are_not_repeated(world, tmp_path, monkeypatch):
+    asked = Tasks(names=("river", "river_copy"), limit=4, include_path=str(world / "tasks"))
+    output, ran = tmp_path / "out.json", []
+    run = Tasks._run
+
+    def until_killed(self, task, subject):
+        if len(ran) == killed_after:
+            raise KeyboardInterrupt
+        ran.append(task)
+        return run(self, task, subject)
+
+    monkeypatch.setattr(Tasks, "_run", until_killed)
+    killed_after = 1
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(world / "model", measures=[asked], output=output, device="cpu", progress=False)
+    killed_after = 9
+    resumed = evaluate(world / "model", measures=[asked], output=output, device="cpu", progress=False)
+    assert ran == ["river", "river_copy"]
+    assert not (tmp_path / "out.partial").exists()
+    fresh = evaluate(world / "model", measures=[asked], device="cpu", progress=False)
+    assert resumed["measures"] == fresh["measures"]
+    # As a stage of a run does, whose folder the run removes.
+    killed_after, ran[:] = 1, []
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(world / "model", measures=[asked], files=tmp_path / "stage", device="cpu", progress=False)
+    assert len(list((tmp_path / "stage").iterdir())) == 1
+    changed = asked.model_copy(update={"limit": 5})
+    killed_after = 9
+    evaluate(world / "model", measures=[changed], files=tmp_path / "stage", device="cpu", progress=False)
+    assert ran == ["river", "river", "river_copy"], "with another limit all is asked anew"
+    assert set(json.loads((tmp_path / "stage.lm_eval.json").read_text())["results"]) == {"river", "river_copy"}
 
 
 @pytest.mark.usefixtures("installed")
@@ -111,6 +169,9 @@ def test_mistakes_get_one_message(world, tmp_path, monkeypatch):
         return str(caught.value)
 
     assert "there is no task 'rivr'; did you mean river" in message("rivr")
+    assert message("river", suites=("korean=kr",)).startswith("--tasks: there is no suite 'korean=kr'; choose from ar,")
+    known = measure_file._manager(include).all_tasks
+    assert not [task for tasks in SUITES.values() for task in tasks if task not in known]
     assert "include_path: /none: no such folder" in message("river", include_path="/none")
     bad = tmp_path / "tasks"
     bad.mkdir()
@@ -145,11 +206,20 @@ def test_without_the_extra_there_is_one_message(monkeypatch):
         Tasks(names=("river",)).check("evaluation.tasks")
 
 
+def test_suites():
+    assert Tasks(suites=("ko",)).languages["kobest"] == "ko"
+    documented = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    assert not [name for name, tasks in SUITES.items() if f"| `{name}` | {', '.join(tasks)} |" not in documented]
+    both = Tasks(suites=("korean=ko", "en"), names=("ko=haerae", "river")).languages
+    assert (both["kobest"], both["haerae"], both["mmlu"], both["river"]) == ("korean", "ko", "en", "")
+    with pytest.raises(EloError, match=r"evaluation.tasks.*names no task; write names, suites or both"):
+        load_config({"model": "m", "output": "o", "data": DATA, "evaluation": {"tasks": {"limit": 3}}})
+
+
 def test_options_and_configuration_give_the_same_settings():
-    asked = benchmark_tasks("ko=river, mill", 5, 20, "auto", None)
+    asked = benchmark_tasks("ko=river, mill", None, 5, 20, "auto", None)
     assert asked.languages == {"river": "ko", "mill": ""}
-    data = {"target": "ko", "source": "en", "corpora": {"ko": "a.txt", "en": "b.txt"}}
-    config = {"model": "m", "output": "o", "data": data}
+    config = {"model": "m", "output": "o", "data": DATA}
     section = {"names": ["ko=river", "mill"], "num_fewshot": 5, "limit": 20}
     long = load_config({**config, "evaluation": {"tasks": section}})
     assert long.evaluation.measures == [asked]
@@ -163,7 +233,7 @@ def test_options_and_configuration_give_the_same_settings():
 @pytest.mark.parametrize(
     ("names", "limit", "batch_size", "message"),
     [
-        (" ,", None, "auto", "--tasks: names no task"),
+        (" ,", None, "auto", "--tasks: is empty"),
         ("a", 0.0, "auto", "--limit 0: give"),
         ("a", None, "0", "--batch-size 0: give"),
         ("a", None, "many", "--batch-size many: give"),
@@ -171,4 +241,4 @@ def test_options_and_configuration_give_the_same_settings():
 )
 def test_wrong_options(names, limit, batch_size, message):
     with pytest.raises(EloError, match=message):
-        benchmark_tasks(names, None, limit, batch_size, None)
+        benchmark_tasks(names, None, None, limit, batch_size, None)

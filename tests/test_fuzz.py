@@ -26,10 +26,10 @@ from elo.config import RunConfig, load_config
 from elo.data.prepare import prepare
 from elo.data.shards import PreparedData
 from elo.data.sources import FileReader, list_inputs
+from elo.detach_attach import attach, detach
 from elo.errors import EloError, UnfinishedError
 from elo.evaluate.cloze import read_cloze
 from elo.report.files import read_results
-from elo.surgery.detach_attach import attach, detach
 from elo.train.checkpoints import check_checkpoint, seal_checkpoint
 
 EXAMPLES: Counter[str] = Counter()
@@ -90,7 +90,7 @@ def world() -> Path:
     prepare(root / "base", {"en": str(corpus)}, root / "data", heldout_share=0.2, progress=False)
     (root / "checkpoint-3").mkdir()
     (root / "checkpoint-3" / "weights").write_bytes(b"abc")
-    seal_checkpoint(root / "checkpoint-3", {"seconds": 1.0})
+    seal_checkpoint(root / "checkpoint-3")
     (root / "work").mkdir()
     return root
 

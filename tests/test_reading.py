@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from elo.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from elo.config import load_config
 from elo.errors import EloError
+from elo.evaluate.bits_per_byte import isolates_documents
 from elo.evaluate.loading import load_model
+from elo.evaluate.scoring import evaluating
 from elo.preflight import check_model
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
@@ -65,6 +67,8 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
         VISION | {"model_type": "pixtral", "head_dim": 8},
         {"image_token_index": 3},
     ),
+    "qwen2_5_vl": ("Qwen2_5_VL", SECTIONS, TOWER, {"image_token_id": 3}),
+    "glm4v": ("Glm4v", SECTIONS, TOWER, {"image_token_id": 3}),
     "qwen3_vl": ("Qwen3VL", SECTIONS, TOWER | {"deepstack_visual_indexes": [0]}, {"image_token_id": 3}),
 }
 
@@ -112,6 +116,76 @@ def test_a_run_checks_the_wrapper_that_it_trains_before_tokenising(family: str, 
     edit_config(tmp_path / "base", model_type="voxtral", architectures=None)  # of which transformers has no causal LM
     with pytest.raises(EloError, match=r"causal language model|cannot be read"):
         check_model(config, tmp_path / "base")
+
+
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_packing_is_refused_before_tokenising_where_training_would_refuse_it(family: str, tmp_path: Path) -> None:
+    model = wrapper(family)
+    model.save_pretrained(tmp_path / "base")
+    config = load_config({"model": str(tmp_path / "base"), "output": str(tmp_path / "run"), **DATA, "layers": "0,-1"})
+    with evaluating(model) as device:
+        separates = isolates_documents(model, device)
+    assert separates == (family not in ("qwen2_5_vl", "glm4v"))
+    if separates:
+        check_model(config, tmp_path / "base")
+        return
+    with pytest.raises(EloError, match=r"data\.packing: .* where they restart.*write data\.packing: false"):
+        check_model(config, tmp_path / "base")
+    unpacked = config.model_copy(update={"data": config.data.model_copy(update={"packing": False})})
+    check_model(unpacked, tmp_path / "base")
+
+
+def _weights(edit: Any) -> Any:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / SINGLE_FILE)
+        save_file(edit(tensors), folder / SINGLE_FILE, {"format": "pt"})
+
+    return damage
+
+
+def _as(dtype: torch.dtype) -> Any:
+    return _weights(lambda tensors: {n: t.to(dtype) if "proj" in n else t for n, t in tensors.items()})
+
+
+OTHER_WEIGHTS: dict[str, tuple[Any, str]] = {
+    "quantised": (lambda f: edit_config(f, quantization_config={"quant_method": "fp8"}), "is quantised"),
+    "fp8 without a word": (_as(torch.float8_e4m3fn), "stored as F8_E4M3"),
+    "int8 without a word": (_as(torch.int8), "stored as I8"),
+    "a tensor missing": (
+        _weights(lambda tensors: {n: t for n, t in tensors.items() if n != "model.norm.weight"}),
+        r"model\.norm\.weight is missing",
+    ),
+    "names of a wrapper": (
+        _weights(lambda tensors: {f"language_model.{n}": t for n, t in tensors.items()}),
+        "is missing",
+    ),
+    "more rows in config.json": (lambda f: edit_config(f, vocab_size=9999), "has another shape"),
+    "more layers in config.json": (lambda f: edit_config(f, num_hidden_layers=9), r"layers\.4\..* is missing"),
+    "fewer layers in config.json": (lambda f: edit_config(f, num_hidden_layers=3), "counts 3 decoder layers"),
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "elo"])
+@pytest.mark.parametrize("what", OTHER_WEIGHTS)
+def test_weights_of_another_model_or_dtype_are_refused_before_tokenising(
+    what: str, method: str, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base")
+    config = load_config({"model": str(base), "output": str(tmp_path / "run"), **DATA, "method": method})
+    check_model(config, base)
+    damage, words = OTHER_WEIGHTS[what]
+    damage(base)
+    with pytest.raises(EloError, match=words):
+        check_model(config, base)
+
+
+def test_no_command_adds_up_quantised_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_base(tmp_path / "base")
+    quantised = copy_of(base, tmp_path / "quantised")
+    edit_config(quantised, quantization_config={"quant_method": "fp8"})
+    vector = ["chat-vector", base, "--base", base, "--chat", quantised, "-o", tmp_path / "out"]
+    assert_refused(vector, ("quantised", "dequantise"), (tmp_path,), capsys)
+    assert_refused(["detach", quantised, "-o", tmp_path / "out"], ("quantised",), (tmp_path,), capsys)
 
 
 @pytest.mark.parametrize("left", ["index alone", "index and shards"])

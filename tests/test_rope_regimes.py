@@ -9,6 +9,7 @@ import torch
 from data_fixtures import make_corpus
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedConfig, PreTrainedModel
+from zoo import tiny_config, tiny_model
 
 from elo.data.packing import PaddedStream
 from elo.errors import EloError
@@ -54,7 +55,12 @@ def alone(model: PreTrainedModel, documents: list[np.ndarray], sequence_length: 
     return nats
 
 
-@pytest.mark.parametrize("make", [longrope, dynamic])
+def sparse() -> PreTrainedModel:
+    """Attention to the best `index_topk` tokens, many of them equally good: the place in a row decides."""
+    return tiny_model(tiny_config("glm_moe_dsa", num_key_value_heads=4, vocab_size=512, index_topk=LIMIT)).eval()
+
+
+@pytest.mark.parametrize("make", [longrope, dynamic, sparse])
 @pytest.mark.parametrize("batch_size", [None, 1, 2])
 def test_bits_per_byte_is_that_of_each_document_alone(make, batch_size) -> None:
     model = make()

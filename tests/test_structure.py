@@ -13,7 +13,8 @@ SOURCE = Path(__file__).parent.parent / "src" / "elo"
 # From the bottom to the top: a module imports from lines above its own, or from its own package.
 ORDER = [
     {"errors", "format"},
-    {"store", "log"},
+    {"store"},
+    {"log"},
     {"checkpoint"},
     {"data", "surgery"},
     {"evaluate"},
@@ -21,18 +22,20 @@ ORDER = [
     {"methods"},
     {"config"},
     {"check_output"},
-    {"identities", "circumstances", "budget"},
+    {"detach_attach"},
+    {"identities", "circumstances", "budget", "merge"},
     {"vocab", "chat", "plan", "report", "generate"},
-    {"stages", "preflight"},
+    {"stages", "preflight", "final_model", "push", "fewshot"},
     {"run"},
-    {"compare"},
+    {"compare", "watch", "doctor"},
     {"quickstart"},
-    {"api", "cli_values"},
+    {"api", "cli_values", "cli_options"},
+    {"cli_checkpoints", "cli_fewshot", "cli_generate", "cli_observing"},
     {"cli"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-COMMAND_LINE = {"cli.py", "__main__.py"}
+COMMAND_LINE = {"cli.py", "cli_checkpoints.py", "cli_fewshot.py", "cli_generate.py", "cli_observing.py", "__main__.py"}
 """Import what a verb needs when it is called, so that --help is quick."""
 OPTIONAL = {
     "accelerate",
@@ -121,8 +124,7 @@ def test_imports_are_at_the_top(path):
 
 
 def test_files_stay_short():
-    files = [path for path in FILES if path.name not in COMMAND_LINE]
-    long = {str(path): lines for path in files if (lines := path.read_text().count("\n")) > 500}
+    long = {str(path): lines for path in FILES if (lines := path.read_text().count("\n")) > 500}
     assert not long
 
 
@@ -151,11 +153,15 @@ def test_help_lists_every_verb():
         "config",
         "compare",
         "chat-vector",
+        "merge",
         "evaluate",
         "generate",
         "report",
+        "push",
         "plan",
         "quickstart",
         "vocab",
+        "watch",
+        "doctor",
     ):
         assert f"\n  {verb} " in done.stdout

@@ -8,14 +8,18 @@ Names in `__all__` are stable: CHANGELOG.md notes every change to them.
 from elo.chat.chat_vector import chat_vector
 from elo.compare import compare
 from elo.data.prepare import prepare
+from elo.detach_attach import attach, detach
 from elo.evaluate.evaluate import evaluate
+from elo.fewshot.fewshot import few_shot
 from elo.generate import generate
+from elo.merge.merge import merge
 from elo.plan.plan import plan
+from elo.push import push
 from elo.report.write import report
 from elo.run import run
-from elo.surgery.detach_attach import attach, detach
 from elo.surgery.in_memory import attach_layers, detach_layers
 from elo.vocab.vocabulary import extend_vocabulary, measure_vocabulary
+from elo.watch import watch
 
 __all__ = [
     "attach",
@@ -26,10 +30,14 @@ __all__ = [
     "detach_layers",
     "evaluate",
     "extend_vocabulary",
+    "few_shot",
     "generate",
     "measure_vocabulary",
+    "merge",
     "plan",
     "prepare",
+    "push",
     "report",
     "run",
+    "watch",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import GenerationConfig
 
 from elo.checkpoint.counting import read_config
@@ -70,7 +71,10 @@ def problems(folder: Path, *, trust_remote_code: bool = False) -> Iterator[str]:
             yield f"{name}: {config}"
             continue
         for key in _IDS:
-            for number in _token_ids(getattr(config, key, None)):
+            value = getattr(config, key, None)
+            if value is not None and not _token_ids(value):
+                yield f"{name}: {key} is {value!r}, which is no token id"
+            for number in _token_ids(value):
                 if number >= rows:
                     yield f"{name}: {key} is {number}, but the embedding has {rows} rows"
     yield from _tokenizer_problems(folder, rows, trust_remote_code)
@@ -135,7 +139,11 @@ def _tokenizer_problems(folder: Path, rows: int, trust_remote_code: bool) -> Ite
     beyond = {token.content: number for number, token in added.items() if number >= rows}
     templates = settings.chat_template or {}
     for name, template in ({"default": templates} if isinstance(templates, str) else templates).items():
-        written = template + _rendered(settings, name)
+        try:
+            written = template + _rendered(settings, name)
+        except TemplateSyntaxError as error:
+            yield f"chat template {name!r}: is no valid template (line {error.lineno}: {error_line(error)})"
+            continue
         for token, number in beyond.items():
             if token in written:
                 yield f"chat template {name!r}: uses {token!r} (id {number}), but the embedding has {rows} rows"
@@ -152,6 +160,8 @@ def _rendered(tokenizer: Any, name: str) -> str:
                 add_generation_prompt=True,
             )
         )
+    except TemplateSyntaxError:
+        raise
     except Exception:  # a template can raise any type
         return ""
 

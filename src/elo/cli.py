@@ -7,6 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from elo.cli_checkpoints import checkpoints
+from elo.cli_fewshot import app as few_shot_commands
+from elo.cli_generate import generation
+from elo.cli_observing import observing
+from elo.cli_options import Config, LostText, Overwrite, Set, SplitSpecials, Trust
 from elo.cli_values import files_by_language, names, numbers, texts_by_language
 from elo.errors import EloError, StoppedBySignalError
 from elo.store.files import disk_problem
@@ -25,26 +30,10 @@ vocab = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(vocab, name="vocab")
-
-Config = Annotated[
-    Path, typer.Argument(metavar="CONFIG.yaml", help="Configuration of the run (docs/configuration.md).")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the configuration; may be repeated."),
-]
-Trust = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run Python code that ships with the checkpoint. Only if you trust it."),
-]
-SplitSpecials = Annotated[
-    bool,
-    typer.Option(help="Tokenise special tokens that are spelled in the text as text, or as the tokens they spell."),
-]
-LostText = Annotated[
-    bool, typer.Option("--allow-lost-text", help="Accept text of which the tokenizer loses more than 5 %.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+app.add_typer(checkpoints)
+app.add_typer(few_shot_commands)
+app.add_typer(generation)
+app.add_typer(observing)
 
 
 @app.command()
@@ -84,15 +73,30 @@ def prepare(
 
 @app.command("config")
 def config_(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id that the configuration is for.")] = "MODEL",
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|FILE", help="Checkpoint folder or hub id, or with --from the file of the other tool."
+        ),
+    ] = "MODEL",
+    tool: Annotated[
+        str | None,
+        typer.Option("--from", metavar="TOOL", help="Translate a configuration of llamafactory or axolotl."),
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of a run's configuration.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of printing.")] = None,
 ) -> None:
-    """Write a commented configuration with every key and its default."""
+    """Write a commented configuration with every key and its default, or translate another tool's (--from)."""
     from elo.config.document import commented_yaml, json_schema
+    from elo.config.translate import render, translate
     from elo.store.files import write_text
 
-    text = json_schema() if schema else commented_yaml(model)
+    if tool is not None and schema:
+        raise EloError("config: --from and --schema exclude each other; give one of them")
+    if tool is not None:
+        text = render(translate(tool, Path(model)))
+    else:
+        text = json_schema() if schema else commented_yaml(model)
     if output is None:
         typer.echo(text)
     elif output.exists():
@@ -112,7 +116,7 @@ def detach(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a small model of the chosen layers with embedding, final norm and LM head."""
-    from elo.surgery.detach_attach import detach
+    from elo.detach_attach import detach
 
     record = detach(checkpoint, layers, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
     kept = ", ".join(str(index) for index in record["layers"])
@@ -135,7 +139,7 @@ def attach(
     trust_remote_code: Trust = False,
 ) -> None:
     """Write the base with trained layers back at their places."""
-    from elo.surgery.detach_attach import attach
+    from elo.detach_attach import attach
 
     record = attach(
         detached,
@@ -186,8 +190,8 @@ def chat_vector(
     typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{note}")
     if record["differs"]:
         typer.echo(
-            f"note: the chat model's configuration differs from the base's in {', '.join(record['differs'])}; "
-            "the adapted model's values are kept"
+            f"note: the models' configurations differ in {', '.join(record['differs'])}; the adapted model's values "
+            "are kept"
         )
 
 
@@ -211,6 +215,12 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(help="Tasks of lm-eval, joined by commas; ko=TASK reports one under a language (extra eval)."),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Languages whose common lm-eval tasks to run, joined by commas; korean=ko renames (extra eval)."
+        ),
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question of --tasks.")] = None,
     limit: Annotated[
@@ -242,14 +252,14 @@ def evaluate(
     corpora, items = files_by_language("--corpus", corpus), files_by_language("--cloze", cloze)
     prompts = texts_by_language(prompt)
     measures: list[Any] = [InContext()] if in_context else []
-    if tasks is not None:
-        measures.append(benchmark_tasks(tasks, num_fewshot, limit, batch_size, include_path))
+    if tasks is not None or suite is not None:
+        measures.append(benchmark_tasks(tasks, suite, num_fewshot, limit, batch_size, include_path))
     elif num_fewshot is not None or limit is not None or include_path is not None:
         raise EloError("evaluate: --num-fewshot, --limit and --include-path belong to --tasks; give --tasks TASK")
     if not corpora and not items and not prompts and not measures:
         raise EloError(
-            "evaluate: nothing to measure; give --corpus LANGUAGE=FILE, --cloze LANGUAGE=FILE, --in-context or "
-            "--tasks TASK"
+            "evaluate: nothing to measure; give --corpus LANGUAGE=FILE, --cloze LANGUAGE=FILE, --in-context, "
+            "--tasks TASK or --suite LANGUAGE"
         )
     evaluate(
         model,
@@ -263,51 +273,6 @@ def evaluate(
         text_column=text_column,
         split_special_tokens=split_special_tokens,
         allow_lost_text=allow_lost_text,
-        output=output,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-@app.command()
-def generate(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of any causal LM.")],
-    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text to continue; may be repeated.")] = None,
-    exit_layer: Annotated[
-        list[int] | None,
-        typer.Option(metavar="N", help="Layer to exit at, 0-based, negative from the end; may be repeated."),
-    ] = None,
-    confidence: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P",
-            help="Exit at the first exit layer whose likeliest token has a probability above this; by default after "
-            "each quarter of the layers.",
-        ),
-    ] = None,
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option(metavar="LANGUAGE=FILE", help="Text to measure bits per byte on; may be repeated."),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of a continuation, in tokens.")] = 64,
-    max_bytes: Annotated[
-        int | None, typer.Option(min=1000, help="Measure on at most this many UTF-8 bytes per language.")
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Continue prompts greedily with exit at internal layers; report tokens/s and bits per byte by exit layer."""
-    from elo.generate import generate
-
-    generate(
-        model,
-        prompt or (),
-        exit_layers=exit_layer or (),
-        confidence=confidence,
-        corpora=files_by_language("--corpus", corpus),
-        max_new_tokens=max_new_tokens,
-        max_bytes=max_bytes,
-        tokenizer=tokenizer,
         output=output,
         trust_remote_code=trust_remote_code,
     )

@@ -1,6 +1,11 @@
 """Parse values of command-line options: names, numbers, texts or files by language."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from elo.errors import EloError
+
+_Number = TypeVar("_Number", int, float)
 
 
 def names(joined: str) -> list[str]:
@@ -14,12 +19,23 @@ def numbers(option: str, joined: str) -> list[int]:
     Raises:
         EloError: an item is not an integer.
     """
+    return _parsed(option, joined, int, "integers", "4000,8000")
+
+
+def decimals(option: str, joined: str) -> list[float]:
+    """Parse numbers that are separated by commas.
+
+    Raises:
+        EloError: an item is not a number.
+    """
+    return _parsed(option, joined, float, "numbers", "0,0.5,1")
+
+
+def _parsed(option: str, joined: str, kind: Callable[[str], _Number], what: str, example: str) -> list[_Number]:
     try:
-        return [int(number) for number in names(joined)]
+        return [kind(number) for number in names(joined)]
     except ValueError:
-        raise EloError(
-            f"{option} {joined!r}: not integers separated by commas; write, for example, 4000,8000"
-        ) from None
+        raise EloError(f"{option} {joined!r}: not {what} separated by commas; write, for example, {example}") from None
 
 
 def texts_by_language(pairs: list[str] | None) -> dict[str, list[str]]:
@@ -51,4 +67,19 @@ def files_by_language(option: str, pairs: list[str] | None) -> dict[str, str]:
         if language in found:
             raise EloError(f"{option}: {language!r} is given twice; give one file per language")
         found[language] = path
+    return found
+
+
+def words_by_label(pairs: list[str] | None) -> dict[str, str]:
+    """Parse LABEL=WORD pairs.
+
+    Raises:
+        EloError: an item is not LABEL=WORD.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs or []:
+        label, equals, word = pair.partition("=")
+        if not equals or not label or not word:
+            raise EloError(f"--word {pair!r}: write LABEL=WORD, for example --word 1=positive")
+        found[label] = word
     return found

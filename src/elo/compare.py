@@ -69,7 +69,6 @@ def compare(
         comparison = _Comparison(config, inputs, layers)
         results = comparison.run()
         if is_main():
-            report(results, inputs.folder.root)
             show(results)
             inputs.folder.say(f"report: {inputs.folder.path('report.html')}")
         return results.model_dump(mode="json")
@@ -141,9 +140,11 @@ class _Comparison:
                 tried = {key: trial for key, trial in tried.items() if key != chosen}
                 trials += [each.model_copy(update={"budget": budget.name, "tuning": True}) for each in tried.values()]
                 trials += [each.model_copy(update={"budget": budget.name}) for each in reported]
-                results = self._results(trials)
+                last = budget == self.config.budgets[-1] and name == list(self.config.contestants)[-1]
+                results = self._results(trials).model_copy(update={"in_progress": not last})
                 if is_main():
                     write_results(self.inputs.folder.path(schema.FILE_NAME), results)
+                    report(results, self.inputs.folder.root)
         return results
 
     # Budgets.

@@ -3,17 +3,22 @@
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from elo.store.live import release_live, write_live
+
 SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress:
-    """Shows progress towards `total`; silent if `label` is None.
+    """Shows progress towards `total` on the terminal, and to `elo watch`; silent on the terminal if `label` is None.
+
+    Attributes:
+        curves: lists of points that grow during the work, such as losses, for `elo watch` and the report.
 
     Args:
         total: amount at which the work is complete; None if unknown.
@@ -24,11 +29,13 @@ class Progress:
 
     def __init__(self, total: float | None, label: str | None, unit: str, done: float = 0.0) -> None:
         self.total, self.label, self.unit, self.done = total, label, unit, done
+        self.curves: dict[str, list[dict[str, Any]]] = {}
         self._start_done, self._started = done, time.monotonic()
         self._spoke_at = self._started
         self._bar: Bar | None = None
 
     def __enter__(self) -> Self:
+        self._show_elsewhere(self._started, "")
         if self.label is not None and sys.stderr.isatty():
             self._bar = Bar(
                 TextColumn("{task.description}", markup=False),
@@ -50,9 +57,10 @@ class Progress:
     def update(self, done: float, note: str = "") -> None:
         """Set the count to `done`."""
         self.done = done
+        now = time.monotonic()
+        self._show_elsewhere(now, note)
         if self.label is None:
             return
-        now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=done, said=self._said(now, note))
         elif now - self._spoke_at > SECONDS_BETWEEN_LINES:
@@ -63,6 +71,13 @@ class Progress:
         """Print a line above the bar."""
         if self.label is not None:
             print(line, file=sys.stderr, flush=True)
+
+    def _show_elsewhere(self, now: float, note: str) -> None:
+        def state() -> dict[str, Any]:
+            known = {"done": self.done, "total": self.total, "unit": self.unit, "rate": self._rate(now), "note": note}
+            return known | {name: thinned(points) for name, points in self.curves.items()}
+
+        write_live(self, state, at_once=self.done == self.total)
 
     def _rate(self, now: float) -> float:
         return (self.done - self._start_done) / max(now - self._started, 1e-9)
@@ -81,8 +96,15 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        release_live(self)
         if self._bar is not None:
             self._bar.stop()
+
+
+def thinned(points: list[Any], at_most: int = 500) -> list[Any]:
+    """Return evenly spaced points of a long curve, with its last one."""
+    stride = max(1, -(-len(points) // at_most))
+    return points[::-1][::stride][::-1]
 
 
 def short(value: float) -> str:

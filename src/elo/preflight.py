@@ -1,6 +1,7 @@
 """Find errors in a run before data is prepared, weights are loaded or worker processes start."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -10,18 +11,19 @@ from elo.checkpoint.architecture import find_architecture, is_recurrent
 from elo.checkpoint.counting import read_config
 from elo.checkpoint.layers import parse_layers
 from elo.checkpoint.model_config import text_config_of
+from elo.checkpoint.naming import find_layer_names, map_names, refuse_more_layers
 from elo.checkpoint.new_rows import share_record
-from elo.checkpoint.refusals import require_detachable
-from elo.checkpoint.tensor_files import open_checkpoint
+from elo.checkpoint.refusals import refuse_quantised, require_detachable
+from elo.checkpoint.tensor_files import Checkpoint, open_checkpoint
 from elo.config import RunConfig
-from elo.errors import EloError
+from elo.errors import EloError, UnsupportedArchitectureError
 from elo.evaluate.cloze import read_cloze
 from elo.evaluate.scoring import longest_sequence, takes_position_ids
 from elo.methods import Method, Phase
 from elo.methods.base import check_supervision, first_new_row
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.train.arguments import check_settings
-from elo.train.attention import VARLEN, require_own_positions
+from elo.train.attention import VARLEN, ignores_document_starts, require_own_positions
 from elo.train.settings import TrainingSettings, check_also_train
 
 log = logging.getLogger(__name__)
@@ -87,13 +89,15 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
         EloError: the model does not support a setting.
     """
 
-    open_checkpoint(base)
+    weights = open_checkpoint(base)
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
+    refuse_quantised(model_config)
     if any(phase.detached for phase in config.method.phases):
         require_detachable(model_config)
     _check_ids(base, model_config)
     model = build_hollow_causal_lm(model_config, trust_remote_code=config.trust_remote_code)
     share_record(model_config, model.config)
+    _check_weights(weights, model)
     _check_attention(config, model)
     layers = parse_layers(config.layers, find_architecture(model).num_layers)
     if (
@@ -115,12 +119,27 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
         require_own_positions(
             model_config, length, packed=config.data.packing, batch_size=batch_size, section="training"
         )
-    if config.data.packing and (is_recurrent(model) or not takes_position_ids(model)):
+    if config.data.packing and (is_recurrent(model) or not takes_position_ids(model) or ignores_document_starts(model)):
         raise EloError(
             f"data.packing: {model_config.model_type} does not separate packed documents (it has layers other than "
-            "attention, or takes no position ids); write data.packing: false"
+            "attention, takes no position ids, or ignores where they restart); write data.packing: false"
         )
     return layers
+
+
+def _check_weights(weights: Checkpoint, model: PreTrainedModel) -> None:
+    """Raise EloError if the weights are not those of the model that config.json describes, or cannot train."""
+
+    with suppress(UnsupportedArchitectureError):  # only detaching needs the names of layers, and raises this again
+        refuse_more_layers(weights, find_layer_names(model, weights))
+    state = model.state_dict()
+    for link in map_names(model, weights.meta_state_dict()).links:
+        for tensor in (weights.tensors[name] for name in link.stored):
+            if state[link.loaded[0]].is_floating_point() and tensor.dtype not in ("F64", "F32", "F16", "BF16"):
+                raise EloError(
+                    f"{tensor.file}: {tensor.name}: is stored as {tensor.dtype}, which rounds trained values too much; "
+                    "give a checkpoint with float32, float16 or bfloat16 weights"
+                )
 
 
 def _check_ids(base: Path, model_config: PretrainedConfig) -> None:

@@ -4,10 +4,10 @@ Each step is a stage of the run folder (`elo.store.run_folder`). A stage runs on
 if an argument has changed.
 """
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from elo.checkpoint.counting import footprint, read_config, text_config
 from elo.circumstances import circumstances
 from elo.config import RunConfig, load_config
 from elo.data.shards import PreparedData, TokenCorpus
+from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
+from elo.final_model import write_final_model
 from elo.format import listed
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.methods import Method
@@ -26,9 +28,9 @@ from elo.report import collect, schema
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
 from elo.store.files import write_json
+from elo.store.live import read_live
 from elo.store.processes import is_main
 from elo.store.run_folder import Artifact, RunFolder, file_identity
-from elo.surgery.detach_attach import resolve_checkpoint
 
 # Minimum number of tokens to fit a bridge on, besides 16 per hidden dimension.
 _BRIDGE_TOKENS = 8192
@@ -101,11 +103,11 @@ def run(
         sequences = divide_budget(config, data, inputs.folder.say)
         try:
             base = measure(inputs, "evaluate-base", inputs.base, heldout_text(inputs, data))
-            adapted = adapt(inputs, data, sequences, base["bpb"], until=until)
+            progress = partial(report_progress, inputs, data, base)
+            adapted = adapt(inputs, data, sequences, base["bpb"], until=until, measured=progress)
         except ReachedError:
             return {}
         final = measure(inputs, "evaluate", adapted.model, heldout_text(inputs, data))
-        link_model(inputs.folder, adapted.model.path)
         return write_report(inputs, data, base, adapted, final)
 
 
@@ -180,8 +182,12 @@ def adapt(
     base_bpb: dict[str, float],
     *,
     until: str | None = None,
+    measured: Callable[[Adapted, str, dict[str, float]], None] = lambda *_: None,
 ) -> Adapted:
     """Run the phases of the method, from the base to the adapted model.
+
+    Args:
+        measured: function called with what is done, the phase and bits per byte at each measurement during training.
 
     Raises:
         ReachedError: the stage `until` is done.
@@ -252,6 +258,7 @@ def adapt(
                     "tokenizer": inputs.tokenizer,
                     "label": phase.name if phase.name == method.name else f"{method.name} {phase.name}",
                     "say": folder.say,
+                    "measured": partial(measured, adapted, phase.name),
                     **trust,
                 },
             ),
@@ -336,21 +343,51 @@ def measure(
     return stage.record
 
 
-def link_model(folder: RunFolder, model: Path) -> None:
-    """Link RUN/model to the final model."""
-    if not is_main():
-        return
-    link = folder.path("model")
-    link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(model, link.parent), target_is_directory=True)
-
-
 def write_report(
     inputs: Inputs, data: PreparedData, base: dict[str, Any], adapted: Adapted, final: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write results.json and the report, and show the table."""
-    config, method, folder = inputs.config, inputs.config.method, inputs.folder
-    tokens = sum(record["tokens"] for record in adapted.records.values())
+    """Write results.json, the report and the folder of the final model, and show the table."""
+    folder = inputs.folder
+    results = _results(inputs, data, base, adapted, final, flops=training_flops(inputs, adapted))
+    if is_main():
+        write_results(folder.path(schema.FILE_NAME), results)
+        report(results, folder.root)
+        write_final_model(folder.path("model"), adapted.model.path, inputs.base.path, inputs.config, results)
+        show(results)
+        folder.say(f"report: {folder.path('report.html')}")
+        folder.say(f"model: {folder.path('model')}")
+    return results.model_dump(mode="json")
+
+
+def report_progress(
+    inputs: Inputs, data: PreparedData, base: dict[str, Any], adapted: Adapted, phase: str, bpb: dict[str, float]
+) -> None:
+    """Write the report of an unfinished run, with the curves of the phase that is training.
+
+    results.json is written at the end only.
+    """
+    if not is_main():
+        return
+    live = read_live(inputs.folder.stage_file(phase, "live")) or {}
+    losses, evaluations = live.get("losses", []), live.get("evaluations", [])
+    now = {"tokens": int(live.get("done") or 0), "seconds": losses[-1]["seconds"] if losses else 0.0}
+    record = now | {"losses": losses, "evaluations": [*evaluations, now | {"bpb": bpb}]}
+    so_far = replace(adapted, records={**adapted.records, phase: record})
+    report(_results(inputs, data, base, so_far, {"bpb": bpb}, in_progress=True), inputs.folder.root)
+
+
+def _results(
+    inputs: Inputs,
+    data: PreparedData,
+    base: dict[str, Any],
+    adapted: Adapted,
+    final: dict[str, Any],
+    *,
+    flops: dict[str, float] | None = None,
+    in_progress: bool = False,
+) -> schema.Results:
+    config, method = inputs.config, inputs.config.method
+    tokens = max(1, sum(record["tokens"] for record in adapted.records.values()))
     budget = {"name": f"{tokens:,} tokens", "kind": "tokens", "value": tokens}
     rates = {phase.name: config.settings(phase).learning_rate for phase in method.phases}
     trial = collect.trial(
@@ -361,9 +398,9 @@ def write_report(
         final,
         before_alignment=adapted.before_alignment,
         learning_rates=rates,
-        flops=training_flops(inputs, adapted),
+        flops=flops,
     )
-    results = judged(
+    return judged(
         schema.Results.model_validate(
             {
                 **circumstances(config, inputs.base.path, inputs.layers, data),
@@ -383,16 +420,10 @@ def write_report(
                 "budgets": [budget],
                 "seeds": [config.seed],
                 "trials": [trial],
+                "in_progress": in_progress,
             }
         )
     )
-    if is_main():
-        write_results(folder.path(schema.FILE_NAME), results)
-        report(results, folder.root)
-        show(results)
-        folder.say(f"report: {folder.path('report.html')}")
-        folder.say(f"model: {folder.path('model')}")
-    return results.model_dump(mode="json")
 
 
 def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:

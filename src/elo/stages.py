@@ -23,7 +23,7 @@ from elo.methods import Method, Phase, Setup
 from elo.store.files import atomic_directory, write_json
 from elo.store.processes import from_main
 from elo.store.run_folder import Artifact
-from elo.surgery.detach_attach import attach, detach
+from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 from elo.surgery.scale_change import scale_change
 from elo.train.bridge import BRIDGE_FILE, Bridge, fit_bridge
 from elo.train.peak_memory import peak_memory_bytes, reset_peak_memory
@@ -159,7 +159,9 @@ def fit_middle(
 @_measured
 def detach_layers(output: Path, *, base: Artifact, layers: Sequence[int], trust_remote_code: bool) -> dict[str, Any]:
     """Write the detached model: the chosen layers, embedding, norm and head."""
-    return detach(str(base.path), list(layers), output=output, overwrite=True, trust_remote_code=trust_remote_code)
+    return detach_checkpoint(
+        base.path, list(layers), output, overwrite=True, trust_remote_code=trust_remote_code, label="detach"
+    )
 
 
 @_checked("base")
@@ -168,13 +170,14 @@ def attach_layers(
     output: Path, *, base: Artifact, trained: Artifact, include: Sequence[str], trust_remote_code: bool
 ) -> dict[str, Any]:
     """Write the base with the trained layers and parts in place of its own."""
-    return attach(
+    return attach_checkpoint(
         trained.path,
-        str(base.path),
-        output=output,
+        base.path,
+        output,
         include=include,
         overwrite=True,
         trust_remote_code=trust_remote_code,
+        label="attach",
     )
 
 
@@ -231,6 +234,7 @@ def train(
     tokenizer: str,
     label: str,
     say: Callable[[str], None],
+    measured: Callable[[dict[str, float]], None],
     trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Train a checkpoint on `rows`, in one phase of a method.
@@ -240,6 +244,7 @@ def train(
         targets: those of `languages` that are taught.
         base_bpb: bits per byte of the base by language. A target language that becomes worse causes a warning.
         say: function that shows the user a line.
+        measured: function called with bits per byte by language at each measurement.
     """
     tokens = len(rows) * rows.mixture.sequence_length
     say(f"{label}: {tokens:,} tokens ({phase.rows} part of the budget)")
@@ -258,6 +263,7 @@ def train(
         for language in () if phase.detached else targets:
             if line := worse_than_base(language, bpb, base_bpb):
                 say(f"warning: {label}: {line}")
+        measured(bpb)
         return bpb
 
     setup = Setup(layers, Bridge.load(bridge.path / BRIDGE_FILE) if bridge else None, seed)

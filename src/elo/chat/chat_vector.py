@@ -11,8 +11,8 @@ from elo.checkpoint.counting import read_config
 from elo.checkpoint.folder import copy_tokenizer
 from elo.checkpoint.new_rows import read_new_rows
 from elo.data.tokenizer import load_tokenizer, save_with_backend
+from elo.detach_attach import check_replaceable, readable_errors, resolve_checkpoint
 from elo.errors import EloError
-from elo.surgery.detach_attach import check_replaceable, readable_errors, resolve_checkpoint
 
 
 def chat_vector(

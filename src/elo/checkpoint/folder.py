@@ -11,6 +11,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from elo.checkpoint.reading import require_pad_row
+from elo.checkpoint.refusals import refuse_quantised
 from elo.checkpoint.shared_files import copy_shared
 from elo.checkpoint.tensor_files import Checkpoint, open_checkpoint, read_header
 from elo.errors import EloError, UnfinishedError, UnsupportedArchitectureError, error_line
@@ -63,6 +64,7 @@ def open_folder(folder: Path, trust_remote_code: bool) -> CheckpointFolder:
             + ("" if trust_remote_code else "; if the model ships its own code, set trust_remote_code")
         ) from None
     require_pad_row(config, str(folder / CONFIG_FILE))
+    refuse_quantised(config)
     return CheckpointFolder(folder, config_json, config, open_checkpoint(folder))
 
 

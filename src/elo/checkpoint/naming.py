@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from elo.checkpoint.architecture import find_architecture, tensor_groups
 from elo.checkpoint.model_config import config_of_class
 from elo.checkpoint.tensor_files import Checkpoint
-from elo.errors import UnfinishedError, UnsupportedArchitectureError, error_line
+from elo.errors import EloError, UnfinishedError, UnsupportedArchitectureError, error_line
 
 _NUMBER = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
 
@@ -266,6 +266,24 @@ def find_layer_names(hollow: PreTrainedModel, weights: Checkpoint) -> LayerNames
             f"PREFIX.0... to PREFIX.{parts.num_layers - 1}...; choose another model"
         )
     return LayerNames(min(prefixes, key=len), parts.num_layers)
+
+
+def refuse_more_layers(weights: Checkpoint, names: LayerNames) -> None:
+    """Raise EloError if the weights hold more decoder layers than the configuration counts.
+
+    Layers for multi-token prediction have other tensors and are not counted.
+    """
+    made_of: dict[int, set[str]] = {}
+    for name in weights.tensors:
+        layer, rest = names.split(name)
+        if layer is not None:
+            made_of.setdefault(layer, set()).add(rest)
+    more = [index for index in made_of if index >= names.num_layers and made_of[index] == made_of.get(0)]
+    if more:
+        raise EloError(
+            f"{weights.folder}: config.json counts {names.num_layers} decoder layers, but the weights also hold "
+            f"layer {min(more)}; download the checkpoint again"
+        )
 
 
 def _layer_prefixes(names: "NameMap", layers_path: str) -> set[str]:

@@ -7,6 +7,17 @@ from elo.checkpoint.model_config import text_config_of
 from elo.errors import UnsupportedArchitectureError
 
 
+def refuse_quantised(config: PretrainedConfig) -> None:
+    """Raise UnsupportedArchitectureError if the weights are quantised: they cannot train, nor be added up."""
+    for part in (config, text_config_of(config)):
+        if getattr(part, "quantization_config", None):
+            raise UnsupportedArchitectureError(
+                f"model type {config.model_type!r}: this checkpoint is quantised (quantization_config); give the "
+                "bfloat16 or float32 original, or dequantise it once: from_pretrained(..., "
+                "quantization_config=CLASS(dequantize=True)), then save_pretrained"
+            )
+
+
 def require_detachable(config: PretrainedConfig) -> None:
     """Raise UnsupportedArchitectureError if layers cannot be detached from a model with this configuration."""
     model_type, text_config = config.model_type, text_config_of(config)
@@ -19,12 +30,7 @@ def require_detachable(config: PretrainedConfig) -> None:
             f"model type {model_type!r}: attends in both directions (is_decoder is false); "
             "choose a causal language model"
         )
-    if getattr(config, "quantization_config", None):
-        raise UnsupportedArchitectureError(
-            f"model type {model_type!r}: this checkpoint is quantised (quantization_config); give the bfloat16 or "
-            "float32 original, or dequantise it once: from_pretrained(..., "
-            "quantization_config=CLASS(dequantize=True)), then save_pretrained"
-        )
+    refuse_quantised(config)
     for part in (text_config, config):
         for key, reason in quirks.REFUSED_IF_SET.items():
             if getattr(part, key, None):

@@ -54,6 +54,11 @@ _DTYPES = {
 }
 
 
+def stored_dtype(dtype: torch.dtype) -> str:
+    """Return the name of a PyTorch dtype in safetensors files."""
+    return next(name for name, each in _DTYPES.items() if each == dtype)
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor's location in a file: `size` bytes from offset `start` in the file."""

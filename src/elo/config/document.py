@@ -105,19 +105,20 @@ def _yaml_section(model: type[BaseModel], path: str, examples: dict[str, Any], i
         default = field.get_default(call_default_factory=True)
         inner = default if isinstance(default, BaseModel) else None
         if where in examples:
-            lines += _yaml_value(name, examples[where], indent)
+            lines.append(yaml_line(name, examples[where], indent))
         elif inner is not None:
             lines += [f"{indent}{name}:", *_yaml_section(type(inner), f"{where}.", examples, indent + "  ")]
         elif field.is_required() and _model_of(field) is not None:
             lines += [f"{indent}{name}:", *_yaml_section(_model_of(field), f"{where}.", examples, indent + "  ")]  # type: ignore[arg-type]
         else:
-            lines += _yaml_value(name, _plain(default), indent)
+            lines.append(yaml_line(name, _plain(default), indent))
     return lines
 
 
-def _yaml_value(name: str, value: Any, indent: str) -> list[str]:
-    text = yaml.safe_dump(value, allow_unicode=True, sort_keys=False, default_flow_style=True, width=1000)
-    return [f"{indent}{name}: {text.removesuffix('...' + chr(10)).strip()}"]
+def yaml_line(name: str, value: Any, indent: str) -> str:
+    """Return a key with its value on one line."""
+    text = yaml.safe_dump(value, allow_unicode=True, sort_keys=False, default_flow_style=True, width=10**6)
+    return f"{indent}{name}: {text.removesuffix('...' + chr(10)).strip()}"
 
 
 def _plain(value: Any) -> Any:

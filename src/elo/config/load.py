@@ -85,7 +85,7 @@ def contestant_run(
     Raises:
         EloError: the run's configuration or the changes are invalid.
     """
-    value = _plain_copy(_read_yaml(Path(config.run)) if isinstance(config.run, str) else config.run)
+    value = _plain_copy(read_yaml(Path(config.run)) if isinstance(config.run, str) else config.run)
     where = config.run if isinstance(config.run, str) else "run"
     contestant = config.contestants[name]
     changes = {
@@ -98,7 +98,7 @@ def contestant_run(
         "seed": seed,
     }
     for key, item in changes.items():
-        _put(value, key, item, f"contestants.{name}.changes")
+        put(value, key, item, f"contestants.{name}.changes")
     return _validated(RunConfig, value, f"{where}, as contestant {name!r} changes it")
 
 
@@ -115,7 +115,7 @@ def _load(model: type[M], path: str | Path | dict[str, Any], overrides: list[str
     if isinstance(path, dict):
         name, value = "configuration", path
     else:
-        name, value = str(path), _read_yaml(Path(path))
+        name, value = str(path), read_yaml(Path(path))
     try:
         value = _plain_copy(value)
     except RecursionError:
@@ -149,7 +149,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
@@ -199,10 +199,10 @@ def _override(value: dict[str, Any], override: str) -> None:
         raise EloError(f"--set {_short(override)}: YAML cannot convert the value ({error}); quote it") from None
     except (RecursionError, OverflowError):
         raise EloError(f"--set {_short(override)}: the value is nested too deeply or too large; simplify it") from None
-    _put(value, key.strip(), parsed, f"--set {override!r}")
+    put(value, key.strip(), parsed, f"--set {override!r}")
 
 
-def _put(value: dict[str, Any], key: str, item: Any, where: str) -> None:
+def put(value: dict[str, Any], key: str, item: Any, where: str) -> None:
     """Set `key`, a dotted path, in a nested dict."""
     *parents, last = key.split(".")
     here: Any = value

@@ -16,16 +16,21 @@ _BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer instead of the data; fetch the data: git lfs pull",
     b"<!doctype html": "a web page instead of the data, such as a server's error page; fetch the file again",
     b"<html": "a web page instead of the data, such as a server's error page; fetch the file again",
+    b"<?xml": "an XML page instead of the data, such as a server's error message; fetch the file again",
     b"\x1f\x8b": "compressed with gzip; add .gz to its name",
     b"\x28\xb5\x2f\xfd": "compressed with Zstandard; add .zst to its name",
     b"PAR1": "a parquet file; let its name end in .parquet",
     b"PK\x03\x04": "a zip archive; unpack it",
     b"BZh": "compressed with bzip2; decompress it",
     b"\xfd7zXZ\x00": "compressed with xz; decompress it",
+    b"\xff\xfe\0\0": "not UTF-8 but UTF-32; convert it: iconv -f UTF-32 -t UTF-8 FILE",
+    b"\0\0\xfe\xff": "not UTF-8 but UTF-32; convert it: iconv -f UTF-32 -t UTF-8 FILE",
     b"\xff\xfe": "not UTF-8 but UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE",
     b"\xfe\xff": "not UTF-8 but UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE",
 }
-_EXPECTED = {".gz": (b"\x1f\x8b",), ".zst": (b"\x28\xb5\x2f\xfd",), ".parquet": (b"PAR1",)}
+_SKIPPABLE = tuple(bytes([0x50 + number]) + b"\x2a\x4d\x18" for number in range(16))  # frames without data
+_EXPECTED = {".gz": (b"\x1f\x8b",), ".zst": (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), ".parquet": (b"PAR1", b"PARE")}
+_FORMATS = {".gz": "compressed with gzip", ".zst": "compressed with Zstandard", ".parquet": "a parquet file"}
 
 
 def wrong_kind(raw: BinaryIO, name: str) -> str | None:
@@ -39,6 +44,12 @@ def wrong_kind(raw: BinaryIO, name: str) -> str | None:
             if start.startswith((b"<", b"BZh", b"PAR1")) and ".txt" in name:  # plain text may begin with these
                 continue
             return f"the file is {kind}"
+    suffix = Path(name).suffix
+    if suffix in _EXPECTED:
+        return f"the file is not {_FORMATS[suffix]}; if it holds text, remove {suffix} from its name"
+    if (beginning[:1] == b"\0") != (beginning[1:2] == b"\0"):  # ASCII in two bytes
+        order = "BE" if beginning[:1] == b"\0" else "LE"
+        return f"the file is not UTF-8 but UTF-16; convert it: iconv -f UTF-16{order} -t UTF-8 FILE"
     return None
 
 
@@ -71,6 +82,8 @@ def file_problem(error: Exception) -> str:
         return f"the parquet file is encrypted ({reason}); provide a decrypted copy"
     if isinstance(error, OSError) and error.errno is not None:
         return f"the file cannot be read ({error.strerror}); check its permissions and the disk, then run again"
+    if "Not a gzipped file" in reason or "Unknown frame descriptor" in reason:  # not at the start
+        return "the compressed data ends here, but other bytes follow; fetch the file again, or cut them off"
     if isinstance(error, EOFError):
         return f"the file is damaged from here on: it is truncated ({reason}); fetch it again"
     return f"the file is damaged from here on ({reason}); replace it"
@@ -96,6 +109,10 @@ class _ZstdFile(io.RawIOBase):
                     raise EOFError("the compressed file ends in the middle")
                 return 0
             if self._frame is None or self._frame.eof:
+                chunk = chunk.lstrip(b"\0")  # padding between and after frames
+                self._frame = None
+                if not chunk:
+                    continue
                 self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
             self._ready = memoryview(self._frame.decompress(chunk))
         count = min(len(target), len(self._ready))

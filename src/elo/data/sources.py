@@ -170,17 +170,20 @@ class FileReader:
             EloError: a Hugging Face dataset cannot be read.
         """
         name, line, number = self.file.location, 0, start - 1
-        if self.file.is_hub:
-            yield from _hub_records(name, self.text_column, start)
-            return
+        first_problem, judged = "", start > 0
         try:
-            if self.file.size == 0:
+            if self.file.size == 0 and not self.file.is_hub:
                 yield Record(0, 1, b"", f"{name}:1: the file is empty; remove it from the corpus")
                 return
             for record in self._read(start):
                 number, line = record.number, record.line
+                judged = judged or record.problem is None or record.ends_file
+                first_problem = first_problem or record.problem or ""
                 yield record
-            if start == 0 and number < 0:
+            if first_problem and not judged:
+                problem = f"{first_problem}; no document of this file can be read"
+                yield Record(0, line, b"", problem, ends_file=True)
+            elif start == 0 and number < 0:
                 yield Record(0, 1, b"", f"{name}:1: the file has no document; remove it from the corpus")
         except (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowException, MemoryError) as error:
             problem = f"{name}:{line + 1}: {file_problem(error)}"
@@ -190,6 +193,9 @@ class FileReader:
 
     def _read(self, start: int) -> Iterator[Record]:
         name = self.file.location
+        if self.file.is_hub:
+            yield from _hub_records(name, self.text_column, start)
+            return
         with Path(name).open("rb") as raw:
             self._raw = raw
             if (kind := wrong_kind(raw, name)) is not None:
@@ -216,8 +222,7 @@ def _json_records(lines: BinaryIO, name: str, column: str, start: int) -> Iterat
             continue
         if number < start or line.isspace():
             continue
-        if number == 0:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+        line = line.removeprefix(b"\xef\xbb\xbf")  # at the start, and where files were joined
         try:
             yield Record(number, number + 1, _json_value(line)[column].encode())
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -236,6 +241,11 @@ def _json_value(line: bytes) -> Any:
 
 def _json_problem(line: bytes, column: str, error: Exception) -> str:
     """Explain why a line could not be read, what was found, and what to do."""
+    if b"\0" in line and isinstance(error, ValueError):
+        return (
+            f"not valid JSON: NUL bytes, got {_shown(line)!r}; the file is incomplete, a tar archive or UTF-16: "
+            "fetch it again, unpack it or convert it to UTF-8"
+        )
     if _is_cut(line, error):
         return (
             f"not valid JSON: the last line is cut off after {len(line):,} bytes, got {_shown(line)!r}; "
@@ -245,12 +255,26 @@ def _json_problem(line: bytes, column: str, error: Exception) -> str:
         return f"not UTF-8 ({_bad_byte(error)}); convert the file to UTF-8"
     if isinstance(error, RecursionError):
         return f"not valid JSON: it is nested too deeply, got {_shown(line)!r}; flatten or remove the line"
+    if isinstance(error, json.JSONDecodeError) and (layout := _layout(line)):
+        return f"not valid JSON lines: {layout}, got {_shown(line)!r}; write one JSON object per line"
     if isinstance(error, ValueError) and not isinstance(error, UnicodeError):
         return f'not valid JSON ({error}), got {_shown(line)!r}; each line must be an object such as {{"text": "..."}}'
     value = _json_value(line)
     if not isinstance(value, dict):
         return f'a JSON {_kind(value)}, not an object: {_shown(line)!r}; write an object such as {{"text": "..."}}'
     return _column_problem(value, column)
+
+
+def _layout(line: bytes) -> str | None:
+    """Return how the JSON of a file is laid out if `line`, its first, shows that it is not one document per line."""
+    line = line.strip()
+    if line.startswith(b"["):
+        return "the file is a JSON array (jq -c '.[]' FILE converts it)"
+    if line == b"{":
+        return "an object is spread over several lines (jq -c . FILE converts it)"
+    if b"}\r{" in line:
+        return "the lines end in CR alone (tr '\\r' '\\n' <FILE converts it)"
+    return None
 
 
 def _shown(line: bytes) -> str:
@@ -276,6 +300,9 @@ def _is_cut(line: bytes, error: Exception) -> bool:
 def _column_problem(row: dict[str, Any], column: str) -> str:
     if column not in row:
         names = ", ".join(map(repr, row)) or "none"
+        for outer, value in row.items():
+            if isinstance(value, dict) and column in value:
+                return f"no column {column!r}, but column {outer!r} has one inside; make it a column of its own"
         return f"no column {column!r}; the columns are {names[:300]}; set text_column to the one with the text"
     value = row[column]
     if not isinstance(value, str):
@@ -342,9 +369,10 @@ def _parquet_records(raw: BinaryIO, name: str, column: str, start: int) -> Itera
     file = pyarrow.parquet.ParquetFile(
         raw, thrift_string_size_limit=THRIFT_LIMIT, thrift_container_size_limit=THRIFT_LIMIT
     )
-    names = file.schema_arrow.names
-    if column not in names:
-        problem = f"{name}:1: {_column_problem(dict.fromkeys(names), column)}"
+    fields = list(file.schema_arrow)
+    if column not in file.schema_arrow.names:
+        inner = {each.name: {f.name: None for f in each.type} for each in fields if pyarrow.types.is_struct(each.type)}
+        problem = f"{name}:1: {_column_problem({each.name: None for each in fields} | inner, column)}"
         yield Record(0, 1, b"", problem, ends_file=True)
         return
     number = 0

@@ -5,9 +5,11 @@ A measure is one file in this package: a class with a `name`, settings as fields
 configurations, and its values appear in every table and report.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,6 +38,11 @@ class MeasureValue(BaseModel):
     )
     items: int | None = Field(None, ge=0, description="Number of items.")
     chance: float | None = Field(None, description="Expected value of guessing.")
+    is_detail: bool = Field(False, description="Whether it is listed with the details, not in the results table.")
+    per_item: tuple[float, ...] = Field(
+        (),
+        description="Values of the items, in the order that every model has, with the mean `value`; empty if unknown.",
+    )
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Subject:
         batch_size: sequences in a forward pass; None: as many as keep fp32 logits within 1 GiB.
         progress: whether progress is shown.
         files: path and stem of files that a measure writes beside the results; None: it writes none.
+        finished: folder for finished parts of a measurement, from which the same command resumes; None: there is none.
+        identity: what identifies the model between two commands.
     """
 
     model: "PreTrainedModel"
@@ -57,6 +66,8 @@ class Subject:
     batch_size: int | None = None
     progress: bool = False
     files: Path | None = None
+    finished: Path | None = None
+    identity: Any = None
     trust_remote_code: bool = False
 
     @property
@@ -117,3 +128,13 @@ def register(measure: type[M]) -> type[M]:
 def share_error(share: float, items: int) -> float | None:
     """Standard error of a share of independent items."""
     return (share * (1 - share) / items) ** 0.5 if items else None
+
+
+def weighted(items: Sequence[Sequence[float]], average: float) -> tuple[float, ...]:
+    """Values of the items of all parts of a benchmark, weighted to have this mean; empty if the weights are unknown."""
+    total = sum(map(len, items))
+    for weights in ([1.0] * len(items), [total / (len(items) * max(1, len(each))) for each in items]):
+        found = [weight * item for each, weight in zip(items, weights, strict=True) for item in each]
+        if found and math.isclose(fmean(found), average, rel_tol=1e-6, abs_tol=1e-9):
+            return tuple(found)
+    return ()

@@ -109,6 +109,7 @@ class Cloze(Measure):
             )
             groups = {name: asdict(group) for name, group in score.groups.items()}
             whole = {"accuracy": score.accuracy, "items": score.items}
+            right = tuple(float(mine == item.answer) for mine, item in zip(score.predictions, items, strict=True))
             record[language] = {**whole, "chance": score.chance, "groups": groups}
             values += [
                 MeasureValue(
@@ -119,6 +120,7 @@ class Cloze(Measure):
                     standard_error=share_error(group["accuracy"], group["items"]),
                     items=group["items"],
                     chance=score.chance,
+                    per_item=right if name == "all" else (),
                 )
                 for name, group in {"all": whole, **groups}.items()
             ]

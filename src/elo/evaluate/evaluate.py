@@ -29,7 +29,8 @@ from elo.evaluate.scoring import longest_sequence, vocabulary_size
 from elo.evaluate.warnings import few_documents
 from elo.format import count
 from elo.store.environment import hardware, versions
-from elo.store.files import write_json
+from elo.store.files import remove, write_json
+from elo.store.run_folder import file_identity
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 
@@ -82,7 +83,9 @@ def evaluate(
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that ships with the checkpoint.
         output: JSON file to write.
-        files: path and stem of the files that measures write themselves; by default that of `output`.
+        files: path and stem of the files that measures write themselves; by default that of `output`. Finished tasks
+            are kept in the folder of this name until the caller removes it; by default in OUTPUT.partial until the
+            results are written. The same call resumes from them.
         progress: show progress and a table.
 
     Returns:
@@ -121,7 +124,9 @@ def evaluate(
             assert encoder is not None
             texts_read[language] = _tokenise(given, encoder, max_bytes, text_column, on_error, allow_lost_text)
 
+    identity = None
     if isinstance(model, str | Path):
+        identity = file_identity(Path(name)) if Path(name).is_dir() else [name, revision]
         model = load_model(name, device, dtype, revision, trust_remote_code)
     elif device is not None:
         move(model, device)
@@ -138,9 +143,18 @@ def evaluate(
         corpus = texts_read[language].corpus if isinstance(given, str | Path) else _cut(given, encoder, max_bytes)
         measured[language] = _bits_per_byte(model, corpus, name, given, language, sequence_length, batch_size, progress)
         seconds[language] = time.perf_counter() - started
+    finished = Path(files) if files is not None else target.with_suffix(".partial") if target else None
     files = files if files is not None else target.with_suffix("") if target else None
     subject = Subject(
-        model, encoder, source, batch_size, progress, Path(files) if files is not None else None, trust_remote_code
+        model,
+        encoder,
+        source,
+        batch_size,
+        progress,
+        files=Path(files) if files is not None else None,
+        finished=finished if identity is not None else None,
+        identity=identity,
+        trust_remote_code=trust_remote_code,
     )
     values: list[MeasureValue] = []
     records: dict[str, Any] = {"cloze": {}, "samples": [], "generation": {}}
@@ -188,6 +202,7 @@ def evaluate(
     }
     if target is not None:
         write_json(target, results)
+        remove(target.with_suffix(".partial"))
     if progress:
         _print_table(results)
         for language, text in texts_read.items():

@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 
 from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
-from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register, share_error
+from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register, share_error, weighted
 from elo.evaluate.scoring import (
     batch_tokens,
     check_ids,
@@ -90,7 +90,8 @@ class InContext(Measure):
                 nats, hits = _score(subject, sequences, place)
                 values += _values(f"{kind} {length}", nats, hits, 1 / len(pieces))
                 bar.advance(1)
-        return Outcome([*_means(values), *values])
+        # Values of items are kept once, with the mean.
+        return Outcome([*_means(values), *(value.model_copy(update={"per_item": ()}) for value in values)])
 
     def _sequences(self, kind: str, length: int, tokenizer: TextTokenizer, pieces: list[int]) -> "list[_Sequence]":
         """Sequences of one kind and length; none where the vocabulary has too few pieces for distinct ones."""
@@ -215,6 +216,7 @@ def _values(name: str, nats: list[float], hits: list[bool], chance: float) -> li
             standard_error=share_error(share, items),
             items=items,
             chance=chance,
+            per_item=tuple(map(float, hits)),
         ),
         MeasureValue(
             measure="in_context_nats",
@@ -241,6 +243,7 @@ def _means(values: list[MeasureValue]) -> list[MeasureValue]:
                     "value": fmean(value.value for value in cells),
                     "standard_error": sum(error**2 for error in errors) ** 0.5 / len(cells),
                     "items": sum(value.items or 0 for value in cells),
+                    "per_item": weighted([value.per_item for value in cells], fmean(value.value for value in cells)),
                 }
             )
         )

@@ -4,29 +4,58 @@ Values equal those of lm-eval's own command line with the same model, dtype, tas
 """
 
 import difflib
+import importlib.metadata
 import importlib.util
 import io
 import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from elo.data.tokenizer import TextTokenizer, load_with_settings
 from elo.errors import EloError
-from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register
+from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register, weighted
 from elo.evaluate.scoring import evaluating
-from elo.store.files import write_text
+from elo.store.files import read_json, sha256_json, write_text
+from elo.store.run_folder import file_identity
+
+SUITES = {
+    "ar": ("arabicmmlu", "belebele_arb_Arab", "hellaswag_ar", "arc_ar", "xnli_ar", "xstorycloze_ar"),
+    "de": ("m_mmlu_de", "belebele_deu_Latn", "hellaswag_de", "arc_de", "xnli_de", "paws_de"),
+    "en": ("mmlu", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "piqa"),
+    "es": ("m_mmlu_es", "belebele_spa_Latn", "hellaswag_es", "arc_es", "xnli_es", "xstorycloze_es"),
+    "eu": ("eus_proficiency", "eus_reading", "eus_trivia", "belebele_eus_Latn", "xcopa_eu", "xstorycloze_eu"),
+    "fr": ("m_mmlu_fr", "belebele_fra_Latn", "hellaswag_fr", "arc_fr", "xnli_fr", "xwinograd_fr"),
+    "hi": ("m_mmlu_hi", "belebele_hin_Deva", "hellaswag_hi", "arc_hi", "xnli_hi", "xstorycloze_hi"),
+    "id": ("m_mmlu_id", "belebele_ind_Latn", "hellaswag_id", "arc_id", "xcopa_id", "xstorycloze_id"),
+    "ja": (
+        "global_mmlu_ja",
+        "belebele_jpn_Jpan",
+        "ja_leaderboard_jcommonsenseqa",
+        "ja_leaderboard_jnli",
+        "ja_leaderboard_marc_ja",
+        "ja_leaderboard_xwinograd",
+    ),
+    "ko": ("kobest", "kmmlu", "haerae", "belebele_kor_Hang", "global_mmlu_ko", "paws_ko"),
+    "ru": ("m_mmlu_ru", "belebele_rus_Cyrl", "hellaswag_ru", "arc_ru", "xnli_ru", "xstorycloze_ru"),
+    "sw": ("global_mmlu_sw", "belebele_swh_Latn", "xcopa_sw", "xnli_sw", "xstorycloze_sw"),
+    "th": ("belebele_tha_Thai", "xcopa_th", "xnli_th"),
+    "tr": ("global_mmlu_full_tr", "belebele_tur_Latn", "xcopa_tr", "xnli_tr"),
+    "vi": ("m_mmlu_vi", "belebele_vie_Latn", "hellaswag_vi", "arc_vi", "xcopa_vi", "xnli_vi"),
+    "zh": ("cmmlu", "ceval-valid", "belebele_zho_Hans", "xcopa_zh", "xstorycloze_zh", "xwinograd_zh"),
+}
+"""Tasks of lm-eval that papers quote, by language: each has choices, and a group has one value for all its subtasks."""
 
 _METRICS = ("acc", "acc_norm")
 _MAX_REASON = 200
@@ -34,13 +63,15 @@ _MAX_REASON = 200
 
 @register
 class Tasks(Measure):
-    """Run benchmark tasks of lm-evaluation-harness: accuracy and normalised accuracy (extra `eval`)."""
+    """Run benchmark tasks of lm-evaluation-harness: accuracy, and the margin of the right answer (extra `eval`)."""
 
     name: ClassVar[str] = "tasks"
     short_form: ClassVar[str] = "list of text or section"
 
-    names: tuple[str, ...] = Field(min_length=1)
+    names: tuple[str, ...] = ()
     """Tasks, groups and tags of lm-eval; `ko=kobest` reports it under the language `ko`."""
+    suites: tuple[str, ...] = ()
+    """Languages whose common tasks are added, such as `ko`; `korean=ko` reports them under `korean`."""
     num_fewshot: int | None = Field(None, ge=0)
     """Examples in front of each question; null: as each task sets it."""
     limit: float | None = Field(None, gt=0)
@@ -54,11 +85,18 @@ class Tasks(Measure):
     def from_short(cls, value: Any) -> Any:
         return {"names": value} if isinstance(value, list) else value
 
+    @model_validator(mode="after")
+    def _some(self) -> "Tasks":
+        if not self.names and not self.suites:
+            raise ValueError("names no task; write names, suites or both")
+        return self
+
     @property
     def languages(self) -> dict[str, str]:
         """Language by task; empty where none is given."""
-        pairs = [name.rpartition("=") for name in self.names]
-        return {task: language for language, _, task in pairs}
+        suites = [suite.rpartition("=") for suite in self.suites]
+        found = {task: language or suite for language, _, suite in suites for task in SUITES.get(suite, ())}
+        return found | {task: language for language, _, task in (name.rpartition("=") for name in self.names)}
 
     def files(self) -> list[Path]:
         return [Path(self.include_path)] if self.include_path else []
@@ -66,6 +104,9 @@ class Tasks(Measure):
     def check(self, where: str) -> None:
         if importlib.util.find_spec("lm_eval") is None:
             raise EloError(f"{where}: lm-eval is not installed; run: pip install 'elo-cpt[eval]'")
+        for suite in self.suites:
+            if suite.rpartition("=")[2] not in SUITES:
+                raise EloError(f"{where}: there is no suite {suite!r}; choose from {', '.join(SUITES)}, or name tasks")
         if self.include_path and not Path(self.include_path).is_dir():
             raise EloError(f"{where}: include_path: {self.include_path}: no such folder; give the folder of task files")
         if isinstance(self.batch_size, int) and self.batch_size < 1:
@@ -81,48 +122,74 @@ class Tasks(Measure):
                 self._load(task, where)
 
     def measure(self, subject: Subject) -> Outcome:
+        # lm-eval seeds the global generators, which nothing that follows may depend on.
+        with _quiet(show_progress=subject.progress), _own_random_state(), evaluating(subject.model):
+            finished = [self._finish(task, subject) for task in self.languages]
+        if subject.files is not None:
+            merged: dict[str, Any] = {}
+            for each in finished:
+                for key, value in each["results"].items():
+                    merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+            _write(subject.files.with_name(f"{subject.files.name}.lm_eval.json"), merged)
+        return Outcome([MeasureValue.model_validate(value) for each in finished for value in each["values"]])
+
+    def _finish(self, task: str, subject: Subject) -> dict[str, Any]:
+        """Values and lm-eval's results of a task, from `subject.finished` if it was measured before."""
+        if subject.finished is None:
+            return self._run(task, subject)
+        model = subject.model
+        key = {
+            "task": task,
+            "settings": self.model_dump(mode="json", exclude={"names", "suites"}) | {"language": self.languages[task]},
+            "files": [file_identity(path) for path in self.files()],
+            "model": [subject.identity, str(model.dtype), model.device.type],
+            "lm_eval": importlib.metadata.version("lm_eval"),
+        }
+        path = subject.finished / f"{sha256_json(key)[:16]}.json"
+        if path.is_file():
+            return dict(read_json(path))
+        found = self._run(task, subject)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, found)
+        return found
+
+    def _run(self, task: str, subject: Subject) -> dict[str, Any]:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.utils import handle_non_serializable
 
         batch_size: Any = self.batch_size
         if batch_size == "auto" and subject.model.device.type == "cpu":
             batch_size = 1
-        # lm-eval seeds the global generators, which nothing that follows may depend on.
-        with _quiet(show_progress=subject.progress), _own_random_state(), evaluating(subject.model):
-            loaded = {task: self._load(task, self.name) for task in self.languages}
-            built = [each for group in loaded.values() for each in group]
-            lm = HFLM(
-                pretrained=subject.model,
-                backend="causal",
-                tokenizer=_tokenizer(subject),
-                batch_size=batch_size,
-                trust_remote_code=subject.trust_remote_code,
+        built = self._load(task, self.name)
+        lm = HFLM(
+            pretrained=subject.model,
+            backend="causal",
+            tokenizer=_tokenizer(subject),
+            batch_size=batch_size,
+            trust_remote_code=subject.trust_remote_code,
+        )
+        limit = int(self.limit) if self.limit is not None and self.limit >= 1 else self.limit
+        try:
+            results: Any = simple_evaluate(
+                lm, tasks=built, num_fewshot=self.num_fewshot, batch_size=batch_size, limit=limit, log_samples=True
             )
-            limit = int(self.limit) if self.limit is not None and self.limit >= 1 else self.limit
-            try:
-                results: Any = simple_evaluate(
-                    lm, tasks=built, num_fewshot=self.num_fewshot, batch_size=batch_size, limit=limit, log_samples=False
-                )
-            except (KeyError, ValueError, IndexError, TypeError, AttributeError, AssertionError) as error:
-                raise EloError(f"{self.name}: {', '.join(loaded)}: lm-eval stopped ({_reason(error)})") from None
-            except Exception as error:
-                if type(error).__module__.split(".")[0] != "jinja2":
-                    raise
-                raise EloError(
-                    f"{self.name}: {', '.join(loaded)}: an item lacks a field that the task's YAML uses "
-                    f"({_reason(error)})"
-                ) from None
-        if subject.files is not None:
-            from lm_eval.utils import handle_non_serializable
-
-            path = subject.files.with_name(f"{subject.files.name}.lm_eval.json")
-            write_text(path, json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n")
-        return Outcome([value for task in loaded for value in self._values(task, loaded[task], results)])
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError, AssertionError) as error:
+            raise EloError(f"{self.name}: {task}: lm-eval stopped ({_reason(error)})") from None
+        except Exception as error:
+            if type(error).__module__.split(".")[0] != "jinja2":
+                raise
+            raise EloError(
+                f"{self.name}: {task}: an item lacks a field that the task's YAML uses ({_reason(error)})"
+            ) from None
+        values = [value.model_dump(mode="json") for each in built for value in self._values(task, each, results)]
+        del results["samples"]
+        return {"values": values, "results": json.loads(json.dumps(results, default=handle_non_serializable))}
 
     def _manager(self) -> Any:
         """Only the tasks of `include_path` if they suffice, because lm-eval takes long to read its thousands."""
         own = _manager(self.include_path, defaults=False) if self.include_path else None
-        if own is not None and all(task in own.all_tasks and task not in own.all_groups for task in self.languages):
+        if own is not None and all(_is_known(task, own) for task in self.languages):
             return own
         return _manager(self.include_path)
 
@@ -140,51 +207,76 @@ class Tasks(Measure):
             raise EloError(f"{where}: task {task}: cannot be built from data set {data} ({_reason(error)})") from None
         return built if isinstance(built, list) else [built]
 
-    def _values(self, task: str, built: Sequence[Any], results: dict[str, Any]) -> Iterator[MeasureValue]:
-        for each in built:
-            leaves = each.get_all_tasks() if hasattr(each, "get_all_tasks") else [each]
-            name = each.name if hasattr(each, "get_all_tasks") else each.task_name
-            chances = [chance for leaf in leaves if (chance := _chance(leaf)) is not None]
-            found = [(name, "all", fmean(chances) if len(chances) == len(leaves) else None)]
-            if leaves != [each]:
-                found += [(leaf.task_name, leaf.task_name, _chance(leaf)) for leaf in leaves]
-            for result, subset, chance in found:
-                values = results["results"].get(result, {}) | results.get("groups", {}).get(result, {})
-                items = values.get("sample_len") or sum(
-                    results["n-samples"][leaf.task_name]["effective"] for leaf in leaves
+    def _values(self, task: str, built: Any, results: dict[str, Any]) -> Iterator[MeasureValue]:
+        """Values of a task; of a group those of the whole, which has the items, and those of its subtasks."""
+        is_group = hasattr(built, "get_all_tasks")
+        leaves = built.get_all_tasks() if is_group else [built]
+        name = built.name if is_group else built.task_name
+        chances = [_chance(leaf) for leaf in leaves]
+        known = [chance for chance in chances if chance is not None]
+        value = partial(MeasureValue, language=self.languages[task])
+        found = [(name, "all", leaves, fmean(known) if len(known) == len(leaves) else None)]
+        if is_group:
+            found += [
+                (leaf.task_name, leaf.task_name, [leaf], chance) for leaf, chance in zip(leaves, chances, strict=True)
+            ]
+        for result, subset, members, chance in found:
+            values = results["results"].get(result, {}) | results.get("groups", {}).get(result, {})
+            samples = [results["samples"][member.task_name] for member in members]
+            for metric in _METRICS:
+                if not isinstance(average := values.get(f"{metric},none"), int | float):
+                    continue
+                error = values.get(f"{metric}_stderr,none")
+                items = [[float(sample[metric]) for sample in each if metric in sample] for each in samples]
+                yield value(
+                    measure=f"{name} {metric}",
+                    name=subset,
+                    value=average,
+                    standard_error=error if isinstance(error, int | float) else None,
+                    items=sum(map(len, items)),
+                    chance=chance,
+                    per_item=weighted(items, average) if subset == "all" else (),
                 )
-                for metric in _METRICS:
-                    if not isinstance(value := values.get(f"{metric},none"), int | float):
-                        continue
-                    error = values.get(f"{metric}_stderr,none")
-                    yield MeasureValue(
-                        measure=f"{name} {metric}",
-                        name=subset,
-                        language=self.languages[task],
-                        value=value,
-                        standard_error=error if isinstance(error, int | float) else None,
-                        items=items,
-                        chance=chance,
-                    )
+            margins = [_margin(leaf, sample) for leaf, each in zip(members, samples, strict=True) for sample in each]
+            of_items = [margin for margin in margins if margin is not None]
+            if of_items and len(of_items) == len(margins):
+                yield value(
+                    measure=f"{name} margin",
+                    name=subset,
+                    value=fmean(of_items),
+                    unit="number",
+                    standard_error=stdev(of_items) / len(of_items) ** 0.5 if len(of_items) > 1 else None,
+                    items=len(of_items),
+                    is_detail=True,
+                    per_item=tuple(round(margin, 5) for margin in of_items) if subset == "all" else (),
+                )
 
 
 def benchmark_tasks(
-    names: str, num_fewshot: int | None, limit: float | None, batch_size: str, include_path: Path | None
+    names: str | None,
+    suites: str | None,
+    num_fewshot: int | None,
+    limit: float | None,
+    batch_size: str,
+    include_path: Path | None,
 ) -> Tasks:
     """The measure that options of the command line ask for.
 
     Raises:
         EloError: an option has a wrong value.
     """
-    listed = [name.strip() for name in names.split(",") if name.strip()]
-    if not listed:
-        raise EloError("--tasks: names no task; give tasks joined by commas")
+    given = {"--tasks": names, "--suite": suites}
+    listed = {key: [name.strip() for name in (text or "").split(",") if name.strip()] for key, text in given.items()}
+    for key, text in given.items():
+        if text is not None and not listed[key]:
+            raise EloError(f"{key}: is empty; give names joined by commas")
     if limit is not None and not limit > 0:
         raise EloError(f"--limit {limit:g}: give a number of questions, or a share between 0 and 1")
     if batch_size != "auto" and not (batch_size.isdecimal() and int(batch_size)):
         raise EloError(f"--batch-size {batch_size}: give a number of sequences, or auto")
     return Tasks(
-        names=tuple(listed),
+        names=tuple(listed["--tasks"]),
+        suites=tuple(listed["--suite"]),
         num_fewshot=num_fewshot,
         limit=limit,
         batch_size="auto" if batch_size == "auto" else int(batch_size),
@@ -197,6 +289,14 @@ def _manager(include_path: str | None, *, defaults: bool = True) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path, include_defaults=defaults)
+
+
+def _is_known(task: str, manager: Any) -> bool:
+    """Whether `manager` has this task and, of a group, every member."""
+    entry = manager._entry(task)
+    members = (entry.cfg or {}).get("task") if entry is not None else None
+    inside = [member for member in members if isinstance(member, str)] if isinstance(members, list) else []
+    return entry is not None and all(_is_known(member, manager) for member in inside)
 
 
 def _data_sets(task: str, manager: Any) -> set[str]:
@@ -227,6 +327,21 @@ def _chance(task: Any) -> float | None:
     return fmean(1 / choices for choices in Counter(instance.doc_id for instance in task.instances).values())
 
 
+def _margin(task: Any, sample: dict[str, Any]) -> float | None:
+    """Log-likelihood of the right choice less that of the likeliest wrong one, in nats per byte; None if unknown."""
+    if task.OUTPUT_TYPE != "multiple_choice" or not hasattr(task, "doc_to_choice"):
+        return None
+    choices = task.doc_to_choice(sample["doc"])
+    gold = task.doc_to_text(sample["doc"]) if getattr(task, "multiple_input", False) else sample["target"]
+    if isinstance(gold, str) and gold in choices:
+        gold = choices.index(gold)
+    if not isinstance(gold, int) or not 0 <= gold < len(choices) or len(choices) < 2:
+        return None
+    asked = zip(sample["filtered_resps"], sample["arguments"], strict=True)
+    nats = [response[0] / max(1, len(argument[1].encode())) for response, argument in asked][: len(choices)]
+    return float(nats[gold] - max(nats[:gold] + nats[gold + 1 :]))
+
+
 def _tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
     source = subject.tokenizer_source
     if isinstance(source, PreTrainedTokenizerBase):
@@ -238,6 +353,11 @@ def _tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
     assert source is not None
     tokenizer: PreTrainedTokenizerBase = load_with_settings(source, subject.trust_remote_code)[0]
     return tokenizer
+
+
+def _write(path: Path, value: Any) -> None:
+    """Write JSON as lm-eval does, which has NaN for what it could not compute."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _reason(error: BaseException) -> str:

@@ -78,11 +78,12 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
 
 
 def rope_regime(config: PreTrainedConfig, length: int) -> int:
-    """What the length of a sequence decides about rotary frequencies; only sequences of one regime share a batch.
+    """What the length of a sequence decides about its computation; only sequences of one regime share a batch.
 
     With `longrope` and `dynamic` rotary embeddings the longest position in a batch chooses the frequencies of all its
     sequences: 0 up to the original number of positions; beyond, 1 where there is one other set of frequencies, and the
-    length itself where each length has its own.
+    length itself where each length has its own. The latter also holds for sparse attention (`index_topk`), where the
+    place in the batch decides which of equally good tokens are attended to.
     """
     found = 0
     for rope, original in _ropes(config.get_text_config(decoder=True)):
@@ -92,12 +93,14 @@ def rope_regime(config: PreTrainedConfig, length: int) -> int:
 
 
 def rope_limit(config: PreTrainedConfig) -> int | None:
-    """Positions up to which rotary frequencies do not depend on the longest sequence in the batch; None: always so."""
+    """Positions up to which a document does not depend on the others in its batch (`rope_regime`); None: always so."""
     return min((original for _, original in _ropes(config.get_text_config(decoder=True))), default=None)
 
 
 def _ropes(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
-    """Kind and original positions of each rotary embedding whose frequencies depend on the length."""
+    """Kind and limit of each rotary embedding, or selection of tokens, that depends on the length."""
+    if isinstance(selected := getattr(config, "index_topk", None), int):
+        yield "dynamic selection", selected
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     positions = getattr(config, "max_position_embeddings", None)

@@ -23,12 +23,24 @@ from elo.format import count, listed, mean_of, memory
 from elo.report.charts import contestant_styles, last_trials
 from elo.report.drawing import Chart
 from elo.report.schema import Results, Trial, Verdict
-from elo.report.tables import NOTHING, Table, data_table, measures_table, results_table, stages_table, tuning_table
+from elo.report.tables import (
+    NOTHING,
+    Table,
+    data_table,
+    measures_table,
+    paired_table,
+    results_table,
+    retention_table,
+    stages_table,
+    tuning_table,
+)
 from elo.report.verdict import judge, title_of
 
 CHART_FOLDER = "charts"
 _HERE = Path(__file__).parent
 _SAMPLES_BY = 3
+_REFRESH_S = 30
+_UNFINISHED = "This is not finished: values of what is in progress are those of its last measurement."
 _BPB = (
     "Bits per byte (bpb) is the summed negative log-likelihood of the text tokens, in nats, divided by ln 2 times the "
     "UTF-8 bytes of the text. Each text token is predicted once, from the tokens before it in its own document. Values "
@@ -65,7 +77,17 @@ def html_page(results: Results, charts: Sequence[Chart]) -> str:
 
 def markdown_page(results: Results, charts: Sequence[Chart]) -> str:
     """The same as Markdown; its charts are the PNG files in `CHART_FOLDER`."""
-    return re.sub(r"\n{3,}", "\n\n", _render("report.md.j2", results, charts))
+    return _without_gaps(_render("report.md.j2", results, charts))
+
+
+def render_markdown(template: str, context: dict[str, Any]) -> str:
+    """Render a Markdown template of this folder."""
+    return _without_gaps(_environment().get_template(template).render(context))
+
+
+def _without_gaps(page: str) -> str:
+    page = re.sub(r"\n{3,}", "\n\n", page)
+    return page.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair, UTF-8 cannot
 
 
 def terminal(results: Results) -> RenderableType:
@@ -87,7 +109,12 @@ def terminal(results: Results) -> RenderableType:
                 text = Text("" if cell.text == NOTHING else cell.text, style="bold" if cell.bold else "")
                 cells.append(text.append(f"\n{cell.detail}" if cell.detail else "", style="dim not bold"))
             table.add_row(*cells, end_section=number == 0)
-        shown += [table, Text(made.note, style="dim"), *map(Text, judged.sentences), Text("")]
+        shown += [
+            table,
+            Text(made.note, style="dim"),
+            *map(Text, (*judged.sentences, *judged.retention_sentences)),
+            Text(""),
+        ]
     return Group(*shown)
 
 
@@ -99,7 +126,8 @@ def _render(template: str, results: Results, charts: Sequence[Chart]) -> str:
         "about": _about(results),
         "css": Markup((_HERE / "report.css").read_text(encoding="utf-8")),  # our own file: nothing to escape
         "verdict": [(f"{each.budget}: " if several else "", each.sentences) for each in verdict.budgets],
-        "warnings": verdict.warnings,
+        "warnings": [*([_UNFINISHED] if results.in_progress else []), *verdict.warnings],
+        "refresh": _REFRESH_S if results.in_progress else None,
         "sections": [each for each in _sections(results, verdict, charts) if _has_content(each)],
         "colours": {name: style.colour for name, style in contestant_styles(results).items()},
         "chart_folder": CHART_FOLDER,
@@ -141,9 +169,11 @@ def _sections(results: Results, verdict: Verdict, charts: Sequence[Chart]) -> li
         title = f"Results, {budget.name}" if several else "Results"
         found.append(Section(title, table=results_table(results, budget, judged)))
     found.append(Section("Charts", charts=tuple(charts)))
-    for budget in results.budgets:
-        title = "Benchmarks in detail" + (f", {budget.name}" if several else "")
-        found.append(Section(title, table=measures_table(results, budget)))
+    for budget, judged in zip(results.budgets, verdict.budgets, strict=True):
+        at = f", {budget.name}" if several else ""
+        found.append(Section("Retention" + at, judged.retention_sentences, table=retention_table(results, judged)))
+        found.append(Section("Benchmarks compared" + at, table=paired_table(results, judged)))
+        found.append(Section("Benchmarks in detail" + at, table=measures_table(results, budget)))
     return [
         *found,
         Section("Cost by stage", table=stages_table(results, last)),
@@ -151,7 +181,7 @@ def _sections(results: Results, verdict: Verdict, charts: Sequence[Chart]) -> li
         Section("Learning rates", table=tuning_table(results)),
         Section("Data", table=data_table(results.data, results.base)),
         Section("How this was measured", paragraphs=(verdict.rule, _BPB)),
-        Section("How to reproduce", facts=tuple(_setting(results)), code=tuple(filter(None, (results.command,)))),
+        Section("How to reproduce", facts=tuple(setting_facts(results)), code=tuple(filter(None, (results.command,)))),
         Section("Settings", code=tuple(filter(None, (settings,)))),
     ]
 
@@ -200,7 +230,8 @@ def changes_text(changes: dict[str, Any]) -> str:
     return ", ".join(walk(changes, ""))
 
 
-def _setting(results: Results) -> list[tuple[str, str]]:
+def setting_facts(results: Results) -> list[tuple[str, str]]:
+    """Return machine, versions and settings of the data, as names and texts."""
     hardware, data = dict(results.hardware), results.data
     size = hardware.pop("memory_bytes", None)
     parts = [f"{name} {value}" for name, value in hardware.items()]

@@ -272,6 +272,9 @@ class Endpoint(Record):
         description="A contestant is ranked only if its mean bits per byte in each source language are at most this "
         "much above the base model's.",
     )
+    source_limit_share: NonNegative = Field(
+        0.02, description="Loss of accuracy against the base model up to which a benchmark counts as kept."
+    )
     source_weight: NonNegative = Field(
         0.0,
         description="Learning rates were chosen by target + this times source bits per byte of validation text, each "
@@ -301,6 +304,56 @@ class Difference(Record):
         return self.adjusted_p_value < 0.05 and self.documents >= MIN_DOCUMENTS
 
 
+class MeasureDifference(Record):
+    """A paired difference in a benchmark over the same items: `contestant` minus `reference`."""
+
+    contestant: str = Field(description="Name of the contestant.")
+    reference: str = Field(description="Name of the other contestant, or `base` for the base model.")
+    measure: str = Field(description="Name of the benchmark.")
+    language: str = Field("", description="Language of the items; empty where they have none.")
+    unit: Literal["share", "number"] = Field(description="Unit of the benchmark.")
+    higher_is_better: bool = Field(description="Direction of improvement.")
+    value: Finite = Field(description="Mean difference over seeds.")
+    low: Finite = Field(description="Lower end of the 95 % confidence interval.")
+    high: Finite = Field(description="Upper end of the 95 % confidence interval.")
+    p_value: Share = Field(description="Two-sided p-value.")
+    adjusted_p_value: Share = Field(description="p-value after Holm's correction over contestants and benchmarks.")
+    test: Literal["McNemar", "t"] = Field(
+        description="`McNemar`: exact test of right-or-wrong items, with one seed; `t`: the test of the interval."
+    )
+    seeds: Count = Field(description="Seeds that both have in common; with one seed the interval covers items alone.")
+    items: Count = Field(description="Number of items.")
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether the difference is significant at 5 % after correction, on enough items."""
+        return self.adjusted_p_value < 0.05 and self.items >= MIN_DOCUMENTS
+
+
+class Retained(Record):
+    """What became of one ability of the base model."""
+
+    measure: str = Field(description="`bits per byte`, or the name of a benchmark.")
+    language: str = Field("", description="Source language; empty where the benchmark has none.")
+    unit: Literal["share", "number"] = Field(description="Unit of the measure.")
+    before: Finite = Field(description="Value of the base model.")
+    change: Finite = Field(description="Mean change over seeds.")
+    low: Finite = Field(description="Lower end of the 95 % confidence interval of the change.")
+    high: Finite = Field(description="Upper end of the 95 % confidence interval of the change.")
+    limit: NonNegative = Field(description="Loss up to which it counts as kept.")
+    outcome: Literal["improved", "kept", "lost", "undecided"] = Field(
+        description="`improved`: the interval is all gain; `kept`: it stays within the limit; `lost`: it is all loss; "
+        "`undecided`: any other."
+    )
+
+
+class Retention(Record):
+    """What a contestant kept of what the base model could do besides the target languages."""
+
+    contestant: str = Field(description="Name of the contestant.")
+    parts: tuple[Retained, ...] = Field(description="Bits per byte of each source language, then benchmarks.")
+
+
 class BudgetVerdict(Record):
     """What the statistics support at one budget."""
 
@@ -323,7 +376,12 @@ class BudgetVerdict(Record):
     best_is_supported: bool = Field(
         False, description="Whether the first of `ranked` is significantly below every other one."
     )
-    sentences: tuple[str, ...] = Field((), description="The same in words.")
+    measure_differences: tuple[MeasureDifference, ...] = Field(
+        (), description="Each contestant against the reference in each benchmark; one family for Holm's correction."
+    )
+    retention: tuple[Retention, ...] = Field((), description="What each contestant kept.")
+    sentences: tuple[str, ...] = Field((), description="Ranking and differences in words.")
+    retention_sentences: tuple[str, ...] = Field((), description="Retention in words.")
 
 
 class Verdict(Record):
@@ -360,6 +418,9 @@ class Results(Record):
     seeds: tuple[int, ...] = Field((), description="Seeds that each contestant trains with at each budget.")
     trials: tuple[Trial, ...] = Field(
         (), description="All trainings, tuning trials included; planned trials that are missing have not run yet."
+    )
+    in_progress: bool = Field(
+        False, description="Whether the run or comparison goes on; an unfinished trial has its last measurement."
     )
     verdict: Verdict | None = Field(None, description="What the statistics support; `elo report` computes it anew.")
 

@@ -82,6 +82,21 @@ def estimate(per_seed: Sequence[float], documents_R: Floats, seed: int = 0) -> E
     return Estimate(float(seeds.mean()), float(low), float(high), p_value)
 
 
+def estimate_items(differences_SN: Floats) -> Estimate:
+    """Combine the error over items, which is drawn from Student's t distribution, with that over seeds."""
+    means_N = differences_SN.mean(axis=0)
+    error = float(means_N.std(ddof=1)) / math.sqrt(means_N.size)
+    drawn_R = means_N.mean() + error * np.random.default_rng(means_N.size).standard_t(means_N.size - 1, RESAMPLES)
+    return estimate(differences_SN.mean(axis=1).tolist(), drawn_R)
+
+
+def mcnemar(ours_N: Floats, theirs_N: Floats) -> float:
+    """Exact two-sided p-value of McNemar's test: of the items that one model alone has right, each has as many."""
+    alone = [int((ours_N > theirs_N).sum()), int((ours_N < theirs_N).sum())]
+    total = sum(alone)
+    return min(1.0, 2 * sum(math.comb(total, count) for count in range(min(alone) + 1)) / 2**total)
+
+
 def bits_per_byte(nats_SD: Floats, bytes_D: Floats) -> Floats:
     """Bits per byte [S] of each row."""
     return np.asarray(nats_SD.sum(axis=1) / (math.log(2) * bytes_D.sum()))

@@ -132,14 +132,14 @@ def _measure_columns(
         (value.language, value.measure, value.name)
         for each in measured
         for value in each.measures
-        if (value.name != "all") == subsets
+        if (value.name != "all" or value.is_detail) == subsets
     )
     found = []
     for key in sorted(keys, key=lambda key: (key[0] not in results.languages.targets, not key[0], key[0])):
         arrow = "↓" if any(_is(v, key) and not v.higher_is_better for m in measured for v in m.measures) else "↑"
         base = _measure_cell([results.base], key)
         cells = [_measure_cell([trial.measured for trial in trials[each.name]], key) for each in order]
-        title = f"{key[1]} {key[0]}".strip() + (f": {key[2]}" if subsets else "")
+        title = f"{key[1]} {key[0]}".strip() + (f": {key[2]}" if subsets and key[2] != "all" else "")
         title = title.replace("_", " ")
         chance = next((v.chance for m in measured for v in m.measures if _is(v, key) and v.chance is not None), None)
         unit = arrow if chance is None else f"{arrow}, chance {chance:.{0 if chance >= 0.01 else 2}%}"
@@ -180,7 +180,72 @@ def measures_table(results: Results, budget: Budget) -> Table | None:
         return None
     rows = tuple((Cell(column.title, column.unit), base, *cells) for column, base, cells in columns)
     heads = (Column("Benchmark", is_text=True), Column("Base model"), *(Column(c.title) for c in results.contestants))
-    return Table(heads, rows, "±: one standard error, of shares in percentage points, with items taken as independent.")
+    note = "±: one standard error, of shares in percentage points, with items taken as independent."
+    if any("margin" in column.title for column, _, _ in columns):
+        note += " Margin: log-likelihood of the right choice less that of the likeliest wrong one, in nats per byte."
+    return Table(heads, rows, note)
+
+
+def paired_table(results: Results, verdict: BudgetVerdict) -> Table | None:
+    """Each contestant against the reference in each benchmark, over the same items."""
+    rows = [
+        (
+            Cell(title_of(results, each.contestant), swatch=each.contestant),
+            Cell(f"{each.measure} {each.language}".strip().replace("_", " ")),
+            Cell(
+                _change(each.value, each.unit),
+                f"{_change(each.low, each.unit)} to {_change(each.high, each.unit)}",
+                each.is_supported,
+                tone="good" if (each.value > 0) == each.higher_is_better else "bad",
+            ),
+            Cell(f"{each.adjusted_p_value:.2g}", each.test),
+            Cell(f"{each.items:,}"),
+        )
+        for each in verdict.measure_differences
+    ]
+    columns = (
+        Column("Contestant", is_text=True),
+        Column("Benchmark", is_text=True),
+        Column(f"Difference from {title_of(results, verdict.reference)}", "95 % interval"),
+        Column("p, corrected", "test"),
+        Column("Items"),
+    )
+    note = "Shares in percentage points, margins in nats per byte. Bold: significant at 5 % after Holm's correction."
+    return Table(columns, tuple(rows), note) if rows else None
+
+
+def retention_table(results: Results, verdict: BudgetVerdict) -> Table | None:
+    """What each contestant kept of what the base model could do besides the target languages."""
+    rows = [
+        (
+            Cell(title_of(results, kept.contestant), swatch=kept.contestant),
+            Cell(f"{part.measure} {part.language}".strip().replace("_", " ")),
+            Cell(f"{part.before:.1%}" if part.unit == "share" else f"{part.before:.3f}"),
+            Cell(
+                _change(part.change, part.unit),
+                f"{_change(part.low, part.unit)} to {_change(part.high, part.unit)}",
+                tone={"lost": "bad", "improved": "good"}.get(part.outcome, ""),
+            ),
+            Cell(f"{100 * part.limit:g} points" if part.unit == "share" else f"{part.limit:g}"),
+            Cell(part.outcome),
+        )
+        for kept in verdict.retention
+        for part in kept.parts
+    ]
+    columns = (
+        Column("Contestant", is_text=True),
+        Column("Measure", is_text=True),
+        Column("Base model"),
+        Column("Change", "95 % interval"),
+        Column("Limit"),
+        Column("Outcome"),
+    )
+    note = "Bits per byte: lower is better. Accuracies: higher is better; changes in percentage points."
+    return Table(columns, tuple(rows), note) if rows else None
+
+
+def _change(value: float, unit: str) -> str:
+    return signed(100 * value, 1) if unit == "share" else signed(value)
 
 
 def stages_table(results: Results, trials: Sequence[Trial]) -> Table | None:

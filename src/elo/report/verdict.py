@@ -6,6 +6,8 @@ from dataclasses import asdict
 import numpy as np
 
 from elo.format import count, duration, learning_rate, listed, mean_of, signed
+from elo.report import retention
+from elo.report.paired import BASE, compare_measures
 from elo.report.schema import (
     MIN_DOCUMENTS,
     Budget,
@@ -20,7 +22,6 @@ from elo.report.schema import (
 )
 from elo.report.statistics import Floats, bits_per_byte, estimate, holm, resampled_documents
 
-BASE = "base"
 Pair = tuple[str, str, tuple[str, ...]]
 """Contestant, reference, languages."""
 OFF_BUDGET = 0.1
@@ -29,7 +30,8 @@ RULE = (
     "Differences are paired by seed and document. Intervals cover 95 %: documents are resampled 10,000 times, and the "
     "error over seeds is drawn from Student's t distribution. p-values are two-sided and corrected by Holm's method "
     "over contestants and languages, budget by budget. Bold: significant at 5 % after correction, on at least "
-    f"{MIN_DOCUMENTS} documents."
+    f"{MIN_DOCUMENTS} documents. Benchmarks are compared in the same way, item by item, as a family of their own; with "
+    f"one seed, accuracies by McNemar's exact test. {retention.RULE}"
 )
 
 
@@ -73,6 +75,13 @@ def _judge(results: Results, budget: str) -> BudgetVerdict:
     ranked = sorted(bpb, key=bpb.__getitem__)
     against = compare(results, budget, [(ranked[0], name, targets) for name in ranked[1:]])
     supported = [each for each in against if each.is_supported and each.value < 0]
+    sources = [(language,) for language in results.languages.sources]
+    retained = {
+        name: retention.retention(
+            results, budget, name, compare(results, budget, [(name, BASE, each) for each in sources])
+        )
+        for name in names
+    }
     verdict = BudgetVerdict(
         budget=budget,
         reference=reference,
@@ -80,6 +89,13 @@ def _judge(results: Results, budget: str) -> BudgetVerdict:
         ranked=tuple(ranked),
         best_against=against,
         best_is_supported=0 < len(supported) == len(ranked) - 1,
+        measure_differences=compare_measures(
+            results, budget, [(name, reference) for name in names if name != reference]
+        ),
+        retention=tuple(each for each in retained.values() if each is not None),
+        retention_sentences=tuple(
+            retention.sentence(title_of(results, name), each) for name, each in retained.items() if each is not None
+        ),
     )
     return verdict.model_copy(update={"sentences": tuple(_sentences(results, verdict))})
 

@@ -4,15 +4,16 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from elo.errors import EloError, UnfinishedError
 from elo.store.files import TEMPORARY_PREFIX, read_json, remove, sha256_file, sha256_json, write_json
+from elo.store.live import live_file
 from elo.store.processes import from_main, is_main, wait_until
 
 Paths = tuple[Path, ...]
@@ -88,7 +89,7 @@ class RunFolder:
 
     def _nothing_done(self) -> bool:
         """Return whether the run folder holds only files that every start writes."""
-        begun = all(path.name.endswith(".begun.json") for path in (self.root / "stages").iterdir())
+        begun = all(path.name.endswith((".begun.json", ".live.json")) for path in (self.root / "stages").iterdir())
         return begun and {path.name for path in self.root.iterdir()} <= {"stages", "run.lock", "config.json"}
 
     def path(self, *parts: str) -> Path:
@@ -131,7 +132,7 @@ class RunFolder:
             return function(output, **arguments, **(execution or {}))
 
         fingerprint = self._stage(name, inputs, work, outputs=outputs, scratch=scratch, collective=collective)
-        return Artifact(output, fingerprint, read_json(self._stage_file(name))["record"])
+        return Artifact(output, fingerprint, read_json(self.stage_file(name))["record"])
 
     def _stage(
         self,
@@ -147,12 +148,12 @@ class RunFolder:
         fingerprint = _fingerprint(name, inputs)
         if collective:
             if not from_main(lambda: self._is_done(name, fingerprint, inputs, outputs, scratch)):
-                record = self._timed(work)
+                record = self._timed(name, work)
                 from_main(lambda: None)  # all processes must finish before the stage counts as complete
                 if is_main():
                     self._finish(name, fingerprint, inputs, outputs, scratch, record)
         elif is_main() and not self._is_done(name, fingerprint, inputs, outputs, scratch):
-            self._finish(name, fingerprint, inputs, outputs, scratch, self._timed(work))
+            self._finish(name, fingerprint, inputs, outputs, scratch, self._timed(name, work))
         wait_until(lambda: self._has_record(name, fingerprint))
         return fingerprint
 
@@ -164,7 +165,7 @@ class RunFolder:
         """
         inputs = {key: identity(value) for key, value in arguments.items()}
         fingerprint = _fingerprint(name, inputs)
-        for path in (self._stage_file(name), self._stage_file(name, begun=True)):
+        for path in (self.stage_file(name), self.stage_file(name, "begun")):
             found = _read_record(path, ("fingerprint",))
             if found is not None and found["fingerprint"] != fingerprint:
                 changed = _difference(found.get("inputs", {}), inputs)
@@ -175,11 +176,11 @@ class RunFolder:
         self._mark_begun(name, fingerprint, inputs)
 
     def _mark_begun(self, name: str, fingerprint: str, inputs: Mapping[str, Any]) -> None:
-        write_json(self._stage_file(name, begun=True), {"fingerprint": fingerprint, "inputs": dict(inputs)})
+        write_json(self.stage_file(name, "begun"), {"fingerprint": fingerprint, "inputs": dict(inputs)})
 
     def _is_done(self, name: str, fingerprint: str, inputs: Mapping[str, Any], outputs: Paths, scratch: Paths) -> bool:
         """Return whether the stage is complete with these inputs; if not, remove what other inputs left."""
-        done_path, begun_path = self._stage_file(name), self._stage_file(name, begun=True)
+        done_path, begun_path = self.stage_file(name), self.stage_file(name, "begun")
         done = _read_record(done_path, ("fingerprint", "inputs", "outputs", "record"))
         if done is not None:
             changed = done["fingerprint"] != fingerprint
@@ -212,15 +213,16 @@ class RunFolder:
             stage = self._skipped.pop(value, None) if isinstance(value, str) else None
             for name, expected in (stage or {}).get("sha256", {}).items():
                 if sha256_file(self.root / name) != expected:
-                    self._stage_file(stage["stage"]).unlink(missing_ok=True)  # type: ignore[index]
+                    self.stage_file(stage["stage"]).unlink(missing_ok=True)  # type: ignore[index]
                     raise UnfinishedError(
                         f"{self.root / name}: its checksum is not the recorded one, so it was altered or the disk is "
                         "failing; run the same command again to recreate it"
                     )
 
-    def _timed(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _timed(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         started = time.perf_counter()
-        record = work()
+        with live_file(self.stage_file(name, "live")) if is_main() else nullcontext():
+            record = work()
         record.setdefault("seconds", time.perf_counter() - started)
         return record
 
@@ -242,13 +244,15 @@ class RunFolder:
             "sha256": {name: sha256_file(self.root / name) for name in sizes if name.endswith(_CHECKED)},
             "record": record,
         }
-        write_json(self._stage_file(name), value)
-        self._stage_file(name, begun=True).unlink(missing_ok=True)
+        write_json(self.stage_file(name), value)
+        states: tuple[Literal["begun", "live"], ...] = ("begun", "live")
+        for state in states:
+            self.stage_file(name, state).unlink(missing_ok=True)
         for path in scratch:
             remove(path)
 
     def _has_record(self, name: str, fingerprint: str) -> bool:
-        record = _read_record(self._stage_file(name), ("fingerprint",))
+        record = _read_record(self.stage_file(name), ("fingerprint",))
         return record is not None and record["fingerprint"] == fingerprint
 
     def sweep(self) -> None:
@@ -256,9 +260,10 @@ class RunFolder:
         for leftover in self.root.rglob(f"{TEMPORARY_PREFIX}*"):
             remove(leftover)
 
-    def _stage_file(self, name: str, *, begun: bool = False) -> Path:
+    def stage_file(self, name: str, state: Literal["", "begun", "live"] = "") -> Path:
+        """Return the path of a stage's record, or of the file that marks it as begun or shows how far it is."""
         flat = name.replace("/", "-")
-        return self.root / "stages" / (f"{flat}.begun.json" if begun else f"{flat}.json")
+        return self.root / "stages" / (f"{flat}.{state}.json" if state else f"{flat}.json")
 
 
 def identity(value: Any) -> Any:

@@ -4,7 +4,7 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from elo.checkpoint.folder import (
 )
 from elo.checkpoint.layers import parse_layers
 from elo.checkpoint.model_config import num_layers_of, text_config_of
-from elo.checkpoint.naming import LayerNames, NameMap, find_layer_names, load_hollow, map_names
+from elo.checkpoint.naming import LayerNames, NameMap, find_layer_names, load_hollow, map_names, refuse_more_layers
 from elo.checkpoint.new_rows import first_new_row_of
 from elo.checkpoint.refusals import require_detachable
 from elo.checkpoint.shared_files import copy_shared
@@ -53,6 +53,7 @@ def detach_checkpoint(
     base_name: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
+    check: Callable[[Path], None] = lambda folder: None,
     trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     label: str | None = None,
@@ -66,6 +67,7 @@ def detach_checkpoint(
         base_name: name of the base in the record (a hub id); None records the folder's path.
         revision: the base's revision on the hub, for the record.
         overwrite: replace an existing output.
+        check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
         max_shard_bytes: size of a weight file, in bytes, above which the weights are split.
         label: label of the progress bar; None shows no progress.
@@ -86,7 +88,7 @@ def detach_checkpoint(
     hollow = build_hollow_causal_lm(base.config, trust_remote_code=trust_remote_code)
     names = find_layer_names(hollow, base.weights)
 
-    _refuse_more_layers(base.weights, names)
+    refuse_more_layers(base.weights, names)
     edits = layer_edits(text_config_of(base.config), kept)
     config_json = edit_json(base.config_json, base.config, edits)
     small_config = read_edited_config(config_json, base.config, edits)
@@ -108,6 +110,7 @@ def detach_checkpoint(
         record = config_json[PROVENANCE_KEY] = provenance.result()
         write_config(folder, config_json)
         copy_side_files(base.folder, folder, python=trust_remote_code)
+        check(folder)
     return record
 
 
@@ -120,6 +123,7 @@ def attach_checkpoint(
     include: Sequence[str] = (),
     link: bool = False,
     overwrite: bool = False,
+    check: Callable[[Path], None] = lambda folder: None,
     trust_remote_code: bool = False,
     label: str | None = None,
 ) -> dict[str, Any]:
@@ -137,6 +141,7 @@ def attach_checkpoint(
         include: parts to attach besides the layers: "embedding", "norm", "head".
         link: hard-link weight files that do not change, if the file system allows it.
         overwrite: replace an existing output.
+        check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
         label: label of the progress bar; None shows no progress.
 
@@ -185,6 +190,7 @@ def attach_checkpoint(
             shutil.copyfile(whole.folder / CONFIG_FILE, folder / CONFIG_FILE)
             copy_unlisted_weights(whole.weights, folder)
             copy_side_files(whole.folder, folder, python=trust_remote_code)
+            check(folder)
     return {
         "base": str(base),
         "detached": str(detached),
@@ -226,24 +232,6 @@ def _small_tensors(
             "download the checkpoint again"
         )
     return tensors
-
-
-def _refuse_more_layers(weights: Checkpoint, names: LayerNames) -> None:
-    """Raise EloError if the weights hold more decoder layers than the configuration counts.
-
-    Layers for multi-token prediction have other tensors and are not counted.
-    """
-    made_of: dict[int, set[str]] = {}
-    for name in weights.tensors:
-        layer, rest = names.split(name)
-        if layer is not None:
-            made_of.setdefault(layer, set()).add(rest)
-    more = [index for index in made_of if index >= names.num_layers and made_of[index] == made_of.get(0)]
-    if more:
-        raise EloError(
-            f"{weights.folder}: {CONFIG_FILE} counts {names.num_layers} decoder layers, but the weights also hold "
-            f"layer {min(more)}; download the checkpoint again"
-        )
 
 
 def _provenance(

@@ -1,5 +1,6 @@
 """Translate the training settings to arguments of transformers and accelerate, and check them before any work."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,7 +129,7 @@ def accelerating(settings: TrainingSettings, arguments: TrainingArguments) -> It
         name = str(arguments.run_name or folder.parent.name)
         simple = {key: value for key, value in settings.model_dump().items() if isinstance(value, int | float | str)}
         named = {"wandb": {"name": name}, "trackio": {"name": name}, "mlflow": {"run_name": name}}
-        accelerator.init_trackers("elo", simple, named)
+        accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "elo"), simple, named)
     try:
         yield accelerator
     finally:
@@ -164,11 +165,11 @@ def _trackers(settings: TrainingSettings) -> list[str]:
 
 
 def _check_trackers(names: Iterable[str]) -> None:
-    known = [str(each) for each in LoggerType]
+    known, installed = sorted(map(str, LoggerType)), [*map(str, get_available_trackers()), "all"]
     for name in names:
         if name not in known:
-            raise EloError(f"report_to: got {name!r}; write none, or some of {', '.join(sorted(known))}")
-        if name != "all" and name not in get_available_trackers():
+            raise EloError(f"report_to: got {name!r}; write none, or some of {', '.join(known)}")
+        if name not in installed:
             raise EloError(f"report_to: {name} is not installed; install its package, or remove it")
 
 

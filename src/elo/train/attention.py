@@ -8,14 +8,15 @@ Shapes: B sequences, T tokens per sequence, S = B x T, H heads, K key-value head
 """
 
 from itertools import groupby
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 
+from elo.checkpoint.architecture import layers_of
 from elo.errors import EloError
 from elo.evaluate.scoring import rope_limit
 from elo.store.processes import from_main
@@ -148,17 +149,49 @@ def choose_attention(
 def require_own_positions(
     config: PreTrainedConfig, sequence_length: int, *, packed: bool, batch_size: int, section: str = ""
 ) -> None:
-    """Raise EloError if the rotary frequencies of a document would depend on the longest document in its batch."""
+    """Raise EloError if rotary frequencies or sparse attention would depend on the other documents in a batch."""
     limit = rope_limit(config)
     if limit is None or sequence_length <= limit or not (packed or batch_size > 1):
         return
     size = f"{section}.per_device_train_batch_size".removeprefix(".")
     keys = [*(["data.packing: false"] if packed else []), *([f"{size}: 1"] if batch_size > 1 else [])]
     raise EloError(
-        f"{'data.packing' if packed else size}: beyond {limit:,} positions the rotary embedding "
-        f"of this {config.model_type} model depends on the longest document of a batch, so documents in a batch affect "
+        f"{'data.packing' if packed else size}: beyond {limit:,} positions the rotary embedding or sparse attention "
+        f"of this {config.model_type} model depends on the whole batch, so documents in a batch affect "
         f"each other; write {' and '.join(keys)}, or data.sequence_length: {limit} or less"
     )
+
+
+def ignores_document_starts(model: PreTrainedModel) -> bool:
+    """Return whether a model without weights builds its attention mask without looking where position ids restart.
+
+    Some multimodal wrappers (Qwen2.5-VL, GLM-4V) only look at position ids of four rows, for text and image grids.
+    The model runs as far as its first decoder layer. If it fails before, the answer is False: training checks it again,
+    with weights.
+    """
+    looked: list[bool] = []
+    find_starts = masking_utils.find_packed_sequence_indices
+
+    def look(position_ids: Tensor) -> None:
+        looked.append(True)
+
+    def stop(*_: Any) -> NoReturn:
+        raise StopIteration
+
+    ids, positions = torch.zeros(1, 8, dtype=torch.long), torch.arange(4).repeat(1, 2)
+    hook = layers_of(model)[0].register_forward_pre_hook(stop)
+    masking_utils.find_packed_sequence_indices = look
+    try:
+        with torch.no_grad():
+            model(input_ids=ids.to("meta"), position_ids=positions.to("meta"), use_cache=False)
+    except StopIteration:
+        return not looked
+    except Exception:  # models can raise any type without data
+        return False
+    finally:
+        masking_utils.find_packed_sequence_indices = find_starts
+        hook.remove()
+    return False
 
 
 def _agrees(model: PreTrainedModel, sequence_length: int, autocast_dtype: torch.dtype | None) -> bool:

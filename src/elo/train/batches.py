@@ -25,7 +25,7 @@ def micro_batches(
     return iter(
         DataLoader(
             rows,
-            batch_sampler=(list(range(first, first + size)) for first in firsts),  # type: ignore[arg-type]
+            batch_sampler=(list(range(first, first + size)) for first in firsts),
             collate_fn=collator,
             num_workers=arguments.dataloader_num_workers,
             pin_memory=arguments.dataloader_pin_memory,

@@ -15,9 +15,10 @@ from elo.store.files import disk_errors_told, fsync_tree, read_json, remove, sha
 from elo.train.trained_files import first_names
 
 MANIFEST = "elo_checkpoint.json"
+RECORD = "elo_record.json"
 
 
-def write_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict[str, Any], keep: int) -> None:
+def write_checkpoint(accelerator: Accelerator, folder: Path, step: int, record: dict[str, Any], keep: int) -> None:
     """Write and seal the checkpoint of `step`, then remove all but the `keep` newest. Every process must call this."""
     checkpoint = folder / f"checkpoint-{step}"
 
@@ -34,7 +35,8 @@ def write_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: d
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with disk_errors_told(checkpoint):
-            seal_checkpoint(checkpoint, state)
+            write_json(checkpoint / RECORD, record)
+            seal_checkpoint(checkpoint)
         rotate_checkpoints(folder, keep)
     accelerator.wait_for_everyone()
 
@@ -50,19 +52,19 @@ def read_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     hook.remove()
 
 
-def seal_checkpoint(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Flush every file of a checkpoint, then write its manifest: sizes, checksums and `state`."""
+def seal_checkpoint(checkpoint: Path) -> None:
+    """Flush every file of a checkpoint, then write its manifest: sizes and checksums."""
     fsync_tree(checkpoint)
     files = {
         path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    write_json(checkpoint / MANIFEST, {"files": files, "state": state})
+    write_json(checkpoint / MANIFEST, {"files": files})
 
 
-def check_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """Return the state stored with a checkpoint.
+def check_checkpoint(checkpoint: Path) -> None:
+    """Compare the files of a checkpoint with its manifest.
 
     Raises:
         UnfinishedError: it has no manifest, or a file is missing, truncated or altered.
@@ -75,39 +77,18 @@ def check_checkpoint(checkpoint: Path) -> dict[str, Any]:
                 raise UnfinishedError(f"{checkpoint / MANIFEST}: lists {name!r}, which is outside its folder")
             if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
                 raise UnfinishedError(f"{path}: missing or damaged")
-        return _checked(manifest["state"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UnfinishedError):
             raise
         raise UnfinishedError(f"{checkpoint / MANIFEST}: is damaged, or not the manifest of a checkpoint") from None
 
 
-def _checked(state: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "seconds": float(state["seconds"]),
-        "cpu_seconds": float(state["cpu_seconds"]),
-        "losses": [_point(each) | _losses(each) for each in state["losses"]],
-        "evaluations": [
-            _point(each) | {"bpb": {str(key): float(value) for key, value in each["bpb"].items()}}
-            for each in state["evaluations"]
-        ],
-    }
-
-
-def _losses(point: dict[str, Any]) -> dict[str, Any]:
-    internal = {str(layer): float(loss) for layer, loss in point.get("internal", {}).items()}
-    return {"loss": float(point["loss"])} | ({"internal": internal} if internal else {})
-
-
-def _point(entry: dict[str, Any]) -> dict[str, Any]:
-    return {"tokens": int(entry["tokens"]), "seconds": float(entry["seconds"])}
-
-
 def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest complete checkpoint in `folder` with its state, and remove newer incomplete ones."""
+    """Return the newest complete checkpoint in `folder` with its record, and remove newer incomplete ones."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         try:
-            return checkpoint, check_checkpoint(checkpoint)
+            check_checkpoint(checkpoint)
+            return checkpoint, read_json(checkpoint / RECORD)
         except UnfinishedError as error:
             if (checkpoint / MANIFEST).exists():
                 warn(f"{error}; checkpoint {checkpoint.name} is removed, and the previous one is used")

@@ -46,8 +46,9 @@ def keep_old_rows(optimizer: torch.optim.Optimizer, model: Any, first_row: int) 
     Returns:
         Function that sets the gradients of old rows to zero, to call before clipping.
     """
-    kept = []
-    for weight in _trained(model):
+    kept: list[tuple[Any, torch.Tensor]] = []
+    sharded: list[Any] = list(_trained(model))
+    for weight in sharded:
         numbers = torch.arange(len(weight), device=weight.device_mesh.device_type)
         local = distribute_tensor(numbers, weight.device_mesh, weight.placements).to_local()
         num_old = int((local < first_row).sum())

@@ -28,6 +28,7 @@ from elo.train.arguments import accelerating, micro_steps_per_step, rows_per_ste
 from elo.train.attention import VARLEN, choose_attention, require_own_positions
 from elo.train.batches import PackedCollator, micro_batches
 from elo.train.checkpoints import latest_checkpoint, read_checkpoint, step_of, write_checkpoint
+from elo.train.cost import cost_so_far
 from elo.train.distributed import accumulating, check_sharding, launch_kept, whole_parts
 from elo.train.embedding_rows import keep_old_rows, rows_left_out
 from elo.train.loss import install_head_loss
@@ -144,7 +145,7 @@ def train(
         by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         scaling = {"scale_wrt_gas": False} if by_deepspeed else {}  # the loss is scaled here
         loss_sum, logged = torch.zeros(settings.num_losses, device=accelerator.device), done
-        note = ""
+        note, progress.curves = "", {"losses": record.losses, "evaluations": record.evaluations}
         wrapped.train()
         optimizer.train()
         record.resume_clock()
@@ -181,16 +182,17 @@ def train(
                 loss_sum, logged, note = torch.zeros_like(loss_sum), step, f"loss {mean:.3f}"
                 values = {"loss": mean, "grad_norm": gradient, "learning_rate": rate}
                 values |= {f"loss_layer_{layer}": value for layer, value in internal.items()}
-                accelerator.log(_named("train", values | record.add_loss(step, mean, internal)), step)
+                values |= record.add_loss(step, mean, internal) | cost_so_far(record.seconds, record.cpu_seconds)
+                accelerator.log(_named("train", values), step)
                 if fault := record.fault(gradient, settings.max_loss_spike_nats):
                     raise _diverged(fault, step, tokens_per_step, output_dir)
             progress.update(step * tokens_per_step, note)
             if evaluates:
                 assert evaluate is not None
                 bpb = _measure(evaluate, model, optimizer)
-                accelerator.log(
-                    _named("eval", {f"bpb_{k}": v for k, v in bpb.items()} | record.add_evaluation(step, bpb)), step
-                )
+                values = {f"bpb_{language}": value for language, value in bpb.items()}
+                values |= record.add_evaluation(step, bpb) | cost_so_far(record.seconds, record.cpu_seconds)
+                accelerator.log(_named("eval", values), step)
                 shown = ", ".join(f"{language} {value:.4f}" for language, value in bpb.items())
                 progress.say(f"{label}: {step * tokens_per_step:,} tokens, bits per byte: {shown}")
             if saves:

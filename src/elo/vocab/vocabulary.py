@@ -18,11 +18,11 @@ from elo.data.sources import read_documents
 from elo.data.text_loss import judge_loss, text_encoder
 from elo.data.tokenizer import TextTokenizer, load_tokenizer, save_with_backend
 from elo.data.tokenizing import TextCounts, batched
+from elo.detach_attach import check_replaceable, resolve_checkpoint
 from elo.errors import EloError
 from elo.format import listed
 from elo.log import Progress
 from elo.store.files import write_json
-from elo.surgery.detach_attach import check_replaceable, resolve_checkpoint
 from elo.vocab.pieces import Identity, PieceLearner, compare_tokenizers, extend_tokenizer, require_old_ids
 from elo.vocab.rows import INITIALISATIONS, NewTokens, RowInit, extend_checkpoint
 from elo.vocab.words import Fertility, measure_fertility

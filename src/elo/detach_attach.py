@@ -1,17 +1,20 @@
-"""Detach and attach layers of a checkpoint folder or hub id, without a configuration file or a tokenizer."""
+"""Detach and attach layers of a checkpoint folder or hub id, and check the output, without a configuration file."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from elo.check_output import check_output
 from elo.checkpoint.layers import DEFAULT_LAYERS
 from elo.errors import EloError
 from elo.store.files import disk_problem
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
-WEIGHT_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+WEIGHT_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
+_REMEDY = "report this with the model's name; nothing was written"
 _OTHER_WEIGHTS = ["original/*", "consolidated*", "[!a]*/*", "a[!d]*/*"]  # all folders except additional_chat_templates
 
 
@@ -49,6 +52,7 @@ def detach(
             base_name=name,
             revision=revision,
             overwrite=overwrite,
+            check=partial(check_output, inputs=(folder,), remedy=_REMEDY, trust_remote_code=trust_remote_code),
             trust_remote_code=trust_remote_code,
             label="detach",
         )
@@ -91,15 +95,18 @@ def attach(
             f"scale: got {scale}; write a number from -100 to 100 (1 keeps the trained weights, 0.5 half of the change)"
         )
 
+    small = resolve_checkpoint(detached, trust_remote_code=trust_remote_code)
+    whole = resolve_checkpoint(base, revision=revision, trust_remote_code=trust_remote_code)
     with readable_errors():
         return attach_checkpoint(
-            resolve_checkpoint(detached, trust_remote_code=trust_remote_code),
-            resolve_checkpoint(base, revision=revision, trust_remote_code=trust_remote_code),
+            small,
+            whole,
             Path(output),
             scale=scale,
             include=include,
             link=link,
             overwrite=overwrite,
+            check=partial(check_output, inputs=(whole,), remedy=_REMEDY, trust_remote_code=trust_remote_code),
             trust_remote_code=trust_remote_code,
             label="attach",
         )

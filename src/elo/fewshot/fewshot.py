@@ -1,0 +1,385 @@
+"""`elo fewshot`: what labelled examples are worth in the prompt and in training (arXiv 2403.01929).
+
+- in-context: the examples are written into the prompt, behind the instruction.
+- sft: low-rank adapters are trained on the labels of the examples.
+- instruction: the same, with the instruction in front of each example.
+
+A prediction is the label whose word is the likeliest continuation (summed log-likelihood). Adapters are removed after
+each measurement, so that every one starts from the same model.
+"""
+
+import copy
+import datetime
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from elo.checkpoint.counting import footprint
+from elo.data.packing import IGNORE_INDEX
+from elo.data.tokenizer import TextTokenizer, load_tokenizer
+from elo.errors import EloError
+from elo.evaluate.base import share_error
+from elo.evaluate.loading import load_model
+from elo.evaluate.scoring import embedding_weight, evaluating, longest_sequence, vocabulary_size
+from elo.fewshot.table import render
+from elo.fewshot.task import DEFAULT_TEMPLATE, Example, Task, draw_examples, read_task
+from elo.log import Progress
+from elo.methods.lora import Lora
+from elo.report.statistics import estimate_items
+from elo.store.environment import hardware, versions
+from elo.store.files import write_json
+
+WAYS = ("in-context", "sft", "instruction")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How adapters are trained."""
+
+    epochs: int = 10
+    learning_rate: float = 5e-4
+    batch_size: int = 4
+    rank: int = 16
+
+
+@dataclass
+class Cell:
+    """One way of learning from one number of examples, seed by seed."""
+
+    way: str
+    examples: int
+    right: list[list[float]] = field(default_factory=list)
+    used: list[int] = field(default_factory=list)
+    train_tokens: list[int] = field(default_factory=list)
+    train_cpu_seconds: list[float] = field(default_factory=list)
+    train_seconds: list[float] = field(default_factory=list)
+    test_tokens: list[int] = field(default_factory=list)
+    test_cpu_seconds: list[float] = field(default_factory=list)
+    test_seconds: list[float] = field(default_factory=list)
+
+
+def few_shot(
+    model: str | Path,
+    train: str | Path,
+    test: str | Path,
+    *,
+    tokenizer: str | None = None,
+    text_field: str = "text",
+    label_field: str = "label",
+    words: dict[str, str] | None = None,
+    template: str = DEFAULT_TEMPLATE,
+    instruction: str | None = None,
+    ways: Sequence[str] = WAYS,
+    examples: Sequence[int] = (8, 32),
+    seeds: Sequence[int] = (1, 2, 3),
+    training: Training | None = None,
+    limit: int | None = None,
+    output: str | Path | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compare in-context learning, SFT and instruction tuning on a labelled task.
+
+    Args:
+        model: checkpoint folder or hub id.
+        train: JSON lines that examples are drawn from.
+        test: JSON lines to predict.
+        tokenizer: folder or hub id; by default the model's.
+        text_field: key of the text.
+        label_field: key of the label.
+        words: word by label; by default the label itself.
+        template: what stands in front of the label's word; holds `{text}`.
+        instruction: by default one that lists the words.
+        ways: of `WAYS`.
+        examples: numbers of examples, drawn evenly over the labels; 0 is possible in context.
+        seeds: each draws its own examples and initialises its own adapters.
+        training: how adapters are trained.
+        limit: predict only this many items of `test`, drawn at random, the same for every seed.
+        output: JSON file to write.
+        device: by default cuda where there is one, else cpu.
+        trust_remote_code: run code that ships with the checkpoint.
+        progress: show progress and a table.
+
+    Raises:
+        EloError: a file or an argument is wrong.
+    """
+    training = training or Training()
+    if output is not None and Path(output).is_dir():
+        raise EloError(f"{output}: is a folder; name the file to write, for example {Path(output) / 'fewshot.json'}")
+    task = read_task(Path(train), Path(test), text_field, label_field, words or {}, template, instruction, limit)
+    _check(task, ways, examples, seeds, training)
+    encoder = load_tokenizer(tokenizer or model, trust_remote_code)
+    loaded = load_model(str(model), device, None, None, trust_remote_code)
+    encoder.check_embedding(vocabulary_size(loaded), str(model))
+    cells = [Cell(way, count) for way in ways for count in sorted(set(examples)) if count or way == "in-context"]
+    label = "few-shot" if progress else None
+    with Progress(len(cells) * len(seeds), label, "measurements") as bar:
+        for cell in cells:
+            for seed in seeds:
+                _measure(cell, seed, loaded, encoder, task, training)
+                bar.advance(1)
+    results = {
+        "schema": 1,
+        "kind": "few_shot",
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "model": str(model),
+        "task": {
+            "train": str(train),
+            "test": str(test),
+            "items": len(task.test),
+            "labels": dict(zip(task.labels, task.words, strict=True)),
+            "majority": max(Counter(each.label for each in task.test).values()) / len(task.test),
+            "template": template,
+            "instruction": task.instruction,
+        },
+        "training": asdict(training),
+        "seeds": list(seeds),
+        "hardware": hardware(),
+        "versions": versions(),
+        "rows": [_row(cell, loaded, training) for cell in cells],
+        "differences": _differences(cells),
+    }
+    if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(output), results)
+    if progress:
+        Console(width=max(118, Console().width)).print(render(results))
+    return results
+
+
+def _check(task: Task, ways: Sequence[str], examples: Sequence[int], seeds: Sequence[int], training: Training) -> None:
+    for way in ways:
+        if way not in WAYS:
+            raise EloError(f"--ways {way}: there is no such way; choose from {', '.join(WAYS)}")
+    for count in examples:
+        if not 0 <= count <= len(task.train):
+            raise EloError(f"--examples {count}: give 0 to {len(task.train)}, the number of training examples")
+    if not ways or not examples or not seeds or len(set(seeds)) < len(seeds):
+        raise EloError("fewshot: give at least one way, number of examples and seed, and each seed once")
+    if not any(count or "in-context" in ways for count in examples):
+        raise EloError("--examples 0: nothing can be trained on no example; add a number, or the way in-context")
+    if min(training.epochs, training.batch_size, training.rank) < 1 or not training.learning_rate > 0:
+        raise EloError("fewshot: --epochs, --batch-size, --rank and --learning-rate must be above 0")
+
+
+# Learning and predicting.
+
+
+def _measure(
+    cell: Cell, seed: int, model: PreTrainedModel, tokenizer: TextTokenizer, task: Task, training: Training
+) -> None:
+    """Add one seed to a cell."""
+    drawn = draw_examples(task, cell.examples, seed)
+    instruction = "" if cell.way == "sft" else f"{task.instruction}\n\n"
+    items = [_Item.of(task, example, tokenizer) for example in task.test]
+    if cell.way == "in-context":
+        context, used = _context(task, instruction, drawn, items, tokenizer, longest_sequence(model))
+        tuner, tokens, spent = None, 0, (0.0, 0.0)
+    else:
+        context, used = [tokenizer.prefix_token_id, *_encode(tokenizer, instruction)], len(drawn)
+        _check_length(context, items, longest_sequence(model))
+        started, cpu_started = time.perf_counter(), time.process_time()
+        learnt = [_Item.of(task, example, tokenizer) for example in drawn]
+        tuner, tokens = _train(model, context, learnt, training, seed)
+        spent = time.perf_counter() - started, time.process_time() - cpu_started
+    started, cpu_started = time.perf_counter(), time.process_time()
+    try:
+        scores = _scores(model, context, items)
+    finally:
+        if tuner is not None:
+            tuner.unload()
+    predicted = [max(range(len(each)), key=each.__getitem__) for each in scores]
+    cell.right.append([float(label == each.label) for label, each in zip(predicted, items, strict=True)])
+    cell.used.append(used)
+    cell.train_tokens.append(tokens)
+    cell.train_seconds.append(spent[0])
+    cell.train_cpu_seconds.append(spent[1])
+    cell.test_tokens.append(len(context) + sum(each.tokens for each in items))
+    cell.test_seconds.append(time.perf_counter() - started)
+    cell.test_cpu_seconds.append(time.process_time() - cpu_started)
+
+
+@dataclass(frozen=True)
+class _Item:
+    """An example as token ids: those of the prompt, and those of every label's word behind it."""
+
+    prompt: list[int]
+    words: list[list[int]]
+    label: int
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.words))
+
+    @classmethod
+    def of(cls, task: Task, example: Example, tokenizer: TextTokenizer) -> "_Item":
+        prompt = task.prompt(example)
+        wholes = [ids.tolist() for ids in tokenizer.encode_batch([f"{prompt} {word}" for word in task.words])]
+        shared = 0  # a word may merge with the end of the prompt
+        while all(len(ids) > shared + 1 and ids[shared] == wholes[0][shared] for ids in wholes):
+            shared += 1
+        return cls(wholes[0][:shared], [ids[shared:] for ids in wholes], example.label)
+
+
+def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
+    return [int(index) for index in tokenizer.encode_batch([text])[0]] if text else []
+
+
+def _context(
+    task: Task,
+    instruction: str,
+    drawn: Sequence[Example],
+    items: Sequence[_Item],
+    tokenizer: TextTokenizer,
+    limit: int | None,
+) -> tuple[list[int], int]:
+    """Token ids in front of each item, and how many of the examples fit into the model's positions."""
+    start = [tokenizer.prefix_token_id, *_encode(tokenizer, instruction)]
+    _check_length(start, items, limit)
+    longest = max(len(item.prompt) + max(map(len, item.words)) for item in items)
+    used = 0
+    for example in drawn:
+        more = _encode(tokenizer, f"{task.prompt(example)} {task.words[example.label]}\n\n")
+        if limit is not None and len(start) + len(more) + longest > limit:
+            break
+        start += more
+        used += 1
+    return start, used
+
+
+def _check_length(context: Sequence[int], items: Sequence[_Item], limit: int | None) -> None:
+    longest = max(len(item.prompt) + max(map(len, item.words)) for item in items)
+    if limit is not None and len(context) + longest > limit:
+        raise EloError(
+            f"fewshot: the longest test item and the instruction have {len(context) + longest} tokens, but the model "
+            f"takes {limit}; shorten them"
+        )
+
+
+def _train(
+    model: PreTrainedModel, context: Sequence[int], items: Sequence[_Item], training: Training, seed: int
+) -> tuple[Any, int]:
+    """Add adapters to the model and train them on the words of the labels.
+
+    Returns:
+        The adapters, whose `unload` takes them off the model, and the tokens computed in training.
+    """
+    from peft import LoraConfig, LoraModel
+
+    place = embedding_weight(model).device
+    config = LoraConfig(r=training.rank, lora_alpha=2 * training.rank, target_modules="all-linear")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tuner = LoraModel(model, {"default": config}, "default")
+    trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=0.0)
+    order, batches = random.Random(seed), []
+    for _ in range(training.epochs):
+        shuffled = order.sample(items, len(items))
+        batches += [shuffled[at : at + training.batch_size] for at in range(0, len(shuffled), training.batch_size)]
+    tokens = 0
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * (1 - step / len(batches))
+        rows = [([*context, *item.prompt], item.words[item.label]) for item in batch]
+        width = max(len(before) + len(word) for before, word in rows)
+        ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
+        attended_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, IGNORE_INDEX)
+        for row, (before, word) in enumerate(rows):
+            length = len(before) + len(word)
+            ids_BT[row, :length] = torch.tensor([*before, *word])
+            attended_BT[row, :length] = 1
+            labels_BT[row, len(before) : length] = torch.tensor(word)
+        output = model(
+            input_ids=ids_BT.to(place),
+            attention_mask=attended_BT.to(place),
+            labels=labels_BT.to(place),
+            use_cache=False,
+        )
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        tokens += ids_BT.numel()
+    return tuner, tokens
+
+
+def _scores(model: PreTrainedModel, context: Sequence[int], items: Sequence[_Item]) -> list[list[float]]:
+    """Log-likelihood of every label's word, by item. What items or labels share is computed once."""
+    found = []
+    with evaluating(model) as place:
+        ids_BT = torch.tensor([context], device=place)
+        shared = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True).past_key_values
+        if not hasattr(shared, "batch_repeat_interleave"):
+            raise EloError(
+                f"fewshot: {type(model).__name__} keeps no key-value cache; measure the task with elo evaluate --cloze"
+            )
+        for item in items:
+            cache = copy.deepcopy(shared)
+            last_V = model(
+                input_ids=torch.tensor([item.prompt], device=place), past_key_values=cache, use_cache=True
+            ).logits[0, -1]
+            first_V = last_V.float().log_softmax(0)
+            scores = [float(first_V[word[0]]) for word in item.words]
+            if (width := max(map(len, item.words))) > 1:
+                ids_BT = torch.tensor([[*word, *[0] * (width - len(word))] for word in item.words], device=place)
+                cache.batch_repeat_interleave(len(item.words))
+                logits_BTV = model(input_ids=ids_BT[:, :-1], past_key_values=cache, use_cache=True).logits
+                nats_BT = logits_BTV.float().log_softmax(2).gather(2, ids_BT[:, 1:, None])[..., 0]
+                scores = [
+                    score + float(nats_BT[row, : len(item.words[row]) - 1].sum()) for row, score in enumerate(scores)
+                ]
+            found.append(scores)
+    return found
+
+
+# What was found.
+
+
+def _row(cell: Cell, model: PreTrainedModel, training: Training) -> dict[str, Any]:
+    accuracies = [fmean(right) for right in cell.right]
+    estimate = estimate_items(np.array(cell.right))
+    per_item = fmean(cell.test_tokens) / len(cell.right[0])
+    lora = Lora(rank=training.rank)
+    per_token = lora.flops_per_token(lora.phases[0], footprint(model.config), (), max(2, round(per_item)))
+    return {
+        "way": cell.way,
+        "examples": cell.examples,
+        "used_examples": cell.used,
+        "accuracy": estimate.value,
+        "low": max(0.0, estimate.low),
+        "high": min(1.0, estimate.high),
+        "accuracy_by_seed": accuracies,
+        "standard_error_seeds": stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else None,
+        "standard_error_items": share_error(estimate.value, len(cell.right[0])),
+        "train_tokens": fmean(cell.train_tokens),
+        "train_seconds": fmean(cell.train_seconds),
+        "train_cpu_seconds": fmean(cell.train_cpu_seconds),
+        "train_flops": fmean(cell.train_tokens) * per_token.total,
+        "test_tokens_per_item": per_item,
+        "test_seconds_per_item": fmean(cell.test_seconds) / len(cell.right[0]),
+        "test_cpu_seconds_per_item": fmean(cell.test_cpu_seconds) / len(cell.right[0]),
+        "test_flops_per_item": per_item * per_token.forward,
+    }
+
+
+def _differences(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Paired differences from in-context learning with as many examples: same items, same examples."""
+    prompted = {cell.examples: cell for cell in cells if cell.way == "in-context"}
+    found = []
+    for cell in cells:
+        other = prompted.get(cell.examples)
+        if other is not None and other is not cell:
+            estimate = asdict(estimate_items(np.array(cell.right) - np.array(other.right)))
+            found.append({"way": cell.way, "reference": "in-context", "examples": cell.examples, **estimate})
+    return found

@@ -1,0 +1,108 @@
+"""A labelled task: files of examples, and draws of a few of them."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from elo.errors import EloError
+
+DEFAULT_TEMPLATE = "{text}\nLabel:"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text with the index of its label."""
+
+    text: str
+    label: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task as the model sees it.
+
+    Attributes:
+        labels: names of the labels in the files.
+        words: what the model reads and writes for each label.
+        template: text in front of the label's word, with `{text}`.
+        instruction: written once in front of everything else; sft leaves it out.
+    """
+
+    labels: tuple[str, ...]
+    words: tuple[str, ...]
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    template: str
+    instruction: str
+
+    def prompt(self, example: Example) -> str:
+        return self.template.replace("{text}", example.text)
+
+
+def read_task(
+    train: Path,
+    test: Path,
+    text_field: str,
+    label_field: str,
+    words: dict[str, str],
+    template: str,
+    instruction: str | None,
+    limit: int | None,
+) -> Task:
+    read = [_read_lines(path, text_field, label_field) for path in (train, test)]
+    labels = sorted({label for _, label, _ in read[0]})
+    if len(labels) < 2:
+        raise EloError(f"{train}: holds only the label {labels[0]!r}; a task needs at least two")
+    for _, label, where in read[1]:
+        if label not in labels:
+            raise EloError(f"{where}: label {label!r} is not in {train}, which has {', '.join(labels)}")
+    if unknown := [label for label in words if label not in labels]:
+        raise EloError(f"--word {unknown[0]}: {train} has no such label; it has {', '.join(labels)}")
+    if "{text}" not in template:
+        raise EloError(f"--template {template!r}: holds no {{text}}; write, for example, {DEFAULT_TEMPLATE!r}")
+    shown = [words.get(label, label) for label in labels]
+    if len(set(shown)) < len(shown):
+        raise EloError(f"--word: two labels have the same word ({', '.join(shown)}); give each its own")
+    if instruction is None:
+        instruction = f"Label each text with one of: {', '.join(shown)}."
+    sets = [tuple(Example(text, labels.index(label)) for text, label, _ in lines) for lines in read]
+    # Files are often sorted by label, so the first items would be no sample of the task.
+    items = sets[1] if limit is None or limit >= len(sets[1]) else tuple(random.Random(0).sample(sets[1], limit))
+    return Task(tuple(labels), tuple(shown), sets[0], items, template, instruction)
+
+
+def _read_lines(path: Path, text_field: str, label_field: str) -> list[tuple[str, str, str]]:
+    """Text, label and place of every line."""
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise EloError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise EloError(f"{where}: not JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise EloError(f"{where}: expected an object, got {type(value).__name__}")
+        for key, option in ((text_field, "--text-field"), (label_field, "--label-field")):
+            if not isinstance(value.get(key), str | int) or not str(value[key]).strip():
+                raise EloError(f"{where}: has no {key!r}; it has {', '.join(value)}; name the right one with {option}")
+        found.append((str(value[text_field]).strip(), str(value[label_field]), where))
+    if not found:
+        raise EloError(f"{path}: holds no examples")
+    return found
+
+
+def draw_examples(task: Task, count: int, seed: int) -> list[Example]:
+    """Draw training examples evenly over the labels, in random order; a smaller draw is part of a larger one."""
+    draw = random.Random(seed)
+    by_label: dict[int, list[Example]] = {}
+    for example in draw.sample(task.train, len(task.train)):
+        by_label.setdefault(example.label, []).append(example)
+    turns = [each for turn in range(len(task.train)) for group in by_label.values() for each in group[turn : turn + 1]]
+    return draw.sample(turns[:count], count)

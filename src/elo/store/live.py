@@ -1,0 +1,69 @@
+"""How far a stage is, in a small file beside its record, so that `elo watch` can show it from another process."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+SECONDS_BETWEEN_WRITES = 2.0
+_owner: ContextVar[object] = ContextVar("live_owner", default=None)
+_file: ContextVar[Path | None] = ContextVar("live_file", default=None)
+_written: dict[Path, float] = {}
+
+
+@contextmanager
+def live_file(path: Path) -> Iterator[None]:
+    """Let `write_live` write to `path`. A stage that stops leaves the file, which shows where it stopped."""
+    tokens = _file.set(path), _owner.set(None)
+    try:
+        yield
+    finally:
+        _file.reset(tokens[0])
+        _owner.reset(tokens[1])
+
+
+def write_live(owner: object, state: Callable[[], dict[str, Any]], *, at_once: bool = False) -> None:
+    """Replace the file of the running stage, if there is one, at most every `SECONDS_BETWEEN_WRITES`.
+
+    The file is not flushed to disk, because nothing depends on it.
+
+    Args:
+        owner: what the state is of. Until `release_live`, other owners are ignored, so that a measurement during
+            training does not hide the training.
+        state: function that returns what to write.
+    """
+    path, now = _file.get(), time.time()
+    if path is None:
+        return
+    if _owner.get() is None:
+        _owner.set(owner)
+    if _owner.get() is not owner:
+        return
+    if not at_once and now - _written.get(path, 0.0) < SECONDS_BETWEEN_WRITES:
+        return
+    _written[path] = now
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        temporary.write_text(json.dumps({"time": now, "process": os.getpid(), **state()}), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        pass  # a full disk must not stop the work that is shown
+
+
+def release_live(owner: object) -> None:
+    """Let another owner write to the file of the running stage."""
+    if _owner.get() is owner:
+        _owner.set(None)
+
+
+def read_live(path: Path) -> dict[str, Any] | None:
+    """Read what `write_live` wrote; None if there is nothing to read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

@@ -134,8 +134,8 @@ def large(megabytes: int, corpus_mb: int, scratch: Path) -> dict[str, Any]:
     make_checkpoint(scratch / "base", megabytes, vocabulary=1000, shard="200MB")
     size = weights_size(scratch / "base")
     b, d, a = (repr(str(scratch / name)) for name in ("base", "detached", "attached"))
-    detached = in_process(f"import elo; elo.detach({b}, 'first:1,last:1', output={d})")
-    attached = in_process(f"import elo; elo.attach({d}, {b}, output={a})")
+    detached = in_process(f"from elo.api import detach; detach({b}, 'first:1,last:1', output={d})")
+    attached = in_process(f"from elo.api import attach; attach({d}, {b}, output={a})")
     rng, words = random.Random(0), [*SOURCE, *TARGET]
     with (scratch / "corpus.jsonl").open("w", encoding="utf-8") as file:
         while file.tell() < corpus_mb << 20:
@@ -143,7 +143,8 @@ def large(megabytes: int, corpus_mb: int, scratch: Path) -> dict[str, Any]:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
     corpus = (scratch / "corpus.jsonl").stat().st_size
     call = (
-        f"import elo; elo.prepare({str(scratch / 'small')!r}, {{'xx': {str(scratch / 'corpus.jsonl')!r}}}, "
+        "from elo.api import prepare; "
+        f"prepare({str(scratch / 'small')!r}, {{'xx': {str(scratch / 'corpus.jsonl')!r}}}, "
         f"{str(scratch / 'data')!r}, progress=False)"
     )
     return {

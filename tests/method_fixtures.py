@@ -15,7 +15,11 @@ from elo.train.prepared import Prepared
 KEPT = (0, 3)
 FIRST_NEW_ROW = 40
 SEED = 7
-_SMALL: dict[str, dict[str, Any]] = {"lora": {"rank": 2, "alpha": 4}, "lisa": {"layers": 2, "period": 2}}
+_SMALL: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 2, "alpha": 4},
+    "depth_lora": {"rank": 4, "min_rank": 1, "alpha": 8},
+    "lisa": {"layers": 2, "period": 2},
+}
 _VARIANTS: dict[str, dict[str, Any]] = {
     "elo-removed": {"name": "elo", "middle": "removed"},
     "elo-aligned by adapters": {"name": "elo", "alignment": "lora", "alignment_rank": 2},
@@ -26,6 +30,13 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "frozen-new rows": {"name": "frozen", "embedding_rows": "new"},
     "lora-with ends": {"name": "lora", "rank": 2, "alpha": 4, "also_train": ["embedding", "head"]},
     "lisa-window": {"name": "lisa", "layers": 2, "period": 2, "window": True},
+    "depth_lora-given": {"name": "depth_lora", "profile": [2, 0, 0, 1], "rank": 2, "alpha": 4},
+    "full-mlp": {"name": "full", "module": "mlp"},
+    "elo-attention": {"name": "elo", "module": "attention", "alignment": "none"},
+    "frozen-attention": {"name": "frozen", "module": "attention"},
+    "frozen-half-mlp": {"name": "frozen", "module": "mlp", "backward_share": 0.5},
+    "lora-mlp": {"name": "lora", "rank": 2, "alpha": 4, "module": "mlp"},
+    "lisa-mlp": {"name": "lisa", "layers": 2, "period": 2, "module": "mlp"},
 }
 
 
@@ -66,15 +77,23 @@ class Case:
         model = self.start(**arguments)
         return model, self.method.prepare(model, self.phase, self.setup(**arguments))
 
+    def adapted(self, model: PreTrainedModel) -> set[str]:
+        """Names of the modules that get adapters."""
+        part = {"layer": "", "attention": ".self_attn.", "mlp": ".mlp."}[self.method.module]
+        ranks = self.method.lora_ranks(self.phase, 4)
+        linear = {name.removesuffix(".weight") for name in model.state_dict() if "_proj" in name and part in name}
+        return {name for name in linear if ranks[int(name.split(".")[2])]}
+
     def may_change(self, model: PreTrainedModel) -> set[str]:
         """Names of the tensors of the plain model that training changes (for lisa: may change)."""
-        names = set(model.state_dict())
+        part = {"layer": "", "attention": ".self_attn.", "mlp": ".mlp."}[self.method.module]
+        names = {name for name in model.state_dict() if ".layers." not in name or part in name}
         if self.phase.middle == "trained" or self.method.name == "lisa":
             return names
         parts = {"embedding": "embed_tokens", "norm": "model.norm", "head": "lm_head"}
         found = {name for name in names for part in self.phase.also_train if parts[part] in name}
         if self.phase.middle == "adapted":
-            return found | {name for name in names if "_proj" in name}
+            return found | {f"{name}.weight" for name in self.adapted(model)}
         layers: tuple[int, ...] = () if self.method.name == "embeddings_first" else KEPT
         if getattr(self.method, "backward_share", 1.0) == 0.0:
             layers = KEPT[-1:]

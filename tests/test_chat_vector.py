@@ -309,9 +309,8 @@ def test_rows_that_only_the_chat_model_has_are_the_chat_models(tied, left_out, t
     assert model.config.vocab_size == model.get_output_embeddings().weight.shape[0] == 70
 
 
-@pytest.mark.parametrize("left_out", [[], ["--leave-out", "embedding,head"]])
-def test_a_chat_model_with_tokens_of_its_own_ends_its_turns(talking, left_out, tmp_path, caplog):
-    """As ChatML models made from Llama 2 or Mistral: 32000 tokens, then two more."""
+def with_two_more_tokens(talking, tmp_path):
+    """Change the chat model as ChatML models made from Llama 2 or Mistral: 32000 tokens, then two more."""
     chat = shutil.copytree(talking / "chat", tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(chat)
     rows = len(tokenizer)
@@ -323,6 +322,12 @@ def test_a_chat_model_with_tokens_of_its_own_ends_its_turns(talking, left_out, t
     model.config.eos_token_id = model.generation_config.eos_token_id = rows + 1
     changed(model, chat, 5)
     tokenizer.save_pretrained(chat)
+    return chat, rows
+
+
+@pytest.mark.parametrize("left_out", [[], ["--leave-out", "embedding,head"]])
+def test_a_chat_model_with_tokens_of_its_own_ends_its_turns(talking, left_out, tmp_path, caplog):
+    chat, rows = with_two_more_tokens(talking, tmp_path)
     command = ["chat-vector", talking / "adapted", "--base", talking / "base", "--chat", chat, "-o", tmp_path / "sum"]
     main([str(each) for each in [*command, *left_out]])
     found, prompt = rendered(tmp_path / "sum")
@@ -336,6 +341,33 @@ def test_a_chat_model_with_tokens_of_its_own_ends_its_turns(talking, left_out, t
     (chat / "generation_config.json").write_text(json.dumps({"eos_token_id": rows}))
     main([str(each) for each in [*command, *left_out, "--overwrite"]])
     assert f"eos_token is '<|stop|>' ({rows + 1}), but generation stops at {rows}" in caplog.text
+
+
+@pytest.mark.parametrize("left_out", [[], ["embedding", "head"]])
+def test_the_advice_for_an_extended_vocabulary_and_a_chat_model_with_more_tokens_works(talking, left_out, tmp_path):
+    """The error's advice: one tokenizer with both, given to the base before it is adapted."""
+    chat, rows = with_two_more_tokens(talking, tmp_path)
+    for record in ({}, {VOCABULARY_KEY: None}):
+        edit_config(extended := shutil.copytree(talking / "extended", tmp_path / f"extended{len(record)}"), **record)
+        with pytest.raises(EloError, match=rf"at id {rows}, where .* has '<\|turn\|>'.*--tokenizer BOTH"):
+            chat_vector(extended, talking / "base", chat, output=tmp_path / "sum", leave_out=left_out)
+    corpora = talking / "ko.jsonl", talking / "en.jsonl"
+    extend_vocabulary(chat, *corpora, output=tmp_path / "both", pieces=30, pad_to_multiple_of=8)
+    extend_vocabulary(talking / "base", (), (), output=tmp_path / "base2", tokenizer=tmp_path / "both")
+    adapted = shutil.copytree(tmp_path / "base2", tmp_path / "adapted")
+    changed(AutoModelForCausalLM.from_pretrained(tmp_path / "base2"), adapted, 6)
+    record = chat_vector(adapted, talking / "base", chat, output=tmp_path / "sum", leave_out=left_out)
+    ours, theirs, chats, summed = (stored(each) for each in (adapted, talking / "base", chat, tmp_path / "sum"))
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & summed.keys():
+        change = 0 if left_out else chats[name][:rows].double() - theirs[name][:rows].double()
+        assert torch.equal(summed[name][:rows], (ours[name][:rows].double() + change).float()), name
+        assert torch.equal(summed[name][rows : rows + 2], chats[name][rows : rows + 2]), name
+        assert torch.equal(summed[name][rows + 2 :], ours[name][rows + 2 :]), name
+        assert record["rows_kept"] == (0 if left_out else len(ours[name]) - rows - 2)
+    found, prompt = rendered(tmp_path / "sum")
+    ids = found(prompt)["input_ids"]
+    assert ids[-1] == found.eos_token_id == rows + 1
+    assert len(ids) < len(AutoTokenizer.from_pretrained(chat)(prompt)["input_ids"])
 
 
 def test_only_parts_of_the_model_are_left_out(tmp_path):

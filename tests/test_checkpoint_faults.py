@@ -10,8 +10,11 @@ import torch
 from surgery_fixtures import edit_config, llama, store, stored
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
+from elo.checkpoint.counting import read_config
+from elo.data.tokenizer import load_tokenizer
 from elo.detach_attach import attach, detach
 from elo.errors import EloError
+from elo.evaluate.loading import load_model
 from elo.surgery.in_memory import attach_layers, detach_layers
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
@@ -253,6 +256,30 @@ def test_recipes_take_folders_and_say_when_a_hub_id_cannot_be_had(here: Path) ->
         detach(here / "nowhere", output=here / "out")
     with pytest.raises(EloError, match="is not a folder"):
         detach(here / "base" / "config.json", output=here / "out")
+
+
+@pytest.mark.parametrize("use", ["detach", "tokenizer", "evaluate", "plan"])
+def test_a_mistyped_folder_is_not_looked_up_on_the_hub(use: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(here.parent)
+    calls: dict[str, Callable[[str], object]] = {
+        "detach": lambda name: detach(name, output=here / "out"),
+        "tokenizer": load_tokenizer,
+        "evaluate": lambda name: load_model(name, "cpu", None, None, False),
+        "plan": read_config,
+    }
+    with pytest.raises(EloError, match=rf"bas: no such .*did you mean {here.name}/base\?.*hf download {here.name}/bas"):
+        calls[use](f"{here.name}/bas")
+
+
+def test_an_id_in_the_hubs_cache_is_not_hidden_by_a_folder(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = here / "cache" / "models--owner--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(here / "base", cached / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "cache"))
+    monkeypatch.chdir(here)
+    (here / "owner").mkdir()
+    assert detach("owner/tiny", "1,2", output=here / "out")["layers"] == [1, 2]
 
 
 def test_a_kill_leaves_no_half_written_output(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_settings_of_a_phase():
         ("training.lr", 4, "did you mean 'training.learning_rate'?"),
         ("training.gradient_checkpointing", True, "did you mean 'training.activation_checkpointing'?"),
         ("data.corpora.ko", [{"path": "a", "text_field": "b"}], "did you mean 'text_column'?"),
-        ("evaluation.zzz", 1, "known keys here: cloze"),
+        ("evaluation.zzz", 1, "known keys here: chat"),
         ("model", None, "missing key 'model'"),
         ("data.target", None, "missing key 'data.target'"),
         ("data.target", "jp", "target: 'jp' has no corpus; corpora has "),

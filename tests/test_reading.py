@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from surgery_fixtures import assert_same, edit_config, llama, stored
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
+from elo.chat.vector_files import add_chat_vector
+from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from elo.config import load_config
 from elo.errors import EloError
@@ -67,6 +69,12 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
         VISION | {"model_type": "pixtral", "head_dim": 8},
         {"image_token_index": 3},
     ),
+    "lfm2_vl": (
+        "Lfm2Vl",
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2},
+        VISION | {"model_type": "siglip2_vision_model", "num_patches": 4},
+        {"image_token_id": 3, "projector_hidden_size": 16},
+    ),
     "qwen2_5_vl": ("Qwen2_5_VL", SECTIONS, TOWER, {"image_token_id": 3}),
     "glm4v": ("Glm4v", SECTIONS, TOWER, {"image_token_id": 3}),
     "qwen3_vl": ("Qwen3VL", SECTIONS, TOWER | {"deepstack_visual_indexes": [0]}, {"image_token_id": 3}),
@@ -108,6 +116,30 @@ def test_a_wrapper_is_read_whole_detached_and_attached(family: str, tmp_path: Pa
     assert_same(stored(tmp_path / "again"), stored(tmp_path / "base"))
 
 
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_only_what_changed_in_a_wrapper_is_attached_and_added(family: str, tmp_path: Path) -> None:
+    model = wrapper(family)
+    model.save_pretrained(tmp_path / "base")
+    detach_checkpoint(tmp_path / "base", "0,-1", tmp_path / "detached")
+    small = load_model(str(tmp_path / "detached"), "cpu", None, None, False)
+    with torch.no_grad():
+        for parameter in layers_of(small)[1].parameters():
+            parameter += 0.1
+        for parameter in model.parameters():
+            parameter += 0.05
+    small.save_pretrained(tmp_path / "trained")
+    attach_checkpoint(tmp_path / "trained", tmp_path / "base", tmp_path / "adapted")
+    base, adapted = stored(tmp_path / "base"), stored(tmp_path / "adapted")
+    changed = {name for name in base if not torch.equal(base[name], adapted[name])}
+    assert changed == {name for name in base if ".layers.3." in name and "vision" not in name}
+    model.save_pretrained(tmp_path / "chat")
+    places = (tmp_path / name for name in ("adapted", "base", "chat", "sum"))
+    add_chat_vector(*places, save_tokenizer=lambda folder: None, leave_out=["embedding", "head"])
+    summed = stored(tmp_path / "sum")
+    kept = {name for name in base if torch.equal(adapted[name], summed[name])}
+    assert kept == {name for name in base if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+
+
 @pytest.mark.parametrize("family", ["llama4", "mistral3"])
 def test_a_run_checks_the_wrapper_that_it_trains_before_tokenising(family: str, tmp_path: Path) -> None:
     wrapper(family).save_pretrained(tmp_path / "base")
@@ -125,7 +157,7 @@ def test_packing_is_refused_before_tokenising_where_training_would_refuse_it(fam
     config = load_config({"model": str(tmp_path / "base"), "output": str(tmp_path / "run"), **DATA, "layers": "0,-1"})
     with evaluating(model) as device:
         separates = isolates_documents(model, device)
-    assert separates == (family not in ("qwen2_5_vl", "glm4v"))
+    assert separates == (family not in ("qwen2_5_vl", "glm4v", "lfm2_vl"))
     if separates:
         check_model(config, tmp_path / "base")
         return

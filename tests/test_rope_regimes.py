@@ -60,7 +60,28 @@ def sparse() -> PreTrainedModel:
     return tiny_model(tiny_config("glm_moe_dsa", num_key_value_heads=4, vocab_size=512, index_topk=LIMIT)).eval()
 
 
-@pytest.mark.parametrize("make", [longrope, dynamic, sparse])
+def blocks() -> PreTrainedModel:
+    """Attention to the best blocks of keys, which begin at the start of a row, not of a document."""
+    types = ["full_attention", "minimax_m3_sparse"] * 2
+    sizes = {"index_n_heads": 2, "index_head_dim": 8, "index_block_size": LIMIT, "index_topk_blocks": 2}
+    config = tiny_config("minimax_m3_vl_text", vocab_size=512, max_position_embeddings=256, layer_types=types, **sizes)
+    return tiny_model(config).eval()
+
+
+def test_blocks_of_keys_do_not_follow_documents() -> None:
+    model = blocks()
+    assert rope_limit(model.config) == LIMIT
+    ids = torch.randint(3, 500, (2, LIMIT), generator=torch.Generator().manual_seed(0))
+    places = torch.arange(LIMIT).repeat(1, 2)
+    with torch.no_grad():
+        single = torch.cat([model(row[None], use_cache=False).logits[0] for row in ids])
+        packed = model(ids.view(1, -1), position_ids=places, use_cache=False).logits[0]
+    assert (packed - single)[LIMIT:].abs().max() > 0.01, "packing is right: the limit can go"
+    with pytest.raises(EloError, match="depends on the whole batch"):
+        require_own_positions(model.config, 2 * LIMIT, packed=True, batch_size=1)
+
+
+@pytest.mark.parametrize("make", [longrope, dynamic, sparse, blocks])
 @pytest.mark.parametrize("batch_size", [None, 1, 2])
 def test_bits_per_byte_is_that_of_each_document_alone(make, batch_size) -> None:
     model = make()

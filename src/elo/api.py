@@ -5,6 +5,7 @@
 Names in `__all__` are stable: CHANGELOG.md notes every change to them.
 """
 
+from elo.chat.chat import chat
 from elo.chat.chat_vector import chat_vector
 from elo.compare import compare
 from elo.data.prepare import prepare
@@ -14,6 +15,7 @@ from elo.fewshot.fewshot import few_shot
 from elo.generate import generate
 from elo.merge.merge import merge
 from elo.plan.plan import plan
+from elo.probe.probe import probe
 from elo.push import push
 from elo.report.write import report
 from elo.run import run
@@ -24,6 +26,7 @@ from elo.watch import watch
 __all__ = [
     "attach",
     "attach_layers",
+    "chat",
     "chat_vector",
     "compare",
     "detach",
@@ -36,6 +39,7 @@ __all__ = [
     "merge",
     "plan",
     "prepare",
+    "probe",
     "push",
     "report",
     "run",

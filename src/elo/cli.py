@@ -44,7 +44,8 @@ def run(
         str | None,
         typer.Option(
             metavar="STAGE",
-            help="Stop when this stage is done: prepare, bridge, detach, attach, scale, or the name of a phase.",
+            help="Stop when this stage is done: prepare, bridge, detach, attach, scale, the name of a phase, "
+            "chat_vector, or sft.",
         ),
     ] = None,
 ) -> None:
@@ -110,15 +111,39 @@ def detach(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     layers: Annotated[
-        str, typer.Option(help="first:K, last:K, indices (0,1,-1) and ranges (0-3), joined by commas.")
+        str,
+        typer.Option(
+            help="first:K, last:K, indices (0,1,-1) and ranges (0-3), joined by commas; or auto:K or auto:CRITERION:K, "
+            "the K layers that a probe finds most important (docs/probe.md)."
+        ),
     ] = "first:1,last:1",
+    corpus: Annotated[
+        list[str] | None, typer.Option(metavar="LANGUAGE=FILE", help="Text to probe the layers on, for auto.")
+    ] = None,
+    probe: Annotated[Path | None, typer.Option(help="Scores for auto: probe.json of `elo probe`.")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a small model of the chosen layers with embedding, final norm and LM head."""
+    from elo.checkpoint.layers import parse_auto
     from elo.detach_attach import detach
 
-    record = detach(checkpoint, layers, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    chosen: Any = layers
+    if parse_auto(layers):
+        from elo.probe.probe import layers_to_keep
+
+        chosen, reason = layers_to_keep(
+            checkpoint,
+            layers,
+            saved=probe,
+            corpora=files_by_language("--corpus", corpus),
+            output=output.with_name(f"{output.name}-probe"),
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(f"layers: {reason}")
+    elif corpus or probe is not None:
+        raise EloError(f"detach: --corpus and --probe belong to --layers auto:K, not to --layers {layers}; remove them")
+    record = detach(checkpoint, chosen, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
     kept = ", ".join(str(index) for index in record["layers"])
     typer.echo(f"{output}: layers {kept} of {record['num_base_layers']}")
 
@@ -196,6 +221,45 @@ def chat_vector(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Adapted model: checkpoint folder or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder; OUTPUT/chat is the chat model.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LANGUAGE=FILE", help="Conversations (.jsonl) to train on; may be repeated."),
+    ] = None,
+    heldout: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LANGUAGE=FILE", help="Conversations to measure on; by default a part of --data."),
+    ] = None,
+    chat: Annotated[
+        str | None, typer.Option(help="Chat model made from --base, whose change is added before training.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base of the adapted model and of --chat.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY.PATH=VALUE",
+            help="Any key of the section chat (docs/configuration.md), such as method=full; may be repeated.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the conversations.")] = 42,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Make a chat model of an adapted one: chat vector, fine-tuning on conversations, measured before and after."""
+    from elo.chat.chat import chat as make_chat
+
+    section = {
+        "model": chat,
+        "base": base,
+        "data": files_by_language("--data", data),
+        "heldout": files_by_language("--heldout", heldout),
+    }
+    make_chat(model, section, output=output, overrides=set_, seed=seed, trust_remote_code=trust_remote_code)
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of any causal LM.")],
     corpus: Annotated[
@@ -212,6 +276,13 @@ def evaluate(
         bool,
         typer.Option("--in-context", help="Measure copying, recall and pattern completion on random pieces; no data."),
     ] = False,
+    chat: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LANGUAGE=FILE", help="Conversations to measure chat ability on; may be repeated."),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Chat template for --chat: a Jinja file, chatml or plain.")
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="Tasks of lm-eval, joined by commas; ko=TASK reports one under a language (extra eval)."),
@@ -245,6 +316,7 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure bits per byte, cloze accuracy, in-context ability and benchmarks of any Hugging Face causal LM."""
+    from elo.evaluate.chat import Chat
     from elo.evaluate.evaluate import evaluate
     from elo.evaluate.in_context import InContext
     from elo.evaluate.lm_eval import benchmark_tasks
@@ -252,6 +324,10 @@ def evaluate(
     corpora, items = files_by_language("--corpus", corpus), files_by_language("--cloze", cloze)
     prompts = texts_by_language(prompt)
     measures: list[Any] = [InContext()] if in_context else []
+    if chat:
+        measures.append(Chat(data=files_by_language("--chat", chat), template=template))
+    elif template is not None:
+        raise EloError("evaluate: --template belongs to --chat; give --chat LANGUAGE=FILE")
     if tasks is not None or suite is not None:
         measures.append(benchmark_tasks(tasks, suite, num_fewshot, limit, batch_size, include_path))
     elif num_fewshot is not None or limit is not None or include_path is not None:
@@ -259,7 +335,7 @@ def evaluate(
     if not corpora and not items and not prompts and not measures:
         raise EloError(
             "evaluate: nothing to measure; give --corpus LANGUAGE=FILE, --cloze LANGUAGE=FILE, --in-context, "
-            "--tasks TASK or --suite LANGUAGE"
+            "--chat LANGUAGE=FILE, --tasks TASK or --suite LANGUAGE"
         )
     evaluate(
         model,
@@ -276,6 +352,41 @@ def evaluate(
         output=output,
         trust_remote_code=trust_remote_code,
     )
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of any causal LM.")],
+    corpus: Annotated[list[str], typer.Option(metavar="LANGUAGE=FILE", help="Text of a language; may be repeated.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for probe.json and charts.")],
+    parallel: Annotated[
+        Path | None, typer.Option(help="Parallel sentences (.jsonl) with one field per language.")
+    ] = None,
+    criteria: Annotated[
+        str, typer.Option(help="Criteria, joined by commas; by default all that the text allows.")
+    ] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per language.")] = 256,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Length of a sequence, in tokens.")] = 64,
+    text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Score every decoder layer, its attention and its feed-forward part, by several criteria."""
+    from elo.probe.probe import probe
+
+    probe(
+        model,
+        files_by_language("--corpus", corpus),
+        output=output,
+        parallel=parallel,
+        criteria=names(criteria),
+        tokens=tokens,
+        sequence_length=sequence_length,
+        text_column=text_column,
+        tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+    )
+    typer.echo(f"{output / 'probe.json'}: all scores")
 
 
 @app.command()

@@ -30,6 +30,7 @@ from elo.run import (
     measure,
     open_run,
     prepare_data,
+    probe_layers,
     training_flops,
     validation_text,
 )
@@ -89,6 +90,11 @@ def _open(config: CompareConfig) -> Iterator[tuple[Inputs, dict[str, tuple[int, 
         for name in config.contestants
     }
     for run in runs.values():
+        if run.chat is not None:
+            raise EloError(
+                "run: chat: a comparison makes no chat models; remove the section, and use `elo run` or `elo chat` on "
+                "the method that you choose"
+            )
         check_inputs(run)
     first = next(iter(runs.values()))
     for name, run in runs.items():
@@ -108,6 +114,9 @@ class _Comparison:
         self.config, self.inputs, self.layers = config, inputs, layers
         self.say = inputs.folder.say
         self.data: PreparedData = prepare_data(inputs)
+        self.reasons: dict[str, str] = {}
+        for name in config.contestants:
+            self._probe_layers(name)
         heldout = heldout_text(inputs, self.data)
         self.base = measure(inputs, "evaluate-base", inputs.base, heldout)
         # Before training, so that missing validation text is an error at the start.
@@ -121,6 +130,14 @@ class _Comparison:
             sum(len(grid) for grid in self._grids(name).values()) - len(self._grids(name)) + len(config.seeds)
             for name in config.contestants
         ) * len(config.budgets)
+
+    def _probe_layers(self, name: str) -> None:
+        """Make the choices of a contestant that need scores of the layers."""
+        run = self._run(name, 1)
+        found = probe_layers(replace(self.inputs, config=run, layers=self.layers[name]), self.data)
+        self.layers[name], self.reasons[name] = found.layers, found.layers_reason
+        contestant = self.config.contestants[name].model_copy(update={"method": found.config.method})
+        self.config = self.config.model_copy(update={"contestants": self.config.contestants | {name: contestant}})
 
     def run(self) -> schema.Results:
         """Tune and train every contestant with every budget."""
@@ -363,6 +380,7 @@ class _Comparison:
                     "label": label,
                     "method": method.name,
                     "layers": self.layers[name],
+                    "layers_reason": self.reasons[name],
                     "changes": each.changes | method.model_dump(mode="json", exclude_defaults=True, exclude={"name"}),
                 }
             )

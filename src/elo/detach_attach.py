@@ -9,6 +9,7 @@ from typing import Any
 
 from elo.check_output import check_output
 from elo.checkpoint.layers import DEFAULT_LAYERS
+from elo.checkpoint.local_names import require_path_or_id
 from elo.errors import EloError
 from elo.store.files import disk_problem
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
@@ -138,12 +139,11 @@ def resolve_checkpoint(checkpoint: str | Path, *, revision: str | None = None, t
         EloError: there is no such folder, and the hub does not provide such a model.
     """
     folder = Path(checkpoint).expanduser()
-    if folder.exists() or len(folder.parts) > 2 or str(checkpoint).startswith((".", "/", "~")):
-        if folder.is_dir():
-            return folder
-        raise EloError(
-            f"{checkpoint}: {'is not a folder' if folder.exists() else 'no such folder'}; give a checkpoint folder"
-        )
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise EloError(f"{checkpoint}: is not a folder; give a checkpoint folder")
+    require_path_or_id(checkpoint, "give a checkpoint folder")
     from huggingface_hub import snapshot_download
 
     try:

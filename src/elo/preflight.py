@@ -7,9 +7,9 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel
 
 from elo.check_output import generation_problem
-from elo.checkpoint.architecture import find_architecture, is_recurrent
+from elo.checkpoint.architecture import find_architecture, is_recurrent, require_module
 from elo.checkpoint.counting import read_config
-from elo.checkpoint.layers import parse_layers
+from elo.checkpoint.layers import assumed_layers, parse_auto
 from elo.checkpoint.model_config import text_config_of
 from elo.checkpoint.naming import find_layer_names, map_names, refuse_more_layers
 from elo.checkpoint.new_rows import share_record
@@ -21,6 +21,7 @@ from elo.evaluate.cloze import read_cloze
 from elo.evaluate.scoring import longest_sequence, takes_position_ids
 from elo.methods import Method, Phase
 from elo.methods.base import check_supervision, first_new_row
+from elo.probe.choice import check_auto
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.train.arguments import check_settings
 from elo.train.attention import VARLEN, ignores_document_starts, require_own_positions
@@ -83,7 +84,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     """Check that the model supports the run's layers, vocabulary rows and sequence length, without reading weights.
 
     Returns:
-        Indices of the decoder layers to train.
+        Indices of the decoder layers to train; for `layers: auto`, an estimate until the probe.
 
     Raises:
         EloError: the model does not support a setting.
@@ -99,15 +100,17 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     share_record(model_config, model.config)
     _check_weights(weights, model)
     _check_attention(config, model)
-    layers = parse_layers(config.layers, find_architecture(model).num_layers)
-    if (
-        any(phase.middle == "bridged" for phase in config.method.phases)
-        and len(layers) == find_architecture(model).num_layers
-    ):
+    num_layers = find_architecture(model).num_layers
+    if auto := parse_auto(config.layers):
+        check_auto(auto, num_layers, has_parallel=config.probe.parallel is not None, where=str(config.layers))
+    layers = assumed_layers(config.layers, num_layers)
+    if any(phase.middle == "bridged" for phase in config.method.phases) and len(layers) == num_layers:
         raise EloError(f"layers: {config.layers!r} selects every layer, so there is nothing to bridge; choose fewer")
+    require_module(model, config.method.module, "method.module")
     for phase in config.method.phases:
+        config.method.lora_ranks(phase, num_layers)
         check_also_train(phase.also_train, tied=find_architecture(model).tied)
-        check_supervision(phase, config.settings(phase), layers, find_architecture(model).num_layers)
+        check_supervision(phase, config.settings(phase), layers, num_layers)
     if config.method.needs_new_rows:
         first_new_row(model)
     length, limit = config.data.sequence_length, longest_sequence(model)

@@ -4,7 +4,7 @@ Each step is a stage of the run folder (`elo.store.run_folder`). A stage runs on
 if an argument has changed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,17 +13,19 @@ from typing import Any
 
 from elo import stages
 from elo.budget import Sequences, divide_budget
+from elo.chat.stages import ChatInputs, chat_models, open_chat
 from elo.checkpoint.counting import footprint, read_config, text_config
 from elo.circumstances import circumstances
 from elo.config import RunConfig, load_config
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
+from elo.evaluate.chat import Chat
 from elo.final_model import write_final_model
 from elo.format import listed
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
-from elo.methods import Method
 from elo.preflight import check_inputs, check_model
+from elo.probe.in_run import choices
 from elo.report import collect, schema
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
@@ -43,7 +45,8 @@ class Inputs:
     Attributes:
         base: checkpoint to adapt.
         tokenizer: folder or hub id of the tokenizer.
-        layers: decoder layers that the configuration chooses.
+        layers: decoder layers that the configuration chooses; for `layers: auto`, an estimate until `probe_layers`.
+        layers_reason: why a probe chose the layers.
     """
 
     config: RunConfig
@@ -51,6 +54,7 @@ class Inputs:
     base: Artifact
     tokenizer: str
     layers: tuple[int, ...]
+    layers_reason: str = ""
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -85,7 +89,8 @@ def run(
     Args:
         config: a configuration, its file, or a dict of the same form.
         overrides: `key.path=value`, applied to a file or dict.
-        until: last stage to run: prepare, bridge, detach, attach, scale, or the name of a phase; None runs all.
+        until: last stage to run: prepare, bridge, detach, attach, scale, the name of a phase, chat_vector, or sft; None
+            runs all.
 
     Returns:
         The results, as written to results.json (docs/results.md), or {} if `until` stopped the run earlier.
@@ -95,20 +100,24 @@ def run(
     """
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides)
-    _check_until(config.method, until)
+    _check_until(config, until)
     with open_run(config) as inputs:
+        chat = _open_chat(inputs)
         data = prepare_data(inputs)
         if until == "prepare":
             return {}
+        inputs = probe_layers(inputs, data)
         sequences = divide_budget(config, data, inputs.folder.say)
+        text, questions = heldout_text(inputs, data), chat.measure_base() if chat else None
         try:
-            base = measure(inputs, "evaluate-base", inputs.base, heldout_text(inputs, data))
+            base = measure(inputs, "evaluate-base", inputs.base, text, chat=questions)
             progress = partial(report_progress, inputs, data, base)
             adapted = adapt(inputs, data, sequences, base["bpb"], until=until, measured=progress)
+            final = measure(inputs, "evaluate", adapted.model, text, chat=questions)
+            chats = make_chat(inputs, chat, adapted.model, text, until=until) if chat else []
         except ReachedError:
             return {}
-        final = measure(inputs, "evaluate", adapted.model, heldout_text(inputs, data))
-        return write_report(inputs, data, base, adapted, final)
+        return write_report(inputs, data, base, adapted, final, chats)
 
 
 def prepare_together(config: str | Path | dict[str, Any], *, overrides: list[str] | None = None) -> None:
@@ -173,6 +182,13 @@ def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
     else:
         folder.once("prepared", stages.prepare_data, identities=decisive, execution=execution)
     return PreparedData.open(folder.path("prepared"))
+
+
+def probe_layers(inputs: Inputs, data: PreparedData) -> Inputs:
+    """Make the choices that need scores of the layers; see `elo.probe.in_run`."""
+    choice, method = choices(inputs.config, data, inputs.folder, inputs.base, inputs.tokenizer)
+    inputs = replace(inputs, config=inputs.config.model_copy(update={"method": method}))
+    return inputs if choice is None else replace(inputs, layers=choice.layers, layers_reason=choice.reason)
 
 
 def adapt(
@@ -318,20 +334,69 @@ def validation_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus
     return {language: data.validation(language) for language in (*inputs.config.data.targets, *sources)}
 
 
-def measure(
-    inputs: Inputs, name: str, model: Artifact, corpora: dict[str, TokenCorpus], *, brief: bool = False
-) -> dict[str, Any]:
-    """Measure a model as stage `name` and return the record."""
+def _open_chat(inputs: Inputs) -> ChatInputs | None:
     config = inputs.config
-    paths = [] if brief else list(map(Path, config.evaluation.cloze.values()))
-    paths += [] if brief else [path for each in config.evaluation.measures for path in each.files()]
+    if config.chat is None:
+        return None
+    return open_chat(
+        config.chat,
+        inputs.folder,
+        model=inputs.base.path,
+        tokenizer=inputs.tokenizer,
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def make_chat(
+    inputs: Inputs, chat: ChatInputs, adapted: Artifact, text: dict[str, TokenCorpus], *, until: str | None = None
+) -> list[schema.ChatModel]:
+    """Run the chat stages, measure the given chat model and each stage's, and link RUN/chat to the last one.
+
+    Raises:
+        ReachedError: the stage `until` is done.
+    """
+    found = []
+    if chat.model is not None:
+        record = measure(inputs, "evaluate-chat_model", chat.model, text, chat=chat.measure(chat.model.path))
+        found.append(collect.chat_model("chat_model", {}, record))
+    for name, model in chat_models(chat, adapted, inputs.tokenizer):
+        if until == name:
+            raise ReachedError
+        record = measure(inputs, f"evaluate-{name}", model, text, chat=chat.measure(model.path))
+        found.append(collect.chat_model(name, model.record, record))
+        inputs.folder.link("chat", model.path)
+    return found
+
+
+def measure(
+    inputs: Inputs,
+    name: str,
+    model: Artifact,
+    corpora: dict[str, TokenCorpus],
+    *,
+    brief: bool = False,
+    chat: Chat | None = None,
+) -> dict[str, Any]:
+    """Measure a model as stage `name` and return the record.
+
+    Args:
+        brief: measure bits per byte alone.
+        chat: chat ability to measure, unless the configuration has its own `evaluation.chat`.
+    """
+    config = inputs.config
+    evaluation = config.evaluation
+    if chat is not None and not any(isinstance(each, Chat) for each in evaluation.measures):
+        evaluation = evaluation.model_copy(update={"chat": chat})
+    paths = [] if brief else list(map(Path, evaluation.cloze.values()))
+    paths += [] if brief else [path for each in evaluation.measures for path in each.files()]
     stage = inputs.folder.once(
         name,
         stages.measure,
         keep=False,
         model=model,
         corpora=corpora,
-        evaluation=config.evaluation,
+        evaluation=evaluation,
         files={str(path): file_identity(path) for path in paths},
         brief=brief,
         sequence_length=config.data.sequence_length,
@@ -344,11 +409,16 @@ def measure(
 
 
 def write_report(
-    inputs: Inputs, data: PreparedData, base: dict[str, Any], adapted: Adapted, final: dict[str, Any]
+    inputs: Inputs,
+    data: PreparedData,
+    base: dict[str, Any],
+    adapted: Adapted,
+    final: dict[str, Any],
+    chats: Sequence[schema.ChatModel] = (),
 ) -> dict[str, Any]:
     """Write results.json, the report and the folder of the final model, and show the table."""
     folder = inputs.folder
-    results = _results(inputs, data, base, adapted, final, flops=training_flops(inputs, adapted))
+    results = _results(inputs, data, base, adapted, final, flops=training_flops(inputs, adapted), chats=chats)
     if is_main():
         write_results(folder.path(schema.FILE_NAME), results)
         report(results, folder.root)
@@ -356,6 +426,8 @@ def write_report(
         show(results)
         folder.say(f"report: {folder.path('report.html')}")
         folder.say(f"model: {folder.path('model')}")
+        if chats:
+            folder.say(f"chat model: {folder.path('chat')}")
     return results.model_dump(mode="json")
 
 
@@ -384,6 +456,7 @@ def _results(
     final: dict[str, Any],
     *,
     flops: dict[str, float] | None = None,
+    chats: Sequence[schema.ChatModel] = (),
     in_progress: bool = False,
 ) -> schema.Results:
     config, method = inputs.config, inputs.config.method
@@ -415,11 +488,13 @@ def _results(
                         "label": method.label,
                         "method": method.name,
                         "layers": inputs.layers if method.uses_layers else (),
+                        "layers_reason": inputs.layers_reason,
                     }
                 ],
                 "budgets": [budget],
                 "seeds": [config.seed],
                 "trials": [trial],
+                "chat": chats,
                 "in_progress": in_progress,
             }
         )
@@ -442,22 +517,23 @@ def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:
     return found
 
 
-def stage_names(method: Method) -> list[str]:
+def stage_names(config: RunConfig) -> list[str]:
     """Return the possible values of `until`."""
     names = ["prepare"]
+    method = config.method
     phases = method.phases
     for phase in phases:
         names += ["bridge"] if phase.middle == "bridged" else []
         names += ["detach", phase.name, "attach"] if phase.detached else [phase.name]
         if method.scale != 1.0 and "scale" not in names and (phase.detached or phase is phases[-1]):
             names.append("scale")
-    return names
+    return names + (config.chat.stages if config.chat else [])
 
 
-def _check_until(method: Method, until: str | None) -> None:
-    if until is not None and until not in stage_names(method):
+def _check_until(config: RunConfig, until: str | None) -> None:
+    if until is not None and until not in (known := stage_names(config)):
         raise EloError(
-            f"--until {until}: method {method.name} has no such stage; write one of {', '.join(stage_names(method))}"
+            f"--until {until}: method {config.method.name} has no such stage; write one of {', '.join(known)}"
         )
 
 

@@ -35,11 +35,11 @@ MIN_EXPLAINED = 0.05
 """Minimum share of the middle layers' effect on the hidden states that a bridge has to explain."""
 
 
-def _measured(stage: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+def measured(stage: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """Add time and peak memory to the record of a stage without training."""
 
     @functools.wraps(stage)
-    def measured(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+    def timed(*arguments: Any, **keywords: Any) -> dict[str, Any]:
         reset_peak_memory()
         started, cpu_started = time.perf_counter(), time.process_time()
         return stage(*arguments, **keywords) | {
@@ -50,10 +50,10 @@ def _measured(stage: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, A
             "peak_memory_bytes": peak_memory_bytes(),
         }
 
-    return measured
+    return timed
 
 
-def _checked(
+def checked(
     made_from: str, *, collective: bool = False
 ) -> Callable[[Callable[..., dict[str, Any]]], Callable[..., dict[str, Any]]]:
     """Load the output of a stage and check it. Faults that its input already has are ignored.
@@ -67,7 +67,7 @@ def _checked(
 
     def decorate(stage: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
         @functools.wraps(stage)
-        def checked(output: Path, **keywords: Any) -> dict[str, Any]:
+        def verified(output: Path, **keywords: Any) -> dict[str, Any]:
             record = stage(output, **keywords)
             remedy = f"{output} is not a correct checkpoint; report this with the model's name"
             trust = keywords["trust_remote_code"]
@@ -81,7 +81,7 @@ def _checked(
                 check()
             return record
 
-        return checked
+        return verified
 
     return decorate
 
@@ -133,7 +133,7 @@ def prepare_data(
     return {}
 
 
-@_measured
+@measured
 def fit_middle(
     output: Path, *, base: Artifact, layers: Sequence[int], rows: MixtureRows, trust_remote_code: bool
 ) -> dict[str, Any]:
@@ -155,8 +155,8 @@ def fit_middle(
     }
 
 
-@_checked("base")
-@_measured
+@checked("base")
+@measured
 def detach_layers(output: Path, *, base: Artifact, layers: Sequence[int], trust_remote_code: bool) -> dict[str, Any]:
     """Write the detached model: the chosen layers, embedding, norm and head."""
     return detach_checkpoint(
@@ -164,8 +164,8 @@ def detach_layers(output: Path, *, base: Artifact, layers: Sequence[int], trust_
     )
 
 
-@_checked("base")
-@_measured
+@checked("base")
+@measured
 def attach_layers(
     output: Path, *, base: Artifact, trained: Artifact, include: Sequence[str], trust_remote_code: bool
 ) -> dict[str, Any]:
@@ -181,8 +181,8 @@ def attach_layers(
     )
 
 
-@_checked("trained")
-@_measured
+@checked("trained")
+@measured
 def keep_share(
     output: Path,
     *,
@@ -204,7 +204,7 @@ def keep_share(
     return {"scale": scale, "scales_tried": {f"{each:g}": nats for each, nats in tried.items()}}
 
 
-@_measured
+@measured
 def cut_vocabulary(output: Path, *, rows: MixtureRows, sample: int, seed: int, base: Artifact) -> dict[str, Any]:
     """Write the ids of the vocabulary rows that training on `rows` computes with."""
     chosen = choose_rows(rows, base.path, sample=sample, seed=seed)
@@ -213,7 +213,7 @@ def cut_vocabulary(output: Path, *, rows: MixtureRows, sample: int, seed: int, b
     return {"rows": len(chosen)}
 
 
-@_checked("checkpoint", collective=True)
+@checked("checkpoint", collective=True)
 def train(
     output: Path,
     *,

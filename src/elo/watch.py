@@ -131,12 +131,12 @@ def _inside(folder: Path, stage: Stage) -> list[Stage]:
 
 def _planned(folder: Path, known: set[str]) -> list[Stage]:
     try:
-        method = load_config(read_json(folder / "config.json")).method
+        config = load_config(read_json(folder / "config.json"))
     except EloError:  # a trial, or the configuration of another version
         return []
     if known and any(name.startswith(("trials-", "budget-", "validate-")) for name in known):
         return []  # a comparison, whose number of trials depends on their results
-    names = ["evaluate-base" if name == "prepare" else name for name in stage_names(method)]
+    names = ["evaluate-base" if name == "prepare" else name for name in stage_names(config)]
     return [Stage(name, "planned", {}, {}) for name in ["prepared", *names, "evaluate"] if name not in known]
 
 

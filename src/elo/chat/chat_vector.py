@@ -1,5 +1,6 @@
 """`elo chat-vector`: add the chat abilities of a base's chat model to an adapted model, without training."""
 
+import tempfile
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
@@ -13,6 +14,7 @@ from elo.checkpoint.new_rows import read_new_rows
 from elo.data.tokenizer import load_tokenizer, save_with_backend
 from elo.detach_attach import check_replaceable, readable_errors, resolve_checkpoint
 from elo.errors import EloError
+from elo.merge.weights import check_models
 
 
 def chat_vector(
@@ -58,12 +60,13 @@ def chat_vector(
             theirs,
             chats,
             Path(output),
-            save_tokenizer=lambda folder: _save_tokenizer(ours, chats, folder, trust_remote_code),
+            save_tokenizer=lambda folder: _save_tokenizer(ours, theirs, chats, folder, trust_remote_code),
             check=lambda folder: check_output(
                 folder,
                 remedy="give a chat model and an adapted model with a row for every token; nothing was written",
                 trust_remote_code=trust_remote_code,
             ),
+            num_chat_tokens=lambda: load_tokenizer(chats, trust_remote_code).vocab_size,
             scale=scale,
             leave_out=leave_out,
             overwrite=overwrite,
@@ -72,7 +75,14 @@ def chat_vector(
         )
 
 
-def _save_tokenizer(adapted: Path, chat: Path, folder: Path, trust_remote_code: bool) -> None:
+def check_chat_vector(adapted: Path, base: Path, chat: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise EloError if `chat_vector` would refuse these checkpoints, without reading weights."""
+    check_models((adapted, base, chat), trust_remote_code=trust_remote_code)
+    with tempfile.TemporaryDirectory() as scratch:
+        _save_tokenizer(adapted, base, chat, Path(scratch), trust_remote_code)
+
+
+def _save_tokenizer(adapted: Path, base: Path, chat: Path, folder: Path, trust_remote_code: bool) -> None:
     """Write the output's tokenizer: chat settings and, if it was extended, the adapted model's vocabulary.
 
     Raises:
@@ -83,14 +93,19 @@ def _save_tokenizer(adapted: Path, chat: Path, folder: Path, trust_remote_code: 
     ids, chat_ids = (each.get_vocab(with_added_tokens=True) for each in (ours, theirs))
     recorded = read_new_rows(read_config(str(adapted), trust_remote_code=trust_remote_code))
     if recorded is None and set(ids.values()) <= set(chat_ids.values()):  # other tools write no record
-        copy_tokenizer(chat, folder)
-        return
+        renamed = {number for token, number in ids.items() if chat_ids.get(token) != number}
+        if not renamed or renamed <= set(
+            load_tokenizer(base, trust_remote_code).backend.get_vocab(with_added_tokens=True).values()
+        ):
+            copy_tokenizer(chat, folder)
+            return
     for token, number in sorted(chat_ids.items(), key=lambda pair: pair[1]):
         if ids.get(token) != number:
             found = ours.id_to_token(number)
             raise EloError(
                 f"{adapted}: its tokenizer has {'no token' if found is None else repr(found)} at id {number}, where "
-                f"{chat} has {token!r}; extend the vocabulary of the chat model's tokenizer (elo vocab extend BASE "
-                "--tokenizer FOLDER) and adapt again, or give a chat model with the base's tokens"
+                f"{chat} has {token!r}; give a chat model that has only the base's tokens, or extend the chat model "
+                "first (elo vocab extend CHAT --target FILE --source FILE -o BOTH), then the base with that tokenizer "
+                "(elo vocab extend BASE --tokenizer BOTH), and adapt again"
             )
     save_with_backend(chat, ours, folder, trust_remote_code)

@@ -19,6 +19,7 @@ def add_chat_vector(
     *,
     save_tokenizer: Callable[[Path], None],
     check: Callable[[Path], None] = lambda folder: None,
+    num_chat_tokens: Callable[[], int] | None = None,
     scale: float = 1.0,
     leave_out: Sequence[str] = (),
     overwrite: bool = False,
@@ -32,7 +33,8 @@ def add_chat_vector(
     equals the base become those of the chat model, bit for bit.
 
     Embedding and head rows that base and chat do not have, such as those of `elo vocab`, are kept. Rows that only the
-    chat model has, such as those of ChatML's tokens, are copied from it, even in parts that are left out.
+    chat model has, such as those of ChatML's tokens, are copied from it, even in parts that are left out. If the
+    adapted model's vocabulary was extended, these are the rows of the chat model's tokens that the base does not have.
 
     The bos, eos and pad token ids and generation_config.json come from the chat model, the rest of config.json from the
     adapted model.
@@ -44,6 +46,8 @@ def add_chat_vector(
         output: folder to write. It appears only when complete.
         save_tokenizer: writes the tokenizer's files and chat template into a folder.
         check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
+        num_chat_tokens: returns the highest id of the chat model's tokenizer plus one. The adapted model's tokenizer
+            needs the same tokens at these ids. None copies no row of the chat model before rows of the adapted model.
         scale: factor for the vector.
         leave_out: parts to which nothing is added, among "embedding", "norm" and "head". If embedding and head are
             tied, either name covers both.
@@ -82,6 +86,7 @@ def add_chat_vector(
         copy_files=copy_files,
         check=check,
         token_ids_of=2,
+        inner_rows=None if num_chat_tokens is None else (2, num_chat_tokens),
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         max_shard_bytes=max_shard_bytes,

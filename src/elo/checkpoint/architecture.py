@@ -3,13 +3,14 @@
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from elo.checkpoint import quirks
 from elo.checkpoint.model_config import num_layers_of
-from elo.errors import UnsupportedArchitectureError
+from elo.errors import EloError, UnsupportedArchitectureError
 
 # Token mixers that carry a state along the sequence. Position ids cannot separate packed documents in them.
 _RECURRENT = re.compile(
@@ -18,7 +19,13 @@ _RECURRENT = re.compile(
     re.IGNORECASE,
 )
 _PLAIN_CONV = {"Conv1D"}  # transformers' name for a transposed linear layer (GPT-2)
+_NORM_NAME = re.compile(r"norm|^ln|_ln$", re.IGNORECASE)
+_MLP_NAME = re.compile(r"mlp|feed_?forward|ffn|moe|^fc\d", re.IGNORECASE)
+_MLP_CLASS = re.compile(r"(MLP|Mlp|MoE|Moe|FeedForward)$")
 _FINAL_NORM = re.compile(r"^(?!.*emb)(.*norm.*|ln|ln_f|ln_out|ln_post)$", re.IGNORECASE)
+
+LayerModule = Literal["layer", "attention", "mlp"]
+"""A decoder layer, its attention (or other token mixer), or its feed-forward part (experts included)."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,29 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     layers = model.get_submodule(find_architecture(model).layers_path)
     assert isinstance(layers, nn.ModuleList)
     return layers
+
+
+def modules_in(layer: nn.Module, which: LayerModule) -> list[nn.Module]:
+    """Return the modules of a part of a decoder layer; an empty list if the layer has no such part.
+
+    The layer's norms belong to neither attention nor feed-forward part.
+    """
+    if which == "layer":
+        return [layer]
+    found: list[nn.Module] = []
+    for name, child in layer.named_children():
+        if _NORM_NAME.search(name) or next(child.parameters(), None) is None:
+            continue
+        is_mlp = bool(_MLP_NAME.search(name) or _MLP_CLASS.search(type(child).__name__))
+        if is_mlp == (which == "mlp"):
+            found += child if isinstance(child, nn.ModuleList) else [child]
+    return found
+
+
+def require_module(model: PreTrainedModel, which: LayerModule, setting: str) -> None:
+    """Raise EloError, naming `setting`, if no decoder layer of the model has this part."""
+    if not any(modules_in(layer, which) for layer in layers_of(model)):
+        raise EloError(f"{setting}: {which}: the layers of {model.config.model_type} have no such part; write layer")
 
 
 def modules_of(model: PreTrainedModel, parts: Collection[str]) -> list[nn.Module]:

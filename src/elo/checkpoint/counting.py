@@ -8,15 +8,16 @@ import copy
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from elo.checkpoint.architecture import find_architecture
-from elo.checkpoint.footprint import Footprint, LayerFootprint, Middle
+from elo.checkpoint.architecture import find_architecture, modules_in
+from elo.checkpoint.footprint import Footprint, LayerFootprint, Middle, ModuleFootprint
 from elo.checkpoint.layers import parse_layers
+from elo.checkpoint.local_names import require_path_or_id
 from elo.checkpoint.reading import auto_class, require_pad_row
 from elo.errors import EloError
 
@@ -38,10 +39,10 @@ def read_config(
     if path.is_dir() and not (path / "config.json").is_file():
         raise EloError(f"{path}: has no config.json; give a checkpoint folder, a config.json or a Hugging Face id")
     local = path.exists()
+    remedy = "give a checkpoint folder, a config.json or a Hugging Face id"
+    require_path_or_id(source, remedy, "file or folder")
     if not local and (path.suffix == ".json" or not _HUB_ID.fullmatch(str(source))):
-        raise EloError(
-            f"model: {source}: no such file or folder; give a checkpoint folder, a config.json or a Hugging Face id"
-        )
+        raise EloError(f"model: {source}: no such file or folder; {remedy}")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             str(path) if local else str(source), revision=revision, trust_remote_code=trust_remote_code
@@ -186,6 +187,9 @@ def _layer_footprint(layer: nn.Module, config: PretrainedConfig, index: int) -> 
     experts = _first(config, _EXPERT_COUNTS)
     share = min(1.0, (_first(config, _EXPERTS_PER_TOKEN) or experts) / experts) if experts else 1.0
     embeddings = {id(module.weight) for module in layer.modules() if isinstance(module, nn.Embedding)}
+    kinds: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
+    part_of = {id(each): kind for kind in kinds for module in modules_in(layer, kind) for each in module.parameters()}
+    parts = dict.fromkeys(kinds, ModuleFootprint())
     parameters = active = matmul = active_matmul = lora_width = widest = 0
     for name, parameter in layer.named_parameters():
         size = parameter.numel()
@@ -198,15 +202,21 @@ def _layer_footprint(layer: nn.Module, config: PretrainedConfig, index: int) -> 
         used = round(size * share) if routed else size
         parameters += size
         active += used
+        multiplied = width = 0
         # A stacked tensor of two dimensions holds the experts' biases, which are added, not multiplied.
         if parameter.ndim >= 2 and id(parameter) not in embeddings and not (stacked and routed and parameter.ndim == 2):
             matmul += size
-            active_matmul += used
+            multiplied = used
             widest = max(widest, round(max(parameter.shape[-2:]) * (share * experts if routed else 1)))
             if parameter.ndim == 2 and not routed:
-                lora_width += sum(parameter.shape)
+                width = sum(parameter.shape)
+        active_matmul += multiplied
+        lora_width += width
+        if kind := part_of.get(id(parameter)):
+            own = parts[kind]
+            parts[kind] = ModuleFootprint(own.parameters + size, own.active_matmul + multiplied, own.lora_width + width)
     score_width, window = _scores(layer, config, index)
-    return LayerFootprint(parameters, active, active_matmul, matmul, lora_width, score_width, widest, window)
+    return LayerFootprint(parameters, active, active_matmul, matmul, lora_width, score_width, widest, window, **parts)
 
 
 def _scores(layer: nn.Module, config: PretrainedConfig, index: int) -> tuple[int, int | None]:

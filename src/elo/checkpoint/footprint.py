@@ -9,8 +9,9 @@ counted, except for their weights.
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from elo.checkpoint.architecture import LayerModule
 from elo.checkpoint.layers import gaps_between
 
 Middle = Literal["removed", "bridged", "frozen", "adapted", "trained"]
@@ -20,6 +21,17 @@ Middle = Literal["removed", "bridged", "frozen", "adapted", "trained"]
 linear map fills each gap. `frozen`: they are computed but do not train. `adapted`: every layer is frozen and has
 trainable low-rank adapters. `trained`: every parameter trains.
 """
+
+
+class ModuleFootprint(NamedTuple):
+    """Element counts of a part of a decoder layer; fields as in `LayerFootprint`."""
+
+    parameters: int = 0
+    active_matmul: int = 0
+    lora_width: int = 0
+
+
+_NOTHING = ModuleFootprint()
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,13 @@ class LayerFootprint:
     """Largest number of outputs of one matrix product, per token."""
     window: int | None
     """Number of tokens that a position can attend to; None if it is the whole sequence."""
+    attention: ModuleFootprint = _NOTHING
+    mlp: ModuleFootprint = _NOTHING
+
+    def part(self, module: LayerModule) -> ModuleFootprint:
+        """Return the counts of the layer or of a part of it."""
+        whole = ModuleFootprint(self.parameters, self.active_matmul, self.lora_width)
+        return {"layer": whole, "attention": self.attention, "mlp": self.mlp}[module]
 
     def score_flops(self, sequence_length: int) -> float:
         """Count the forward FLOPs per token of Q K^T and P V: 2 x score_width x attended tokens.
@@ -148,9 +167,17 @@ class Footprint:
             "layers": [layer.parameters for layer in self.layers],
         }
 
-    def lora_parameters(self, rank: int) -> int:
-        """Count low-rank adapters of `rank` on every dense matrix of every layer: rank x (inputs + outputs)."""
-        return rank * sum(layer.lora_width for layer in self.layers)
+    def lora_parameters(self, rank: int | Sequence[int], module: LayerModule = "layer") -> int:
+        """Count low-rank adapters on every dense matrix of a module of every layer: rank x (inputs + outputs).
+
+        Args:
+            rank: one rank for all layers, or one for each.
+        """
+        ranks = self._ranks(rank)
+        return sum(own * layer.part(module).lora_width for own, layer in zip(ranks, self.layers, strict=True))
+
+    def _ranks(self, rank: int | Sequence[int]) -> Sequence[int]:
+        return [rank] * self.num_layers if isinstance(rank, int) else rank
 
     def bridge_elements(self, layers: Sequence[int]) -> int:
         """Count the elements of the bridge's maps (elo.train.bridge): hidden size squared for each gap in `layers`."""
@@ -161,19 +188,20 @@ class Footprint:
         middle: Middle,
         layers: Sequence[int] | None = None,
         *,
-        lora_rank: int = 0,
+        lora_rank: int | Sequence[int] = 0,
         also_train: Collection[str] = (),
+        module: LayerModule = "layer",
     ) -> int:
         """Count the parameters that train; arguments as in `flops_per_token`."""
         if middle == "trained":
-            return self.total
+            return self.outside + sum(layer.part(module).parameters for layer in self.layers)
         # self.head is 0 for a tied head, so its weights are not counted twice.
         parts = {"embedding": self.embedding, "head": self.head, "norm": self.norm}
         outside = sum(parts[part] for part in set(also_train))
         if middle == "adapted":
-            return self.lora_parameters(lora_rank) + outside
+            return self.lora_parameters(lora_rank, module) + outside
         chosen = range(self.num_layers) if layers is None else layers
-        return sum(self.layers[index].parameters for index in chosen) + outside
+        return sum(self.layers[index].part(module).parameters for index in chosen) + outside
 
     def flops_per_token(
         self,
@@ -182,8 +210,9 @@ class Footprint:
         *,
         sequence_length: int = 0,
         activation_checkpointing: bool = False,
-        lora_rank: int = 0,
+        lora_rank: int | Sequence[int] = 0,
         also_train: Collection[str] = (),
+        module: LayerModule = "layer",
         num_losses: int = 1,
     ) -> Flops:
         """Count the matrix-product FLOPs of one trained token.
@@ -195,9 +224,11 @@ class Footprint:
             activation_checkpointing: whether each layer's forward is computed again before its backward. PyTorch skips
                 the layer's last product then, so the true count is up to 7 % lower.
             lora_rank: rank of the adapters (LoRA, Hu et al. 2021) on every dense matrix of every layer, if the middle
-                is `adapted`.
+                is `adapted`; one for all layers, or one for each.
             also_train: parts that train with `layers`. With `embedding`, input gradients continue down to it. With
                 `head`, the head's weight gradient is counted. `norm` adds nothing.
+            module: part of each trained layer that trains or has adapters. Input gradients are counted for the whole
+                layer.
             num_losses: how many hidden states of a token go through the head: the last, and those of supervised layers.
 
         A layer of P elements costs:
@@ -214,18 +245,20 @@ class Footprint:
         everything = range(self.num_layers)
         chosen = set(everything if layers is None or middle in ("trained", "adapted") else layers)
         computed = sorted(chosen) if middle in ("removed", "bridged") else list(everything)
+        ranks = self._ranks(lora_rank)
         forward = backward = recompute = 0.0
         gradient_below = middle == "trained" or "embedding" in also_train
         for index in computed:
             layer = self.layers[index]
             scores = layer.score_flops(sequence_length)
             weights = 2.0 * layer.active_matmul
-            adapters = 2.0 * lora_rank * layer.lora_width if middle == "adapted" else 0.0
-            gradient_below = gradient_below or index in chosen
+            adapters = 2.0 * ranks[index] * layer.part(module).lora_width if middle == "adapted" else 0.0
+            gradient_below = gradient_below or (index in chosen and (middle != "adapted" or adapters > 0))
             forward += weights + adapters + scores
             if gradient_below:
                 trains_weights = index in chosen and middle != "adapted"
-                backward += weights * (2 if trains_weights else 1) + 2 * adapters + 2 * scores
+                own = 2.0 * layer.part(module).active_matmul if trains_weights else 0.0
+                backward += weights + own + 2 * adapters + 2 * scores
                 recompute += (weights + adapters + scores) if activation_checkpointing else 0.0
         if middle == "bridged":
             maps = 2.0 * self.bridge_elements(sorted(chosen))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from elo.errors import EloError
@@ -11,7 +12,33 @@ DEFAULT_LAYERS = "first:1,last:1"
 # No model has more than nine digits of layers, and int() raises for thousands of digits.
 _END = re.compile(r"(first|last):([0-9]{1,9})")
 _RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
+_AUTO = re.compile(r"auto:(?:([a-z_]+):)?([0-9]{1,9})")
 _INDEX = re.compile(r"-?[0-9]{1,9}")
+
+
+@dataclass(frozen=True)
+class AutoLayers:
+    """A selection that a probe of the model makes: `auto:K` or `auto:CRITERION:K` (elo.probe)."""
+
+    criterion: str | None
+    count: int
+
+    def assumed(self, num_layers: int) -> tuple[int, ...]:
+        """Return layers evenly spaced over depth, as an estimate before the probe."""
+        count = min(self.count, num_layers - 1)
+        return tuple(round(index * (num_layers - 1) / max(1, count - 1)) for index in range(count))
+
+
+def parse_auto(selection: str | int | Sequence[int]) -> AutoLayers | None:
+    """Return the parts of a selection that a probe makes, or None if the selection names layers."""
+    match = _AUTO.fullmatch(selection.strip()) if isinstance(selection, str) else None
+    return AutoLayers(match[1], int(match[2])) if match else None
+
+
+def assumed_layers(selection: str | int | Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Resolve a selection like `parse_layers`; for one that a probe makes, return an estimate."""
+    auto = parse_auto(selection)
+    return auto.assumed(num_layers) if auto else parse_layers(selection, num_layers)
 
 
 def parse_layers(selection: str | int | Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -78,6 +105,7 @@ def _term_indices(term: str, num_layers: int) -> range:
         return range(index, index + 1)
     raise EloError(
         f"layers: cannot read {term[:60]!r}; write first:K, last:K, an index such as 0 or -1, or a range such as 0-3"
+        + (", or auto:K alone" if term.startswith("auto") else "")
     )
 
 

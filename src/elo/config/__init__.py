@@ -1,10 +1,12 @@
 """The configuration of a run or a comparison."""
 
-from elo.config.load import contestant_run, load_comparison, load_config
+from elo.config.chat import ChatConfig
+from elo.config.load import contestant_run, load_chat, load_comparison, load_config
 from elo.config.schema import Budget, CompareConfig, Contestant, CorpusConfig, DataConfig, EvaluationConfig, RunConfig
 
 __all__ = [
     "Budget",
+    "ChatConfig",
     "CompareConfig",
     "Contestant",
     "CorpusConfig",
@@ -12,6 +14,7 @@ __all__ = [
     "EvaluationConfig",
     "RunConfig",
     "contestant_run",
+    "load_chat",
     "load_comparison",
     "load_config",
 ]

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from elo.config.chat import ChatConfig, ChatTraining
 from elo.config.schema import (
     Budget,
     CompareConfig,
@@ -16,11 +17,12 @@ from elo.config.schema import (
     CorpusConfig,
     DataConfig,
     EvaluationConfig,
+    ProbeConfig,
     RunConfig,
 )
 from elo.evaluate.measures import MEASURES, Measure
 from elo.methods import METHODS
-from elo.train.settings import EXECUTION, DeepSupervision, TrainingSection
+from elo.train.settings import EXECUTION, DeepSupervision, TrainingSection, TrainingSettings
 
 _EXAMPLES: dict[str, Any] = {
     "model": "MODEL",
@@ -34,10 +36,13 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "The run": RunConfig,
     "data": DataConfig,
     "data.corpora": CorpusConfig,
+    "probe": ProbeConfig,
     "training": TrainingSection,
     "training.deep_supervision": DeepSupervision,
     "evaluation": EvaluationConfig,
     **{f"evaluation.{name}": measure for name, measure in MEASURES.items()},
+    "chat": ChatConfig,
+    "chat.training": ChatTraining,
 }
 _COMPARISON: dict[str, type[BaseModel]] = {
     "The comparison": CompareConfig,
@@ -77,7 +82,10 @@ def markdown() -> str:
         "",
     ]
     for title, model in _SECTIONS.items():
-        lines += [f"## {title}", "", *_table(model), ""]
+        inherited = tuple(set(TrainingSettings.model_fields) - set(vars(model)["__annotations__"]))
+        skip = inherited if model is ChatTraining else ()
+        also = ["As [training](#training), except `phases`, `vocabulary` and `evaluations`, and with:", ""]
+        lines += [f"## {title}", "", *(also if skip else []), *_table(model, skip), ""]
     lines += [
         "## method",
         "",

@@ -1,12 +1,14 @@
 """Read and check configuration files, with one error message per mistake, before anything is loaded."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from elo.config.chat import ChatConfig
 from elo.config.schema import CompareConfig, RunConfig
 from elo.errors import EloError
 from elo.methods import METHODS, Method
@@ -109,6 +111,15 @@ def load_config(path: str | Path | dict[str, Any], overrides: list[str] | None =
         EloError: the file cannot be read, or a key or value is invalid.
     """
     return _load(RunConfig, path, overrides)
+
+
+def load_chat(value: dict[str, Any], overrides: list[str] | None = None) -> ChatConfig:
+    """Read a section `chat` and apply overrides, like `load_config`.
+
+    Raises:
+        EloError: for the same reasons as `load_config`.
+    """
+    return _load(ChatConfig, value, overrides)
 
 
 def _load(model: type[M], path: str | Path | dict[str, Any], overrides: list[str] | None) -> M:
@@ -225,8 +236,9 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
         return f"unknown key {path!r}; {hint}"
     if error["type"] == "union_tag_invalid":
         name = str(error["ctx"]["tag"])
-        close = difflib.get_close_matches(name, METHODS, 1, 0.6)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(METHODS)}"
+        known = re.findall(r"'(\w+)'", str(error["ctx"]["expected_tags"]))
+        close = difflib.get_close_matches(name, known, 1, 0.6)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
         return f"{path}: there is no method {name!r}; {hint}"
     if error["type"] == "missing":
         return f"missing key {path!r}; add it"

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator, model_validator
 
 from elo.checkpoint.layers import DEFAULT_LAYERS
+from elo.config.chat import ChatConfig
 from elo.data.mixture import names_of
 from elo.evaluate.measures import MEASURES, Measure
-from elo.methods import METHODS, Method, Phase
+from elo.methods import METHODS, Method, Phase, section_of_name
 from elo.methods.lora import Lora
 from elo.train.settings import TrainingSection, TrainingSettings
 
@@ -47,15 +48,10 @@ def _languages(value: Any) -> Any:
 Languages = Annotated[str | list[str] | dict[str, float], BeforeValidator(_languages)]
 
 
-def _named(value: Any) -> Any:
-    """Expand the bare name of a method to a section with default settings."""
-    return {"name": value} if isinstance(value, str) else value
-
-
 if TYPE_CHECKING:
     AnyMethod = Method
 else:
-    AnyMethod = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name"), BeforeValidator(_named)]
+    AnyMethod = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name"), BeforeValidator(section_of_name)]
 
 
 class _Section(BaseModel):
@@ -197,6 +193,17 @@ else:
     )
 
 
+class ProbeConfig(_Section):
+    """The probe of `layers: auto` and of `profile: probe`, on training text (docs/probe.md)."""
+
+    tokens: Annotated[int, BeforeValidator(_whole_number)] = Field(256, gt=0)
+    """Number of tokens per language."""
+    sequence_length: int = Field(64, ge=8)
+    """Length of a sequence, in tokens."""
+    parallel: str | None = Field(None, min_length=1)
+    """File with parallel sentences, one column per language, for the criterion `parallel`."""
+
+
 class RunConfig(_Section):
     """A run."""
 
@@ -208,7 +215,9 @@ class RunConfig(_Section):
     method: AnyMethod = Lora()
     """Adaptation method: its name, or a section with `name` and the method's settings (docs/methods.md)."""
     layers: str | int | list[int] = DEFAULT_LAYERS
-    """Decoder layers to train: first:K, last:K, indices or ranges, separated by commas."""
+    """Decoder layers to train: first:K, last:K, indices or ranges, separated by commas. auto:K and auto:CRITERION:K
+    take the K layers that a probe finds most important."""
+    probe: ProbeConfig = ProbeConfig()
     tokens: Annotated[int | None, BeforeValidator(_whole_number)] = Field(None, gt=0, le=10**15)
     """Number of training tokens of the run; null is one pass over the text in the target languages."""
     seed: int = Field(42, ge=0, lt=2**32)
@@ -217,6 +226,8 @@ class RunConfig(_Section):
     """Folder or hub id of the tokenizer; null is the model's tokenizer."""
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationConfig = EvaluationConfig()
+    chat: ChatConfig | None = None
+    """Stages after the adaptation that make a chat model: chat vector and supervised fine-tuning; null does none."""
     trust_remote_code: bool = False
     """Run Python code that ships with the checkpoint. Set it only for checkpoints you trust."""
     title: str | None = None

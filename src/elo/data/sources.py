@@ -4,7 +4,6 @@ A problem with an input becomes a `Record` whose `problem` names the file and li
 largest single document, and for the window of a Zstandard file.
 """
 
-import difflib
 import glob
 import json
 import logging
@@ -19,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
+from elo.checkpoint.local_names import near
 from elo.data.compressed import decompressed, file_problem, wrong_kind
 from elo.errors import EloError
 
@@ -113,23 +113,13 @@ def list_inputs(path: str) -> list[InputFile]:
     if HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES) and not _looks_local(found):
         return [InputFile(HUB_PREFIX + path)]
     hint = f"; for a Hugging Face dataset write {HUB_PREFIX}{path}" if HUB_ID.fullmatch(path) else ""
-    raise EloError(f"{path}: no such file or folder{_near(found)}; check the path{hint}")
+    raise EloError(f"{path}: no such file or folder{near(found)}; check the path{hint}")
 
 
 def _looks_local(path: Path) -> bool:
     """Return whether the first part of `owner/name` is an existing folder, or a common name of one."""
     first = path.parts[0]
     return Path(first).exists() or first.lower() in LOCAL_FOLDERS
-
-
-def _near(path: Path) -> str:
-    """Suggest the file or folder with the most similar name to a missing one, as part of a message."""
-    try:
-        names = [each.name for each in path.parent.iterdir()]
-    except OSError:
-        return f" (there is no folder {path.parent})" if not path.parent.exists() else ""
-    close = difflib.get_close_matches(path.name, names, 1)
-    return f" (did you mean {path.with_name(close[0])}?)" if close else ""
 
 
 def _is_visible(file: Path, folder: Path) -> bool:

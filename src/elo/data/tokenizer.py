@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from elo.checkpoint.local_names import require_path_or_id
 from elo.data.shards import token_dtype
 from elo.data.text_loss import special_spellings, text_encoder
 from elo.data.tokenizer_reading import one_reading, read_stored, require_sentencepiece
@@ -116,8 +117,8 @@ def load_with_settings(path_or_id: str | Path, trust_remote_code: bool = False) 
                 f"{folder}: has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); give a folder with a tokenizer"
             )
         require_sentencepiece(folder)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise EloError(f"{name}: no such folder; give a folder with a tokenizer, or a Hugging Face hub id")
+    else:
+        require_path_or_id(name, "give a folder with a tokenizer, or a Hugging Face hub id")
     source = str(folder) if folder.is_dir() else name
     tokenizer = _load(source, trust_remote_code)
     backend = getattr(tokenizer, "backend_tokenizer", None)

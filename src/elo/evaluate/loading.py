@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from elo.checkpoint.counting import read_config
+from elo.checkpoint.local_names import require_path_or_id
 from elo.checkpoint.reading import auto_class
 from elo.checkpoint.tensor_files import open_checkpoint
 from elo.errors import EloError
@@ -44,8 +45,10 @@ def load_model(
         if not (folder / "config.json").is_file():
             raise EloError(f"{folder}: holds no config.json, so it is not a checkpoint; give the folder of a model")
         open_checkpoint(folder)
-    elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise EloError(f"{name}: no such folder; give a checkpoint folder or a Hugging Face hub id")
+    elif folder.exists():
+        raise EloError(f"{name}: is not a folder; give a checkpoint folder or a Hugging Face hub id")
+    else:
+        require_path_or_id(name, "give a checkpoint folder or a Hugging Face hub id")
     config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:

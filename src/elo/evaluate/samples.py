@@ -88,7 +88,7 @@ def generate_samples(
     texts = []
     with (
         evaluating(model, device, autocast_dtype) as place,
-        _generating_with(model, greedy),
+        generating_with(model, greedy),
         Progress(len(prompts), progress, "samples") as bar,
     ):
         for prompt in prompts:
@@ -110,7 +110,7 @@ def generate_samples(
 
 
 @contextmanager
-def _generating_with(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def generating_with(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Put `config` in the place of the checkpoint's own, which would fill in whatever an argument leaves open."""
     own = model.generation_config
     model.generation_config = config

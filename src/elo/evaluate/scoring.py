@@ -101,6 +101,9 @@ def _ropes(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
     """Kind and limit of each rotary embedding, or selection of tokens, that depends on the length."""
     if isinstance(selected := getattr(config, "index_topk", None), int):
         yield "dynamic selection", selected
+    block = getattr(config, "index_block_size", None)  # MiniMax M3 counts blocks from the start of a row
+    if isinstance(block, int) and any("sparse" in kind for kind in getattr(config, "layer_types", None) or ()):
+        yield "dynamic selection", block
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     positions = getattr(config, "max_position_embeddings", None)

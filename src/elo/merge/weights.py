@@ -73,6 +73,7 @@ def merge_weights(
     copy_files: Callable[[Path], None],
     check: Callable[[Path], None] = lambda folder: None,
     token_ids_of: int = 0,
+    inner_rows: tuple[int, Callable[[], int]] | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -94,6 +95,8 @@ def merge_weights(
         copy_files: writes the other files into a folder: tokenizer, generation settings, licence.
         check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
         token_ids_of: index of the model whose bos, eos and pad token ids are used.
+        inner_rows: index of a model, and a function that returns a number of rows. If rows that not all models have
+            come from another model, this model's rows below that number are used instead.
         dtype: dtype of the output; None keeps the first model's.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoints' own Python code to define the model.
@@ -110,16 +113,10 @@ def merge_weights(
     """
     models = [open_folder(folder, trust_remote_code) for folder in folders]
     ours = models[0]
+    _require_same_family(models)
     for each in models:
-        if PROVENANCE_KEY in each.config_json:
-            raise EloError(f"{each.folder}: is a detached checkpoint; attach its layers first, or give the full model")
-        if each.config.model_type != ours.config.model_type:
-            raise EloError(
-                f"{each.folder}: has model type {each.config.model_type}, but {ours.folder} has "
-                f"{ours.config.model_type}; give models of the same architecture"
-            )
         refuse_overlap(output, each.folder)
-    sums = _plan(models, factors, dtype, trust_remote_code)
+    sums = _plan(models, factors, inner_rows, dtype, trust_remote_code)
     added = max((each.rows_added for each in sums), default=0)
     config_json = _config_json(models, added, dtype)
     config_json |= {key: value for key, value in models[token_ids_of].config_json.items() if key in _TOKEN_IDS}
@@ -144,6 +141,25 @@ def merge_weights(
     }
 
 
+def check_models(folders: Sequence[Path], *, trust_remote_code: bool = False) -> None:
+    """Raise EloError if `merge_weights` would refuse these checkpoints, without reading weights."""
+    models = [open_folder(folder, trust_remote_code) for folder in folders]
+    _require_same_family(models)
+    _plan(models, lambda *_: (1.0,) * len(models), None, None, trust_remote_code)
+
+
+def _require_same_family(models: Sequence[CheckpointFolder]) -> None:
+    ours = models[0]
+    for each in models:
+        if PROVENANCE_KEY in each.config_json:
+            raise EloError(f"{each.folder}: is a detached checkpoint; attach its layers first, or give the full model")
+        if each.config.model_type != ours.config.model_type:
+            raise EloError(
+                f"{each.folder}: has model type {each.config.model_type}, but {ours.folder} has "
+                f"{ours.config.model_type}; give models of the same architecture"
+            )
+
+
 def shared_chunks(tensors: Sequence[StoredTensor], elements: int) -> Iterator[list[torch.Tensor]]:
     """Yield the first `elements` elements of several tensors as float64, one chunk at a time."""
     for start in range(0, elements, _STEP):
@@ -158,10 +174,12 @@ def _read(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
 
 @dataclass
 class _Sum:
-    """A tensor to write: a sum over the elements that all models share, and the rest from `owner`."""
+    """A tensor to write: a sum of the elements that all models share, `inner` up to `inner_stop`, then `owner`."""
 
     place: Place
     tensors: Sequence[StoredTensor]
+    inner: StoredTensor
+    inner_stop: int
     owner: StoredTensor
     elements: int
     factors: Factors
@@ -175,7 +193,8 @@ class _Sum:
     @property
     def rows_kept(self) -> int:
         shape = self.tensors[0].shape
-        return (math.prod(shape) - self.elements) // math.prod(shape[1:]) if self.elements else 0
+        start = max(self.elements, self.inner_stop)
+        return (math.prod(shape) - start) // math.prod(shape[1:]) if self.elements else 0
 
     def tensor(self) -> NewTensor:
         """Return the tensor, whose bytes are computed while they are written."""
@@ -187,7 +206,8 @@ class _Sum:
         factors = self.factors(self.place, self.tensors, self.elements) if self.elements else [1.0]
         used = [(tensor, factor) for tensor, factor in zip(self.tensors, factors, strict=False) if factor]
         self.is_sum = used != [(ours, 1.0)]
-        if not self.is_sum and self.owner is ours and self.dtype == ours.torch_dtype:
+        copies_ours = self.owner is ours and self.inner_stop <= self.elements
+        if not self.is_sum and copies_ours and self.dtype == ours.torch_dtype:
             yield from ours.chunks()
             return
         for chunk in shared_chunks([tensor for tensor, _ in used], self.elements):
@@ -196,13 +216,19 @@ class _Sum:
             for values in rest:
                 total += values
             yield tensor_bytes(total.to(self.dtype))  # the only rounding
-        whole = math.prod(self.owner.shape)
-        for start in range(self.elements, whole, _STEP):
-            yield tensor_bytes(_read(self.owner, start, min(start + _STEP, whole)).to(self.dtype))
+        begin = self.elements
+        for source, end in ((self.inner, self.inner_stop), (self.owner, math.prod(self.owner.shape))):
+            for start in range(begin, end, _STEP):
+                yield tensor_bytes(_read(source, start, min(start + _STEP, end)).to(self.dtype))
+            begin = max(begin, end)
 
 
 def _plan(
-    models: Sequence[CheckpointFolder], factors: Factors, dtype: torch.dtype | None, trust_remote_code: bool
+    models: Sequence[CheckpointFolder],
+    factors: Factors,
+    inner_rows: tuple[int, Callable[[], int]] | None,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
 ) -> list[_Sum]:
     """Match the models' tensors and choose which elements are summed."""
     ours = models[0]
@@ -220,11 +246,15 @@ def _plan(
         found = [each.get(name) for each in matched]
         tensors = [tensor, *(each for each in found if each is not None)]
         is_floating = tensor.torch_dtype.is_floating_point
-        owner, elements = tensor, 0
+        inner, inner_stop, owner, elements = tensor, 0, tensor, 0
         if is_floating and len(tensors) == len(models):  # others may lack a redundant tensor
             owner, elements = _shared(place, tensors, records)
+            if inner_rows is not None and place.group in ("embedding", "head"):
+                inner = tensors[inner_rows[0]]
+                if owner is not inner and math.prod(inner.shape) > elements:
+                    inner_stop = min(inner.shape[0], inner_rows[1]()) * math.prod(inner.shape[1:])
         to = dtype if dtype is not None and is_floating else tensor.torch_dtype
-        sums.append(_Sum(place, tensors, owner, elements, factors, to))
+        sums.append(_Sum(place, tensors, inner, inner_stop, owner, elements, factors, to))
     return sums
 
 

@@ -4,14 +4,15 @@ A method is one file in this package: a class with a `name`, settings as fields,
 imports every file here. The configuration, the plan, the report and the tests read `METHODS`.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, field_validator
+from torch import nn
 from transformers import PreTrainedModel
 
-from elo.checkpoint.architecture import find_architecture, layers_of, modules_of
+from elo.checkpoint.architecture import LayerModule, find_architecture, layers_of, modules_in, modules_of
 from elo.checkpoint.footprint import Flops, Footprint, Middle
 from elo.checkpoint.new_rows import read_new_rows
 from elo.errors import EloError
@@ -83,6 +84,9 @@ class Method(BaseModel):
     scale: Scale = 1.0
     """Factor of the trained change: the result is base + scale x (trained - base). `search` tries several scales on
     text that was not trained on, and takes the one with the lowest loss over all languages."""
+    module: LayerModule = "layer"
+    """Part of each trained decoder layer that trains: all of the `layer`, its `attention`, or its feed-forward part
+    (`mlp`). With the last two, the layers' norms are frozen."""
 
     @field_validator("scale")
     @classmethod
@@ -115,6 +119,15 @@ class Method(BaseModel):
         """Whether the layers that train change between updates."""
         return self.redraws_layers
 
+    @property
+    def probe_criterion(self) -> str | None:
+        """Criterion by which the layers must be scored before the method can start (`elo.probe`); None for none."""
+        return None
+
+    def with_scores(self, scores: Sequence[float]) -> "Method":
+        """Return the method with the settings that follow from each layer's score by `probe_criterion`."""
+        return self
+
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         """Set `requires_grad` on every parameter of `model` and install the phase's adapters, bridge or hooks.
 
@@ -122,10 +135,10 @@ class Method(BaseModel):
             model: the whole model, or the detached one if `phase.detached`.
         """
         if phase.middle == "trained":
-            model.requires_grad_(True)
+            train_all(model, self.module)
             return Prepared(first_row=self.first_row(model))
         layers = range(len(setup.layers)) if phase.detached else setup.layers
-        select_layers(model, layers, phase.also_train)
+        select_layers(model, layers, phase.also_train, self.module)
         if phase.middle != "bridged":
             return Prepared(first_row=self.first_row(model))
         assert setup.bridge is not None
@@ -144,6 +157,10 @@ class Method(BaseModel):
         """
         return range(num_layers) if phase.middle == "trained" else layers
 
+    def lora_ranks(self, phase: Phase, num_layers: int) -> Sequence[int]:
+        """Return the rank of the adapters on each decoder layer of the base; 0 for none."""
+        return [phase.lora_rank] * num_layers
+
     def flops_per_token(
         self, phase: Phase, footprint: Footprint, layers: Sequence[int], sequence_length: int, **counting: Any
     ) -> Flops:
@@ -158,8 +175,9 @@ class Method(BaseModel):
             phase.middle,
             self.layers_at_once(phase, layers, footprint.num_layers),
             sequence_length=sequence_length,
-            lora_rank=phase.lora_rank,
+            lora_rank=self.lora_ranks(phase, footprint.num_layers),
             also_train=phase.also_train,
+            module=self.module,
             **counting,
         )
 
@@ -175,8 +193,34 @@ def register(method: type[M]) -> type[M]:
     return method
 
 
-def select_layers(model: PreTrainedModel, layers: Collection[int], also_train: Collection[Part] = ()) -> None:
-    """Freeze all of `model` except the decoder layers at `layers` and the parts in `also_train`.
+def section_of_name(value: Any) -> Any:
+    """Expand the bare name of a method to a section with default settings."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def parameters_in(layer: nn.Module, module: LayerModule) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a part of a decoder layer."""
+    for part in modules_in(layer, module):
+        yield from part.parameters()
+
+
+def train_all(model: PreTrainedModel, module: LayerModule = "layer") -> None:
+    """Unfreeze all of `model`, but of each decoder layer only `module`."""
+    model.requires_grad_(True)
+    layers = layers_of(model)
+    layers.requires_grad_(module == "layer")
+    for layer in layers:
+        for parameter in parameters_in(layer, module):
+            parameter.requires_grad_(True)
+
+
+def select_layers(
+    model: PreTrainedModel,
+    layers: Collection[int],
+    also_train: Collection[Part] = (),
+    module: LayerModule = "layer",
+) -> None:
+    """Freeze all of `model` except `module` of the decoder layers at `layers` and the parts in `also_train`.
 
     Raises:
         EloError: `also_train` names one of two tied parts without the other.
@@ -184,7 +228,8 @@ def select_layers(model: PreTrainedModel, layers: Collection[int], also_train: C
     model.requires_grad_(False)
     decoder_layers = layers_of(model)
     for index in layers:
-        decoder_layers[index].requires_grad_(True)
+        for parameter in parameters_in(decoder_layers[index], module):
+            parameter.requires_grad_(True)
     train_parts(model, also_train)
 
 

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
+from elo.checkpoint.architecture import layers_of
 from elo.methods.base import Method, Phase, Scale, Setup, register
 from elo.methods.lora import add_adapters
 from elo.train.prepared import Prepared
@@ -67,7 +68,8 @@ class Elo(Method):
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         if phase.middle == "adapted":
-            return add_adapters(model, phase, setup.seed, alpha=2 * phase.lora_rank)
+            ranks = self.lora_ranks(phase, len(layers_of(model)))
+            return add_adapters(model, phase, setup.seed, ranks, 2.0, module=self.module)
         return super().prepare(model, phase, setup)
 
 
@@ -90,6 +92,6 @@ class EloPaper(Elo):
 
     @model_validator(mode="after")
     def _as_published(self) -> "EloPaper":
-        if self.also_train or self.scale != 1.0:
-            raise ValueError("elo_paper takes neither also_train nor scale; to change them, write method: elo")
+        if self.also_train or self.scale != 1.0 or self.module != "layer":
+            raise ValueError("elo_paper takes no also_train, scale or module; to change them, write method: elo")
         return self

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.footprint import Flops, Footprint
-from elo.methods.base import Method, Phase, Setup, register
+from elo.methods.base import Method, Phase, Setup, parameters_in, register
 from elo.methods.gradient_floor import GradientFloor
 from elo.train.prepared import Prepared
 from elo.train.settings import Part
@@ -51,13 +51,14 @@ class Frozen(Method):
             return prepared
         floor = GradientFloor(model)
         top = topmost_block(setup.layers)
-        below = [layer for index, layer in enumerate(layers_of(model)) if index in setup.layers and index < top]
+        layers = layers_of(model)
+        below = [each for index in setup.layers if index < top for each in parameters_in(layers[index], self.module)]
 
         def before_step(step: int, optimizer: Any) -> None:
             generator = torch.Generator().manual_seed(setup.seed * 1_000_003 + step)
             drawn = float(torch.rand((), generator=generator)) < self.backward_share
-            for layer in below:
-                layer.requires_grad_(drawn)
+            for parameter in below:
+                parameter.requires_grad_(drawn)
             if drawn:
                 floor.open(top, 1 / self.backward_share)
             else:
@@ -73,7 +74,9 @@ class Frozen(Method):
             return exact
         top = [index for index in layers if index >= topmost_block(layers)]
         parts = [part for part in phase.also_train if part != "embedding"]
-        above = footprint.flops_per_token("frozen", top, sequence_length=sequence_length, also_train=parts, **counting)
+        above = footprint.flops_per_token(
+            "frozen", top, sequence_length=sequence_length, also_train=parts, module=self.module, **counting
+        )
         return exact.mixed(above, self.backward_share)
 
 

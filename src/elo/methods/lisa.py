@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.footprint import Flops, Footprint
-from elo.methods.base import Method, Phase, Setup, register
+from elo.methods.base import Method, Phase, Setup, parameters_in, register, train_all
 from elo.methods.gradient_floor import GradientFloor
 from elo.train.prepared import Prepared
 
@@ -41,7 +41,7 @@ class Lisa(Method):
         layers = layers_of(model)
         num_drawn = min(self.layers, len(layers))
         # The optimizer takes the parameters that require gradients when it is created, so all must do so then.
-        model.requires_grad_(True)
+        train_all(model, self.module)
         floor = GradientFloor(model) if self.window else None
 
         def before_step(step: int, optimizer: Any) -> None:
@@ -53,9 +53,9 @@ class Lisa(Method):
                 chosen = set(range(first, first + num_drawn))
                 floor.open() if first == 0 else floor.close()
             for index, layer in enumerate(layers):
-                layer.requires_grad_(index in chosen)
-                if inside == 0 and index not in chosen:
-                    for parameter in layer.parameters():  # the moments would be stale at the next draw
+                for parameter in parameters_in(layer, self.module):
+                    parameter.requires_grad_(index in chosen)
+                    if inside == 0 and index not in chosen:  # the moments would be stale at the next draw
                         optimizer.state.pop(parameter, None)
 
         return Prepared(before_step=before_step, fold=floor.remove if floor else lambda: None)
@@ -76,6 +76,7 @@ class Lisa(Method):
                 range(start, start + num_drawn),
                 sequence_length=sequence_length,
                 also_train=("embedding", "head") if start == 0 else ("head",),
+                module=self.module,
                 **counting,
             )
             for start in starts

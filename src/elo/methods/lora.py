@@ -1,13 +1,17 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) of the package peft, merged into the weights at the end."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from elo.checkpoint.architecture import LayerModule, layers_of, modules_in
+from elo.errors import EloError
 from elo.methods.base import Method, Phase, Setup, register, train_parts
 from elo.train.prepared import Prepared
 from elo.train.settings import Part
@@ -35,19 +39,49 @@ class Lora(Method):
         return (Phase("lora", "adapted", also_train=self.also_train, lora_rank=self.rank, learning_rate=5e-4),)
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
-        return add_adapters(model, phase, setup.seed, alpha=self.alpha, dropout=self.dropout)
+        ranks = self.lora_ranks(phase, len(layers_of(model)))
+        scale = self.alpha / self.rank
+        return add_adapters(model, phase, setup.seed, ranks, scale, module=self.module, dropout=self.dropout)
 
 
-def add_adapters(model: PreTrainedModel, phase: Phase, seed: int, *, alpha: int, dropout: float = 0.0) -> Prepared:
-    """Freeze `model`, add trainable adapters and unfreeze `phase.also_train`. `fold` merges the adapters."""
+def add_adapters(
+    model: PreTrainedModel,
+    phase: Phase,
+    seed: int,
+    ranks: Sequence[int],
+    scale: float,
+    *,
+    module: LayerModule = "layer",
+    dropout: float = 0.0,
+) -> Prepared:
+    """Freeze `model`, add trainable adapters and unfreeze `phase.also_train`. `fold` merges the adapters.
+
+    Args:
+        ranks: rank of the adapters of each decoder layer; 0 for none.
+        scale: factor of the adapters' output, the same for all ranks.
+        module: part of the layers that gets adapters.
+    """
     from peft import LoraConfig, LoraModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    names = {id(each): name for name, each in model.named_modules()}
+    rank_of = {
+        names[id(linear)]: rank
+        for layer, rank in zip(layers_of(model), ranks, strict=True)
+        for part in modules_in(layer, module)
+        for linear in part.modules()
+        if rank and type(linear) in (nn.Linear, Conv1D)  # not a router, which returns more than one tensor
+    }
+    if not rank_of:
+        raise EloError(f"method.module: {module}: no linear layer would get an adapter; choose another module or rank")
+    patterns = {f"^{re.escape(name)}$": rank for name, rank in rank_of.items()}
     config = LoraConfig(
-        r=phase.lora_rank,
-        lora_alpha=alpha,
+        r=max(ranks),
+        rank_pattern=patterns,
+        lora_alpha=scale * max(ranks),  # type: ignore[arg-type]
+        alpha_pattern={pattern: scale * rank for pattern, rank in patterns.items()},
         lora_dropout=dropout,
-        target_modules="all-linear",
+        target_modules=list(rank_of),
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # a resumed run must start from the same adapters

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from elo.checkpoint.architecture import LayerModule
 from elo.checkpoint.footprint import Footprint
 from elo.methods import Phase
 from elo.plan.schema import Memory
@@ -63,6 +64,8 @@ def phase_memory(
     devices: int = 1,
     fp32_throughout: bool = False,
     set_aside: int = 0,
+    lora_ranks: Sequence[int] | None = None,
+    module: LayerModule = "layer",
 ) -> Memory:
     """Estimate the peak memory of one device.
 
@@ -79,6 +82,8 @@ def phase_memory(
         devices: number of devices.
         fp32_throughout: whether frozen weights are fp32 on a GPU too.
         set_aside: fp32 parameters held beside the model: the whole embedding and head, if only some rows train.
+        lora_ranks: rank of each layer's adapters; None is the phase's rank for all.
+        module: part of the layers that trains. Activations are counted as if the whole layer trained.
 
     The peak is the largest of these moments:
 
@@ -91,9 +96,10 @@ def phase_memory(
     """
     tokens = settings.per_device_train_batch_size * sequence_length
     accumulates = settings.tokens_per_step > tokens * devices
-    trainable = counted.trainable(phase.middle, layers, lora_rank=phase.lora_rank, also_train=phase.also_train)
+    ranks = [phase.lora_rank] * counted.num_layers if lora_ranks is None else lora_ranks
+    trainable = counted.trainable(phase.middle, layers, lora_rank=ranks, also_train=phase.also_train, module=module)
     held = counted.detached(layers) if phase.detached else counted
-    frozen = held.total - trainable + counted.lora_parameters(phase.lora_rank)  # adapters are not in held
+    frozen = held.total - trainable + counted.lora_parameters(ranks, module)  # adapters are not in held
     item = 2 if precision == "bf16" else 4
     frozen_item = item if kind == "gpu" and not fp32_throughout else 4
     trains_head = phase.middle == "trained" or "head" in phase.also_train
@@ -117,7 +123,7 @@ def phase_memory(
     layer_bytes = [tokens * kept for kept in saved.per_layer]
     masks = saved.mask * tokens * sequence_length
     if phase.middle == "adapted":
-        layer_bytes = [kept + tokens * item * phase.lora_rank * 8 for kept in layer_bytes]
+        layer_bytes = [kept + tokens * item * rank * 8 for kept, rank in zip(layer_bytes, ranks, strict=True)]
     # The final norm of each supervised layer keeps about what that of the last one does.
     outside = tokens * saved.outside * settings.num_losses
     everything = sum(layer_bytes) + masks * len(layer_bytes) + outside

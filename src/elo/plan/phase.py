@@ -112,7 +112,13 @@ def plan_phase(
         num_losses=settings.num_losses,
     )
     training = method.layers_at_once(phase, layers, counted.num_layers)
-    trainable = counted.trainable(phase.middle, training, lora_rank=phase.lora_rank, also_train=phase.also_train)
+    trainable = counted.trainable(
+        phase.middle,
+        training,
+        lora_rank=method.lora_ranks(phase, counted.num_layers),
+        also_train=phase.also_train,
+        module=method.module,
+    )
     rate = machine.device.matmul_flops * machine.utilisation * machine.devices
     updated = trainable / (machine.devices if settings.divides_model else 1)
     traffic = _OPTIMIZER_TRAFFIC.get(settings.optimizer_name, _ADAMW_TRAFFIC)
@@ -182,6 +188,8 @@ def _memory(
         devices=machine.devices,
         fp32_throughout=method.redraws_layers,
         set_aside=model.whole.embedding + model.whole.head if cut else 0,
+        lora_ranks=method.lora_ranks(phase, model.whole.num_layers),
+        module=method.module,
     )
 
 

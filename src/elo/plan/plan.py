@@ -11,7 +11,7 @@ import torch
 from elo.budget import divide_sequences
 from elo.checkpoint.counting import footprint, read_config, text_config
 from elo.checkpoint.footprint import Footprint
-from elo.checkpoint.layers import parse_layers
+from elo.checkpoint.layers import assumed_layers, parse_auto
 from elo.checkpoint.refusals import require_detachable
 from elo.config import RunConfig, load_config
 from elo.errors import EloError
@@ -82,8 +82,12 @@ def plan(
     if any(phase.detached for each in (config, *others) for phase in each.method.phases):
         require_detachable(model_config)
     counted = footprint(model_config)
-    layers = parse_layers(config.layers, counted.num_layers)
+    layers = assumed_layers(config.layers, counted.num_layers)
     notes: list[str] = []
+    if parse_auto(config.layers):
+        notes.append(f"layers: {config.layers} is decided by a probe; the plan assumes layers evenly spaced over depth")
+    if config.method.probe_criterion:
+        notes.append("method.profile: probe is decided by a probe; the plan assumes u_shaped")
     rows = _vocabulary_rows(config, counted, vocabulary_rows, notes)
     model = Model(model_config, counted, rows)
     if found is None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from elo.evaluate.base import MeasureValue
 from elo.report.schema import (
+    ChatModel,
     EvaluationPoint,
     Generation,
     LossPoint,
@@ -77,6 +78,12 @@ def trial(
         evaluations=evaluations,
         warnings=tuple(text for record in stages.values() for text in record.get("warnings", [])),
     )
+
+
+def chat_model(name: str, stage: Mapping[str, Any], evaluation: Mapping[str, Any]) -> ChatModel:
+    """A chat model, from the record of the stage that made it (empty if none did) and its evaluation record."""
+    cost = stage_costs({name: stage}, {})[0] if stage else None
+    return ChatModel(name=name, stage=cost, measured=measured(evaluation))
 
 
 def stage_costs(stages: Stages, flops: Mapping[str, float]) -> tuple[StageCost, ...]:

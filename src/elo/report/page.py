@@ -26,6 +26,8 @@ from elo.report.schema import Results, Trial, Verdict
 from elo.report.tables import (
     NOTHING,
     Table,
+    chat_measurements,
+    chat_table,
     data_table,
     measures_table,
     paired_table,
@@ -97,25 +99,27 @@ def terminal(results: Results) -> RenderableType:
     for budget, judged in zip(results.budgets, verdict.budgets, strict=True):
         made = results_table(results, budget, judged)
         name = budget.name if results.kind == "comparison" else results.title
-        table = RichTable(title=Text(name), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        kept = [index for index, column in enumerate(made.columns) if column.is_brief]
-        for index in kept:
-            table.add_column(
-                Text(made.columns[index].title), justify="left" if made.columns[index].is_text else "right"
-            )
-        for number, row in enumerate(made.rows):
-            cells = []
-            for cell in (row[index] for index in kept):
-                text = Text("" if cell.text == NOTHING else cell.text, style="bold" if cell.bold else "")
-                cells.append(text.append(f"\n{cell.detail}" if cell.detail else "", style="dim not bold"))
-            table.add_row(*cells, end_section=number == 0)
-        shown += [
-            table,
-            Text(made.note, style="dim"),
-            *map(Text, (*judged.sentences, *judged.retention_sentences)),
-            Text(""),
-        ]
+        sentences = (*judged.sentences, *judged.retention_sentences)
+        shown += [rich_table(made, name), Text(made.note, style="dim"), *map(Text, sentences), Text("")]
+    chats = chat_table(chat_measurements(results, last_trials(results)))
+    if chats is not None:
+        shown += [rich_table(chats, "Chat models"), Text(chats.note, style="dim"), Text("")]
     return Group(*shown)
+
+
+def rich_table(made: Table, title: str) -> RichTable:
+    """A table for the terminal, without the columns that only reports show."""
+    table = RichTable(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    kept = [index for index, column in enumerate(made.columns) if column.is_brief]
+    for index in kept:
+        table.add_column(Text(made.columns[index].title), justify="left" if made.columns[index].is_text else "right")
+    for number, row in enumerate(made.rows):
+        cells = []
+        for cell in (row[index] for index in kept):
+            text = Text("" if cell.text == NOTHING else cell.text, style="bold" if cell.bold else "")
+            cells.append(text.append(f"\n{cell.detail}" if cell.detail else "", style="dim not bold"))
+        table.add_row(*cells, end_section=number == 0)
+    return table
 
 
 def _render(template: str, results: Results, charts: Sequence[Chart]) -> str:
@@ -176,6 +180,7 @@ def _sections(results: Results, verdict: Verdict, charts: Sequence[Chart]) -> li
         found.append(Section("Benchmarks in detail" + at, table=measures_table(results, budget)))
     return [
         *found,
+        Section("Chat models", table=chat_table(chat_measurements(results, last))),
         Section("Cost by stage", table=stages_table(results, last)),
         Section("Samples", tuple(_writing(results, last)), samples=tuple(_samples(results, last))),
         Section("Learning rates", table=tuning_table(results)),
@@ -204,6 +209,7 @@ def _compared(results: Results) -> list[tuple[str, str]]:
     for contestant in results.contestants:
         text = f"method {contestant.method}"
         text += f", layers {', '.join(map(str, contestant.layers))}" if contestant.layers else ""
+        text += f": {contestant.layers_reason}" if contestant.layers_reason else ""
         text += f"; {changes_text(contestant.changes)}" if contestant.changes else ""
         found.append((contestant.title, text))
     sizes = [

@@ -191,6 +191,7 @@ class Contestant(Record):
     layers: tuple[int, ...] = Field(
         (), description="0-based decoder layers that the method was asked to train; empty if it chooses its own."
     )
+    layers_reason: str = Field("", description="Why `layers: auto` chose these layers.")
     changes: dict[str, Any] = Field(
         {}, description="Configuration keys in which this contestant differs from the shared run."
     )
@@ -392,6 +393,14 @@ class Verdict(Record):
     warnings: tuple[str, ...] = Field((), description="What a reader has to know before using the results.")
 
 
+class ChatModel(Record):
+    """A chat model that was measured: the given one, or what a stage of the section `chat` made."""
+
+    name: str = Field(description="`chat_model` (the given one), or the stage: `chat_vector`, `sft`.")
+    stage: StageCost | None = Field(None, description="What the stage cost; null for the given chat model.")
+    measured: Measured = Field(description="The chat model on the held-out text and conversations.")
+
+
 class Results(Record):
     """Top level of results.json."""
 
@@ -422,6 +431,7 @@ class Results(Record):
     in_progress: bool = Field(
         False, description="Whether the run or comparison goes on; an unfinished trial has its last measurement."
     )
+    chat: tuple[ChatModel, ...] = Field((), description="Chat models of the section `chat`, in order.")
     verdict: Verdict | None = Field(None, description="What the statistics support; `elo report` computes it anew.")
 
     @model_validator(mode="after")

@@ -4,7 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from elo.format import count, duration, flops, learning_rate, mean_of, memory, signed
-from elo.report.schema import Budget, BudgetVerdict, Contestant, Data, Measured, Results, Trial, mean, mean_bpb
+from elo.report.schema import (
+    Budget,
+    BudgetVerdict,
+    ChatModel,
+    Contestant,
+    Data,
+    Measured,
+    Results,
+    StageCost,
+    Trial,
+    mean,
+    mean_bpb,
+)
 from elo.report.verdict import contestant_warnings, score, title_of, tuned
 
 NOTHING = "–"
@@ -133,6 +145,7 @@ def _measure_columns(
         for each in measured
         for value in each.measures
         if (value.name != "all" or value.is_detail) == subsets
+        and not (results.chat and value.measure.startswith("chat_"))
     )
     found = []
     for key in sorted(keys, key=lambda key: (key[0] not in results.languages.targets, not key[0], key[0])):
@@ -246,6 +259,57 @@ def retention_table(results: Results, verdict: BudgetVerdict) -> Table | None:
 
 def _change(value: float, unit: str) -> str:
     return signed(100 * value, 1) if unit == "share" else signed(value)
+
+
+Measurement = tuple[str, Measured, StageCost | None]
+"""A model's name for people, what was measured of it, and what it cost."""
+
+
+def chat_measurements(results: Results, trials: Sequence[Trial]) -> list[Measurement]:
+    """The base, the adapted model and the chat models of a run; empty without chat models."""
+    if not results.chat:
+        return []
+    adapted = [("Adapted model", trial.measured, None) for trial in trials if trial.failed is None]
+    return [("Base model", results.base, None), *adapted[:1], *named_chat_models(results.chat)]
+
+
+def named_chat_models(models: Sequence[ChatModel]) -> list[Measurement]:
+    """Chat models with names for people."""
+    return [(_CHAT_TITLES.get(each.name, each.name), each.measured, each.stage) for each in models]
+
+
+def chat_table(named: Sequence[Measurement]) -> Table | None:
+    """Bits per byte and chat ability, one model a row; None without models."""
+    if not named:
+        return None
+    columns: list[_Parts] = []
+    for language in dict.fromkeys(each for _, measured, _ in named for each in measured.bpb):
+        cells = [_cell(measured.bpb.get(language), lambda value: f"{value:.3f}") for _, measured, _ in named]
+        columns.append((Column(language, "bpb ↓"), cells[0], cells[1:]))
+    values = [value for _, measured, _ in named for value in measured.measures if value.measure.startswith("chat_")]
+    for measure, language, name in sorted({(v.measure, v.language, v.name) for v in values}):
+        key = (language, measure, name)
+        higher = next(value.higher_is_better for value in values if _is(value, key))
+        cells = [_measure_cell([measured], key) for _, measured, _ in named]
+        title = f"{measure} {language}".replace("_", " ") + ("" if name == "all" else f": {name}")
+        columns.append((Column(title, "↑" if higher else "↓"), cells[0], cells[1:]))
+    times = [_cell(stage.seconds if stage else None, duration) for _, _, stage in named]
+    columns.append((Column("Wall time"), times[0], times[1:]))
+    names = [Cell(title) for title, _, _ in named]
+    return _table([(Column("Model", is_text=True), names[0], names[1:]), *columns], _CHAT_NOTE)
+
+
+_CHAT_TITLES = {
+    "adapted": "Adapted model",
+    "chat_model": "Given chat model",
+    "chat_vector": "Chat vector",
+    "sft": "SFT",
+}
+_CHAT_NOTE = (
+    "On held-out conversations. chat ended: generated answers that end the turn as the template does; chat language: "
+    "generated answers in the language of the conversation (reference: the true answers); chat nats: loss per token of "
+    "the true answers. ±: one standard error, of shares in percentage points."
+)
 
 
 def stages_table(results: Results, trials: Sequence[Trial]) -> Table | None:

@@ -42,6 +42,7 @@ def train_checkpoint(
     scratch: Path,
     vocabulary: Path | None = None,
     evaluate: Evaluate | None = None,
+    finish: Callable[[Path], None] | None = None,
     trust_remote_code: bool = False,
     label: str | None = None,
 ) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def train_checkpoint(
         prepare: function that sets what trains in the model and installs what the phase needs; see `Method.prepare`.
         scratch: folder for training checkpoints, from which an interrupted call resumes.
         vocabulary: file with the vocabulary rows that training computes with; None is all.
+        finish: function that changes the files beside the weights, before the output appears.
 
     Returns:
         The record of the stage: tokens, steps, seconds, tokens_per_second, peak_memory_bytes, losses, evaluations, ...
@@ -79,7 +81,7 @@ def train_checkpoint(
             parts = map(prepared.fold_parts(), parts)
         else:
             prepared.fold()
-        save_checkpoint(trained, parts, files, output, python=trust_remote_code)
+        save_checkpoint(trained, parts, files, output, finish=finish, python=trust_remote_code)
 
     result = train(
         model,
@@ -147,6 +149,7 @@ def save_checkpoint(
     files: TrainedFiles,
     output: Path,
     *,
+    finish: Callable[[Path], None] | None = None,
     python: bool = False,
 ) -> None:
     """Write a trained model as a copy of its base with the changed weights.
@@ -155,11 +158,14 @@ def save_checkpoint(
 
     Args:
         parts: weights, part by part, if the model holds only shards of them.
+        finish: function that changes the files beside the weights, before the folder appears.
         python: copy the base's Python files too.
     """
 
     with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
         files.write(folder, model, whole_parts(model) if parts is None else parts, python=python)
+        if finish is not None:
+            finish(folder)
 
 
 def heldout_evaluator(

@@ -1,0 +1,49 @@
+"""Tell a missing local path from a Hugging Face hub id, and suggest similar names."""
+
+import difflib
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from elo.errors import EloError
+
+_CACHED_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def require_path_or_id(name: str | Path, remedy: str, kind: str = "folder") -> None:
+    """Raise EloError if `name` is a missing local path, not a Hugging Face id.
+
+    `owner/name` is a path if `owner` is a local folder and the hub's cache does not have this id.
+
+    Args:
+        name: local path or hub id.
+        remedy: what to do, for the message.
+        kind: what the path should be, for the message.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return
+    hint = ""
+    if not (str(name).startswith((".", "/", "~")) or str(name).endswith("/") or len(path.parts) > 2):
+        if len(path.parts) < 2 or not Path(path.parts[0]).is_dir() or _is_cached(str(name)):
+            return
+        hint = f"; for the model of this name on the Hugging Face hub, run `hf download {name}` first"
+    raise EloError(f"{name}: no such {kind}{near(path)}; {remedy}{hint}")
+
+
+def near(path: Path) -> str:
+    """Suggest the file or folder with the most similar name to a missing one, as part of a message."""
+    try:
+        names = [each.name for each in path.parent.iterdir()]
+    except OSError:
+        return f" (there is no folder {path.parent})" if not path.parent.exists() else ""
+    close = difflib.get_close_matches(path.name, names, 1)
+    return f" (did you mean {path.with_name(close[0])}?)" if close else ""
+
+
+def _is_cached(repo_id: str) -> bool:
+    try:
+        return any(isinstance(try_to_load_from_cache(repo_id, name), str) for name in _CACHED_FILES)
+    except HFValidationError:
+        return False

@@ -1,0 +1,236 @@
+"""Chat ability on held-out conversations: whether answers end, their language, and the loss of the true answers.
+
+- chat_ended: share of generated answers that end with the end-of-turn token, hold text and no other special token.
+- chat_language: share of generated answers in the language of the conversation, by py3langid (extra `chat`). The
+  subset `reference` is the same share of the true answers: the most that can be expected.
+- chat_nats: nats per token of the true answers, ends of turns included.
+
+Shapes: B rows, T positions.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from transformers import GenerationConfig, GenerationMixin
+
+from elo.checkpoint.architecture import is_recurrent
+from elo.data.chat_template import TEMPLATES, ChatExample, ChatFormat
+from elo.data.conversations import Conversation, read_conversations
+from elo.data.packing import IGNORE_INDEX
+from elo.errors import EloError
+from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register, share_error
+from elo.evaluate.samples import generating_with
+from elo.evaluate.scoring import (
+    batch_tokens,
+    check_ids,
+    evaluating,
+    forward_logits,
+    longest_sequence,
+    rope_limit,
+    takes_position_ids,
+    token_nats,
+)
+from elo.log import Progress
+
+_ANSWERS_AT_ONCE = 16
+
+
+@register
+class Chat(Measure):
+    """Measure answers to held-out conversations: end of turn, language (extra `chat`), and loss of the true answers."""
+
+    name: ClassVar[str] = "chat"
+
+    data: dict[str, str] = Field(min_length=1)
+    """File of held-out conversations (.jsonl) by language. Answers are identified by language where the key is an
+    ISO 639-1 code, such as ko."""
+    template: str | None = None
+    """Chat template: a Jinja file, `chatml` or `plain`; null is the tokenizer's own."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer that lays out the conversations; null is the model's."""
+    prompts: int = Field(32, ge=1)
+    """Number of conversations per language whose last answer is generated, greedily."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Maximum length of a generated answer, in tokens."""
+
+    @cached_property
+    def conversations(self) -> dict[str, list[Conversation]]:
+        """Conversations by language; files are read once."""
+        return {language: read_conversations(path) for language, path in self.data.items()}
+
+    def files(self) -> list[Path]:
+        template = [] if self.template in (None, *TEMPLATES) else [Path(str(self.template))]
+        return [*map(Path, self.data.values()), *template]
+
+    def check(self, where: str) -> None:
+        require_identifier(where)
+        assert self.conversations
+
+    def measure(self, subject: Subject) -> Outcome:
+        source = self.tokenizer or subject.tokenizer_source
+        if not isinstance(source, str | Path):
+            raise EloError("chat: a tokenizer in memory has no chat template; give the folder of one")
+        chat = ChatFormat.load(source, self.template, subject.trust_remote_code)
+        values, answers = [], []
+        for language, conversations in self.conversations.items():
+            values += self._loss(subject, chat, language, conversations)
+            asked = self._asked(subject, chat, conversations)
+            written = _write(subject, chat, [prompt for _, prompt in asked], self.max_new_tokens, language)
+            texts = [chat.tokenizer.backend.decode(ids, skip_special_tokens=True).strip() for ids in written]
+            ended = [chat.ended(ids) and bool(text) for ids, text in zip(written, texts, strict=True)]
+            values.append(_share("chat_ended", "all", language, ended))
+            if language in _identifier().labels:
+                values.append(_share("chat_language", "all", language, [_is_in(language, text) for text in texts]))
+                true = [_is_in(language, each.messages[-1]["content"]) for each, _ in asked]
+                values.append(_share("chat_language", "reference", language, true))
+            answers += [
+                {"language": language, "prompt": each.messages[-2]["content"], "text": text, "ended": end}
+                for (each, _), text, end in zip(asked, texts, ended, strict=True)
+            ]
+        return Outcome(values, {"answers": answers})
+
+    def _asked(
+        self, subject: Subject, chat: ChatFormat, conversations: Sequence[Conversation]
+    ) -> list[tuple[Conversation, list[int]]]:
+        """The first conversations whose prompt leaves room for an answer, with their prompts."""
+        limit = longest_sequence(subject.model)
+        found = []
+        for each in conversations:
+            prompt = chat.prompt(each.messages[:-1], each.where)
+            if limit is None or len(prompt) + self.max_new_tokens <= limit:
+                found.append((each, prompt))
+            if len(found) == self.prompts:
+                break
+        if not found:
+            raise EloError(
+                f"chat: no conversation leaves room for an answer of {self.max_new_tokens} tokens in the model's "
+                f"{limit} positions; lower max_new_tokens"
+            )
+        return found
+
+    def _loss(
+        self, subject: Subject, chat: ChatFormat, language: str, conversations: Sequence[Conversation]
+    ) -> list[MeasureValue]:
+        limit = longest_sequence(subject.model)
+        examples = [example for each in conversations for example in chat.examples(each)]
+        examples = [each for each in examples if limit is None or len(each.ids) <= limit]
+        if not examples:
+            return []
+        nats = _answer_nats(subject, examples, language)
+        tokens = np.array([each.answer_tokens for each in examples])
+        mean = float(nats.sum() / tokens.sum())
+        # Standard error of a ratio: conversations are independent, tokens of one conversation are not.
+        error = None
+        if len(examples) > 1:
+            spread = ((nats - mean * tokens) ** 2).sum() * len(examples) / (len(examples) - 1)
+            error = float(spread**0.5 / tokens.sum())
+        return [
+            MeasureValue(
+                measure="chat_nats",
+                language=language,
+                value=mean,
+                unit="number",
+                higher_is_better=False,
+                standard_error=error,
+                items=len(examples),
+            )
+        ]
+
+
+def require_identifier(where: str) -> None:
+    """Raise EloError if the library that identifies languages is not installed."""
+    if importlib.util.find_spec("py3langid") is None:
+        raise EloError(f"{where}: py3langid is not installed; run: pip install 'elo-cpt[chat]'")
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
+
+
+def _is_in(language: str, text: str) -> bool:
+    return bool(text) and _identifier().classify(text)[0] == language
+
+
+def _share(measure: str, name: str, language: str, hits: Sequence[bool]) -> MeasureValue:
+    share = fmean(hits)
+    error = share_error(share, len(hits))
+    return MeasureValue(
+        measure=measure, name=name, language=language, value=share, standard_error=error, items=len(hits)
+    )
+
+
+def _answer_nats(subject: Subject, examples: Sequence[ChatExample], language: str) -> np.ndarray:
+    """Summed nats of the assistant's tokens in each example, float64."""
+    model = subject.model
+    check_ids(max(int(each.ids.max()) for each in examples), model, "chat")
+    # Right padding does not reach earlier positions, but with some rotary embeddings the longest row decides for all.
+    alone = rope_limit(model.config) is not None
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].ids))
+    nats = np.zeros(len(examples))
+    label = f"chat {language}: true answers" if subject.progress else None
+    with evaluating(model) as place, Progress(len(examples), label, "conversations") as bar:
+        start = 0
+        while start < len(order):
+            longest = len(examples[order[start]].ids)
+            batch = order[start : start + (1 if alone else max(1, batch_tokens(model) // longest))]
+            ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+            labels_BT = torch.full_like(ids_BT, IGNORE_INDEX)
+            for row, index in enumerate(batch):
+                length = len(examples[index].ids)
+                ids_BT[row, :length] = torch.from_numpy(examples[index].ids)
+                labels_BT[row, :length] = torch.from_numpy(examples[index].labels)
+            logits_BTV = forward_logits(model, input_ids=ids_BT.to(place))
+            nats[batch] = token_nats(logits_BTV, labels_BT.to(place)).sum(1).numpy()
+            start += len(batch)
+            bar.advance(len(batch))
+    return nats
+
+
+def _write(
+    subject: Subject, chat: ChatFormat, prompts: Sequence[list[int]], max_new_tokens: int, language: str
+) -> list[list[int]]:
+    """Continue each prompt greedily up to a stop token, which is kept."""
+    model, stops = subject.model, chat.stops
+    check_ids(max(max(each) for each in prompts), model, "chat")
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0]
+    )
+    # Prompts of several lengths need left padding, which only positions and an attention mask can hide.
+    together = takes_position_ids(model) and not is_recurrent(model) and rope_limit(model.config) is None
+    size = (subject.batch_size or _ANSWERS_AT_ONCE) if together else 1
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    written: dict[int, list[int]] = {}
+    label = f"chat {language}: answers" if subject.progress else None
+    with (
+        evaluating(model) as place,
+        generating_with(model, greedy),
+        Progress(len(prompts), label, "answers") as bar,
+    ):
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            longest = max(len(prompts[index]) for index in batch)
+            ids_BT = torch.full((len(batch), longest), stops[0])
+            mask_BT = torch.zeros_like(ids_BT)
+            for row, index in enumerate(batch):
+                ids_BT[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
+                mask_BT[row, longest - len(prompts[index]) :] = 1
+            output_BT: Any = GenerationMixin.generate(
+                model,  # type: ignore[arg-type]
+                ids_BT.to(place),
+                attention_mask=mask_BT.to(place),
+            )
+            for index, ids in zip(batch, output_BT[:, longest:].tolist(), strict=True):
+                end = next((at for at, token in enumerate(ids) if token in stops), len(ids) - 1)
+                written[index] = ids[: end + 1]
+            bar.advance(len(batch))
+    return [written[index] for index in range(len(prompts))]

@@ -1,0 +1,82 @@
+"""Adaptability (after DAMA, arXiv 2602.01008): how much a module learns in a few updates of it alone."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from elo.checkpoint.architecture import LayerModule, modules_in
+from elo.probe.base import Scores, Subject, Trace, by_module, criterion, gradients, score_each
+
+UPDATES = 2
+"""Number of updates of each module."""
+STEP = 0.0005
+"""Size of an update: each tensor moves by this share of its own norm, along its gradient. With 0.02, the loss of
+SmolLM2-135M rises for nearly all layers."""
+
+
+@criterion("adaptability", "loss decrease after a few updates of it alone (nats per token)")
+def score(subject: Subject) -> Scores:
+    """Score by the decrease of the loss on the second half of the text after updates on the first half.
+
+    Each update moves every tensor of the module by a fixed share of its norm, along the gradient on the first half.
+    All modules share the first gradient, which is computed once.
+    """
+    found = {}
+    for language, ids_NT in subject.rows.items():
+        half = (len(ids_NT) + 1) // 2
+        learned, measured = Trace(subject, ids_NT[:half]), Trace(subject, ids_NT[-half:])
+        with gradients(subject), torch.enable_grad():
+            subject.loss(ids_NT[:half]).backward()
+            first = {id(each): each.grad for each in subject.layers.parameters()}
+
+        def decrease(
+            index: int,
+            which: LayerModule,
+            learned: Trace = learned,
+            measured: Trace = measured,
+            first: dict[int, Tensor | None] = first,
+        ) -> float:
+            modules = modules_in(subject.layers[index], which)
+            with _restored(parameters := [each for module in modules for each in module.parameters()]):
+                _update(parameters, [first[id(each)] for each in parameters])
+                for _ in range(UPDATES - 1):
+                    with _training(parameters), torch.enable_grad():
+                        _update(parameters, torch.autograd.grad(learned.loss(index), parameters, allow_unused=True))
+                with torch.no_grad():
+                    return measured.base - float(measured.loss(index))
+
+        found[language] = score_each(subject, decrease)
+    return by_module(found)
+
+
+def _update(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.sub_(gradient * (STEP * parameter.norm() / gradient.norm().clamp_min(1e-30)))
+
+
+@contextmanager
+def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Restore the parameters' values at the end."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+
+
+@contextmanager
+def _training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within, only these parameters require gradients, if the model is frozen otherwise."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)

@@ -1,0 +1,226 @@
+"""What a criterion is: a function that scores every decoder layer, its attention and its feed-forward part.
+
+A criterion is one file in this package: a function with the decorator `criterion`. Importing `elo.probe.criteria`
+imports every file here. Higher scores mean more important for all criteria.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from elo.checkpoint.architecture import LayerModule, layers_of, modules_in
+from elo.evaluate.scoring import forward_logits
+
+MODULES: tuple[LayerModule, ...] = ("layer", "attention", "mlp")
+
+Scores = dict[LayerModule, dict[str, list[float]]]
+"""Module, then language (or pair of languages), then one score per decoder layer."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is probed, and the text.
+
+    Attributes:
+        model: the model, with all parameters frozen.
+        rows: token ids [N, T] by language.
+        sentences: token ids of parallel sentences by language, in the same order; empty without parallel text.
+        autocast: compute dtype; None is the model's.
+    """
+
+    model: PreTrainedModel
+    rows: Mapping[str, Tensor]
+    sentences: Mapping[str, Sequence[Tensor]]
+    autocast: torch.dtype | None = None
+
+    @cached_property
+    def layers(self) -> nn.ModuleList:
+        return layers_of(self.model)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def loss(self, ids_NT: Tensor) -> Tensor:
+        """Return the mean nats per predicted token."""
+        logits_NTV = self.run(ids_NT)
+        return nn.functional.cross_entropy(logits_NTV[:, :-1].float().flatten(0, 1), ids_NT[:, 1:].flatten())
+
+    def run(self, ids_NT: Tensor, **inputs: Tensor) -> Tensor:
+        """Return the logits."""
+        with self.computing():
+            return forward_logits(self.model, input_ids=ids_NT, **inputs)
+
+    def computing(self) -> torch.autocast:
+        """Return the context in which the model computes."""
+        return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A way to score layers.
+
+    Attributes:
+        label: what is measured, with its unit, for charts and tables.
+        needs_parallel: whether parallel text is needed.
+    """
+
+    name: str
+    label: str
+    score: Callable[[Subject], Scores]
+    needs_parallel: bool = False
+
+
+CRITERIA: dict[str, Criterion] = {}
+"""All criteria, by name."""
+
+
+def criterion(
+    name: str, label: str, *, needs_parallel: bool = False
+) -> Callable[[Callable[[Subject], Scores]], Callable[[Subject], Scores]]:
+    """Register a function as a criterion."""
+
+    def register(score: Callable[[Subject], Scores]) -> Callable[[Subject], Scores]:
+        CRITERIA[name] = Criterion(name, label, score, needs_parallel)
+        return score
+
+    return register
+
+
+def score_each(subject: Subject, score: Callable[[int, LayerModule], float]) -> dict[LayerModule, list[float]]:
+    """Call `score` for every module of every layer. A layer without the module scores 0."""
+    return {
+        which: [score(index, which) if modules_in(layer, which) else 0.0 for index, layer in enumerate(subject.layers)]
+        for which in MODULES
+    }
+
+
+def by_module(by_language: Mapping[str, Mapping[LayerModule, list[float]]]) -> Scores:
+    """Reorder scores by language and module to module and language."""
+    return {which: {language: list(found[which]) for language, found in by_language.items()} for which in MODULES}
+
+
+class Trace:
+    """The hidden states that enter each layer for some text, so that a changed layer is computed from there on."""
+
+    def __init__(self, subject: Subject, ids_NT: Tensor) -> None:
+        self.subject, self.ids = subject, ids_NT
+        self._calls: list[tuple[Any, Any]] = []
+        self._outputs: list[Any] = []
+        with torch.no_grad(), ExitStack() as hooks:
+            for layer in subject.layers:
+                hooks.callback(layer.register_forward_hook(self._record, with_kwargs=True).remove)
+            self.base = float(subject.loss(ids_NT))
+
+    def _record(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._calls.append((args, kwargs))
+        self._outputs.append(output)
+
+    def input(self, index: int) -> Tensor:
+        """Return the hidden states that enter layer `index`."""
+        return hidden_of(*self._calls[index])
+
+    def output(self, index: int) -> Tensor:
+        """Return the hidden states that leave layer `index`."""
+        return first_of(self._outputs[index])
+
+    def output_again(self, index: int) -> Tensor:
+        """Compute layer `index` again on the same input, and return the hidden states that leave it."""
+        args, kwargs = self._calls[index]
+        with self.subject.computing():
+            return first_of(self.subject.layers[index](*args, **kwargs))
+
+    def loss(self, index: int) -> Tensor:
+        """Return the mean nats per predicted token, computed from layer `index` upwards."""
+        with ExitStack() as changes:
+            for below in range(index):
+                changes.enter_context(self.replaced(below, self.input(index)))
+            return self.subject.loss(self.ids)
+
+    @contextmanager
+    def replaced(self, index: int, output: Tensor | None = None) -> Iterator[None]:
+        """Within, layer `index` computes nothing and returns `output`, or its input if that is None."""
+        layer, recorded = self.subject.layers[index], self._outputs[index]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = hidden_of(args, kwargs) if output is None else output
+            return (hidden, *recorded[1:]) if isinstance(recorded, tuple) else hidden
+
+        layer.forward = forward
+        try:
+            yield
+        finally:
+            del layer.forward
+
+    @contextmanager
+    def skipped(self, index: int, which: LayerModule) -> Iterator[None]:
+        """Within, a module of layer `index` adds nothing to the residual stream."""
+        with ExitStack() as changes:
+            if which == "layer":
+                changes.enter_context(self.replaced(index))
+            for module in modules_in(self.subject.layers[index], which) if which != "layer" else ():
+                changes.callback(module.register_forward_hook(_nothing).remove)
+            yield
+
+
+def hidden_of(args: Any, kwargs: Any) -> Tensor:
+    """Return the hidden states among a layer's arguments."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def first_of(output: Any) -> Tensor:
+    """Return the hidden states in the output of a layer or a module."""
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
+    zeros = torch.zeros_like(first_of(output))
+    return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
+
+
+@contextmanager
+def gradients(subject: Subject) -> Iterator[None]:
+    """Within, the parameters of the decoder layers require gradients."""
+    subject.layers.requires_grad_(True)
+    try:
+        yield
+    finally:
+        subject.layers.requires_grad_(False)
+        subject.model.zero_grad()
+
+
+def sums_of_gradients(
+    subject: Subject, ids_NT: Tensor, measure: Callable[[nn.Parameter, Tensor], Tensor]
+) -> dict[LayerModule, list[float]]:
+    """Return the sum of `measure(weight, gradient)` over the parameters of every module of every layer.
+
+    Each gradient is freed as soon as it is measured.
+    """
+    found: dict[int, float] = {}
+
+    def take(parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+        found[id(parameter)] = float(measure(parameter, parameter.grad))
+        parameter.grad = None
+
+    with gradients(subject), torch.enable_grad(), ExitStack() as hooks:
+        for parameter in subject.layers.parameters():
+            hooks.callback(parameter.register_post_accumulate_grad_hook(take).remove)
+        subject.loss(ids_NT).backward()
+    return {
+        which: [
+            sum((found.get(id(each), 0.0) for part in modules_in(layer, which) for each in part.parameters()), 0.0)
+            for layer in subject.layers
+        ]
+        for which in MODULES
+    }

@@ -1,0 +1,13 @@
+"""Size of the gradient: how strongly the text of a language pulls at a module."""
+
+from elo.probe.base import Scores, Subject, by_module, criterion, sums_of_gradients
+
+
+@criterion("gradient", "norm of the gradient (nats)")
+def score(subject: Subject) -> Scores:
+    """Score by the norm of the loss's gradient, over all text at once."""
+    found = {}
+    for language, ids_NT in subject.rows.items():
+        sums = sums_of_gradients(subject, ids_NT, lambda weight, gradient: gradient.float().square().sum())
+        found[language] = {which: [each**0.5 for each in values] for which, values in sums.items()}
+    return by_module(found)

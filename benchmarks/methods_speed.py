@@ -19,7 +19,8 @@ from elo.config import CompareConfig, RunConfig, contestant_run, load_comparison
 from elo.evaluate.loading import load_model
 from elo.methods import Phase, Setup
 from elo.preflight import check_model
-from elo.run import Inputs, open_run, prepare_data
+from elo.inputs import Inputs
+from elo.run import open_run, prepare_data
 from elo.store.environment import hardware, versions
 from elo.surgery.in_memory import detach_layers
 from elo.train.bridge import Bridge, fit_bridge

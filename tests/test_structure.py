@@ -23,11 +23,14 @@ ORDER = [
     {"config"},
     {"check_output"},
     {"detach_attach"},
-    {"identities", "circumstances", "budget", "merge"},
+    {"identities", "budget", "merge"},
+    {"circumstances"},
     {"vocab", "plan", "report", "generate"},
     {"probe"},
     {"stages", "preflight", "final_model", "push", "fewshot"},
     {"chat"},
+    {"inputs"},
+    {"run_results"},
     {"run"},
     {"compare", "watch", "doctor"},
     {"quickstart"},
@@ -49,6 +52,7 @@ OPTIONAL = {
     "matplotlib",
     "peft",
     "py3langid",
+    "sacrebleu",
     "torch",
 }
 """Heavy, or installed for some uses alone: may be imported where they are used."""

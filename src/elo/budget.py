@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from elo.config import RunConfig
-from elo.data.mixture import Mixture, MixtureRows, build_mixture
+from elo.config import DataConfig, RunConfig
+from elo.data.mixture import Mixture, MixtureRows, Schedule, build_mixture, language_shares
 from elo.data.shards import PreparedData
 from elo.errors import EloError
 from elo.methods import Phase
@@ -75,7 +75,10 @@ def divide_budget(config: RunConfig, data: PreparedData, say: Callable[[str], No
                 f"note: the budget of {total * length:,} tokens passes over the {language!r} text "
                 f"{total / once:.1f} times"
             )
-    return Sequences(mixture, *divide_sequences(config, total))
+    pretraining, alignment = divide_sequences(config, total)
+    if isinstance(mixture, Schedule):
+        mixture = mixture.over(pretraining + alignment)
+    return Sequences(mixture, pretraining, alignment)
 
 
 def divide_sequences(config: RunConfig, total: int) -> tuple[int, int]:
@@ -107,17 +110,37 @@ def divide_sequences(config: RunConfig, total: int) -> tuple[int, int]:
 
 def _mixture(config: RunConfig, data: PreparedData) -> Mixture:
     section = config.data
-    weights: dict[str, dict[str, float]] = {
-        language: {corpus.name: each.weight for corpus, each in zip(data.train(language), sources, strict=True)}
-        for language, sources in section.corpora.items()
-    }
-    return build_mixture(
-        data,
-        section.target,
-        section.source,
-        section.replay_ratio,
-        section.sequence_length,
-        config.seed,
-        section.packing,
-        weights,
-    )
+    names = {language: [corpus.name for corpus in data.train(language)] for language in section.corpora}
+    parts: list[tuple[float, Mixture]] = []
+    for part in section.parts:
+        weights = {
+            language: dict(
+                zip(names[language], part.weights.get(language) or [each.weight for each in corpora], strict=True)
+            )
+            for language, corpora in section.corpora.items()
+        }
+        mixture = build_mixture(
+            data,
+            part.target or section.target,
+            part.source or section.source,
+            section.replay_ratio if part.replay_ratio is None else part.replay_ratio,
+            section.sequence_length,
+            config.seed,
+            section.packing,
+            weights,
+            section.languages,
+        )
+        parts.append((part.share, mixture))
+    return Schedule(parts, 0) if section.schedule else parts[0][1]
+
+
+def training_shares(section: DataConfig, data: PreparedData) -> tuple[float, dict[str, float]]:
+    """Return the replay ratio and the share of training tokens of each language, as means over the schedule."""
+    ratio, shares = 0.0, dict[str, float]()
+    for part in section.parts:
+        length = part.share / sum(each.share for each in section.parts)
+        own = section.replay_ratio if part.replay_ratio is None else part.replay_ratio
+        ratio += own * length
+        found = language_shares(data, part.target or section.target, part.source or section.source, own)
+        shares |= {language: shares.get(language, 0.0) + share * length for language, share in found.items()}
+    return ratio, shares

@@ -4,10 +4,10 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+from elo.budget import training_shares
 from elo.checkpoint.counting import build_on_meta, parameter_counts, read_config
 from elo.checkpoint.new_rows import read_new_rows, record_of
 from elo.config import RunConfig
-from elo.data.mixture import language_shares
 from elo.data.shards import PreparedData
 from elo.store.environment import command_line, hardware, versions
 
@@ -15,25 +15,31 @@ from elo.store.environment import command_line, hardware, versions
 def circumstances(config: RunConfig, base: Path, layers: tuple[int, ...], data: PreparedData) -> dict[str, Any]:
     """Return the fields of `elo.report.schema.Results` that do not depend on training."""
     section = config.data
-    model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
-    counts = parameter_counts(build_on_meta(model_config, trust_remote_code=config.trust_remote_code), layers)
-    extended = read_new_rows(model_config) is not None
+    replay_ratio, shares = training_shares(section, data)
     return {
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command_line(),
-        "model": {
-            "name": config.model,
-            "parameters": counts["total"],
-            "num_layers": len(counts["layers"]),
-            **({"vocabulary": record_of(model_config)} if extended else {}),
-        },
+        "model": model_record(config, base, layers),
         "languages": {"targets": section.targets, "sources": section.sources},
         "hardware": hardware(),
         "versions": versions(),
         "data": {
             **data.summary(),
-            "replay_ratio": section.replay_ratio,
-            "shares": language_shares(data, section.target, section.source, section.replay_ratio),
+            "replay_ratio": replay_ratio,
+            "shares": shares,
             "sequence_length": section.sequence_length,
         },
+    }
+
+
+def model_record(config: RunConfig, base: Path, layers: tuple[int, ...]) -> dict[str, Any]:
+    """Return the fields of `elo.report.schema.Model`."""
+    model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
+    counts = parameter_counts(build_on_meta(model_config, trust_remote_code=config.trust_remote_code), layers)
+    extended = read_new_rows(model_config) is not None
+    return {
+        "name": config.model,
+        "parameters": counts["total"],
+        "num_layers": len(counts["layers"]),
+        **({"vocabulary": record_of(model_config)} if extended else {}),
     }

@@ -1,4 +1,4 @@
-"""Compare methods on the same model, text and budget (`elo compare`).
+"""Compare methods, or base models, on the same text and budget (`elo compare`).
 
 Each contestant's learning rates are tuned on validation text, with the budget or a share of it, and always with a
 complete schedule, because a run stopped in the middle of its decay is no fair comparison. Then the contestant is
@@ -6,34 +6,33 @@ trained with every seed and measured on held-out text. A trial is a run (`elo.ru
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from elo.budget import divide_budget
-from elo.circumstances import circumstances
+from elo.circumstances import circumstances, model_record
 from elo.config import Budget, CompareConfig, RunConfig, contestant_run, load_comparison
 from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
 from elo.format import listed
+from elo.inputs import Adapted, Inputs
 from elo.log import duration
 from elo.preflight import check_inputs, check_model
 from elo.report import collect, schema, verdict
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
 from elo.run import (
-    Adapted,
-    Inputs,
     adapt,
     heldout_text,
     measure,
     open_run,
     prepare_data,
     probe_layers,
-    training_flops,
     validation_text,
 )
+from elo.run_results import training_flops
 from elo.store.processes import is_main
 from elo.store.run_folder import RunFolder
 
@@ -66,8 +65,9 @@ def compare(
     """
     if not isinstance(config, CompareConfig):
         config = load_comparison(config, overrides)
-    with _open(config) as (inputs, layers):
-        comparison = _Comparison(config, inputs, layers)
+    with _open(config) as opened:
+        comparison = _Comparison(config, opened)
+        inputs = comparison.inputs
         results = comparison.run()
         if is_main():
             show(results)
@@ -76,8 +76,11 @@ def compare(
 
 
 @contextmanager
-def _open(config: CompareConfig) -> Iterator[tuple[Inputs, dict[str, tuple[int, ...]]]]:
-    """Check every contestant's run, lock the folder, and yield the shared inputs and each contestant's layers."""
+def _open(config: CompareConfig) -> Iterator[dict[str, Inputs]]:
+    """Check every contestant's run, lock the folders, and yield each contestant's inputs.
+
+    Contestants with the same base model share a folder: the first one's is that of the comparison.
+    """
     runs = {
         name: contestant_run(
             config,
@@ -98,32 +101,57 @@ def _open(config: CompareConfig) -> Iterator[tuple[Inputs, dict[str, tuple[int, 
         check_inputs(run)
     first = next(iter(runs.values()))
     for name, run in runs.items():
-        for key in ("model", "data", "tokenizer", "evaluation", "trust_remote_code"):
-            if getattr(run, key) != getattr(first, key):
+        for key in ("data", "evaluation", "trust_remote_code"):
+            if _shared(run, key) != _shared(first, key):
                 raise EloError(
                     f"contestants.{name}.changes: {key} differs from the other contestants, and must be the same for "
                     "all; remove the change"
                 )
-    with open_run(first) as inputs:
-        layers = {name: check_model(run, inputs.base.path) for name, run in runs.items()}
-        yield inputs, {name: chosen if runs[name].method.uses_layers else () for name, chosen in layers.items()}
+    with ExitStack() as stack:
+        opened: dict[tuple[str, str | None], Inputs] = {}
+        found = {}
+        for name, run in runs.items():
+            base = (run.model, run.tokenizer)
+            if base not in opened:
+                output = str(Path(config.output) / "bases" / name) if opened else run.output
+                opened[base] = stack.enter_context(open_run(run.model_copy(update={"output": output})))
+            layers = check_model(run, opened[base].base.path)
+            found[name] = replace(opened[base], layers=layers)
+        yield found
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A base model before training, and the text in its tokens."""
+
+    data: PreparedData
+    measured: dict[str, Any]
+    validation: dict[str, Any]
 
 
 class _Comparison:
-    def __init__(self, config: CompareConfig, inputs: Inputs, layers: dict[str, tuple[int, ...]]) -> None:
-        self.config, self.inputs, self.layers = config, inputs, layers
-        self.say = inputs.folder.say
-        self.data: PreparedData = prepare_data(inputs)
+    def __init__(self, config: CompareConfig, opened: dict[str, Inputs]) -> None:
+        self.config, self.opened = config, opened
+        self.inputs = next(iter(opened.values()))
+        self.say = self.inputs.folder.say
         self.reasons: dict[str, str] = {}
-        for name in config.contestants:
+        by_folder: dict[Path, _Base] = {}
+        self.bases: dict[str, _Base] = {}
+        for name, inputs in opened.items():
+            folder = inputs.folder.root
+            if folder not in by_folder:
+                data = prepare_data(inputs)
+                measured = measure(inputs, "evaluate-base", inputs.base, heldout_text(inputs, data))
+                # Before training, so that missing validation text is an error at the start.
+                validation = validation_text(inputs, data)
+                by_folder[folder] = _Base(
+                    data, measured, measure(inputs, "validate-base", inputs.base, validation, brief=True)
+                )
+            self.bases[name] = by_folder[folder]
             self._probe_layers(name)
-        heldout = heldout_text(inputs, self.data)
-        self.base = measure(inputs, "evaluate-base", inputs.base, heldout)
-        # Before training, so that missing validation text is an error at the start.
-        validation = validation_text(inputs, self.data)
-        self.base_validation = measure(inputs, "validate-base", inputs.base, validation, brief=True)
+        self.base = self.bases[next(iter(opened))]
         self._check_source_weight()
-        for line in self.base["warnings"]:
+        for line in self.base.measured["warnings"]:
             self.say(f"warning: {line}")
         self.seconds: dict[str, float] = {}  # by trial
         self.num_expected = sum(
@@ -134,8 +162,9 @@ class _Comparison:
     def _probe_layers(self, name: str) -> None:
         """Make the choices of a contestant that need scores of the layers."""
         run = self._run(name, 1)
-        found = probe_layers(replace(self.inputs, config=run, layers=self.layers[name]), self.data)
-        self.layers[name], self.reasons[name] = found.layers, found.layers_reason
+        found = probe_layers(replace(self.opened[name], config=run), self.bases[name].data)
+        self.opened[name] = replace(self.opened[name], layers=found.layers)
+        self.reasons[name] = found.layers_reason
         contestant = self.config.contestants[name].model_copy(update={"method": found.config.method})
         self.config = self.config.model_copy(update={"contestants": self.config.contestants | {name: contestant}})
 
@@ -262,7 +291,7 @@ class _Comparison:
 
     def _check_source_weight(self) -> None:
         for source in self.inputs.config.data.sources:
-            if self.config.source_weight and source not in self.base_validation["bpb"]:
+            if self.config.source_weight and source not in self.base.validation["bpb"]:
                 raise EloError(
                     f"source_weight: {self.config.source_weight:g} needs validation text of {source!r}, and there is "
                     "none; add its text to data.corpora and set data.validation_share above 0, or set source_weight "
@@ -302,20 +331,20 @@ class _Comparison:
         identity = _identity(name, rates, tokens, seed)
         run = self._run(name, tokens, rates, seed)
 
-        def work(output: Path, *, measured_on: list[str], layers: Any, **decisive: Any) -> dict[str, Any]:
+        def work(output: Path, *, measured_on: list[str], **decisive: Any) -> dict[str, Any]:
             config = self._run(name, tokens, rates, seed, output)
-            return self._run_trial(name, replace(self.inputs, config=config, layers=layers), output, measured_on)
+            return self._run_trial(name, replace(self.opened[name], config=config), output, measured_on)
 
         record = self.inputs.folder.once(
             f"trials/{identity}",
             work,
             keep=False,
             collective=True,
-            base=self.inputs.base,
-            data=self.data.fingerprint,
+            base=self.opened[name].base,
+            data=self.bases[name].data.fingerprint,
             measured_on=["heldout"] * reported + ["validation"] * validated,
             run=run.model_dump(mode="json", exclude={"output", "title"}),
-            layers=self.layers[name],
+            layers=self._layers(name),
         ).record
         return schema.Trial.model_validate(record["trial"])
 
@@ -326,8 +355,9 @@ class _Comparison:
         rates = {phase.name: inputs.config.settings(phase).learning_rate for phase in inputs.config.method.phases}
         described = {"contestant": name, "budget": "", "seed": inputs.config.seed, "learning_rates": rates}
         try:
-            sequences = divide_budget(inputs.config, self.data, folder.say)
-            adapted = adapt(inputs, self.data, sequences, self.base["bpb"])
+            base = self.bases[name]
+            sequences = divide_budget(inputs.config, base.data, folder.say)
+            adapted = adapt(inputs, base.data, sequences, base.measured["bpb"])
         except TrainingDivergedError as error:
             return {"trial": schema.Trial(**described, failed=str(error)).model_dump(mode="json")}
         trial = collect.trial(
@@ -335,19 +365,19 @@ class _Comparison:
             "",
             inputs.config.seed,
             adapted.records,
-            self._evaluate(inputs, adapted) if "heldout" in measured_on else None,
+            self._evaluate(name, inputs, adapted) if "heldout" in measured_on else None,
             before_alignment=adapted.before_alignment,
             learning_rates=rates,
-            validation=self._validate(inputs, adapted) if "validation" in measured_on else None,
+            validation=self._validate(name, inputs, adapted) if "validation" in measured_on else None,
             flops=training_flops(inputs, adapted),
         )
         return {"trial": trial.model_dump(mode="json")}
 
-    def _evaluate(self, inputs: Inputs, adapted: Adapted) -> dict[str, Any]:
-        return measure(inputs, "evaluate", adapted.model, heldout_text(inputs, self.data))
+    def _evaluate(self, name: str, inputs: Inputs, adapted: Adapted) -> dict[str, Any]:
+        return measure(inputs, "evaluate", adapted.model, heldout_text(inputs, self.bases[name].data))
 
-    def _validate(self, inputs: Inputs, adapted: Adapted) -> dict[str, Any]:
-        return measure(inputs, "validate", adapted.model, validation_text(inputs, self.data), brief=True)
+    def _validate(self, name: str, inputs: Inputs, adapted: Adapted) -> dict[str, Any]:
+        return measure(inputs, "validate", adapted.model, validation_text(inputs, self.bases[name].data), brief=True)
 
     def _run(
         self,
@@ -366,6 +396,9 @@ class _Comparison:
             seed=self.config.seeds[0] if seed is None else seed,
         )
 
+    def _layers(self, name: str) -> tuple[int, ...]:
+        return self.opened[name].layers if self.config.method(name).uses_layers else ()
+
     # Results.
 
     def _results(self, trials: list[schema.Trial]) -> schema.Results:
@@ -379,21 +412,26 @@ class _Comparison:
                     "name": name,
                     "label": label,
                     "method": method.name,
-                    "layers": self.layers[name],
+                    "layers": self._layers(name),
+                    **self._base(name),
                     "layers_reason": self.reasons[name],
                     "changes": each.changes | method.model_dump(mode="json", exclude_defaults=True, exclude={"name"}),
                 }
             )
+        shared = circumstances(run, self.inputs.base.path, self.inputs.layers, self.base.data)
+        if len({self._run(name, 1).data.model_dump_json() for name in config.contestants}) > 1:
+            # Schedules differ, and with them the shares.
+            shared["data"] |= {"replay_ratio": None, "shares": {}}
         results = schema.Results.model_validate(
             {
-                **circumstances(run, self.inputs.base.path, self.inputs.layers, self.data),
+                **shared,
                 "schema_version": schema.SCHEMA_VERSION,
                 "kind": "comparison",
-                "title": config.title or f"{Path(run.model).name} learns {listed(run.data.targets)}: methods compared",
+                "title": config.title or self._title(),
                 "config": config.model_dump(mode="json"),
                 "endpoint": {"source_weight": config.source_weight},
-                "base": collect.measured(self.base),
-                "base_validation": collect.measured(self.base_validation),
+                "base": collect.measured(self.base.measured),
+                "base_validation": collect.measured(self.base.validation),
                 "contestants": contestants,
                 "budgets": [{"name": each.name, "kind": each.kind, "value": each.value} for each in config.budgets],
                 "seeds": config.seeds,
@@ -401,6 +439,30 @@ class _Comparison:
             }
         )
         return judged(results)
+
+    def _base(self, name: str) -> dict[str, Any]:
+        """Return the base model of a contestant, if base models are compared."""
+        if all(base is self.base for base in self.bases.values()):
+            return {}
+        inputs = self.opened[name]
+        model = model_record(inputs.config, inputs.base.path, inputs.layers)
+        return {"model": model, "base": collect.measured(self.bases[name].measured).model_dump(mode="json")}
+
+    def _title(self) -> str:
+        run = self.inputs.config
+        several = any(base is not self.base for base in self.bases.values())
+        names = listed(list(dict.fromkeys(Path(inputs.config.model).name for inputs in self.opened.values())))
+        targets = listed(run.data.targets)
+        return (
+            f"{names} learn {targets}: base models compared"
+            if several
+            else f"{names} learns {targets}: methods compared"
+        )
+
+
+def _shared(run: RunConfig, key: str) -> Any:
+    """Return what contestants have in common under `key`: of the data, all but the order in which it is read."""
+    return run.data.model_copy(update={"schedule": []}) if key == "data" else getattr(run, key)
 
 
 def _identity(name: str, rates: Rates, tokens: int, seed: int) -> str:

@@ -21,9 +21,10 @@ def tokenizer_identity(tokenizer: str) -> Any:
 
 
 def corpus_identity(source: CorpusSource) -> dict[str, Any]:
-    """Identify a corpus by its path, text column and files."""
+    """Identify a corpus by its path, columns and files."""
     return {
         "path": source.path,
         "text_column": source.text_column,
+        **({"parallel": source.parallel.identity()} if source.parallel else {}),
         "files": [file_identity(file) for file in source_files(source)],
     }

@@ -4,9 +4,9 @@ Each step is a stage of the run folder (`elo.store.run_folder`). A stage runs on
 if an argument has changed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,67 +14,24 @@ from typing import Any
 from elo import stages
 from elo.budget import Sequences, divide_budget
 from elo.chat.stages import ChatInputs, chat_models, open_chat
-from elo.checkpoint.counting import footprint, read_config, text_config
-from elo.circumstances import circumstances
+from elo.checkpoint.counting import read_config, text_config
 from elo.config import RunConfig, load_config
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
 from elo.evaluate.chat import Chat
-from elo.final_model import write_final_model
-from elo.format import listed
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
+from elo.inputs import Adapted, Inputs
 from elo.preflight import check_inputs, check_model
 from elo.probe.in_run import choices
 from elo.report import collect, schema
-from elo.report.files import judged, write_results
-from elo.report.write import report, show
+from elo.run_results import report_progress, write_report
 from elo.store.files import write_json
-from elo.store.live import read_live
 from elo.store.processes import is_main
 from elo.store.run_folder import Artifact, RunFolder, file_identity
 
 # Minimum number of tokens to fit a bridge on, besides 16 per hidden dimension.
 _BRIDGE_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The checked inputs of a run.
-
-    Attributes:
-        base: checkpoint to adapt.
-        tokenizer: folder or hub id of the tokenizer.
-        layers: decoder layers that the configuration chooses; for `layers: auto`, an estimate until `probe_layers`.
-        layers_reason: why a probe chose the layers.
-    """
-
-    config: RunConfig
-    folder: RunFolder
-    base: Artifact
-    tokenizer: str
-    layers: tuple[int, ...]
-    layers_reason: str = ""
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """Target languages, then source languages."""
-        return self.config.data.languages
-
-
-@dataclass
-class Adapted:
-    """The result of a method.
-
-    Attributes:
-        model: last checkpoint.
-        records: records of the stages with a measured cost, in order.
-        before_alignment: measurement of the attached model, if layer alignment follows.
-    """
-
-    model: Artifact
-    records: dict[str, dict[str, Any]] = field(default_factory=dict)
-    before_alignment: dict[str, Any] | None = None
 
 
 class ReachedError(Exception):
@@ -406,115 +363,6 @@ def measure(
     shown = ", ".join(f"{language} {value:.4f}" for language, value in stage.record["bpb"].items())
     inputs.folder.say(f"{name}: bits per byte {shown}")
     return stage.record
-
-
-def write_report(
-    inputs: Inputs,
-    data: PreparedData,
-    base: dict[str, Any],
-    adapted: Adapted,
-    final: dict[str, Any],
-    chats: Sequence[schema.ChatModel] = (),
-) -> dict[str, Any]:
-    """Write results.json, the report and the folder of the final model, and show the table."""
-    folder = inputs.folder
-    results = _results(inputs, data, base, adapted, final, flops=training_flops(inputs, adapted), chats=chats)
-    if is_main():
-        write_results(folder.path(schema.FILE_NAME), results)
-        report(results, folder.root)
-        write_final_model(folder.path("model"), adapted.model.path, inputs.base.path, inputs.config, results)
-        show(results)
-        folder.say(f"report: {folder.path('report.html')}")
-        folder.say(f"model: {folder.path('model')}")
-        if chats:
-            folder.say(f"chat model: {folder.path('chat')}")
-    return results.model_dump(mode="json")
-
-
-def report_progress(
-    inputs: Inputs, data: PreparedData, base: dict[str, Any], adapted: Adapted, phase: str, bpb: dict[str, float]
-) -> None:
-    """Write the report of an unfinished run, with the curves of the phase that is training.
-
-    results.json is written at the end only.
-    """
-    if not is_main():
-        return
-    live = read_live(inputs.folder.stage_file(phase, "live")) or {}
-    losses, evaluations = live.get("losses", []), live.get("evaluations", [])
-    now = {"tokens": int(live.get("done") or 0), "seconds": losses[-1]["seconds"] if losses else 0.0}
-    record = now | {"losses": losses, "evaluations": [*evaluations, now | {"bpb": bpb}]}
-    so_far = replace(adapted, records={**adapted.records, phase: record})
-    report(_results(inputs, data, base, so_far, {"bpb": bpb}, in_progress=True), inputs.folder.root)
-
-
-def _results(
-    inputs: Inputs,
-    data: PreparedData,
-    base: dict[str, Any],
-    adapted: Adapted,
-    final: dict[str, Any],
-    *,
-    flops: dict[str, float] | None = None,
-    chats: Sequence[schema.ChatModel] = (),
-    in_progress: bool = False,
-) -> schema.Results:
-    config, method = inputs.config, inputs.config.method
-    tokens = max(1, sum(record["tokens"] for record in adapted.records.values()))
-    budget = {"name": f"{tokens:,} tokens", "kind": "tokens", "value": tokens}
-    rates = {phase.name: config.settings(phase).learning_rate for phase in method.phases}
-    trial = collect.trial(
-        method.name,
-        budget["name"],
-        config.seed,
-        adapted.records,
-        final,
-        before_alignment=adapted.before_alignment,
-        learning_rates=rates,
-        flops=flops,
-    )
-    return judged(
-        schema.Results.model_validate(
-            {
-                **circumstances(config, inputs.base.path, inputs.layers, data),
-                "schema_version": schema.SCHEMA_VERSION,
-                "kind": "run",
-                "title": config.title or f"{Path(config.model).name} learns {listed(config.data.targets)}",
-                "config": config.model_dump(mode="json"),
-                "base": collect.measured(base),
-                "contestants": [
-                    {
-                        "name": method.name,
-                        "label": method.label,
-                        "method": method.name,
-                        "layers": inputs.layers if method.uses_layers else (),
-                        "layers_reason": inputs.layers_reason,
-                    }
-                ],
-                "budgets": [budget],
-                "seeds": [config.seed],
-                "trials": [trial],
-                "chat": chats,
-                "in_progress": in_progress,
-            }
-        )
-    )
-
-
-def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:
-    """Return the matmul FLOPs of training by phase, without those of fitting a bridge or searching a scale."""
-    config = inputs.config
-    counted = footprint(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
-    found = {}
-    for phase in config.method.phases:
-        rows = adapted.records.get(f"vocabulary-{phase.name}", {}).get("rows")
-        of_phase = counted.with_vocabulary(rows) if rows else counted
-        num_losses = config.settings(phase).num_losses
-        per_token = config.method.flops_per_token(
-            phase, of_phase, inputs.layers, config.data.sequence_length, num_losses=num_losses
-        )
-        found[phase.name] = adapted.records[phase.name]["tokens"] * per_token.total
-    return found
 
 
 def stage_names(config: RunConfig) -> list[str]:

@@ -89,11 +89,11 @@ def checked(
 def corpus_sources(data: DataConfig) -> tuple[dict[str, list[CorpusSource]], dict[str, CorpusSource]]:
     """Return the training and the held-out corpora of a configuration, by language."""
 
-    def source(given: CorpusConfig) -> CorpusSource:
-        return CorpusSource(given.path, text_column=given.text_column)
+    def source(given: CorpusConfig, language: str) -> CorpusSource:
+        return CorpusSource(given.path, text_column=given.text_column, parallel=given.parallel(language))
 
-    corpora = {language: [source(each) for each in sources] for language, sources in data.corpora.items()}
-    return corpora, {language: source(each) for language, each in data.heldout.items()}
+    corpora = {name: [source(each, name) for each in sources] for name, sources in data.corpora.items()}
+    return corpora, {name: source(each, name) for name, each in data.heldout.items()}
 
 
 def prepare_data(

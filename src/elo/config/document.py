@@ -17,6 +17,7 @@ from elo.config.schema import (
     CorpusConfig,
     DataConfig,
     EvaluationConfig,
+    PartConfig,
     ProbeConfig,
     RunConfig,
 )
@@ -36,6 +37,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "The run": RunConfig,
     "data": DataConfig,
     "data.corpora": CorpusConfig,
+    "data.schedule": PartConfig,
     "probe": ProbeConfig,
     "training": TrainingSection,
     "training.deep_supervision": DeepSupervision,

@@ -90,8 +90,10 @@ def contestant_run(
     value = _plain_copy(read_yaml(Path(config.run)) if isinstance(config.run, str) else config.run)
     where = config.run if isinstance(config.run, str) else "run"
     contestant = config.contestants[name]
+    base = {"model": contestant.model, "tokenizer": contestant.tokenizer} if contestant.model else {}
     changes = {
         **contestant.changes,
+        **base,
         **{f"training.phases.{phase}.learning_rate": rate for phase, rate in learning_rates.items()},
         "method": config.method(name).model_dump(mode="json"),
         "training.evaluations": 0,

@@ -9,7 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from elo.checkpoint.layers import DEFAULT_LAYERS
 from elo.config.chat import ChatConfig
 from elo.data.mixture import names_of
+from elo.data.parallel import DEFAULT_TEMPLATE, Parallel, template_problem
 from elo.evaluate.measures import MEASURES, Measure
+from elo.evaluate.translation import Translation
 from elo.methods import METHODS, Method, Phase, section_of_name
 from elo.methods.lora import Lora
 from elo.train.settings import TrainingSection, TrainingSettings
@@ -63,15 +65,72 @@ class CorpusConfig(_Section):
 
     path: str = Field(min_length=1)
     """A file (.jsonl, .parquet, .txt, each also .gz or .zst), a folder, a glob, or a Hugging Face dataset id."""
+    kind: Literal["text", "parallel"] = "text"
+    """`parallel`: each row holds a sentence and its translation. A document of such a corpus ends in the language that
+    lists the corpus, and all its tokens count for that language."""
     weight: float = Field(1.0, gt=0, le=1e6)
     """Number of passes over this corpus, relative to the other corpora of its language."""
     text_column: str = "text"
     """JSON field or table column with the text of a document."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns of a parallel corpus by language: the one that lists the corpus, and one other."""
+    templates: list[str] = Field([DEFAULT_TEMPLATE], min_length=1)
+    """Layouts of a pair in a parallel corpus, used in turn, with `{source}`, `{source_language}`, `{target_language}`
+    and, at the end, `{target}`."""
+    pairs: int = Field(1, ge=1, le=1024)
+    """Consecutive rows of a parallel corpus that form a document."""
+    code_switched: float = Field(0.0, ge=0, le=1)
+    """Share of a parallel corpus' documents that are code-switched: consecutive sentences, alternating between the
+    languages, without a template. It needs at least two `pairs`, and rows in the order of a text."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _parallel_or_not(self) -> "CorpusConfig":
+        if self.kind == "text":
+            plain = (self.columns, self.templates, self.pairs, self.code_switched) == ({}, [DEFAULT_TEMPLATE], 1, 0.0)
+            if not plain:
+                raise ValueError("columns, templates, pairs and code_switched belong to kind: parallel; add it")
+            return self
+        if len(self.columns) != 2:
+            raise ValueError(f"columns: got {self.columns}; name the columns of two languages, as in {{en: a, ko: b}}")
+        for template in self.templates:
+            if problem := template_problem(template):
+                raise ValueError(f"templates: {problem}")
+        if self.code_switched and self.pairs < 2:
+            raise ValueError("code_switched: a code-switched document needs several sentences; set pairs to 2 or more")
+        return self
+
+    def parallel(self, language: str) -> Parallel | None:
+        """Return how rows become documents that end in `language`; None for ordinary text."""
+        if self.kind == "text":
+            return None
+        other = next(name for name in self.columns if name != language)
+        return Parallel(
+            (self.columns[other], self.columns[language]),
+            (other, language),
+            tuple(self.templates),
+            self.pairs,
+            self.code_switched,
+        )
+
+
+class PartConfig(_Section):
+    """A part of the training with shares of its own. What it leaves out is as in `data`."""
+
+    share: float = Field(gt=0, le=1e6)
+    """Length of the part in training tokens, relative to the other parts."""
+    target: Languages | None = None
+    """Target languages of the part, in the forms of `data.target`."""
+    source: Languages | None = None
+    """Source languages of the part, in the forms of `data.source`."""
+    replay_ratio: float | None = Field(None, ge=0, lt=1)
+    """Share of the part's tokens in the source languages together."""
+    weights: dict[str, list[Annotated[float, Field(ge=0, le=1e6)]]] = Field(default_factory=dict)
+    """Weights of a language's corpora in the part, in the order of `data.corpora`; 0 leaves a corpus out."""
 
 
 class DataConfig(_Section):
@@ -92,6 +151,8 @@ class DataConfig(_Section):
     """Share of each language's training documents set aside for choosing learning rates."""
     replay_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of training tokens in the source languages together."""
+    schedule: list[PartConfig] = Field(default_factory=list)
+    """Parts of the training with different shares, one after the other; by default all tokens have the same shares."""
     sequence_length: int = Field(2048, ge=8, le=1 << 24)
     """Length of a packed sequence, in tokens."""
     packing: bool = True
@@ -127,7 +188,7 @@ class DataConfig(_Section):
                 raise ValueError(f"{language!r} is both a target and a source language; name different languages")
         for language in self.languages:
             role = "target" if language in self.targets else "source"
-            only_measured = role == "source" and self.replay_ratio == 0 and language in self.heldout
+            only_measured = role == "source" and not self._replays and language in self.heldout
             if not self.corpora.get(language) and not only_measured:
                 raise ValueError(f"{role}: {language!r} has no corpus; corpora has {', '.join(self.corpora) or 'none'}")
         for language in (*self.heldout, *self.corpora):
@@ -135,7 +196,46 @@ class DataConfig(_Section):
                 raise ValueError(
                     f"{language!r} is neither a target nor a source language; choose among {', '.join(self.languages)}"
                 )
+        for language, corpora in self.corpora.items():
+            for corpus in corpora:
+                if corpus.kind == "parallel" and language not in corpus.columns:
+                    raise ValueError(
+                        f"corpora.{language}: {corpus.path}: columns has no {language!r}, only "
+                        f"{' and '.join(corpus.columns)}; list the corpus under a language that it is written in"
+                    )
+        for number, part in enumerate(self.schedule):
+            self._check_part(part, f"schedule.{number}")
+        for language, heldout in self.heldout.items():
+            if heldout.kind == "parallel":
+                raise ValueError(
+                    f"heldout.{language}: is a parallel corpus; give ordinary text, and parallel text to "
+                    "evaluation.translation"
+                )
         return self
+
+    def _check_part(self, part: PartConfig, where: str) -> None:
+        for key, known in (("target", self.targets), ("source", self.sources)):
+            for language in names_of(getattr(part, key) or ()):
+                if language not in known:
+                    raise ValueError(
+                        f"{where}.{key}: {language!r} is not in data.{key}; choose among {', '.join(known)}"
+                    )
+        for language, weights in part.weights.items():
+            if len(weights) != len(self.corpora.get(language, ())):
+                raise ValueError(
+                    f"{where}.weights.{language}: got {len(weights)} weights for "
+                    f"{len(self.corpora.get(language, ()))} corpora; write one for each"
+                )
+
+    @property
+    def parts(self) -> list[PartConfig]:
+        """The schedule, of one part if there is none."""
+        return self.schedule or [PartConfig(share=1)]
+
+    @property
+    def _replays(self) -> bool:
+        """Whether any part reads text in the source languages."""
+        return any(self.replay_ratio if part.replay_ratio is None else part.replay_ratio for part in self.parts)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -251,6 +351,16 @@ class RunConfig(_Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _translations_are_held_out(self) -> "RunConfig":
+        trained = {corpus.path for corpora in self.data.corpora.values() for corpus in corpora}
+        for measure in self.evaluation.measures:
+            if isinstance(measure, Translation) and measure.path in trained:
+                raise ValueError(
+                    f"evaluation.translation: {measure.path} is also a training corpus; give held-out text"
+                )
+        return self
+
     def settings(self, phase: Phase) -> TrainingSettings:
         """Return the training settings of one phase of the method."""
         return self.training.for_phase(phase.name, phase.learning_rate)
@@ -261,6 +371,10 @@ class Contestant(_Section):
 
     method: AnyMethod | None = None
     """Adaptation method; null is the method with the contestant's name."""
+    model: str | None = Field(None, min_length=1)
+    """Base model of this contestant, to compare bases; null is the run's."""
+    tokenizer: str | None = Field(None, min_length=1)
+    """Tokenizer for `model`; null is the model's own."""
     label: str | None = None
     """Name in the report."""
     changes: dict[str, Any] = Field(default_factory=dict)
@@ -311,7 +425,7 @@ class Budget(_Section):
 
 
 class CompareConfig(_Section):
-    """A comparison of methods on the same base model, training text and held-out text."""
+    """A comparison of methods, or of base models, on the same training text and held-out text."""
 
     run: str | dict[str, Any]
     """Configuration of a run that all contestants share, or the path of its file."""
@@ -342,6 +456,11 @@ class CompareConfig(_Section):
     @model_validator(mode="after")
     def _known(self) -> "CompareConfig":
         for name, contestant in self.contestants.items():
+            for key in ("model", "tokenizer"):
+                if key in contestant.changes:
+                    raise ValueError(f"contestants.{name}.changes: {key}: write {key} beside changes, not in it")
+            if contestant.tokenizer and not contestant.model:
+                raise ValueError(f"contestants.{name}.tokenizer: needs a model of the contestant; add model")
             if contestant.method is None and name not in METHODS:
                 raise ValueError(f"contestants.{name}: is not a method; set method to one of {', '.join(METHODS)}")
             if not name.replace("_", "").replace("-", "").replace(".", "").isalnum() or name.startswith("."):

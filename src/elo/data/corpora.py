@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from elo.data.parallel import Parallel
 from elo.data.shard_writer import READER_COUNTS, Position, UnitState, UnitWriter
 from elo.data.shards import SCHEMA, SPLITS, TokenCorpus
 from elo.data.sources import FileReader, InputFile, Record, list_inputs
@@ -53,6 +54,8 @@ class CorpusTask:
     """Training documents whose hash (a big-endian integer) is below this are held out."""
     validation_threshold: int = 0
     """Documents whose hash is in [`threshold`, this) are validation text, unless they are also in held-out text."""
+    parallel: Parallel | None = None
+    """How rows become documents, if they are sentences with their translations."""
 
     @property
     def folder(self) -> str:
@@ -106,6 +109,7 @@ class CorpusTask:
             "threshold": self.threshold,
             "validation_threshold": self.validation_threshold,
             "heldout": sha256_json(sorted(item.hex() for item in known_heldout)) if self.split == "train" else "",
+            **({"parallel": self.parallel.identity()} if self.parallel else {}),
         }
 
 
@@ -163,8 +167,10 @@ class DocumentReader:
             if number < start.file:
                 self._before += file.size
                 continue
-            self._reader = FileReader(file, self._task.text_column)
-            for record in self._reader.records(start.record if number == start.file else 0):
+            parallel = self._task.parallel
+            self._reader = FileReader(file, *(parallel.columns if parallel else (self._task.text_column,)))
+            records = self._reader.records(start.record if number == start.file else 0)
+            for record in parallel.documents(records) if parallel else records:
                 if record.problem is not None:
                     self._handle(record)
                     continue

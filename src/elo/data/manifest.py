@@ -152,9 +152,15 @@ def is_whole(output: Path) -> bool:
 def reweigh(prepared: PreparedData, tasks: list[CorpusTask]) -> PreparedData:
     """Write changed names and weights into the manifest, without tokenising again."""
     changed = False
-    for task in tasks:
+    # The order of `make_manifest`. A corpus of which nothing is cut has no entry in the cut splits.
+    entries = {
+        (language, split): iter(corpora)
+        for language, splits in prepared.manifest["languages"].items()
+        for split, corpora in splits.items()
+    }
+    for task in sorted(tasks, key=lambda task: task.split != "train"):
         for split in (task.split, *task.cut_splits):
-            corpus = prepared.manifest["languages"][task.language][split][task.index]
+            corpus = next(entries[task.language, split])
             changed |= (corpus["name"], corpus["weight"]) != (task.name, task.weight)
             corpus.update(name=task.name, weight=task.weight)
     if changed:

@@ -4,8 +4,9 @@ Mixing happens when sequences are read, and token shards do not depend on it. An
 therefore needs no new tokenisation.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -152,6 +153,58 @@ class Mixture:
         return int(sum(source.stream.rows_per_epoch for source in taken) / sum(source.share for source in taken))
 
 
+class Schedule(Mixture):
+    """Mixtures that follow one another, each for its share of `total` sequences; the last one goes on without end.
+
+    A corpus that several of them read is read on, not from its beginning. Shares are exact within each mixture as in
+    `Mixture`; those of `sources` are means over the schedule.
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Mixture]], total: int) -> None:
+        self._parts = list(parts)
+        lengths = [Fraction(length) for length, _ in parts]
+        mixtures = [mixture for _, mixture in parts]
+        self._starts = [round(total * sum(lengths[:part]) / sum(lengths)) for part in range(len(parts))]
+        self.seed, self.sequence_length = mixtures[0].seed, mixtures[0].sequence_length
+        self.origin = {"schedule": [[start, each.origin] for start, each in zip(self._starts, mixtures, strict=True)]}
+        places: dict[tuple[str, str], int] = {}
+        self.sources, self._places = [], []
+        read: dict[int, int] = {}
+        for number, mixture in enumerate(mixtures):
+            places_here = []
+            for source in mixture.sources:
+                share = source.share * float(lengths[number] / sum(lengths))
+                place = places.setdefault((source.language, source.stream.corpus.name), len(places))
+                if place == len(self.sources):
+                    self.sources.append(replace(source, share=share))
+                else:
+                    self.sources[place] = replace(source, share=self.sources[place].share + share)
+                places_here.append((place, read.get(place, 0)))
+            self._places.append(places_here)
+            if number + 1 < len(mixtures):
+                counts = _count(mixture._root, self._starts[number + 1] - self._starts[number])
+                for which, (place, before) in enumerate(places_here):
+                    read[place] = before + counts.get(which, 0)
+
+    def over(self, total: int) -> "Schedule":
+        """Return the same schedule for another number of sequences."""
+        return Schedule(self._parts, total)
+
+    def find(self, index: int) -> tuple[int, int]:
+        part = max(bisect_right(self._starts, index) - 1, 0)
+        which, inside = self._parts[part][1].find(index - self._starts[part])
+        place, before = self._places[part][which]
+        return place, before + inside
+
+
+def _count(split: "_Split | int", count: int) -> dict[int, int]:
+    """Return how many of the first `count` sequences each source has."""
+    if isinstance(split, int):
+        return {split: count}
+    first = (count * split.share + split.phase) // RESOLUTION
+    return {**_count(split.first, first), **_count(split.rest, count - first)}
+
+
 class MixtureRows:
     """Sequences [start, stop) of a mixture, as a map-style dataset of torch: dicts of int64 arrays [T]."""
 
@@ -188,11 +241,13 @@ def build_mixture(
     seed: int = 0,
     packing: bool = True,
     weights: Mapping[str, Mapping[str, float]] | None = None,
+    order: Sequence[str] = (),
 ) -> Mixture:
     """Mix the target languages with `replay_ratio` (share of tokens) of the source languages.
 
     `weights` ({language: {corpus name: weight}}) overrides the manifest's. Within a language, a corpus' share is
-    proportional to its tokens times its weight, so weights are relative numbers of epochs.
+    proportional to its tokens times its weight, so weights are relative numbers of epochs. `order` lists all languages
+    of a schedule, so that its parts read each corpus in the same order; by default those of this mixture.
 
     Raises:
         EloError: a language is not prepared, or a ratio, weight or length is out of range.
@@ -211,7 +266,8 @@ def build_mixture(
         )
     shares = language_shares(prepared, target, source, replay_ratio)
     sources: list[MixtureSource] = []
-    for number, (language, share) in enumerate(shares.items()):
+    numbers = {language: number for number, language in enumerate(order or shares)}
+    for language, share in shares.items():
         role = "target" if language in names_of(target) else "source"
         corpora = prepared.train(language)
         factors = corpus_weights(corpora, language, (weights or {}).get(language, {}))
@@ -223,7 +279,7 @@ def build_mixture(
         for index, (corpus, part) in enumerate(zip(corpora, tokens, strict=True)):
             if not part:
                 continue
-            stream_seed = seed + 1_000_003 * (1000 * number + index)
+            stream_seed = seed + 1_000_003 * (1000 * numbers[language] + index)
             kind = PackedStream if packing else PaddedStream
             stream = kind(corpus, sequence_length, stream_seed)
             sources.append(MixtureSource(language, share * part / sum(tokens), stream, role))

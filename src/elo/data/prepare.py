@@ -16,6 +16,7 @@ from pathlib import Path
 
 from elo.data.corpora import CorpusTask, DocumentReader, Preparation, text_hash
 from elo.data.manifest import is_whole, judge_lost_text, make_manifest, reopen, reweigh, tell_totals
+from elo.data.parallel import Parallel
 from elo.data.shard_writer import Position
 from elo.data.shards import MANIFEST, SPLITS, PreparedData
 from elo.data.sources import list_inputs
@@ -47,6 +48,8 @@ class CorpusSource:
     text_column: str = "text"
     name: str | None = None
     """Name of the corpus; None uses the name of the file or folder."""
+    parallel: Parallel | None = None
+    """How rows become documents, if they are sentences with their translations."""
 
 
 def source_files(source: CorpusSource | str) -> list[Path]:
@@ -187,7 +190,10 @@ def _list_tasks(
                     raise EloError(f"{source.path}: weight must be a number of at least 0, got {source.weight}")
                 name = _unique(source.name or _name_of(source.path), names)
                 files = tuple(list_inputs(str(source.path)))
-                tasks.append(CorpusTask(language, split, index, name, source.weight, source.text_column, files))
+                if source.parallel and (text := [file for file in files if ".txt" in Path(file.location).suffixes]):
+                    raise EloError(f"{text[0].location}: is plain text without columns; give .jsonl or .parquet")
+                task = CorpusTask(language, split, index, name, source.weight, source.text_column, files)
+                tasks.append(replace(task, parallel=source.parallel))
     return tasks
 
 
@@ -288,13 +294,21 @@ def _with_thresholds(
     for language in sorted({task.language for task in tasks if task.split == "train"}):
         share = 0.0 if language in given else heldout_share
         if share or validation_share:
-            own = [task for task in tasks if task.language == language and task.split == "train"]
-            thresholds[language] = _thresholds(language, own, share, validation_share, known, on_error)
+            own = [task for task in tasks if task.language == language and _can_be_cut(task)]
+            if not own and share:
+                raise EloError(f"{language!r} has only parallel corpora, which are never held out; give heldout text")
+            if own:
+                thresholds[language] = _thresholds(language, own, share, validation_share, known, on_error)
 
     def threshold(task: CorpusTask, which: int) -> int:
-        return thresholds.get(task.language, (0, 0))[which] if task.split == "train" else 0
+        return thresholds.get(task.language, (0, 0))[which] if _can_be_cut(task) else 0
 
     return [replace(task, threshold=threshold(task, 0), validation_threshold=threshold(task, 1)) for task in tasks]
+
+
+def _can_be_cut(task: CorpusTask) -> bool:
+    """Return whether held-out documents are cut out: not of parallel text, where half of each is another language."""
+    return task.split == "train" and task.parallel is None
 
 
 def _thresholds(

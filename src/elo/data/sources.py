@@ -60,6 +60,8 @@ class Record(NamedTuple):
     """Complete message, beginning with file and line."""
     ends_file: bool = False
     """Whether the problem affects the file, so that nothing after it can be read."""
+    translation: bytes = b""
+    """Text of the second column, if two were asked for."""
 
     @property
     def loses_file(self) -> bool:
@@ -140,11 +142,15 @@ def _input_file(path: Path) -> InputFile:
 
 
 class FileReader:
-    """Reads the documents of one input, and counts the bytes read from disk."""
+    """Reads the documents of one input, and counts the bytes read from disk.
 
-    def __init__(self, file: InputFile, text_column: str = "text") -> None:
+    Args:
+        columns: column with the text, and a second one if each row holds a sentence and its translation.
+    """
+
+    def __init__(self, file: InputFile, *columns: str) -> None:
         self.file = file
-        self.text_column = text_column
+        self.columns = columns or ("text",)
         self._raw: BinaryIO | None = None
         self._done = 0
 
@@ -184,7 +190,7 @@ class FileReader:
     def _read(self, start: int) -> Iterator[Record]:
         name = self.file.location
         if self.file.is_hub:
-            yield from _hub_records(name, self.text_column, start)
+            yield from _hub_records(name, self.columns, start)
             return
         with Path(name).open("rb") as raw:
             self._raw = raw
@@ -192,16 +198,16 @@ class FileReader:
                 yield Record(0, 1, b"", f"{name}:1: {kind}", ends_file=True)
                 return
             if name.endswith(".parquet"):
-                yield from _parquet_records(raw, name, self.text_column, start)
+                yield from _parquet_records(raw, name, self.columns, start)
                 return
             with decompressed(raw, name) as lines:
                 if name.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
                     yield from _text_records(lines, name, start)
                 else:
-                    yield from _json_records(lines, name, self.text_column, start)
+                    yield from _json_records(lines, name, self.columns, start)
 
 
-def _json_records(lines: BinaryIO, name: str, column: str, start: int) -> Iterator[Record]:
+def _json_records(lines: BinaryIO, name: str, columns: tuple[str, ...], start: int) -> Iterator[Record]:
     for number, line in enumerate(iter(lambda: lines.readline(LINE_LIMIT), b"")):
         if len(line) == LINE_LIMIT and not line.endswith(b"\n"):
             while (rest := lines.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
@@ -214,10 +220,15 @@ def _json_records(lines: BinaryIO, name: str, column: str, start: int) -> Iterat
             continue
         line = line.removeprefix(b"\xef\xbb\xbf")  # at the start, and where files were joined
         try:
-            yield Record(number, number + 1, _json_value(line)[column].encode())
+            row = _json_value(line)
+            yield _whole_record(number, [row[column].encode() for column in columns])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            problem = _json_problem(line, column, error)
+            problem = _json_problem(line, columns, error)
             yield Record(number, number + 1, b"", f"{name}:{number + 1}: {problem}")
+
+
+def _whole_record(number: int, texts: list[bytes]) -> Record:
+    return Record(number, number + 1, texts[0], translation=texts[1] if len(texts) > 1 else b"")
 
 
 def _json_value(line: bytes) -> Any:
@@ -229,7 +240,7 @@ def _json_value(line: bytes) -> Any:
         return _JSON_OF_LONG_INTEGERS.decode(line.decode())
 
 
-def _json_problem(line: bytes, column: str, error: Exception) -> str:
+def _json_problem(line: bytes, columns: tuple[str, ...], error: Exception) -> str:
     """Explain why a line could not be read, what was found, and what to do."""
     if b"\0" in line and isinstance(error, ValueError):
         return (
@@ -252,7 +263,7 @@ def _json_problem(line: bytes, column: str, error: Exception) -> str:
     value = _json_value(line)
     if not isinstance(value, dict):
         return f'a JSON {_kind(value)}, not an object: {_shown(line)!r}; write an object such as {{"text": "..."}}'
-    return _column_problem(value, column)
+    return _column_problem(value, columns)
 
 
 def _layout(line: bytes) -> str | None:
@@ -287,17 +298,25 @@ def _is_cut(line: bytes, error: Exception) -> bool:
     return any(value.startswith(rest) for value in ("true", "false", "null", "-"))
 
 
-def _column_problem(row: dict[str, Any], column: str) -> str:
-    if column not in row:
+def _column_problem(row: dict[str, Any], columns: tuple[str, ...]) -> str:
+    key = "text_column" if len(columns) == 1 else "columns"
+    if missing := [column for column in columns if column not in row]:
         names = ", ".join(map(repr, row)) or "none"
         for outer, value in row.items():
-            if isinstance(value, dict) and column in value:
-                return f"no column {column!r}, but column {outer!r} has one inside; make it a column of its own"
-        return f"no column {column!r}; the columns are {names[:300]}; set text_column to the one with the text"
-    value = row[column]
-    if not isinstance(value, str):
-        return f"column {column!r} is {_kind(value)}, not text: {str(value)[:60]!r}; fix the line or set text_column"
+            if isinstance(value, dict) and missing[0] in value:
+                return f"no column {missing[0]!r}, but column {outer!r} has one inside; make it a column of its own"
+        return f"no column {missing[0]!r}; the columns are {names[:300]}; set {key} to the one with the text"
+    for column in columns:
+        value = row[column]
+        if not isinstance(value, str | bytes):
+            return f"column {column!r} is {_kind(value)}, not text: {str(value)[:60]!r}; fix the line or set {key}"
+        if isinstance(value, str) and not _is_encodable(value):
+            break
     return f"column {column!r} holds half of a surrogate pair (such as the escape \\ud800); fix the line"
+
+
+def _is_encodable(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _kind(value: Any) -> str:
@@ -355,14 +374,14 @@ def _broken_character(data: bytes) -> bytes:
     return b""
 
 
-def _parquet_records(raw: BinaryIO, name: str, column: str, start: int) -> Iterator[Record]:
+def _parquet_records(raw: BinaryIO, name: str, columns: tuple[str, ...], start: int) -> Iterator[Record]:
     file = pyarrow.parquet.ParquetFile(
         raw, thrift_string_size_limit=THRIFT_LIMIT, thrift_container_size_limit=THRIFT_LIMIT
     )
     fields = list(file.schema_arrow)
-    if column not in file.schema_arrow.names:
+    if not set(columns) <= set(file.schema_arrow.names):
         inner = {each.name: {f.name: None for f in each.type} for each in fields if pyarrow.types.is_struct(each.type)}
-        problem = f"{name}:1: {_column_problem({each.name: None for each in fields} | inner, column)}"
+        problem = f"{name}:1: {_column_problem({each.name: None for each in fields} | inner, columns)}"
         yield Record(0, 1, b"", problem, ends_file=True)
         return
     number = 0
@@ -373,28 +392,33 @@ def _parquet_records(raw: BinaryIO, name: str, column: str, start: int) -> Itera
             continue
         size = max(file.metadata.row_group(group).total_byte_size // max(rows, 1), 1)
         batch_size = min(max(PARQUET_BATCH // size, 1), 512)
-        for batch in file.iter_batches(batch_size=batch_size, row_groups=[group], columns=[column]):
-            for value in batch.column(0).to_pylist():
+        for batch in file.iter_batches(batch_size=batch_size, row_groups=[group], columns=list(columns)):
+            for row in batch.to_pylist():
                 if number >= start:
-                    yield _value_record(number, {column: value}, column, name)
+                    yield _value_record(number, row, columns, name)
                 number += 1
 
 
-def _value_record(number: int, row: dict[str, Any], column: str, name: str) -> Record:
-    value = row.get(column)
+def _value_record(number: int, row: dict[str, Any], columns: tuple[str, ...], name: str) -> Record:
+    texts: list[bytes] = []
     try:
-        if isinstance(value, bytes):  # a binary column may hold UTF-8 text
-            value.decode()
-            return Record(number, number + 1, value)
-        return Record(number, number + 1, row[column].encode())
+        for column in columns:
+            value = row.get(column)
+            if isinstance(value, bytes):  # a binary column may hold UTF-8 text
+                value.decode()
+                texts.append(value)
+            else:
+                texts.append(row[column].encode())
+        return _whole_record(number, texts)
     except UnicodeDecodeError as error:
-        problem = f"column {column!r} is binary and not UTF-8 ({_bad_byte(error, 'value')}); convert it to text"
+        bad = columns[len(texts)]
+        problem = f"column {bad!r} is binary and not UTF-8 ({_bad_byte(error, 'value')}); convert it to text"
     except (KeyError, AttributeError, UnicodeEncodeError):
-        problem = _column_problem(row, column)
+        problem = _column_problem(row, columns)
     return Record(number, number + 1, b"", f"{name}:{number + 1}: {problem}")
 
 
-def _hub_records(location: str, column: str, start: int) -> Iterator[Record]:
+def _hub_records(location: str, columns: tuple[str, ...], start: int) -> Iterator[Record]:
     """Stream the rows of a Hugging Face dataset, `hf://name[:config][:split]`."""
     import datasets
     import huggingface_hub
@@ -411,7 +435,7 @@ def _hub_records(location: str, column: str, start: int) -> Iterator[Record]:
             huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         for row in rows.skip(start) if start else rows:
-            yield _value_record(number, row, column, location)
+            yield _value_record(number, row, columns, location)
             number += 1
     except EloError:
         raise

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
@@ -54,6 +54,8 @@ def generate_samples(
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
     progress: str | None = None,
+    stop: str | None = None,
+    batch_size: int = 1,
 ) -> list[str]:
     """Continue each prompt greedily, the most likely token at each position: the same text every time.
 
@@ -66,6 +68,8 @@ def generate_samples(
         device: where to run; by default where the model is.
         autocast_dtype: compute dtype, for models kept in another one.
         progress: a label shows progress under it; None shows nothing.
+        stop: text that ends a continuation; it and what follows is cut off.
+        batch_size: prompts at once; more than one is faster, and rounds differently.
 
     Returns:
         The continuations, without their prompts.
@@ -85,28 +89,46 @@ def generate_samples(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
+    asked = []
+    for prompt in prompts:
+        # A prompt may frame a chat turn, so special tokens in it are tokens.
+        ids = [tokenizer.prefix_token_id, *tokenizer.backend.encode(prompt, add_special_tokens=False).ids]
+        check_ids(max(ids), model, f"prompt {prompt[:60]!r}")
+        asked.append(ids if limit is None else ids[-(limit - max_new_tokens) :])
     texts = []
     with (
         evaluating(model, device, autocast_dtype) as place,
         generating_with(model, greedy),
         Progress(len(prompts), progress, "samples") as bar,
     ):
-        for prompt in prompts:
-            # A prompt may frame a chat turn, so special tokens in it are tokens.
-            ids = [tokenizer.prefix_token_id, *tokenizer.backend.encode(prompt, add_special_tokens=False).ids]
-            check_ids(max(ids), model, f"prompt {prompt[:60]!r}")
-            if limit is not None:
-                ids = ids[-(limit - max_new_tokens) :]
-            input_ids_BT = torch.tensor([ids], device=place)
+        for start in range(0, len(asked), batch_size):
+            batch = asked[start : start + batch_size]
+            width = max(map(len, batch))
+            padded = [[tokenizer.eos_token_id] * (width - len(ids)) + ids for ids in batch]
+            attended = [[0] * (width - len(ids)) + [1] * len(ids) for ids in batch]
             output_BT: Any = GenerationMixin.generate(
                 model,  # type: ignore[arg-type]
-                input_ids_BT,
-                attention_mask=torch.ones_like(input_ids_BT),
+                torch.tensor(padded, device=place),
+                attention_mask=torch.tensor(attended, device=place),
+                stopping_criteria=StoppingCriteriaList([_AtText(tokenizer, stop, width)] if stop else []),
             )
-            text = tokenizer.backend.decode(output_BT[0, len(ids) :].tolist(), skip_special_tokens=True)
-            texts.append(text.rstrip(_UNFINISHED_CHARACTER))
-            bar.advance(1)
+            for ids in output_BT[:, width:].tolist():
+                text = tokenizer.backend.decode(ids, skip_special_tokens=True)
+                texts.append((text.partition(stop)[0] if stop else text).rstrip(_UNFINISHED_CHARACTER))
+            bar.advance(len(batch))
     return texts
+
+
+class _AtText(StoppingCriteria):
+    """Stops a sequence whose last tokens spell `stop`. Tokens before `start` are the prompt."""
+
+    def __init__(self, tokenizer: TextTokenizer, stop: str, start: int) -> None:
+        self._tokenizer, self._stop, self._start = tokenizer, stop, start
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
+        tails = input_ids[:, max(self._start, input_ids.shape[1] - len(self._stop.encode()) - 1) :].tolist()
+        found = [self._stop in self._tokenizer.backend.decode(ids, skip_special_tokens=True) for ids in tails]
+        return torch.tensor(found, dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 
 @contextmanager

@@ -111,9 +111,10 @@ def _cost_chart(results: Results) -> Chart | None:
     unit, scale = time_axis(costs)
     groups = [_Group(group.contestant, tuple((x / scale, y) for x, y in group.points)) for group in groups]
     caption = f"Lower and further left is better. {_dots(results)}"
-    caption += _draw_base(
-        axes, mean_bpb(results.base, results.languages.targets), [y for group in groups for _, y in group.points]
+    base = (
+        None if any(each.model for each in results.contestants) else mean_bpb(results.base, results.languages.targets)
     )
+    caption += _draw_base(axes, base, [y for group in groups for _, y in group.points])
     _draw_groups(axes, results, groups, joined=True)
     axes.set_xlabel(f"training {name} ({unit})")
     axes.set_ylabel(f"{_targets(results)}: bits per byte")
@@ -164,15 +165,23 @@ def _draw_groups(axes: Axes, results: Results, groups: Sequence[_Group], *, join
         )
 
 
+def _change(before: tuple[float, float], after: tuple[float, float]) -> tuple[float, float]:
+    """Source loss and target gain."""
+    return after[0] - before[0], before[1] - after[1]
+
+
 def _retention_chart(results: Results, budget: Budget, number: int) -> Chart | None:
     """Target gain over source loss at one budget."""
     sources, targets = results.languages.sources, results.languages.targets
-    base_source, base_target = mean_bpb(results.base, sources), mean_bpb(results.base, targets)
-    if base_source is None or base_target is None:
-        return None
+    before = {}
+    for each in results.contestants:
+        base_source, base_target = (mean_bpb(results.base_of(each.name), role) for role in (sources, targets))
+        if base_source is None or base_target is None:
+            return None
+        before[each.name] = base_source, base_target
 
     groups = [
-        _Group(group.contestant, tuple((x - base_source, base_target - y) for x, y in group.points))
+        _Group(group.contestant, tuple(_change(before[group.contestant], point) for point in group.points))
         for group in _groups(
             results,
             lambda trial: mean_bpb(trial.measured, sources),
@@ -225,7 +234,7 @@ def bpb_segments(results: Results, trial: Trial, language: str) -> list[Segment]
         if stage.tokens and not stage.detached:
             break
         start += stage.seconds
-    before = trial.before_alignment if detached_stages else results.base
+    before = trial.before_alignment if detached_stages else results.base_of(trial.contestant)
     first = before.bpb.get(language) if before else None
     if first is not None and (not whole or whole[0][0] > start):
         whole.insert(0, (start, first))

@@ -26,6 +26,7 @@ from elo.report.schema import Results, Trial, Verdict
 from elo.report.tables import (
     NOTHING,
     Table,
+    bases_table,
     chat_measurements,
     chat_table,
     data_table,
@@ -172,6 +173,7 @@ def _sections(results: Results, verdict: Verdict, charts: Sequence[Chart]) -> li
     for budget, judged in zip(results.budgets, verdict.budgets, strict=True):
         title = f"Results, {budget.name}" if several else "Results"
         found.append(Section(title, table=results_table(results, budget, judged)))
+        found.append(Section(title.replace("Results", "Base models"), table=bases_table(results, budget)))
     found.append(Section("Charts", charts=tuple(charts)))
     for budget, judged in zip(results.budgets, verdict.budgets, strict=True):
         at = f", {budget.name}" if several else ""
@@ -207,7 +209,8 @@ def _compared(results: Results) -> list[tuple[str, str]]:
     if model.vocabulary is not None:
         found.append(("Vocabulary", f"extended by {model.vocabulary.rows.stop - model.vocabulary.rows.start:,} tokens"))
     for contestant in results.contestants:
-        text = f"method {contestant.method}"
+        text = f"base model {contestant.model.name}, " if contestant.model else ""
+        text += f"method {contestant.method}"
         text += f", layers {', '.join(map(str, contestant.layers))}" if contestant.layers else ""
         text += f": {contestant.layers_reason}" if contestant.layers_reason else ""
         text += f"; {changes_text(contestant.changes)}" if contestant.changes else ""

@@ -65,7 +65,7 @@ def _paired_items(
     ours = {trial.seed: trial.measured for trial in results.finished(contestant, budget)}
     theirs = {trial.seed: trial.measured for trial in results.finished(reference, budget)}
     if reference == BASE:
-        theirs = dict.fromkeys(ours, results.base)
+        theirs = dict.fromkeys(ours, results.base_of(contestant))
     seeds = sorted(ours.keys() & theirs.keys())
     both = [[whole_values(measured[seed]).get(key) for seed in seeds] for measured in (ours, theirs)]
     items = [[each.per_item if each else () for each in values] for values in both]

@@ -25,7 +25,7 @@ def retention(results: Results, budget: str, contestant: str, in_bpb: Sequence[D
             measure="bits per byte",
             language=each.languages[0],
             unit="number",
-            before=results.base.bpb[each.languages[0]],
+            before=results.base_of(contestant).bpb[each.languages[0]],
             change=each.value,
             low=each.low,
             high=each.high,
@@ -35,7 +35,7 @@ def retention(results: Results, budget: str, contestant: str, in_bpb: Sequence[D
         for each in in_bpb
         if each.languages[0] in results.base.bpb
     ]
-    before = whole_values(results.base)
+    before = whole_values(results.base_of(contestant))
     found += [
         Retained(
             measure=each.measure,

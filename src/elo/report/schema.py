@@ -87,9 +87,7 @@ class Measured(Record):
 class StageCost(Record):
     """What one stage of a trial did and cost."""
 
-    name: str = Field(
-        description="Stage, for example `detach`, `elo_pretraining`, `attach`, `layer_alignment`, `full`."
-    )
+    name: str = Field(description="Stage, for example `detach`, `elo_pretraining`, `attach`, `full`.")
     seconds: NonNegative = Field(description="Wall time of the stage without evaluation, in seconds.")
     cpu_seconds: NonNegative | None = Field(
         None, description="CPU time of the stage over all its threads, without evaluation, in seconds."
@@ -180,25 +178,6 @@ def _total(values: list[float | None]) -> float | None:
     return sum(known) if values and len(known) == len(values) else None
 
 
-class Contestant(Record):
-    """One way of training."""
-
-    name: str = Field(description="Unique name.")
-    label: str | None = Field(None, description="Name for people; by default `name`.")
-    method: str = Field(description="Method, for example `elo`, `full`, `lora`.")
-    layers: tuple[int, ...] = Field(
-        (), description="0-based decoder layers that the method was asked to train; empty if it chooses its own."
-    )
-    layers_reason: str = Field("", description="Why `layers: auto` chose these layers.")
-    changes: dict[str, Any] = Field(
-        {}, description="Configuration keys in which this contestant differs from the shared run."
-    )
-
-    @property
-    def title(self) -> str:
-        return self.label or self.name
-
-
 class Budget(Record):
     """What each contestant may spend."""
 
@@ -240,6 +219,24 @@ class Model(Record):
     parameters: Count | None = Field(None, description="Number of parameters.")
     num_layers: Count | None = Field(None, description="Number of decoder layers.")
     vocabulary: Vocabulary | None = Field(None, description="Vocabulary extension, if there was one.")
+
+
+class Contestant(Record):
+    """One way of training."""
+
+    name: str = Field(description="Unique name.")
+    label: str | None = Field(None, description="Name for people; by default `name`.")
+    method: str = Field(description="Method, for example `elo`, `full`, `lora`.")
+    layers: tuple[int, ...] = Field((), description="0-based decoder layers to train; empty if the method chooses.")
+    layers_reason: str = Field("", description="Why `layers: auto` chose these layers.")
+    changes: dict[str, Any] = Field({}, description="Configuration keys that differ from the shared run.")
+
+    model: Model | None = Field(None, description="Its base model, if base models are compared.")
+    base: Measured | None = Field(None, description="`model` on held-out text, before any training.")
+
+    @property
+    def title(self) -> str:
+        return self.label or self.name
 
 
 class Languages(Record):
@@ -407,7 +404,7 @@ class Results(Record):
     title: str = Field("ELO", description="Heading of the report.")
     created: str | None = Field(None, description="Time of writing, ISO 8601 in UTC.")
     command: str | None = Field(None, description="Command that produced the results.")
-    model: Model = Field(description="The base model.")
+    model: Model = Field(description="The base model; the first contestant's if base models are compared.")
     languages: Languages = Field(description="Target and source languages.")
     hardware: dict[str, Any] = Field(
         {}, description="`cpu`, `cores`, `memory_bytes`, `gpu`, `gpus`: what is known of them."
@@ -416,7 +413,7 @@ class Results(Record):
     data: Data = Field(Data(), description="What was trained and measured on.")
     config: dict[str, Any] = Field({}, description="The resolved configuration.")
     endpoint: Endpoint = Field(Endpoint(), description="How contestants are ranked and tuned.")
-    base: Measured = Field(description="The base model on held-out text.")
+    base: Measured = Field(description="`model` on held-out text.")
     base_validation: Measured | None = Field(None, description="The base model on validation text.")
     contestants: tuple[Contestant, ...] = Field(
         min_length=1, description="Ways of training; in a run, the run's own method comes first."
@@ -465,6 +462,10 @@ class Results(Record):
                     )
         return self
 
+    def base_of(self, contestant: str) -> Measured:
+        """The base model that a contestant started from, on held-out text."""
+        return next((each.base for each in self.contestants if each.name == contestant and each.base), self.base)
+
     def reported(self, contestant: str, budget: str) -> list[Trial]:
         """Trials of the results table, failed ones included."""
         return [
@@ -483,8 +484,8 @@ class Results(Record):
         return mean([value for value in values if value is not None])
 
     def change(self, contestant: str, budget: str, *languages: str) -> float | None:
-        """Mean bits per byte over `languages` less the base model's."""
-        before, after = mean_bpb(self.base, languages), self.mean_bpb(contestant, budget, languages)
+        """Mean bits per byte over `languages` less those of the contestant's base model."""
+        before, after = mean_bpb(self.base_of(contestant), languages), self.mean_bpb(contestant, budget, languages)
         return None if before is None or after is None else after - before
 
 

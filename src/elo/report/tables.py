@@ -100,7 +100,12 @@ def _names(results: Results, budget: Budget, order: Sequence[Contestant]) -> _Pa
         failed = sum(trial.failed is not None for trial in reported)
         seeds = f"{len(reported)} seed{'s' * (len(reported) != 1)}" + (f", {failed} failed" if failed else "")
         cells.append(Cell(contestant.title, seeds, swatch=contestant.name))
-    return Column("Contestant", is_text=True), Cell("Base model"), cells
+    base = (
+        f"Base model of {results.contestants[0].title}"
+        if any(each.model for each in results.contestants)
+        else "Base model"
+    )
+    return Column("Contestant", is_text=True), Cell(base), cells
 
 
 def _bpb_columns(
@@ -183,6 +188,33 @@ def _note(results: Results, verdict: BudgetVerdict) -> str:
         tests = len(verdict.differences)
         notes.append(f"Bold: significant at 5 % after Holm's correction over {tests} comparison{'s' * (tests != 1)}.")
     return " ".join(notes)
+
+
+def bases_table(results: Results, budget: Budget) -> Table | None:
+    """What each base model brings and what training makes of it; None if all contestants start from the same one."""
+    if not any(each.model for each in results.contestants):
+        return None
+    rows = []
+    for contestant in results.contestants:
+        model = contestant.model or results.model
+        base, trials = results.base_of(contestant.name), results.finished(contestant.name, budget.name)
+        cells = [Cell(contestant.title, model.name, swatch=contestant.name), _cell(model.parameters, count)]
+        for language in results.languages.all:
+            size = base.heldout.get(language)
+            cells.append(_cell(size.bytes_per_token if size else None, lambda value: f"{value:.2f}"))
+            cells.append(_cell(base.bpb.get(language), lambda value: f"{value:.3f}"))
+            after = results.mean_bpb(contestant.name, budget.name, (language,))
+            change = results.change(contestant.name, budget.name, language)
+            cells.append(Cell() if after is None else Cell(f"{after:.3f}", "" if change is None else signed(change)))
+        cells += [_mean_cell(trials, value, shown) for _, value, shown in _COSTS]
+        rows.append(tuple(cells))
+    columns = [Column("Contestant", is_text=True), Column("Parameters")]
+    for language in results.languages.all:
+        columns.append(Column(language, "bytes per token ↑"))
+        columns += [Column(f"{language} before", "bpb ↓"), Column(f"{language} after", "bpb ↓, change")]
+    columns += [Column(title) for title, _, _ in _COSTS]
+    note = "All columns are of the same held-out bytes, so they can be compared across tokenizers."
+    return Table(tuple(columns), tuple(rows), note)
 
 
 def measures_table(results: Results, budget: Budget) -> Table | None:

@@ -138,7 +138,7 @@ def _paired_nats(
     ours = {trial.seed: trial.measured for trial in results.finished(contestant, budget)}
     theirs = {trial.seed: trial.measured for trial in results.finished(reference, budget)}
     if reference == BASE:
-        theirs = dict.fromkeys(ours, results.base)
+        theirs = dict.fromkeys(ours, results.base_of(contestant))
     both = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
     if not both or any(not each.document_nats.get(language) for pair in both for each in pair):
         return None

@@ -1,0 +1,127 @@
+"""The results and the report of a run, finished or not."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from elo.checkpoint.counting import footprint, read_config
+from elo.circumstances import circumstances
+from elo.data.shards import PreparedData
+from elo.final_model import write_final_model
+from elo.format import listed
+from elo.inputs import Adapted, Inputs
+from elo.report import collect, schema
+from elo.report.files import judged, write_results
+from elo.report.write import report, show
+from elo.store.live import read_live
+from elo.store.processes import is_main
+
+
+def write_report(
+    inputs: Inputs,
+    data: PreparedData,
+    base: dict[str, Any],
+    adapted: Adapted,
+    final: dict[str, Any],
+    chats: Sequence[schema.ChatModel] = (),
+) -> dict[str, Any]:
+    """Write results.json, the report and the folder of the final model, and show the table."""
+    folder = inputs.folder
+    results = _results(inputs, data, base, adapted, final, flops=training_flops(inputs, adapted), chats=chats)
+    if is_main():
+        write_results(folder.path(schema.FILE_NAME), results)
+        report(results, folder.root)
+        write_final_model(folder.path("model"), adapted.model.path, inputs.base.path, inputs.config, results)
+        show(results)
+        folder.say(f"report: {folder.path('report.html')}")
+        folder.say(f"model: {folder.path('model')}")
+        if chats:
+            folder.say(f"chat model: {folder.path('chat')}")
+    return results.model_dump(mode="json")
+
+
+def report_progress(
+    inputs: Inputs, data: PreparedData, base: dict[str, Any], adapted: Adapted, phase: str, bpb: dict[str, float]
+) -> None:
+    """Write the report of an unfinished run, with the curves of the phase that is training.
+
+    results.json is written at the end only.
+    """
+    if not is_main():
+        return
+    live = read_live(inputs.folder.stage_file(phase, "live")) or {}
+    losses, evaluations = live.get("losses", []), live.get("evaluations", [])
+    now = {"tokens": int(live.get("done") or 0), "seconds": losses[-1]["seconds"] if losses else 0.0}
+    record = now | {"losses": losses, "evaluations": [*evaluations, now | {"bpb": bpb}]}
+    so_far = replace(adapted, records={**adapted.records, phase: record})
+    report(_results(inputs, data, base, so_far, {"bpb": bpb}, in_progress=True), inputs.folder.root)
+
+
+def _results(
+    inputs: Inputs,
+    data: PreparedData,
+    base: dict[str, Any],
+    adapted: Adapted,
+    final: dict[str, Any],
+    *,
+    flops: dict[str, float] | None = None,
+    chats: Sequence[schema.ChatModel] = (),
+    in_progress: bool = False,
+) -> schema.Results:
+    config, method = inputs.config, inputs.config.method
+    tokens = max(1, sum(record["tokens"] for record in adapted.records.values()))
+    budget = {"name": f"{tokens:,} tokens", "kind": "tokens", "value": tokens}
+    rates = {phase.name: config.settings(phase).learning_rate for phase in method.phases}
+    trial = collect.trial(
+        method.name,
+        budget["name"],
+        config.seed,
+        adapted.records,
+        final,
+        before_alignment=adapted.before_alignment,
+        learning_rates=rates,
+        flops=flops,
+    )
+    return judged(
+        schema.Results.model_validate(
+            {
+                **circumstances(config, inputs.base.path, inputs.layers, data),
+                "schema_version": schema.SCHEMA_VERSION,
+                "kind": "run",
+                "title": config.title or f"{Path(config.model).name} learns {listed(config.data.targets)}",
+                "config": config.model_dump(mode="json"),
+                "base": collect.measured(base),
+                "contestants": [
+                    {
+                        "name": method.name,
+                        "label": method.label,
+                        "method": method.name,
+                        "layers": inputs.layers if method.uses_layers else (),
+                        "layers_reason": inputs.layers_reason,
+                    }
+                ],
+                "budgets": [budget],
+                "seeds": [config.seed],
+                "trials": [trial],
+                "chat": chats,
+                "in_progress": in_progress,
+            }
+        )
+    )
+
+
+def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:
+    """Return the matmul FLOPs of training by phase, without those of fitting a bridge or searching a scale."""
+    config = inputs.config
+    counted = footprint(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
+    found = {}
+    for phase in config.method.phases:
+        rows = adapted.records.get(f"vocabulary-{phase.name}", {}).get("rows")
+        of_phase = counted.with_vocabulary(rows) if rows else counted
+        num_losses = config.settings(phase).num_losses
+        per_token = config.method.flops_per_token(
+            phase, of_phase, inputs.layers, config.data.sequence_length, num_losses=num_losses
+        )
+        found[phase.name] = adapted.records[phase.name]["tokens"] * per_token.total
+    return found

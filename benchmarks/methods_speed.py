@@ -17,9 +17,9 @@ from elo.budget import divide_budget
 from elo.checkpoint.counting import footprint, read_config
 from elo.config import CompareConfig, RunConfig, contestant_run, load_comparison
 from elo.evaluate.loading import load_model
+from elo.inputs import Inputs
 from elo.methods import Phase, Setup
 from elo.preflight import check_model
-from elo.inputs import Inputs
 from elo.run import open_run, prepare_data
 from elo.store.environment import hardware, versions
 from elo.surgery.in_memory import detach_layers

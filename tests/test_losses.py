@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 
-from elo.train.loss import LogitTransform, head_cross_entropy, install_head_loss
+from elo.errors import EloError
+from elo.train.loss import LogitTransform, head_cross_entropies, head_cross_entropy, install_head_loss
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 VOCAB = {"vocab_size": 50, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
@@ -119,3 +120,71 @@ def test_unknown_logit_arithmetic_falls_back_to_the_model():
     head.register_forward_hook(lambda *_: torch.tanh(_[2] / cap) * cap)
     install_head_loss(model, "chunked")
     assert "forward_model" in model.forward.__qualname__
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("implementation", ["chunked", "plain"])
+def test_several_losses_are_their_weighted_sum(implementation, bias):
+    hidden, weight, labels, bias_V = _inputs(bias)
+    other = (hidden * 0.3).detach().requires_grad_()
+    parameters = [hidden, other, weight] + ([bias_V] if bias else [])
+    options = {"bias_V": bias_V, "transform": LogitTransform(scale=0.5, softcap=4.0)}
+    each = [
+        head_cross_entropy(block, weight, labels, implementation="plain", **options) for block in (hidden, other, other)
+    ]
+    expected = torch.autograd.grad(each[0] + 0.25 * each[1] + 2 * each[2], parameters)
+    loss, nats_S = head_cross_entropies(
+        [hidden, other, other],
+        weight,
+        labels,
+        weights=(1.0, 0.25, 2.0),
+        implementation=implementation,
+        chunk=8,
+        **options,
+    )
+    torch.testing.assert_close(nats_S, torch.stack(each).detach())
+    assert not nats_S.requires_grad
+    for ours, theirs in zip(torch.autograd.grad(loss, parameters), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_supervised_layers_have_the_loss_of_the_plain_formula(family):
+    """Cross-entropy of an internal layer's hidden states through final norm, head and the transform of the logits."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]).float().eval()
+    ids, labels = torch.randint(3, 50, (2, 9)), torch.randint(3, 50, (2, 9))
+    labels[0, 4] = -100
+    states = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    norm = model.get_submodule("transformer.ln_f" if family == "gpt2" else "model.norm")
+    transform = LogitTransform.of(model.config)
+    internal = transform(model.get_output_embeddings()(norm(states.hidden_states[1])))
+    main, extra = (
+        F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") for logits in (states.logits, internal)
+    )
+    (main + 0.5 * extra).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    restore = install_head_loss(model, "chunked", supervised={0: 0.5})
+    output = model(input_ids=ids, shift_labels=labels)
+    output.loss.backward()
+    torch.testing.assert_close(output.loss, main + 0.5 * extra)
+    torch.testing.assert_close(output.nats, torch.stack([main, extra]).detach())
+    for name, parameter in model.named_parameters():
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4 * scale, msg=name)
+    restore()
+    assert hooks == [len(module._forward_hooks) for module in model.modules()]
+
+
+def test_layers_are_not_supervised_where_norm_and_head_are_not_all_of_the_rest():
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"]).float()
+    with pytest.raises(EloError, match="write head_loss: chunked"):
+        install_head_loss(model, "model", supervised={0: 1.0})
+    norm = model.model.norm.forward
+    model.model.norm.register_forward_pre_hook(lambda _, inputs: (inputs[0] + len(model.model.layers),))
+    model.model.register_forward_hook(lambda _, __, output: output.__setitem__("last_hidden_state", norm(output[0])))
+    with pytest.raises(EloError, match="not those of its final norm"):
+        install_head_loss(model, "chunked", supervised={0: 1.0})
+    assert not [layer for layer in model.model.layers if layer._forward_hooks]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from method_fixtures import CASES, FIRST_NEW_ROW, case_id
 from surgery_fixtures import stored
-from training_fixtures import LENGTH, SETTINGS, VOCAB, corpus, rows, tiny_llama
+from training_fixtures import LENGTH, SETTINGS, VOCAB, corpus, rows, supervision, tiny_llama
 
 from elo.errors import EloError, StoppedBySignalError
 from elo.evaluate.bits_per_byte import bits_per_byte
@@ -86,6 +86,31 @@ def test_killed_and_resumed_equals_uninterrupted_and_the_rest_stays(tmp_path, ca
             assert not torch.equal(whole[name][FIRST_NEW_ROW:], base[name][FIRST_NEW_ROW:])
     if case.method.name != "lisa" and not case.stochastic:
         assert {name for name in base if not torch.equal(base[name], whole[name])} == may_change
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.name in ("elo", "full", "frozen-half", "lora", "lisa-window")], ids=case_id
+)
+def test_deep_supervision_learns_at_the_internal_layer_and_resumes(tmp_path, case):
+    settings = QUICK.model_copy(update={"deep_supervision": supervision([0])})
+    plain, without = _train(case, tmp_path, "plain")
+    whole, record = _train(case, tmp_path, "whole", settings=settings)
+    assert all(point.keys() == {"tokens", "seconds", "loss", "internal"} for point in record["losses"])
+    assert "internal" not in without["losses"][0]
+    first, last = (record["losses"][at] for at in (0, -1))
+    assert first["loss"] == without["losses"][0]["loss"], "the logged loss is the main one"
+    assert first["internal"]["0"] > last["internal"]["0"]
+    assert any(not torch.equal(plain[name], tensor) for name, tensor in whole.items())
+
+    def stop(step):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(StoppedBySignalError):
+        _train(case, tmp_path, "stopped", settings=settings, before_step=stop)
+    resumed, again = _train(case, tmp_path, "stopped", settings=settings)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert [point["internal"] for point in again["losses"]] == [point["internal"] for point in record["losses"]]
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])

@@ -18,6 +18,7 @@ from transformers import (
 from elo.checkpoint.counting import footprint, parameter_counts, read_config, training_flops_per_token
 from elo.errors import EloError
 from elo.methods import METHODS
+from elo.train.loss import install_head_loss
 
 # ELO pretraining over full CPT per token, the same when full CPT recomputes, LM head's share, whole run both ways.
 PUBLISHED = {
@@ -115,7 +116,9 @@ def test_counts_are_those_of_the_real_model(family: str) -> None:
     assert parameter_counts(model) == parameter_counts(config), "a model and its config count the same"
 
 
-def measured_flops(config: PretrainedConfig, trains: list[int] | None, *, checkpointing: bool = False) -> float:
+def measured_flops(
+    config: PretrainedConfig, trains: list[int] | None, *, checkpointing: bool = False, supervised: tuple[int, ...] = ()
+) -> float:
     """FLOPs of the weights' products for a token, counted while a real model trains; None: all of it."""
     model = AutoModelForCausalLM.from_config(config).train()
     if trains is not None:
@@ -127,8 +130,13 @@ def measured_flops(config: PretrainedConfig, trains: list[int] | None, *, checkp
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ids = torch.arange(48).unsqueeze(0)
+    if supervised:
+        install_head_loss(model, "plain", supervised=dict.fromkeys(supervised, 0.5))
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
+        if supervised:
+            model(input_ids=ids, shift_labels=ids).loss.backward()
+        else:
+            model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum().backward()
     products = {torch.ops.aten.mm, torch.ops.aten.addmm}
     return sum(count for op, count in counter.get_flop_counts()["Global"].items() if op in products) / ids.numel()
 
@@ -147,6 +155,14 @@ def test_flops_are_what_training_computes(config: PretrainedConfig) -> None:
     assert 0.9 * recomputing < measured_flops(config, None, checkpointing=True) < recomputing
     assert measured_flops(config, [0, last]) == counted.flops_per_token("frozen", (0, last)).total
     assert measured_flops(config, [2]) == counted.flops_per_token("frozen", (2,)).total, "nothing flows below layer 2"
+
+
+def test_each_supervised_layer_costs_one_more_head() -> None:
+    counted = footprint(tiny_llama())
+    for trains, middle in ((None, "trained"), ([0, 4], "frozen")):
+        flops = counted.flops_per_token(middle, trains, num_losses=3)
+        assert measured_flops(tiny_llama(), trains, supervised=(1, 3)) == flops.total
+        assert flops.head == 3 * counted.flops_per_token(middle, trains).head
 
 
 @pytest.mark.parametrize("also_train", [(), ("head",), ("embedding", "head")])

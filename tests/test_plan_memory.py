@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from plan_fixtures import LiveBytes, known_configs, tiny_gpt2, tiny_llama
+from training_fixtures import supervision
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -121,6 +122,7 @@ class Case:
     checkpointing: bool = False
     head_loss: Any = "chunked"
     micro_steps: int = 1
+    supervised: int = 0
 
     ROWS: ClassVar[int] = 4
     LENGTH: ClassVar[int] = 128
@@ -136,6 +138,7 @@ class Case:
             tokens_per_step=self.ROWS * self.LENGTH * self.micro_steps,
             activation_checkpointing=self.checkpointing,
             head_loss=self.head_loss,
+            deep_supervision=supervision(range(self.supervised)),
         )
 
 
@@ -151,7 +154,7 @@ def allocated_at_peak(config: PretrainedConfig, case: Case, layers: Sequence[int
     prepared = case.method.prepare(model, case.phase, Setup(layers, maps))
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    losses.install_head_loss(model, case.head_loss)
+    losses.install_head_loss(model, case.head_loss, supervised=dict.fromkeys(range(case.supervised), 0.5))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     position_ids = torch.arange(case.LENGTH).repeat(case.ROWS, 1) % (case.LENGTH // 2)
     with LiveBytes() as live:
@@ -224,6 +227,10 @@ def assert_within_a_tenth(planned: Memory, measured: int) -> None:
         ("embeddings_first", {}),
         ("lisa", {"layers": 2}),
         ("lisa", {"layers": 2, "micro_steps": 2}),
+        ("full", {"supervised": 3}),
+        ("full", {"supervised": 2, "checkpointing": True, "head_loss": "plain"}),
+        ("elo_paper", {"supervised": 1, "micro_steps": 2}),
+        ("frozen", {"supervised": 3, "micro_steps": 2}),
         ("lora", {"rank": 8}),
         ("lora", {"rank": 8, "also_train": ("embedding", "head"), "micro_steps": 2}),
     ],

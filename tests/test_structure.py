@@ -25,7 +25,7 @@ ORDER = [
     {"detach_attach"},
     {"identities", "budget", "merge"},
     {"circumstances"},
-    {"vocab", "plan", "report"},
+    {"vocab", "plan", "report", "generate"},
     {"probe"},
     {"stages", "preflight", "final_model", "push", "fewshot"},
     {"chat"},
@@ -35,12 +35,12 @@ ORDER = [
     {"compare", "watch", "doctor"},
     {"quickstart"},
     {"api", "cli_values", "cli_options"},
-    {"cli_checkpoints", "cli_fewshot", "cli_observing"},
+    {"cli_checkpoints", "cli_fewshot", "cli_generate", "cli_observing"},
     {"cli"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-COMMAND_LINE = {"cli.py", "cli_checkpoints.py", "cli_fewshot.py", "cli_observing.py", "__main__.py"}
+COMMAND_LINE = {"cli.py", "cli_checkpoints.py", "cli_fewshot.py", "cli_generate.py", "cli_observing.py", "__main__.py"}
 """Import what a verb needs when it is called, so that --help is quick."""
 OPTIONAL = {
     "accelerate",
@@ -165,6 +165,7 @@ def test_help_lists_every_verb():
         "chat-vector",
         "merge",
         "evaluate",
+        "generate",
         "report",
         "push",
         "plan",

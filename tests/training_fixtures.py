@@ -1,5 +1,7 @@
 """A tiny real model and packed rows to train it on."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -7,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from elo.data.mixture import Mixture
 from elo.data.packing import PackedStream
 from elo.data.shards import TokenCorpus
-from elo.train.settings import TrainingSettings
+from elo.train.settings import DeepSupervision, TrainingSettings
 
 VOCAB = 61
 LENGTH = 16
@@ -56,3 +58,9 @@ def rows(count: int):
         [("xx", 0.9, PackedStream(corpus(1), LENGTH, 1)), ("en", 0.1, PackedStream(corpus(2), LENGTH, 2))], seed=0
     )
     return mixture.rows(0, count)
+
+
+def supervision(layers: Iterable[int | float], weight: float = 0.5) -> DeepSupervision | None:
+    """Losses of one weight at these layers."""
+    places = list(layers)
+    return DeepSupervision(layers=places, weights=[weight] * len(places)) if places else None

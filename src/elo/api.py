@@ -12,6 +12,7 @@ from elo.data.prepare import prepare
 from elo.detach_attach import attach, detach
 from elo.evaluate.evaluate import evaluate
 from elo.fewshot.fewshot import few_shot
+from elo.generate import generate
 from elo.merge.merge import merge
 from elo.plan.plan import plan
 from elo.probe.probe import probe
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "extend_vocabulary",
     "few_shot",
+    "generate",
     "measure_vocabulary",
     "merge",
     "plan",

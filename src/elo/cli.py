@@ -9,6 +9,7 @@ import typer
 
 from elo.cli_checkpoints import checkpoints
 from elo.cli_fewshot import app as few_shot_commands
+from elo.cli_generate import generation
 from elo.cli_observing import observing
 from elo.cli_options import Config, LostText, Overwrite, Set, SplitSpecials, Trust
 from elo.cli_values import files_by_language, names, numbers, texts_by_language
@@ -31,6 +32,7 @@ vocab = typer.Typer(
 app.add_typer(vocab, name="vocab")
 app.add_typer(checkpoints)
 app.add_typer(few_shot_commands)
+app.add_typer(generation)
 app.add_typer(observing)
 
 

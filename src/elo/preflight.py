@@ -20,7 +20,7 @@ from elo.errors import EloError, UnsupportedArchitectureError
 from elo.evaluate.cloze import read_cloze
 from elo.evaluate.scoring import longest_sequence, takes_position_ids
 from elo.methods import Method, Phase
-from elo.methods.base import first_new_row
+from elo.methods.base import check_supervision, first_new_row
 from elo.probe.choice import check_auto
 from elo.store.remote import require_local
 from elo.surgery.equivalence import build_hollow_causal_lm
@@ -112,6 +112,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     for phase in config.method.phases:
         config.method.lora_ranks(phase, num_layers)
         check_also_train(phase.also_train, tied=find_architecture(model).tied)
+        check_supervision(phase, config.settings(phase), layers, num_layers)
     if config.method.needs_new_rows:
         first_new_row(model)
     length, limit = config.data.sequence_length, longest_sequence(model)

@@ -119,6 +119,9 @@ def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:
     for phase in config.method.phases:
         rows = adapted.records.get(f"vocabulary-{phase.name}", {}).get("rows")
         of_phase = counted.with_vocabulary(rows) if rows else counted
-        per_token = config.method.flops_per_token(phase, of_phase, inputs.layers, config.data.sequence_length)
+        num_losses = config.settings(phase).num_losses
+        per_token = config.method.flops_per_token(
+            phase, of_phase, inputs.layers, config.data.sequence_length, num_losses=num_losses
+        )
         found[phase.name] = adapted.records[phase.name]["tokens"] * per_token.total
     return found

@@ -213,6 +213,7 @@ class Footprint:
         lora_rank: int | Sequence[int] = 0,
         also_train: Collection[str] = (),
         module: LayerModule = "layer",
+        num_losses: int = 1,
     ) -> Flops:
         """Count the matrix-product FLOPs of one trained token.
 
@@ -228,6 +229,7 @@ class Footprint:
                 `head`, the head's weight gradient is counted. `norm` adds nothing.
             module: part of each trained layer that trains or has adapters. Input gradients are counted for the whole
                 layer.
+            num_losses: how many hidden states of a token go through the head: the last, and those of supervised layers.
 
         A layer of P elements costs:
 
@@ -261,7 +263,7 @@ class Footprint:
         if middle == "bridged":
             maps = 2.0 * self.bridge_elements(sorted(chosen))
             forward, backward = forward + maps, backward + maps
-        head_forward = 2.0 * self.head_matmul
+        head_forward = 2.0 * self.head_matmul * num_losses
         gradient_at_head = gradient_below or "norm" in also_train
         head_backward = head_forward * (int(gradient_at_head) + int(middle == "trained" or "head" in also_train))
         return Flops(forward + head_forward, backward + head_backward, recompute, head_forward + head_backward)

@@ -24,7 +24,7 @@ from elo.config.schema import (
 from elo.data.filters import Filters
 from elo.evaluate.measures import MEASURES, Measure
 from elo.methods import METHODS
-from elo.train.settings import EXECUTION, TrainingSection, TrainingSettings
+from elo.train.settings import EXECUTION, DeepSupervision, TrainingSection, TrainingSettings
 
 _EXAMPLES: dict[str, Any] = {
     "model": "MODEL",
@@ -42,6 +42,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "data.schedule": PartConfig,
     "probe": ProbeConfig,
     "training": TrainingSection,
+    "training.deep_supervision": DeepSupervision,
     "evaluation": EvaluationConfig,
     **{f"evaluation.{name}": measure for name, measure in MEASURES.items()},
     "chat": ChatConfig,

@@ -18,7 +18,7 @@ from elo.checkpoint.new_rows import read_new_rows
 from elo.errors import EloError
 from elo.train.bridge import Bridge, install_bridge
 from elo.train.prepared import Prepared
-from elo.train.settings import Part, check_also_train
+from elo.train.settings import Part, TrainingSettings, check_also_train
 
 Rows = Literal["pretraining", "alignment", "all"]
 Scale = float | Literal["search"]
@@ -242,6 +242,29 @@ def train_parts(model: PreTrainedModel, also_train: Collection[Part]) -> None:
     check_also_train(also_train, tied=find_architecture(model).tied)
     for module in modules_of(model, also_train):
         module.requires_grad_(True)
+
+
+def check_supervision(phase: Phase, settings: TrainingSettings, layers: Sequence[int], num_layers: int) -> None:
+    """Check the internal layers that are supervised in a phase.
+
+    Args:
+        layers: layers that the configuration chooses.
+        num_layers: number of decoder layers of the base.
+
+    Raises:
+        EloError: a layer is not an internal one of the model that the phase trains, or its loss would train nothing.
+    """
+    if settings.deep_supervision is None:
+        return
+    try:
+        supervised = settings.deep_supervision.weight_by_layer(len(layers) if phase.detached else num_layers)
+    except EloError as error:
+        raise EloError(f"{error} (phase {phase.name})") from None
+    if phase.middle == "frozen" and not phase.also_train and min(supervised) < min(layers):
+        raise EloError(
+            f"training.deep_supervision.layers: nothing trains at or below layer {min(supervised)} in phase "
+            f"{phase.name}; write layers from {min(layers)} on"
+        )
 
 
 def first_new_row(model: PreTrainedModel) -> int:

@@ -124,10 +124,14 @@ def phase_memory(
     masks = saved.mask * tokens * sequence_length
     if phase.middle == "adapted":
         layer_bytes = [kept + tokens * item * rank * 8 for kept, rank in zip(layer_bytes, ranks, strict=True)]
-    everything = sum(layer_bytes) + masks * len(layer_bytes) + tokens * saved.outside
-    inputs = tokens * (saved.layer_input * len(layer_bytes) + saved.outside)
+    # The final norm of each supervised layer keeps about what that of the last one does.
+    outside = tokens * saved.outside * settings.num_losses
+    everything = sum(layer_bytes) + masks * len(layer_bytes) + outside
+    inputs = tokens * saved.layer_input * len(layer_bytes) + outside
     one_layer = max(layer_bytes) + masks
-    head = head_loss_bytes(counted, tokens, precision, settings.head_loss, trains_head, kind)
+    head = head_loss_bytes(
+        counted, tokens, precision, settings.head_loss, trains_head, kind, num_losses=settings.num_losses
+    )
     widest = max(layer.widest for layer in held.layers)
     workspace = 3.0 * item * tokens * widest
     kept_gradients = gradients if accumulates else 0.0
@@ -167,16 +171,19 @@ def head_loss_bytes(
     head_loss: HeadLoss,
     trains_head: bool,
     kind: Kind = "gpu",
+    *,
+    num_losses: int = 1,
 ) -> float:
-    """Estimate the peak bytes of the LM head's cross-entropy.
+    """Estimate the peak bytes of the LM head's cross-entropy, of the last hidden states and of supervised layers'.
 
-    - All logits at once: PyTorch's cross-entropy keeps three fp32 numbers per logit (log-probability, two gradients).
+    - All logits at once: PyTorch's cross-entropy keeps one fp32 number per logit and loss (log-probability), and two
+      for the loss that is being differentiated (gradients).
     - Chunked: the fp32 logits of one chunk (twice with a softcap), their gradient in bf16 under `bf16`, and the hidden
       states' gradient for all tokens. A head that trains adds its fp32 gradient, and on a CPU a chunk's part of the
       gradient in bf16.
     """
     if head_loss in ("plain", "model"):
-        return 12.0 * tokens * counted.vocab_size
+        return (4.0 * num_losses + 8.0) * tokens * counted.vocab_size
     item = 2 if precision == "bf16" else 4
     chunk = float(min(tokens, CHUNK[kind]) * counted.vocab_size)
     head = counted.head_matmul if trains_head else 0
@@ -185,4 +192,4 @@ def head_loss_bytes(
         most += 4 * chunk
     if precision == "bf16" and kind == "cpu":
         most += 2 * head
-    return most + 2.0 * item * tokens * counted.hidden_size
+    return most + (2.0 if num_losses == 1 else 3.0) * item * tokens * num_losses * counted.hidden_size

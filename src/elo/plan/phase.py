@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from elo.checkpoint.footprint import Footprint
 from elo.methods import Method, Phase
+from elo.methods.base import check_supervision
 from elo.plan.activations import saved_activations
 from elo.plan.devices import Device
 from elo.plan.memory import Kind, Precision, SavedActivations, phase_memory
@@ -101,8 +102,14 @@ def plan_phase(
         sequence_length: number of tokens in a sequence.
     """
     counted = model.counted(settings)
+    check_supervision(phase, settings, layers, counted.num_layers)
     flops = method.flops_per_token(
-        phase, counted, layers, sequence_length, activation_checkpointing=settings.activation_checkpointing
+        phase,
+        counted,
+        layers,
+        sequence_length,
+        activation_checkpointing=settings.activation_checkpointing,
+        num_losses=settings.num_losses,
     )
     training = method.layers_at_once(phase, layers, counted.num_layers)
     trainable = counted.trainable(

@@ -108,7 +108,7 @@ def curves(stages: Stages) -> tuple[tuple[LossPoint, ...], tuple[EvaluationPoint
     for stage, record in stages.items():
         for point in record.get("losses", []):
             at = {"tokens": point["tokens"] + tokens, "seconds": point["seconds"] + seconds}
-            losses.append(LossPoint(stage=stage, loss=point["loss"], **at))
+            losses.append(LossPoint(stage=stage, loss=point["loss"], internal=point.get("internal", {}), **at))
         for point in record.get("evaluations", []):
             at = {"tokens": point["tokens"] + tokens, "seconds": point["seconds"] + seconds}
             evaluations.append(EvaluationPoint(stage=stage, bpb=point["bpb"], **at))

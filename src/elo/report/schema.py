@@ -112,6 +112,7 @@ class LossPoint(Record):
     tokens: Count = Field(description="Tokens trained on since the start of the trial.")
     seconds: NonNegative = Field(description="Wall time since the start of the trial without evaluation, in seconds.")
     loss: Finite = Field(description="Mean training loss since the previous point, in nats per token.")
+    internal: dict[str, Finite] = Field({}, description="The same of each supervised internal layer, unweighted.")
 
 
 class EvaluationPoint(Record):

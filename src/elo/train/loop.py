@@ -3,7 +3,7 @@
 import itertools
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,8 @@ class TrainingResult:
         seconds: wall time of training, in seconds, across restarts, without evaluation and checkpoints.
         cpu_seconds: CPU time of this process in that time, in seconds, summed over cores.
         tokens: number of trained positions, including padding in unpacked sequences.
-        losses: {"tokens", "seconds", "loss"} by logging interval, with the loss in nats per token.
+        losses: {"tokens", "seconds", "loss"} by logging interval, with the loss in nats per token; with deep
+            supervision, "internal" is the loss by layer.
         evaluations: {"tokens", "seconds", "bpb": {language: bits per byte}} by measurement.
     """
 
@@ -113,10 +114,13 @@ def train(
         settings, micro_steps, output_dir, main_alone=main_alone, changes_layers=prepared.before_step is not None
     )
 
+    supervised: dict[int, float] = {}
+    if settings.deep_supervision:
+        supervised = settings.deep_supervision.weight_by_layer(len(layers_of(model)))
     reset_peak_memory()
     with (
         accelerating(settings, arguments) as accelerator,
-        _fitted(model, rows, settings, prepared.first_row, accelerator.device) as attention,
+        _fitted(model, rows, settings, prepared.first_row, supervised, accelerator.device) as attention,
         Progress(steps * tokens_per_step, label if is_main() else None, "tokens", done * tokens_per_step) as progress,
         _StopOnSignal() as stop,
     ):
@@ -140,7 +144,7 @@ def train(
             read_checkpoint(accelerator, checkpoint)  # last, because it restores the random generators
         by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         scaling = {"scale_wrt_gas": False} if by_deepspeed else {}  # the loss is scaled here
-        loss_sum, logged = torch.zeros((), device=accelerator.device), done
+        loss_sum, logged = torch.zeros(settings.num_losses, device=accelerator.device), done
         note, progress.curves = "", {"losses": record.losses, "evaluations": record.evaluations}
         wrapped.train()
         optimizer.train()
@@ -154,11 +158,10 @@ def train(
             targets = accelerator.reduce(targets.to(accelerator.device))
             for index, batch in enumerate(micro_batches_of_step):
                 with accumulating(accelerator, wrapped, last=index == micro_steps - 1):
-                    loss = wrapped(**send_to_device(batch, accelerator.device)).loss  # summed over this micro-batch
+                    losses = wrapped(**send_to_device(batch, accelerator.device))  # summed over this micro-batch
                     # Gradients are averaged over processes, but the targets are those of all processes.
-                    loss = loss * (accelerator.num_processes / targets)
-                    accelerator.backward(loss, **scaling)
-                loss_sum += loss.detach()
+                    accelerator.backward(losses.loss * (accelerator.num_processes / targets), **scaling)
+                loss_sum += losses.nats * (accelerator.num_processes / targets)
             drop_old_gradients()
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm or math.inf)
             optimizer.step()
@@ -173,11 +176,13 @@ def train(
                 record.pause_clock()
             # A logged loss is the mean since the last one. It must not span a checkpoint, where a resumed run starts.
             if saves or step == 1 or step % settings.logging_steps == 0:
-                mean = float(accelerator.reduce(loss_sum, "mean")) / (step - logged)
+                mean, *means = (accelerator.reduce(loss_sum, "mean") / (step - logged)).tolist()
+                internal = dict(zip(supervised, means, strict=True))
                 gradient = float(norm.full_tensor() if isinstance(norm, DTensor) else norm or 0.0)
                 loss_sum, logged, note = torch.zeros_like(loss_sum), step, f"loss {mean:.3f}"
                 values = {"loss": mean, "grad_norm": gradient, "learning_rate": rate}
-                values |= record.add_loss(step, mean) | cost_so_far(record.seconds, record.cpu_seconds)
+                values |= {f"loss_layer_{layer}": value for layer, value in internal.items()}
+                values |= record.add_loss(step, mean, internal) | cost_so_far(record.seconds, record.cpu_seconds)
                 accelerator.log(_named("train", values), step)
                 if fault := record.fault(gradient, settings.max_loss_spike_nats):
                     raise _diverged(fault, step, tokens_per_step, output_dir)
@@ -217,7 +222,12 @@ def train(
 
 @contextmanager
 def _fitted(
-    model: PreTrainedModel, rows: Dataset, settings: TrainingSettings, first_row: int, device: torch.device
+    model: PreTrainedModel,
+    rows: Dataset,
+    settings: TrainingSettings,
+    first_row: int,
+    supervised: Mapping[int, float],
+    device: torch.device,
 ) -> Iterator[str]:
     """Move a model to its device and install the head loss and the attention of the settings.
 
@@ -237,7 +247,7 @@ def _fitted(
     own_attention = model.config._attn_implementation
     if packed:
         _require_isolation(model, autocast_dtype)
-    restore_forward = install_head_loss(model, settings.head_loss, autocast_dtype, first_row)
+    restore_forward = install_head_loss(model, settings.head_loss, autocast_dtype, first_row, supervised)
     try:
         requested = settings.attn_implementation
         if requested == "auto" and torch.cuda.is_available() and settings.divides_model:

@@ -1,10 +1,12 @@
 """Compute the LM head's cross-entropy, by default without all logits in memory at once.
 
 Without the middle layers, the head and its loss are about half of the work of ELO pretraining, and the logits are most
-of the activation memory. Shapes: N tokens, D hidden width, V vocabulary.
+of the activation memory. Shapes: N tokens, D hidden width, V vocabulary, S losses: one of the last hidden states, and
+one of each internal layer that is supervised.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import ModelOutput
 
+from elo.checkpoint.architecture import layers_of
+from elo.checkpoint.layer_outputs import LayerOutputs, final_norm
 from elo.data.packing import IGNORE_INDEX
+from elo.errors import EloError
 from elo.store.processes import from_main
 from elo.train.settings import CHUNK, HeadLoss
 
@@ -47,11 +52,14 @@ class LogitTransform:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Compute the summed cross-entropy in nats and its gradients during forward, one chunk of tokens at a time.
+    """Compute summed cross-entropies in nats and their gradients during forward, one chunk of tokens at a time.
 
     Each chunk's logits are computed once, converted to their gradient in place and freed. The matmul FLOPs are the
     minimum: head forward, input gradient, and the weight gradient only if the head trains. Products are in the hidden
     states' dtype; the weight's gradient is summed and returned in float32. Only one backward pass is possible.
+
+    The hidden states are S blocks of N rows, which share the labels. The outputs are the weighted sum of the blocks'
+    losses, and the losses themselves, which have no gradient.
     """
 
     @staticmethod
@@ -64,7 +72,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         transform: LogitTransform,
         chunk: int,
         first_row: int,
-    ) -> Tensor:
+        weights: Sequence[float],
+    ) -> tuple[Tensor, Tensor]:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         own_dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         weight_VD = weight_VD.to(hidden_ND.dtype)
@@ -72,10 +81,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        for start in range(0, hidden_ND.shape[0], chunk):
-            piece = slice(start, start + chunk)
-            hidden_CD, labels_C = hidden_ND[piece], labels_N[piece]
+        nats_S = torch.zeros(len(weights), dtype=torch.float32, device=hidden_ND.device)
+        count = labels_N.shape[0]
+        for block, start in itertools.product(range(len(weights)), range(0, count, chunk)):
+            stop = min(start + chunk, count)
+            piece = slice(block * count + start, block * count + stop)
+            hidden_CD, labels_C = hidden_ND[piece], labels_N[start:stop]
             kept_C1 = (labels_C != IGNORE_INDEX).unsqueeze(1)
             index_C1 = labels_C.clamp(min=0).unsqueeze(1)
             logits_CV = _logits(hidden_CD, weight_VD, bias_V)
@@ -89,10 +100,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             largest_C1 = logits_CV.amax(-1, keepdim=True)
             grad_CV = logits_CV.sub_(largest_C1).exp_()
             mass_C1 = grad_CV.sum(-1, keepdim=True)
-            total += torch.where(kept_C1, mass_C1.log() + largest_C1 - target_C1, 0.0).sum()
+            nats_S[block] += torch.where(kept_C1, mass_C1.log() + largest_C1 - target_C1, 0.0).sum()
             if wants_hidden or wants_weight:
                 # d(nats)/d(logits) = softmax - one-hot, then back through the softcap (1 - tanh^2) and the scale.
-                factor_C1 = kept_C1 * transform.scale
+                factor_C1 = kept_C1 * (transform.scale * weights[block])
                 grad_CV *= factor_C1 / mass_C1
                 grad_CV.scatter_add_(1, index_C1, -factor_C1.to(grad_CV.dtype))
                 if capped_CV is not None:
@@ -108,17 +119,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Not saved by autograd, which would keep them until the whole backward pass has ended.
         ctx.gradients = [(grad_hidden_ND, hidden_ND.dtype)]
         ctx.gradients += zip((grad_weight_VD, grad_bias_V), own_dtypes, strict=True)
-        return total
+        ctx.mark_non_differentiable(nats_S)
+        return _weighted(nats_S, weights), nats_S
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_output,) = outputs
+        grad_output = outputs[0]
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the chunked head loss supports only one backward pass")
         scaled = [None if each is None else each.mul_(grad_output).to(dtype) for each, dtype in gradients]
-        return *scaled, None, None, None, None
+        return *scaled, None, None, None, None, None
+
+
+def _weighted(nats_S: Tensor, weights: Sequence[float]) -> Tensor:
+    return sum((weight * nats for weight, nats in zip(weights, nats_S, strict=True)), start=torch.zeros_like(nats_S[0]))
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -139,60 +155,90 @@ def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
         total_VD += left_VC @ right_CD
 
 
-def head_cross_entropy(
-    hidden_ND: Tensor,
+def head_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, **options: Any) -> Tensor:
+    """Compute the summed cross-entropy of next-token prediction, in nats: `head_cross_entropies` of one block."""
+    return head_cross_entropies([hidden_ND], weight_VD, labels_N, **options)[0]
+
+
+def head_cross_entropies(
+    hiddens_ND: Sequence[Tensor],
     weight_VD: Tensor,
     labels_N: Tensor,
     *,
+    weights: Sequence[float] = (1.0,),
     bias_V: Tensor | None = None,
     transform: LogitTransform | None = None,
     implementation: HeadLoss = "chunked",
     chunk: int | None = None,
     first_row: int = 0,
-) -> Tensor:
-    """Compute the summed cross-entropy of next-token prediction, in nats.
+) -> tuple[Tensor, Tensor]:
+    """Compute the summed cross-entropies of next-token prediction from several hidden states, in nats.
 
     Args:
-        hidden_ND: last hidden states of the decoder, after the final norm.
+        hiddens_ND: hidden states after the final norm, one tensor per loss.
         weight_VD: weight of the LM head; its gradient is computed only if it requires one.
         labels_N: next token of each position; -100 is ignored.
+        weights: factor of each loss in the sum.
         bias_V: bias of the LM head, if it has one.
         transform: transform of the model's logits.
-        implementation: `chunked` (see benchmarks/head_loss.py), `plain` (all logits at once) or
+        implementation: `chunked` (see benchmarks/head_loss.py), `plain` (all logits of a loss at once) or
             `linear_cross_entropy` (of PyTorch, without softcap and scale).
         chunk: tokens per chunk of `chunked`.
         first_row: first row of the weight whose gradient is needed; `chunked` does not compute the others.
 
     Returns:
-        The sum over labelled tokens, a float32 scalar.
+        The weighted sum of the losses, and each loss without a gradient [S]; all are sums over labelled tokens.
     """
     transform = transform or LogitTransform()
-    if torch.is_autocast_enabled(hidden_ND.device.type):
-        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(hidden_ND.device.type))
-    elif hidden_ND.dtype != weight_VD.dtype:
-        hidden_ND = hidden_ND.to(weight_VD.dtype)
-    with torch.autocast(hidden_ND.device.type, enabled=False):
+    device = hiddens_ND[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+    hiddens_ND = [hidden.to(dtype) for hidden in hiddens_ND]
+    with torch.autocast(device, enabled=False):
         if implementation == "chunked":
-            chunk = chunk or CHUNK["gpu" if hidden_ND.is_cuda else "cpu"]
-            total: Tensor = _ChunkedCrossEntropy.apply(
-                hidden_ND, weight_VD, bias_V, labels_N, transform, chunk, first_row
+            chunk = chunk or CHUNK["cpu" if device == "cpu" else "gpu"]
+            hidden_ND = torch.cat(list(hiddens_ND)) if len(hiddens_ND) > 1 else hiddens_ND[0]
+            losses: tuple[Tensor, Tensor] = _ChunkedCrossEntropy.apply(
+                hidden_ND, weight_VD, bias_V, labels_N, transform, chunk, first_row, tuple(weights)
             )
-            return total
-        weight_VD = weight_VD.to(hidden_ND.dtype)
-        bias_V = None if bias_V is None else bias_V.to(hidden_ND.dtype)
-        if implementation == "linear_cross_entropy":
-            if transform != LogitTransform():
-                raise ValueError("linear_cross_entropy cannot scale or soft-cap logits; use 'chunked'")
-            return F.linear_cross_entropy(
-                hidden_ND,
-                weight_VD,
-                labels_N,
-                linear_bias=bias_V,
-                reduction="sum",
-                options=torch.nn.LinearCrossEntropyOptions(),
-            ).float()
-        logits_NV = transform(F.linear(hidden_ND, weight_VD, bias_V).float())
-        return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
+            return losses
+        weight_VD = weight_VD.to(dtype)
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+        nats_S = torch.stack(
+            [_loss_of_all(hidden, weight_VD, labels_N, bias_V, transform, implementation) for hidden in hiddens_ND]
+        )
+        return _weighted(nats_S, weights), nats_S.detach()
+
+
+def _loss_of_all(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    bias_V: Tensor | None,
+    transform: LogitTransform,
+    implementation: HeadLoss,
+) -> Tensor:
+    if implementation == "linear_cross_entropy":
+        if transform != LogitTransform():
+            raise ValueError("linear_cross_entropy cannot scale or soft-cap logits; use 'chunked'")
+        options = torch.nn.LinearCrossEntropyOptions()
+        return F.linear_cross_entropy(
+            hidden_ND, weight_VD, labels_N, linear_bias=bias_V, reduction="sum", options=options
+        ).float()
+    logits_NV = transform(F.linear(hidden_ND, weight_VD, bias_V).float())
+    return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+@dataclass
+class HeadLossOutput(ModelOutput):
+    """The output of a model with an installed head loss.
+
+    Attributes:
+        loss: loss to differentiate: the main loss, plus those of internal layers by their weights.
+        nats: the main loss and the loss of each internal layer, in nats summed over labelled tokens [S].
+    """
+
+    loss: Tensor | None = None
+    nats: Tensor | None = None
 
 
 def install_head_loss(
@@ -200,6 +246,7 @@ def install_head_loss(
     implementation: HeadLoss = "chunked",
     autocast_dtype: torch.dtype | None = None,
     first_row: int = 0,
+    supervised: Mapping[int, float] | None = None,
 ) -> Callable[[], None]:
     """Change `model` to return the summed loss for `model(input_ids=..., shift_labels=...)`, without all logits.
 
@@ -211,58 +258,79 @@ def install_head_loss(
         implementation: as for `head_cross_entropy`.
         autocast_dtype: autocast dtype of the training; frozen parts may have it while others are fp32.
         first_row: first row of the head's weight whose gradient is needed.
+        supervised: weight of the loss of each internal layer whose output is supervised, through the model's own final
+            norm and head.
 
     Returns:
         A function that reverts the change.
+
+    Raises:
+        EloError: layers are to be supervised, but the model's logits are not those of its final norm and head.
     """
     original = model.forward
     head = model.get_output_embeddings()
     decoder = model.base_model
     transform = LogitTransform.of(model.config.get_text_config())
+    supervised = supervised or {}
+    norm, outputs = final_norm(model), LayerOutputs(model, supervised)
 
     def forward(*args: Any, shift_labels: Tensor | None = None, **inputs: Any) -> Any:
         if shift_labels is None:
             return original(*args, **inputs)
-        hidden_BTD = decoder(**inputs, use_cache=False)[0]
-        return CausalLMOutput(
-            loss=_eager_head_loss(hidden_BTD, head, shift_labels, transform, implementation, first_row)
-        )
+        with outputs.recording() as internal:
+            hidden_BTD = decoder(**inputs, use_cache=False)[0]
+        hiddens = [hidden_BTD, *(norm(internal[index]) for index in supervised)]
+        weights = (1.0, *supervised.values())
+        loss, nats_S = _eager_head_loss(hiddens, weights, head, shift_labels, transform, implementation, first_row)
+        return HeadLossOutput(loss=loss, nats=nats_S)
 
     def forward_model(*args: Any, shift_labels: Tensor | None = None, **inputs: Any) -> Any:
         if shift_labels is None:
             return original(*args, **inputs)
         logits_BTV = original(**inputs, use_cache=False).logits.float()
         nats = F.cross_entropy(logits_BTV.flatten(0, 1), shift_labels.flatten(), reduction="sum")
-        return CausalLMOutput(loss=nats)
+        return HeadLossOutput(loss=nats, nats=nats.detach().unsqueeze(0))
 
     with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
         # Under FSDP only rank 0 has weights at this point.
         own_path = implementation != "model" and from_main(
-            lambda: _head_is_separable(model, original, decoder, head, transform)
+            lambda: (
+                _head_is_separable(model, original, decoder, head, transform)
+                and (not supervised or _norm_is_separable(model, decoder))
+            )
         )
+    if supervised and not own_path:
+        outputs.remove()
+        reason = "its logits are not those of its final norm and LM head; remove deep_supervision"
+        if implementation == "model":
+            reason = "head_loss: model computes the logits of the last layer alone; write head_loss: chunked"
+        raise EloError(f"training.deep_supervision: {model.config.model_type}: {reason}")
     model.forward = forward if own_path else forward_model
 
     def restore() -> None:
         model.forward = original
+        outputs.remove()
 
     return restore
 
 
 @torch.compiler.disable
 def _eager_head_loss(
-    hidden_BTD: Tensor,
+    hiddens_BTD: Sequence[Tensor],
+    weights: Sequence[float],
     head: nn.Module,
     labels_BT: Tensor,
     transform: LogitTransform,
     implementation: HeadLoss,
     first_row: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     weight, bias = head.weight, getattr(head, "bias", None)
     assert isinstance(weight, Tensor)
-    return head_cross_entropy(
-        hidden_BTD.flatten(0, 1),
+    return head_cross_entropies(
+        [hidden.flatten(0, 1) for hidden in hiddens_BTD],
         weight,
         labels_BT.flatten(),
+        weights=weights,
         bias_V=bias,
         transform=transform,
         implementation=implementation,
@@ -297,4 +365,21 @@ def _head_is_separable(
         return False
     finally:
         hook.remove()
+        model.train(training)
+
+
+@torch.no_grad()
+def _norm_is_separable(model: PreTrainedModel, decoder: nn.Module) -> bool:
+    """Return whether the final norm of the last layer's output equals the decoder's output."""
+    training = model.training
+    model.eval()
+    last = len(layers_of(model)) - 1
+    outputs = LayerOutputs(model, [last])
+    try:
+        ids = torch.arange(8, device=model.device).unsqueeze(0)
+        with outputs.recording() as found:
+            theirs = decoder(input_ids=ids, use_cache=False)[0]
+        return torch.equal(final_norm(model)(found[last]), theirs)
+    finally:
+        outputs.remove()
         model.train(training)

@@ -3,6 +3,7 @@
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,8 @@ class Record:
         tokens_per_step: tokens per update over all processes.
         seconds: wall time of training, in seconds, without evaluation and checkpoints.
         cpu_seconds: CPU time of this process in that time, in seconds, summed over cores.
-        losses: {"tokens", "seconds", "loss"} by logging interval, with the loss in nats per token.
+        losses: {"tokens", "seconds", "loss"} by logging interval, with the loss in nats per token; "internal" by layer
+            with deep supervision.
         evaluations: {"tokens", "seconds", "bpb": {language: bits per byte}} by measurement.
     """
 
@@ -39,10 +41,15 @@ class Record:
         self._count()
         self._since = None
 
-    def add_loss(self, step: int, loss: float) -> dict[str, Any]:
-        """Record the mean loss since the last record, in nats per token. Return tokens and seconds."""
+    def add_loss(self, step: int, loss: float, internal: Mapping[int, float] | None = None) -> dict[str, Any]:
+        """Record the mean loss since the last record, in nats per token. Return tokens and seconds.
+
+        Args:
+            internal: the same of supervised internal layers, by layer.
+        """
         point = self._point(step)
-        self.losses.append(point | {"loss": loss})
+        more = {"internal": {str(layer): value for layer, value in internal.items()}} if internal else {}
+        self.losses.append(point | {"loss": loss} | more)
         return point
 
     def add_evaluation(self, step: int, bpb: dict[str, float]) -> dict[str, Any]:

@@ -5,9 +5,9 @@ they may change when a run is resumed.
 """
 
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.config import JsonDict
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -24,6 +24,46 @@ cache; a GPU needs larger chunks."""
 EXECUTION: JsonDict = {"execution": True}
 """Marker of execution settings, for `Field(json_schema_extra=EXECUTION)`."""
 _SHORT_NAMES = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
+
+
+class DeepSupervision(BaseModel):
+    """A further cross-entropy at internal layers, through the model's own final norm and LM head (docs/methods.md)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    layers: list[int | float] = Field(min_length=1)
+    """Layers of the trained model whose output is supervised: 0-based indices (negative from the end), or shares of its
+    depth between 0 and 1, such as 0.5."""
+    weights: list[Annotated[float, Field(gt=0, le=100)]]
+    """Factor of each layer's loss; the main loss has 1."""
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> "DeepSupervision":
+        if len(self.layers) != len(self.weights):
+            raise ValueError(f"got {len(self.layers)} layers and {len(self.weights)} weights; write one weight a layer")
+        return self
+
+    def weight_by_layer(self, num_layers: int) -> dict[int, float]:
+        """Return the weight of each supervised layer of a model with `num_layers` layers.
+
+        Raises:
+            EloError: a layer does not exist, is the last one, or is named twice.
+        """
+        found: dict[int, float] = {}
+        for place, weight in zip(self.layers, self.weights, strict=True):
+            if isinstance(place, float):
+                index = max(0, int(place * num_layers) - 1) if 0 < place < 1 else -1
+            else:
+                index = place + num_layers if place < 0 else place
+            if not 0 <= index < num_layers - 1 or index in found:
+                wrong = "a layer that is named already" if index in found else "no layer below the last one"
+                raise EloError(
+                    f"training.deep_supervision.layers: {place} is {wrong} in a trained model of {num_layers} layers; "
+                    f"write indices from 0 to {num_layers - 2} or shares of the depth, for one phase under "
+                    "training.phases if its model is detached"
+                )
+            found[index] = weight
+        return found
 
 
 class TrainingSettings(BaseModel):
@@ -62,6 +102,9 @@ class TrainingSettings(BaseModel):
     uses, the special tokens, and `vocabulary_sample` others. The phase's output has all rows, the others unchanged."""
     vocabulary_sample: int = Field(1024, ge=0)
     """Number of unused vocabulary rows, drawn at random, to keep with `vocabulary: corpus`."""
+    deep_supervision: DeepSupervision | None = None
+    """Further losses at internal layers: {layers: [0.5], weights: [0.3]}; null is none. The logged loss remains that of
+    the last layer."""
     evaluations: int = Field(4, ge=0)
     """Number of measurements of bits per byte during a phase, evenly spaced, the last at its end."""
     logging_steps: int = Field(10, gt=0)
@@ -110,6 +153,11 @@ class TrainingSettings(BaseModel):
     def optimizer_name(self) -> str:
         """Name of the optimizer in transformers."""
         return _SHORT_NAMES.get(self.optim, self.optim)
+
+    @property
+    def num_losses(self) -> int:
+        """Number of cross-entropies per token: one, and one for each supervised internal layer."""
+        return 1 + (len(self.deep_supervision.layers) if self.deep_supervision else 0)
 
     @property
     def divides_model(self) -> bool:

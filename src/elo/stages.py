@@ -206,9 +206,9 @@ def keep_share(
 
 
 @measured
-def cut_vocabulary(output: Path, *, rows: MixtureRows, sample: int, seed: int, base: Artifact) -> dict[str, Any]:
-    """Write the ids of the vocabulary rows that training on `rows` computes with."""
-    chosen = choose_rows(rows, base.path, sample=sample, seed=seed)
+def cut_vocabulary(output: Path, *, data: Artifact, sample: int, seed: int, base: Artifact) -> dict[str, Any]:
+    """Write the ids of the vocabulary rows that training computes with."""
+    chosen = choose_rows(PreparedData.open(data.path), base.path, sample=sample, seed=seed)
     with atomic_directory(output, overwrite=True) as folder:
         write_json(folder / "rows.json", chosen.tolist())
     return {"rows": len(chosen)}

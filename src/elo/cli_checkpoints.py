@@ -20,7 +20,7 @@ def merge(
         str | None, typer.Option("--with", metavar="MODEL", help="Second model: checkpoint folder or hub id.")
     ] = None,
     method: Annotated[str, typer.Option(help="linear, slerp or task_arithmetic (docs/merging.md).")] = "linear",
-    weight: Annotated[float, typer.Option(help="Factor of the second model (docs/merging.md); 0 is the first model.")] = 0.5,
+    weight: Annotated[float, typer.Option(help="Factor of the second model; 0 is the first model.")] = 0.5,
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Base of both models, for --method task_arithmetic.")
     ] = None,
@@ -87,7 +87,10 @@ def push(
     model: Annotated[Path, typer.Argument(help="Model folder, for example RUN/model.")],
     repo: Annotated[
         str,
-        typer.Option(metavar="OWNER/NAME", help="Hub repository, created if it does not exist; or an address such as s3://BUCKET/PATH."),
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Hub repository, created if it does not exist; or an address such as s3://BUCKET/PATH.",
+        ),
     ],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the files; no token, no network.")] = False,

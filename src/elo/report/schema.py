@@ -338,8 +338,8 @@ class Retained(Record):
     high: Finite = Field(description="Upper end of the 95 % confidence interval of the change.")
     limit: NonNegative = Field(description="Loss up to which it counts as kept.")
     outcome: Literal["improved", "kept", "lost", "undecided"] = Field(
-        description="`improved`: the interval holds gains only; `kept`: it is within the limit; `lost`: it holds losses only; "
-        "`undecided`: any other."
+        description="`improved`: the interval holds gains only; `kept`: it is within the limit; `lost`: it holds "
+        "losses only; `undecided`: any other."
     )
 
 

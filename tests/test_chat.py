@@ -36,6 +36,7 @@ from elo.evaluate.evaluate import evaluate
 from elo.evaluate.loading import load_model
 from elo.report.files import read_results
 from elo.run import run, stage_names
+from elo.vocab.vocabulary import extend_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +271,10 @@ BROKEN = {"messages": [{"role": "assistant", "content": "x"}]}
         ({"data": {"en": "one.jsonl"}}, "is the only conversation; give at least two"),
         ({"sequence_length": 1 << 20}, "chat.sequence_length: got 1048576, but .* positions; write at most"),
         ({"training": {"tokens_per_step": 100}}, "chat.training.tokens_per_step: 100 is not a multiple"),
+        (
+            {"training": {"deep_supervision": {"layers": [99], "weights": [1]}}},
+            "chat.training.deep_supervision.layers: 99 is no layer",
+        ),
         ({"model": "chat"}, "the chat model's base is missing"),
         ({"model": "wider", "base": "base"}, "has model.embed_tokens|is \\[|but"),
     ],
@@ -323,3 +328,16 @@ def test_a_comparison_makes_no_chat_models(world, tmp_path):
     given = {"run": world[1], "output": str(tmp_path / "out"), "contestants": ["full"], "budgets": [{"tokens": 128}]}
     with pytest.raises(EloError, match="run: chat: a comparison makes no chat models; remove the section"):
         compare(given)
+
+
+def test_a_chat_model_without_the_new_pieces_is_measured_on_conversations_alone(world, tmp_path):
+    root, config = world
+    corpora = config["data"]["corpora"]
+    extend_vocabulary(root / "base", corpora["xx"], corpora["en"], output=tmp_path / "extended", pieces=20)
+    changes = {"model": str(tmp_path / "extended"), "output": str(tmp_path / "run"), "tokens": 128}
+    chat_section = {"model": str(root / "chat"), "base": str(root / "base"), "template": "chatml"}
+    chat_section |= {"heldout": {"en": config["chat"]["data"]["en"]}, "prompts": 2, "max_new_tokens": 4}
+    results = run(config | changes | {"chat": chat_section})
+    chat_model, summed = (each["measured"] for each in results["chat"])
+    assert chat_model["bpb"] == {} and set(summed["bpb"]) == {"xx", "en"}
+    assert {each["measure"] for each in chat_model["measures"]} >= {"chat_nats", "chat_ended"}

@@ -211,6 +211,7 @@ def adapt(
                     sample=sample,
                     seed=config.seed,
                     base=base,
+                    execution=trust,
                 ),
                 name,
             )

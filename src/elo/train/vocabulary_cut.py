@@ -25,7 +25,9 @@ from elo.errors import EloError
 from elo.store.files import read_json
 
 
-def choose_rows(rows: MixtureRows, base: Path, *, sample: int, seed: int) -> np.ndarray:
+def choose_rows(
+    rows: MixtureRows, base: Path, *, sample: int, seed: int, trust_remote_code: bool = False
+) -> np.ndarray:
     """Return the ids of the rows that training computes with, ascending: int64 [K].
 
     Args:
@@ -33,7 +35,7 @@ def choose_rows(rows: MixtureRows, base: Path, *, sample: int, seed: int) -> np.
         base: checkpoint folder, whose configuration names the special tokens.
         sample: number of unused rows to draw at random and keep.
     """
-    config = text_config(read_config(str(base)))
+    config = text_config(read_config(str(base), trust_remote_code=trust_remote_code))
     used = np.zeros(int(config.vocab_size), bool)
     for index in range(len(rows)):
         row = rows[index]

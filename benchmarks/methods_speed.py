@@ -58,7 +58,8 @@ class Speeds:
         counted = self.footprint
         if settings.vocabulary == "corpus":
             file = scratch / "rows.json"
-            chosen = choose_rows(every, self.inputs.base.path, sample=settings.vocabulary_sample, seed=config.seed)
+            sample = settings.vocabulary_sample
+            chosen = choose_rows(self.data, self.inputs.base.path, sample=sample, seed=config.seed)
             file.write_text(json.dumps(chosen.tolist()))
             cut = VocabularyCut(model, file)
             rows = CutSequences(rows, cut)

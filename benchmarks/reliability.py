@@ -31,13 +31,13 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ELO_FUZZ="
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-TABLES = ("test_bad_config.py", "test_bad_checkpoints.py", "test_bad_data.py")
+TABLES = ("config/test_bad_config.py", "checkpoint/test_bad_checkpoints.py", "data/test_bad_data.py")
 FAULTS = (
     "test_run_faults.py",
-    "test_prepare_faults.py",
-    "test_checkpoint_faults.py",
-    "test_workspace.py",
-    "test_processes.py",
+    "data/test_prepare_faults.py",
+    "surgery/test_checkpoint_faults.py",
+    "store/test_run_folder.py",
+    "train/test_processes.py",
 )
 
 

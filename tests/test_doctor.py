@@ -40,7 +40,7 @@ def test_features_name_what_is_missing_and_the_remedy(found: dict) -> None:
     for feature, package in (("report_to: mlflow", "mlflow"), ("training_arguments: deepspeed", "deepspeed")):
         installed = bool(importlib.metadata.packages_distributions().get(package))
         assert features[feature]["missing"] == ([] if installed else [package])
-    assert features["evaluation by lm-eval (--tasks)"]["remedy"] == "pip install 'elo-cpt[eval]'"
+    assert features["benchmarks (--tasks), translation"]["remedy"] == "pip install 'elo-cpt[eval]'"
 
 
 def test_the_table_names_every_package_and_feature(capsys: pytest.CaptureFixture[str], found: dict) -> None:

@@ -19,7 +19,6 @@ from run_fixtures import write_world
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from elo.budget import divide_budget
 from elo.config import load_config
 from elo.data.shards import PreparedData
 from elo.errors import EloError
@@ -202,11 +201,9 @@ def test_a_run_on_the_rows_that_its_text_uses(tmp_path):
     rows = json.loads((tmp_path / "run" / "vocabulary-full" / "rows.json").read_text())
     base, final = _tensors(tmp_path / "base"), _tensors(tmp_path / "run" / "model")
     data = PreparedData.open(tmp_path / "run" / "prepared")
-    sequences = divide_budget(load_config(config), data, print).mixture.rows(
-        0, 512 // config["data"]["sequence_length"]
-    )
-    used = {token for index in range(len(sequences)) for token in sequences[index]["input_ids"].tolist()}
-    assert used <= set(rows) and len(rows) <= len(used) + 5 + 3
+    used = {token for language in ("xx", "en") for corpus in data.train(language) for shard in corpus.shards
+            for token in shard.arrays.tokens.tolist()}  # fmt: skip
+    assert used <= set(rows) and len(rows) <= len(used) + 5 + 2
     assert len(rows) < len(base["lm_head.weight"]), "some are left out"
     left_out = sorted(set(range(len(base["lm_head.weight"]))) - set(rows))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -452,7 +452,12 @@ def plan(
 
 
 @app.command()
-def compare(config: Config, set_: Set = None) -> None:
+def compare(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="Configuration of the comparison (docs/comparing.md).")
+    ],
+    set_: Set = None,
+) -> None:
     """Compare methods within the same budget, each tuned, over several seeds."""
     from elo.compare import compare
 

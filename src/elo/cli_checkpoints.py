@@ -1,4 +1,4 @@
-"""Commands for finished models: merge and upload them."""
+"""Commands for finished models: `elo merge` and `elo push`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,13 +14,13 @@ checkpoints = typer.Typer(rich_markup_mode=None)
 
 @checkpoints.command()
 def merge(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; or a YAML file of mergekit's form.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; or a mergekit YAML file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     other: Annotated[
         str | None, typer.Option("--with", metavar="MODEL", help="Second model: checkpoint folder or hub id.")
     ] = None,
     method: Annotated[str, typer.Option(help="linear, slerp or task_arithmetic (docs/merging.md).")] = "linear",
-    weight: Annotated[float, typer.Option(help="How much of the second model to take; 0 is the first model.")] = 0.5,
+    weight: Annotated[float, typer.Option(help="Factor of the second model; 0 is the first model.")] = 0.5,
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Base of both models, for --method task_arithmetic.")
     ] = None,
@@ -87,7 +87,10 @@ def push(
     model: Annotated[Path, typer.Argument(help="Model folder, for example RUN/model.")],
     repo: Annotated[
         str,
-        typer.Option(metavar="OWNER/NAME", help="Repository, created if it does not exist; or s3://BUCKET/PATH."),
+        typer.Option(
+            metavar="OWNER/NAME",
+            help="Hub repository, created if it does not exist; or an address such as s3://BUCKET/PATH.",
+        ),
     ],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the files; no token, no network.")] = False,

@@ -23,8 +23,8 @@ def fewshot(
         str, typer.Option(help="Ways to learn from them: in-context, sft, instruction, joined by commas.")
     ] = "in-context,sft,instruction",
     seeds: Annotated[str, typer.Option(help="Seeds, joined by commas; each draws its own examples.")] = "1,2,3",
-    text_field: Annotated[str, typer.Option(help="Key of the text.")] = "text",
-    label_field: Annotated[str, typer.Option(help="Key of the label.")] = "label",
+    text_field: Annotated[str, typer.Option(help="Field that holds an item's text.")] = "text",
+    label_field: Annotated[str, typer.Option(help="Field that holds an item's label.")] = "label",
     word: Annotated[
         list[str] | None,
         typer.Option(metavar="LABEL=WORD", help="Word that stands for a label; by default the label. May be repeated."),
@@ -33,7 +33,7 @@ def fewshot(
         str, typer.Option(help="Text in front of the label's word, with {text}; \\n is a line break.")
     ] = "{text}\\nLabel:",
     instruction: Annotated[
-        str | None, typer.Option(help="Instruction; by default one that lists the words. sft goes without.")
+        str | None, typer.Option(help="Instruction; by default one that lists the words. The way sft has none.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Predict only this many items, drawn at random.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the examples in training.")] = 10,

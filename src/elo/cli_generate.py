@@ -1,4 +1,4 @@
-"""The command that writes text with exit at internal layers."""
+"""The command `elo generate`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,8 +23,8 @@ def generate(
         float | None,
         typer.Option(
             metavar="P",
-            help="Exit at the first exit layer whose likeliest token has a probability above this; by default after "
-            "each quarter of the layers.",
+            help="Exit at the first exit layer whose most likely token has a probability above this. Without "
+            "--exit-layer, a token may exit after each quarter of the layers.",
         ),
     ] = None,
     corpus: Annotated[
@@ -39,7 +39,7 @@ def generate(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Continue prompts greedily with exit at internal layers; report tokens/s and bits per byte by exit layer."""
+    """Continue prompts greedily with exit at internal layers; report speed and bits per byte by exit layer."""
     from elo.generate import generate
 
     generate(

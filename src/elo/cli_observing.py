@@ -1,4 +1,4 @@
-"""Commands that only look: at a run that is going on, and at this machine."""
+"""Commands that change nothing: `elo watch` and `elo doctor`."""
 
 from pathlib import Path
 from typing import Annotated

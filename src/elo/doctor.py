@@ -24,8 +24,8 @@ PACKAGE = "elo-cpt"
 # Feature: extra of this package.
 _EXTRAS = {
     "optim: adamw_8bit": "adamw8bit",
-    "evaluation by lm-eval (--tasks)": "eval",
-    "fine-tuning on instructions": "chat",
+    "benchmarks (--tasks), translation": "eval",
+    "language of answers (--chat)": "chat",
     "object storage: s3://": "s3",
     "object storage: gs://": "gcs",
 }

@@ -207,7 +207,7 @@ def adapt(
                 folder.once(
                     name,
                     stages.cut_vocabulary,
-                    rows=sequences.of(phase),
+                    data=shards,
                     sample=sample,
                     seed=config.seed,
                     base=base,

@@ -1,4 +1,4 @@
-"""`elo watch`: the stages of a run or a comparison that is going on, from the files in its folder.
+"""`elo watch`: show the stages of a running run or comparison from the files in its folder.
 
 Nothing is locked or written, so any number of processes can watch, also on other machines that share the folder.
 """

@@ -440,7 +440,7 @@ class CompareConfig(_Section):
     """Seeds, one training per seed. Learning rates are tuned with the first."""
     learning_rates: list[Rate] = Field([1e-4, 3e-4, 1e-3], min_length=1)
     """Learning rates to try for each phase of each contestant, with `tuning_share` of the budget. If the lowest or
-    highest is best, the next one beyond it is also tried."""
+    highest is best, up to two more beyond it are tried."""
     tuning_share: float = Field(1.0, gt=0, le=1)
     """Length of a tuning run as a share of the budget. 1 is the most faithful, since the best rate depends on the
     length of the training."""

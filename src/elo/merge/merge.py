@@ -94,7 +94,7 @@ def merge(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Write a merge of two models, or the merge that a file of mergekit's form describes.
+    """Write a merge of two models, or the merge that a mergekit file describes.
 
     Names, dtypes and other files are the first model's. Vocabulary rows that one model alone has are kept from it, with
     its tokenizer.

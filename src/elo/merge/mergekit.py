@@ -55,7 +55,7 @@ def read_mergekit(path: Path, *, trust_remote_code: bool = False) -> Recipe:
         config = _Config.model_validate(value)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise EloError(
-            f"{path}: cannot be read as YAML ({error_line(error)}); give a file of mergekit's form"
+            f"{path}: cannot be read as YAML ({error_line(error)}); give a mergekit configuration (docs/merging.md)"
         ) from None
     except ValidationError as error:
         raise EloError(_problem(path, error)) from None
@@ -180,4 +180,4 @@ def _problem(path: Path, error: ValidationError) -> str:
         )
     if first["type"] == "extra_forbidden":
         return f"{path}: {where}: elo merge does not read this key; remove it, or merge with mergekit"
-    return f"{path}: {where}: {first['msg']}, got {str(first['input'])[:60]!r}; give mergekit's form"
+    return f"{path}: {where}: {first['msg']}, got {str(first['input'])[:60]!r}; write it as in docs/merging.md"

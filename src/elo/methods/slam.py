@@ -15,6 +15,7 @@ class Slam(Method):
     label: ClassVar[str] = "SLAM"
     name: Literal["slam"] = "slam"
     module: Literal["mlp"] = "mlp"
+    """Part of each chosen layer that trains: its feed-forward part."""
 
     @property
     def phases(self) -> tuple[Phase, ...]:

@@ -1,4 +1,4 @@
-"""Size of the gradient: how strongly the text of a language pulls at a module."""
+"""Norm of the gradient of a language's loss, by module."""
 
 from elo.probe.base import Scores, Subject, by_module, criterion, sums_of_gradients
 

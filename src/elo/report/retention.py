@@ -8,8 +8,8 @@ from elo.report.schema import Difference, Results, Retained, Retention
 
 RULE = (
     "Retention compares each contestant with the base model in everything but the target languages. It is called "
-    "improved if the 95 % interval of the change is all gain, kept if the interval stays within the limit, lost if it "
-    "is all loss, and undecided otherwise. These intervals are not corrected for their number."
+    "improved if the 95 % interval of the change holds gains only, kept if the interval stays within the limit, lost "
+    "if it holds losses only, and undecided otherwise. These intervals are not corrected for their number."
 )
 
 

@@ -338,8 +338,8 @@ class Retained(Record):
     high: Finite = Field(description="Upper end of the 95 % confidence interval of the change.")
     limit: NonNegative = Field(description="Loss up to which it counts as kept.")
     outcome: Literal["improved", "kept", "lost", "undecided"] = Field(
-        description="`improved`: the interval is all gain; `kept`: it stays within the limit; `lost`: it is all loss; "
-        "`undecided`: any other."
+        description="`improved`: the interval holds gains only; `kept`: it is within the limit; `lost`: it holds "
+        "losses only; `undecided`: any other."
     )
 
 
@@ -424,7 +424,7 @@ class Results(Record):
         (), description="All trainings, tuning trials included; planned trials that are missing have not run yet."
     )
     in_progress: bool = Field(
-        False, description="Whether the run or comparison goes on; an unfinished trial has its last measurement."
+        False, description="Whether the run or comparison is unfinished; an unfinished trial has its last measurement."
     )
     chat: tuple[ChatModel, ...] = Field((), description="Chat models of the section `chat`, in order.")
     verdict: Verdict | None = Field(None, description="What the statistics support; `elo report` computes it anew.")

@@ -1,4 +1,4 @@
-"""How far a stage is, in a small file beside its record, so that `elo watch` can show it from another process."""
+"""Record the progress of a running stage in a small file, so that `elo watch` can show it from another process."""
 
 import json
 import os

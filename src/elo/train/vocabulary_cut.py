@@ -19,33 +19,41 @@ from transformers import PreTrainedModel
 
 from elo.checkpoint.architecture import find_architecture
 from elo.checkpoint.counting import read_config, text_config
-from elo.data.mixture import MixtureRows
 from elo.data.packing import IGNORE_INDEX
+from elo.data.shards import PreparedData
 from elo.errors import EloError
 from elo.store.files import read_json
 
+_TOKENS_AT_A_TIME = 1 << 24
+
 
 def choose_rows(
-    rows: MixtureRows, base: Path, *, sample: int, seed: int, trust_remote_code: bool = False
+    data: PreparedData, base: Path, *, sample: int, seed: int, trust_remote_code: bool = False
 ) -> np.ndarray:
     """Return the ids of the rows that training computes with, ascending: int64 [K].
 
+    All training text counts, not only the sequences that the run reads: rows that other text of the languages needs
+    lose probability when training does not see them (dev/LOG.md, section 23).
+
     Args:
-        rows: all sequences that training reads.
+        data: prepared data, whose training shards are counted.
         base: checkpoint folder, whose configuration names the special tokens.
         sample: number of unused rows to draw at random and keep.
     """
     config = text_config(read_config(str(base), trust_remote_code=trust_remote_code))
     used = np.zeros(int(config.vocab_size), bool)
-    for index in range(len(rows)):
-        row = rows[index]
-        used[row["input_ids"]] = True
-        used[row["shift_labels"][row["shift_labels"] != IGNORE_INDEX]] = True
+    for language in data.languages:
+        for corpus in data.train(language):
+            for shard in corpus.shards:
+                tokens = shard.arrays.tokens
+                for start in range(0, len(tokens), _TOKENS_AT_A_TIME):
+                    used[np.unique(tokens[start : start + _TOKENS_AT_A_TIME])] = True
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
         ids = getattr(config, name, None)
         for token in ids if isinstance(ids, list) else [ids]:
             if isinstance(token, int) and 0 <= token < len(used):
                 used[token] = True
+    used[[data.prefix_token_id, data.eos_token_id]] = True
     others = np.flatnonzero(~used)
     drawn = np.random.default_rng(seed).choice(others, min(sample, len(others)), replace=False)
     used[drawn] = True

@@ -14,7 +14,7 @@ from elo.errors import EloError
 from elo.methods import METHODS
 from elo.train.settings import TrainingSettings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOOD = {
     "model": "m",
     "output": "o",

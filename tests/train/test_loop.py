@@ -4,8 +4,8 @@ import copy
 import json
 import signal
 import sys
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from training_fixtures import LENGTH, SETTINGS, VOCAB, corpus, rows, tiny_llama
@@ -441,5 +441,5 @@ def test_rows_of_a_checkpoint_with_code_of_its_own_are_chosen_if_it_is_trusted(t
     )
     described = {"model_type": "own_rows", "auto_map": {"AutoConfig": "own.Own"}, "vocab_size": 9, "eos_token_id": 7}
     (tmp_path / "config.json").write_text(json.dumps(described))
-    rows = [{"input_ids": np.array([1, 2]), "shift_labels": np.array([2, 4])}]
-    assert choose_rows(rows, tmp_path, sample=0, seed=1, trust_remote_code=True).tolist() == [1, 2, 4, 7]
+    data = SimpleNamespace(languages=(), prefix_token_id=1, eos_token_id=7)
+    assert choose_rows(data, tmp_path, sample=0, seed=1, trust_remote_code=True).tolist() == [1, 7]

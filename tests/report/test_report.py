@@ -22,7 +22,7 @@ from elo.report.tables import results_table
 from elo.report.verdict import judge
 from elo.report.write import report
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -379,7 +379,7 @@ def test_recomputed_activations_give_the_same(tmp_path, name):
 
 
 def test_the_documents_example_is_a_method(tmp_path):
-    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
     code = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)[0]
     names = dict(vars(base))
     try:

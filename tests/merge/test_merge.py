@@ -164,7 +164,7 @@ def mergekit_file(path, **keys):
 
 
 def of_every_method(adapted, base, chat):
-    """Configurations of mergekit's form, the usual ones with filters and gradients."""
+    """Configurations as mergekit reads them, the usual ones with filters and gradients."""
     curves = [{"filter": "self_attn", "value": [0, 0.5, 0.3, 1]}, {"filter": "mlp", "value": [1, 0.2]}, {"value": 0.4}]
     layers = {"layer_range": [0, 4]}
     return {

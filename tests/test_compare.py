@@ -190,6 +190,10 @@ def test_a_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypatch):
     (trial,) = read_results(results).trials
     assert trial.seconds == pytest.approx(100, rel=0.01)
     trained.clear()
+    (Path(config["run"]["model"]) / "model.safetensors").touch()
+    compare(config)
+    assert trained[0] == 6 * step, "another base may have another speed"
+    trained.clear()
     known = {**config, "contestants": {"full": {"tokens_per_second": 50.0}}, "output": str(tmp_path / "known")}
     compare(known)
     assert trained == [5000 // step * step], "measured beforehand, there is nothing to look at"

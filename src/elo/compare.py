@@ -205,7 +205,7 @@ class _Comparison:
                 raise EloError(f"contestants.{name}.fixed_seconds: leaves nothing of the budget of {budget.name}")
             return max(1, round(speed * seconds / self._step(name))) * self._step(name)
 
-        def look(output: Path, *, seconds: float, run: Any) -> dict[str, Any]:
+        def look(output: Path, *, seconds: float, **decisive: Any) -> dict[str, Any]:
             run = self._run(name, 1)
             step = self._step(name)
             shortest = int(_FIRST_LOOK_STEPS * step / min(_shares(run)))
@@ -225,7 +225,15 @@ class _Comparison:
         described = self._run(name, 1).model_dump(mode="json", exclude={"output"})
         stage_name = f"budget-{name}-{budget.kind}-{budget.value:g}"
         stage = self.inputs.folder.once(
-            stage_name, look, keep=False, collective=True, seconds=budget.value, run=described
+            stage_name,
+            look,
+            keep=False,
+            collective=True,
+            seconds=budget.value,
+            run=described,
+            base=self.opened[name].base,
+            data=self.bases[name].data.fingerprint,
+            layers=self._layers(name),
         )
         self.say(f"{name}: {stage.record['tokens']:,} tokens within {budget.name}")
         return int(stage.record["tokens"])

@@ -211,6 +211,7 @@ def adapt(
                     sample=sample,
                     seed=config.seed,
                     base=base,
+                    execution=trust,
                 ),
                 name,
             )
@@ -321,7 +322,11 @@ def make_chat(
     """
     found = []
     if chat.model is not None:
-        record = measure(inputs, "evaluate-chat_model", chat.model, text, chat=chat.measure(chat.model.path))
+        own, readable = inputs, text
+        if _num_rows(inputs, chat.model) < _num_rows(inputs, inputs.base):
+            # The base's vocabulary was extended, so the text has tokens that the chat model does not have.
+            own, readable = replace(inputs, tokenizer=str(chat.model.path)), {}
+        record = measure(own, "evaluate-chat_model", chat.model, readable, chat=chat.measure(chat.model.path))
         found.append(collect.chat_model("chat_model", {}, record))
     for name, model in chat_models(chat, adapted, inputs.tokenizer):
         if until == name:
@@ -389,6 +394,11 @@ def _check_until(config: RunConfig, until: str | None) -> None:
         raise EloError(
             f"--until {until}: method {config.method.name} has no such stage; write one of {', '.join(known)}"
         )
+
+
+def _num_rows(inputs: Inputs, model: Artifact) -> int:
+    config = read_config(str(model.path), trust_remote_code=inputs.config.trust_remote_code)
+    return int(text_config(config).vocab_size)
 
 
 def _hidden_size(inputs: Inputs) -> int:

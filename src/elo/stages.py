@@ -206,9 +206,13 @@ def keep_share(
 
 
 @measured
-def cut_vocabulary(output: Path, *, data: Artifact, sample: int, seed: int, base: Artifact) -> dict[str, Any]:
+def cut_vocabulary(
+    output: Path, *, data: Artifact, sample: int, seed: int, base: Artifact, trust_remote_code: bool
+) -> dict[str, Any]:
     """Write the ids of the vocabulary rows that training computes with."""
-    chosen = choose_rows(PreparedData.open(data.path), base.path, sample=sample, seed=seed)
+    chosen = choose_rows(
+        PreparedData.open(data.path), base.path, sample=sample, seed=seed, trust_remote_code=trust_remote_code
+    )
     with atomic_directory(output, overwrite=True) as folder:
         write_json(folder / "rows.json", chosen.tolist())
     return {"rows": len(chosen)}

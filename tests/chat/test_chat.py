@@ -36,6 +36,7 @@ from elo.evaluate.evaluate import evaluate
 from elo.evaluate.loading import load_model
 from elo.report.files import read_results
 from elo.run import run, stage_names
+from elo.vocab.vocabulary import extend_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +271,10 @@ BROKEN = {"messages": [{"role": "assistant", "content": "x"}]}
         ({"data": {"en": "one.jsonl"}}, "is the only conversation; give at least two"),
         ({"sequence_length": 1 << 20}, "chat.sequence_length: got 1048576, but .* positions; write at most"),
         ({"training": {"tokens_per_step": 100}}, "chat.training.tokens_per_step: 100 is not a multiple"),
+        (
+            {"training": {"deep_supervision": {"layers": [99], "weights": [1]}}},
+            "chat.training.deep_supervision.layers: 99 is no layer",
+        ),
         ({"model": "chat"}, "the chat model's base is missing"),
         ({"model": "wider", "base": "base"}, "has model.embed_tokens|is \\[|but"),
     ],
@@ -294,6 +299,13 @@ def test_no_conversation_that_fits(world, tmp_path):
     changes = {"sequence_length": 8, "training": TRAINING | {"tokens_per_step": 8}}
     with pytest.raises(EloError, match=r"chat\.sequence_length: no conversation fits into 8 tokens"):
         chat(root / "base", section(root) | changes, output=tmp_path / "out")
+
+
+def test_the_output_is_local(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EloError, match="is in object storage, but outputs are written to a local folder"):
+        chat(world[0] / "base", section(world[0]), output="s3://bucket/chat")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -323,3 +335,16 @@ def test_a_comparison_makes_no_chat_models(world, tmp_path):
     given = {"run": world[1], "output": str(tmp_path / "out"), "contestants": ["full"], "budgets": [{"tokens": 128}]}
     with pytest.raises(EloError, match="run: chat: a comparison makes no chat models; remove the section"):
         compare(given)
+
+
+def test_a_chat_model_without_the_new_pieces_is_measured_on_conversations_alone(world, tmp_path):
+    root, config = world
+    corpora = config["data"]["corpora"]
+    extend_vocabulary(root / "base", corpora["xx"], corpora["en"], output=tmp_path / "extended", pieces=20)
+    changes = {"model": str(tmp_path / "extended"), "output": str(tmp_path / "run"), "tokens": 128}
+    chat_section = {"model": str(root / "chat"), "base": str(root / "base"), "template": "chatml"}
+    chat_section |= {"heldout": {"en": config["chat"]["data"]["en"]}, "prompts": 2, "max_new_tokens": 4}
+    results = run(config | changes | {"chat": chat_section})
+    chat_model, summed = (each["measured"] for each in results["chat"])
+    assert chat_model["bpb"] == {} and set(summed["bpb"]) == {"xx", "en"}
+    assert {each["measure"] for each in chat_model["measures"]} >= {"chat_nats", "chat_ended"}

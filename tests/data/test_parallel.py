@@ -202,3 +202,5 @@ def test_translation_names_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(measure_file.importlib.util, "find_spec", lambda name: object())
     with pytest.raises(EloError, match="has 3 pairs, all of them examples"):
         asked.check("evaluation.translation")
+    with pytest.raises(EloError, match=r"translation: s3://b/x\.jsonl: is in object storage; download it"):
+        asked.model_copy(update={"path": "s3://b/x.jsonl"}).check("evaluation.translation")

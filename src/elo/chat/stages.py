@@ -22,6 +22,7 @@ from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
 from elo.evaluate.chat import Chat, require_identifier
 from elo.identities import checkpoint_identity, tokenizer_identity
+from elo.methods.base import check_supervision
 from elo.stages import checked, measured
 from elo.store.files import atomic_directory
 from elo.store.run_folder import Artifact, RunFolder, file_identity
@@ -93,6 +94,7 @@ def open_chat(
     if config.data:
         _check_length(model, config.sequence_length, trust_remote_code)
         check_settings(config.settings, config.sequence_length, "chat.training")
+        _check_supervision(model, config, trust_remote_code)
     if config.data or config.heldout:
         require_identifier("chat")
     files = {Path(path) for paths in config.data.values() for path in paths} | set(map(Path, config.heldout.values()))
@@ -219,6 +221,14 @@ def _check_length(model: Path, length: int, trust_remote_code: bool) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit > 0:
         raise EloError(f"chat.sequence_length: got {length}, but {model} has {limit} positions; write at most {limit}")
+
+
+def _check_supervision(model: Path, config: ChatConfig, trust_remote_code: bool) -> None:
+    num_layers = text_config_of(read_config(str(model), trust_remote_code=trust_remote_code)).num_hidden_layers
+    try:
+        check_supervision(config.method.phases[0], config.settings, (), num_layers)
+    except EloError as error:
+        raise EloError(f"chat.{error}") from None
 
 
 @measured

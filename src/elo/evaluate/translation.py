@@ -12,6 +12,7 @@ from elo.data.sources import list_inputs
 from elo.errors import EloError
 from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register
 from elo.evaluate.samples import generate_samples
+from elo.store.remote import is_remote
 
 _BATCH = 16
 
@@ -23,7 +24,7 @@ class Translation(Measure):
     name: ClassVar[str] = "translation"
 
     path: str = Field(min_length=1)
-    """Held-out parallel text, in a form that corpora may have."""
+    """Held-out parallel text, in a form that local corpora may have."""
     columns: dict[str, str]
     """Columns of the two languages, by language."""
     template: str = DEFAULT_TEMPLATE
@@ -52,6 +53,8 @@ class Translation(Measure):
     def check(self, where: str) -> None:
         if importlib.util.find_spec("sacrebleu") is None:
             raise EloError(f"{where}: sacrebleu is not installed; run: pip install 'elo-cpt[eval]'")
+        if is_remote(self.path):
+            raise EloError(f"{where}: {self.path}: is in object storage; download it, and give the local file")
         self._pairs(*self.columns.values())
 
     def files(self) -> list[Path]:

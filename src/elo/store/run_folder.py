@@ -15,6 +15,7 @@ from elo.errors import EloError, UnfinishedError
 from elo.store.files import TEMPORARY_PREFIX, read_json, remove, sha256_file, sha256_json, write_json
 from elo.store.live import live_file
 from elo.store.processes import from_main, is_main, wait_until
+from elo.store.remote import require_local
 
 Paths = tuple[Path, ...]
 # Increase when the meaning of a stage changes, so that results of older code are not reused.
@@ -54,8 +55,9 @@ class RunFolder:
         """Lock the run folder in the main process. `shared` locks can be held by several runs at once.
 
         Raises:
-            EloError: another run holds the lock, or the folder cannot be written.
+            EloError: another run holds the lock, or the folder is in object storage or cannot be written.
         """
+        require_local(self.root, "output")
         if not is_main():
             yield
             return

@@ -27,7 +27,9 @@ from elo.store.files import read_json
 _TOKENS_AT_A_TIME = 1 << 24
 
 
-def choose_rows(data: PreparedData, base: Path, *, sample: int, seed: int) -> np.ndarray:
+def choose_rows(
+    data: PreparedData, base: Path, *, sample: int, seed: int, trust_remote_code: bool = False
+) -> np.ndarray:
     """Return the ids of the rows that training computes with, ascending: int64 [K].
 
     All training text counts, not only the sequences that the run reads: rows that other text of the languages needs
@@ -38,7 +40,7 @@ def choose_rows(data: PreparedData, base: Path, *, sample: int, seed: int) -> np
         base: checkpoint folder, whose configuration names the special tokens.
         sample: number of unused rows to draw at random and keep.
     """
-    config = text_config(read_config(str(base)))
+    config = text_config(read_config(str(base), trust_remote_code=trust_remote_code))
     used = np.zeros(int(config.vocab_size), bool)
     for language in data.languages:
         for corpus in data.train(language):

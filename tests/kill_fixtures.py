@@ -60,7 +60,7 @@ def finished_stages(run: Path) -> dict[str, int]:
     found = {}
     for path in run.glob("stages/*.json"):
         with contextlib.suppress(FileNotFoundError):
-            if not path.name.endswith(".begun.json"):
+            if not path.name.endswith((".begun.json", ".live.json")):
                 found[path.stem] = path.stat().st_mtime_ns
     return found
 

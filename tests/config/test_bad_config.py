@@ -441,6 +441,7 @@ def test_override(override, world, tmp_path, capsys):
         ("deepspeed", {"name": "elo", "alignment": "lora"}, "all", ("layer_alignment: low-rank adapters",)),
         ("deepspeed", "lisa", "all", ("lisa: layers that change between updates cannot",)),
         ("deepspeed", {"name": "frozen", "backward_share": 0.5}, "all", ("frozen: layers that change",)),
+        ("fsdp", {"name": "frozen", "backward_share": 0.5}, "all", ("method.backward_share below 1", "remove fsdp")),
         ("deepspeed", "full", "corpus", ("full: training.vocabulary: corpus needs whole weights",)),
         ("fsdp", "full", "corpus", ("full: training.vocabulary: corpus needs whole weights",)),
     ],

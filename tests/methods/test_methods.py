@@ -395,14 +395,6 @@ def test_the_documents_example_is_a_method(tmp_path):
     assert changed == {name for name in before if "norm" in name}
 
 
-def test_what_changes_between_updates_needs_one_process(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for chosen in (method("lisa"), method("frozen", backward_share=0.5)):
-        with pytest.raises(EloError, match="one process"):
-            chosen.check()
-    method("frozen").check()
-
-
 @pytest.mark.parametrize("scale", [0, -1, 2.5, "best"])
 def test_scales_out_of_reach(scale):
     with pytest.raises(ValueError, match=r"above 0 and at most 2|search"):

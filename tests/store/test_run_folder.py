@@ -106,7 +106,7 @@ def test_identities():
         "2": [1, [0, 1]],
     }
     assert identity(Model()) == {"a": 1}
-    assert identity(full) == {"name": "full"}
+    assert identity(full) == {"name": "full", "module": "layer"}
     assert identity(full.phases[0])["middle"] == "trained"
     assert identity(Artifact(Path("p"), "f")) == "f"
 

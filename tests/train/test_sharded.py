@@ -273,6 +273,8 @@ def test_a_method_in_two_processes_ends_as_in_one(name: str, tmp_path: Path) -> 
         import sharded_worker  # noqa: F401
 
         train("parallel", plain)
+        if name == "frozen-half":  # refused with FSDP
+            return
         train("sharded", fsdp)
         with pytest.raises(StoppedBySignalError):
             train("resumed", fsdp, stop_at=2)
@@ -281,9 +283,12 @@ def test_a_method_in_two_processes_ends_as_in_one(name: str, tmp_path: Path) -> 
     train("alone", plain)
     log = tmp_path / "log.txt"
     assert launched(work, log, 2) == [0, 0], log.read_text()
-    base, alone, sharded = (stored(tmp_path / folder) for folder in ("base", "alone", "sharded"))
-    assert_same(sharded, stored(tmp_path / "resumed"))
-    for other in (sharded, stored(tmp_path / "parallel")):
+    base, alone = (stored(tmp_path / folder) for folder in ("base", "alone"))
+    others = [stored(tmp_path / "parallel")]
+    if name != "frozen-half":
+        others.append(stored(tmp_path / "sharded"))
+        assert_same(others[1], stored(tmp_path / "resumed"))
+    for other in others:
         assert other.keys() == base.keys()
         for key, tensor in alone.items():
             assert (tensor - other[key]).abs().max() < 1e-4, key

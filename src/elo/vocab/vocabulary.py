@@ -23,6 +23,7 @@ from elo.errors import EloError
 from elo.format import listed
 from elo.log import Progress
 from elo.store.files import write_json
+from elo.store.remote import output_file
 from elo.vocab.pieces import Identity, PieceLearner, compare_tokenizers, extend_tokenizer, require_old_ids
 from elo.vocab.rows import INITIALISATIONS, NewTokens, RowInit, extend_checkpoint
 from elo.vocab.words import Fertility, measure_fertility
@@ -80,6 +81,7 @@ def measure_vocabulary(
 
     if not corpora:
         raise EloError("vocab: nothing to measure on; give --corpus LANGUAGE=FILE")
+    target_file = output_file(output)
     targets = names_of(target)
     for language in targets:
         if language not in corpora:
@@ -151,8 +153,8 @@ def measure_vocabulary(
                 }
             )
         results["advice"] = _advice(targets, before, results["candidates"])
-    if output is not None:
-        write_json(Path(output), results)
+    if target_file is not None:
+        write_json(target_file, results)
     return results
 
 

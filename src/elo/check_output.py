@@ -162,7 +162,7 @@ def _rendered(tokenizer: Any, name: str) -> str:
         )
     except TemplateSyntaxError:
         raise
-    except Exception:  # a template can raise any type
+    except Exception:  # a template can raise any type, also to refuse these messages: no fault of the folder
         return ""
 
 

@@ -252,7 +252,7 @@ class UnitWriter:
     def _read(self, path: Path) -> dict[str, Any] | None:
         try:
             record = read_json(path)
-        except UnfinishedError:
+        except UnfinishedError:  # missing, or cut by a crash: the segment is written again
             return None
         return record if isinstance(record, dict) and "counts" in record else None
 

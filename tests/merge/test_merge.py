@@ -287,6 +287,15 @@ def test_wrong_arguments_are_refused(arguments, said, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "given", [{"method": "linear"}, {"weight": 0.5}, {"base": "b"}, {"search": Search({}, ["ko"])}], ids=str
+)
+def test_a_file_excludes_the_settings_of_two_models(given, tmp_path):
+    file = mergekit_file(tmp_path / "merge.yaml", **of_every_method(*three(tmp_path))["linear"])
+    with pytest.raises(EloError, match=r"merge\.yaml: a YAML file has its own method"):
+        merge(file, output=tmp_path / "out", **given)
+
+
 def test_models_whose_layers_differ_are_refused(tmp_path):
     adapted, base, _ = three(tmp_path)
     llama(layers=3).save_pretrained(base)

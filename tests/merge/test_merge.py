@@ -8,8 +8,7 @@ import pytest
 import torch
 import yaml
 from run_fixtures import SOURCE, TARGET, write_base, write_documents
-from surgery_fixtures import assert_same, llama, stored
-from test_chat_vector import changed, resized, three
+from surgery_fixtures import assert_same, changed, llama, resized, stored, three
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabulary_fixtures import ENGLISH, KOREAN, texts, tokenizer_of, write_texts
 

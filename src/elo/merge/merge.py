@@ -132,15 +132,16 @@ def merge(
     else:
         models = tuple(str(each) for each in (model, other, base) if each is not None)
         recipe = two_models(method or "linear", models, 0.5 if weight is None else weight)
+    if search is not None:
+        search.check()
     folders = [resolve_checkpoint(each, trust_remote_code=trust_remote_code) for each in recipe.models]
     with readable_errors():
+        tokenizer = _tokenizer_folder(folders, trust_remote_code)
         searched = None
         if search is not None:
-            search.check()
-            searched = _search(search, recipe, folders, target, trust_remote_code)
+            searched = _search(search, recipe, folders, tokenizer or folders[0], target, trust_remote_code)
             recipe = two_models(recipe.method, recipe.models, searched["weight"])
         given = {"method": recipe.method, "models": list(recipe.models), **recipe.settings, "search": searched}
-        tokenizer = _tokenizer_folder(folders, trust_remote_code)
 
         def copy_files(folder: Path) -> None:
             write_json(folder / RECORD_FILE, given)
@@ -168,12 +169,11 @@ def merge(
 
 
 def _search(
-    search: Search, recipe: Recipe, folders: Sequence[Path], target: Path, trust_remote_code: bool
+    search: Search, recipe: Recipe, folders: Sequence[Path], tokenizer: Path, target: Path, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Merge with each weight beside the output, measure it, and choose; one trial is on disk at a time."""
     reference = search.bits_per_byte(folders[-1], trust_remote_code)
     print(f"{recipe.models[-1]}: {_shown(reference)}", flush=True)
-    tokenizer = _tokenizer_folder(folders, trust_remote_code) or folders[0]
     tried: list[dict[str, Any]] = []
     scratch = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"  # a later merge removes it
     scratch.mkdir(parents=True)

@@ -78,7 +78,6 @@ def measure_vocabulary(
     Raises:
         EloError: an input cannot be read, or the tokenizer cannot be extended.
     """
-
     if not corpora:
         raise EloError("vocab: nothing to measure on; give --corpus LANGUAGE=FILE")
     target_file = output_file(output)
@@ -203,7 +202,6 @@ def extend_vocabulary(
     Raises:
         EloError: an input cannot be read or does not fit, or the tokenizer cannot be extended.
     """
-
     for name, value in (("--init", init), ("--head-init", head_init or init)):
         if value not in INITIALISATIONS:
             raise EloError(f"{name} {value!r}: unknown; choose one of {', '.join(INITIALISATIONS)}")
@@ -269,13 +267,11 @@ def extend_vocabulary(
 
 
 def _backend(path: str | Path, trust_remote_code: bool) -> Tokenizer:
-
     return load_tokenizer(path, trust_remote_code).backend
 
 
 def _count(tokenizer: TextTokenizer, texts: Sequence[str]) -> TextCounts:
     """Return the sum of the texts' `TextCounts`."""
-
     return TextCounts(*sum(tokenizer.encode_and_check(batch)[1].sum(axis=0) for batch in batched(texts)).tolist())
 
 
@@ -285,7 +281,6 @@ def _limit(target: bool) -> int:
 
 def _read(path: str | Path, text_column: str, limit: int, label: str) -> tuple[list[str], list[str]]:
     """Read `limit` characters; return documents to learn from and documents to measure on."""
-
     documents: list[list[str]] = [[], []]
     with Progress(limit, f"vocab: reading {label}", "characters") as progress:
         for number, text in enumerate(_until(read_documents(path, text_column), limit)):
@@ -315,7 +310,6 @@ def _origin(old: Tokenizer, token: str) -> list[int]:
 
 
 def _read_rows(path: Path) -> dict[str, torch.Tensor]:
-
     if not path.is_file():
         raise EloError(f"--rows {path}: no such file; give a safetensors file with embedding and head rows")
     try:

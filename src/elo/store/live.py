@@ -60,12 +60,3 @@ def release_live(owner: object) -> None:
     """Let another owner write to the file of the running stage."""
     if _owner.get() is owner:
         _owner.set(None)
-
-
-def read_live(path: Path) -> dict[str, Any] | None:
-    """Read what `write_live` wrote; None if there is nothing to read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not written yet, or cut by a crash: the file is not flushed to disk
-        return None
-    return value if isinstance(value, dict) else None

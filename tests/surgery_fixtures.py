@@ -53,3 +53,27 @@ def edit_config(folder: Path, **changes: Any) -> None:
     config |= changes
     kept = {key: value for key, value in config.items() if key not in changes or value is not None}
     (folder / "config.json").write_text(json.dumps(kept))
+
+
+def changed(model: PreTrainedModel, folder: Path, seed: int) -> Path:
+    """Save a model whose every weight was changed a little."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, dtype=parameter.dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
+def three(folder: Path, dtype: torch.dtype = torch.float32, **arguments: Any) -> tuple[Path, Path, Path]:
+    """Folders of an adapted model, its base and a chat model of it."""
+    llama(**arguments).to(dtype).save_pretrained(folder / "base")
+    adapted = changed(llama(**arguments).to(dtype), folder / "adapted", 1)
+    return adapted, folder / "base", changed(llama(**arguments).to(dtype), folder / "chat", 2)
+
+
+def resized(folder: Path, rows: int, seed: int = 4, **arguments: Any) -> Path:
+    """Save a changed model with this number of embedding rows."""
+    model = llama(**arguments)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return changed(model, folder, seed)

@@ -120,7 +120,7 @@ MISTAKES = {
     "language twice": (["evaluate", "{world}/base", "--corpus", "a=b", "--corpus", "a=c"], "'a' is given twice"),
     "corpus missing": (["evaluate", "{world}/base", "--corpus", "en={tmp}/none.jsonl"], "none.jsonl"),
     "no results": (["report", "{tmp}"], "results.json"),
-    "plan without a folder": (["plan", "{world}/base", "-o", "{tmp}/no/plan.json"], "No such file or directory"),
+    "plan below a file": (["plan", "{world}/base", "-o", "{world}/en.jsonl/plan.json"], "choose another output"),
     "plan for no number": (["plan", "{world}/base", "--tokens", "nan"], "--tokens: got nan"),
     "plan without an end": (["plan", "{world}/base", "--tokens", "inf"], "--tokens: got inf"),
     "plan of a run for no number": (["plan", "{world}/config.yaml", "--tokens", "nan"], "--tokens: got nan"),
@@ -161,6 +161,28 @@ MISTAKES = {
     ),
     "cloze missing": (["run", "{world}/config.yaml", "--set", "evaluation.cloze.xx={tmp}/n"], "n: no such file"),
 }
+
+IN_STORAGE = {
+    "evaluate": ["evaluate", "{world}/base", "--corpus", "en={world}/en.jsonl", "-o", "s3://b/x.json"],
+    "generate": ["generate", "{world}/base", "--prompt", "a", "-o", "gs://b/x.json"],
+    "fewshot": ["fewshot", "{world}/base", "--train", "a", "--test", "b", "-o", "s3://b/x.json"],
+    "plan": ["plan", "{world}/base", "-o", "s3://b/x.json"],
+    "config": ["config", "{world}/base", "-o", "s3://b/x.yaml"],
+    "vocab measure": [
+        "vocab",
+        "measure",
+        "{world}/base",
+        "--corpus",
+        "en={world}/en.jsonl",
+        "-o",
+        "hf://datasets/a/b/c",
+    ],
+    "cloze items": ["evaluate", "{world}/base", "--cloze", "en=s3://b/x.jsonl"],
+    "conversations": ["evaluate", "{world}/base", "--chat", "en=s3://b/x.jsonl"],
+    "examples": ["fewshot", "{world}/base", "--train", "s3://b/x.jsonl", "--test", "b"],
+    "cloze items of a run": ["run", "{world}/config.yaml", "--set", "evaluation.cloze.xx=s3://b/x.jsonl"],
+}
+MISTAKES |= {f"{what} in storage": (arguments, "is in object storage; ") for what, arguments in IN_STORAGE.items()}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

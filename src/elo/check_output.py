@@ -52,7 +52,6 @@ def problems(folder: Path, *, trust_remote_code: bool = False) -> Iterator[str]:
     Raises:
         EloError: the folder is not a checkpoint that transformers can load.
     """
-
     opened = open_folder(folder, trust_remote_code)
     hollow = build_hollow_causal_lm(opened.config, trust_remote_code=trust_remote_code)
     try:
@@ -82,7 +81,6 @@ def problems(folder: Path, *, trust_remote_code: bool = False) -> Iterator[str]:
 
 def _warn_of_end_of_text(folder: Path, trust_remote_code: bool) -> None:
     """Warn if generation does not stop at the tokenizer's end-of-text token."""
-
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return
     tokenizer, _ = load_with_settings(folder, trust_remote_code)
@@ -106,7 +104,6 @@ def generation_problem(folder: Path, config: Any) -> str | None:
 
 def _generation_config(folder: Path, config: Any) -> Any:
     """Return the generation settings that transformers reads, or its reason to reject them."""
-
     try:
         with quiet_transformers(), tempfile.TemporaryDirectory() as scratch:
             if (folder / "generation_config.json").exists():
@@ -120,7 +117,6 @@ def _generation_config(folder: Path, config: Any) -> Any:
 
 
 def _tokenizer_problems(folder: Path, rows: int, trust_remote_code: bool) -> Iterator[str]:
-
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return
     try:
@@ -162,7 +158,7 @@ def _rendered(tokenizer: Any, name: str) -> str:
         )
     except TemplateSyntaxError:
         raise
-    except Exception:  # a template can raise any type
+    except Exception:  # a template can raise any type, also to refuse these messages: no fault of the folder
         return ""
 
 

@@ -91,19 +91,21 @@ def config_(
     from elo.config.document import commented_yaml, json_schema
     from elo.config.translate import render, translate
     from elo.store.files import write_text
+    from elo.store.remote import output_file
 
+    target = output_file(output)
     if tool is not None and schema:
         raise EloError("config: --from and --schema exclude each other; give one of them")
     if tool is not None:
         text = render(translate(tool, Path(model)))
     else:
         text = json_schema() if schema else commented_yaml(model)
-    if output is None:
+    if target is None:
         typer.echo(text)
-    elif output.exists():
-        raise EloError(f"--output {output}: exists already; choose another file")
+    elif target.exists():
+        raise EloError(f"--output {target}: exists already; choose another file")
     else:
-        write_text(output, text)
+        write_text(target, text)
 
 
 @app.command()
@@ -433,9 +435,9 @@ def plan(
     from elo.plan.plan import COMMON_METHODS, DEFAULT_BASELINES, is_configuration, plan, planned_run
     from elo.plan.table import render_plan
     from elo.store.files import write_json
+    from elo.store.remote import output_file
 
-    if output is not None and output.is_dir():
-        raise EloError(f"--output {output}: is a folder; name the file to write, for example {output / 'plan.json'}")
+    target = output_file(output)
     chosen = method is not None or is_configuration(source)
     planned = plan(
         planned_run(source, set_, method=method, tokens=tokens),
@@ -447,8 +449,8 @@ def plan(
         compare_with=DEFAULT_BASELINES if chosen else COMMON_METHODS,
     )
     Console().print(render_plan(planned))
-    if output is not None:
-        write_json(output, planned.model_dump(mode="json"))
+    if target is not None:
+        write_json(target, planned.model_dump(mode="json"))
 
 
 @app.command()

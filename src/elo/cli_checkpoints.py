@@ -19,8 +19,12 @@ def merge(
     other: Annotated[
         str | None, typer.Option("--with", metavar="MODEL", help="Second model: checkpoint folder or hub id.")
     ] = None,
-    method: Annotated[str, typer.Option(help="linear, slerp or task_arithmetic (docs/merging.md).")] = "linear",
-    weight: Annotated[float, typer.Option(help="Factor of the second model; 0 is the first model.")] = 0.5,
+    method: Annotated[
+        str | None, typer.Option(help="linear (default), slerp or task_arithmetic (docs/merging.md).")
+    ] = None,
+    weight: Annotated[
+        float | None, typer.Option(help="Factor of the second model, by default 0.5; 0 is the first model.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Base of both models, for --method task_arithmetic.")
     ] = None,

@@ -41,7 +41,6 @@ def detach(
     Returns:
         The provenance record, as written to the output's config.json.
     """
-
     check_replaceable(Path(output), overwrite)
     folder = resolve_checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
     name = str(checkpoint) if not Path(checkpoint).is_dir() else None
@@ -89,7 +88,6 @@ def attach(
         A record of what was attached: {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors",
         "files"}.
     """
-
     check_replaceable(Path(output), overwrite)
     if not (isfinite(scale) and abs(scale) <= 100):
         raise EloError(

@@ -29,6 +29,7 @@ from elo.evaluate.evaluate import evaluate
 from elo.evaluate.loading import load_model
 from elo.evaluate.scoring import check_ids, longest_sequence
 from elo.store.files import write_json
+from elo.store.remote import output_file
 from elo.surgery.in_memory import detach_layers
 
 DEFAULT_EXITS = (0.25, 0.5, 0.75)
@@ -172,8 +173,7 @@ def generate(
         raise EloError("generate: nothing to do; give --prompt TEXT, --corpus LANGUAGE=FILE or both")
     if confidence is not None and not 0 < confidence < 1:
         raise EloError(f"--confidence {confidence:g}: is not a probability; write a number between 0 and 1")
-    if output is not None and Path(output).is_dir():
-        raise EloError(f"--output {output}: is a folder; name the file to write")
+    target = output_file(output)
     encoder = load_tokenizer(tokenizer or model, trust_remote_code)
     whole = load_model(str(model), None, None, None, trust_remote_code)
     limit = longest_sequence(whole)
@@ -210,8 +210,8 @@ def generate(
             }
         )
     results = {"schema": 1, "kind": "generation", "model": str(model), "num_layers": last + 1, "exits": exits}
-    if output is not None:
-        write_json(Path(output), results)
+    if target is not None:
+        write_json(target, results)
     if progress:
         _print(results)
     return results

@@ -44,9 +44,10 @@ def check_inputs(config: RunConfig) -> None:
         raise EloError(f"output: {output}: the folder is not empty and is not an ELO run; choose another")
     for language, path in config.evaluation.cloze.items():
         _check_language(config, language, "evaluation.cloze")
-        if not Path(path).is_file():
-            raise EloError(f"evaluation.cloze.{language}: {path}: no such file; give a file of cloze items")
-        read_cloze(Path(path))
+        try:
+            read_cloze(path)
+        except EloError as error:
+            raise EloError(f"evaluation.cloze.{language}: {error}") from None
     for measure in config.evaluation.measures:
         measure.check(f"evaluation.{measure.name}")
     for language in config.evaluation.prompts:

@@ -14,8 +14,9 @@ from typing import Any
 from elo import stages
 from elo.budget import Sequences, divide_budget
 from elo.chat.stages import ChatInputs, chat_models, open_chat
-from elo.checkpoint.counting import read_config, text_config
+from elo.checkpoint.counting import read_config
 from elo.checkpoint.download import fetch_checkpoint
+from elo.checkpoint.model_config import text_config_of
 from elo.config import RunConfig, load_config
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.detach_attach import resolve_checkpoint
@@ -131,7 +132,7 @@ def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
         "allow_lost_text": config.data.allow_lost_text,
         **({"filters": config.data.filters.plan()} if config.data.filters.plan() else {}),
     }
-    model_config = text_config(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
+    model_config = text_config_of(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
     execution: dict[str, Any] = {
         "data": config.data,
         "tokenizer": inputs.tokenizer,
@@ -398,9 +399,9 @@ def _check_until(config: RunConfig, until: str | None) -> None:
 
 def _num_rows(inputs: Inputs, model: Artifact) -> int:
     config = read_config(str(model.path), trust_remote_code=inputs.config.trust_remote_code)
-    return int(text_config(config).vocab_size)
+    return int(text_config_of(config).vocab_size)
 
 
 def _hidden_size(inputs: Inputs) -> int:
     config = read_config(str(inputs.base.path), trust_remote_code=inputs.config.trust_remote_code)
-    return int(text_config(config).hidden_size)
+    return int(text_config_of(config).hidden_size)

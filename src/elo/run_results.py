@@ -14,7 +14,7 @@ from elo.inputs import Adapted, Inputs
 from elo.report import collect, schema
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
-from elo.store.live import read_live
+from elo.store.files import read_record
 from elo.store.processes import is_main
 
 
@@ -50,7 +50,7 @@ def report_progress(
     """
     if not is_main():
         return
-    live = read_live(inputs.folder.stage_file(phase, "live")) or {}
+    live = read_record(inputs.folder.stage_file(phase, "live")) or {}
     losses, evaluations = live.get("losses", []), live.get("evaluations", [])
     now = {"tokens": int(live.get("done") or 0), "seconds": losses[-1]["seconds"] if losses else 0.0}
     record = now | {"losses": losses, "evaluations": [*evaluations, now | {"bpb": bpb}]}

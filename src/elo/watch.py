@@ -16,13 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from elo.config import load_config
-from elo.errors import EloError, UnfinishedError
+from elo.errors import EloError
 from elo.format import memory
 from elo.log import duration, short
 from elo.report.schema import FILE_NAME
 from elo.run import stage_names
-from elo.store.files import read_json
-from elo.store.live import read_live
+from elo.store.files import read_json, read_record
 from elo.store.run_folder import RunFolder
 
 # Without an update for this long, a stage is shown with the age of the last one.
@@ -105,16 +104,16 @@ def read_stages(folder: Path) -> list[Stage]:
     for path in stages.glob("*.json"):
         if path.name.endswith(".begun.json"):
             name = path.name.removesuffix(".begun.json")
-            live = read_live(files(name, "live")) or {}
+            live = read_record(files(name, "live")) or {}
             stage = Stage(name, "running", {}, live)
         elif path.name.endswith(".live.json"):
             continue
         else:
             name = path.name.removesuffix(".json")
-            try:
-                stage = Stage(name, "done", read_json(path).get("record") or {}, {})
-            except (UnfinishedError, AttributeError):
+            done = read_record(path)
+            if done is None:
                 continue  # being replaced at this moment
+            stage = Stage(name, "done", done.get("record") or {}, {})
         if stage.state == "done" or name not in known:
             known[name] = (path.stat().st_mtime, stage)
     found = [stage for _, stage in sorted(known.values(), key=lambda each: each[0])]

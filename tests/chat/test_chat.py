@@ -303,7 +303,7 @@ def test_no_conversation_that_fits(world, tmp_path):
 
 def test_the_output_is_local(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(EloError, match="is in object storage, but outputs are written to a local folder"):
+    with pytest.raises(EloError, match="is in object storage; outputs are written to a local folder"):
         chat(world[0] / "base", section(world[0]), output="s3://bucket/chat")
     assert not list(tmp_path.iterdir())
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from surgery_fixtures import assert_same, edit_config, llama, store, stored
+from surgery_fixtures import assert_same, changed, edit_config, llama, resized, store, stored, three
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabulary_fixtures import ENGLISH, KOREAN, texts, tokenizer_of, write_texts
 from zoo import FAMILIES, tiny_config, tiny_model
@@ -20,23 +20,6 @@ from elo.vocab.rows import NewTokens, extend_checkpoint
 from elo.vocab.vocabulary import extend_vocabulary
 
 SOME = ["llama-untied", "gpt2", "gemma3", "qwen3_moe", "gpt_oss", "mamba"]  # other names on disk, tied, experts, states
-
-
-def changed(model, folder, seed):
-    """Save a model whose every weight was changed a little."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, dtype=parameter.dtype)
-    model.save_pretrained(folder)
-    return folder
-
-
-def three(folder, dtype=torch.float32, **arguments):
-    """Folders of an adapted model, its base and a chat model of it."""
-    llama(**arguments).to(dtype).save_pretrained(folder / "base")
-    adapted = changed(llama(**arguments).to(dtype), folder / "adapted", 1)
-    return adapted, folder / "base", changed(llama(**arguments).to(dtype), folder / "chat", 2)
 
 
 def add(adapted, base, chat, output, **arguments):
@@ -283,12 +266,6 @@ def test_what_does_not_belong_together_is_refused(spoil, said, tmp_path):
     with pytest.raises(EloError, match=said):
         chat_vector(*folders, output=tmp_path / "sum")
     assert not (tmp_path / "sum").exists()
-
-
-def resized(folder, rows, seed=4, **arguments):
-    model = llama(**arguments)
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    return changed(model, folder, seed)
 
 
 @pytest.mark.parametrize("left_out", [[], ["embedding", "head"]])

@@ -1,6 +1,7 @@
 """Parallel text: documents that end in the counted language, in shards, configuration and translation."""
 
 import json
+from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
@@ -12,6 +13,7 @@ from run_fixtures import write_world
 
 from elo.config import load_config
 from elo.data.corpora import CorpusTask, DocumentReader
+from elo.data.filters import FILTERS, Filters
 from elo.data.parallel import Parallel, template_problem
 from elo.data.prepare import CorpusSource, prepare
 from elo.data.shard_writer import Position
@@ -130,10 +132,23 @@ def test_each_direction_counts_whole_for_the_language_it_ends_in(tmp_path):
     assert held + ordinary.num_documents == 40 and held, "only ordinary text is held out"
     again = prepared(3.0)
     assert [each.weight for each in again.train("en")] == [3.0, 1.0]
-    assert again.fingerprint != data.fingerprint or again.train("en")[0].num_tokens == english.num_tokens
     del corpora["en"][1]
     with pytest.raises(EloError, match="'en' has only parallel corpora, which are never held out"):
         prepare(tokenizer, corpora, tmp_path / "other", heldout=heldout)
+
+
+def test_filters_drop_and_count_whole_documents(tmp_path):
+    """A pair alone is too short, and pairs that come again in another document are no duplicate."""
+    path = write_pairs(tmp_path / "pairs.jsonl", [PAIRS[at] for at in (0, 1, 2, 3, 0, 1, 1, 0)] + [("a", "b")] * 2)
+    documents = [text for text, _ in read(path, replace(INTO_KO, pairs=2))[0]]
+    filters = Filters(exact_duplicates=True, min_characters=len(documents[0]))
+    heldout = {"ko": str(write_jsonl(tmp_path / "ko.jsonl", make_texts(5, 1)))}
+    corpora = {"ko": CorpusSource(str(path), parallel=replace(INTO_KO, pairs=2))}
+    data = prepare(make_tokenizer(), corpora, tmp_path / "out", heldout=heldout, filters=filters)
+    assert decoded(data.train("ko")[0], make_tokenizer()) == [documents[0], documents[1], documents[3]]
+    (counts,) = data.manifest["languages"]["ko"]["train"]
+    assert {name: counts[name] for name in FILTERS if counts[name]} == {"duplicate": 1, "too_short": 1}
+    assert [each["place"] for each in counts["dropped_examples"]["duplicate"]] == [f"{path}:5"]
 
 
 def test_the_configuration_is_checked(tmp_path):

@@ -109,6 +109,7 @@ def test_without_a_schedule_the_order_is_that_of_one_mixture(world):
         ({"share": 0}, r"schedule\.0\.share"),
         ({"share": 1, "target": "en"}, r"schedule\.0\.target: 'en' is not in data\.target; choose among xx"),
         ({"share": 1, "weights": {"xx": [1]}}, r"schedule\.0\.weights\.xx: got 1 weights for 2 corpora"),
+        ({"share": 1, "weights": {"xx": [0, 0]}}, r"schedule\.0\.weights\.xx: leaves out every corpus"),
         ({"share": 1, "replay": 0.5}, r"unknown key 'data\.schedule\.0\.replay'"),
     ],
 )

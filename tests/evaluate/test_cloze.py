@@ -149,7 +149,7 @@ def test_bad_lines_are_named(tmp_path, line, message):
 
 
 def test_files_that_hold_nothing(tmp_path):
-    with pytest.raises(EloError, match="cannot read cloze items"):
+    with pytest.raises(EloError, match="no such file; give JSON lines of cloze items"):
         read_cloze(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(EloError, match="holds no cloze items"):

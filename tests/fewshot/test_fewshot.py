@@ -138,7 +138,7 @@ def test_mistakes_get_one_message(world, tmp_path, capsys):
     assert "holds only the label 'fire'" in message(train=bad, test=bad)
     bad.write_text("{\n")
     assert f"{bad}:1: not JSON" in message(test=bad)
-    assert "cannot be read" in message(train=tmp_path / "none.jsonl")
+    assert "no such file" in message(train=tmp_path / "none.jsonl")
     assert "--examples 99: give 0 to 40" in message(examples=(99,))
     assert "--ways icl: there is no such way" in message(ways=("icl",))
     assert "holds no {text}" in message(template="Label:")

@@ -8,8 +8,7 @@ import pytest
 import torch
 import yaml
 from run_fixtures import SOURCE, TARGET, write_base, write_documents
-from surgery_fixtures import assert_same, llama, stored
-from test_chat_vector import changed, resized, three
+from surgery_fixtures import assert_same, changed, llama, resized, stored, three
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabulary_fixtures import ENGLISH, KOREAN, texts, tokenizer_of, write_texts
 
@@ -285,6 +284,15 @@ def test_wrong_arguments_are_refused(arguments, said, tmp_path):
     with pytest.raises(EloError, match=said):
         merge(adapted, output=tmp_path / "out", **{"other": base, **arguments})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "given", [{"method": "linear"}, {"weight": 0.5}, {"base": "b"}, {"search": Search({}, ["ko"])}], ids=str
+)
+def test_a_file_excludes_the_settings_of_two_models(given, tmp_path):
+    file = mergekit_file(tmp_path / "merge.yaml", **of_every_method(*three(tmp_path))["linear"])
+    with pytest.raises(EloError, match=r"merge\.yaml: a YAML file has its own method"):
+        merge(file, output=tmp_path / "out", **given)
 
 
 def test_models_whose_layers_differ_are_refused(tmp_path):

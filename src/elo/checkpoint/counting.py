@@ -19,6 +19,7 @@ from elo.checkpoint.download import fetch_checkpoint
 from elo.checkpoint.footprint import Footprint, LayerFootprint, Middle, ModuleFootprint
 from elo.checkpoint.layers import parse_layers
 from elo.checkpoint.local_names import require_path_or_id
+from elo.checkpoint.model_config import text_config_of
 from elo.checkpoint.reading import auto_class, require_pad_row
 from elo.errors import EloError
 from elo.store.remote import is_remote
@@ -60,11 +61,6 @@ def read_config(
     return config
 
 
-def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the decoder's config: the text part of a multimodal config, otherwise `config` itself."""
-    return config.get_text_config(decoder=True)
-
-
 def build_on_meta(config: PretrainedConfig, **arguments: Any) -> PreTrainedModel:
     """Build the causal language model of `config` without memory for its weights; `config` is not changed.
 
@@ -73,7 +69,7 @@ def build_on_meta(config: PretrainedConfig, **arguments: Any) -> PreTrainedModel
     Raises:
         EloError: transformers has no causal language model for this config, or its values are inconsistent.
     """
-    part = text_config(config)
+    part = text_config_of(config)
     config = copy.deepcopy(part if type(part) in AutoModelForCausalLM._model_mapping else config)
     try:
         with torch.device("meta"):
@@ -96,7 +92,7 @@ def footprint(model: PreTrainedModel | PretrainedConfig) -> Footprint:
     """
     if isinstance(model, PretrainedConfig):
         model = build_on_meta(model)
-    config = text_config(model.config)
+    config = text_config_of(model.config)
     seen: set[int] = set()
 
     def count(parameters: Iterable[nn.Parameter]) -> int:

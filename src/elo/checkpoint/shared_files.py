@@ -26,7 +26,7 @@ def copy_shared(source: Path, target: Path, *, link: bool = False) -> Sharing:
     if link:
         try:
             target.hardlink_to(source.resolve())
-        except OSError:  # source and target are on different file systems, or links are not supported
+        except OSError:  # different file systems, or no links; the copy below reports any other problem
             pass
         else:
             return "linked"
@@ -34,7 +34,7 @@ def copy_shared(source: Path, target: Path, *, link: bool = False) -> Sharing:
         with source.open("rb") as reading, target.open("wb") as writing:
             fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
             os.fsync(writing.fileno())
-    except OSError:  # the file system cannot clone
+    except OSError:  # the file system cannot clone; copying reports any other problem
         shutil.copyfile(source, target)
         return "copied"
     return "cloned"

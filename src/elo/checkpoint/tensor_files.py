@@ -18,7 +18,7 @@ import torch
 
 from elo.errors import EloError, UnfinishedError
 from elo.log import Progress
-from elo.store.files import read_json
+from elo.store.files import read_json, read_record
 
 log = logging.getLogger(__name__)
 
@@ -179,8 +179,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 @functools.cache  # a run opens the same folder many times
 def _warn_of_index(folder: Path) -> None:
     """Warn if the index beside a single file lists other files."""
-    index = _read_quietly(folder / INDEX_FILE)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = (read_record(folder / INDEX_FILE) or {}).get("weight_map")
     named = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
     if named != {SINGLE_FILE}:
         log.warning(
@@ -191,13 +190,6 @@ def _warn_of_index(folder: Path) -> None:
             ", ".join(sorted(named)[:2]) or "unreadable",
             SINGLE_FILE,
         )
-
-
-def _read_quietly(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except UnfinishedError:
-        return None
 
 
 def _require_plain_names(checkpoint: Checkpoint) -> None:

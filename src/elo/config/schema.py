@@ -229,6 +229,11 @@ class DataConfig(_Section):
                     f"{where}.weights.{language}: got {len(weights)} weights for "
                     f"{len(self.corpora.get(language, ()))} corpora; write one for each"
                 )
+            if not any(weights):
+                raise ValueError(
+                    f"{where}.weights.{language}: leaves out every corpus; raise a weight, or leave the language out "
+                    "of the part's target or source"
+                )
 
     @property
     def parts(self) -> list[PartConfig]:

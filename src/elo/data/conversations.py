@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elo.data.compressed import decompressed, file_problem, wrong_kind
+from elo.data.json_lines import read_json_lines
 from elo.errors import EloError
 
 Message = dict[str, str]
@@ -33,21 +33,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
     Raises:
         EloError: the file cannot be read or holds none, or a line is not a conversation (named `file:line`).
     """
-    try:
-        with Path(path).open("rb") as raw:
-            if problem := wrong_kind(raw, str(path)):
-                raise EloError(f"{path}: {problem}")
-            lines = list(decompressed(raw, str(path)))
-    except EloError:
-        raise
-    except FileNotFoundError:
-        raise EloError(f"{path}: no such file; give JSON lines of conversations") from None
-    except Exception as error:  # each compression has its own errors
-        raise EloError(f"{path}: {file_problem(error)}") from None
-    found = [_conversation(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise EloError(f"{path}: holds no conversations; give JSON lines of conversations")
-    return found
+    return [_conversation(value, where) for where, value in read_json_lines(path, "conversations")]
 
 
 def write_conversations(path: Path, conversations: list[Conversation]) -> None:
@@ -56,11 +42,7 @@ def write_conversations(path: Path, conversations: list[Conversation]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def _conversation(line: bytes, where: str) -> Conversation:
-    try:
-        value: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise EloError(f"{where}: not JSON ({error}); write one JSON object per line") from None
+def _conversation(value: Any, where: str) -> Conversation:
     if not isinstance(value, dict):
         raise EloError(f"{where}: is {_kind(value)}; write an object, such as {{'prompt': ..., 'completion': ...}}")
     if "messages" in value:

@@ -20,7 +20,6 @@ def make_manifest(job: Preparation, tasks: list[CorpusTask], plan: str) -> dict[
     Raises:
         EloError: a language has no training text.
     """
-
     languages: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for task in sorted(tasks, key=lambda task: task.split != "train"):
         splits = languages.setdefault(task.language, {split: [] for split in SPLITS})
@@ -85,7 +84,6 @@ def judge_lost_text(job: Preparation, tasks: list[CorpusTask], manifest: dict[st
     Raises:
         EloError: the tokenizer loses too much of a corpus.
     """
-
     found = []
     for task in tasks:
         corpus = manifest["languages"][task.language][task.split][task.index]
@@ -135,7 +133,6 @@ def tell_totals(manifest: dict[str, Any], tell: Callable[[str], None]) -> None:
 
 def reopen(output: Path, plan: str, on_error: str) -> PreparedData | None:
     """Return the finished data in `output` if it is complete and matches `plan`, else None."""
-
     try:
         prepared = PreparedData.open(output)
     except UnfinishedError:
@@ -153,7 +150,6 @@ def reopen(output: Path, plan: str, on_error: str) -> PreparedData | None:
 
 def is_whole(output: Path) -> bool:
     """Return whether `output` holds complete prepared data, whatever its inputs."""
-
     try:
         PreparedData.open(output)
     except UnfinishedError:

@@ -138,10 +138,10 @@ class Mixture:
         return dict(sorted(found.items()))
 
     def epoch_rows(self, *languages: str) -> int:
-        """Rows of the mixture in which as much of `languages` is read as their corpora hold together.
+        """Return the number of sequences in which as much of `languages` is read as their corpora hold together.
 
-        With equal weights that is one pass over their text; a corpus or language with a higher weight than its siblings
-        is by then read more than once, and they are not through.
+        With equal weights that is one pass over their text. A corpus or language with a higher weight than its siblings
+        is then read more than once, and the others less than once.
 
         Raises:
             EloError: `languages` have no share in the mixture.

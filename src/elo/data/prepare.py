@@ -96,7 +96,6 @@ def prepare(
     Raises:
         EloError: bad input, named by file and line; or `output` holds other files.
     """
-
     if on_error not in ("stop", "skip"):
         raise EloError(f"on_error must be stop or skip, got {on_error!r}")
     if shard_tokens < 1 or (workers is not None and workers < 1):
@@ -167,7 +166,6 @@ def _list_tasks(
     corpora: Mapping[str, Sequence[CorpusSource | str] | CorpusSource | str], heldout: Mapping[str, CorpusSource | str]
 ) -> list[CorpusTask]:
     """List every corpus with its files, held-out text first, so that missing inputs are reported before any work."""
-
     if not corpora:
         raise EloError("no corpora; give at least one corpus for one language")
     tasks: list[CorpusTask] = []
@@ -268,7 +266,6 @@ def _taken(path: Path, together: bool) -> Iterator[bool]:
 
 def _hashes_of_heldout(tasks: list[CorpusTask], on_error: str) -> frozenset[bytes]:
     """Return the hashes of all documents given as held-out text, to find them in training text."""
-
     return frozenset(text_hash(text) for task in tasks if task.split == "heldout" for text in _texts(task, on_error))
 
 
@@ -326,7 +323,6 @@ def _thresholds(
     hundred as validation text (at least one, at most `MIN_VALIDATION_DOCUMENTS`). Some training text always remains.
     Reading stops as soon as the thresholds are certain, so a large corpus adds hardly any time.
     """
-
     bound, span = int(heldout_share * 2**64), int(validation_share * 2**64)
     lowest, first, documents, several = 2**64, None, 0, False
     above: list[int] = []  # lowest hashes from `bound` up: one held-out, validation, and one training document
@@ -367,7 +363,6 @@ def _paths(tasks: list[CorpusTask]) -> str:
 
 def _sweep(output: Path, tasks: list[CorpusTask]) -> None:
     """Remove corpora that are no longer requested, and temporary files of killed runs."""
-
     wanted = {output / folder for task in tasks for folder in task.own_folders}
     for split in SPLITS:
         for folder in output.glob(f"*/{split}/*"):
@@ -379,7 +374,6 @@ def _sweep(output: Path, tasks: list[CorpusTask]) -> None:
 
 def _tokenize(job: Preparation, tasks: list[CorpusTask], workers: int | None, show: bool, together: bool) -> int:
     """Tokenise the missing parts of every corpus; return the number of units that other processes are working on."""
-
     unknown = any(file.is_hub for task in tasks for file in task.files)
     total = sum(file.size for task in tasks for file in task.files)
     done = 0

@@ -16,8 +16,7 @@ import numpy as np
 from elo.data.filters import FILTERS
 from elo.data.shards import SPECIALS_PER_DOCUMENT, SPLITS, shard_paths, shard_sizes
 from elo.data.tokenizing import TextCounts
-from elo.errors import UnfinishedError
-from elo.store.files import TEMPORARY_PREFIX, read_json, write_json
+from elo.store.files import TEMPORARY_PREFIX, read_record, write_json
 
 READER_COUNTS = ("skipped", "cut_files", "empty", "overlapping", *FILTERS)
 """Counts per segment besides its documents: unreadable documents, files that could not be read to the end, documents
@@ -149,11 +148,11 @@ class UnitWriter:
         Files of later segments are overwritten. With `look` nothing is changed on disk.
         """
         segments: list[dict[str, Any]] = []
-        while (record := self._read(self._record_path(len(segments)))) is not None:
+        while (record := read_record(self._record_path(len(segments)), "counts")) is not None:
             if (strict and _left_out(record)) or not self._intact(record):
                 break
             segments.append(record)
-        end = self._read(self._end_path())
+        end = read_record(self._end_path(), "counts")
         finished = end is not None and end.get("segments") == len(segments)
         finished = finished and not (strict and end is not None and _left_out(end))
         if not finished and not look:
@@ -248,13 +247,6 @@ class UnitWriter:
 
     def _end_path(self) -> Path:
         return self._records / f"{self._unit:05d}.json"
-
-    def _read(self, path: Path) -> dict[str, Any] | None:
-        try:
-            record = read_json(path)
-        except UnfinishedError:
-            return None
-        return record if isinstance(record, dict) and "counts" in record else None
 
     def _intact(self, record: dict[str, Any]) -> bool:
         for side in SPLITS:

@@ -180,7 +180,6 @@ def save_with_backend(
 
 
 def _load(name: str, trust_remote_code: bool) -> Any:
-
     try:
         return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=trust_remote_code)
     except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:

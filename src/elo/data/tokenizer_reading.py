@@ -45,7 +45,6 @@ def read_stored(name: str) -> Tokenizer | None:
     Raises:
         EloError: the file is damaged.
     """
-
     found = cached_file(
         name,
         "tokenizer.json",

@@ -3,7 +3,6 @@
 Shapes: B rows, T positions.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
+from elo.data.json_lines import read_json_lines
 from elo.data.packing import IGNORE_INDEX
 from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
@@ -93,7 +93,7 @@ class Cloze(Measure):
     def items(self) -> dict[str, Sequence[ClozeItem]]:
         """Items by language; files are read once."""
         return {
-            language: read_cloze(Path(each)) if isinstance(each, str | Path) else each
+            language: read_cloze(each) if isinstance(each, str | Path) else each
             for language, each in self.given.items()
         }
 
@@ -127,7 +127,7 @@ class Cloze(Measure):
         return Outcome(values, {"cloze": record})
 
 
-def read_cloze(path: Path) -> list[ClozeItem]:
+def read_cloze(path: str | Path) -> list[ClozeItem]:
     """Read items from JSON lines: {"prompt": str, "choices": [str, ...], "answer": int, "group": str (optional)}.
 
     Other keys are ignored.
@@ -135,16 +135,7 @@ def read_cloze(path: Path) -> list[ClozeItem]:
     Raises:
         EloError: the file cannot be read or holds no item, or a line is not an item (named `file:line`).
     """
-    try:
-        with path.open(encoding="utf-8") as lines:
-            items = [_item(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    except OSError as error:
-        raise EloError(f"{path}: cannot read cloze items ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise EloError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if not items:
-        raise EloError(f"{path}: holds no cloze items")
-    return items
+    return [_item(value, where) for where, value in read_json_lines(path, "cloze items")]
 
 
 def cloze_accuracy(
@@ -251,11 +242,7 @@ def _common_prefix(left: list[int], right: list[int]) -> int:
     return min(len(left), len(right))
 
 
-def _item(line: str, where: str) -> ClozeItem:
-    try:
-        value: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise EloError(f"{where}: not JSON ({error})") from None
+def _item(value: Any, where: str) -> ClozeItem:
     if not isinstance(value, dict):
         raise EloError(f'{where}: expected an object {{"prompt", "choices", "answer"}}, got {type(value).__name__}')
     prompt, choices, answer = value.get("prompt"), value.get("choices"), value.get("answer")

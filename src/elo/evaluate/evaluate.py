@@ -31,7 +31,7 @@ from elo.evaluate.warnings import few_documents
 from elo.format import count
 from elo.store.environment import hardware, versions
 from elo.store.files import remove, write_json
-from elo.store.remote import is_remote
+from elo.store.remote import is_remote, output_file
 from elo.store.run_folder import file_identity
 
 DEFAULT_SEQUENCE_LENGTH = 2048
@@ -98,7 +98,7 @@ def evaluate(
     """
 
     # What can be wrong without the model is found before it is loaded.
-    target = _check_output(output)
+    target = output_file(output)
     asked: list[Measure] = []
     if cloze:
         asked.append(Cloze(given=dict(cloze)))
@@ -252,19 +252,6 @@ class _Text:
     def record(self) -> dict[str, Any]:
         lost, checked = self.counts.lost_bytes, self.counts.checked_bytes
         return {"lost_text": lost / max(checked, 1), "special_tokens": self.counts.special_tokens}
-
-
-def _check_output(output: str | Path | None) -> Path | None:
-    if output is None:
-        return None
-    target = Path(output)
-    if target.is_dir():
-        raise EloError(f"{target}: is a folder; name the file to write, for example {target / 'evaluation.json'}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EloError(f"{target}: cannot be written ({error.strerror}); choose another output") from None
-    return target
 
 
 def _tokenizer(given: str | Path | PreTrainedTokenizerBase | TextTokenizer, trust_remote_code: bool) -> TextTokenizer:

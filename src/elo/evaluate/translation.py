@@ -12,7 +12,7 @@ from elo.data.sources import list_inputs
 from elo.errors import EloError
 from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register
 from elo.evaluate.samples import generate_samples
-from elo.store.remote import is_remote
+from elo.store.remote import require_local
 
 _BATCH = 16
 
@@ -53,8 +53,7 @@ class Translation(Measure):
     def check(self, where: str) -> None:
         if importlib.util.find_spec("sacrebleu") is None:
             raise EloError(f"{where}: sacrebleu is not installed; run: pip install 'elo-cpt[eval]'")
-        if is_remote(self.path):
-            raise EloError(f"{where}: {self.path}: is in object storage; download it, and give the local file")
+        require_local(self.path, where, "download it, and give the local file")
         self._pairs(*self.columns.values())
 
     def files(self) -> list[Path]:

@@ -38,6 +38,7 @@ from elo.methods.lora import Lora
 from elo.report.statistics import estimate_items
 from elo.store.environment import hardware, versions
 from elo.store.files import write_json
+from elo.store.remote import output_file
 
 WAYS = ("in-context", "sft", "instruction")
 
@@ -115,9 +116,8 @@ def few_shot(
         EloError: a file or an argument is wrong.
     """
     training = training or Training()
-    if output is not None and Path(output).is_dir():
-        raise EloError(f"{output}: is a folder; name the file to write, for example {Path(output) / 'fewshot.json'}")
-    task = read_task(Path(train), Path(test), text_field, label_field, words or {}, template, instruction, limit)
+    target = output_file(output)
+    task = read_task(train, test, text_field, label_field, words or {}, template, instruction, limit)
     _check(task, ways, examples, seeds, training)
     encoder = load_tokenizer(tokenizer or model, trust_remote_code)
     loaded = load_model(str(model), device, None, None, trust_remote_code)
@@ -150,9 +150,8 @@ def few_shot(
         "rows": [_row(cell, loaded, training) for cell in cells],
         "differences": _differences(cells),
     }
-    if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(output), results)
+    if target is not None:
+        write_json(target, results)
     if progress:
         Console(width=max(118, Console().width)).print(render(results))
     return results

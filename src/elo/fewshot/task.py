@@ -1,10 +1,10 @@
 """A labelled task: files of examples, and draws of a few of them."""
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from elo.data.json_lines import read_json_lines
 from elo.errors import EloError
 
 DEFAULT_TEMPLATE = "{text}\nLabel:"
@@ -41,8 +41,8 @@ class Task:
 
 
 def read_task(
-    train: Path,
-    test: Path,
+    train: str | Path,
+    test: str | Path,
     text_field: str,
     label_field: str,
     words: dict[str, str],
@@ -72,29 +72,16 @@ def read_task(
     return Task(tuple(labels), tuple(shown), sets[0], items, template, instruction)
 
 
-def _read_lines(path: Path, text_field: str, label_field: str) -> list[tuple[str, str, str]]:
+def _read_lines(path: str | Path, text_field: str, label_field: str) -> list[tuple[str, str, str]]:
     """Text, label and place of every line."""
     found = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise EloError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise EloError(f"{where}: not JSON ({error})") from None
+    for where, value in read_json_lines(path, "examples"):
         if not isinstance(value, dict):
             raise EloError(f"{where}: expected an object, got {type(value).__name__}")
         for key, option in ((text_field, "--text-field"), (label_field, "--label-field")):
             if not isinstance(value.get(key), str | int) or not str(value[key]).strip():
                 raise EloError(f"{where}: has no {key!r}; it has {', '.join(value)}; name the right one with {option}")
         found.append((str(value[text_field]).strip(), str(value[label_field]), where))
-    if not found:
-        raise EloError(f"{path}: holds no examples")
     return found
 
 

@@ -87,8 +87,8 @@ def merge(
     other: str | Path | None = None,
     *,
     output: str | Path,
-    method: str = "linear",
-    weight: float = 0.5,
+    method: str | None = None,
+    weight: float | None = None,
     base: str | Path | None = None,
     search: Search | None = None,
     overwrite: bool = False,
@@ -101,11 +101,11 @@ def merge(
 
     Args:
         model: checkpoint folder or hub id; without `other`, a YAML file.
-        other: checkpoint folder or hub id of the second model.
+        other: checkpoint folder or hub id of the second model. Without it, the file has all settings.
         output: folder to write. It appears only when complete.
-        method: "linear": (1 - weight) * model + weight * other; "slerp": the same on the arc between both;
+        method: "linear" (default): (1 - weight) * model + weight * other; "slerp": the same on the arc between both;
             "task_arithmetic": model + weight * (other - base).
-        weight: how much of `other` to take; 0 is `model`.
+        weight: how much of `other` to take, by default 0.5; 0 is `model`.
         base: base of both models, for task_arithmetic.
         search: how to search the weight; None uses `weight`.
         overwrite: replace an existing output.
@@ -120,23 +120,28 @@ def merge(
     """
     target = Path(output)
     check_replaceable(target, overwrite)
-    if other is None and search is not None:
-        raise EloError("--search: needs two models; give --with MODEL instead of a file")
     if other is None:
         if not Path(model).is_file():
             raise EloError(f"{model}: is no file; give a YAML file, or the second model with --with MODEL")
+        if any(given is not None for given in (method, weight, base, search)):
+            raise EloError(
+                f"{model}: a YAML file has its own method, weights and base; remove --method, --weight, --base and "
+                "--search, or give two models, the second with --with MODEL"
+            )
         recipe = read_mergekit(Path(model), trust_remote_code=trust_remote_code)
     else:
-        recipe = two_models(method, tuple(str(each) for each in (model, other, base) if each is not None), weight)
+        models = tuple(str(each) for each in (model, other, base) if each is not None)
+        recipe = two_models(method or "linear", models, 0.5 if weight is None else weight)
+    if search is not None:
+        search.check()
     folders = [resolve_checkpoint(each, trust_remote_code=trust_remote_code) for each in recipe.models]
     with readable_errors():
+        tokenizer = _tokenizer_folder(folders, trust_remote_code)
         searched = None
         if search is not None:
-            search.check()
-            searched = _search(search, recipe, folders, target, trust_remote_code)
-            recipe = two_models(method, recipe.models, searched["weight"])
+            searched = _search(search, recipe, folders, tokenizer or folders[0], target, trust_remote_code)
+            recipe = two_models(recipe.method, recipe.models, searched["weight"])
         given = {"method": recipe.method, "models": list(recipe.models), **recipe.settings, "search": searched}
-        tokenizer = _tokenizer_folder(folders, trust_remote_code)
 
         def copy_files(folder: Path) -> None:
             write_json(folder / RECORD_FILE, given)
@@ -164,12 +169,11 @@ def merge(
 
 
 def _search(
-    search: Search, recipe: Recipe, folders: Sequence[Path], target: Path, trust_remote_code: bool
+    search: Search, recipe: Recipe, folders: Sequence[Path], tokenizer: Path, target: Path, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Merge with each weight beside the output, measure it, and choose; one trial is on disk at a time."""
     reference = search.bits_per_byte(folders[-1], trust_remote_code)
     print(f"{recipe.models[-1]}: {_shown(reference)}", flush=True)
-    tokenizer = _tokenizer_folder(folders, trust_remote_code) or folders[0]
     tried: list[dict[str, Any]] = []
     scratch = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"  # a later merge removes it
     scratch.mkdir(parents=True)

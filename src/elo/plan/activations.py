@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from transformers.masking_utils import AttentionMaskInterface
 
 from elo.checkpoint.architecture import layers_of, modules_of
-from elo.checkpoint.counting import text_config
 from elo.checkpoint.footprint import Footprint, LayerFootprint
+from elo.checkpoint.model_config import text_config_of
 from elo.plan.memory import Kind, Precision, SavedActivations
 from elo.surgery.layer_config import with_layers
 
@@ -174,7 +174,9 @@ def _trace(
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     arguments["dtype"] = torch.float32 if precision else torch.bfloat16
     with mode, torch.device("cpu"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(with_layers(text_config(config), layers), **arguments)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            with_layers(text_config_of(config), layers), **arguments
+        )
     model.train()
     kept = layers_of(model)
     if frozen_but_for is not None:

@@ -5,7 +5,8 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from elo.checkpoint.counting import footprint, text_config
+from elo.checkpoint.counting import footprint
+from elo.checkpoint.model_config import text_config_of
 from elo.plan.devices import Device
 from elo.surgery.layer_config import with_layers
 
@@ -39,7 +40,7 @@ def measure_utilisation(
     Returns:
         A share above 0. It can exceed 1 if the layer's products are faster than the square products of `device`.
     """
-    small = with_layers(text_config(config), [layer])
+    small = with_layers(text_config_of(config), [layer])
     small.vocab_size = min(_VOCABULARY, small.vocab_size)
     small.pad_token_id = None
     where = torch.device("cuda" if device.kind == "gpu" else "cpu")

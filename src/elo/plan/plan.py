@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from elo.budget import divide_sequences
-from elo.checkpoint.counting import footprint, read_config, text_config
+from elo.checkpoint.counting import footprint, read_config
 from elo.checkpoint.footprint import Footprint
 from elo.checkpoint.layers import assumed_layers, parse_auto
+from elo.checkpoint.model_config import text_config_of
 from elo.checkpoint.refusals import require_detachable
 from elo.config import RunConfig, load_config
 from elo.errors import EloError
@@ -291,9 +292,9 @@ def _notes(model: Model, machine: Machine, config: RunConfig) -> list[str]:
         notes.append("activations: estimated by a rule of thumb (within 50 %), since this model cannot be traced")
     if model.whole.active != model.whole.total:
         notes.append("experts: FLOPs count only the experts that a token is sent to; memory counts all experts")
-    longest = getattr(text_config(model.config), "max_position_embeddings", None)
+    longest = getattr(text_config_of(model.config), "max_position_embeddings", None)
     if isinstance(longest, int) and length > longest:
         notes.append(f"warning: sequence_length {length} is above the model's max_position_embeddings {longest}")
-    if text_config(model.config) is not model.config:
+    if text_config_of(model.config) is not model.config:
         notes.append("multimodal model: the plan covers the text decoder only")
     return notes

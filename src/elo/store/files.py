@@ -98,6 +98,15 @@ def read_json(path: Path) -> Any:
         raise UnfinishedError(f"{path}: damaged, not JSON ({error}); remove the file and run again") from None
 
 
+def read_record(path: Path, *keys: str) -> dict[str, Any] | None:
+    """Read a JSON object with these keys; return None if the file is missing or damaged, for example by a crash."""
+    try:
+        value = read_json(path)
+    except UnfinishedError:
+        return None
+    return value if isinstance(value, dict) and all(key in value for key in keys) else None
+
+
 @contextmanager
 def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary directory next to `target`; on success fsync it and rename it to `target`.

@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from elo.store.files import TEMPORARY_PREFIX
+
 SECONDS_BETWEEN_WRITES = 2.0
 _owner: ContextVar[object] = ContextVar("live_owner", default=None)
 _file: ContextVar[Path | None] = ContextVar("live_file", default=None)
@@ -46,7 +48,7 @@ def write_live(owner: object, state: Callable[[], dict[str, Any]], *, at_once: b
     if not at_once and now - _written.get(path, 0.0) < SECONDS_BETWEEN_WRITES:
         return
     _written[path] = now
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     try:
         temporary.write_text(json.dumps({"time": now, "process": os.getpid(), **state()}), encoding="utf-8")
         temporary.replace(path)
@@ -58,12 +60,3 @@ def release_live(owner: object) -> None:
     """Let another owner write to the file of the running stage."""
     if _owner.get() is owner:
         _owner.set(None)
-
-
-def read_live(path: Path) -> dict[str, Any] | None:
-    """Read what `write_live` wrote; None if there is nothing to read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -59,13 +59,34 @@ def is_remote(path: str | Path) -> bool:
     return ADDRESS.match(str(path)) is not None
 
 
-def require_local(path: str | Path, key: str) -> None:
-    """Raise EloError if an output is an address, because object storage cannot rename files atomically."""
-    if re.match(r"(s3|gs|hf):/", str(path)):
-        raise EloError(
-            f"{key}: {path}: is in object storage, but outputs are written to a local folder; write a local folder "
-            "here, and copy the finished model with elo push"
-        )
+def require_local(
+    path: str | Path,
+    key: str,
+    remedy: str = "outputs are written to a local folder; write a local folder here, and copy the finished model with "
+    "elo push",
+) -> None:
+    """Raise EloError if `path` is an address. Outputs never are, because object storage cannot rename atomically."""
+    if re.match(r"(s3|gs|hf):/", str(path)):  # a Path has lost the second slash
+        raise EloError(f"{key}: {path}: is in object storage; {remedy}")
+
+
+def output_file(output: str | Path | None) -> Path | None:
+    """Return the path of a results file after creating its folder, before work that it would lose; None for no file.
+
+    Raises:
+        EloError: it is in object storage, is a folder, or its folder cannot be created.
+    """
+    if output is None:
+        return None
+    target = Path(output)
+    require_local(output, "--output", "results are written to a local file; give a local file, and copy it afterwards")
+    if target.is_dir():
+        raise EloError(f"--output {target}: is a folder; name the file to write, for example {target / 'results.json'}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EloError(f"--output {target}: cannot be written ({error.strerror}); choose another output") from None
+    return target
 
 
 def list_remote(address: str) -> list[RemoteFile]:

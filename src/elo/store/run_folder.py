@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from elo.errors import EloError, UnfinishedError
-from elo.store.files import TEMPORARY_PREFIX, read_json, remove, sha256_file, sha256_json, write_json
+from elo.store.files import TEMPORARY_PREFIX, read_json, read_record, remove, sha256_file, sha256_json, write_json
 from elo.store.live import live_file
 from elo.store.processes import from_main, is_main, wait_until
 from elo.store.remote import require_local
@@ -175,7 +175,7 @@ class RunFolder:
         inputs = {key: identity(value) for key, value in arguments.items()}
         fingerprint = _fingerprint(name, inputs)
         for path in (self.stage_file(name), self.stage_file(name, "begun")):
-            found = _read_record(path, ("fingerprint",))
+            found = read_record(path, "fingerprint")
             if found is not None and found["fingerprint"] != fingerprint:
                 changed = _difference(found.get("inputs", {}), inputs)
                 raise EloError(
@@ -190,7 +190,7 @@ class RunFolder:
     def _is_done(self, name: str, fingerprint: str, inputs: Mapping[str, Any], outputs: Paths, scratch: Paths) -> bool:
         """Return whether the stage is complete with these inputs; if not, remove what other inputs left."""
         done_path, begun_path = self.stage_file(name), self.stage_file(name, "begun")
-        done = _read_record(done_path, ("fingerprint", "inputs", "outputs", "record"))
+        done = read_record(done_path, "fingerprint", "inputs", "outputs", "record")
         if done is not None:
             changed = done["fingerprint"] != fingerprint
             if not changed and _intact(self.root, done["outputs"]):
@@ -205,7 +205,7 @@ class RunFolder:
             self.say(f"{name}: {reason}; repeating the stage")
         done_path.unlink(missing_ok=True)  # even if unreadable
         self._check_what_is_used(inputs)
-        begun = _read_record(begun_path, ("fingerprint",))
+        begun = read_record(begun_path, "fingerprint")
         if begun is None or begun["fingerprint"] != fingerprint:
             for path in (*outputs, *scratch):
                 remove(path)
@@ -261,7 +261,7 @@ class RunFolder:
             remove(path)
 
     def _has_record(self, name: str, fingerprint: str) -> bool:
-        record = _read_record(self.stage_file(name), ("fingerprint",))
+        record = read_record(self.stage_file(name), "fingerprint")
         return record is not None and record["fingerprint"] == fingerprint
 
     def sweep(self) -> None:
@@ -312,15 +312,6 @@ def file_identity(path: Path) -> dict[str, Any]:
         str(file.relative_to(path) if path.is_dir() else file.name): [file.stat().st_size, file.stat().st_mtime_ns]
         for file in files
     }
-
-
-def _read_record(path: Path, keys: tuple[str, ...]) -> dict[str, Any] | None:
-    """Read a stage's record; return None if it is missing or damaged, so that the stage has to be repeated."""
-    try:
-        value = read_json(path)
-    except UnfinishedError:
-        return None
-    return value if isinstance(value, dict) and all(key in value for key in keys) else None
 
 
 def _sizes(root: Path, outputs: tuple[Path, ...]) -> dict[str, int]:

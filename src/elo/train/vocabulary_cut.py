@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from elo.checkpoint.architecture import find_architecture
-from elo.checkpoint.counting import read_config, text_config
+from elo.checkpoint.counting import read_config
+from elo.checkpoint.model_config import text_config_of
 from elo.data.packing import IGNORE_INDEX
 from elo.data.shards import PreparedData
 from elo.errors import EloError
@@ -40,7 +41,7 @@ def choose_rows(
         base: checkpoint folder, whose configuration names the special tokens.
         sample: number of unused rows to draw at random and keep.
     """
-    config = text_config(read_config(str(base), trust_remote_code=trust_remote_code))
+    config = text_config_of(read_config(str(base), trust_remote_code=trust_remote_code))
     used = np.zeros(int(config.vocab_size), bool)
     for language in data.languages:
         for corpus in data.train(language):

@@ -23,6 +23,7 @@ from elo.errors import EloError
 from elo.format import listed
 from elo.log import Progress
 from elo.store.files import write_json
+from elo.store.remote import output_file
 from elo.vocab.pieces import Identity, PieceLearner, compare_tokenizers, extend_tokenizer, require_old_ids
 from elo.vocab.rows import INITIALISATIONS, NewTokens, RowInit, extend_checkpoint
 from elo.vocab.words import Fertility, measure_fertility
@@ -77,9 +78,9 @@ def measure_vocabulary(
     Raises:
         EloError: an input cannot be read, or the tokenizer cannot be extended.
     """
-
     if not corpora:
         raise EloError("vocab: nothing to measure on; give --corpus LANGUAGE=FILE")
+    target_file = output_file(output)
     targets = names_of(target)
     for language in targets:
         if language not in corpora:
@@ -151,8 +152,8 @@ def measure_vocabulary(
                 }
             )
         results["advice"] = _advice(targets, before, results["candidates"])
-    if output is not None:
-        write_json(Path(output), results)
+    if target_file is not None:
+        write_json(target_file, results)
     return results
 
 
@@ -201,7 +202,6 @@ def extend_vocabulary(
     Raises:
         EloError: an input cannot be read or does not fit, or the tokenizer cannot be extended.
     """
-
     for name, value in (("--init", init), ("--head-init", head_init or init)):
         if value not in INITIALISATIONS:
             raise EloError(f"{name} {value!r}: unknown; choose one of {', '.join(INITIALISATIONS)}")
@@ -267,13 +267,11 @@ def extend_vocabulary(
 
 
 def _backend(path: str | Path, trust_remote_code: bool) -> Tokenizer:
-
     return load_tokenizer(path, trust_remote_code).backend
 
 
 def _count(tokenizer: TextTokenizer, texts: Sequence[str]) -> TextCounts:
     """Return the sum of the texts' `TextCounts`."""
-
     return TextCounts(*sum(tokenizer.encode_and_check(batch)[1].sum(axis=0) for batch in batched(texts)).tolist())
 
 
@@ -283,7 +281,6 @@ def _limit(target: bool) -> int:
 
 def _read(path: str | Path, text_column: str, limit: int, label: str) -> tuple[list[str], list[str]]:
     """Read `limit` characters; return documents to learn from and documents to measure on."""
-
     documents: list[list[str]] = [[], []]
     with Progress(limit, f"vocab: reading {label}", "characters") as progress:
         for number, text in enumerate(_until(read_documents(path, text_column), limit)):
@@ -313,7 +310,6 @@ def _origin(old: Tokenizer, token: str) -> list[int]:
 
 
 def _read_rows(path: Path) -> dict[str, torch.Tensor]:
-
     if not path.is_file():
         raise EloError(f"--rows {path}: no such file; give a safetensors file with embedding and head rows")
     try:

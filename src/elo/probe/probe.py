@@ -20,6 +20,7 @@ from elo.errors import EloError
 from elo.evaluate.loading import load_model
 from elo.evaluate.scoring import longest_sequence
 from elo.identities import checkpoint_identity
+from elo.probe import SEQUENCE_LENGTH, TOKENS
 from elo.probe.base import MODULES, Scores, Subject
 from elo.probe.chart import draw_scores
 from elo.probe.choice import TO_KEEP, check_auto, choose, mean_scores
@@ -31,9 +32,6 @@ from elo.store.run_folder import Artifact, RunFolder
 from elo.train.arguments import bf16_pays
 
 FILE_NAME = "probe.json"
-TOKENS = 256
-"""Default tokens per language. With them, a model of 135M parameters takes less than 5 minutes on one CPU core."""
-SEQUENCE_LENGTH = 64
 
 
 def probe(

@@ -485,7 +485,7 @@ def _shares(run: RunConfig) -> Iterator[float]:
     """Yield the share of the budget of each phase of the run's method."""
     share = run.method.alignment_share
     for phase in run.method.phases:
-        yield {"pretraining": 1 - share, "alignment": share, "all": 1.0}[phase.rows]
+        yield {"pretraining": 1 - share, "alignment": share, "all": 1.0}[phase.portion]
 
 
 def _spent(trial: schema.Trial, kind: str) -> float:

@@ -20,7 +20,7 @@ from elo.train.bridge import Bridge, install_bridge
 from elo.train.prepared import Prepared
 from elo.train.settings import Part, TrainingSettings, check_also_train
 
-Rows = Literal["pretraining", "alignment", "all"]
+Portion = Literal["pretraining", "alignment", "all"]
 Scale = float | Literal["search"]
 
 
@@ -31,7 +31,7 @@ class Phase:
     Attributes:
         name: name in records, folder names and `training.phases`.
         middle: treatment of the layers that are not in `layers`; see `Middle`.
-        rows: part of the token budget; `all` is `pretraining` followed by `alignment`.
+        portion: portion of the token budget; `all` is `pretraining` followed by `alignment`.
         also_train: trained parts outside the decoder layers.
         lora_rank: rank of the adapters, if `middle` is `adapted`.
         learning_rate: peak rate if the configuration has none.
@@ -39,7 +39,7 @@ class Phase:
 
     name: str
     middle: Middle
-    rows: Rows = "all"
+    portion: Portion = "all"
     also_train: tuple[Part, ...] = ()
     lora_rank: int = 0
     learning_rate: float = 1e-4
@@ -106,7 +106,7 @@ class Method(BaseModel):
 
     @property
     def alignment_share(self) -> float:
-        """Share of the token budget for the phases with rows `alignment`."""
+        """Share of the token budget for the phases with portion `alignment`."""
         return 0.0
 
     @property

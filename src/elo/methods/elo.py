@@ -1,12 +1,12 @@
 """ELO (arXiv 2601.03648): detach layers, train them on the target language, attach them, align the whole model."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from elo.checkpoint.architecture import layers_of
-from elo.methods.base import Method, Phase, Scale, Setup, register
+from elo.methods.base import Method, Phase, Portion, Scale, Setup, register
 from elo.methods.lora import add_adapters
 from elo.train.prepared import Prepared
 from elo.train.settings import Part
@@ -57,8 +57,8 @@ class Elo(Method):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        rows: Any = "all" if self.alignment == "none" else "pretraining"
-        pretraining = Phase("elo_pretraining", self.middle, rows, self.also_train, learning_rate=5e-4)
+        portion: Portion = "all" if self.alignment == "none" else "pretraining"
+        pretraining = Phase("elo_pretraining", self.middle, portion, self.also_train, learning_rate=5e-4)
         if self.alignment == "none":
             return (pretraining,)
         if self.alignment == "full":

@@ -72,9 +72,9 @@ def _check_divided(method: Method, phase: Phase, settings: TrainingSettings) -> 
             "processes; remove fsdp and deepspeed"
         )
     if not settings.training_arguments.get("deepspeed"):
-        if settings.divides_model and method.name == "frozen" and method.changes_layers:
+        if settings.divides_model and method.inexact_with_fsdp:
             raise EloError(
-                f"{where}: method.backward_share below 1 gives other weights with FSDP than in one process; remove fsdp"
+                f"{where}: {method.inexact_with_fsdp} gives other weights with FSDP than in one process; remove fsdp"
             )
         return
     # ZeRO copies the gradients of all parameters into one buffer that is laid out when training begins.

@@ -45,6 +45,10 @@ class Frozen(Method):
     def changes_layers(self) -> bool:
         return self.backward_share < 1
 
+    @property
+    def inexact_with_fsdp(self) -> str | None:
+        return "method.backward_share below 1" if self.changes_layers else None
+
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         prepared = super().prepare(model, phase, setup)
         if self.backward_share == 1:

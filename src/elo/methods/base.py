@@ -109,6 +109,11 @@ class Method(BaseModel):
         """Share of the token budget for the phases with portion `alignment`."""
         return 0.0
 
+    def share_of(self, phase: Phase) -> float:
+        """Return the share of the token budget that one of the method's phases trains on."""
+        share = self.alignment_share
+        return {"pretraining": 1 - share, "alignment": share, "all": 1.0}[phase.portion]
+
     @property
     def needs_new_rows(self) -> bool:
         """Whether the method requires a base with an extended vocabulary."""

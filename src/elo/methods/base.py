@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import nn
 from transformers import PreTrainedModel
@@ -67,6 +68,10 @@ class Setup:
     layers: Sequence[int] = ()
     bridge: Bridge | None = None
     seed: int = 0
+
+    def generator(self, number: int) -> torch.Generator:
+        """Return the random generator of draw `number`, which does not depend on earlier draws, so runs can resume."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + number)
 
 
 class Method(BaseModel):

@@ -59,8 +59,7 @@ class Frozen(Method):
         below = [each for index in setup.layers if index < top for each in parameters_in(layers[index], self.module)]
 
         def before_step(step: int, optimizer: Any) -> None:
-            generator = torch.Generator().manual_seed(setup.seed * 1_000_003 + step)
-            drawn = float(torch.rand((), generator=generator)) < self.backward_share
+            drawn = float(torch.rand((), generator=setup.generator(step))) < self.backward_share
             for parameter in below:
                 parameter.requires_grad_(drawn)
             if drawn:

@@ -6,10 +6,10 @@ imports every file here. The configuration, the plan, the report and the tests r
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -195,6 +195,27 @@ class Method(BaseModel):
             module=self.module,
             **counting,
         )
+
+
+class ChosenLayers(Method):
+    """A method that trains the chosen layers, and parts outside them."""
+
+    also_train: tuple[Part, ...] = ("embedding", "head")
+    """Parts outside the layers that train too, and are attached with detached layers: embedding, norm, head."""
+    embedding_rows: Literal["all", "new"] = "all"
+    """Vocabulary rows to train in a trained embedding and head; `new` is only those that `elo vocab extend` added."""
+
+    @model_validator(mode="after")
+    def _rows_of_something(self) -> Self:
+        if self.embedding_rows == "new" and not {"embedding", "head"} & set(self.also_train):
+            raise ValueError(
+                "embedding_rows: new needs a trained embedding or head; name one in also_train, or write all"
+            )
+        return self
+
+    @property
+    def needs_new_rows(self) -> bool:
+        return self.embedding_rows == "new"
 
 
 M = TypeVar("M", bound=Method)

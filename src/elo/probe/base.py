@@ -30,13 +30,13 @@ class Subject:
 
     Attributes:
         model: the model, with all parameters frozen.
-        rows: token ids [N, T] by language.
+        sequences: token ids [N, T] by language.
         sentences: token ids of parallel sentences by language, in the same order; empty without parallel text.
         autocast: compute dtype; None is the model's.
     """
 
     model: PreTrainedModel
-    rows: Mapping[str, Tensor]
+    sequences: Mapping[str, Tensor]
     sentences: Mapping[str, Sequence[Tensor]]
     autocast: torch.dtype | None = None
 

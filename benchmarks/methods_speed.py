@@ -107,8 +107,7 @@ def main() -> None:
     contestants = {}
     for name, phases in best.items():
         method = configs[name].method
-        shares = {"pretraining": 1 - method.alignment_share, "alignment": method.alignment_share, "all": 1.0}
-        parts = [(shares[phase.rows], phases[phase.name]) for phase in method.phases]
+        parts = [(method.share_of(phase), phases[phase.name]) for phase in method.phases]
         contestants[name] = {
             "phases": phases,
             "tokens_per_cpu_second": 1 / sum(share / each["tokens_per_cpu_second"] for share, each in parts),

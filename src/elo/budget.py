@@ -24,8 +24,8 @@ class Sequences:
 
     Attributes:
         mixture: source of the sequences; sequence i does not depend on which others are read.
-        pretraining: number of sequences for phases with rows `pretraining`.
-        alignment: number of sequences for phases with rows `alignment`.
+        pretraining: number of sequences for phases with portion `pretraining`.
+        alignment: number of sequences for phases with portion `alignment`.
     """
 
     mixture: Mixture
@@ -38,7 +38,7 @@ class Sequences:
             "pretraining": (0, self.pretraining),
             "alignment": (self.pretraining, self.pretraining + self.alignment),
             "all": (0, self.pretraining + self.alignment),
-        }[phase.rows]
+        }[phase.portion]
         return self.mixture.rows(start, stop)
 
     def first(self, tokens: int) -> MixtureRows:
@@ -85,13 +85,13 @@ def divide_sequences(config: RunConfig, total: int) -> tuple[int, int]:
     """Divide `total` packed sequences into whole updates.
 
     Returns:
-        Number of sequences for phases with rows `pretraining` or `all`, and for phases with rows `alignment`.
+        Number of sequences for phases with portion `pretraining` or `all`, and for phases with portion `alignment`.
 
     Raises:
         EloError: `total` is less than one update of each phase.
     """
     length = config.data.sequence_length
-    steps = {phase.rows: rows_per_step(length, config.settings(phase)) for phase in config.method.phases}
+    steps = {phase.portion: rows_per_step(length, config.settings(phase)) for phase in config.method.phases}
     alignment = 0
     if "alignment" in steps:
         step = steps["alignment"]
@@ -100,7 +100,7 @@ def divide_sequences(config: RunConfig, total: int) -> tuple[int, int]:
     pretraining = max(0, total - alignment) // step * step
     too_short = alignment > total or (pretraining == 0 and len(steps) > ("alignment" in steps))
     if too_short:
-        needed = " and ".join(f"{count * length:,} ({rows})" for rows, count in steps.items())
+        needed = " and ".join(f"{count * length:,} ({portion})" for portion, count in steps.items())
         raise EloError(
             f"tokens: the budget of {total * length:,} tokens is less than one update of each phase, which takes "
             f"{needed}; give more text or tokens, or lower training.tokens_per_step"

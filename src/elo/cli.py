@@ -14,6 +14,7 @@ from elo.cli_observing import observing
 from elo.cli_options import Config, LostText, Overwrite, Set, SplitSpecials, Trust
 from elo.cli_values import files_by_language, names, numbers, texts_by_language
 from elo.errors import EloError, StoppedBySignalError
+from elo.probe import SEQUENCE_LENGTH, TOKENS
 from elo.store.files import disk_problem
 
 app = typer.Typer(
@@ -367,8 +368,8 @@ def probe(
     criteria: Annotated[
         str, typer.Option(help="Criteria, joined by commas; by default all that the text allows.")
     ] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens per language.")] = 256,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Length of a sequence, in tokens.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per language.")] = TOKENS,
+    sequence_length: Annotated[int, typer.Option(min=8, help="Length of a sequence, in tokens.")] = SEQUENCE_LENGTH,
     text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
     trust_remote_code: Trust = False,

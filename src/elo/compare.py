@@ -206,9 +206,9 @@ class _Comparison:
             return max(1, round(speed * seconds / self._step(name))) * self._step(name)
 
         def look(output: Path, *, seconds: float, **decisive: Any) -> dict[str, Any]:
-            run = self._run(name, 1)
+            method = self._run(name, 1).method
             step = self._step(name)
-            shortest = int(_FIRST_LOOK_STEPS * step / min(_shares(run)))
+            shortest = int(_FIRST_LOOK_STEPS * step / min(map(method.share_of, method.phases)))
             rates = _middle(self._grids(name))
 
             def looked(tokens: int) -> schema.Trial:
@@ -479,13 +479,6 @@ def _identity(name: str, rates: Rates, tokens: int, seed: int) -> str:
 
 def _middle(grids: dict[str, list[float]]) -> Rates:
     return {phase: grid[len(grid) // 2] for phase, grid in grids.items()}
-
-
-def _shares(run: RunConfig) -> Iterator[float]:
-    """Yield the share of the budget of each phase of the run's method."""
-    share = run.method.alignment_share
-    for phase in run.method.phases:
-        yield {"pretraining": 1 - share, "alignment": share, "all": 1.0}[phase.rows]
 
 
 def _spent(trial: schema.Trial, kind: str) -> float:

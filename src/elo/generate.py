@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from elo.checkpoint.architecture import is_recurrent, layers_of
-from elo.checkpoint.layer_outputs import LayerOutputs
+from elo.checkpoint.layer_outputs import LayerOutputs, with_entering
 from elo.data.tokenizer import TextTokenizer, load_tokenizer
 from elo.errors import EloError
 from elo.evaluate.evaluate import evaluate
@@ -129,9 +129,7 @@ class EarlyExit:
         return output, leaving
 
     def _enter(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
-        if args:
-            return (self._entering, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._entering}
+        return with_entering(args, kwargs, self._entering)
 
 
 def generate(

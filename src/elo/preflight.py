@@ -33,13 +33,14 @@ log = logging.getLogger(__name__)
 
 def check_inputs(config: RunConfig) -> None:
     """Raise EloError if the configuration or an input file is wrong, without loading anything."""
-
     for phase in config.method.phases:
         _check_divided(config.method, phase, config.settings(phase))
     for phase in config.method.phases:
         check_settings(config.settings(phase), config.data.sequence_length, "training")
     require_local(config.output, "output")
     output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise EloError(f"output: {output}: is a file; give a folder for the run")
     if output.is_dir() and any(output.iterdir()) and not (output / "stages").is_dir():
         raise EloError(f"output: {output}: the folder is not empty and is not an ELO run; choose another")
     for language, path in config.evaluation.cloze.items():
@@ -52,8 +53,6 @@ def check_inputs(config: RunConfig) -> None:
         measure.check(f"evaluation.{measure.name}")
     for language in config.evaluation.prompts:
         _check_language(config, language, "evaluation.prompts")
-    if Path(config.output).exists() and not Path(config.output).is_dir():
-        raise EloError(f"output: {config.output}: is a file; give a folder for the run")
 
 
 def _check_language(config: RunConfig, language: str, key: str) -> None:
@@ -73,9 +72,9 @@ def _check_divided(method: Method, phase: Phase, settings: TrainingSettings) -> 
             "processes; remove fsdp and deepspeed"
         )
     if not settings.training_arguments.get("deepspeed"):
-        if settings.divides_model and method.name == "frozen" and method.changes_layers:
+        if settings.divides_model and method.inexact_with_fsdp:
             raise EloError(
-                f"{where}: method.backward_share below 1 gives other weights with FSDP than in one process; remove fsdp"
+                f"{where}: {method.inexact_with_fsdp} gives other weights with FSDP than in one process; remove fsdp"
             )
         return
     # ZeRO copies the gradients of all parameters into one buffer that is laid out when training begins.

@@ -252,7 +252,7 @@ def train(
         measured: function called with bits per byte by language at each measurement.
     """
     tokens = len(rows) * rows.mixture.sequence_length
-    say(f"{label}: {tokens:,} tokens ({phase.rows} part of the budget)")
+    say(f"{label}: {tokens:,} tokens ({phase.portion} portion of the budget)")
     measure = heldout_evaluator(
         PreparedData.open(data.path),
         languages,

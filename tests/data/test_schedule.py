@@ -43,8 +43,9 @@ def test_each_part_keeps_its_shares_and_corpora_are_read_on():
     which = np.array([which for which, _ in found])
     assert abs((which[:250] == 2).sum() - 125) < 1.001
     assert abs((which[250:1000] == 2).sum() - 75) < 1.001
-    assert not (which[250:] == 1).any()
-    assert abs((which[1000:] == 2).sum() - 50) < 2, "the last part goes on"
+    assert not (which[250:1000] == 1).any()
+    assert abs((which[1000:] == 2).sum() - 100) < 2, "after the end, the shares are the means"
+    assert abs((which[1000:] == 1).sum() - 25) < 2
 
 
 def test_any_window_can_be_entered_anywhere_and_the_identity_holds_the_boundaries():
@@ -53,6 +54,15 @@ def test_any_window_can_be_entered_anywhere_and_the_identity_holds_the_boundarie
     for index in range(5):
         assert (rows[15 + index]["input_ids"] == again[index]["input_ids"]).all()
     assert rows.identity() == _schedule().rows(240, 260).identity() != _schedule(1004).rows(240, 260).identity()
+
+
+def test_unseen_text_has_the_languages_of_every_part():
+    first = Mixture([("ko", 0.5, _stream("ko")), ("en", 0.5, _stream("en"))])
+    schedule = Schedule([(1, first), (1, Mixture([("ko", 1.0, _stream("ko"))]))], 40)
+    found = schedule.rows_by_language(40, 2)
+    assert {language: len(rows) for language, rows in found.items()} == {"en": 2, "ko": 2}
+    (en,) = [index for index, source in enumerate(schedule.sources) if source.language == "en"]
+    assert (found["en"][0]["input_ids"] == schedule.sources[en].stream.row(10).input_ids).all(), "10 are trained on"
 
 
 @pytest.fixture(scope="module")

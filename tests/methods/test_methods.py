@@ -326,7 +326,7 @@ def test_elo_paper_is_as_published():
 def test_every_method_divides_the_whole_budget():
     for name in METHODS:
         chosen = method(name)
-        parts = {phase.rows for phase in chosen.phases}
+        parts = {phase.portion for phase in chosen.phases}
         assert parts in ({"all"}, {"pretraining", "alignment"}, {"alignment"}), name
         assert (chosen.alignment_share > 0) == ("alignment" in parts), name
         assert len({phase.name for phase in chosen.phases}) == len(chosen.phases), name

@@ -81,7 +81,7 @@ def test_a_plan_has_the_phases_tokens_and_flops_of_the_run(llama_8b: Path, name:
     for phase, found in zip(config.method.phases, result.run.phases, strict=True):
         flops = config.method.flops_per_token(phase, counted, (0, 31), 2048, activation_checkpointing=True)
         assert (found.name, found.middle) == (phase.name, phase.middle)
-        assert found.tokens == sequences[phase.rows] * 2048
+        assert found.tokens == sequences[phase.portion] * 2048
         assert found.flops_per_token.total == flops.total and found.flops == flops.total * found.tokens
 
 

@@ -23,19 +23,19 @@ from elo.probe.base import MODULES, Subject
 from elo.probe.choice import choose
 from elo.probe.criteria import CRITERIA
 from elo.probe.probe import probe
-from elo.probe.text import make_rows
+from elo.probe.text import make_sequences
 from elo.run import run
 from elo.surgery.in_memory import detach_layers
 
 ONE_WORD = {"layer": ("",), "attention": ("self_attn",), "mlp": ("mlp",)}
 
 
-def subject(model=None, rows=4, length=12):
+def subject(model=None, sequences=4, length=12):
     model = model or tiny_llama()
     model.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(3)
     vocab = model.get_input_embeddings().weight.shape[0]
-    ids = {name: torch.randint(3, vocab, (rows, length), generator=generator) for name in ("xx", "en")}
+    ids = {name: torch.randint(3, vocab, (sequences, length), generator=generator) for name in ("xx", "en")}
     sentences = {
         name: [torch.randint(3, vocab, (size,), generator=generator) for size in (4, 7, 5)] for name in ("xx", "en")
     }
@@ -50,7 +50,7 @@ def loss(model, ids):
 def test_skipping_a_layer_is_the_loss_of_the_model_without_it():
     of = subject()
     scores = CRITERIA["skipping"].score(of)
-    for language, ids in of.rows.items():
+    for language, ids in of.sequences.items():
         base = float(loss(of.model, ids))
         for index in range(4):
             without = detach_layers(of.model, [each for each in range(4) if each != index])
@@ -64,7 +64,7 @@ def test_skipping_a_layer_is_the_loss_of_the_model_without_it():
 def test_block_influence_compares_hidden_states():
     of = subject()
     scores = CRITERIA["block_influence"].score(of)
-    ids = of.rows["xx"]
+    ids = of.sequences["xx"]
     states = of.model.model(input_ids=ids, output_hidden_states=True).hidden_states
     for index in range(3):  # the last state is after the final norm
         cosine = nn.functional.cosine_similarity(states[index], states[index + 1], dim=-1)
@@ -76,7 +76,7 @@ def test_gradient_and_fisher_are_those_of_autograd():
     of = subject()
     gradient, fisher = (CRITERIA[name].score(of) for name in ("gradient", "fisher"))
     model = copy.deepcopy(of.model).requires_grad_(True)
-    ids = of.rows["en"]
+    ids = of.sequences["en"]
 
     def squared(text):
         model.zero_grad()
@@ -101,7 +101,7 @@ def test_adaptability_is_the_gain_of_updates_of_the_module_alone(monkeypatch):
     monkeypatch.setattr(adaptability, "STEP", 0.02)
     of = subject(length=16)
     scores = CRITERIA["adaptability"].score(of)
-    ids = of.rows["xx"]
+    ids = of.sequences["xx"]
     for which, (word,) in ONE_WORD.items():
         model = copy.deepcopy(of.model).requires_grad_(True)
         before = float(loss(model, ids[2:]))
@@ -118,7 +118,7 @@ def test_parallel_sees_the_same_sentences_as_the_same():
     of = subject()
     scores = CRITERIA["parallel"].score(of)
     assert all(0 < each < 2 for which in MODULES for each in scores[which]["xx-en"])
-    same = Subject(of.model, of.rows, {"xx": of.sentences["xx"], "en": of.sentences["xx"]})
+    same = Subject(of.model, of.sequences, {"xx": of.sentences["xx"], "en": of.sentences["xx"]})
     assert all(abs(each) < 1e-5 for which in MODULES for each in CRITERIA["parallel"].score(same)[which]["xx-en"])
 
 
@@ -176,10 +176,10 @@ def test_selections_that_a_probe_makes():
 
 def test_rows_need_text():
     documents = [torch.arange(40).numpy(), torch.arange(5).numpy(), torch.arange(30).numpy()]
-    rows = make_rows("xx", documents, 20, 10)
-    assert rows.tolist()[0] == list(range(10)) and rows.shape == (2, 10)
+    sequences = make_sequences("xx", documents, 20, 10)
+    assert sequences.tolist()[0] == list(range(10)) and sequences.shape == (2, 10)
     with pytest.raises(EloError, match="probe: xx: 5 tokens of text do not fill two sequences of 10"):
-        make_rows("xx", documents[1:2], 20, 10)
+        make_sequences("xx", documents[1:2], 20, 10)
 
 
 @pytest.fixture(scope="module")

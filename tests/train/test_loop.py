@@ -1,10 +1,8 @@
 """Training: what is frozen stays bit-identical, a restart changes nothing, packed documents stay apart."""
 
 import copy
-import json
 import signal
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +19,6 @@ from elo.train.checkpoints import MANIFEST, check_checkpoint, latest_checkpoint
 from elo.train.loop import train
 from elo.train.loss import install_head_loss
 from elo.train.phase import _freeze_in
-from elo.train.vocabulary_cut import choose_rows
 
 STEPS = 8
 
@@ -433,13 +430,3 @@ def test_models_that_cannot_isolate_documents_train_unpacked_only(tmp_path, fami
     unpacked = Mixture([("xx", 1.0, stream)]).rows(0, 6 * 4)
     result = train(model, unpacked, settings=SETTINGS, output_dir=tmp_path / "unpacked", seed=0)
     assert result.losses[-1]["loss"] < result.losses[0]["loss"]
-
-
-def test_rows_of_a_checkpoint_with_code_of_its_own_are_chosen_if_it_is_trusted(tmp_path):
-    (tmp_path / "own.py").write_text(
-        "from transformers import PreTrainedConfig\n\n\nclass Own(PreTrainedConfig):\n    model_type = 'own_rows'\n"
-    )
-    described = {"model_type": "own_rows", "auto_map": {"AutoConfig": "own.Own"}, "vocab_size": 9, "eos_token_id": 7}
-    (tmp_path / "config.json").write_text(json.dumps(described))
-    data = SimpleNamespace(languages=(), prefix_token_id=1, eos_token_id=7)
-    assert choose_rows(data, tmp_path, sample=0, seed=1, trust_remote_code=True).tolist() == [1, 7]

@@ -7,7 +7,7 @@ from transformers import CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, 
 from transformers.models.auto import AutoModelForCausalLM
 
 from elo.errors import EloError
-from elo.train.loss import LogitTransform, head_cross_entropies, head_cross_entropy, install_head_loss
+from elo.train.loss import LogitTransform, head_cross_entropies, install_head_loss
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 VOCAB = {"vocab_size": 50, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
@@ -31,6 +31,10 @@ def _inputs(bias=False, n=37, d=12, v=23):
     return hidden, weight, labels, torch.randn(v, generator=generator).requires_grad_() if bias else None
 
 
+def _loss(hidden_ND, *arguments, **options):
+    return head_cross_entropies([hidden_ND], *arguments, **options)[0]
+
+
 @pytest.mark.parametrize("implementation", ["chunked", "plain", "linear_cross_entropy"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(scale=0.5, softcap=4.0)])
@@ -44,9 +48,7 @@ def test_equals_reference_with_gradients(implementation, bias, transform):
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
     expected = F.cross_entropy(logits, labels, reduction="sum")
     expected_gradients = torch.autograd.grad(3 * expected, parameters)
-    got = head_cross_entropy(
-        hidden, weight, labels, bias_V=bias_V, transform=transform, implementation=implementation, chunk=8
-    )
+    got = _loss(hidden, weight, labels, bias_V=bias_V, transform=transform, implementation=implementation, chunk=8)
     gradients = torch.autograd.grad(3 * got, parameters)
     torch.testing.assert_close(got, expected)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
@@ -57,8 +59,8 @@ def test_equals_reference_with_gradients(implementation, bias, transform):
 def test_only_the_rows_that_train_get_a_gradient(bias):
     hidden, weight, labels, bias_V = _inputs(bias)
     wanted = [hidden, weight] + ([bias_V] if bias else [])
-    whole = head_cross_entropy(hidden, weight, labels, bias_V=bias_V, implementation="chunked", chunk=8)
-    part = head_cross_entropy(hidden, weight, labels, bias_V=bias_V, implementation="chunked", chunk=8, first_row=9)
+    whole = _loss(hidden, weight, labels, bias_V=bias_V, implementation="chunked", chunk=8)
+    part = _loss(hidden, weight, labels, bias_V=bias_V, implementation="chunked", chunk=8, first_row=9)
     assert torch.equal(whole, part)
     expected, got = torch.autograd.grad(whole, wanted), torch.autograd.grad(part, wanted)
     assert torch.equal(got[0], expected[0])
@@ -68,7 +70,7 @@ def test_only_the_rows_that_train_get_a_gradient(bias):
 
 def test_frozen_head_gets_no_gradient_and_costs_none():
     hidden, weight, labels, _ = _inputs()
-    loss = head_cross_entropy(hidden, weight.detach(), labels, implementation="chunked", chunk=8)
+    loss = _loss(hidden, weight.detach(), labels, implementation="chunked", chunk=8)
     made = [gradient for gradient, _ in loss.grad_fn.gradients]
     assert made[0] is not None
     assert made[1] is None and made[2] is None
@@ -81,10 +83,10 @@ def test_frozen_head_gets_no_gradient_and_costs_none():
 def test_the_weights_gradient_under_autocast_is_summed_in_fp32():
     hidden, weight, labels, _ = _inputs(n=512)
     rounded = [each.detach().bfloat16().float().requires_grad_() for each in (hidden, weight)]
-    whole = head_cross_entropy(*rounded, labels, implementation="chunked", chunk=8)
+    whole = _loss(*rounded, labels, implementation="chunked", chunk=8)
     (expected,) = torch.autograd.grad(whole, rounded[1])
     with torch.autocast("cpu", torch.bfloat16):
-        loss = head_cross_entropy(hidden, weight, labels, implementation="chunked", chunk=8)
+        loss = _loss(hidden, weight, labels, implementation="chunked", chunk=8)
     (got,) = torch.autograd.grad(loss, weight)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, expected, rtol=0.0, atol=4e-3 * float(expected.abs().max()))
@@ -129,9 +131,7 @@ def test_several_losses_are_their_weighted_sum(implementation, bias):
     other = (hidden * 0.3).detach().requires_grad_()
     parameters = [hidden, other, weight] + ([bias_V] if bias else [])
     options = {"bias_V": bias_V, "transform": LogitTransform(scale=0.5, softcap=4.0)}
-    each = [
-        head_cross_entropy(block, weight, labels, implementation="plain", **options) for block in (hidden, other, other)
-    ]
+    each = [_loss(block, weight, labels, implementation="plain", **options) for block in (hidden, other, other)]
     expected = torch.autograd.grad(each[0] + 0.25 * each[1] + 2 * each[2], parameters)
     loss, nats_S = head_cross_entropies(
         [hidden, other, other],

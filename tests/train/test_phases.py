@@ -6,15 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from data_fixtures import make_texts, make_tokenizer, write_jsonl
 from method_fixtures import CASES, FIRST_NEW_ROW, case_id
 from surgery_fixtures import stored
 from training_fixtures import LENGTH, SETTINGS, VOCAB, corpus, rows, supervision, tiny_llama
 
+from elo.data.prepare import prepare
 from elo.errors import EloError, StoppedBySignalError
 from elo.evaluate.bits_per_byte import bits_per_byte
 from elo.train.arguments import rows_per_step
 from elo.train.phase import train_checkpoint
-from elo.train.vocabulary_cut import CutSequences, VocabularyCut
+from elo.train.vocabulary_cut import CutSequences, VocabularyCut, choose_rows
 
 WHOLE = 96
 """Rows of the models' vocabulary; the text uses the first VOCAB of them."""
@@ -186,6 +188,28 @@ def test_a_cut_model_computes_with_the_rows_that_are_kept(tmp_path):
     sequences = CutSequences([{"input_ids": ids[0].numpy(), "shift_labels": labels.numpy(), "position_ids": 1}], cut)
     assert sequences[0]["input_ids"].tolist() == [3, VOCAB, 5]
     assert len(sequences) == sequences[0]["position_ids"] == 1
+
+
+def test_rows_of_a_checkpoint_with_code_of_its_own_are_those_of_the_training_text(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from transformers import PreTrainedConfig\n\n\nclass Own(PreTrainedConfig):\n    model_type = 'own_rows'\n"
+    )
+    described = {
+        "model_type": "own_rows",
+        "auto_map": {"AutoConfig": "own.Own"},
+        "vocab_size": 420,
+        "pad_token_id": 410,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    text = str(write_jsonl(tmp_path / "xx.jsonl", make_texts(20)))
+    data = prepare(make_tokenizer(), {"xx": text}, tmp_path / "data", progress=False)
+    (trained,) = data.train("xx")
+    used = {int(token) for index in range(trained.num_documents) for token in trained.document(index)} | {0, 1, 410}
+    assert 3 < len(used) < 300
+    rows = choose_rows(data, tmp_path, sample=0, seed=1, trust_remote_code=True).tolist()
+    assert rows == sorted(used)
+    more = choose_rows(data, tmp_path, sample=4, seed=1, trust_remote_code=True).tolist()
+    assert len(more) == len(rows) + 4 and set(more) > used
 
 
 @pytest.mark.parametrize("kept", [[], [0, WHOLE]])

@@ -1,4 +1,4 @@
-"""Record what decoder layers put out during a forward pass, and find the norm that turns it into the head's input."""
+"""Hidden states that enter and leave decoder layers, and the norm that turns the last ones into the head's input."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -38,9 +38,29 @@ class LayerOutputs:
     def _record(self, index: int) -> Any:
         def after(_: nn.Module, inputs: Any, output: Any) -> None:
             if self._recorded is not None:
-                self._recorded[index] = output[0] if isinstance(output, tuple) else output
+                self._recorded[index] = leaving(output)
 
         return after
+
+
+def entering(args: Any, kwargs: Any) -> Any:
+    """Return the hidden states among a layer's arguments; None if there are none."""
+    return args[0] if args else kwargs.get("hidden_states")
+
+
+def with_entering(args: Any, kwargs: Any, hidden: Tensor | None) -> tuple[Any, Any]:
+    """Return a layer's arguments with other hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def leaving(output: Any) -> Any:
+    """Return the hidden states in the output of a layer or a module."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_leaving(output: Any, hidden: Tensor) -> Any:
+    """Return the output of a layer or a module with other hidden states."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:

@@ -15,6 +15,7 @@ from elo.evaluate.measures import MEASURES, Measure
 from elo.evaluate.translation import Translation
 from elo.methods import METHODS, Method, Phase, section_of_name
 from elo.methods.lora import Lora
+from elo.probe import SEQUENCE_LENGTH, TOKENS
 from elo.train.settings import TrainingSection, TrainingSettings
 
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -304,9 +305,9 @@ else:
 class ProbeConfig(_Section):
     """The probe of `layers: auto` and of `profile: probe`, on training text (docs/probe.md)."""
 
-    tokens: Annotated[int, BeforeValidator(_whole_number)] = Field(256, gt=0)
+    tokens: Annotated[int, BeforeValidator(_whole_number)] = Field(TOKENS, gt=0)
     """Number of tokens per language."""
-    sequence_length: int = Field(64, ge=8)
+    sequence_length: int = Field(SEQUENCE_LENGTH, ge=8)
     """Length of a sequence, in tokens."""
     parallel: str | None = Field(None, min_length=1)
     """File with parallel sentences, one column per language, for the criterion `parallel`."""

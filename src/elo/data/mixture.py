@@ -154,19 +154,21 @@ class Mixture:
 
 
 class Schedule(Mixture):
-    """Mixtures that follow one another, each for its share of `total` sequences; the last one goes on without end.
+    """Mixtures that follow one another, each for its share of `total` sequences.
 
     A corpus that several of them read is read on, not from its beginning. Shares are exact within each mixture as in
-    `Mixture`; those of `sources` are means over the schedule.
+    `Mixture`; those of `sources` are means over the schedule. Beyond `total`, all sources go on with their mean shares.
     """
 
     def __init__(self, parts: Sequence[tuple[float, Mixture]], total: int) -> None:
         self._parts = list(parts)
         lengths = [Fraction(length) for length, _ in parts]
         mixtures = [mixture for _, mixture in parts]
-        self._starts = [round(total * sum(lengths[:part]) / sum(lengths)) for part in range(len(parts))]
+        self._starts = [round(total * sum(lengths[:part]) / sum(lengths)) for part in range(len(parts) + 1)]
         self.seed, self.sequence_length = mixtures[0].seed, mixtures[0].sequence_length
-        self.origin = {"schedule": [[start, each.origin] for start, each in zip(self._starts, mixtures, strict=True)]}
+        self.origin = {
+            "schedule": [[start, each.origin] for start, each in zip(self._starts[:-1], mixtures, strict=True)]
+        }
         places: dict[tuple[str, str], int] = {}
         self.sources, self._places = [], []
         read: dict[int, int] = {}
@@ -181,10 +183,11 @@ class Schedule(Mixture):
                     self.sources[place] = replace(source, share=self.sources[place].share + share)
                 places_here.append((place, read.get(place, 0)))
             self._places.append(places_here)
-            if number + 1 < len(mixtures):
-                counts = _count(mixture._root, self._starts[number + 1] - self._starts[number])
-                for which, (place, before) in enumerate(places_here):
-                    read[place] = before + counts.get(which, 0)
+            counts = _count(mixture._root, self._starts[number + 1] - self._starts[number])
+            for which, (place, before) in enumerate(places_here):
+                read[place] = before + counts.get(which, 0)
+        self._mixtures = [*mixtures, Mixture(self.sources, self.seed)]
+        self._places.append([(place, read[place]) for place in range(len(self.sources))])
 
     def over(self, total: int) -> "Schedule":
         """Return the same schedule for another number of sequences."""
@@ -192,7 +195,7 @@ class Schedule(Mixture):
 
     def find(self, index: int) -> tuple[int, int]:
         part = max(bisect_right(self._starts, index) - 1, 0)
-        which, inside = self._parts[part][1].find(index - self._starts[part])
+        which, inside = self._mixtures[part].find(index - self._starts[part])
         place, before = self._places[part][which]
         return place, before + inside
 

@@ -6,9 +6,10 @@ imports every file here. The configuration, the plan, the report and the tests r
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, field_validator
+import torch
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,7 +21,7 @@ from elo.train.bridge import Bridge, install_bridge
 from elo.train.prepared import Prepared
 from elo.train.settings import Part, TrainingSettings, check_also_train
 
-Rows = Literal["pretraining", "alignment", "all"]
+Portion = Literal["pretraining", "alignment", "all"]
 Scale = float | Literal["search"]
 
 
@@ -31,7 +32,7 @@ class Phase:
     Attributes:
         name: name in records, folder names and `training.phases`.
         middle: treatment of the layers that are not in `layers`; see `Middle`.
-        rows: part of the token budget; `all` is `pretraining` followed by `alignment`.
+        portion: portion of the token budget; `all` is `pretraining` followed by `alignment`.
         also_train: trained parts outside the decoder layers.
         lora_rank: rank of the adapters, if `middle` is `adapted`.
         learning_rate: peak rate if the configuration has none.
@@ -39,7 +40,7 @@ class Phase:
 
     name: str
     middle: Middle
-    rows: Rows = "all"
+    portion: Portion = "all"
     also_train: tuple[Part, ...] = ()
     lora_rank: int = 0
     learning_rate: float = 1e-4
@@ -67,6 +68,10 @@ class Setup:
     layers: Sequence[int] = ()
     bridge: Bridge | None = None
     seed: int = 0
+
+    def generator(self, number: int) -> torch.Generator:
+        """Return the random generator of draw `number`, which does not depend on earlier draws, so runs can resume."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + number)
 
 
 class Method(BaseModel):
@@ -106,8 +111,13 @@ class Method(BaseModel):
 
     @property
     def alignment_share(self) -> float:
-        """Share of the token budget for the phases with rows `alignment`."""
+        """Share of the token budget for the phases with portion `alignment`."""
         return 0.0
+
+    def share_of(self, phase: Phase) -> float:
+        """Return the share of the token budget that one of the method's phases trains on."""
+        share = self.alignment_share
+        return {"pretraining": 1 - share, "alignment": share, "all": 1.0}[phase.portion]
 
     @property
     def needs_new_rows(self) -> bool:
@@ -118,6 +128,11 @@ class Method(BaseModel):
     def changes_layers(self) -> bool:
         """Whether the layers that train change between updates."""
         return self.redraws_layers
+
+    @property
+    def inexact_with_fsdp(self) -> str | None:
+        """Setting with which FSDP gives other weights than one process, which is refused; None for none."""
+        return None
 
     @property
     def probe_criterion(self) -> str | None:
@@ -180,6 +195,27 @@ class Method(BaseModel):
             module=self.module,
             **counting,
         )
+
+
+class ChosenLayers(Method):
+    """A method that trains the chosen layers, and parts outside them."""
+
+    also_train: tuple[Part, ...] = ("embedding", "head")
+    """Parts outside the layers that train too, and are attached with detached layers: embedding, norm, head."""
+    embedding_rows: Literal["all", "new"] = "all"
+    """Vocabulary rows to train in a trained embedding and head; `new` is only those that `elo vocab extend` added."""
+
+    @model_validator(mode="after")
+    def _rows_of_something(self) -> Self:
+        if self.embedding_rows == "new" and not {"embedding", "head"} & set(self.also_train):
+            raise ValueError(
+                "embedding_rows: new needs a trained embedding or head; name one in also_train, or write all"
+            )
+        return self
+
+    @property
+    def needs_new_rows(self) -> bool:
+        return self.embedding_rows == "new"
 
 
 M = TypeVar("M", bound=Method)

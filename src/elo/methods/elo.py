@@ -1,19 +1,19 @@
 """ELO (arXiv 2601.03648): detach layers, train them on the target language, attach them, align the whole model."""
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from elo.checkpoint.architecture import layers_of
-from elo.methods.base import Method, Phase, Scale, Setup, register
+from elo.methods.base import ChosenLayers, Phase, Portion, Scale, Setup, register
 from elo.methods.lora import add_adapters
 from elo.train.prepared import Prepared
 from elo.train.settings import Part
 
 
 @register
-class Elo(Method):
+class Elo(ChosenLayers):
     """Train the chosen layers in a detached model, attach them, and align the whole model briefly.
 
     The defaults are starting points that were not tuned (dev/LOG.md). `elo_paper` is the published method.
@@ -24,10 +24,6 @@ class Elo(Method):
     middle: Literal["bridged", "removed"] = "bridged"
     """Replacement for the other layers in the detached model: `bridged` is a frozen linear map fitted on the base,
     `removed` is none."""
-    also_train: tuple[Part, ...] = ("embedding", "head")
-    """Parts outside the layers that are trained and attached with them: embedding, norm, head."""
-    embedding_rows: Literal["all", "new"] = "all"
-    """Vocabulary rows to train in a trained embedding and head; `new` is only those that `elo vocab extend` added."""
     scale: Scale = "search"
     """Factor of the detached model's change when it is attached. `search` tries several scales and takes the one with
     the lowest loss over all languages."""
@@ -39,26 +35,14 @@ class Elo(Method):
     share: float = Field(0.5, gt=0, lt=1)
     """Share of the run's tokens for layer alignment."""
 
-    @model_validator(mode="after")
-    def _rows_of_something(self) -> "Elo":
-        if self.embedding_rows == "new" and not {"embedding", "head"} & set(self.also_train):
-            raise ValueError(
-                "embedding_rows: new needs a trained embedding or head; name one in also_train, or write all"
-            )
-        return self
-
-    @property
-    def needs_new_rows(self) -> bool:
-        return self.embedding_rows == "new"
-
     @property
     def alignment_share(self) -> float:
         return 0.0 if self.alignment == "none" else self.share
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        rows: Any = "all" if self.alignment == "none" else "pretraining"
-        pretraining = Phase("elo_pretraining", self.middle, rows, self.also_train, learning_rate=5e-4)
+        portion: Portion = "all" if self.alignment == "none" else "pretraining"
+        pretraining = Phase("elo_pretraining", self.middle, portion, self.also_train, learning_rate=5e-4)
         if self.alignment == "none":
             return (pretraining,)
         if self.alignment == "full":

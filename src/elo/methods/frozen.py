@@ -9,14 +9,13 @@ from transformers import PreTrainedModel
 
 from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.footprint import Flops, Footprint
-from elo.methods.base import Method, Phase, Setup, parameters_in, register
+from elo.methods.base import ChosenLayers, Phase, Setup, parameters_in, register
 from elo.methods.gradient_floor import GradientFloor
 from elo.train.prepared import Prepared
-from elo.train.settings import Part
 
 
 @register
-class Frozen(Method):
+class Frozen(ChosenLayers):
     """Train the chosen layers in the whole model, with the other layers frozen.
 
     With `backward_share` below 1, only that share of the updates, drawn at random, computes the gradient below the
@@ -26,16 +25,8 @@ class Frozen(Method):
 
     label: ClassVar[str] = "Frozen middle"
     name: Literal["frozen"] = "frozen"
-    also_train: tuple[Part, ...] = ("embedding", "head")
-    """Trained parts outside the layers: embedding, norm, head."""
-    embedding_rows: Literal["all", "new"] = "all"
-    """Vocabulary rows to train in a trained embedding and head; `new` is only those that `elo vocab extend` added."""
     backward_share: float = Field(1.0, ge=0, le=1)
     """Share of the updates that compute the gradient below the topmost block of trained layers."""
-
-    @property
-    def needs_new_rows(self) -> bool:
-        return self.embedding_rows == "new"
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -44,6 +35,10 @@ class Frozen(Method):
     @property
     def changes_layers(self) -> bool:
         return self.backward_share < 1
+
+    @property
+    def inexact_with_fsdp(self) -> str | None:
+        return "method.backward_share below 1" if self.changes_layers else None
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         prepared = super().prepare(model, phase, setup)
@@ -55,8 +50,7 @@ class Frozen(Method):
         below = [each for index in setup.layers if index < top for each in parameters_in(layers[index], self.module)]
 
         def before_step(step: int, optimizer: Any) -> None:
-            generator = torch.Generator().manual_seed(setup.seed * 1_000_003 + step)
-            drawn = float(torch.rand((), generator=generator)) < self.backward_share
+            drawn = float(torch.rand((), generator=setup.generator(step))) < self.backward_share
             for parameter in below:
                 parameter.requires_grad_(drawn)
             if drawn:

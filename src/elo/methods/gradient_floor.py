@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elo.checkpoint.architecture import find_architecture, layers_of
+from elo.checkpoint.layer_outputs import entering, with_entering
 
 
 class _Scaled(torch.autograd.Function):
@@ -63,9 +64,7 @@ class GradientFloor:
                 change = functools.partial(_scaled, factor=self._scale[1])
             else:
                 return None
-            if args:
-                return (change(args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+            return with_entering(args, kwargs, change(entering(args, kwargs)))
 
         return before
 

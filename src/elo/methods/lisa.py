@@ -46,7 +46,7 @@ class Lisa(Method):
 
         def before_step(step: int, optimizer: Any) -> None:
             turn, inside = divmod(step, self.period)
-            generator = torch.Generator().manual_seed(setup.seed * 1_000_003 + turn)
+            generator = setup.generator(turn)
             chosen = set(torch.randperm(len(layers), generator=generator)[:num_drawn].tolist())
             if floor is not None:
                 first = int(torch.randint(len(layers) - num_drawn + 1, (), generator=generator))

@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from elo.checkpoint.architecture import layers_of, modules_of
 from elo.checkpoint.footprint import Footprint, LayerFootprint
+from elo.checkpoint.layer_outputs import entering
 from elo.checkpoint.model_config import text_config_of
 from elo.plan.memory import Kind, Precision, SavedActivations
 from elo.surgery.layer_config import with_layers
@@ -210,7 +211,7 @@ def _saved_bytes(model: PreTrainedModel, layers: nn.ModuleList, length: int) -> 
     def enter(position: int) -> Any:
         def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             inside[0] = position
-            hidden = arguments[0] if arguments else keywords.get("hidden_states")
+            hidden = entering(arguments, keywords)
             if isinstance(hidden, Tensor):
                 found[_INPUT] = float(hidden.numel() * hidden.element_size())
 

@@ -173,9 +173,7 @@ def _memory(
     kind: Kind = machine.device.kind
     precision = machine.precision(settings)
     cut = settings.vocabulary == "corpus"
-    saved = model.saved(
-        phase, training, precision=precision, kind=kind, frozen_in_fp32=method.redraws_layers
-    )  # fmt: skip
+    saved = model.saved(phase, training, precision=precision, kind=kind, frozen_in_fp32=method.redraws_layers)
     return phase_memory(
         model.counted(settings),
         saved,

@@ -213,7 +213,7 @@ def _plan_method(model: Model, machine: Machine, config: RunConfig, layers: Sequ
             phase,
             layers,
             config.settings(phase),
-            tokens=sequences[phase.rows] * length,
+            tokens=sequences[phase.portion] * length,
             sequence_length=length,
         )
         for phase in method.phases

@@ -5,9 +5,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from elo.format import count, duration
+from elo.plan.devices import GIB
 from elo.plan.schema import MethodPlan, PhasePlan, Plan
 
-_GIB = 2**30
 _PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -50,7 +50,7 @@ def _headline(plan: Plan) -> str:
         f"{model.name} ({model.model_type}): {count(model.total_parameters)} parameters{experts}\n"
         f"  embedding {count(model.embedding_parameters)}, head {head}, {model.num_layers} layers of {each}{cut}\n"
         f"  selected layers {', '.join(map(str, model.layers))}; "
-        f"{device.count} x {device.name}, {device.memory_bytes / _GIB:.1f} GiB each\n"
+        f"{device.count} x {device.name}, {device.memory_bytes / GIB:.1f} GiB each\n"
     )
 
 
@@ -112,5 +112,5 @@ def _phase_label(method: MethodPlan, phase: PhasePlan) -> str:
 
 
 def _gib(size: float) -> str:
-    gib = size / _GIB
+    gib = size / GIB
     return f"{gib:.1f}" if gib >= 10 else f"{gib:.2f}"

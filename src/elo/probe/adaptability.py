@@ -24,7 +24,7 @@ def score(subject: Subject) -> Scores:
     All modules share the first gradient, which is computed once.
     """
     found = {}
-    for language, ids_NT in subject.rows.items():
+    for language, ids_NT in subject.sequences.items():
         half = (len(ids_NT) + 1) // 2
         learned, measured = Trace(subject, ids_NT[:half]), Trace(subject, ids_NT[-half:])
         with gradients(subject), torch.enable_grad():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elo.checkpoint.architecture import LayerModule, layers_of, modules_in
+from elo.checkpoint.layer_outputs import entering, leaving, with_leaving
 from elo.evaluate.scoring import forward_logits
 
 MODULES: tuple[LayerModule, ...] = ("layer", "attention", "mlp")
@@ -29,13 +30,13 @@ class Subject:
 
     Attributes:
         model: the model, with all parameters frozen.
-        rows: token ids [N, T] by language.
+        sequences: token ids [N, T] by language.
         sentences: token ids of parallel sentences by language, in the same order; empty without parallel text.
         autocast: compute dtype; None is the model's.
     """
 
     model: PreTrainedModel
-    rows: Mapping[str, Tensor]
+    sequences: Mapping[str, Tensor]
     sentences: Mapping[str, Sequence[Tensor]]
     autocast: torch.dtype | None = None
 
@@ -124,17 +125,20 @@ class Trace:
 
     def input(self, index: int) -> Tensor:
         """Return the hidden states that enter layer `index`."""
-        return hidden_of(*self._calls[index])
+        hidden: Tensor = entering(*self._calls[index])
+        return hidden
 
     def output(self, index: int) -> Tensor:
         """Return the hidden states that leave layer `index`."""
-        return first_of(self._outputs[index])
+        hidden: Tensor = leaving(self._outputs[index])
+        return hidden
 
     def output_again(self, index: int) -> Tensor:
         """Compute layer `index` again on the same input, and return the hidden states that leave it."""
         args, kwargs = self._calls[index]
         with self.subject.computing():
-            return first_of(self.subject.layers[index](*args, **kwargs))
+            hidden: Tensor = leaving(self.subject.layers[index](*args, **kwargs))
+        return hidden
 
     def loss(self, index: int) -> Tensor:
         """Return the mean nats per predicted token, computed from layer `index` upwards."""
@@ -149,8 +153,7 @@ class Trace:
         layer, recorded = self.subject.layers[index], self._outputs[index]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = hidden_of(args, kwargs) if output is None else output
-            return (hidden, *recorded[1:]) if isinstance(recorded, tuple) else hidden
+            return with_leaving(recorded, entering(args, kwargs) if output is None else output)
 
         layer.forward = forward
         try:
@@ -169,23 +172,8 @@ class Trace:
             yield
 
 
-def hidden_of(args: Any, kwargs: Any) -> Tensor:
-    """Return the hidden states among a layer's arguments."""
-    hidden = args[0] if args else kwargs["hidden_states"]
-    assert isinstance(hidden, Tensor)
-    return hidden
-
-
-def first_of(output: Any) -> Tensor:
-    """Return the hidden states in the output of a layer or a module."""
-    found = output[0] if isinstance(output, tuple) else output
-    assert isinstance(found, Tensor)
-    return found
-
-
 def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
-    zeros = torch.zeros_like(first_of(output))
-    return (zeros, *output[1:]) if isinstance(output, tuple) else zeros
+    return with_leaving(output, torch.zeros_like(leaving(output)))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ def score(subject: Subject) -> Scores:
     Without the whole layer, its output is its input.
     """
     found = {}
-    for language, ids_NT in subject.rows.items():
+    for language, ids_NT in subject.sequences.items():
         trace = Trace(subject, ids_NT)
 
         def influence(index: int, which: LayerModule, trace: Trace = trace) -> float:

@@ -9,10 +9,12 @@ from elo.probe.base import MODULES, Scores, Subject, by_module, criterion, sums_
 def score(subject: Subject) -> Scores:
     """Score by the trace of the empirical Fisher information: squared gradients of single sequences, averaged."""
     found = {}
-    for language, ids_NT in subject.rows.items():
-        of_rows = [
+    for language, ids_NT in subject.sequences.items():
+        of_sequences = [
             sums_of_gradients(subject, row_1T, lambda weight, gradient: gradient.float().square().sum())
             for row_1T in ids_NT.split(1)
         ]
-        found[language] = {which: torch.tensor([sums[which] for sums in of_rows]).mean(0).tolist() for which in MODULES}
+        found[language] = {
+            which: torch.tensor([sums[which] for sums in of_sequences]).mean(0).tolist() for which in MODULES
+        }
     return by_module(found)

@@ -7,7 +7,7 @@ from elo.probe.base import Scores, Subject, by_module, criterion, sums_of_gradie
 def score(subject: Subject) -> Scores:
     """Score by the norm of the loss's gradient, over all text at once."""
     found = {}
-    for language, ids_NT in subject.rows.items():
+    for language, ids_NT in subject.sequences.items():
         sums = sums_of_gradients(subject, ids_NT, lambda weight, gradient: gradient.float().square().sum())
         found[language] = {which: [each**0.5 for each in values] for which, values in sums.items()}
     return by_module(found)

@@ -19,7 +19,7 @@ def score(subject: Subject) -> Scores:
     the input that it multiplies. As in SAAP, each kind counts by the inverse of its variance, here between sequences.
     """
     found = {}
-    for language, ids_NT in subject.rows.items():
+    for language, ids_NT in subject.sequences.items():
         fine, coarse = [], []
         for row_1T in ids_NT.split(1):
             activations: dict[int, Tensor] = {}

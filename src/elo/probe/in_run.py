@@ -10,7 +10,7 @@ from elo.methods import Method
 from elo.probe.base import Scores
 from elo.probe.choice import TO_TRAIN, Choice, choose, mean_scores
 from elo.probe.probe import frozen_model, score_once
-from elo.probe.text import ProbeText, make_rows, read_sentences
+from elo.probe.text import ProbeText, make_sequences, read_sentences
 from elo.store.run_folder import Artifact, RunFolder
 
 
@@ -25,8 +25,8 @@ def choices(
     auto = parse_auto(config.layers) if method.uses_layers else None
     if auto is None and method.probe_criterion is None:
         return None, method
-    rows = {
-        language: make_rows(
+    sequences = {
+        language: make_sequences(
             language,
             (corpus.document(index) for corpus in data.train(language) for index in range(corpus.num_documents)),
             settings.tokens,
@@ -38,7 +38,7 @@ def choices(
     if settings.parallel is not None:
         encoder = load_tokenizer(tokenizer, config.trust_remote_code)
         sentences = read_sentences(settings.parallel, config.data.languages, encoder, settings.sequence_length)
-    text = ProbeText(rows, sentences)
+    text = ProbeText(sequences, sentences)
 
     def load() -> PreTrainedModel:
         return frozen_model(base.path, config.trust_remote_code)

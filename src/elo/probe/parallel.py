@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from elo.checkpoint.architecture import LayerModule, modules_in
-from elo.probe.base import MODULES, Scores, Subject, criterion, first_of
+from elo.checkpoint.layer_outputs import leaving
+from elo.probe.base import MODULES, Scores, Subject, criterion
 
 _BATCH = 16
 
@@ -57,7 +58,7 @@ def _sentence_means(subject: Subject, sentences: Sequence[Tensor]) -> dict[Layer
 
 
 def _record(outputs: dict[Any, Tensor], key: Any, mask_NT: Tensor, module: nn.Module, args: Any, output: Any) -> None:
-    hidden_NTD = nn.functional.normalize(first_of(output).float(), dim=-1)
+    hidden_NTD = nn.functional.normalize(leaving(output).float(), dim=-1)
     if hidden_NTD.ndim == 2:  # a module that sees the tokens of all sentences in one row
         hidden_NTD = hidden_NTD.view(*mask_NT.shape, -1)
     outputs[key] = (hidden_NTD * mask_NT[..., None]).sum(1) / mask_NT.sum(1, keepdim=True)

@@ -20,20 +20,18 @@ from elo.errors import EloError
 from elo.evaluate.loading import load_model
 from elo.evaluate.scoring import longest_sequence
 from elo.identities import checkpoint_identity
+from elo.probe import SEQUENCE_LENGTH, TOKENS
 from elo.probe.base import MODULES, Scores, Subject
 from elo.probe.chart import draw_scores
 from elo.probe.choice import TO_KEEP, check_auto, choose, mean_scores
 from elo.probe.criteria import CRITERIA
-from elo.probe.text import ProbeText, read_rows, read_sentences
+from elo.probe.text import ProbeText, read_sentences, read_sequences
 from elo.store.environment import hardware, versions
 from elo.store.files import read_json, write_json
 from elo.store.run_folder import Artifact, RunFolder
 from elo.train.arguments import bf16_pays
 
 FILE_NAME = "probe.json"
-TOKENS = 256
-"""Default tokens per language. With them, a model of 135M parameters takes less than 5 minutes on one CPU core."""
-SEQUENCE_LENGTH = 64
 
 
 def probe(
@@ -71,12 +69,12 @@ def probe(
     names = _known(criteria, parallel is not None)
     base = resolve_checkpoint(model, trust_remote_code=trust_remote_code)
     encoder = load_tokenizer(tokenizer or str(base), trust_remote_code)
-    rows = {
-        language: read_rows(language, path, encoder, tokens, sequence_length, text_column)
+    sequences = {
+        language: read_sequences(language, path, encoder, tokens, sequence_length, text_column)
         for language, path in corpora.items()
     }
     sentences = read_sentences(parallel, list(corpora), encoder, sequence_length) if parallel else {}
-    text = ProbeText(rows, sentences)
+    text = ProbeText(sequences, sentences)
     folder = RunFolder(Path(output))
     load = functools.cache(lambda: frozen_model(base, trust_remote_code))
     with folder.locked():
@@ -89,7 +87,7 @@ def probe(
             "model": str(model),
             "num_layers": footprint(read_config(str(base), trust_remote_code=trust_remote_code)).num_layers,
             "languages": list(corpora),
-            "tokens": {language: ids.numel() for language, ids in rows.items()},
+            "tokens": {language: ids.numel() for language, ids in sequences.items()},
             "parallel_sentences": len(next(iter(sentences.values()), ())),
             "hardware": hardware(),
             "versions": versions(),
@@ -121,12 +119,12 @@ def _score(
     model = load()
     device = next(model.parameters()).device
     limit = longest_sequence(model)
-    length = max(ids.shape[1] for ids in text.rows.values())
+    length = max(ids.shape[1] for ids in text.sequences.values())
     if limit is not None and length > limit:
         raise EloError(f"probe: sequence length {length}: the model has {limit} positions; write at most that")
-    rows = {language: ids.to(device) for language, ids in text.rows.items()}
+    sequences = {language: ids.to(device) for language, ids in text.sequences.items()}
     autocast = torch.bfloat16 if bf16_pays(device.type) else None
-    scores = CRITERIA[criterion].score(Subject(model, rows, text.sentences, autocast))
+    scores = CRITERIA[criterion].score(Subject(model, sequences, text.sentences, autocast))
     return {
         "label": CRITERIA[criterion].label,
         "scores": scores,

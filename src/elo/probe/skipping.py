@@ -10,7 +10,7 @@ from elo.probe.base import Scores, Subject, Trace, by_module, criterion, score_e
 def score(subject: Subject) -> Scores:
     """Score by the increase of the loss, the logarithm of the perplexity, when the module is skipped."""
     found = {}
-    for language, ids_NT in subject.rows.items():
+    for language, ids_NT in subject.sequences.items():
         trace = Trace(subject, ids_NT)
 
         def increase(index: int, which: LayerModule, trace: Trace = trace) -> float:

@@ -20,15 +20,15 @@ PAIRS = 48
 
 @dataclass(frozen=True)
 class ProbeText:
-    """Token ids: `rows` [N, T] by language, `sentences` by language, in the same order."""
+    """Token ids: `sequences` [N, T] by language, `sentences` by language, in the same order."""
 
-    rows: Mapping[str, Tensor]
+    sequences: Mapping[str, Tensor]
     sentences: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
     def identity(self) -> str:
         """Identify the text by its token ids."""
         digest = hashlib.sha256()
-        for texts in (self.rows, self.sentences):
+        for texts in (self.sequences, self.sentences):
             for language, ids in texts.items():
                 digest.update(language.encode())
                 for row in ids:
@@ -36,11 +36,11 @@ class ProbeText:
         return digest.hexdigest()
 
 
-def make_rows(language: str, documents: Iterable[np.ndarray], tokens: int, sequence_length: int) -> Tensor:
-    """Fill rows [N, T] with the first T tokens of each document, one after the other.
+def make_sequences(language: str, documents: Iterable[np.ndarray], tokens: int, sequence_length: int) -> Tensor:
+    """Fill sequences [N, T] with the first T tokens of each document, one after the other.
 
     Raises:
-        EloError: there is less text than two rows need.
+        EloError: there is less text than two sequences need.
     """
     wanted = max(2, -(-tokens // sequence_length)) * sequence_length
     pieces: list[np.ndarray] = []
@@ -60,13 +60,13 @@ def make_rows(language: str, documents: Iterable[np.ndarray], tokens: int, seque
     return torch.from_numpy(np.concatenate(pieces)[: whole * sequence_length].reshape(whole, sequence_length))
 
 
-def read_rows(
+def read_sequences(
     language: str, path: str, tokenizer: TextTokenizer, tokens: int, sequence_length: int, text_column: str
 ) -> Tensor:
-    """Fill rows with the first documents of a corpus; see `make_rows`."""
+    """Fill sequences with the first documents of a corpus; see `make_sequences`."""
     texts = (text[: 16 * sequence_length] for text in read_documents(path, text_column))
     documents = (document for text in texts for document in tokenizer.encode_documents([text]))
-    return make_rows(language, documents, tokens, sequence_length)
+    return make_sequences(language, documents, tokens, sequence_length)
 
 
 def read_sentences(

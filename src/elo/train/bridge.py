@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from elo.checkpoint.architecture import find_architecture, layers_of
+from elo.checkpoint.layer_outputs import entering, with_entering
 from elo.checkpoint.layers import Gap, gaps_between
 from elo.errors import EloError
 from elo.evaluate.scoring import evaluating, rope_regime, takes_position_ids
@@ -119,10 +120,10 @@ def fit_bridge(
         raise EloError("method.middle: bridged: every layer is chosen, so nothing is bridged; write middle: removed")
     fits = [_Regression() for _ in gaps]
     with evaluating(model) as device, ExitStack() as hooks:
-        entering: dict[int, Tensor] = {}
-        leaving: dict[int, Tensor] = {}
+        before: dict[int, Tensor] = {}
+        after: dict[int, Tensor] = {}
         for index, gap in enumerate(gaps):
-            for place, kept in ((gap.start, entering), (gap.stop, leaving)):
+            for place, kept in ((gap.start, before), (gap.stop, after)):
                 hooks.callback(_record_input(_module_at(model, place), kept, index).remove)
         for number, batch in enumerate(_batches(rows, model.config)):
             inputs = {"input_ids": batch["input_ids"].to(device)}
@@ -134,7 +135,7 @@ def fit_bridge(
                 text = inputs["attention_mask"].bool()
             model.base_model(**inputs, use_cache=False)
             for index, fit in enumerate(fits):
-                x, y = (hidden.pop(index)[text] for hidden in (entering, leaving))
+                x, y = (hidden.pop(index)[text] for hidden in (before, after))
                 fit.add(x, y, checked=number % round(1 / _CHECKED_SHARE) == 1)
     solved = [max((fit.solve(ridge) for ridge in ridges), key=lambda each: each.explained) for fit in fits]
     return Bridge(
@@ -160,7 +161,7 @@ def install_bridge(detached: PreTrainedModel, bridge: Bridge) -> Callable[[], No
         hidden, weight = _hidden(args, kwargs), module.elo_bridge_weight
         assert isinstance(weight, Tensor) and isinstance(module.elo_bridge_bias, Tensor)
         change = F.linear(hidden.to(weight.dtype), weight, module.elo_bridge_bias)
-        return _with_hidden(args, kwargs, hidden + change.to(hidden.dtype))
+        return with_entering(args, kwargs, hidden + change.to(hidden.dtype))
 
     undo = ExitStack()
     for gap, weight, bias in zip(bridge.gaps, bridge.weights, bridge.biases, strict=True):
@@ -184,14 +185,14 @@ class _Regression:
         self.fitted: dict[str, Tensor] = {}
         self.checked: dict[str, Tensor] = {}
 
-    def add(self, entering: Tensor, leaving: Tensor, *, checked: bool) -> None:
+    def add(self, before: Tensor, after: Tensor, *, checked: bool) -> None:
         """Add tokens: two tensors [..., D]."""
-        x = entering.detach().reshape(-1, entering.shape[-1]).double()
-        y = leaving.detach().reshape(-1, leaving.shape[-1]).double()
+        x = before.detach().reshape(-1, before.shape[-1]).double()
+        y = after.detach().reshape(-1, after.shape[-1]).double()
         if x.shape != y.shape:
             raise EloError(
-                f"method.middle: bridged: the middle changes the shape of hidden states from {list(entering.shape)} to "
-                f"{list(leaving.shape)}; write method.middle: removed"
+                f"method.middle: bridged: the middle changes the shape of hidden states from {list(before.shape)} to "
+                f"{list(after.shape)}; write method.middle: removed"
             )
         weight = y.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
         ones = torch.ones_like(weight)
@@ -277,11 +278,7 @@ def _record_input(module: nn.Module, kept: dict[int, Tensor], index: int) -> Any
 
 
 def _hidden(args: Any, kwargs: Any) -> Tensor:
-    hidden = args[0] if args else kwargs.get("hidden_states")
+    hidden = entering(args, kwargs)
     if not isinstance(hidden, Tensor):
         raise EloError("method.middle: this model's layers do not take a single tensor; write method.middle: removed")
     return hidden
-
-
-def _with_hidden(args: Any, kwargs: Any, hidden: Tensor) -> Any:
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

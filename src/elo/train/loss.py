@@ -155,11 +155,6 @@ def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
         total_VD += left_VC @ right_CD
 
 
-def head_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, **options: Any) -> Tensor:
-    """Compute the summed cross-entropy of next-token prediction, in nats: `head_cross_entropies` of one block."""
-    return head_cross_entropies([hidden_ND], weight_VD, labels_N, **options)[0]
-
-
 def head_cross_entropies(
     hiddens_ND: Sequence[Tensor],
     weight_VD: Tensor,
@@ -255,7 +250,7 @@ def install_head_loss(
     effect. If they differ, the model keeps its own path, as with `implementation="model"`.
 
     Args:
-        implementation: as for `head_cross_entropy`.
+        implementation: as for `head_cross_entropies`.
         autocast_dtype: autocast dtype of the training; frozen parts may have it while others are fp32.
         first_row: first row of the head's weight whose gradient is needed.
         supervised: weight of the loss of each internal layer whose output is supervised, through the model's own final
@@ -338,6 +333,11 @@ def _eager_head_loss(
     )
 
 
+def _trial_ids(model: PreTrainedModel) -> Tensor:
+    num_rows = model.get_output_embeddings().weight.shape[0]
+    return torch.arange(8, device=model.device).unsqueeze(0) % num_rows
+
+
 @torch.no_grad()
 def _head_is_separable(
     model: PreTrainedModel,
@@ -353,7 +353,7 @@ def _head_is_separable(
         return False
     training = model.training
     model.eval()
-    ids = torch.arange(8, device=weight.device).unsqueeze(0) % weight.shape[0]
+    ids = _trial_ids(model)
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * enlarge, *inputs[1:]))
     try:
         theirs = original(input_ids=ids, use_cache=False).logits.float()
@@ -376,9 +376,8 @@ def _norm_is_separable(model: PreTrainedModel, decoder: nn.Module) -> bool:
     last = len(layers_of(model)) - 1
     outputs = LayerOutputs(model, [last])
     try:
-        ids = torch.arange(8, device=model.device).unsqueeze(0)
         with outputs.recording() as found:
-            theirs = decoder(input_ids=ids, use_cache=False)[0]
+            theirs = decoder(input_ids=_trial_ids(model), use_cache=False)[0]
         return torch.equal(final_norm(model)(found[last]), theirs)
     finally:
         outputs.remove()

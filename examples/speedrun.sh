@@ -19,7 +19,11 @@ SOURCE="${SOURCE:?set SOURCE to text in the source language}"
 TARGET_LANGUAGE="${TARGET_LANGUAGE:-ko}"  # ISO 639-1 codes, so that the language of answers can be identified
 SOURCE_LANGUAGE="${SOURCE_LANGUAGE:-en}"
 OUT="${OUT:-runs/speedrun}"
-if (( ${TOKENS//_/} < 10000000 )); then LENGTH=512 STEP=4096 CHAT_STEP=1024; else LENGTH=4096 STEP=524288 CHAT_STEP=65536; fi
+if (( ${TOKENS//_/} < 10000000 )); then
+    LENGTH=512 STEP=4096 CHAT_STEP=1024 HELDOUT_BYTES=20000
+else
+    LENGTH=4096 STEP=524288 CHAT_STEP=65536 HELDOUT_BYTES=400000
+fi
 mkdir -p "$OUT"
 
 # 1. How many tokens does the target language take, and would new vocabulary pieces pay?
@@ -44,6 +48,7 @@ data:
   corpora: {$TARGET_LANGUAGE: "$TARGET", $SOURCE_LANGUAGE: "$SOURCE"}
   sequence_length: $LENGTH
 training: {tokens_per_step: $STEP}
+evaluation: {max_bytes: $HELDOUT_BYTES}
 chat:
   model: $CHAT
   data: {$TARGET_LANGUAGE: "$TALK_TARGET", $SOURCE_LANGUAGE: "$TALK_SOURCE"}

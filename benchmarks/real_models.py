@@ -7,7 +7,7 @@
 The packages hold 4-bit GGUF files: SmolLM2-135M-Instruct (Apache-2.0) and Gemma 3 270M (Gemma terms). They are
 dequantised by transformers (which needs the package `gguf`) and stored in bf16. The weights stay out of this
 repository. Rounding to 4 bits damages a model, and a method that trains all layers first repairs the damage. Heal the
-checkpoint before any comparison (benchmarks/heal_smollm2.yaml; for Gemma no recipe is known yet: dev/LOG.md, section 23).
+checkpoint before any comparison (benchmarks/heal_smollm2.yaml; no recipe for Gemma is known: dev/LOG.md, section 23).
 """
 
 import argparse

@@ -24,7 +24,7 @@ OF_SOURCES = ("test_packaging.py", "test_structure.py")
 def installed(session: nox.Session, versions: str) -> None:
     """Build the wheel, install it, run the quickstart from it and pass the tests."""
     built = Path(session.create_tmp()) / "dist"
-    session.run("uv", "build", "--wheel", "--out-dir", str(built), str(ROOT), external=True)
+    session.run_install("uv", "build", "--wheel", "--out-dir", str(built), str(ROOT), external=True)
     (wheel,) = built.glob("*.whl")
     resolution = {"oldest": "lowest-direct", "newest": "highest"}[versions]
     session.install("--torch-backend", "auto", "--resolution", resolution, f"{wheel}[dev]")

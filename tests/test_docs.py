@@ -37,6 +37,15 @@ def test_links_lead_to_files(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_evidence_exists(page: Path) -> None:
+    """Tests, benchmarks and results that a page names, by path or, for tests, by name."""
+    text = page.read_text(encoding="utf-8")
+    names = set(re.findall(r"`(test_\w+\.py)", text)) - {path.name for path in (ROOT / "tests").rglob("*.py")}
+    paths = {path for path in re.findall(r"`((?:benchmarks|tests)/[\w./-]+\.\w+)", text) if not (ROOT / path).exists()}
+    assert not names | paths
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lists_follow_a_blank_line(page: Path) -> None:
     """GitHub shows a list that follows text at once; mkdocs shows it as text."""
     lines = without_code(page.read_text(encoding="utf-8")).split("\n")

@@ -12,7 +12,7 @@ from run_fixtures import write_world
 
 from elo.cli import main
 from elo.errors import EloError
-from elo.log import thinned
+from elo.log import short, thinned
 from elo.run import run
 from elo.store import live
 from elo.watch import Stage, is_finished, read_stages, render
@@ -117,3 +117,7 @@ def test_long_curves_are_thinned() -> None:
     assert thinned([1, 2, 3]) == [1, 2, 3]
     few = thinned(list(range(10_001)))
     assert len(few) <= 500 and few[-1] == 10_000 and few == sorted(few)
+
+
+def test_a_count_just_below_a_unit_is_one_of_it() -> None:
+    assert [short(value) for value in (999, 999_400, 999_600, 12_300)] == ["999", "999 K", "1 M", "12.3 K"]

@@ -8,13 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from elo.cli_checkpoints import checkpoints
-from elo.cli_fewshot import app as few_shot_commands
-from elo.cli_generate import generation
+from elo.cli_measuring import measuring
 from elo.cli_observing import observing
 from elo.cli_options import Config, LostText, Overwrite, Set, SplitSpecials, Trust
-from elo.cli_values import files_by_language, names, numbers, texts_by_language
+from elo.cli_values import files_by_language, numbers
 from elo.errors import EloError, StoppedBySignalError
-from elo.probe import SEQUENCE_LENGTH, TOKENS
 from elo.store.files import disk_problem
 
 app = typer.Typer(
@@ -30,10 +28,9 @@ vocab = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-app.add_typer(vocab, name="vocab")
 app.add_typer(checkpoints)
-app.add_typer(few_shot_commands)
-app.add_typer(generation)
+app.add_typer(measuring)
+app.add_typer(vocab, name="vocab")
 app.add_typer(observing)
 
 
@@ -110,120 +107,6 @@ def config_(
 
 
 @app.command()
-def detach(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    layers: Annotated[
-        str,
-        typer.Option(
-            help="first:K, last:K, indices (0,1,-1) and ranges (0-3), joined by commas; or auto:K or auto:CRITERION:K, "
-            "the K layers that a probe finds most important (docs/probe.md)."
-        ),
-    ] = "first:1,last:1",
-    corpus: Annotated[
-        list[str] | None, typer.Option(metavar="LANGUAGE=FILE", help="Text to probe the layers on, for auto.")
-    ] = None,
-    probe: Annotated[Path | None, typer.Option(help="Scores for auto: probe.json of `elo probe`.")] = None,
-    overwrite: Overwrite = False,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Write a small model of the chosen layers with embedding, final norm and LM head."""
-    from elo.checkpoint.layers import parse_auto
-    from elo.detach_attach import detach
-
-    chosen: Any = layers
-    if parse_auto(layers):
-        from elo.probe.probe import layers_to_keep
-
-        chosen, reason = layers_to_keep(
-            checkpoint,
-            layers,
-            saved=probe,
-            corpora=files_by_language("--corpus", corpus),
-            output=output.with_name(f"{output.name}-probe"),
-            trust_remote_code=trust_remote_code,
-        )
-        typer.echo(f"layers: {reason}")
-    elif corpus or probe is not None:
-        raise EloError(f"detach: --corpus and --probe belong to --layers auto:K, not to --layers {layers}; remove them")
-    record = detach(checkpoint, chosen, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
-    kept = ", ".join(str(index) for index in record["layers"])
-    typer.echo(f"{output}: layers {kept} of {record['num_base_layers']}")
-
-
-@app.command()
-def attach(
-    detached: Annotated[str, typer.Argument(help="Checkpoint of the trained detached model.")],
-    base: Annotated[str, typer.Option(help="Checkpoint folder or hub id that it was detached from.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    scale: Annotated[float, typer.Option(help="Attach base + scale x (trained - base).")] = 1.0,
-    include: Annotated[
-        str, typer.Option(help="Parts to attach besides the layers: embedding, norm, head, joined by commas.")
-    ] = "",
-    link: Annotated[
-        bool, typer.Option("--link", help="Hard-link weight files that do not change to the base's.")
-    ] = False,
-    overwrite: Overwrite = False,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Write the base with trained layers back at their places."""
-    from elo.detach_attach import attach
-
-    record = attach(
-        detached,
-        base,
-        output=output,
-        scale=scale,
-        include=names(include),
-        link=link,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-    )
-    kept = ", ".join(str(index) for index in record["layers"])
-    files = record["files"]
-    shared = files.get("linked", 0) + files.get("cloned", 0)
-    note = f"; {shared} of {sum(files.values())} weight files share their blocks with the base's" if shared else ""
-    typer.echo(f"{output}: layers {kept} of {record['num_base_layers']} attached{note}")
-
-
-@app.command("chat-vector")
-def chat_vector(
-    adapted: Annotated[str, typer.Argument(help="Adapted model: folder or hub id.")],
-    base: Annotated[str, typer.Option(help="Base model of both: checkpoint folder or hub id.")],
-    chat: Annotated[str, typer.Option(help="Chat model made from the base: checkpoint folder or hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
-    scale: Annotated[float, typer.Option(help="Add scale x (chat - base).")] = 1.0,
-    leave_out: Annotated[
-        str, typer.Option(help="Parts to leave unchanged: embedding, norm, head, joined by commas.")
-    ] = "",
-    overwrite: Overwrite = False,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Add the weights that chat training changed, and the chat template, to an adapted model."""
-    from elo.chat.chat_vector import chat_vector
-
-    record = chat_vector(
-        adapted,
-        base,
-        chat,
-        output=output,
-        scale=scale,
-        leave_out=names(leave_out),
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-    )
-    note = f", {record['rows_kept']:,} rows of embedding and head unchanged" if record["rows_kept"] else ""
-    if record["rows_added"]:
-        note += f", {record['rows_added']:,} rows taken from the chat model, which alone has them"
-    typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{note}")
-    if record["differs"]:
-        typer.echo(
-            f"note: the models' configurations differ in {', '.join(record['differs'])}; the adapted model's values "
-            "are kept"
-        )
-
-
-@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="Adapted model: checkpoint folder or hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder; OUTPUT/chat is the chat model.")],
@@ -260,136 +143,6 @@ def chat(
         "heldout": files_by_language("--heldout", heldout),
     }
     make_chat(model, section, output=output, overrides=set_, seed=seed, trust_remote_code=trust_remote_code)
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of any causal LM.")],
-    corpus: Annotated[
-        list[str] | None,
-        typer.Option(metavar="LANGUAGE=FILE", help="Text to measure bits per byte on; may be repeated."),
-    ] = None,
-    cloze: Annotated[
-        list[str] | None, typer.Option(metavar="LANGUAGE=FILE", help="Cloze items (.jsonl); may be repeated.")
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(metavar="LANGUAGE=TEXT", help="Text to continue greedily; may be repeated.")
-    ] = None,
-    in_context: Annotated[
-        bool,
-        typer.Option("--in-context", help="Measure copying, recall and pattern completion on random pieces; no data."),
-    ] = False,
-    chat: Annotated[
-        list[str] | None,
-        typer.Option(metavar="LANGUAGE=FILE", help="Conversations to measure chat ability on; may be repeated."),
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(help="Chat template for --chat: a Jinja file, chatml or plain.")
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Tasks of lm-eval, joined by commas; ko=TASK reports one under a language (extra eval)."),
-    ] = None,
-    suite: Annotated[
-        str | None,
-        typer.Option(
-            help="Languages whose common lm-eval tasks to run, joined by commas; korean=ko renames (extra eval)."
-        ),
-    ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question of --tasks.")] = None,
-    limit: Annotated[
-        float | None, typer.Option(min=0, help="Questions of each task: the first ones, or a share below 1.")
-    ] = None,
-    batch_size: Annotated[
-        str, typer.Option(help="Sequences in a forward pass of --tasks; auto: as many as fit on a GPU, 1 on a CPU.")
-    ] = "auto",
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder with task files (.yaml) of your own for --tasks.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=2, help="Context in tokens.")] = None,
-    max_bytes: Annotated[
-        int | None,
-        typer.Option(min=1000, help="Measure on at most this many UTF-8 bytes per language, cut from all documents."),
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
-    text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
-    split_special_tokens: SplitSpecials = True,
-    allow_lost_text: LostText = False,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Measure bits per byte, cloze accuracy, in-context ability and benchmarks of any Hugging Face causal LM."""
-    from elo.evaluate.chat import Chat
-    from elo.evaluate.evaluate import evaluate
-    from elo.evaluate.in_context import InContext
-    from elo.evaluate.lm_eval import benchmark_tasks
-
-    corpora, items = files_by_language("--corpus", corpus), files_by_language("--cloze", cloze)
-    prompts = texts_by_language(prompt)
-    measures: list[Any] = [InContext()] if in_context else []
-    if chat:
-        measures.append(Chat(data=files_by_language("--chat", chat), template=template))
-    elif template is not None:
-        raise EloError("evaluate: --template belongs to --chat; give --chat LANGUAGE=FILE")
-    if tasks is not None or suite is not None:
-        measures.append(benchmark_tasks(tasks, suite, num_fewshot, limit, batch_size, include_path))
-    elif num_fewshot is not None or limit is not None or include_path is not None:
-        raise EloError("evaluate: --num-fewshot, --limit and --include-path belong to --tasks; give --tasks TASK")
-    if not corpora and not items and not prompts and not measures:
-        raise EloError(
-            "evaluate: nothing to measure; give --corpus LANGUAGE=FILE, --cloze LANGUAGE=FILE, --in-context, "
-            "--chat LANGUAGE=FILE, --tasks TASK or --suite LANGUAGE"
-        )
-    evaluate(
-        model,
-        tokenizer=tokenizer,
-        corpora=corpora,
-        cloze=items,
-        prompts=prompts,
-        measures=measures,
-        sequence_length=sequence_length,
-        max_bytes=max_bytes,
-        text_column=text_column,
-        split_special_tokens=split_special_tokens,
-        allow_lost_text=allow_lost_text,
-        output=output,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-@app.command()
-def probe(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of any causal LM.")],
-    corpus: Annotated[list[str], typer.Option(metavar="LANGUAGE=FILE", help="Text of a language; may be repeated.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for probe.json and charts.")],
-    parallel: Annotated[
-        Path | None, typer.Option(help="Parallel sentences (.jsonl) with one field per language.")
-    ] = None,
-    criteria: Annotated[
-        str, typer.Option(help="Criteria, joined by commas; by default all that the text allows.")
-    ] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens per language.")] = TOKENS,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Length of a sequence, in tokens.")] = SEQUENCE_LENGTH,
-    text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
-    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Score every decoder layer, its attention and its feed-forward part, by several criteria."""
-    from elo.probe.probe import probe
-
-    probe(
-        model,
-        files_by_language("--corpus", corpus),
-        output=output,
-        parallel=parallel,
-        criteria=names(criteria),
-        tokens=tokens,
-        sequence_length=sequence_length,
-        text_column=text_column,
-        tokenizer=tokenizer,
-        trust_remote_code=trust_remote_code,
-    )
-    typer.echo(f"{output / 'probe.json'}: all scores")
 
 
 @app.command()

@@ -1,7 +1,7 @@
-"""Commands for finished models: `elo merge` and `elo push`."""
+"""Commands that turn checkpoints into checkpoints: `detach`, `attach`, `chat-vector`, `merge`, `push`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +10,120 @@ from elo.cli_values import decimals, files_by_language, names
 from elo.errors import EloError
 
 checkpoints = typer.Typer(rich_markup_mode=None)
+
+
+@checkpoints.command()
+def detach(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="first:K, last:K, indices (0,1,-1) and ranges (0-3), joined by commas; or auto:K or auto:CRITERION:K, "
+            "the K layers that a probe finds most important (docs/probe.md)."
+        ),
+    ] = "first:1,last:1",
+    corpus: Annotated[
+        list[str] | None, typer.Option(metavar="LANGUAGE=FILE", help="Text to probe the layers on, for auto.")
+    ] = None,
+    probe: Annotated[Path | None, typer.Option(help="Scores for auto: probe.json of `elo probe`.")] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write a small model of the chosen layers with embedding, final norm and LM head."""
+    from elo.checkpoint.layers import parse_auto
+    from elo.detach_attach import detach
+
+    chosen: Any = layers
+    if parse_auto(layers):
+        from elo.probe.probe import layers_to_keep
+
+        chosen, reason = layers_to_keep(
+            checkpoint,
+            layers,
+            saved=probe,
+            corpora=files_by_language("--corpus", corpus),
+            output=output.with_name(f"{output.name}-probe"),
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(f"layers: {reason}")
+    elif corpus or probe is not None:
+        raise EloError(f"detach: --corpus and --probe belong to --layers auto:K, not to --layers {layers}; remove them")
+    record = detach(checkpoint, chosen, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    kept = ", ".join(str(index) for index in record["layers"])
+    typer.echo(f"{output}: layers {kept} of {record['num_base_layers']}")
+
+
+@checkpoints.command()
+def attach(
+    detached: Annotated[str, typer.Argument(help="Checkpoint of the trained detached model.")],
+    base: Annotated[str, typer.Option(help="Checkpoint folder or hub id that it was detached from.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    scale: Annotated[float, typer.Option(help="Attach base + scale x (trained - base).")] = 1.0,
+    include: Annotated[
+        str, typer.Option(help="Parts to attach besides the layers: embedding, norm, head, joined by commas.")
+    ] = "",
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard-link weight files that do not change to the base's.")
+    ] = False,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Write the base with trained layers back at their places."""
+    from elo.detach_attach import attach
+
+    record = attach(
+        detached,
+        base,
+        output=output,
+        scale=scale,
+        include=names(include),
+        link=link,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    kept = ", ".join(str(index) for index in record["layers"])
+    files = record["files"]
+    shared = files.get("linked", 0) + files.get("cloned", 0)
+    note = f"; {shared} of {sum(files.values())} weight files share their blocks with the base's" if shared else ""
+    typer.echo(f"{output}: layers {kept} of {record['num_base_layers']} attached{note}")
+
+
+@checkpoints.command("chat-vector")
+def chat_vector(
+    adapted: Annotated[str, typer.Argument(help="Adapted model: folder or hub id.")],
+    base: Annotated[str, typer.Option(help="Base model of both: checkpoint folder or hub id.")],
+    chat: Annotated[str, typer.Option(help="Chat model made from the base: checkpoint folder or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    scale: Annotated[float, typer.Option(help="Add scale x (chat - base).")] = 1.0,
+    leave_out: Annotated[
+        str, typer.Option(help="Parts to leave unchanged: embedding, norm, head, joined by commas.")
+    ] = "",
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Add the weights that chat training changed, and the chat template, to an adapted model."""
+    from elo.chat.chat_vector import chat_vector
+
+    record = chat_vector(
+        adapted,
+        base,
+        chat,
+        output=output,
+        scale=scale,
+        leave_out=names(leave_out),
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )
+    note = f", {record['rows_kept']:,} rows of embedding and head unchanged" if record["rows_kept"] else ""
+    if record["rows_added"]:
+        note += f", {record['rows_added']:,} rows taken from the chat model, which alone has them"
+    typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{note}")
+    if record["differs"]:
+        typer.echo(
+            f"note: the models' configurations differ in {', '.join(record['differs'])}; the adapted model's values "
+            "are kept"
+        )
 
 
 @checkpoints.command()

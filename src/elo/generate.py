@@ -59,7 +59,7 @@ class EarlyExit:
 
         Args:
             stops: layers at which a token may exit, ascending; at the last one it always does.
-            confidence: probability of the likeliest token above which a token exits.
+            confidence: probability of the most likely token above which a token exits.
 
         Raises:
             EloError: the model cannot be cut there.
@@ -152,7 +152,7 @@ def generate(
         model: checkpoint folder or hub id.
         prompts: texts to continue.
         exit_layers: decoder layers to exit at, 0-based, negative from the end; the last layer is always measured too.
-        confidence: probability of the likeliest token above which a token exits at the first of the exit layers that
+        confidence: probability of the most likely token above which a token exits at the first of the exit layers that
             reaches it; without exit layers, these are after each quarter of the depth.
         corpora: text by language to measure bits per byte on.
         max_new_tokens: maximum length of a continuation, in tokens.

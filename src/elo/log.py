@@ -110,7 +110,7 @@ def thinned(points: list[Any], at_most: int = 500) -> list[Any]:
 def short(value: float) -> str:
     """Format a count with about three digits: 950, 12.3 K, 4.56 M."""
     for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " K")):
-        if value >= limit:
+        if value >= 0.9995 * limit:
             return f"{value / limit:.3g}{unit}"
     return f"{value:.0f}"
 

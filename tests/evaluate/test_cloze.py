@@ -33,7 +33,7 @@ def encode(text):
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mamba"])
 @pytest.mark.parametrize("batch_size", [1, 3, None])
-def test_predictions_are_the_likeliest_continuations(model_type, batch_size):
+def test_predictions_are_the_most_likely_continuations(model_type, batch_size):
     expected = []
     model = tiny_model(model_type, len(TOKENIZER), seed=3)
     for item in ITEMS:

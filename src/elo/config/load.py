@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from elo.config.chat import ChatConfig
+from elo.config.other_tools import AXOLOTL, SAME
 from elo.config.schema import CompareConfig, RunConfig
 from elo.errors import EloError
 from elo.methods import METHODS, Method
@@ -17,12 +18,9 @@ M = TypeVar("M", bound=BaseModel)
 
 # Keys of other tools, for the hint of an error message.
 _ELSEWHERE = {
-    "base_model": "model",
-    "model_name_or_path": "model",
+    **SAME,
+    **{AXOLOTL[name]: key for name, key in SAME.items() if name in AXOLOTL},
     "model_id": "model",
-    "output_dir": "output",
-    "cutoff_len": "data.sequence_length",
-    "sequence_len": "data.sequence_length",
     "sequence_length": "data.sequence_length",
     "max_length": "data.sequence_length",
     "max_seq_length": "data.sequence_length",
@@ -32,11 +30,9 @@ _ELSEWHERE = {
     "text_field": "text_column",
     "dataset_text_field": "text_column",
     "lr": "training.learning_rate",
-    "learning_rate": "training.learning_rate",
     "lr_scheduler": "training.lr_scheduler_type",
     "optimizer": "training.optim",
     "gradient_checkpointing": "training.activation_checkpointing",
-    "micro_batch_size": "training.per_device_train_batch_size",
     "batch_size": "training.per_device_train_batch_size",
     "gradient_accumulation_steps": "training.tokens_per_step",
     "num_train_epochs": "tokens",

@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from elo.config.document import yaml_line
 from elo.config.load import load_config, put, read_yaml
-from elo.config.other_tools import AXOLOTL, DEFAULTS, PARTS, SAME, TITLES, UNNEEDED, WHY, WHY_GROUP, Tool
+from elo.config.other_tools import AXOLOTL, DEFAULTS, PARTS, SAME, TITLES, UNNEEDED, WHY, Tool
 from elo.config.schema import RunConfig
 from elo.errors import EloError
 
@@ -379,13 +380,11 @@ def _choose(made: Translation, setting: str, key: str, known: set[str]) -> None:
 
 def _sort_leftovers(made: Translation) -> None:
     for name, value in made.given.items():
-        if name in WHY and value is not False:
-            made.lose(name, WHY[name])
-        elif name in UNNEEDED or value is False:
+        if name in UNNEEDED or value is False:
             made.unneeded.append(name)
         else:
-            group = (reason for reason, names in WHY_GROUP.items() if name.startswith(names))
-            made.lose(name, next(group, "no counterpart in ELO"))
+            reasons = (why for why, names in WHY.items() if any(fnmatchcase(name, each) for each in names))
+            made.lose(name, next(reasons, "no counterpart in ELO"))
 
 
 def render(made: Translation) -> str:

@@ -328,7 +328,7 @@ def _chance(task: Any) -> float | None:
 
 
 def _margin(task: Any, sample: dict[str, Any]) -> float | None:
-    """Log-likelihood of the right choice less that of the likeliest wrong one, in nats per byte; None if unknown."""
+    """Log-likelihood of the right choice less that of the most likely wrong one, in nats per byte; None if unknown."""
     if task.OUTPUT_TYPE != "multiple_choice" or not hasattr(task, "doc_to_choice"):
         return None
     choices = task.doc_to_choice(sample["doc"])

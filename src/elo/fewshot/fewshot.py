@@ -4,7 +4,7 @@
 - sft: low-rank adapters are trained on the labels of the examples.
 - instruction: the same, with the instruction in front of each example.
 
-A prediction is the label whose word is the likeliest continuation (summed log-likelihood). Adapters are removed after
+A prediction is the label whose word is the most likely continuation (summed log-likelihood). Adapters are removed after
 each measurement, so that every one starts from the same model.
 """
 

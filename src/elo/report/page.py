@@ -75,21 +75,21 @@ class Section:
 
 def html_page(results: Results, charts: Sequence[Chart]) -> str:
     """A self-contained page: style and charts inside, no script, nothing fetched."""
-    return _render("report.html.j2", results, charts)
+    return _rendered("report.html.j2", _context(results, charts))
 
 
 def markdown_page(results: Results, charts: Sequence[Chart]) -> str:
     """The same as Markdown; its charts are the PNG files in `CHART_FOLDER`."""
-    return _without_gaps(_render("report.md.j2", results, charts))
+    return render_markdown("report.md.j2", _context(results, charts))
 
 
 def render_markdown(template: str, context: dict[str, Any]) -> str:
     """Render a Markdown template of this folder."""
-    return _without_gaps(_environment().get_template(template).render(context))
+    return re.sub(r"\n{3,}", "\n\n", _rendered(template, context))
 
 
-def _without_gaps(page: str) -> str:
-    page = re.sub(r"\n{3,}", "\n\n", page)
+def _rendered(template: str, context: dict[str, Any]) -> str:
+    page = _environment().get_template(template).render(context)
     return page.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair, UTF-8 cannot
 
 
@@ -123,10 +123,10 @@ def rich_table(made: Table, title: str) -> RichTable:
     return table
 
 
-def _render(template: str, results: Results, charts: Sequence[Chart]) -> str:
+def _context(results: Results, charts: Sequence[Chart]) -> dict[str, Any]:
     verdict = judge(results)
     several = len(results.budgets) > 1
-    context = {
+    return {
         "title": results.title,
         "about": _about(results),
         "css": Markup((_HERE / "report.css").read_text(encoding="utf-8")),  # our own file: nothing to escape
@@ -137,8 +137,6 @@ def _render(template: str, results: Results, charts: Sequence[Chart]) -> str:
         "colours": {name: style.colour for name, style in contestant_styles(results).items()},
         "chart_folder": CHART_FOLDER,
     }
-    page = _environment().get_template(template).render(context)
-    return page.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair, UTF-8 cannot
 
 
 @cache

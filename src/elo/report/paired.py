@@ -6,13 +6,15 @@ the mean over seeds. With one seed and right-or-wrong items, the p-value is that
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TypeVar
 
 import numpy as np
 
 from elo.evaluate.base import MeasureValue
-from elo.report.schema import Measured, MeasureDifference, Results
+from elo.report.schema import Measured, MeasureDifference, PairedDifference, Results
 from elo.report.statistics import Floats, estimate_items, holm, mcnemar
 
+Paired = TypeVar("Paired", bound=PairedDifference)
 BASE = "base"
 """Name of the base model among contestants."""
 
@@ -52,25 +54,34 @@ def compare_measures(results: Results, budget: str, pairs: Sequence[tuple[str, s
                     items=ours_SN.shape[1],
                 )
             )
+    return corrected(found)
+
+
+def corrected(found: Sequence[Paired]) -> tuple[Paired, ...]:
+    """The differences with p-values adjusted by Holm's method over all of them."""
     adjusted = holm([each.p_value for each in found])
     return tuple(
         each.model_copy(update={"adjusted_p_value": value}) for each, value in zip(found, adjusted, strict=True)
     )
 
 
-def _paired_items(
-    results: Results, budget: str, contestant: str, reference: str, key: tuple[str, str]
-) -> tuple[Floats, Floats] | None:
-    """Values of the items [seeds, items] of both; None if they cannot be paired."""
+def measured_pairs(results: Results, budget: str, contestant: str, reference: str) -> list[tuple[Measured, Measured]]:
+    """What was measured of a contestant and of its reference, for each seed that both have."""
     ours = {trial.seed: trial.measured for trial in results.finished(contestant, budget)}
     theirs = {trial.seed: trial.measured for trial in results.finished(reference, budget)}
     if reference == BASE:
         theirs = dict.fromkeys(ours, results.base_of(contestant))
-    seeds = sorted(ours.keys() & theirs.keys())
-    both = [[whole_values(measured[seed]).get(key) for seed in seeds] for measured in (ours, theirs)]
-    items = [[each.per_item if each else () for each in values] for values in both]
-    lengths = {len(each) for values in items for each in values}
+    return [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def _paired_items(
+    results: Results, budget: str, contestant: str, reference: str, key: tuple[str, str]
+) -> tuple[Floats, Floats] | None:
+    """Values of the items [seeds, items] of both; None if they cannot be paired."""
+    pairs = measured_pairs(results, budget, contestant, reference)
+    items = [[value.per_item if (value := whole_values(each).get(key)) else () for each in pair] for pair in pairs]
+    lengths = {len(each) for pair in items for each in pair}
     if len(lengths) != 1 or min(lengths) < 2:
         return None
-    first, second = np.array(items, np.float64)
-    return first, second
+    items_S2N = np.array(items, np.float64)
+    return items_S2N[:, 0], items_S2N[:, 1]

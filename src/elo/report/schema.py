@@ -278,20 +278,25 @@ class Endpoint(Record):
     )
 
 
-class Difference(Record):
-    """A paired difference in bits per byte: `contestant` minus `reference`; negative is better."""
+class PairedDifference(Record):
+    """`contestant` minus `reference`, paired over what both were measured on."""
 
     contestant: str = Field(description="Name of the contestant.")
     reference: str = Field(description="Name of the other contestant, or `base` for the base model.")
-    languages: tuple[str, ...] = Field(description="Languages over which the difference is averaged.")
-    value: Finite = Field(description="Mean difference over seeds, in bits per byte.")
+    value: Finite = Field(description="Mean difference over seeds.")
     low: Finite = Field(description="Lower end of the 95 % confidence interval.")
     high: Finite = Field(description="Upper end of the 95 % confidence interval.")
     p_value: Share = Field(description="Two-sided p-value.")
     adjusted_p_value: Share = Field(description="p-value after Holm's correction within its family of comparisons.")
     seeds: Count = Field(
-        description="Seeds that both have in common; with one seed the interval covers documents alone."
+        description="Seeds that both have in common; with one seed the interval does not cover the spread over seeds."
     )
+
+
+class Difference(PairedDifference):
+    """A paired difference in bits per byte: `contestant` minus `reference`; negative is better."""
+
+    languages: tuple[str, ...] = Field(description="Languages over which the difference is averaged.")
     documents: Count = Field(description="Held-out documents, of the language with the fewest.")
 
     @property
@@ -300,24 +305,16 @@ class Difference(Record):
         return self.adjusted_p_value < 0.05 and self.documents >= MIN_DOCUMENTS
 
 
-class MeasureDifference(Record):
+class MeasureDifference(PairedDifference):
     """A paired difference in a benchmark over the same items: `contestant` minus `reference`."""
 
-    contestant: str = Field(description="Name of the contestant.")
-    reference: str = Field(description="Name of the other contestant, or `base` for the base model.")
     measure: str = Field(description="Name of the benchmark.")
     language: str = Field("", description="Language of the items; empty where they have none.")
     unit: Literal["share", "number"] = Field(description="Unit of the benchmark.")
     higher_is_better: bool = Field(description="Direction of improvement.")
-    value: Finite = Field(description="Mean difference over seeds.")
-    low: Finite = Field(description="Lower end of the 95 % confidence interval.")
-    high: Finite = Field(description="Upper end of the 95 % confidence interval.")
-    p_value: Share = Field(description="Two-sided p-value.")
-    adjusted_p_value: Share = Field(description="p-value after Holm's correction over contestants and benchmarks.")
     test: Literal["McNemar", "t"] = Field(
         description="`McNemar`: exact test of right-or-wrong items, with one seed; `t`: the test of the interval."
     )
-    seeds: Count = Field(description="Seeds that both have in common; with one seed the interval covers items alone.")
     items: Count = Field(description="Number of items.")
 
     @property

@@ -227,7 +227,7 @@ def measures_table(results: Results, budget: Budget) -> Table | None:
     heads = (Column("Benchmark", is_text=True), Column("Base model"), *(Column(c.title) for c in results.contestants))
     note = "±: one standard error, of shares in percentage points, with items taken as independent."
     if any("margin" in column.title for column, _, _ in columns):
-        note += " Margin: log-likelihood of the right choice less that of the likeliest wrong one, in nats per byte."
+        note += " Margin: log-likelihood of the right choice less that of the most likely wrong one, in nats per byte."
     return Table(heads, rows, note)
 
 

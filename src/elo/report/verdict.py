@@ -7,7 +7,7 @@ import numpy as np
 
 from elo.format import count, duration, learning_rate, listed, mean_of, signed
 from elo.report import retention
-from elo.report.paired import BASE, compare_measures
+from elo.report.paired import BASE, compare_measures, corrected, measured_pairs
 from elo.report.schema import (
     MIN_DOCUMENTS,
     Budget,
@@ -20,7 +20,7 @@ from elo.report.schema import (
     Verdict,
     mean_bpb,
 )
-from elo.report.statistics import Floats, bits_per_byte, estimate, holm, resampled_documents
+from elo.report.statistics import Floats, bits_per_byte, estimate, resampled_documents
 
 Pair = tuple[str, str, tuple[str, ...]]
 """Contestant, reference, languages."""
@@ -125,21 +125,14 @@ def compare(results: Results, budget: str, pairs: Sequence[Pair]) -> tuple[Diffe
                 documents=min(sizes.size for _, sizes in known),
             )
         )
-    adjusted = holm([each.p_value for each in found])
-    return tuple(
-        each.model_copy(update={"adjusted_p_value": value}) for each, value in zip(found, adjusted, strict=True)
-    )
+    return corrected(found)
 
 
 def _paired_nats(
     results: Results, budget: str, contestant: str, reference: str, language: str
 ) -> tuple[Floats, Floats] | None:
     """Differences of nats [seeds, documents] and bytes [documents]; None if the two cannot be paired."""
-    ours = {trial.seed: trial.measured for trial in results.finished(contestant, budget)}
-    theirs = {trial.seed: trial.measured for trial in results.finished(reference, budget)}
-    if reference == BASE:
-        theirs = dict.fromkeys(ours, results.base_of(contestant))
-    both = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    both = measured_pairs(results, budget, contestant, reference)
     if not both or any(not each.document_nats.get(language) for pair in both for each in pair):
         return None
     sizes = both[0][0].document_bytes[language]

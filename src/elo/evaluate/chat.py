@@ -18,15 +18,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from pydantic import Field
-from transformers import GenerationConfig, GenerationMixin
 
-from elo.checkpoint.architecture import is_recurrent
 from elo.data.chat_template import TEMPLATES, ChatExample, ChatFormat
 from elo.data.conversations import Conversation, read_conversations
 from elo.data.packing import IGNORE_INDEX
 from elo.errors import EloError
 from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register, share_error
-from elo.evaluate.samples import generating_with
 from elo.evaluate.scoring import (
     batch_tokens,
     check_ids,
@@ -34,12 +31,10 @@ from elo.evaluate.scoring import (
     forward_logits,
     longest_sequence,
     rope_limit,
-    takes_position_ids,
     token_nats,
 )
+from elo.evaluate.writing import BATCH_SIZE, write_greedily
 from elo.log import Progress
-
-_ANSWERS_AT_ONCE = 16
 
 
 @register
@@ -82,7 +77,15 @@ class Chat(Measure):
         for language, conversations in self.conversations.items():
             values += self._loss(subject, chat, language, conversations)
             asked = self._asked(subject, chat, conversations)
-            written = _write(subject, chat, [prompt for _, prompt in asked], self.max_new_tokens, language)
+            written = write_greedily(
+                subject.model,
+                [prompt for _, prompt in asked],
+                stops=chat.stops,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=subject.batch_size or BATCH_SIZE,
+                progress=f"chat {language}: answers" if subject.progress else None,
+                unit="answers",
+            )
             texts = [chat.tokenizer.backend.decode(ids, skip_special_tokens=True).strip() for ids in written]
             ended = [chat.ended(ids) and bool(text) for ids, text in zip(written, texts, strict=True)]
             values.append(_share("chat_ended", "all", language, ended))
@@ -104,6 +107,7 @@ class Chat(Measure):
         found = []
         for each in conversations:
             prompt = chat.prompt(each.messages[:-1], each.where)
+            check_ids(max(prompt), subject.model, "chat")
             if limit is None or len(prompt) + self.max_new_tokens <= limit:
                 found.append((each, prompt))
             if len(found) == self.prompts:
@@ -194,43 +198,3 @@ def _answer_nats(subject: Subject, examples: Sequence[ChatExample], language: st
             start += len(batch)
             bar.advance(len(batch))
     return nats
-
-
-def _write(
-    subject: Subject, chat: ChatFormat, prompts: Sequence[list[int]], max_new_tokens: int, language: str
-) -> list[list[int]]:
-    """Continue each prompt greedily up to a stop token, which is kept."""
-    model, stops = subject.model, chat.stops
-    check_ids(max(max(each) for each in prompts), model, "chat")
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0]
-    )
-    # Prompts of several lengths need left padding, which only positions and an attention mask can hide.
-    together = takes_position_ids(model) and not is_recurrent(model) and rope_limit(model.config) is None
-    size = (subject.batch_size or _ANSWERS_AT_ONCE) if together else 1
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    written: dict[int, list[int]] = {}
-    label = f"chat {language}: answers" if subject.progress else None
-    with (
-        evaluating(model) as place,
-        generating_with(model, greedy),
-        Progress(len(prompts), label, "answers") as bar,
-    ):
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            longest = max(len(prompts[index]) for index in batch)
-            ids_BT = torch.full((len(batch), longest), stops[0])
-            mask_BT = torch.zeros_like(ids_BT)
-            for row, index in enumerate(batch):
-                ids_BT[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
-                mask_BT[row, longest - len(prompts[index]) :] = 1
-            output_BT: Any = GenerationMixin.generate(
-                model,  # type: ignore[arg-type]
-                ids_BT.to(place),
-                attention_mask=mask_BT.to(place),
-            )
-            for index, ids in zip(batch, output_BT[:, longest:].tolist(), strict=True):
-                end = next((at for at, token in enumerate(ids) if token in stops), len(ids) - 1)
-                written[index] = ids[: end + 1]
-            bar.advance(len(batch))
-    return [written[index] for index in range(len(prompts))]

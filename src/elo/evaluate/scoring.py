@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from elo.checkpoint.architecture import is_recurrent
 from elo.data.packing import IGNORE_INDEX
 from elo.errors import EloError
 
@@ -128,6 +129,12 @@ def batch_tokens(model: PreTrainedModel) -> int:
 def takes_position_ids(model: PreTrainedModel) -> bool:
     """Whether `position_ids` is an argument of the model's forward, by the class: a trainer may have wrapped it."""
     return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def keeps_apart(model: PreTrainedModel, length: int) -> bool:
+    """Whether position ids and masks hide from a sequence what shares its row or pads it, up to `length` positions."""
+    limit = rope_limit(model.config)
+    return takes_position_ids(model) and not is_recurrent(model) and (limit is None or length <= limit)
 
 
 def forward_logits(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,8 @@ from elo.data.sources import list_inputs
 from elo.errors import EloError
 from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register
 from elo.evaluate.samples import generate_samples
+from elo.evaluate.writing import BATCH_SIZE
 from elo.store.remote import is_remote
-
-_BATCH = 16
 
 
 @register
@@ -73,18 +72,16 @@ class Translation(Measure):
             shots = "".join(layout.example(*pair, self.template) + "\n" for pair in pairs[: self.shots])
             asked = pairs[self.shots :]
             prompts = [shots + layout.prompt(source, self.template) for source, _ in asked]
-            order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # for little padding
             texts = generate_samples(
                 subject.model,
                 subject.text_tokenizer,
-                [prompts[index] for index in order],
+                prompts,
                 max_new_tokens=self.max_new_tokens,
                 progress=f"translation into {into}" if subject.progress else None,
                 stop="\n",
-                batch_size=subject.batch_size or _BATCH,
+                batch_size=subject.batch_size or BATCH_SIZE,
             )
-            written = dict(zip(order, texts, strict=True))
-            hypotheses = [written[index].strip() for index in range(len(asked))]
+            hypotheses = [text.strip() for text in texts]
             references = [target for _, target in asked]
             # sacrebleu's own bootstrap fails on some scores, so the error is that of the mean over sentences.
             each = [

@@ -4,8 +4,6 @@
 - chat_language: share of generated answers in the language of the conversation, by py3langid (extra `chat`). The
   subset `reference` is the same share of the true answers: the most that can be expected.
 - chat_nats: nats per token of the true answers, ends of turns included.
-
-Shapes: B rows, T positions.
 """
 
 import importlib.util
@@ -16,23 +14,13 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from pydantic import Field
 
-from elo.data.chat_template import TEMPLATES, ChatExample, ChatFormat
+from elo.data.chat_template import TEMPLATES, ChatFormat
 from elo.data.conversations import Conversation, read_conversations
-from elo.data.packing import IGNORE_INDEX
 from elo.errors import EloError
 from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register, share_error
-from elo.evaluate.scoring import (
-    batch_tokens,
-    check_ids,
-    evaluating,
-    forward_logits,
-    longest_sequence,
-    rope_limit,
-    token_nats,
-)
+from elo.evaluate.scoring import check_ids, evaluating, longest_sequence, summed_nats
 from elo.evaluate.writing import BATCH_SIZE, write_greedily
 from elo.log import Progress
 
@@ -127,7 +115,12 @@ class Chat(Measure):
         examples = [each for each in examples if limit is None or len(each.ids) <= limit]
         if not examples:
             return []
-        nats = _answer_nats(subject, examples, language)
+        model = subject.model
+        check_ids(max(int(each.ids.max()) for each in examples), model, "chat")
+        label = f"chat {language}: true answers" if subject.progress else None
+        with evaluating(model) as place, Progress(len(examples), label, "conversations") as bar:
+            rows = [(each.ids, each.labels) for each in examples]
+            nats = np.array(summed_nats(model, rows, place, bar, subject.batch_size))
         tokens = np.array([each.answer_tokens for each in examples])
         mean = float(nats.sum() / tokens.sum())
         # Standard error of a ratio: conversations are independent, tokens of one conversation are not.
@@ -171,30 +164,3 @@ def _share(measure: str, name: str, language: str, hits: Sequence[bool]) -> Meas
     return MeasureValue(
         measure=measure, name=name, language=language, value=share, standard_error=error, items=len(hits)
     )
-
-
-def _answer_nats(subject: Subject, examples: Sequence[ChatExample], language: str) -> np.ndarray:
-    """Summed nats of the assistant's tokens in each example, float64."""
-    model = subject.model
-    check_ids(max(int(each.ids.max()) for each in examples), model, "chat")
-    # Right padding does not reach earlier positions, but with some rotary embeddings the longest row decides for all.
-    alone = rope_limit(model.config) is not None
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].ids))
-    nats = np.zeros(len(examples))
-    label = f"chat {language}: true answers" if subject.progress else None
-    with evaluating(model) as place, Progress(len(examples), label, "conversations") as bar:
-        start = 0
-        while start < len(order):
-            longest = len(examples[order[start]].ids)
-            batch = order[start : start + (1 if alone else max(1, batch_tokens(model) // longest))]
-            ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
-            labels_BT = torch.full_like(ids_BT, IGNORE_INDEX)
-            for row, index in enumerate(batch):
-                length = len(examples[index].ids)
-                ids_BT[row, :length] = torch.from_numpy(examples[index].ids)
-                labels_BT[row, :length] = torch.from_numpy(examples[index].labels)
-            logits_BTV = forward_logits(model, input_ids=ids_BT.to(place))
-            nats[batch] = token_nats(logits_BTV, labels_BT.to(place)).sum(1).numpy()
-            start += len(batch)
-            bar.advance(len(batch))
-    return nats

@@ -2,7 +2,6 @@
 
 import importlib.util
 from pathlib import Path
-from statistics import stdev
 from typing import ClassVar
 
 from pydantic import Field, field_validator
@@ -10,7 +9,7 @@ from pydantic import Field, field_validator
 from elo.data.parallel import DEFAULT_TEMPLATE, Parallel, read_pairs, template_problem
 from elo.data.sources import list_inputs
 from elo.errors import EloError
-from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register
+from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, mean_error, register
 from elo.evaluate.samples import generate_samples
 from elo.evaluate.writing import BATCH_SIZE
 from elo.store.remote import is_remote
@@ -94,7 +93,7 @@ class Translation(Measure):
                     language=into,
                     value=float(CHRF().corpus_score(hypotheses, [references]).score),
                     unit="number",
-                    standard_error=stdev(each) / len(each) ** 0.5 if len(each) > 1 else None,
+                    standard_error=mean_error(each),
                     items=len(asked),
                 )
             )

@@ -129,7 +129,7 @@ def test_the_command_reports_speed_and_quality_by_exit_layer(world, capsys, tmp_
         ([], "nothing to do"),
         (["--prompt", "a", "--confidence", "1.5"], "is not a probability"),
         (["--prompt", "a", "--exit-layer", "4"], "layers 0 to 3"),
-        (["--prompt", "a", "--max-new-tokens", "100000"], "write at most"),
+        (["--prompt", "a", "--max-new-tokens", "100000"], "max_new_tokens: got 100000"),
     ],
 )
 def test_mistakes_get_one_message(world, capsys, arguments, message):

@@ -12,6 +12,7 @@ from elo.data.prepare import prepare
 from elo.detach_attach import attach, detach
 from elo.evaluate.evaluate import evaluate
 from elo.fewshot.fewshot import few_shot
+from elo.fewshot.task import read_task
 from elo.generate import generate
 from elo.merge.merge import merge
 from elo.plan.plan import plan
@@ -41,6 +42,7 @@ __all__ = [
     "prepare",
     "probe",
     "push",
+    "read_task",
     "report",
     "run",
     "watch",

@@ -223,22 +223,25 @@ def fewshot(
 ) -> None:
     """Compare in-context learning, SFT and instruction tuning on a labelled task, with their cost."""
     from elo.fewshot.fewshot import Training, few_shot
+    from elo.fewshot.task import read_task
 
     few_shot(
         model,
-        train,
-        test,
-        tokenizer=tokenizer,
-        text_field=text_field,
-        label_field=label_field,
-        words=words_by_label(word),
-        template=template.replace("\\n", "\n"),
-        instruction=instruction,
+        read_task(
+            train,
+            test,
+            text_field=text_field,
+            label_field=label_field,
+            words=words_by_label(word),
+            template=template.replace("\\n", "\n"),
+            instruction=instruction,
+            limit=limit,
+        ),
         ways=names(ways),
         examples=numbers("--examples", examples),
         seeds=numbers("--seeds", seeds),
         training=Training(epochs, learning_rate, batch_size, rank),
-        limit=limit,
+        tokenizer=tokenizer,
         output=output,
         trust_remote_code=trust_remote_code,
     )

@@ -23,11 +23,11 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from elo.checkpoint.architecture import is_recurrent, layers_of
 from elo.checkpoint.layer_outputs import LayerOutputs, with_entering
-from elo.data.tokenizer import TextTokenizer, load_tokenizer
+from elo.data.tokenizer import load_tokenizer
 from elo.errors import EloError
 from elo.evaluate.evaluate import evaluate
 from elo.evaluate.loading import load_model
-from elo.evaluate.scoring import check_ids, longest_sequence
+from elo.evaluate.writing import encode_prompts
 from elo.store.files import write_json
 from elo.store.remote import output_file
 from elo.surgery.in_memory import detach_layers
@@ -174,9 +174,7 @@ def generate(
     target = output_file(output)
     encoder = load_tokenizer(tokenizer or model, trust_remote_code)
     whole = load_model(str(model), None, None, None, trust_remote_code)
-    limit = longest_sequence(whole)
-    if limit is not None and max_new_tokens >= limit:
-        raise EloError(f"--max-new-tokens {max_new_tokens}: the model has {limit} positions; write at most {limit - 1}")
+    ids = encode_prompts(whole, encoder, prompts, max_new_tokens)
     last = len(layers_of(whole)) - 1
     if confidence is not None and not exit_layers:
         exit_layers = sorted({max(0, int(share * (last + 1)) - 1) for share in DEFAULT_EXITS} - {last})
@@ -186,7 +184,6 @@ def generate(
         if is_recurrent(whole):
             raise EloError(f"--confidence: {whole.config.model_type} has layers without attention; give --exit-layer")
         ways.append((f"confidence > {confidence:g}", [*layers, last], confidence))
-    ids = [_encoded(prompt, encoder, whole, max_new_tokens, limit) for prompt in prompts]
 
     exits = []
     for name, stops, threshold in ways:
@@ -233,15 +230,6 @@ def _checked(exit_layers: Sequence[int], last: int) -> list[int]:
             raise EloError(f"--exit-layer {layer}: the model has layers 0 to {last}; write one of them")
         found.add(index)
     return sorted(found - {last})
-
-
-def _encoded(
-    prompt: str, encoder: TextTokenizer, model: PreTrainedModel, max_new_tokens: int, limit: int | None
-) -> list[int]:
-    """Return the ids of a prompt after the prefix token, as in training; a prompt that is too long loses its start."""
-    ids = [encoder.prefix_token_id, *encoder.backend.encode(prompt, add_special_tokens=False).ids]
-    check_ids(max(ids), model, f"prompt {prompt[:60]!r}")
-    return ids if limit is None else ids[-(limit - max_new_tokens) :]
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from zoo import tiny_config
 
 from elo.chat.chat import chat
 from elo.chat.sequences import ChatSequences
-from elo.chat.sft import keeps_apart
 from elo.chat.stages import _hold_out
 from elo.cli import main
 from elo.compare import compare
@@ -34,8 +33,10 @@ from elo.evaluate.base import Subject
 from elo.evaluate.chat import Chat
 from elo.evaluate.evaluate import evaluate
 from elo.evaluate.loading import load_model
+from elo.evaluate.scoring import keeps_apart
 from elo.report.files import read_results
 from elo.run import run, stage_names
+from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.vocab.vocabulary import extend_vocabulary
 
 
@@ -170,7 +171,7 @@ def test_a_packed_sequence_has_the_loss_of_its_conversations(world):
 
 @pytest.mark.parametrize(("family", "packs"), [("llama", True), ("gemma3", True), ("mamba", False), ("bloom", False)])
 def test_only_architectures_that_keep_conversations_apart_pack(family, packs):
-    assert keeps_apart(tiny_config(family), 64) is packs
+    assert keeps_apart(build_hollow_causal_lm(tiny_config(family)), 64) is packs
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Few labelled examples in the prompt and in training: predictions, what is trained and what is left, and mistakes."""
 
+import inspect
 import json
 import random
 
@@ -33,8 +34,9 @@ def world(tmp_path_factory):
 
 
 def ask(world, **settings):
-    files = {"train": world / "train.jsonl", "test": world / "test.jsonl", "label_field": "topic", "device": "cpu"}
-    return few_shot(world / "model", **{**files, "progress": False, **settings})
+    files = {"train": world / "train.jsonl", "test": world / "test.jsonl", "label_field": "topic"} | settings
+    task = read_task(**{name: files.pop(name) for name in inspect.signature(read_task).parameters if name in files})
+    return few_shot(files.pop("model", world / "model"), task, **{"device": "cpu", "progress": False, **files})
 
 
 def test_rows_costs_and_differences(world, tmp_path):
@@ -59,7 +61,7 @@ def test_rows_costs_and_differences(world, tmp_path):
 
 def test_training_learns_and_leaves_no_trace(world):
     model = tiny_model("llama", len(tiny_tokenizer()))
-    task = read_task(world / "train.jsonl", world / "test.jsonl", "text", "topic", {}, "{text}\nLabel:", None, None)
+    task = read_task(world / "train.jsonl", world / "test.jsonl", label_field="topic")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     cells = [fewshot.Cell(way, 30) for way in ("in-context", "sft")]
     for cell in cells:
@@ -77,12 +79,12 @@ def test_scores_are_log_likelihoods(model_type):
     model, tokenizer = tiny_model(model_type, len(tiny_tokenizer()), seed=3), text_tokenizer()
     words = ("bread", "river mill", "the lamp was lit", "grain")
     texts = ["Bread, salt", "the lamp", "No one knew why", "river"]
-    task = Task(words, words, (), tuple(Example(text, 0) for text in texts), "{text}\n", "")
-    context = [tokenizer.prefix_token_id, *fewshot._encode(tokenizer, "a mill\n")]
+    task = Task("", "", words, words, (), tuple(Example(text, 0) for text in texts), "{text}\n", "")
+    context = [tokenizer.prefix_token_id, *tokenizer.encode("a mill\n")]
     items = [fewshot._Item.of(task, example, tokenizer) for example in task.test]
     for text, item, scores in zip(texts, items, fewshot._scores(model, context, items), strict=True):
         for name, word, score in zip(words, item.words, scores, strict=True):
-            assert [*item.prompt, *word] == fewshot._encode(tokenizer, f"{text}\n {name}")
+            assert [*item.prompt, *word] == tokenizer.encode(f"{text}\n {name}")
             ids = torch.tensor([[*context, *item.prompt, *word]])
             with torch.no_grad():
                 nats = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].log_softmax(1)
@@ -91,9 +93,7 @@ def test_scores_are_log_likelihoods(model_type):
 
 
 def test_draws_are_even_and_nested(world):
-    task = read_task(
-        world / "train.jsonl", world / "test.jsonl", "text", "topic", {"food": "meal"}, "{text}:", None, None
-    )
+    task = read_task(world / "train.jsonl", world / "test.jsonl", label_field="topic", words={"food": "meal"})
     assert task.words == ("meal", "light", "water")
     assert task.instruction == "Label each text with one of: meal, light, water."
     six, three = draw_examples(task, 6, 1), draw_examples(task, 3, 1)
@@ -106,22 +106,21 @@ def test_a_limit_draws_from_the_whole_file(world, tmp_path):
     lines = [json.dumps({"text": f"the {word}", "topic": label}) for label in WORDS for word in 8 * WORDS[label]]
     path = tmp_path / "sorted.jsonl"
     path.write_text("\n".join(lines))
-    task = read_task(world / "train.jsonl", path, "text", "topic", {}, "{text}:", None, 12)
+    task = read_task(world / "train.jsonl", path, label_field="topic", limit=12)
     assert len(task.test) == 12
     assert {example.label for example in task.test} == {0, 1, 2}
-    assert task == read_task(world / "train.jsonl", path, "text", "topic", {}, "{text}:", None, 12)
+    assert task == read_task(world / "train.jsonl", path, label_field="topic", limit=12)
 
 
 def test_examples_that_do_not_fit_are_left_out(world, tmp_path):
     model = tiny_model("gpt2", len(tiny_tokenizer()))  # 48 positions
     model.save_pretrained(tmp_path / "short")
     tiny_tokenizer().save_pretrained(tmp_path / "short")
-    settings = {"label_field": "topic", "device": "cpu", "progress": False, "instruction": "x", "seeds": (1,)}
-    files = (tmp_path / "short", world / "train.jsonl", world / "test.jsonl")
-    results = few_shot(*files, ways=("in-context",), examples=(20,), **settings)
+    settings = {"model": tmp_path / "short", "instruction": "x", "seeds": (1,)}
+    results = ask(world, ways=("in-context",), examples=(20,), **settings)
     assert 0 < results["rows"][0]["used_examples"][0] < 20
     with pytest.raises(EloError, match=r"the longest test item and the instruction have .* tokens, .* takes 48"):
-        few_shot(*files, ways=("sft",), **settings | {"instruction": None, "template": "{text} " * 30})
+        ask(world, ways=("sft",), **settings | {"instruction": None, "template": "{text} " * 30})
 
 
 def test_mistakes_get_one_message(world, tmp_path, capsys):

@@ -8,13 +8,12 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 
 from elo.chat.sequences import ChatSequences
-from elo.checkpoint.architecture import is_recurrent
 from elo.checkpoint.counting import read_config
 from elo.data.chat_template import ChatExample, ChatFormat
 from elo.data.conversations import read_conversations
 from elo.data.tokenizer import TOKENIZER_FILES
 from elo.errors import EloError
-from elo.evaluate.scoring import rope_limit, takes_position_ids
+from elo.evaluate.scoring import keeps_apart
 from elo.methods import Method, Setup
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.train.arguments import rows_per_step
@@ -66,7 +65,8 @@ def fine_tune(
             f"chat.sequence_length: no conversation fits into {sequence_length} tokens; write a larger number"
         )
     model_config = read_config(str(checkpoint), trust_remote_code=trust_remote_code)
-    packing = packing and keeps_apart(model_config, sequence_length, trust_remote_code=trust_remote_code)
+    hollow = build_hollow_causal_lm(model_config, trust_remote_code=trust_remote_code)
+    packing = packing and keeps_apart(hollow, sequence_length)
     rows = ChatSequences(
         examples,
         sequence_length=sequence_length,
@@ -98,13 +98,6 @@ def fine_tune(
         "packing": packing,
         "padding": 1 - rows.tokens_used / (len(rows) * sequence_length),
     }
-
-
-def keeps_apart(config: PreTrainedConfig, sequence_length: int, *, trust_remote_code: bool = False) -> bool:
-    """Return whether an architecture can keep the conversations of a packed sequence apart."""
-    model = build_hollow_causal_lm(config, trust_remote_code=trust_remote_code)
-    limit = rope_limit(config)
-    return takes_position_ids(model) and not is_recurrent(model) and (limit is None or sequence_length <= limit)
 
 
 def _finish(folder: Path, chat: ChatFormat, config: PreTrainedConfig) -> None:

@@ -67,6 +67,11 @@ class TextTokenizer:
         encodings = self.encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of one text, without prefix and eos."""
+        ids: list[int] = self.encode_batch([text])[0].tolist()
+        return ids
+
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the token ids of each text in stored form: prefix, text tokens, eos."""
         return self._split(*self._encode(texts))

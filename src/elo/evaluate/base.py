@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -128,6 +128,11 @@ def register(measure: type[M]) -> type[M]:
 def share_error(share: float, items: int) -> float | None:
     """Standard error of a share of independent items."""
     return (share * (1 - share) / items) ** 0.5 if items else None
+
+
+def mean_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean of independent values; None of fewer than two."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def weighted(items: Sequence[Sequence[float]], average: float) -> tuple[float, ...]:

@@ -4,8 +4,6 @@
 - chat_language: share of generated answers in the language of the conversation, by py3langid (extra `chat`). The
   subset `reference` is the same share of the true answers: the most that can be expected.
 - chat_nats: nats per token of the true answers, ends of turns included.
-
-Shapes: B rows, T positions.
 """
 
 import importlib.util
@@ -16,30 +14,15 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from pydantic import Field
-from transformers import GenerationConfig, GenerationMixin
 
-from elo.checkpoint.architecture import is_recurrent
-from elo.data.chat_template import TEMPLATES, ChatExample, ChatFormat
+from elo.data.chat_template import TEMPLATES, ChatFormat
 from elo.data.conversations import Conversation, read_conversations
-from elo.data.packing import IGNORE_INDEX
 from elo.errors import EloError
 from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register, share_error
-from elo.evaluate.samples import generating_with
-from elo.evaluate.scoring import (
-    batch_tokens,
-    check_ids,
-    evaluating,
-    forward_logits,
-    longest_sequence,
-    rope_limit,
-    takes_position_ids,
-    token_nats,
-)
+from elo.evaluate.scoring import check_ids, evaluating, longest_sequence, summed_nats
+from elo.evaluate.writing import BATCH_SIZE, write_greedily
 from elo.log import Progress
-
-_ANSWERS_AT_ONCE = 16
 
 
 @register
@@ -82,7 +65,15 @@ class Chat(Measure):
         for language, conversations in self.conversations.items():
             values += self._loss(subject, chat, language, conversations)
             asked = self._asked(subject, chat, conversations)
-            written = _write(subject, chat, [prompt for _, prompt in asked], self.max_new_tokens, language)
+            written = write_greedily(
+                subject.model,
+                [prompt for _, prompt in asked],
+                stops=chat.stops,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=subject.batch_size or BATCH_SIZE,
+                progress=f"chat {language}: answers" if subject.progress else None,
+                unit="answers",
+            )
             texts = [chat.tokenizer.backend.decode(ids, skip_special_tokens=True).strip() for ids in written]
             ended = [chat.ended(ids) and bool(text) for ids, text in zip(written, texts, strict=True)]
             values.append(_share("chat_ended", "all", language, ended))
@@ -104,6 +95,7 @@ class Chat(Measure):
         found = []
         for each in conversations:
             prompt = chat.prompt(each.messages[:-1], each.where)
+            check_ids(max(prompt), subject.model, "chat")
             if limit is None or len(prompt) + self.max_new_tokens <= limit:
                 found.append((each, prompt))
             if len(found) == self.prompts:
@@ -123,7 +115,12 @@ class Chat(Measure):
         examples = [each for each in examples if limit is None or len(each.ids) <= limit]
         if not examples:
             return []
-        nats = _answer_nats(subject, examples, language)
+        model = subject.model
+        check_ids(max(int(each.ids.max()) for each in examples), model, "chat")
+        label = f"chat {language}: true answers" if subject.progress else None
+        with evaluating(model) as place, Progress(len(examples), label, "conversations") as bar:
+            rows = [(each.ids, each.labels) for each in examples]
+            nats = np.array(summed_nats(model, rows, place, bar, subject.batch_size))
         tokens = np.array([each.answer_tokens for each in examples])
         mean = float(nats.sum() / tokens.sum())
         # Standard error of a ratio: conversations are independent, tokens of one conversation are not.
@@ -167,70 +164,3 @@ def _share(measure: str, name: str, language: str, hits: Sequence[bool]) -> Meas
     return MeasureValue(
         measure=measure, name=name, language=language, value=share, standard_error=error, items=len(hits)
     )
-
-
-def _answer_nats(subject: Subject, examples: Sequence[ChatExample], language: str) -> np.ndarray:
-    """Summed nats of the assistant's tokens in each example, float64."""
-    model = subject.model
-    check_ids(max(int(each.ids.max()) for each in examples), model, "chat")
-    # Right padding does not reach earlier positions, but with some rotary embeddings the longest row decides for all.
-    alone = rope_limit(model.config) is not None
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].ids))
-    nats = np.zeros(len(examples))
-    label = f"chat {language}: true answers" if subject.progress else None
-    with evaluating(model) as place, Progress(len(examples), label, "conversations") as bar:
-        start = 0
-        while start < len(order):
-            longest = len(examples[order[start]].ids)
-            batch = order[start : start + (1 if alone else max(1, batch_tokens(model) // longest))]
-            ids_BT = torch.zeros(len(batch), longest, dtype=torch.long)
-            labels_BT = torch.full_like(ids_BT, IGNORE_INDEX)
-            for row, index in enumerate(batch):
-                length = len(examples[index].ids)
-                ids_BT[row, :length] = torch.from_numpy(examples[index].ids)
-                labels_BT[row, :length] = torch.from_numpy(examples[index].labels)
-            logits_BTV = forward_logits(model, input_ids=ids_BT.to(place))
-            nats[batch] = token_nats(logits_BTV, labels_BT.to(place)).sum(1).numpy()
-            start += len(batch)
-            bar.advance(len(batch))
-    return nats
-
-
-def _write(
-    subject: Subject, chat: ChatFormat, prompts: Sequence[list[int]], max_new_tokens: int, language: str
-) -> list[list[int]]:
-    """Continue each prompt greedily up to a stop token, which is kept."""
-    model, stops = subject.model, chat.stops
-    check_ids(max(max(each) for each in prompts), model, "chat")
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0]
-    )
-    # Prompts of several lengths need left padding, which only positions and an attention mask can hide.
-    together = takes_position_ids(model) and not is_recurrent(model) and rope_limit(model.config) is None
-    size = (subject.batch_size or _ANSWERS_AT_ONCE) if together else 1
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    written: dict[int, list[int]] = {}
-    label = f"chat {language}: answers" if subject.progress else None
-    with (
-        evaluating(model) as place,
-        generating_with(model, greedy),
-        Progress(len(prompts), label, "answers") as bar,
-    ):
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            longest = max(len(prompts[index]) for index in batch)
-            ids_BT = torch.full((len(batch), longest), stops[0])
-            mask_BT = torch.zeros_like(ids_BT)
-            for row, index in enumerate(batch):
-                ids_BT[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
-                mask_BT[row, longest - len(prompts[index]) :] = 1
-            output_BT: Any = GenerationMixin.generate(
-                model,  # type: ignore[arg-type]
-                ids_BT.to(place),
-                attention_mask=mask_BT.to(place),
-            )
-            for index, ids in zip(batch, output_BT[:, longest:].tolist(), strict=True):
-                end = next((at for at, token in enumerate(ids) if token in stops), len(ids) - 1)
-                written[index] = ids[: end + 1]
-            bar.advance(len(batch))
-    return [written[index] for index in range(len(prompts))]

@@ -1,7 +1,4 @@
-"""Cloze accuracy: of several continuations of a prompt, does the model find the true one most likely?
-
-Shapes: B rows, T positions.
-"""
+"""Cloze accuracy: of several continuations of a prompt, does the model find the true one most likely?"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from transformers import PreTrainedModel
 
 from elo.data.json_lines import read_json_lines
@@ -17,15 +13,7 @@ from elo.data.packing import IGNORE_INDEX
 from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
 from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, share_error
-from elo.evaluate.scoring import (
-    batch_tokens,
-    check_ids,
-    evaluating,
-    forward_logits,
-    longest_sequence,
-    rope_regime,
-    token_nats,
-)
+from elo.evaluate.scoring import check_ids, evaluating, longest_sequence, summed_nats
 from elo.log import Progress
 
 
@@ -144,8 +132,6 @@ def cloze_accuracy(
     items: Sequence[ClozeItem],
     *,
     batch_size: int | None = None,
-    device: torch.device | str | None = None,
-    autocast_dtype: torch.dtype | None = None,
     progress: str | None = None,
 ) -> ClozeAccuracy:
     """Ask `model` every item; see `ClozeAccuracy` for what is measured.
@@ -158,8 +144,6 @@ def cloze_accuracy(
         tokenizer: the model's.
         items: at least one.
         batch_size: choices a forward pass; by default as many as keep fp32 logits within 1 GiB.
-        device: where to run; by default where the model is.
-        autocast_dtype: compute dtype, for models kept in another one.
         progress: a label shows progress under it; None shows nothing.
 
     Raises:
@@ -172,19 +156,13 @@ def cloze_accuracy(
         candidate for index, item in enumerate(items) for candidate in _candidates(item, index, tokenizer, limit)
     ]
     check_ids(max(max(candidate.ids) for candidate in candidates), model, "cloze items")
-    candidates.sort(key=lambda candidate: (-len(candidate.ids), candidate.item, candidate.choice))
-    nats = [[0.0] * len(item.choices) for item in items]
-    with evaluating(model, device, autocast_dtype) as place, Progress(len(candidates), progress, "choices") as bar:
-        start = 0
-        while start < len(candidates):
-            count = batch_size or max(1, batch_tokens(model) // (len(candidates[start].ids) - 1))
-            batch = candidates[start : start + count]
-            regime = rope_regime(model.config, len(batch[0].ids) - 1)
-            batch = [each for each in batch if rope_regime(model.config, len(each.ids) - 1) == regime]
-            for candidate, cost in zip(batch, _costs(model, batch, place), strict=True):
-                nats[candidate.item][candidate.choice] = cost
-            start += len(batch)
-            bar.advance(len(batch))
+    rows = [
+        (ids[:-1], [IGNORE_INDEX] * (len(ids) - 1 - scored) + ids[-scored:])
+        for ids, scored in ((each.ids, each.scored) for each in candidates)
+    ]
+    with evaluating(model) as place, Progress(len(rows), progress, "choices") as bar:
+        costs = iter(summed_nats(model, rows, place, bar, batch_size))
+    nats = [[next(costs) for _ in item.choices] for item in items]
     predictions = tuple(min(range(len(costs)), key=costs.__getitem__) for costs in nats)
     right = [prediction == item.answer for prediction, item in zip(predictions, items, strict=True)]
     chance = sum(1 / len(item.choices) for item in items) / len(items)
@@ -197,22 +175,6 @@ def _by_group(items: Sequence[ClozeItem], right: Sequence[bool]) -> dict[str, Gr
         if item.group is not None:
             answered.setdefault(item.group, []).append(is_right)
     return {name: GroupAccuracy(sum(each) / len(each), len(each)) for name, each in answered.items()}
-
-
-def _costs(model: PreTrainedModel, batch: list[_Candidate], place: torch.device) -> list[float]:
-    """Summed nats of the scored tokens of each candidate; rows are padded at the end, where nothing sees it."""
-    width = max(len(candidate.ids) for candidate in batch) - 1
-    input_ids_BT = torch.zeros(len(batch), width, dtype=torch.int64)
-    attended_BT = torch.zeros_like(input_ids_BT)
-    labels_BT = torch.full_like(input_ids_BT, IGNORE_INDEX)
-    for row, candidate in enumerate(batch):
-        length = len(candidate.ids) - 1
-        ids = torch.tensor(candidate.ids)
-        input_ids_BT[row, :length] = ids[:-1]
-        attended_BT[row, :length] = 1
-        labels_BT[row, length - candidate.scored : length] = ids[len(ids) - candidate.scored :]
-    logits_BTV = forward_logits(model, input_ids=input_ids_BT.to(place), attention_mask=attended_BT.to(place))
-    return token_nats(logits_BTV, labels_BT.to(place)).sum(1).tolist()
 
 
 def _candidates(item: ClozeItem, index: int, tokenizer: TextTokenizer, limit: int | None) -> list[_Candidate]:

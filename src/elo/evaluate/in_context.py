@@ -15,7 +15,7 @@ import inspect
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 
 from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
-from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register, share_error, weighted
+from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, mean_error, register, share_error, weighted
 from elo.evaluate.scoring import (
     batch_tokens,
     check_ids,
@@ -96,7 +96,7 @@ class InContext(Measure):
     def _sequences(self, kind: str, length: int, tokenizer: TextTokenizer, pieces: list[int]) -> "list[_Sequence]":
         """Sequences of one kind and length; none where the vocabulary has too few pieces for distinct ones."""
         draw = random.Random(f"{self.seed} {kind} {length}")
-        start, colon, line_end = tokenizer.prefix_token_id, _ids(tokenizer, ":"), _ids(tokenizer, "\n")
+        start, colon, line_end = tokenizer.prefix_token_id, tokenizer.encode(":"), tokenizer.encode("\n")
         count = max(1, self.tokens // length)
         if kind == "copying":
             made = [_copying(draw, start, pieces, length) for _ in range(count)]
@@ -130,10 +130,6 @@ def ordinary_pieces(tokenizer: TextTokenizer, rows: int) -> list[int]:
     ]
     words = [index for index in ordinary if spellings[index].startswith(_WORD_STARTS)]
     return words if len(words) >= _MIN_WORDS else ordinary
-
-
-def _ids(tokenizer: TextTokenizer, text: str) -> list[int]:
-    return [int(index) for index in tokenizer.encode_batch([text])[0]]
 
 
 def _copying(draw: random.Random, start: int, pieces: list[int], length: int) -> _Sequence | None:
@@ -224,7 +220,7 @@ def _values(name: str, nats: list[float], hits: list[bool], chance: float) -> li
             value=fmean(nats),
             unit="number",
             higher_is_better=False,
-            standard_error=stdev(nats) / items**0.5 if items > 1 else None,
+            standard_error=mean_error(nats),
             items=items,
         ),
     ]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import cache, partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from elo.data.tokenizer import TextTokenizer, load_with_settings
 from elo.errors import EloError
-from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register, weighted
+from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, mean_error, register, weighted
 from elo.evaluate.scoring import evaluating
 from elo.store.files import read_json, sha256_json, write_text
 from elo.store.run_folder import file_identity
@@ -245,7 +245,7 @@ class Tasks(Measure):
                     name=subset,
                     value=fmean(of_items),
                     unit="number",
-                    standard_error=stdev(of_items) / len(of_items) ** 0.5 if len(of_items) > 1 else None,
+                    standard_error=mean_error(of_items),
                     items=len(of_items),
                     is_detail=True,
                     per_item=tuple(round(margin, 5) for margin in of_items) if subset == "all" else (),

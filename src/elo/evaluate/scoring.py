@@ -4,16 +4,23 @@ Shapes: B rows, T positions, V vocabulary entries.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from elo.checkpoint.architecture import is_recurrent
 from elo.data.packing import IGNORE_INDEX
 from elo.errors import EloError
+from elo.log import Progress
+
+Ids: TypeAlias = Sequence[int] | np.ndarray
+"""Token ids, or labels, of one sequence."""
 
 LOGITS_BYTES = 1 << 30
 """Memory that one batch's fp32 logits may take; one row is always allowed."""
@@ -130,6 +137,12 @@ def takes_position_ids(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
+def keeps_apart(model: PreTrainedModel, length: int) -> bool:
+    """Whether position ids and masks hide from a sequence what shares its row or pads it, up to `length` positions."""
+    limit = rope_limit(model.config)
+    return takes_position_ids(model) and not is_recurrent(model) and (limit is None or length <= limit)
+
+
 def forward_logits(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
     """Logits [B, T, V] without a key-value cache; the cache would switch packed-document isolation off."""
     return model(**inputs, use_cache=False).logits
@@ -157,6 +170,48 @@ def token_nats(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tenso
         for start in range(0, len(labels_N), step)
     ]
     return torch.cat(nats).to("cpu", torch.float64).view(labels_BT.shape)
+
+
+def right_padded(rows: Sequence[tuple[Ids, Ids]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return input ids, attention mask and labels of rows of (ids, labels), int64 [B, T] each, padded at the end."""
+    width = max(len(ids) for ids, _ in rows)
+    ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
+    attended_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, IGNORE_INDEX)
+    for row, (ids, labels) in enumerate(rows):
+        ids_BT[row, : len(ids)] = torch.as_tensor(ids)
+        attended_BT[row, : len(ids)] = 1
+        labels_BT[row, : len(ids)] = torch.as_tensor(labels)
+    return ids_BT, attended_BT, labels_BT
+
+
+def summed_nats(
+    model: PreTrainedModel, rows: Sequence[tuple[Ids, Ids]], place: torch.device, bar: Progress, batch_size: int | None
+) -> list[float]:
+    """Summed nats of the labels of each row.
+
+    Args:
+        model: in evaluation mode (`evaluating`).
+        rows: (ids, labels) of each; labels are already shifted, as in `token_nats`.
+        place: the device that inputs belong on.
+        bar: advanced by the rows.
+        batch_size: rows a forward pass; None: as many as keep fp32 logits within 1 GiB.
+    """
+    lengths = [len(ids) for ids, _ in rows]
+    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
+    nats = [0.0] * len(rows)
+    start = 0
+    while start < len(order):
+        longest = lengths[order[start]]
+        batch = order[start : start + (batch_size or max(1, batch_tokens(model) // longest))]
+        regime = rope_regime(model.config, longest)
+        batch = [index for index in batch if rope_regime(model.config, lengths[index]) == regime]
+        ids_BT, attended_BT, labels_BT = right_padded([rows[index] for index in batch])
+        logits_BTV = forward_logits(model, input_ids=ids_BT.to(place), attention_mask=attended_BT.to(place))
+        for index, cost in zip(batch, token_nats(logits_BTV, labels_BT.to(place)).sum(1).tolist(), strict=True):
+            nats[index] = cost
+        start += len(batch)
+        bar.advance(len(batch))
+    return nats
 
 
 def check_ids(largest: int, model: PreTrainedModel, what: str) -> None:

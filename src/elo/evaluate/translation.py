@@ -2,7 +2,6 @@
 
 import importlib.util
 from pathlib import Path
-from statistics import stdev
 from typing import ClassVar
 
 from pydantic import Field, field_validator
@@ -10,11 +9,10 @@ from pydantic import Field, field_validator
 from elo.data.parallel import DEFAULT_TEMPLATE, Parallel, read_pairs, template_problem
 from elo.data.sources import list_inputs
 from elo.errors import EloError
-from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register
+from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, mean_error, register
 from elo.evaluate.samples import generate_samples
+from elo.evaluate.writing import BATCH_SIZE
 from elo.store.remote import require_local
-
-_BATCH = 16
 
 
 @register
@@ -72,18 +70,16 @@ class Translation(Measure):
             shots = "".join(layout.example(*pair, self.template) + "\n" for pair in pairs[: self.shots])
             asked = pairs[self.shots :]
             prompts = [shots + layout.prompt(source, self.template) for source, _ in asked]
-            order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # for little padding
             texts = generate_samples(
                 subject.model,
                 subject.text_tokenizer,
-                [prompts[index] for index in order],
+                prompts,
                 max_new_tokens=self.max_new_tokens,
                 progress=f"translation into {into}" if subject.progress else None,
                 stop="\n",
-                batch_size=subject.batch_size or _BATCH,
+                batch_size=subject.batch_size or BATCH_SIZE,
             )
-            written = dict(zip(order, texts, strict=True))
-            hypotheses = [written[index].strip() for index in range(len(asked))]
+            hypotheses = [text.strip() for text in texts]
             references = [target for _, target in asked]
             # sacrebleu's own bootstrap fails on some scores, so the error is that of the mean over sentences.
             each = [
@@ -96,7 +92,7 @@ class Translation(Measure):
                     language=into,
                     value=float(CHRF().corpus_score(hypotheses, [references]).score),
                     unit="number",
-                    standard_error=stdev(each) / len(each) ** 0.5 if len(each) > 1 else None,
+                    standard_error=mean_error(each),
                     items=len(asked),
                 )
             )

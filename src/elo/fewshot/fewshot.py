@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -28,17 +28,19 @@ from elo.checkpoint.counting import footprint
 from elo.data.packing import IGNORE_INDEX
 from elo.data.tokenizer import TextTokenizer, load_tokenizer
 from elo.errors import EloError
-from elo.evaluate.base import share_error
+from elo.evaluate.base import mean_error, share_error
 from elo.evaluate.loading import load_model
-from elo.evaluate.scoring import embedding_weight, evaluating, longest_sequence, vocabulary_size
+from elo.evaluate.scoring import embedding_weight, evaluating, longest_sequence, right_padded, vocabulary_size
 from elo.fewshot.table import render
-from elo.fewshot.task import DEFAULT_TEMPLATE, Example, Task, draw_examples, read_task
+from elo.fewshot.task import Example, Task, draw_examples
 from elo.log import Progress
+from elo.methods import Setup
 from elo.methods.lora import Lora
 from elo.report.statistics import estimate_items
 from elo.store.environment import hardware, versions
 from elo.store.files import write_json
 from elo.store.remote import output_file
+from elo.train.prepared import Prepared
 
 WAYS = ("in-context", "sft", "instruction")
 
@@ -71,20 +73,13 @@ class Cell:
 
 def few_shot(
     model: str | Path,
-    train: str | Path,
-    test: str | Path,
+    task: Task,
     *,
-    tokenizer: str | None = None,
-    text_field: str = "text",
-    label_field: str = "label",
-    words: dict[str, str] | None = None,
-    template: str = DEFAULT_TEMPLATE,
-    instruction: str | None = None,
     ways: Sequence[str] = WAYS,
     examples: Sequence[int] = (8, 32),
     seeds: Sequence[int] = (1, 2, 3),
     training: Training | None = None,
-    limit: int | None = None,
+    tokenizer: str | None = None,
     output: str | Path | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -94,30 +89,25 @@ def few_shot(
 
     Args:
         model: checkpoint folder or hub id.
-        train: JSON lines that examples are drawn from.
-        test: JSON lines to predict.
-        tokenizer: folder or hub id; by default the model's.
-        text_field: key of the text.
-        label_field: key of the label.
-        words: word by label; by default the label itself.
-        template: what stands in front of the label's word; holds `{text}`.
-        instruction: by default one that lists the words.
+        task: task and the layout of its items (`read_task`).
         ways: of `WAYS`.
         examples: numbers of examples, drawn evenly over the labels; 0 is possible in context.
         seeds: each draws its own examples and initialises its own adapters.
         training: how adapters are trained.
-        limit: predict only this many items of `test`, drawn at random, the same for every seed.
+        tokenizer: folder or hub id; by default the model's.
         output: JSON file to write.
         device: by default cuda where there is one, else cpu.
         trust_remote_code: run code that ships with the checkpoint.
         progress: show progress and a table.
 
+    Returns:
+        The results, as written to `output`; docs/fewshot.md has an example.
+
     Raises:
-        EloError: a file or an argument is wrong.
+        EloError: an argument is wrong, or the task does not fit the model.
     """
     training = training or Training()
     target = output_file(output)
-    task = read_task(train, test, text_field, label_field, words or {}, template, instruction, limit)
     _check(task, ways, examples, seeds, training)
     encoder = load_tokenizer(tokenizer or model, trust_remote_code)
     loaded = load_model(str(model), device, None, None, trust_remote_code)
@@ -135,12 +125,12 @@ def few_shot(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": str(model),
         "task": {
-            "train": str(train),
-            "test": str(test),
+            "train": task.train_file,
+            "test": task.test_file,
             "items": len(task.test),
             "labels": dict(zip(task.labels, task.words, strict=True)),
             "majority": max(Counter(each.label for each in task.test).values()) / len(task.test),
-            "template": template,
+            "template": task.template,
             "instruction": task.instruction,
         },
         "training": asdict(training),
@@ -184,20 +174,20 @@ def _measure(
     items = [_Item.of(task, example, tokenizer) for example in task.test]
     if cell.way == "in-context":
         context, used = _context(task, instruction, drawn, items, tokenizer, longest_sequence(model))
-        tuner, tokens, spent = None, 0, (0.0, 0.0)
+        adapters, tokens, spent = None, 0, (0.0, 0.0)
     else:
-        context, used = [tokenizer.prefix_token_id, *_encode(tokenizer, instruction)], len(drawn)
+        context, used = [tokenizer.prefix_token_id, *tokenizer.encode(instruction)], len(drawn)
         _check_length(context, items, longest_sequence(model))
         started, cpu_started = time.perf_counter(), time.process_time()
         learnt = [_Item.of(task, example, tokenizer) for example in drawn]
-        tuner, tokens = _train(model, context, learnt, training, seed)
+        adapters, tokens = _train(model, context, learnt, training, seed)
         spent = time.perf_counter() - started, time.process_time() - cpu_started
     started, cpu_started = time.perf_counter(), time.process_time()
     try:
         scores = _scores(model, context, items)
     finally:
-        if tuner is not None:
-            tuner.unload()
+        if adapters is not None and adapters.fold_parts is not None:
+            adapters.fold_parts()  # without its merge
     predicted = [max(range(len(each)), key=each.__getitem__) for each in scores]
     cell.right.append([float(label == each.label) for label, each in zip(predicted, items, strict=True)])
     cell.used.append(used)
@@ -231,10 +221,6 @@ class _Item:
         return cls(wholes[0][:shared], [ids[shared:] for ids in wholes], example.label)
 
 
-def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
-    return [int(index) for index in tokenizer.encode_batch([text])[0]] if text else []
-
-
 def _context(
     task: Task,
     instruction: str,
@@ -244,12 +230,12 @@ def _context(
     limit: int | None,
 ) -> tuple[list[int], int]:
     """Token ids in front of each item, and how many of the examples fit into the model's positions."""
-    start = [tokenizer.prefix_token_id, *_encode(tokenizer, instruction)]
+    start = [tokenizer.prefix_token_id, *tokenizer.encode(instruction)]
     _check_length(start, items, limit)
     longest = max(len(item.prompt) + max(map(len, item.words)) for item in items)
     used = 0
     for example in drawn:
-        more = _encode(tokenizer, f"{task.prompt(example)} {task.words[example.label]}\n\n")
+        more = tokenizer.encode(f"{task.prompt(example)} {task.words[example.label]}\n\n")
         if limit is not None and len(start) + len(more) + longest > limit:
             break
         start += more
@@ -268,20 +254,19 @@ def _check_length(context: Sequence[int], items: Sequence[_Item], limit: int | N
 
 def _train(
     model: PreTrainedModel, context: Sequence[int], items: Sequence[_Item], training: Training, seed: int
-) -> tuple[Any, int]:
+) -> tuple[Prepared, int]:
     """Add adapters to the model and train them on the words of the labels.
 
-    Returns:
-        The adapters, whose `unload` takes them off the model, and the tokens computed in training.
-    """
-    from peft import LoraConfig, LoraModel
+    `elo.train.loop.train` is for long runs: its sequences have one length, its updates one size, and it writes a
+    checkpoint after the last one. Here a model takes a few updates of short rows, and many times over.
 
+    Returns:
+        The adapters, whose `fold_parts` takes them off the model, and the tokens computed in training.
+    """
     place = embedding_weight(model).device
-    config = LoraConfig(r=training.rank, lora_alpha=2 * training.rank, target_modules="all-linear")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        tuner = LoraModel(model, {"default": config}, "default")
-    trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    lora = _lora(training)
+    adapters = lora.prepare(model, lora.phases[0], Setup(seed=seed))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.learning_rate, weight_decay=0.0)
     order, batches = random.Random(seed), []
     for _ in range(training.epochs):
@@ -292,14 +277,9 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * (1 - step / len(batches))
         rows = [([*context, *item.prompt], item.words[item.label]) for item in batch]
-        width = max(len(before) + len(word) for before, word in rows)
-        ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
-        attended_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, IGNORE_INDEX)
-        for row, (before, word) in enumerate(rows):
-            length = len(before) + len(word)
-            ids_BT[row, :length] = torch.tensor([*before, *word])
-            attended_BT[row, :length] = 1
-            labels_BT[row, len(before) : length] = torch.tensor(word)
+        ids_BT, attended_BT, labels_BT = right_padded(
+            [([*before, *word], [IGNORE_INDEX] * len(before) + word) for before, word in rows]
+        )
         output = model(
             input_ids=ids_BT.to(place),
             attention_mask=attended_BT.to(place),
@@ -310,7 +290,11 @@ def _train(
         output.loss.backward()
         optimizer.step()
         tokens += ids_BT.numel()
-    return tuner, tokens
+    return adapters, tokens
+
+
+def _lora(training: Training) -> Lora:
+    return Lora(rank=training.rank, alpha=2 * training.rank)
 
 
 def _scores(model: PreTrainedModel, context: Sequence[int], items: Sequence[_Item]) -> list[list[float]]:
@@ -349,7 +333,7 @@ def _row(cell: Cell, model: PreTrainedModel, training: Training) -> dict[str, An
     accuracies = [fmean(right) for right in cell.right]
     estimate = estimate_items(np.array(cell.right))
     per_item = fmean(cell.test_tokens) / len(cell.right[0])
-    lora = Lora(rank=training.rank)
+    lora = _lora(training)
     per_token = lora.flops_per_token(lora.phases[0], footprint(model.config), (), max(2, round(per_item)))
     return {
         "way": cell.way,
@@ -359,7 +343,7 @@ def _row(cell: Cell, model: PreTrainedModel, training: Training) -> dict[str, An
         "low": max(0.0, estimate.low),
         "high": min(1.0, estimate.high),
         "accuracy_by_seed": accuracies,
-        "standard_error_seeds": stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else None,
+        "standard_error_seeds": mean_error(accuracies),
         "standard_error_items": share_error(estimate.value, len(cell.right[0])),
         "train_tokens": fmean(cell.train_tokens),
         "train_seconds": fmean(cell.train_seconds),

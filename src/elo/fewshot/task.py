@@ -1,6 +1,7 @@
 """A labelled task: files of examples, and draws of a few of them."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +24,15 @@ class Task:
     """A classification task as the model sees it.
 
     Attributes:
+        train_file, test_file: the files of `train` and `test`.
         labels: names of the labels in the files.
         words: what the model reads and writes for each label.
         template: text in front of the label's word, with `{text}`.
         instruction: written once in front of everything else; sft leaves it out.
     """
 
+    train_file: str
+    test_file: str
     labels: tuple[str, ...]
     words: tuple[str, ...]
     train: tuple[Example, ...]
@@ -43,13 +47,29 @@ class Task:
 def read_task(
     train: str | Path,
     test: str | Path,
-    text_field: str,
-    label_field: str,
-    words: dict[str, str],
-    template: str,
-    instruction: str | None,
-    limit: int | None,
+    *,
+    text_field: str = "text",
+    label_field: str = "label",
+    words: Mapping[str, str] | None = None,
+    template: str = DEFAULT_TEMPLATE,
+    instruction: str | None = None,
+    limit: int | None = None,
 ) -> Task:
+    """Read a labelled task from JSON lines.
+
+    Args:
+        train: file that examples are drawn from.
+        test: file of the items to predict.
+        text_field: key of the text.
+        label_field: key of the label.
+        words: word by label; by default the label itself.
+        template: what stands in front of the label's word; holds `{text}`.
+        instruction: by default one that lists the words.
+        limit: keep only this many items of `test`, drawn at random, the same in every call.
+
+    Raises:
+        EloError: a file cannot be read or is not of this form (named `file:line`), or a word or the template is wrong.
+    """
     read = [_read_lines(path, text_field, label_field) for path in (train, test)]
     labels = sorted({label for _, label, _ in read[0]})
     if len(labels) < 2:
@@ -57,6 +77,7 @@ def read_task(
     for _, label, where in read[1]:
         if label not in labels:
             raise EloError(f"{where}: label {label!r} is not in {train}, which has {', '.join(labels)}")
+    words = words or {}
     if unknown := [label for label in words if label not in labels]:
         raise EloError(f"--word {unknown[0]}: {train} has no such label; it has {', '.join(labels)}")
     if "{text}" not in template:
@@ -69,7 +90,7 @@ def read_task(
     sets = [tuple(Example(text, labels.index(label)) for text, label, _ in lines) for lines in read]
     # Files are often sorted by label, so the first items would be no sample of the task.
     items = sets[1] if limit is None or limit >= len(sets[1]) else tuple(random.Random(0).sample(sets[1], limit))
-    return Task(tuple(labels), tuple(shown), sets[0], items, template, instruction)
+    return Task(str(train), str(test), tuple(labels), tuple(shown), sets[0], items, template, instruction)
 
 
 def _read_lines(path: str | Path, text_field: str, label_field: str) -> list[tuple[str, str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedModel
 
 from elo.check_output import generation_problem
-from elo.checkpoint.architecture import find_architecture, is_recurrent, require_module
+from elo.checkpoint.architecture import find_architecture, require_module
 from elo.checkpoint.counting import read_config
 from elo.checkpoint.layers import assumed_layers, parse_auto
 from elo.checkpoint.model_config import text_config_of
@@ -18,14 +18,14 @@ from elo.checkpoint.tensor_files import Checkpoint, open_checkpoint
 from elo.config import RunConfig
 from elo.errors import EloError, UnsupportedArchitectureError
 from elo.evaluate.cloze import read_cloze
-from elo.evaluate.scoring import longest_sequence, takes_position_ids
+from elo.evaluate.scoring import longest_sequence
 from elo.methods import Method, Phase
 from elo.methods.base import check_supervision, first_new_row
 from elo.probe.choice import check_auto
 from elo.store.remote import require_local
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.train.arguments import check_settings
-from elo.train.attention import VARLEN, ignores_document_starts, require_own_positions
+from elo.train.attention import VARLEN, require_own_positions, separates_documents
 from elo.train.settings import TrainingSettings, check_also_train
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
         require_own_positions(
             model_config, length, packed=config.data.packing, batch_size=batch_size, section="training"
         )
-    if config.data.packing and (is_recurrent(model) or not takes_position_ids(model) or ignores_document_starts(model)):
+    if config.data.packing and not separates_documents(model):
         raise EloError(
             f"data.packing: {model_config.model_type} does not separate packed documents (it has layers other than "
             "attention, takes no position ids, or ignores where they restart); write data.packing: false"

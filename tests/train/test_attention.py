@@ -12,11 +12,15 @@ from transformers import (
     MistralConfig,
     Qwen3Config,
 )
+from zoo import FAMILIES as ZOO
+from zoo import tiny_config, tiny_model
 
 from elo.errors import EloError
 from elo.evaluate.bits_per_byte import bits_per_byte
+from elo.evaluate.scoring import rope_limit, takes_position_ids
+from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.train.arguments import rows_per_step
-from elo.train.attention import VARLEN, choose_attention, document_starts
+from elo.train.attention import VARLEN, choose_attention, document_starts, separates_documents
 from elo.train.batches import PackedCollator
 from elo.train.loop import train
 
@@ -41,6 +45,18 @@ FAMILIES = {
 OTHERS = {
     "gemma2, soft-capped": Gemma2Config(**SIZES, sliding_window=4, attn_logit_softcapping=2.0),
     "gpt-oss, sinks": GptOssConfig(**SIZES, sliding_window=4, num_local_experts=2, num_experts_per_tok=1),
+}
+
+
+COMPRESSED, HEAVILY = "compressed_sparse_attention", "heavily_compressed_attention"
+V4 = {"num_key_value_heads": 1, "head_dim": 16, "o_lora_rank": 8, "o_groups": 2, "index_topk": 64}
+V4 |= {"compress_rates": {COMPRESSED: 4, HEAVILY: 12}}
+# Families that are in the zoo's tests of detaching, and some that do not look where position ids restart.
+PACKED = ZOO | {
+    "biogpt": ("biogpt", {}),
+    "deepseek_v4": ("deepseek_v4", V4 | {"layer_types": [COMPRESSED, HEAVILY] * 2}),
+    "deepseek_v4-heavy": ("deepseek_v4", V4 | {"layer_types": [HEAVILY] * 4}),
+    "openai-gpt": ("openai-gpt", {}),
 }
 
 
@@ -79,6 +95,25 @@ def test_is_not_used_where_the_model_computes_something_else(family):
     with pytest.raises(EloError, match="does not support the attention of"):
         choose_attention(model, 4096, VARLEN)
     assert model.config._attn_implementation == before
+
+
+@torch.no_grad()
+def _differs_when_packed(model, length=19):
+    """Whether a document's logits change with the document before it; its length is no multiple of a window's."""
+    ids = torch.randint(3, 60, (2, length), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(length).repeat(1, 2)
+    packed = model(ids.view(1, -1), position_ids=positions, use_cache=False).logits[:, length:]
+    return (packed - model(ids[1:], use_cache=False).logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_without_weights_packing_is_allowed_exactly_where_it_changes_nothing(name):
+    model_type, particular = PACKED[name]
+    config = tiny_config(model_type, **particular)
+    limit = rope_limit(config)
+    allowed = separates_documents(build_hollow_causal_lm(config)) and (limit is None or limit >= 38)
+    model = tiny_model(config)
+    assert allowed == (takes_position_ids(model) and not _differs_when_packed(model))
 
 
 def test_short_rows_on_a_cpu_keep_the_mask():

@@ -17,6 +17,7 @@ from elo.evaluate.scoring import keeps_apart
 from elo.methods import Method, Setup
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.train.arguments import rows_per_step
+from elo.train.attention import separates_documents
 from elo.train.phase import train_checkpoint
 from elo.train.settings import TrainingSettings
 
@@ -66,7 +67,7 @@ def fine_tune(
         )
     model_config = read_config(str(checkpoint), trust_remote_code=trust_remote_code)
     hollow = build_hollow_causal_lm(model_config, trust_remote_code=trust_remote_code)
-    packing = packing and keeps_apart(hollow, sequence_length)
+    packing = packing and keeps_apart(hollow, sequence_length) and separates_documents(hollow)
     rows = ChatSequences(
         examples,
         sequence_length=sequence_length,

@@ -12,10 +12,11 @@ from elo.checkpoint import quirks
 from elo.checkpoint.model_config import num_layers_of
 from elo.errors import EloError, UnsupportedArchitectureError
 
-# Token mixers that carry a state along the sequence. Position ids cannot separate packed documents in them.
+# Token mixers that carry a state along the sequence, or pool windows of it (DeepSeek V4). Position ids cannot separate
+# packed documents in them.
 _RECURRENT = re.compile(
     r"mamba|(?-i:SSM)|rwkv|xlstm|mlstm|deltanet|deltarule|linearattention|lightningattention|shortconv|rglru|recurrent"
-    r"|retention|conv1d",
+    r"|retention|conv1d|compressor",
     re.IGNORECASE,
 )
 _PLAIN_CONV = {"Conv1D"}  # transformers' name for a transposed linear layer (GPT-2)
@@ -125,7 +126,7 @@ def tensor_groups(model: PreTrainedModel) -> dict[str, str]:
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Return whether a decoder layer mixes tokens without attention (state space, linear attention, convolution).
+    """Return whether a decoder layer mixes tokens without attention (state space, convolution, linear attention, pooling).
 
     Such layers see across document boundaries in a packed sequence, even with separate position ids.
     """

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from elo.checkpoint.architecture import is_recurrent
 from elo.data.packing import IGNORE_INDEX
 from elo.data.shards import SPECIALS_PER_DOCUMENT, TokenCorpus
 from elo.errors import EloError
@@ -121,7 +122,7 @@ def bits_per_byte(
     document_nats = np.zeros(count)
     with evaluating(model, device, autocast_dtype) as place, Progress(text_tokens, progress, "tokens") as bar:
         packed = not rope_regime(model.config, sequence_length)
-        packed = packed and takes_position_ids(model) and isolates_documents(model, place)
+        packed = packed and isolates_documents(model, place)
         rows = _packed_rows(pieces, sequence_length) if packed else [[piece] for piece in pieces]
         for batch in _batches(rows, tokens_per_batch, partial(rope_regime, model.config)):
             arrays = _collate(corpus, batch)
@@ -145,8 +146,11 @@ def isolates_documents(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether packed documents, told apart by `position_ids` that restart at 0, leave each other's logits alone.
 
     Found by running two rows that differ in their first document only, and their second document by itself. Recurrent
-    layers carry state over the boundary, and some attention kernels see it only in batches of one row.
+    layers carry state over the boundary, and some attention kernels see it only in batches of one row. Layers that pool
+    windows longer than these documents would show nothing, so the kind of layers is asked first.
     """
+    if is_recurrent(model) or not takes_position_ids(model):
+        return False
     ids = torch.arange(24, device=device).mul(7).add(3).remainder(vocabulary_size(model)).view(3, 8)
     packed_BT = torch.stack([torch.cat([ids[0], ids[2]]), torch.cat([ids[1], ids[2]])])
     positions_BT = torch.arange(8, device=device).repeat(2, 2)

@@ -13,12 +13,13 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 
-from elo.checkpoint.architecture import layers_of
+from elo.checkpoint.architecture import is_recurrent, layers_of
 from elo.errors import EloError
-from elo.evaluate.scoring import rope_limit
+from elo.evaluate.scoring import rope_limit, takes_position_ids
 from elo.store.processes import from_main
 
 VARLEN = "elo_varlen"
@@ -162,12 +163,26 @@ def require_own_positions(
     )
 
 
-def ignores_document_starts(model: PreTrainedModel) -> bool:
+class _AnswerZero(TorchDispatchMode):
+    """Let code that reads a value of a tensor without data go on, with zero or False."""
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.zeros((), dtype=args[0].dtype).item()
+        return func(*args, **(kwargs or {}))
+
+
+def separates_documents(model: PreTrainedModel) -> bool:
+    """Return whether a model without weights can keep packed documents apart by position ids that restart."""
+    return not is_recurrent(model) and takes_position_ids(model) and not _ignores_document_starts(model)
+
+
+def _ignores_document_starts(model: PreTrainedModel) -> bool:
     """Return whether a model without weights builds its attention mask without looking where position ids restart.
 
-    Some multimodal wrappers (Qwen2.5-VL, GLM-4V) only look at position ids of four rows, for text and image grids.
-    The model runs as far as its first decoder layer. If it fails before, the answer is False: training checks it again,
-    with weights.
+    Some multimodal wrappers (Qwen2.5-VL, GLM-4V) only look at position ids of four rows, for text and image grids, and
+    some older families (GPT, BioGPT) do not look at all. The model runs as far as its first decoder layer. If it fails
+    before, the answer is False: training checks it again, with weights.
     """
     looked: list[bool] = []
     find_starts = masking_utils.find_packed_sequence_indices
@@ -182,7 +197,7 @@ def ignores_document_starts(model: PreTrainedModel) -> bool:
     hook = layers_of(model)[0].register_forward_pre_hook(stop)
     masking_utils.find_packed_sequence_indices = look
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _AnswerZero():
             model(input_ids=ids.to("meta"), position_ids=positions.to("meta"), use_cache=False)
     except StopIteration:
         return not looked

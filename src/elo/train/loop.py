@@ -278,7 +278,7 @@ def _fitted(
 def _require_isolation(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> None:
     with evaluating(model, None, autocast_dtype) as device:
         # Under FSDP only rank 0 has weights at this point.
-        if from_main(lambda: takes_position_ids(model) and isolates_documents(model, device)):
+        if from_main(lambda: isolates_documents(model, device)):
             return
     raise EloError(
         f"data.packing: {model.config.model_type} does not keep packed documents apart here (it has layers other than "

@@ -148,7 +148,7 @@ def large(megabytes: int, corpus_mb: int, scratch: Path) -> dict[str, Any]:
         f"{str(scratch / 'data')!r}, progress=False)"
     )
     return {
-        "imports_alone": in_process("import elo.surgery.on_disk"),
+        "imports_alone": in_process("import elo.api"),
         "checkpoint_mib": size >> 20,
         "detach": detached,
         "attach": attached,

@@ -93,6 +93,8 @@ def suites(names: tuple[str, ...]) -> dict[str, Any]:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
         counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|error|skipped)", done.stdout)}
         found[name] = counts | {"seconds": round(time.monotonic() - started, 1)}
+        if failures := re.findall(r"^(?:FAILED|ERROR) (.+)", done.stdout, re.MULTILINE):
+            found[name]["failures"] = failures
         print(f"{name}: {found[name]}", flush=True)
     return found
 

@@ -241,6 +241,16 @@ def test_a_single_file_is_read_before_an_index_as_transformers_does(
     assert all(torch.equal(theirs[name], tensor) for name, tensor in taken.items())
 
 
+def test_a_weight_file_that_only_transformers_would_read_is_refused(tmp_path: Path) -> None:
+    llama(seed=0).save_pretrained(tmp_path)
+    save_file(llama(seed=1).state_dict(), tmp_path / "other.safetensors", {"format": "pt"})
+    edit_config(tmp_path, transformers_weights="other.safetensors")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert not torch.equal(theirs["lm_head.weight"], load_file(tmp_path / SINGLE_FILE)["lm_head.weight"])
+    with pytest.raises(EloError, match=r"config\.json: transformers_weights is 'other.safetensors'.*save it again"):
+        open_checkpoint(tmp_path)
+
+
 def test_an_adapter_beside_the_weights_is_refused_before_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,11 +78,19 @@ def test_plain_text_is_one_document_a_file_and_large_ones_are_cut_without_losing
     assert list(FileReader(found).records(1)) == list(FileReader(found).records())[1:]
 
 
-def test_folders_and_globs_are_listed_in_order_without_hidden_or_unknown_files(tmp_path: Path) -> None:
-    for name in ("b/2.jsonl", "b/10.jsonl", "a.txt", "notes.md", ".hidden.jsonl", ".git/x.jsonl"):
+def test_folders_and_globs_are_listed_in_order_without_hidden_or_unknown_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("b/2.jsonl", "b/10.jsonl", "a.txt", "notes.md", ".hidden.jsonl", ".git/x.jsonl", "_SUCCESS"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('{"text": "x"}\n')
     assert [Path(f.location).name for f in list_inputs(str(tmp_path))] == ["a.txt", "10.jsonl", "2.jsonl"]
+    assert not caplog.text
+    for name in ("b/3.jsonl.bz2", "c.JSONL"):  # a part of the corpus that would be missed
+        (tmp_path / name).write_text("x")
+    for _ in range(2):
+        assert [Path(f.location).name for f in list_inputs(str(tmp_path))] == ["a.txt", "10.jsonl", "2.jsonl"]
+    assert caplog.text.count("2 files are not read") == 1 and "3.jsonl.bz2" in caplog.text
     assert [Path(f.location).name for f in list_inputs(f"{tmp_path}/**/*.jsonl")] == ["10.jsonl", "2.jsonl"]
     odd = tmp_path / "odd[1].jsonl"
     odd.write_text('{"text": "x"}\n')
@@ -416,7 +424,11 @@ WHOLE_FILES: dict[str, tuple[str, bytes, str]] = {
     "UTF-16 without mark": ("a.jsonl", GOOD_LINES.decode().encode("utf-16-le"), "iconv -f UTF-16LE"),
     "UTF-32": ("a.jsonl", GOOD_LINES.decode().encode("utf-32"), "iconv -f UTF-32"),
     "no gzip": ("a.jsonl.gz", GOOD_LINES, "not compressed with gzip; .* remove .gz"),
-    "lz4": ("a.jsonl.zst", b"\x04\x22\x4d\x18" + b"x" * 30, "not compressed with Zstandard"),
+    "lz4": ("a.jsonl.zst", b"\x04\x22\x4d\x18" + b"x" * 30, "compressed with LZ4; decompress it"),
+    "arrow": ("a.parquet", b"ARROW1\0\0" + b"\0" * 30, "an Arrow file; write it as parquet"),
+    "gzip twice": ("a.jsonl.gz", gzip.compress(gzip.compress(GOOD_LINES)), "once decompressed, .* with gzip; unpack"),
+    "xz in zst": ("a.txt.zst", zstandard.compress(b"\xfd7zXZ\0" + GOOD_LINES), "once decompressed, .* with xz; unpack"),
+    "page in gzip": ("a.jsonl.gz", gzip.compress(b"<html>Too many requests</html>"), "once decompressed, .* web page"),
     "XML": ("a.jsonl", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML page"),
 }
 

@@ -92,6 +92,15 @@ def test_scores_are_log_likelihoods(model_type):
             assert score == pytest.approx(float(nats[start - 1 :].gather(1, ids[0, start:, None]).sum()), abs=1e-3)
 
 
+def test_prompts_stay_where_cached_keys_are_valid():
+    model = tiny_model("llama", 300)
+    model.config.max_position_embeddings = 256
+    assert fewshot._limit(model) == 256
+    longrope = {"rope_type": "longrope", "long_factor": [4.0] * 4, "original_max_position_embeddings": 32}
+    model.config.rope_parameters = model.config.rope_parameters | longrope
+    assert fewshot._limit(model) == 32
+
+
 def test_draws_are_even_and_nested(world):
     task = read_task(world / "train.jsonl", world / "test.jsonl", label_field="topic", words={"food": "meal"})
     assert task.words == ("meal", "light", "water")

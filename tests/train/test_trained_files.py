@@ -40,8 +40,10 @@ VARIANTS = {
         {"middle": "bridged", "embedding_rows": "new"},
         {"middle": "bridged", "alignment": "lora", "alignment_rank": 2},
     ],
-    "frozen": [{"backward_share": 0.5}],
+    "frozen": [{"backward_share": 0.5}, {"module": "attention"}],
+    "full": [{}, {"module": "mlp"}],
 }
+_OF_MODULE = {"attention": r"attn|attention", "mlp": r"mlp|experts|moe|gate|router|feed_forward"}
 PHASES = [
     (method, phase)
     for name in METHODS
@@ -165,6 +167,9 @@ def test_what_did_not_train_is_bit_identical(number: int, kind: str, tmp_path: P
     changed = {name for name in before if not torch.equal(_bits(before[name]), _bits(after[name]))}
     trains = _trains(method, phase, kind.endswith("tied"))
     assert {_part(name) for name in changed} <= trains
+    if method.module != "layer":
+        inside = [name for name in changed if _part(name).isdigit()]
+        assert inside and all(re.search(_OF_MODULE[method.module], name) for name in inside)
     assert not any(name.startswith(("mtp", "v_head", "draft")) for name in changed)
     layers = {_part(name) for name in changed} & {"0", "1", "2", "3"}
     assert len(layers) == (1 if method.name == "lisa" else len(trains & {"0", "1", "2", "3"}))

@@ -126,7 +126,7 @@ def tensor_groups(model: PreTrainedModel) -> dict[str, str]:
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Return whether a decoder layer mixes tokens without attention (state space, convolution, linear attention, pooling).
+    """Return whether a decoder layer mixes tokens without attention (state space, convolution, pooling and others).
 
     Such layers see across document boundaries in a packed sequence, even with separate position ids.
     """

@@ -141,6 +141,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         EloError: the weights are in an unsupported format, a path leads out of the folder, an adapter is beside the
             weights, or every tensor's name has a training wrapper's prefix.
     """
+    other = (read_record(folder / "config.json") or {}).get("transformers_weights")
+    if other not in (None, SINGLE_FILE):
+        raise EloError(
+            f"{folder / 'config.json'}: transformers_weights is {other!r}, so transformers reads that file and no "
+            f"{SINGLE_FILE}; load the model with transformers and save it again, or remove the key"
+        )
     if (folder / SINGLE_FILE).exists():
         checkpoint = Checkpoint(folder, [SINGLE_FILE], indexed=False)
         if (folder / INDEX_FILE).exists():

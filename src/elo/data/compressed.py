@@ -23,6 +23,9 @@ _BEGINNINGS = {
     b"PK\x03\x04": "a zip archive; unpack it",
     b"BZh": "compressed with bzip2; decompress it",
     b"\xfd7zXZ\x00": "compressed with xz; decompress it",
+    b"\x04\x22\x4d\x18": "compressed with LZ4; decompress it",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it",
+    b"ARROW1\0\0": "an Arrow file; write it as parquet",
     b"\xff\xfe\0\0": "not UTF-8 but UTF-32; convert it: iconv -f UTF-32 -t UTF-8 FILE",
     b"\0\0\xfe\xff": "not UTF-8 but UTF-32; convert it: iconv -f UTF-32 -t UTF-8 FILE",
     b"\xff\xfe": "not UTF-8 but UTF-16; convert it: iconv -f UTF-16 -t UTF-8 FILE",
@@ -33,10 +36,8 @@ _EXPECTED = {".gz": (b"\x1f\x8b",), ".zst": (b"\x28\xb5\x2f\xfd", *_SKIPPABLE), 
 _FORMATS = {".gz": "compressed with gzip", ".zst": "compressed with Zstandard", ".parquet": "a parquet file"}
 
 
-def wrong_kind(raw: BinaryIO, name: str) -> str | None:
+def wrong_kind(beginning: bytes, name: str) -> str | None:
     """Return what a file is and what to do if its first bytes contradict its name, else None."""
-    beginning = raw.read(64)
-    raw.seek(0)
     if beginning.startswith(_EXPECTED.get(Path(name).suffix, ())):
         return None
     for start, kind in _BEGINNINGS.items():
@@ -53,7 +54,7 @@ def wrong_kind(raw: BinaryIO, name: str) -> str | None:
     return None
 
 
-def decompressed(raw: BinaryIO, name: str) -> BinaryIO:
+def decompressed(raw: BinaryIO, name: str) -> Any:
     """Return the bytes of a file, decompressed if its name ends in .gz or .zst."""
     if name.endswith(".gz"):
         return io.BufferedReader(_GzipFile(raw), BUFFER)

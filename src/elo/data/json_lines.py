@@ -22,7 +22,8 @@ def read_json_lines(path: str | Path, what: str) -> list[tuple[str, Any]]:
     require_local(path, what, "download it, and give the local file")
     try:
         with Path(path).open("rb") as raw:
-            problem = wrong_kind(raw, str(path))
+            problem = wrong_kind(raw.read(64), str(path))
+            raw.seek(0)
             lines = [] if problem else list(decompressed(raw, str(path)))
     except (FileNotFoundError, IsADirectoryError):
         problem = f"no such file; give JSON lines of {what}"

@@ -6,6 +6,7 @@ A problem with an input becomes a `Record` whose `problem` names the file and li
 largest single document, and for the window of a Zstandard file.
 """
 
+import functools
 import glob
 import json
 import logging
@@ -31,6 +32,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LOCAL_FOLDERS = {"corpora", "corpus", "data", "dataset", "datasets", "dev", "eval", "heldout", "input", "inputs", "raw"}
 LOCAL_FOLDERS |= {"test", "text", "texts", "train"}
 """First parts of paths that are never interpreted as the owner of a Hugging Face dataset."""
+_ABOUT = re.compile(r"readme|licen[cs]e|copying|notice|_.*|.*\.(md|rst|html|pdf|py|ya?ml|sha\d+|md5)$", re.IGNORECASE)
+"""Names of files beside the text of a corpus, which nobody expects to be read."""
 TEXT_PIECE = 1 << 18
 """Bytes after which a plain-text document ends at the next blank line. A smaller file is one document."""
 TEXT_LIMIT = 1 << 20
@@ -114,10 +117,12 @@ def list_inputs(path: str) -> list[InputFile]:
     if path.startswith(HUB_PREFIX):
         return [InputFile(path)]
     if found.is_dir():
-        files = [file for file in sorted(found.rglob("*")) if _is_visible(file, found) and file.name.endswith(SUFFIXES)]
+        visible = [file for file in sorted(found.rglob("*")) if file.is_file() and _is_visible(file, found)]
+        files = [file for file in visible if file.name.endswith(SUFFIXES)]
         if not files:
             raise EloError(f"{path}: the folder has no readable file; add files named {', '.join(SUFFIXES)}")
-        return [_input_file(file) for file in files if file.is_file()]
+        _warn_of_others(path, tuple(str(f) for f in visible if f not in files and not _ABOUT.match(f.name)))
+        return [_input_file(file) for file in files]
     if found.exists():
         return [_input_file(found)]
     if glob.has_magic(path):
@@ -132,6 +137,19 @@ def list_inputs(path: str) -> list[InputFile]:
         return [InputFile(HUB_PREFIX + path)]
     hint = f"; for a Hugging Face dataset write {HUB_PREFIX}{path}" if HUB_ID.fullmatch(path) else ""
     raise EloError(f"{path}: no such file or folder{near(found)}; check the path{hint}")
+
+
+@functools.cache  # a run lists the same folder many times
+def _warn_of_others(folder: str, others: tuple[str, ...]) -> None:
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        log.warning(
+            "warning: %s: %d files are not read, because their names do not end in %s (%s); convert or remove them",
+            folder,
+            len(others),
+            ", ".join(SUFFIXES),
+            shown,
+        )
 
 
 def _list_objects(address: str) -> list[InputFile]:
@@ -226,14 +244,21 @@ class FileReader:
             return
         with self.file.open() as raw:
             self._raw = raw
-            if (kind := wrong_kind(raw, name)) is not None:
+            beginning = raw.read(64)
+            raw.seek(0)
+            if (kind := wrong_kind(beginning, name)) is not None:
                 yield Record(0, 1, b"", f"{name}:1: {kind}", ends_file=True)
                 return
             if name.endswith(".parquet"):
                 yield from _parquet_records(raw, name, self.columns, start)
                 return
             with decompressed(raw, name) as lines:
-                if name.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
+                plain = name.removesuffix(".gz").removesuffix(".zst")
+                if plain != name and (kind := wrong_kind(lines.peek(64)[:64], plain)) is not None:
+                    problem = f"once decompressed, {kind.split(';')[0]}; unpack it completely"
+                    yield Record(0, 1, b"", f"{name}:1: {problem}", ends_file=True)
+                    return
+                if plain.endswith(".txt"):
                     yield from _text_records(lines, name, start)
                 else:
                     yield from _json_records(lines, name, self.columns, start)

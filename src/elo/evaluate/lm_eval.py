@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from elo.data.tokenizer import TextTokenizer, load_with_settings
 from elo.errors import EloError
 from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, mean_error, register, weighted
-from elo.evaluate.scoring import evaluating
+from elo.evaluate.scoring import evaluating, keeps_apart, longest_sequence
 from elo.store.files import read_json, sha256_json, write_text
 from elo.store.run_folder import file_identity
 
@@ -159,7 +159,8 @@ class Tasks(Measure):
         from lm_eval.utils import handle_non_serializable
 
         batch_size: Any = self.batch_size
-        if batch_size == "auto" and subject.model.device.type == "cpu":
+        apart = keeps_apart(subject.model, longest_sequence(subject.model) or 0)
+        if batch_size == "auto" and (subject.model.device.type == "cpu" or not apart):
             batch_size = 1
         built = self._load(task, self.name)
         lm = HFLM(

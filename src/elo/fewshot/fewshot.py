@@ -30,7 +30,14 @@ from elo.data.tokenizer import TextTokenizer, load_tokenizer
 from elo.errors import EloError
 from elo.evaluate.base import mean_error, share_error
 from elo.evaluate.loading import load_model
-from elo.evaluate.scoring import embedding_weight, evaluating, longest_sequence, right_padded, vocabulary_size
+from elo.evaluate.scoring import (
+    embedding_weight,
+    evaluating,
+    longest_sequence,
+    right_padded,
+    rope_limit,
+    vocabulary_size,
+)
 from elo.fewshot.table import render
 from elo.fewshot.task import Example, Task, draw_examples
 from elo.log import Progress
@@ -173,11 +180,11 @@ def _measure(
     instruction = "" if cell.way == "sft" else f"{task.instruction}\n\n"
     items = [_Item.of(task, example, tokenizer) for example in task.test]
     if cell.way == "in-context":
-        context, used = _context(task, instruction, drawn, items, tokenizer, longest_sequence(model))
+        context, used = _context(task, instruction, drawn, items, tokenizer, _limit(model))
         adapters, tokens, spent = None, 0, (0.0, 0.0)
     else:
         context, used = [tokenizer.prefix_token_id, *tokenizer.encode(instruction)], len(drawn)
-        _check_length(context, items, longest_sequence(model))
+        _check_length(context, items, _limit(model))
         started, cpu_started = time.perf_counter(), time.process_time()
         learnt = [_Item.of(task, example, tokenizer) for example in drawn]
         adapters, tokens = _train(model, context, learnt, training, seed)
@@ -241,6 +248,12 @@ def _context(
         start += more
         used += 1
     return start, used
+
+
+def _limit(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a prompt may have. Beyond `rope_limit`, keys and values in a cache would be outdated."""
+    limits = (longest_sequence(model), rope_limit(model.config))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _check_length(context: Sequence[int], items: Sequence[_Item], limit: int | None) -> None:

@@ -92,9 +92,9 @@ def test_one_of_two_processes_is_killed_and_one_goes_on(tmp_path):
     (tmp_path / "dying.py").write_text(
         "import os, signal, sys; from elo.train.loop import Record; from elo.cli import main\n"
         "add = Record.add_loss\n"
-        "def dying(self, step, loss):\n"
+        "def dying(self, step, *arguments):\n"
         "    if step == 6 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return add(self, step, loss)\n"
+        "    return add(self, step, *arguments)\n"
         "Record.add_loss = dying\n"
         "main(['run', sys.argv[1], '--until', 'elo_pretraining'])\n"
     )

@@ -71,7 +71,7 @@ class Speeds:
 
     def _bridge(self, config: RunConfig, layers: tuple[int, ...]) -> Bridge:
         if layers not in self.bridges:
-            model = load_model(str(self.inputs.base.path), None, None, None, False)
+            model = load_model(str(self.inputs.base.path))
             rows = divide_budget(config, self.data, lambda _: None).first(8192)
             self.bridges[layers] = fit_bridge(model, layers, (rows[index] for index in range(len(rows))))
         return self.bridges[layers]

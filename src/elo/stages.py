@@ -143,7 +143,7 @@ def fit_middle(
     Raises:
         EloError: the bridge explains less than `MIN_EXPLAINED` of the removed layers' effect.
     """
-    model = load_model(str(base.path), None, None, None, trust_remote_code)
+    model = load_model(str(base.path), trust_remote_code=trust_remote_code)
     bridge = fit_bridge(model, layers, (rows[index] for index in range(len(rows))))
     bridge.require(MIN_EXPLAINED)
     with atomic_directory(output, overwrite=True) as folder:
@@ -197,7 +197,7 @@ def keep_share(
     """Write base + scale x (trained - base). Scale `search` takes the scale with the lowest loss on `rows`."""
     tried: dict[float, float] = {}
     if isinstance(scale, str):
-        before, after = (load_model(str(each.path), None, None, None, trust_remote_code) for each in (base, trained))
+        before, after = (load_model(str(each.path), trust_remote_code=trust_remote_code) for each in (base, trained))
         assert rows is not None
         scale, tried = search_scale(before, after, rows)
         del before, after

@@ -50,12 +50,10 @@ def evaluate(
     max_new_tokens: int = 64,
     batch_size: int | None = None,
     text_column: str = "text",
-    on_error: str = "stop",
     split_special_tokens: bool = True,
     allow_lost_text: bool = False,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
-    revision: str | None = None,
     trust_remote_code: bool = False,
     output: str | Path | None = None,
     files: str | Path | None = None,
@@ -76,13 +74,11 @@ def evaluate(
         max_new_tokens: length of a sample, in tokens.
         batch_size: rows a forward pass; by default as many as keep logits within 1 GiB.
         text_column: key or column that holds a document's text.
-        on_error: "stop" at broken input, or "skip" it.
         split_special_tokens: tokenise special tokens spelled in text and cloze items as text; in prompts they are
             always tokens.
         allow_lost_text: accept text of which the tokenizer loses more than 5 %: its bits per byte are too low.
         device: by default cuda where there is one, else cpu; a model in memory stays where it is.
         dtype: of the loaded weights; by default the checkpoint's on a GPU, fp32 on a CPU.
-        revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that ships with the checkpoint.
         output: JSON file to write.
         files: path and stem of the files that measures write themselves; by default that of `output`. Finished tasks
@@ -125,12 +121,12 @@ def evaluate(
     for language, given in (corpora or {}).items():
         if isinstance(given, str | Path):
             assert encoder is not None
-            texts_read[language] = _tokenise(given, encoder, max_bytes, text_column, on_error, allow_lost_text)
+            texts_read[language] = _tokenise(given, encoder, max_bytes, text_column, allow_lost_text)
 
     identity = None
     if isinstance(model, str | Path):
-        identity = file_identity(Path(place)) if Path(place).is_dir() else [name, revision]
-        model = load_model(place, device, dtype, revision, trust_remote_code)
+        identity = file_identity(Path(place)) if Path(place).is_dir() else name
+        model = load_model(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     elif device is not None:
         move(model, device)
     if encoder is not None:
@@ -271,15 +267,14 @@ def _tokenise(
     encoder: TextTokenizer,
     max_bytes: int | None,
     text_column: str,
-    on_error: str,
     allow_lost_text: bool,
 ) -> _Text:
     """The documents of `path` that are measured on, as token ids in memory. It is read twice where it is cut."""
 
-    texts: Iterable[str] = read_documents(path, text_column, on_error)
+    texts: Iterable[str] = read_documents(path, text_column)
     if max_bytes is not None:
         chosen = choose_bytes([len(text.encode()) for text in texts], max_bytes)
-        numbered = enumerate(read_documents(path, text_column, on_error))
+        numbered = enumerate(read_documents(path, text_column))
         texts = (cut_text(text, chosen[index]) for index, text in numbered if index in chosen)
     corpus, counts = tokenize_and_check(texts, encoder, str(path))
     if not corpus.num_documents:

@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 def load_model(
     name: str,
-    device: str | None,
-    dtype: torch.dtype | str | None,
-    revision: str | None,
-    trust_remote_code: bool,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM to be measured: all its weights, from safetensors, each in its place.
 
@@ -34,7 +34,6 @@ def load_model(
         name: checkpoint folder or hub id.
         device: by default cuda where there is one, else cpu.
         dtype: by default the checkpoint's on a GPU, fp32 on a CPU (where half precision is slow).
-        revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that ships with the checkpoint.
 
     Raises:
@@ -49,7 +48,7 @@ def load_model(
         raise EloError(f"{name}: is not a folder; give a checkpoint folder or a Hugging Face hub id")
     else:
         require_path_or_id(name, "give a checkpoint folder or a Hugging Face hub id")
-    config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    config = read_config(name, trust_remote_code=trust_remote_code)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.float32 if torch.device(place).type == "cpu" else "auto"
@@ -58,7 +57,6 @@ def load_model(
             loaded: Any = auto_class(config).from_pretrained(
                 name,
                 dtype=dtype,
-                revision=revision or "main",
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,

@@ -110,7 +110,7 @@ def few_shot(
     target = output_file(output)
     _check(task, ways, examples, seeds, training)
     encoder = load_tokenizer(tokenizer or model, trust_remote_code)
-    loaded = load_model(str(model), device, None, None, trust_remote_code)
+    loaded = load_model(str(model), device=device, trust_remote_code=trust_remote_code)
     encoder.check_embedding(vocabulary_size(loaded), str(model))
     cells = [Cell(way, count) for way in ways for count in sorted(set(examples)) if count or way == "in-context"]
     label = "few-shot" if progress else None

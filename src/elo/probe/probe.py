@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from elo.checkpoint.counting import footprint, read_config
+from elo.checkpoint.counting import read_config
 from elo.checkpoint.layers import AutoLayers, parse_auto
+from elo.checkpoint.model_config import num_layers_of
 from elo.data.tokenizer import load_tokenizer
 from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
@@ -85,7 +86,7 @@ def probe(
             "kind": "probe",
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "model": str(model),
-            "num_layers": footprint(read_config(str(base), trust_remote_code=trust_remote_code)).num_layers,
+            "num_layers": num_layers_of(read_config(str(base), trust_remote_code=trust_remote_code)),
             "languages": list(corpora),
             "tokens": {language: ids.numel() for language, ids in sequences.items()},
             "parallel_sentences": len(next(iter(sentences.values()), ())),
@@ -135,7 +136,7 @@ def _score(
 
 def frozen_model(base: Path, trust_remote_code: bool) -> PreTrainedModel:
     """Load a model with all parameters frozen."""
-    model = load_model(str(base), None, None, None, trust_remote_code)
+    model = load_model(str(base), trust_remote_code=trust_remote_code)
     model.requires_grad_(False)
     return model
 

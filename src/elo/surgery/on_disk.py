@@ -51,7 +51,6 @@ def detach_checkpoint(
     output: Path,
     *,
     base_name: str | None = None,
-    revision: str | None = None,
     overwrite: bool = False,
     check: Callable[[Path], None] = lambda folder: None,
     trust_remote_code: bool = False,
@@ -65,7 +64,6 @@ def detach_checkpoint(
         layers: selection such as `first:1,last:1` or `[0, -1]`.
         output: folder to write. If writing fails, no output is left.
         base_name: name of the base in the record (a hub id); None records the folder's path.
-        revision: the base's revision on the hub, for the record.
         overwrite: replace an existing output.
         check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
@@ -101,9 +99,8 @@ def detach_checkpoint(
         ThreadPoolExecutor(1) as executor,
     ):
         # Digests take about as long as writing and flushing. All three release the GIL, so they overlap.
-        provenance = executor.submit(
-            _provenance, base, names, kept, renamed, base_name or str(base.folder.resolve()), revision
-        )
+        base_name = base_name or str(base.folder.resolve())
+        provenance = executor.submit(_provenance, base, names, kept, renamed, base_name)
         tensors = [NewTensor(name, t.dtype, t.shape, t.size, t.chunks) for name, t in renamed.items()]
         write_checkpoint(folder, tensors, max_shard_bytes, label)
         fsync_tree(folder)
@@ -240,9 +237,8 @@ def _provenance(
     kept: Sequence[int],
     small: dict[str, StoredTensor],
     base_name: str,
-    revision: str | None,
 ) -> dict[str, Any]:
-    record: dict[str, Any] = {
+    return {
         "format": FORMAT,
         "base": base_name,
         "layers": list(kept),
@@ -250,9 +246,6 @@ def _provenance(
         "frozen": {name: full_sha256(t) for name, t in sorted(small.items()) if names.split(name)[0] is None},
         "base_layers": _layer_digests(base.weights, names, kept),
     }
-    if revision is not None:
-        record["revision"] = revision
-    return record
 
 
 def _layer_digests(weights: Checkpoint, names: LayerNames, kept: Sequence[int]) -> list[str]:

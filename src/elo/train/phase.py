@@ -130,7 +130,9 @@ def load_trainable(
     loaded: list[PreTrainedModel] = []
 
     def load() -> None:
-        loaded.append(load_model(str(checkpoint), "cpu", torch.float32, None, trust_remote_code))
+        loaded.append(
+            load_model(str(checkpoint), device="cpu", dtype=torch.float32, trust_remote_code=trust_remote_code)
+        )
         share_record(config, loaded[0].config)
 
     if settings.training_arguments.get("fsdp"):

@@ -426,7 +426,7 @@ class _Comparison:
                     "changes": each.changes | method.model_dump(mode="json", exclude_defaults=True, exclude={"name"}),
                 }
             )
-        shared = circumstances(run, self.inputs.base.path, self.inputs.layers, self.base.data)
+        shared = circumstances(run, self.inputs.base.path, self.base.data)
         if len({self._run(name, 1).data.model_dump_json() for name in config.contestants}) > 1:
             # Schedules differ, and with them the shares.
             shared["data"] |= {"replay_ratio": None, "shares": {}}
@@ -453,7 +453,7 @@ class _Comparison:
         if all(base is self.base for base in self.bases.values()):
             return {}
         inputs = self.opened[name]
-        model = model_record(inputs.config, inputs.base.path, inputs.layers)
+        model = model_record(inputs.config, inputs.base.path)
         return {"model": model, "base": collect.measured(self.bases[name].measured).model_dump(mode="json")}
 
     def _title(self) -> str:

@@ -50,12 +50,12 @@ class Progress:
             self._bar.start()
         return self
 
-    def advance(self, amount: float, note: str = "") -> None:
-        """Add `amount` to the count; show `note` after the rate."""
-        self.update(self.done + amount, note)
+    def advance(self, amount: float) -> None:
+        """Add `amount` to the count."""
+        self.update(self.done + amount)
 
     def update(self, done: float, note: str = "") -> None:
-        """Set the count to `done`."""
+        """Set the count to `done`; show `note` after the rate."""
         self.done = done
         now = time.monotonic()
         self._show_elsewhere(now, note)

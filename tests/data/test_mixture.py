@@ -52,7 +52,7 @@ def test_rows_are_those_of_the_streams_and_a_dataset_is_a_window_on_them() -> No
     mixture = Mixture([("ko", 0.8, one), ("en", 0.2, other)], 0)
     row = mixture.row(11)
     which, inside = mixture.find(11)
-    assert row["language"] == ("ko", "en")[which]
+    assert mixture.rows(11, 12).language(0) == ("ko", "en")[which]
     expected = (one, other)[which].row(inside)
     assert (np.asarray(row["input_ids"]) == expected.input_ids).all()
     dataset = mixture.rows(5, 25)
@@ -63,7 +63,7 @@ def test_rows_are_those_of_the_streams_and_a_dataset_is_a_window_on_them() -> No
         assert all(array.dtype == np.int64 and array.shape == (T,) for array in dataset[i].values())
         assert (dataset[i]["input_ids"] == mixture.row(5 + i)["input_ids"]).all()
         assert (again[i]["shift_labels"] == dataset[i]["shift_labels"]).all()
-        assert dataset.language(i) == mixture.row(5 + i)["language"]
+        assert dataset.language(i) == mixture.rows(0, 25).language(5 + i)
     with pytest.raises(IndexError):
         dataset[20]
 
@@ -74,14 +74,14 @@ def test_as_many_rows_of_each_language_whatever_the_replay_ratio(ratio: float) -
     found = mixture.rows_by_language(11, 4)
     assert {language: len(rows) for language, rows in found.items()} == ({"en": 4, "ko": 4} if ratio else {"ko": 4})
     for language, rows in found.items():
-        indices = [i for i in range(11, 2000) if mixture.row(i)["language"] == language][:4]
+        indices = [i for i in range(11, 2000) if mixture.rows(i, i + 1).language(0) == language][:4]
         for index, row in zip(indices, rows, strict=True):
             assert np.array_equal(row["input_ids"], mixture.row(index)["input_ids"])
 
 
 def test_unpacked_rows_carry_their_attention_mask() -> None:
     mixture = Mixture([("ko", 1.0, PaddedStream(make_corpus([[5, 30]]), T))])
-    assert set(mixture.row(0)) == {"input_ids", "shift_labels", "position_ids", "attention_mask", "language"}
+    assert set(mixture.row(0)) == {"input_ids", "shift_labels", "position_ids", "attention_mask"}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.4])

@@ -107,15 +107,11 @@ class Mixture:
             raise IndexError(f"row {index}")
         return (self._root, index) if isinstance(self._root, int) else self._root.find(index)
 
-    def row(self, index: int) -> dict[str, np.ndarray | str]:
-        """Return sequence `index`: `input_ids`, `shift_labels`, `position_ids`, `language`.
-
-        Unpacked sequences also have an `attention_mask`.
-        """
+    def row(self, index: int) -> dict[str, np.ndarray]:
+        """Return sequence `index`: `input_ids`, `shift_labels`, `position_ids`; unpacked, also `attention_mask`."""
         which, inside = self.find(index)
-        source = self.sources[which]
-        row = {name: value for name, value in source.stream.row(inside)._asdict().items() if value is not None}
-        return {**row, "language": source.language}
+        row = self.sources[which].stream.row(inside)
+        return {name: value for name, value in row._asdict().items() if value is not None}
 
     def rows(self, start: int, stop: int) -> "MixtureRows":
         """Return sequences [start, stop) as a map-style dataset."""
@@ -222,9 +218,7 @@ class MixtureRows:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        which, inside = self.mixture.find(self.start + index)
-        row = self.mixture.sources[which].stream.row(inside)
-        return {name: value for name, value in row._asdict().items() if value is not None}
+        return self.mixture.row(self.start + index)
 
     def identity(self) -> dict[str, Any]:
         """Return everything that determines the content of these sequences, as JSON."""

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from surgery_fixtures import assert_same, edit_config, llama, stored
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from elo.chat.vector_files import add_chat_vector
+from elo.chat.chat_vector import add_chat_vector
 from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from elo.config import load_config

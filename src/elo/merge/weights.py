@@ -22,7 +22,6 @@ from elo.checkpoint.naming import NameMap, find_layer_names, map_names
 from elo.checkpoint.new_rows import VOCABULARY_KEY, NewRows, read_new_rows, record_of
 from elo.checkpoint.tensor_files import (
     CHUNK_BYTES,
-    MAX_SHARD_BYTES,
     NewTensor,
     StoredTensor,
     stored_dtype,
@@ -77,7 +76,6 @@ def merge_weights(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     label: str | None = None,
 ) -> dict[str, Any]:
     """Write a sum of models, each tensor multiplied by its model's factor.
@@ -100,7 +98,6 @@ def merge_weights(
         dtype: dtype of the output; None keeps the first model's.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoints' own Python code to define the model.
-        max_shard_bytes: maximum size of a weight file, in bytes.
         label: label of the progress bar; None shows no progress.
 
     Returns:
@@ -123,7 +120,7 @@ def merge_weights(
     with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
         write_config(folder, config_json)
         copy_files(folder)  # first, because it may fail and the weights are large
-        write_checkpoint(folder, [each.tensor() for each in sums], max_shard_bytes, label)
+        write_checkpoint(folder, [each.tensor() for each in sums], label)
         copy_unlisted_weights(ours.weights, folder)
         check(folder)
     return {

@@ -29,7 +29,6 @@ from elo.checkpoint.refusals import require_detachable
 from elo.checkpoint.shared_files import copy_shared
 from elo.checkpoint.tensor_files import (
     INDEX_FILE,
-    MAX_SHARD_BYTES,
     Checkpoint,
     NewTensor,
     StoredTensor,
@@ -54,7 +53,6 @@ def detach_checkpoint(
     overwrite: bool = False,
     check: Callable[[Path], None] = lambda folder: None,
     trust_remote_code: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     label: str | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint with the embedding, the selected decoder layers, the final norm and the head.
@@ -67,7 +65,6 @@ def detach_checkpoint(
         overwrite: replace an existing output.
         check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
-        max_shard_bytes: size of a weight file, in bytes, above which the weights are split.
         label: label of the progress bar; None shows no progress.
 
     Returns:
@@ -102,7 +99,7 @@ def detach_checkpoint(
         base_name = base_name or str(base.folder.resolve())
         provenance = executor.submit(_provenance, base, names, kept, renamed, base_name)
         tensors = [NewTensor(name, t.dtype, t.shape, t.size, t.chunks) for name, t in renamed.items()]
-        write_checkpoint(folder, tensors, max_shard_bytes, label)
+        write_checkpoint(folder, tensors, label)
         fsync_tree(folder)
         record = config_json[PROVENANCE_KEY] = provenance.result()
         write_config(folder, config_json)

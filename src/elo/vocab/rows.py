@@ -23,7 +23,7 @@ from elo.checkpoint.folder import (
 )
 from elo.checkpoint.naming import load_hollow, map_names
 from elo.checkpoint.new_rows import VOCABULARY_KEY, NewRows
-from elo.checkpoint.tensor_files import MAX_SHARD_BYTES, NewTensor, StoredTensor, write_checkpoint
+from elo.checkpoint.tensor_files import NewTensor, StoredTensor, write_checkpoint
 from elo.errors import EloError, UnsupportedArchitectureError, error_line
 from elo.store.files import atomic_directory, disk_errors_told
 from elo.surgery.equivalence import build_hollow_causal_lm
@@ -85,7 +85,6 @@ def extend_checkpoint(
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     label: str | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint with rows for additional tokens.
@@ -101,7 +100,6 @@ def extend_checkpoint(
         record: additional keys of the record in config.json.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
-        max_shard_bytes: maximum size of a weight file, in bytes.
         label: label of the progress bar; None shows no progress.
 
     Returns:
@@ -139,7 +137,7 @@ def extend_checkpoint(
             makers[name].tensor() if name in makers else NewTensor(name, each.dtype, each.shape, each.size, each.chunks)
             for name, each in base.weights.tensors.items()
         ]
-        write_checkpoint(folder, tensors, max_shard_bytes, label)
+        write_checkpoint(folder, tensors, label)
         copy_unlisted_weights(base.weights, folder)
         copy_side_files(checkpoint, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
         check(folder)

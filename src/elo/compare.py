@@ -16,9 +16,8 @@ from elo.circumstances import circumstances, model_record
 from elo.config import Budget, CompareConfig, RunConfig, contestant_run, load_comparison
 from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
-from elo.format import listed
+from elo.format import duration, listed
 from elo.inputs import Adapted, Inputs
-from elo.log import duration
 from elo.preflight import check_inputs, check_model
 from elo.report import collect, schema, verdict
 from elo.report.files import judged, write_results

@@ -22,8 +22,6 @@ def write_final_model(output: Path, stage: Path, base: Path, config: RunConfig, 
         output: folder to write; an existing one is replaced.
         stage: folder of the last stage.
         base: folder of the base model.
-        config: resolved configuration of the run.
-        results: results of the run.
     """
     with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
         for path in sorted(stage.rglob("*")):

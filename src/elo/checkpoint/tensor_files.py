@@ -316,11 +316,7 @@ class NewTensor:
 
 
 def write_checkpoint(folder: Path, tensors: list[NewTensor], label: str | None = None) -> None:
-    """Write tensors as one safetensors file, or as several files of `MAX_SHARD_BYTES` with an index.
-
-    Args:
-        label: label of the progress bar; None shows no progress.
-    """
+    """Write tensors as one safetensors file, or as several files of `MAX_SHARD_BYTES` with an index."""
     shards: list[list[NewTensor]] = [[]]
     filled = 0
     for tensor in tensors:

@@ -92,7 +92,6 @@ def evaluate(
     Raises:
         EloError: something given cannot be read or does not fit the model: what, where, and what to do.
     """
-
     # What can be wrong without the model is found before it is loaded.
     target = output_file(output)
     asked: list[Measure] = []
@@ -227,7 +226,6 @@ def _bits_per_byte(
     batch_size: int | None,
     progress: bool,
 ) -> BitsPerByte:
-
     label = f"bits per byte {language}" if progress else None
     result = bits_per_byte(model, corpus, sequence_length=sequence_length, batch_size=batch_size, progress=label)
     if not math.isfinite(result.nats):
@@ -251,7 +249,6 @@ class _Text:
 
 
 def _tokenizer(given: str | Path | PreTrainedTokenizerBase | TextTokenizer, trust_remote_code: bool) -> TextTokenizer:
-
     if isinstance(given, TextTokenizer):
         return given
     if isinstance(given, str | Path):
@@ -270,7 +267,6 @@ def _tokenise(
     allow_lost_text: bool,
 ) -> _Text:
     """The documents of `path` that are measured on, as token ids in memory. It is read twice where it is cut."""
-
     texts: Iterable[str] = read_documents(path, text_column)
     if max_bytes is not None:
         chosen = choose_bytes([len(text.encode()) for text in texts], max_bytes)
@@ -285,7 +281,6 @@ def _tokenise(
 
 
 def _print_table(results: dict[str, Any]) -> None:
-
     console = Console()
     if corpora := results["corpora"]:
         table = Table(title=results["model"]["name"], title_justify="left")

@@ -34,7 +34,6 @@ def load_model(
         name: checkpoint folder or hub id.
         device: by default cuda where there is one, else cpu.
         dtype: by default the checkpoint's on a GPU, fp32 on a CPU (where half precision is slow).
-        trust_remote_code: run code that ships with the checkpoint.
 
     Raises:
         EloError: there is no such checkpoint, it is damaged or incomplete, or it does not fit on the device.

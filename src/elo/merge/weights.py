@@ -96,9 +96,6 @@ def merge_weights(
         inner_rows: index of a model, and a function that returns a number of rows. If rows that not all models have
             come from another model, this model's rows below that number are used instead.
         dtype: dtype of the output; None keeps the first model's.
-        overwrite: replace an existing output.
-        trust_remote_code: allow the checkpoints' own Python code to define the model.
-        label: label of the progress bar; None shows no progress.
 
     Returns:
         {"tensors" (number of tensors that are not copies of the first model's), "rows_kept" (rows of the first model's

@@ -62,10 +62,7 @@ def detach_checkpoint(
         layers: selection such as `first:1,last:1` or `[0, -1]`.
         output: folder to write. If writing fails, no output is left.
         base_name: name of the base in the record (a hub id); None records the folder's path.
-        overwrite: replace an existing output.
         check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
-        trust_remote_code: allow the checkpoint's own Python code to define the model.
-        label: label of the progress bar; None shows no progress.
 
     Returns:
         The provenance record, as written to config.json.
@@ -134,10 +131,7 @@ def attach_checkpoint(
             Vocabulary rows that `elo vocab` added are always taken as trained.
         include: parts to attach besides the layers: "embedding", "norm", "head".
         link: hard-link weight files that do not change, if the file system allows it.
-        overwrite: replace an existing output.
         check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
-        trust_remote_code: allow the checkpoint's own Python code to define the model.
-        label: label of the progress bar; None shows no progress.
 
     Returns:
         {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors" (number of attached tensors),
@@ -345,10 +339,7 @@ def patch_tensor(
     """Overwrite tensor `place` in the file at `path` with base + scale x (trained - base).
 
     Args:
-        path: file to change.
         place: location of the tensor in the file.
-        base: tensor before training.
-        trained: tensor after training.
         scale: share of the change to keep.
         whole_from: first row that is taken as trained at any scale; None if there is none.
     """

@@ -25,8 +25,6 @@ def scale_change(
         trained: checkpoint folder with the same tensors.
         output: folder to write. If writing fails, no output is left.
         scale: share of the change to keep: 0 is the base, 1 the trained model.
-        overwrite: replace an existing output.
-        trust_remote_code: allow the checkpoint's own Python code to define the model.
 
     Returns:
         Number of floating-point tensors, which are the ones written.

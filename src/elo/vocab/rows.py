@@ -98,9 +98,6 @@ def extend_checkpoint(
         check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
         pad_to_multiple_of: W is rounded up to a multiple of this, which is faster on tensor cores.
         record: additional keys of the record in config.json.
-        overwrite: replace an existing output.
-        trust_remote_code: allow the checkpoint's own Python code to define the model.
-        label: label of the progress bar; None shows no progress.
 
     Returns:
         The record in config.json: {"rows": {"start", "stop"}, "embedding_init", "head_init" (None if tied), ...}

@@ -1,7 +1,6 @@
 """Detach and attach layers of a checkpoint folder or hub id, and check the output, without a configuration file."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -12,7 +11,7 @@ from elo.checkpoint.download import OTHER_WEIGHTS, fetch_checkpoint, file_patter
 from elo.checkpoint.layers import DEFAULT_LAYERS
 from elo.checkpoint.local_names import require_path_or_id
 from elo.errors import EloError
-from elo.store.files import disk_problem
+from elo.store.files import readable_disk_errors
 from elo.store.remote import is_remote, require_local
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
@@ -42,7 +41,7 @@ def detach(
     check_replaceable(Path(output), overwrite)
     folder = resolve_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
     name = str(checkpoint) if not Path(checkpoint).is_dir() else None
-    with readable_errors():
+    with readable_disk_errors(Path(output)):
         return detach_checkpoint(
             folder,
             layers,
@@ -91,7 +90,7 @@ def attach(
 
     small = resolve_checkpoint(detached, trust_remote_code=trust_remote_code)
     whole = resolve_checkpoint(base, trust_remote_code=trust_remote_code)
-    with readable_errors():
+    with readable_disk_errors(Path(output)):
         return attach_checkpoint(
             small,
             whole,
@@ -104,15 +103,6 @@ def attach(
             trust_remote_code=trust_remote_code,
             label="attach",
         )
-
-
-@contextmanager
-def readable_errors() -> Iterator[None]:
-    """Convert file-system errors into an EloError."""
-    try:
-        yield
-    except OSError as error:  # for example a full disk, or a file without read permission
-        raise EloError(disk_problem(error)) from None
 
 
 def check_replaceable(output: Path, overwrite: bool) -> None:

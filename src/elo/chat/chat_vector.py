@@ -12,9 +12,10 @@ from elo.checkpoint.folder import TEMPLATE_PATTERNS, TOKENIZER_PATTERNS, copy_si
 from elo.checkpoint.new_rows import read_new_rows
 from elo.checkpoint.tensor_files import StoredTensor
 from elo.data.tokenizer import load_tokenizer, save_with_backend
-from elo.detach_attach import check_replaceable, readable_errors, resolve_checkpoint
+from elo.detach_attach import check_replaceable, resolve_checkpoint
 from elo.errors import EloError
 from elo.merge.weights import Place, check_models, merge_weights
+from elo.store.files import readable_disk_errors
 from elo.surgery.in_memory import INCLUDABLE
 
 
@@ -55,7 +56,7 @@ def chat_vector(
     ours, theirs, chats = (
         resolve_checkpoint(each, trust_remote_code=trust_remote_code) for each in (adapted, base, chat)
     )
-    with readable_errors():
+    with readable_disk_errors(Path(output)):
         return add_chat_vector(
             ours,
             theirs,

@@ -52,7 +52,7 @@ def load_model(
     if dtype is None:
         dtype = torch.float32 if torch.device(place).type == "cpu" else "auto"
     try:
-        with _untied_told(name):
+        with _warning_of_untied_head(name):
             loaded: Any = auto_class(config).from_pretrained(
                 name,
                 dtype=dtype,
@@ -101,7 +101,7 @@ class _Kept(logging.Handler):
 
 
 @contextmanager
-def _untied_told(name: str) -> Iterator[None]:
+def _warning_of_untied_head(name: str) -> Iterator[None]:
     """Within, transformers draws no progress bars and warns of nothing but a head that it will not tie."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     library, kept = logging.getLogger("transformers"), _Kept()

@@ -28,7 +28,7 @@ from elo.checkpoint.tensor_files import (
     write_checkpoint,
 )
 from elo.errors import EloError
-from elo.store.files import atomic_directory, disk_errors_told
+from elo.store.files import atomic_directory, readable_disk_errors
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.surgery.layer_config import edit_json
 from elo.surgery.matching import match_names, redundant, tensor_bytes
@@ -114,7 +114,7 @@ def merge_weights(
     added = max((each.rows_added for each in sums), default=0)
     config_json = _config_json(models, added, dtype)
     config_json |= {key: value for key, value in models[token_ids_of].config_json.items() if key in _TOKEN_IDS}
-    with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
+    with readable_disk_errors(output), atomic_directory(output, overwrite=overwrite) as folder:
         write_config(folder, config_json)
         copy_files(folder)  # first, because it may fail and the weights are large
         write_checkpoint(folder, [each.tensor() for each in sums], label)

@@ -36,7 +36,7 @@ from elo.checkpoint.tensor_files import (
 )
 from elo.errors import EloError, UnfinishedError
 from elo.log import Progress
-from elo.store.files import atomic_directory, disk_errors_told, fsync_tree
+from elo.store.files import atomic_directory, fsync_tree, readable_disk_errors
 from elo.surgery.equivalence import build_hollow, build_hollow_causal_lm, require_same_layers
 from elo.surgery.in_memory import blend, check_include
 from elo.surgery.layer_config import edit_json, layer_edits, read_edited_config
@@ -88,7 +88,7 @@ def detach_checkpoint(
     renamed = _small_tensors(base.weights, names, kept, type(hollow), small_config)
 
     with (
-        disk_errors_told(Path(output)),
+        readable_disk_errors(Path(output)),
         atomic_directory(Path(output), overwrite=overwrite) as folder,
         ThreadPoolExecutor(1) as executor,
     ):
@@ -161,7 +161,7 @@ def attach_checkpoint(
     with tempfile.TemporaryDirectory(prefix="elo-attach-") as scratch:
         matched = match_tensors(wanted, small.weights, type(hollow), small.config, Path(scratch))
         updates = _updates(wanted, matched, names, mapped, find_architecture(hollow).tied, include)
-        with disk_errors_told(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
+        with readable_disk_errors(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
             written = {tensor.file.name for tensor, _ in updates}
             sizes = {name: (whole.folder / name).stat().st_size for name in whole.weights.files}
             sharing: Counter[str] = Counter()

@@ -20,7 +20,7 @@ from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
 from elo.evaluate.bits_per_byte import bits_per_byte
 from elo.evaluate.loading import load_model
-from elo.store.files import atomic_directory, disk_errors_told
+from elo.store.files import atomic_directory, readable_disk_errors
 from elo.store.processes import from_main, is_main
 from elo.train.arguments import wants_bf16
 from elo.train.distributed import main_alone_loads, whole_parts, without_weights
@@ -164,7 +164,7 @@ def save_checkpoint(
         python: copy the base's Python files too.
     """
 
-    with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
+    with readable_disk_errors(output), atomic_directory(output, overwrite=True) as folder:
         files.write(folder, model, whole_parts(model) if parts is None else parts, python=python)
         if finish is not None:
             finish(folder)

@@ -25,7 +25,7 @@ from elo.checkpoint.naming import load_hollow, map_names
 from elo.checkpoint.new_rows import VOCABULARY_KEY, NewRows
 from elo.checkpoint.tensor_files import NewTensor, StoredTensor, write_checkpoint
 from elo.errors import EloError, UnsupportedArchitectureError, error_line
-from elo.store.files import atomic_directory, disk_errors_told
+from elo.store.files import atomic_directory, readable_disk_errors
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.surgery.layer_config import edit_json, read_edited_config
 from elo.surgery.matching import tensor_bytes
@@ -127,7 +127,7 @@ def extend_checkpoint(
     config_json = edit_json(base.config_json, base.config, {"vocab_size": rows, VOCABULARY_KEY: written})
     config_json[VOCABULARY_KEY] = written
     _require_loadable(base, config_json, rows, makers.keys(), trust_remote_code)
-    with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
+    with readable_disk_errors(output), atomic_directory(output, overwrite=overwrite) as folder:
         write_config(folder, config_json)
         save_tokenizer(folder)  # first, because it may fail and the weights are large
         tensors = [

@@ -58,6 +58,11 @@ def read_config(source: str | Path, *, trust_remote_code: bool = False) -> Pretr
     return config
 
 
+def read_decoder_config(source: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read the decoder's part of a model's config, like `read_config`."""
+    return text_config_of(read_config(source, trust_remote_code=trust_remote_code))
+
+
 def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the causal language model of `config` without memory for its weights; `config` is not changed.
 

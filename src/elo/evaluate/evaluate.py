@@ -138,8 +138,17 @@ def evaluate(
     seconds: dict[str, float] = {}
     for language, given in (corpora or {}).items():
         started = time.perf_counter()
-        corpus = texts_read[language].corpus if isinstance(given, str | Path) else _cut(given, encoder, max_bytes)
-        measured[language] = _bits_per_byte(model, corpus, name, given, language, sequence_length, batch_size, progress)
+        if isinstance(given, str | Path):
+            corpus = texts_read[language].corpus
+        else:
+            corpus = given if encoder is None else cut_corpus(given, encoder, max_bytes)
+        label = f"bits per byte {language}" if progress else None
+        result = bits_per_byte(model, corpus, sequence_length=sequence_length, batch_size=batch_size, progress=label)
+        if not math.isfinite(result.nats):
+            raise EloError(
+                f"{name}: its logits on {given} are not finite; the checkpoint is damaged, or needs dtype float32"
+            )
+        measured[language] = result
         seconds[language] = time.perf_counter() - started
     finished = Path(files) if files is not None else target.with_suffix(".partial") if target else None
     files = files if files is not None else target.with_suffix("") if target else None
@@ -210,29 +219,6 @@ def evaluate(
             if text.warning is not None:
                 print(text.warning, flush=True)
     return results
-
-
-def _cut(corpus: TokenCorpus, encoder: TextTokenizer | None, max_bytes: int | None) -> TokenCorpus:
-    return corpus if encoder is None else cut_corpus(corpus, encoder, max_bytes)
-
-
-def _bits_per_byte(
-    model: PreTrainedModel,
-    corpus: TokenCorpus,
-    name: str,
-    given: Any,
-    language: str,
-    sequence_length: int,
-    batch_size: int | None,
-    progress: bool,
-) -> BitsPerByte:
-    label = f"bits per byte {language}" if progress else None
-    result = bits_per_byte(model, corpus, sequence_length=sequence_length, batch_size=batch_size, progress=label)
-    if not math.isfinite(result.nats):
-        raise EloError(
-            f"{name}: its logits on {given} are not finite; the checkpoint is damaged, or needs dtype float32"
-        )
-    return result
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -16,7 +15,7 @@ from elo.checkpoint.counting import read_config
 from elo.checkpoint.local_names import require_path_or_id
 from elo.checkpoint.reading import auto_class
 from elo.checkpoint.tensor_files import open_checkpoint
-from elo.errors import EloError
+from elo.errors import EloError, error_line
 
 log = logging.getLogger(__name__)
 
@@ -60,18 +59,8 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        ImportError,
-        AttributeError,
-        TypeError,
-        SafetensorError,
-    ) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise EloError(f"{name}: the model cannot be loaded ({type(error).__name__}: {reason})") from None
+    except Exception as error:  # transformers, safetensors and a family's own code raise many types
+        raise EloError(f"{name}: the model cannot be loaded ({type(error).__name__}: {error_line(error)})") from None
     model, info = loaded
     if getattr(model, "_hf_peft_config_loaded", False):
         raise EloError(

@@ -126,12 +126,7 @@ def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
         "tokenizer": tokenizer_identity(inputs.tokenizer),
         "corpora": {name: [corpus_identity(each) for each in sources] for name, sources in corpora.items()},
         "heldout": {name: corpus_identity(each) for name, each in heldout.items()},
-        "heldout_share": config.data.heldout_share,
-        "validation_share": config.data.validation_share,
-        "on_error": config.data.on_error,
-        "split_special_tokens": config.data.split_special_tokens,
-        "allow_lost_text": config.data.allow_lost_text,
-        **({"filters": config.data.filters.plan()} if config.data.filters.plan() else {}),
+        **config.data.decisive(),
     }
     execution: dict[str, Any] = {
         "data": config.data,

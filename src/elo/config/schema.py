@@ -236,6 +236,12 @@ class DataConfig(_Section):
                     "of the part's target or source"
                 )
 
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings, besides corpora, that determine the token shards, for the fingerprint of their stage."""
+        keys = {"heldout_share", "validation_share", "on_error", "split_special_tokens", "allow_lost_text"}
+        filters = self.filters.plan()
+        return self.model_dump(mode="json", include=keys) | ({"filters": filters} if filters else {})
+
     @property
     def parts(self) -> list[PartConfig]:
         """The schedule, of one part if there is none."""

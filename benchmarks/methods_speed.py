@@ -49,7 +49,7 @@ class Speeds:
         sequences = divide_budget(config, self.data, lambda _: None)
         every = sequences.of(phase)
         count = self.steps * settings.tokens_per_step // config.data.sequence_length
-        rows: Any = every.mixture.rows(every.start, every.start + count)
+        rows: Any = every.mixture.sequences(every.start, every.start + count)
         model, _, _ = load_trainable(self.inputs.base.path, settings)
         if phase.detached:
             model = detach_layers(model, list(layers))

@@ -11,7 +11,7 @@ from typing import Any
 
 from elo.check_output import check_output
 from elo.config import CorpusConfig, DataConfig, EvaluationConfig
-from elo.data.mixture import MixtureRows
+from elo.data.mixture import MixtureSequences
 from elo.data.prepare import CorpusSource, prepare
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.data.tokenizer import load_tokenizer
@@ -136,7 +136,7 @@ def prepare_data(
 
 @measured
 def fit_middle(
-    output: Path, *, base: Artifact, layers: Sequence[int], rows: MixtureRows, trust_remote_code: bool
+    output: Path, *, base: Artifact, layers: Sequence[int], rows: MixtureSequences, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Fit a linear bridge over the removed layers, with the ridge penalty that is best on unseen tokens.
 
@@ -223,7 +223,7 @@ def train(
     output: Path,
     *,
     checkpoint: Artifact,
-    rows: MixtureRows,
+    rows: MixtureSequences,
     method: Method,
     phase: Phase,
     layers: Sequence[int],

@@ -95,7 +95,7 @@ def test_validation_text_is_cut_out_of_training_text_and_nowhere_else(tmp_path: 
     assert texts_of(prepared.heldout("ko")) == held and texts_of(prepared.validation("ko")) == validation
     assert prepared.summary()["validation"]["ko"]["documents"] == len(validation)
     mixture = build_mixture(prepared, "ko", replay_ratio=0, sequence_length=64, seed=3)
-    rows = [TOKENIZER.backend.decode(mixture.row(index)["input_ids"].tolist()) for index in range(200)]
+    rows = [TOKENIZER.backend.decode(mixture.sequence(index)["input_ids"].tolist()) for index in range(200)]
     begins = [text[:9] for text in validation]
     assert not any(begin in row for begin in begins for row in rows)
     assert any(text[:9] in row for text in train for row in rows), "or nothing would be found at all"
@@ -340,7 +340,7 @@ def test_mixture_from_prepared_data(tmp_path: Path, inputs: dict[str, Path]) -> 
     assert len(build_mixture(prepared, "ko", "en", 0.25, 16, 3, weights=weights).sources) == 2
     assert [s.language for s in build_mixture(prepared, "ko", "en", 0, 16).sources] == ["ko", "ko"]
     assert [s.language for s in build_mixture(prepared, "ko", "en", 1, 16).sources] == ["en"]
-    row = build_mixture(prepared, "ko", "en", 0.1, 16, packing=False).row(0)
+    row = build_mixture(prepared, "ko", "en", 0.1, 16, packing=False).sequence(0)
     assert "attention_mask" in row and np.asarray(row["input_ids"]).shape == (16,)
     seeds = {source.stream.seed for source in mixture.sources}
     assert len(seeds) == 3, "streams of different corpora must not be shuffled alike"

@@ -22,7 +22,7 @@ from elo.evaluate.loading import load_model
 from elo.methods.base import METHODS, Method, Phase, Setup
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 from elo.surgery.scale_change import scale_change
-from elo.train.arguments import rows_per_step
+from elo.train.arguments import sequences_per_step
 from elo.train.bridge import fit_bridge
 from elo.train.phase import save_checkpoint, train_checkpoint
 from elo.train.trained_files import TrainedFiles
@@ -153,7 +153,7 @@ def test_what_did_not_train_is_bit_identical(number: int, kind: str, tmp_path: P
     train_checkpoint(
         start,
         tmp_path / "trained",
-        rows=rows(3 * rows_per_step(LENGTH, QUICK)),
+        rows=rows(3 * sequences_per_step(LENGTH, QUICK)),
         prepare=lambda model: method.prepare(model, phase, Setup(KEPT, bridge, seed=7)),
         seed=7,
         settings=QUICK,
@@ -280,7 +280,7 @@ def test_rows_that_training_computes_without_keep_their_bits(
     base = start = write_random_base(tmp_path / "base", kind, seed=len(name) + KINDS.index(kind))
     if phase.detached:
         detach_checkpoint(base, KEPT, start := tmp_path / "detached")
-    sequences = rows(2 * rows_per_step(LENGTH, QUICK))
+    sequences = rows(2 * sequences_per_step(LENGTH, QUICK))
     used = {int(i) for number in range(len(sequences)) for i in sequences[number]["input_ids"]}
     chosen = sorted(used | {62})
     (tmp_path / "rows.json").write_text(json.dumps(chosen))

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from elo.config import load_config
 from elo.data.shards import PreparedData
 from elo.errors import EloError
+from elo.preflight import check_inputs
 from elo.report.files import read_results
 from elo.run import run, stage_names
 
@@ -232,6 +233,39 @@ def test_measurements_in_bf16(tmp_path):
         bpb[dtype] = record["bpb"]["xx"]
     assert bpb["bfloat16"] != bpb["float32"]
     assert bpb["bfloat16"] == pytest.approx(bpb["float32"], abs=0.05)
+
+
+def test_benchmarks_during_training(tmp_path):
+    config = write_world(tmp_path) | {"method": "full", "tokens": 256}
+    config["training"] |= {"evaluations": 2}
+    config["evaluation"] = {"in_context": {"lengths": [16], "tokens": 64}}
+    plain = run({**config, "output": str(tmp_path / "plain")})
+    config["evaluation"]["during_training"] = ["in_context"]
+    (trial,) = run(config)["trials"]
+    assert not any(point["measures"] for point in plain["trials"][0]["evaluations"])
+    names = {(value["measure"], value["name"]) for value in trial["measured"]["measures"] if not value["is_detail"]}
+    for point in trial["evaluations"]:
+        assert {(value["measure"], value["name"]) for value in point["measures"]} == names
+    last, final = (
+        {value["measure"]: value["value"] for value in values if value["name"] == "all"}
+        for values in (trial["evaluations"][-1]["measures"], trial["measured"]["measures"])
+    )
+    assert last["in_context_nats"] == pytest.approx(final["in_context_nats"], abs=0.05), "bf16 on disk"
+    assert "in_context_nats during training" in (tmp_path / "run" / "report.html").read_text()
+    assert _tensors(tmp_path / "run" / "model").keys() == (others := _tensors(tmp_path / "plain" / "model")).keys()
+    for name, tensor in _tensors(tmp_path / "run" / "model").items():
+        assert tensor.equal(others[name]), f"{name}: measuring changes nothing"
+
+
+def test_benchmarks_during_training_are_configured_ones(tmp_path):
+    config = write_world(tmp_path)
+    config["evaluation"] = {"during_training": ["tasks"]}
+    with pytest.raises(EloError, match="no section evaluation\\.tasks"):
+        run(config)
+    config["evaluation"] = {"in_context": True, "during_training": ["in_context"]}
+    config["training"] |= {"training_arguments": {"fsdp": True}}
+    with pytest.raises(EloError, match="during_training: needs whole weights"):
+        check_inputs(load_config(config | {"method": "full"}))
 
 
 def _close(_, left: Path, right: Path) -> None:

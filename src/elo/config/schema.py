@@ -284,11 +284,30 @@ class _EvaluationConfig(_Section):
     max_new_tokens: int = Field(48, gt=0)
     """Maximum length of a sample text, in tokens."""
 
+    during_training: list[str] = Field(default_factory=list)
+    """Sections of this one, such as tasks or in_context, that are also measured at each of training.evaluations. Adding
+    one does not repeat a training that is done."""
+
     @property
     def measures(self) -> list[Measure]:
         """The registered measures that are asked for."""
         found = [getattr(self, name) for name in MEASURES]
         return [measure for measure in found if measure is not None]
+
+    @property
+    def measures_during_training(self) -> list[Measure]:
+        """Those of `measures` that `during_training` names."""
+        return [measure for measure in self.measures if measure.name in self.during_training]
+
+    @model_validator(mode="after")
+    def _measured_during_training_is_configured(self) -> "_EvaluationConfig":
+        for name in self.during_training:
+            if getattr(self, name, None) is None or name not in MEASURES:
+                raise ValueError(
+                    f"during_training: there is no section evaluation.{name}; name configured ones of "
+                    f"{', '.join(MEASURES)}"
+                )
+        return self
 
 
 def _measure_field(measure: type[Measure]) -> Any:

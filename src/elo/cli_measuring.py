@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
+from elo.checkpoint.layers import PROBE_SEQUENCE_LENGTH, PROBE_TOKENS
 from elo.cli_options import LostText, SplitSpecials, Trust
 from elo.cli_values import files_by_language, names, numbers, texts_by_language, words_by_label
 from elo.errors import EloError
-from elo.probe import SEQUENCE_LENGTH, TOKENS
 
 measuring = typer.Typer(rich_markup_mode=None)
 
@@ -164,8 +164,10 @@ def probe(
     criteria: Annotated[
         str, typer.Option(help="Criteria, joined by commas; by default all that the text allows.")
     ] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens per language.")] = TOKENS,
-    sequence_length: Annotated[int, typer.Option(min=8, help="Length of a sequence, in tokens.")] = SEQUENCE_LENGTH,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per language.")] = PROBE_TOKENS,
+    sequence_length: Annotated[
+        int, typer.Option(min=8, help="Length of a sequence, in tokens.")
+    ] = PROBE_SEQUENCE_LENGTH,
     text_column: Annotated[str, typer.Option(help="Field that holds a document's text.")] = "text",
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer, if it is not in the model's folder.")] = None,
     trust_remote_code: Trust = False,

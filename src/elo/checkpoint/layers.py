@@ -8,6 +8,11 @@ from typing import NamedTuple
 from elo.errors import EloError
 
 DEFAULT_LAYERS = "first:1,last:1"
+PROBE_TOKENS = 256
+"""Default tokens per language of a probe. With them, a model of 135M parameters takes less than 5 minutes on one CPU
+core."""
+PROBE_SEQUENCE_LENGTH = 64
+"""Default length of a sequence of a probe, in tokens."""
 
 # No model has more than nine digits of layers, and int() raises for thousands of digits.
 _END = re.compile(r"(first|last):([0-9]{1,9})")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator, model_validator
 
-from elo.checkpoint.layers import DEFAULT_LAYERS
+from elo.checkpoint.layers import DEFAULT_LAYERS, PROBE_SEQUENCE_LENGTH, PROBE_TOKENS
 from elo.config.chat import ChatConfig
 from elo.data.filters import Filters
 from elo.data.mixture import names_of
@@ -15,7 +15,6 @@ from elo.evaluate.measures import MEASURES, Measure
 from elo.evaluate.translation import Translation
 from elo.methods import METHODS, Method, Phase, section_of_name
 from elo.methods.lora import Lora
-from elo.probe import SEQUENCE_LENGTH, TOKENS
 from elo.train.settings import TrainingSection, TrainingSettings
 
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -330,9 +329,9 @@ else:
 class ProbeConfig(_Section):
     """The probe of `layers: auto` and of `profile: probe`, on training text (docs/probe.md)."""
 
-    tokens: Annotated[int, BeforeValidator(_whole_number)] = Field(TOKENS, gt=0)
+    tokens: Annotated[int, BeforeValidator(_whole_number)] = Field(PROBE_TOKENS, gt=0)
     """Number of tokens per language."""
-    sequence_length: int = Field(SEQUENCE_LENGTH, ge=8)
+    sequence_length: int = Field(PROBE_SEQUENCE_LENGTH, ge=8)
     """Length of a sequence, in tokens."""
     parallel: str | None = Field(None, min_length=1)
     """File with parallel sentences, one column per language, for the criterion `parallel`."""

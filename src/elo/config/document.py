@@ -11,10 +11,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from elo.config.chat import ChatConfig, ChatTraining
+from elo.config.comparison import Budget, CompareConfig, Contestant
 from elo.config.schema import (
-    Budget,
-    CompareConfig,
-    Contestant,
     CorpusConfig,
     DataConfig,
     EvaluationConfig,

@@ -1,6 +1,5 @@
 """Record the circumstances of a run or comparison in its results: command, base model, languages, machine and data."""
 
-import datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from elo.checkpoint.counting import footprint, read_config
 from elo.checkpoint.new_rows import read_new_rows, record_of
 from elo.config import RunConfig
 from elo.data.shards import PreparedData
-from elo.store.environment import command_line, hardware, versions
+from elo.store.environment import command_line, environment
 
 
 def circumstances(config: RunConfig, base: Path, data: PreparedData) -> dict[str, Any]:
@@ -17,12 +16,10 @@ def circumstances(config: RunConfig, base: Path, data: PreparedData) -> dict[str
     section = config.data
     replay_ratio, shares = training_shares(section, data)
     return {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **environment(),
         "command": command_line(),
         "model": model_record(config, base),
         "languages": {"targets": section.targets, "sources": section.sources},
-        "hardware": hardware(),
-        "versions": versions(),
         "data": {
             **data.summary(),
             "replay_ratio": replay_ratio,

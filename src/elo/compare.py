@@ -17,7 +17,7 @@ from elo.config import Budget, CompareConfig, RunConfig, contestant_run, load_co
 from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
 from elo.format import duration, listed
-from elo.inputs import Adapted, Inputs
+from elo.inputs import Inputs
 from elo.preflight import check_inputs, check_model
 from elo.report import collect, schema, verdict
 from elo.report.files import judged, write_results
@@ -372,19 +372,17 @@ class _Comparison:
             "",
             inputs.config.seed,
             adapted.records,
-            self._evaluate(name, inputs, adapted) if "heldout" in measured_on else None,
+            measure(inputs, "evaluate", adapted.model, heldout_text(inputs, base.data))
+            if "heldout" in measured_on
+            else None,
             before_alignment=adapted.before_alignment,
             learning_rates=rates,
-            validation=self._validate(name, inputs, adapted) if "validation" in measured_on else None,
+            validation=measure(inputs, "validate", adapted.model, validation_text(inputs, base.data), brief=True)
+            if "validation" in measured_on
+            else None,
             flops=training_flops(inputs, adapted),
         )
         return {"trial": trial.model_dump(mode="json")}
-
-    def _evaluate(self, name: str, inputs: Inputs, adapted: Adapted) -> dict[str, Any]:
-        return measure(inputs, "evaluate", adapted.model, heldout_text(inputs, self.bases[name].data))
-
-    def _validate(self, name: str, inputs: Inputs, adapted: Adapted) -> dict[str, Any]:
-        return measure(inputs, "validate", adapted.model, validation_text(inputs, self.bases[name].data), brief=True)
 
     def _run(
         self,

@@ -1,6 +1,5 @@
 """`elo evaluate`: bits per byte by language, and every measure that is asked for, of any Hugging Face causal LM."""
 
-import datetime
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from elo.evaluate.samples import Samples
 from elo.evaluate.scoring import longest_sequence, vocabulary_size
 from elo.evaluate.warnings import few_documents
 from elo.format import count
-from elo.store.environment import hardware, versions
+from elo.store.environment import environment
 from elo.store.files import remove, write_json
 from elo.store.remote import is_remote, output_file
 from elo.store.run_folder import file_identity
@@ -177,7 +176,6 @@ def evaluate(
     results = {
         "schema": 1,
         "kind": "evaluation",
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": {
             "name": name,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -185,8 +183,7 @@ def evaluate(
             "dtype": str(model.dtype).removeprefix("torch."),
         },
         "sequence_length": sequence_length,
-        "hardware": hardware(),
-        "versions": versions(),
+        **environment(),
         "bpb": {language: result.bits_per_byte for language, result in measured.items()},
         "heldout": heldout,
         "documents_nats": {language: list(result.document_nats) for language, result in measured.items()},

@@ -316,17 +316,16 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "elo.cli", "run", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    scratch = tmp_path / "run" / "elo_pretraining-checkpoints"
-    while not scratch.exists() and process.poll() is None:
+    live = tmp_path / "run" / "stages" / "elo_pretraining.live.json"
+    while not live.exists() and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(2)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, stderr
     assert "stopped by SIGTERM" in stderr
     assert "the same command resumes from there" in stderr
     assert "Traceback" not in stderr
-    assert len(list(scratch.glob("checkpoint-*/elo_checkpoint.json"))) == 1
+    assert len(list((tmp_path / "run").glob("*-checkpoints/checkpoint-*/elo_checkpoint.json"))) == 1
 
 
 def test_python_calls(finished, tmp_path):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator, model_validator
 
-from elo.checkpoint.layers import DEFAULT_LAYERS, PROBE_SEQUENCE_LENGTH, PROBE_TOKENS
+from elo.checkpoint.layers import DEFAULT_LAYERS, PROBE_LENGTH, PROBE_TOKENS
 from elo.config.chat import ChatConfig
 from elo.data.filters import Filters
 from elo.data.mixture import names_of
@@ -15,7 +15,7 @@ from elo.evaluate.measures import MEASURES, Measure
 from elo.evaluate.translation import Translation
 from elo.methods import METHODS, Method, Phase, section_of_name
 from elo.methods.lora import Lora
-from elo.train.settings import TrainingSection, TrainingSettings
+from elo.train.settings import EXECUTION, TrainingSection, TrainingSettings
 
 
 def whole_number(value: Any) -> Any:
@@ -281,9 +281,13 @@ class _EvaluationConfig(Section):
     max_new_tokens: int = Field(48, gt=0)
     """Maximum length of a sample text, in tokens."""
 
-    during_training: list[str] = Field(default_factory=list)
+    during_training: list[str] = Field(default_factory=list, json_schema_extra=EXECUTION)
     """Sections of this one, such as tasks or in_context, that are also measured at each of training.evaluations. Adding
     one does not repeat a training that is done."""
+
+    def decisive(self) -> dict[str, Any]:
+        """Return what determines the values of a measurement, for the fingerprint of its stage."""
+        return self.model_dump(mode="json", exclude={"during_training"})
 
     @property
     def measures(self) -> list[Measure]:
@@ -329,7 +333,7 @@ class ProbeConfig(Section):
 
     tokens: Annotated[int, BeforeValidator(whole_number)] = Field(PROBE_TOKENS, gt=0)
     """Number of tokens per language."""
-    sequence_length: int = Field(PROBE_SEQUENCE_LENGTH, ge=8)
+    sequence_length: int = Field(PROBE_LENGTH, ge=8)
     """Length of a sequence, in tokens."""
     parallel: str | None = Field(None, min_length=1)
     """File with parallel sentences, one column per language, for the criterion `parallel`."""

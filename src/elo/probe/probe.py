@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from elo.checkpoint.counting import read_config
-from elo.checkpoint.layers import PROBE_SEQUENCE_LENGTH, PROBE_TOKENS, AutoLayers, parse_auto
+from elo.checkpoint.layers import PROBE_LENGTH, PROBE_TOKENS, AutoLayers, parse_auto
 from elo.checkpoint.model_config import num_layers_of
 from elo.data.tokenizer import load_tokenizer
 from elo.detach_attach import resolve_checkpoint
@@ -41,7 +41,7 @@ def probe(
     parallel: str | Path | None = None,
     criteria: Sequence[str] = (),
     tokens: int = PROBE_TOKENS,
-    sequence_length: int = PROBE_SEQUENCE_LENGTH,
+    sequence_length: int = PROBE_LENGTH,
     text_column: str = "text",
     tokenizer: str | None = None,
     trust_remote_code: bool = False,

@@ -6,7 +6,6 @@ A problem with an input becomes a `Record` whose `problem` names the file and li
 largest single document, and for the window of a Zstandard file.
 """
 
-import functools
 import glob
 import json
 import logging
@@ -23,6 +22,7 @@ import zstandard
 
 from elo.checkpoint.local_names import near
 from elo.data.compressed import decompressed, file_problem, wrong_kind
+from elo.data.unread import warn_of_unread
 from elo.errors import EloError
 from elo.store.remote import RemoteFile, is_remote, list_remote, open_remote
 
@@ -32,8 +32,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 LOCAL_FOLDERS = {"corpora", "corpus", "data", "dataset", "datasets", "dev", "eval", "heldout", "input", "inputs", "raw"}
 LOCAL_FOLDERS |= {"test", "text", "texts", "train"}
 """First parts of paths that are never interpreted as the owner of a Hugging Face dataset."""
-_ABOUT = re.compile(r"readme|licen[cs]e|copying|notice|_.*|.*\.(md|rst|html|pdf|py|ya?ml|sha\d+|md5)$", re.IGNORECASE)
-"""Names of files beside the text of a corpus, which nobody expects to be read."""
 TEXT_PIECE = 1 << 18
 """Bytes after which a plain-text document ends at the next blank line. A smaller file is one document."""
 TEXT_LIMIT = 1 << 20
@@ -121,7 +119,7 @@ def list_inputs(path: str) -> list[InputFile]:
         files = [file for file in visible if file.name.endswith(SUFFIXES)]
         if not files:
             raise EloError(f"{path}: the folder has no readable file; add files named {', '.join(SUFFIXES)}")
-        _warn_of_others(path, tuple(str(f) for f in visible if f not in files and not _ABOUT.match(f.name)))
+        warn_of_unread(path, tuple(str(file) for file in visible if file not in files), SUFFIXES)
         return [_input_file(file) for file in files]
     if found.exists():
         return [_input_file(found)]
@@ -137,19 +135,6 @@ def list_inputs(path: str) -> list[InputFile]:
         return [InputFile(HUB_PREFIX + path)]
     hint = f"; for a Hugging Face dataset write {HUB_PREFIX}{path}" if HUB_ID.fullmatch(path) else ""
     raise EloError(f"{path}: no such file or folder{near(found)}; check the path{hint}")
-
-
-@functools.cache  # a run lists the same folder many times
-def _warn_of_others(folder: str, others: tuple[str, ...]) -> None:
-    if others:
-        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        log.warning(
-            "warning: %s: %d files are not read, because their names do not end in %s (%s); convert or remove them",
-            folder,
-            len(others),
-            ", ".join(SUFFIXES),
-            shown,
-        )
 
 
 def _list_objects(address: str) -> list[InputFile]:

@@ -10,6 +10,10 @@ from elo.errors import EloError
 
 _CACHED_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json")
 
+LOCAL_FOLDERS = {"corpora", "corpus", "data", "dataset", "datasets", "dev", "eval", "heldout", "input", "inputs", "raw"}
+LOCAL_FOLDERS |= {"test", "text", "texts", "train"}
+"""First parts of paths that are never interpreted as the owner of a Hugging Face dataset."""
+
 
 def require_path_or_id(name: str | Path, remedy: str, kind: str = "folder") -> None:
     """Raise EloError if `name` is a missing local path, not a Hugging Face id.
@@ -47,3 +51,9 @@ def _is_cached(repo_id: str) -> bool:
         return any(isinstance(try_to_load_from_cache(repo_id, name), str) for name in _CACHED_FILES)
     except HFValidationError:
         return False
+
+
+def looks_local(path: Path) -> bool:
+    """Return whether the first part of `owner/name` is an existing folder, or a common name of one."""
+    first = path.parts[0]
+    return Path(first).exists() or first.lower() in LOCAL_FOLDERS

@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from elo.checkpoint.local_names import near
+from elo.checkpoint.local_names import looks_local, near
 from elo.data.compressed import decompressed, file_problem, wrong_kind
 from elo.data.unread import warn_of_unread
 from elo.errors import EloError
@@ -29,9 +29,6 @@ from elo.store.remote import RemoteFile, is_remote, list_remote, open_remote
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".txt.gz", ".txt.zst")
 HUB_PREFIX = "hf://"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-LOCAL_FOLDERS = {"corpora", "corpus", "data", "dataset", "datasets", "dev", "eval", "heldout", "input", "inputs", "raw"}
-LOCAL_FOLDERS |= {"test", "text", "texts", "train"}
-"""First parts of paths that are never interpreted as the owner of a Hugging Face dataset."""
 TEXT_PIECE = 1 << 18
 """Bytes after which a plain-text document ends at the next blank line. A smaller file is one document."""
 TEXT_LIMIT = 1 << 20
@@ -131,7 +128,7 @@ def list_inputs(path: str) -> list[InputFile]:
         if not files:
             raise EloError(f"{path}: the pattern matches only folders; end it with /* or give the folder itself")
         return [_input_file(file) for file in files]
-    if HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES) and not _looks_local(found):
+    if HUB_ID.fullmatch(path) and not path.endswith(SUFFIXES) and not looks_local(found):
         return [InputFile(HUB_PREFIX + path)]
     hint = f"; for a Hugging Face dataset write {HUB_PREFIX}{path}" if HUB_ID.fullmatch(path) else ""
     raise EloError(f"{path}: no such file or folder{near(found)}; check the path{hint}")
@@ -147,12 +144,6 @@ def _list_objects(address: str) -> list[InputFile]:
     for file in files:
         _check_suffix(Path(file.location))
     return [InputFile(file.location, file.size, version=file.version) for file in files]
-
-
-def _looks_local(path: Path) -> bool:
-    """Return whether the first part of `owner/name` is an existing folder, or a common name of one."""
-    first = path.parts[0]
-    return Path(first).exists() or first.lower() in LOCAL_FOLDERS
 
 
 def _is_visible(file: Path, folder: Path) -> bool:

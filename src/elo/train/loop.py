@@ -72,7 +72,7 @@ def train(
     rows: Dataset,
     *,
     settings: TrainingSettings,
-    output_dir: Path,
+    output_dir: Path | None,
     seed: int,
     prepared: Prepared | None = None,
     evaluate: Evaluate | None = None,
@@ -86,7 +86,8 @@ def train(
         model: model whose trained parameters are fp32; frozen parameters may have any floating-point dtype.
         rows: map-style dataset of sequences (elo.data.packing) of one length, packed or not. Their number is a multiple
             of `rows_per_step`.
-        output_dir: folder for training checkpoints. Training resumes from the newest complete one in it.
+        output_dir: folder for training checkpoints. Training resumes from the newest complete one in it. None writes no
+            checkpoints.
         prepared: hooks of the method that prepared `model`. The caller calls `fold`.
         evaluate: function that returns bits per byte of a model by language.
         save: function called in the main process with the trained model. If FSDP or DeepSpeed shards the weights, it
@@ -105,13 +106,19 @@ def train(
     steps, tokens_per_step = len(rows) // per_step, per_step * sequence_length  # type: ignore[arg-type]
     evaluations = settings.evaluations if evaluate is not None else 0
     evaluation_steps = -(-steps // evaluations) if evaluations else 0
-    output_dir.mkdir(parents=True, exist_ok=True)
-    found = from_main(lambda: latest_checkpoint(output_dir, lambda line: print(line, flush=True)))
+    found = None
+    if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        found = from_main(lambda: latest_checkpoint(output_dir, lambda line: print(line, flush=True)))
     checkpoint, done, state = (found[0], step_of(found[0]), found[1]) if found else (None, 0, {})
     record = Record(tokens_per_step, **state)
 
     arguments = training_arguments(
-        settings, micro_steps, output_dir, main_alone=main_alone, changes_layers=prepared.before_step is not None
+        settings,
+        micro_steps,
+        output_dir or Path("none"),
+        main_alone=main_alone,
+        changes_layers=prepared.before_step is not None,
     )
 
     supervised: dict[int, float] = {}
@@ -195,7 +202,7 @@ def train(
                 accelerator.log(_named("eval", values), step)
                 shown = ", ".join(f"{language} {value:.4f}" for language, value in bpb.items())
                 progress.say(f"{label}: {step * tokens_per_step:,} tokens, bits per byte: {shown}")
-            if saves:
+            if saves and output_dir is not None:
                 write_checkpoint(accelerator, output_dir, step, record.state(), settings.save_total_limit)
             if stop.number is not None:
                 raise StoppedBySignalError(stop.number, step)
@@ -303,8 +310,8 @@ def _named(part: str, values: dict[str, Any]) -> dict[str, Any]:
     return {f"{part}/{key}": value for key, value in values.items()}
 
 
-def _diverged(fault: str, step: int, tokens_per_step: int, folder: Path) -> TrainingDivergedError:
-    sealed = sorted(folder.glob("checkpoint-*"), key=step_of)
+def _diverged(fault: str, step: int, tokens_per_step: int, folder: Path | None) -> TrainingDivergedError:
+    sealed = sorted(folder.glob("checkpoint-*"), key=step_of) if folder else []
     kept = f"the last good checkpoint is {sealed[-1]}" if sealed else "no checkpoint has been written yet"
     return TrainingDivergedError(
         f"training diverged at step {step} ({step * tokens_per_step:,} tokens): {fault}; {kept}. "

@@ -19,7 +19,7 @@ from elo.errors import EloError, TrainingDivergedError
 from elo.format import listed
 from elo.inputs import Adapted, Inputs
 from elo.log import duration
-from elo.preflight import check_inputs, check_model
+from elo.preflight import check_inputs, check_model, check_processes
 from elo.report import collect, schema, verdict
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
@@ -99,6 +99,7 @@ def _open(config: CompareConfig) -> Iterator[dict[str, Inputs]]:
                 "the method that you choose"
             )
         check_inputs(run)
+        check_processes(run)
     first = next(iter(runs.values()))
     for name, run in runs.items():
         for key in ("data", "evaluation", "trust_remote_code"):

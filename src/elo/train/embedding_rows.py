@@ -1,10 +1,12 @@
 """Give embedding and LM head their own learning rate in an optimizer, and keep old vocabulary rows unchanged."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import get_rank
 from torch.distributed.tensor import distribute_tensor
 
 from elo.checkpoint.architecture import find_architecture
@@ -67,6 +69,37 @@ def keep_old_rows(optimizer: torch.optim.Optimizer, model: Any, first_row: int) 
     return drop_gradients
 
 
+def keep_old_rows_in_flat(
+    optimizer: torch.optim.Optimizer, owners: Sequence[nn.Parameter], model: Any, first_row: int
+) -> None:
+    """Keep the rows before `first_row` of trained embedding and head weights that DeepSpeed shards.
+
+    Args:
+        optimizer: DeepSpeed's, which has a flat shard of each weight in a group of its own.
+        owners: the weight of each group, at the group's `number`.
+    """
+    num_old: dict[int, int] = {}
+    for weight in _trained(model):
+        weight.register_hook(lambda gradient: _without_rows(gradient, first_row))
+        num_old[id(weight)] = first_row * math.prod(getattr(weight, "ds_shape", weight.shape)[1:])
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            for flat in group["params"]:
+                here = num_old.get(id(owners[group["number"]]), 0) - get_rank() * flat.numel()
+                old = flat.detach()[: max(0, here)]
+                kept.append((old, old.clone()))
+
+    def restore(*_: Any) -> None:
+        for now, before in kept:
+            now.copy_(before)
+        kept.clear()
+
+    optimizer.register_step_pre_hook(keep)
+    optimizer.register_step_post_hook(restore)
+
+
 def rows_left_out(model: Any, first_row: int) -> int:
     """Return the number of elements of trained embedding and head weights in rows before `first_row`."""
     return sum(each[:first_row].numel() for each in _trained(model))
@@ -84,18 +117,19 @@ def _rows_from(optimizer: torch.optim.Optimizer, weight: nn.Parameter, first_row
     """Return the rows of a weight from `first_row` on as a parameter that shares its memory and, in steps, gradient."""
     rows = nn.Parameter(weight.data[first_row:])
 
-    def without_old_rows(gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone()
-        gradient[:first_row] = 0
-        return gradient
-
     def lend(*_: Any) -> None:
         rows.grad = None if weight.grad is None else weight.grad[first_row:]
 
     def give_back(*_: Any) -> None:
         rows.grad = None
 
-    weight.register_hook(without_old_rows)
+    weight.register_hook(lambda gradient: _without_rows(gradient, first_row))
     optimizer.register_step_pre_hook(lend)
     optimizer.register_step_post_hook(give_back)
     return rows
+
+
+def _without_rows(gradient: torch.Tensor, first_row: int) -> torch.Tensor:
+    gradient = gradient.clone()
+    gradient[:first_row] = 0
+    return gradient

@@ -156,6 +156,21 @@ def test_in_bf16_the_losses_are_those_of_one_process(frozen_as_stored: str, tmp_
     assert trained == [name for name in base if not torch.equal(base[name], alone[name])]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_in_bf16_has_the_losses_of_one_process(stage: int, tmp_path: Path, deepspeed_on_cpus: None) -> None:
+    config = write_world(tmp_path) | {"method": "frozen"}
+    config["training"] |= {"per_device_train_batch_size": 1, "bf16": True}
+    run(config)
+    divided = sharded(config, tmp_path / "shared", deepspeed={"zero_optimization": {"stage": stage}})
+    status, said = launch(divided, tmp_path / "shared.yaml")
+    assert status == 0, said
+    assert losses(tmp_path / "shared", "frozen") == pytest.approx(losses(tmp_path / "run", "frozen"), abs=1e-2)
+    base, model, alone = (stored(tmp_path / name) for name in ("base", "shared/model", "run/model"))
+    trained = [name for name in base if not torch.equal(base[name], model[name])]
+    assert trained == [name for name in base if not torch.equal(base[name], alone[name])]
+
+
 @pytest.fixture
 def deepspeed_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed's operation for CPUs, compiled before a launch has to wait for it."""

@@ -16,6 +16,7 @@ from accelerate.utils import (
     LoggerType,
 )
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from elo.errors import EloError
 from elo.store.processes import world_size
@@ -138,6 +139,8 @@ def make_accelerator(settings: TrainingSettings, arguments: TrainingArguments) -
         log_with=_trackers(settings) or None,
         project_dir=str(folder.with_name("trackers") / folder.name.removesuffix("-checkpoints")),
     )
+    # Otherwise transformers divides every model that one process builds, such as those of a report, and waits forever.
+    unset_hf_deepspeed_config()
     check_engaged(accelerator, settings)
     return accelerator
 

@@ -33,12 +33,18 @@ log = logging.getLogger(__name__)
 def check_inputs(config: RunConfig) -> None:
     """Raise EloError if the configuration or an input file is wrong, without loading anything."""
     for phase in config.method.phases:
-        if config.settings(phase).divides_model and config.settings(phase).vocabulary == "corpus":
+        settings = config.settings(phase)
+        if settings.divides_model and settings.vocabulary == "corpus":
             raise EloError(
                 f"training.training_arguments: {phase.name}: training.vocabulary: corpus needs whole weights, but FSDP "
                 "and DeepSpeed divide them among processes; remove fsdp and deepspeed"
             )
-        check_settings(config.settings(phase), config.data.sequence_length, "training")
+        if settings.divides_model and config.evaluation.during_training:
+            raise EloError(
+                f"evaluation.during_training: needs whole weights, but FSDP or DeepSpeed divides them in {phase.name}; "
+                "remove it, and measure before and after training only"
+            )
+        check_settings(settings, config.data.sequence_length, "training")
     require_local(config.output, "output")
     output = Path(config.output)
     if output.exists() and not output.is_dir():

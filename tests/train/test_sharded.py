@@ -25,7 +25,7 @@ from elo.checkpoint.architecture import find_architecture
 from elo.errors import EloError, StoppedBySignalError
 from elo.run import run
 from elo.train import loop
-from elo.train.arguments import check_launch, check_settings, rows_per_step
+from elo.train.arguments import check_launch, check_settings, sequences_per_step
 from elo.train.distributed import check_engaged, main_alone_loads, whole_parts, without_weights
 from elo.train.phase import load_trainable, save_checkpoint, train_checkpoint
 from elo.train.settings import TrainingSettings
@@ -247,6 +247,7 @@ def test_one_process_may_prepare_for_many(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({"gradient_clipping": 5.0}, r"deepspeed: gradient_clipping=5\.0 vs hf max_grad_norm=1\.0: .*remove it"),
+        ({"zero_optimization": {"stage": 0}}, r"deepspeed\.zero_optimization\.stage: 0 divides nothing"),
         ({"optimizer": {"type": "AdamW"}}, r"deepspeed\.optimizer: .*remove it"),
     ],
 )
@@ -323,7 +324,7 @@ def _ends_as_in_one(name: str, tmp_path: Path, divided: dict[str, dict[str, Any]
         train_checkpoint(
             tmp_path / "base",
             tmp_path / folder,
-            rows=rows(6 * rows_per_step(LENGTH, settings)),
+            rows=rows(6 * sequences_per_step(LENGTH, settings)),
             prepare=lambda model: case.method.prepare(model, case.phase, case.setup()),
             seed=5,
             settings=settings,

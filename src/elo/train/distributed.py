@@ -119,6 +119,11 @@ def check_deepspeed(arguments: TrainingArguments) -> None:
     """Raise EloError if DeepSpeed's configuration contradicts the settings, or has an optimizer or a schedule."""
     if arguments.deepspeed_plugin is None:
         return
+    if arguments.deepspeed_plugin.zero_stage == 0:
+        raise EloError(
+            "training_arguments.deepspeed.zero_optimization.stage: 0 divides nothing; write 1, 2 or 3, or remove "
+            "deepspeed"
+        )
     for key in ("optimizer", "scheduler"):
         if key in arguments.deepspeed_plugin.deepspeed_config:
             raise EloError(

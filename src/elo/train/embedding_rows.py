@@ -48,24 +48,21 @@ def keep_old_rows(optimizer: torch.optim.Optimizer, model: Any, first_row: int) 
     Returns:
         Function that sets the gradients of old rows to zero, to call before clipping.
     """
-    kept: list[tuple[Any, torch.Tensor]] = []
     sharded: list[Any] = list(_trained(model))
+    num_old: list[int] = []
     for weight in sharded:
         numbers = torch.arange(len(weight), device=weight.device_mesh.device_type)
         local = distribute_tensor(numbers, weight.device_mesh, weight.placements).to_local()
-        num_old = int((local < first_row).sum())
-        kept.append((weight, weight.detach().to_local()[:num_old].clone()))
+        num_old.append(int((local < first_row).sum()))
 
     def drop_gradients() -> None:
-        for weight, old in kept:
+        for weight, count in zip(sharded, num_old, strict=True):
             if weight.grad is not None:
-                weight.grad.to_local()[: len(old)].zero_()
+                weight.grad.to_local()[:count].zero_()
 
-    def restore(*_: Any) -> None:
-        for weight, old in kept:
-            weight.detach().to_local()[: len(old)].copy_(old)
-
-    optimizer.register_step_post_hook(restore)
+    _restore_after_step(
+        optimizer, lambda: [each.detach().to_local()[:n] for each, n in zip(sharded, num_old, strict=True)]
+    )
     return drop_gradients
 
 
@@ -82,18 +79,26 @@ def keep_old_rows_in_flat(
     for weight in _trained(model):
         weight.register_hook(lambda gradient: _without_rows(gradient, first_row))
         num_old[id(weight)] = first_row * math.prod(getattr(weight, "ds_shape", weight.shape)[1:])
+
+    def old_elements() -> list[torch.Tensor]:
+        shards = [
+            (num_old.get(id(owners[g["number"]]), 0), flat) for g in optimizer.param_groups for flat in g["params"]
+        ]
+        return [flat.detach()[: max(0, count - get_rank() * flat.numel())] for count, flat in shards]
+
+    _restore_after_step(optimizer, old_elements)
+
+
+def _restore_after_step(optimizer: torch.optim.Optimizer, views: Callable[[], list[torch.Tensor]]) -> None:
+    """Undo what each step of an optimizer does to `views()`, which share the memory of its parameters."""
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keep(*_: Any) -> None:
-        for group in optimizer.param_groups:
-            for flat in group["params"]:
-                here = num_old.get(id(owners[group["number"]]), 0) - get_rank() * flat.numel()
-                old = flat.detach()[: max(0, here)]
-                kept.append((old, old.clone()))
+        kept.extend((view, view.clone()) for view in views())
 
     def restore(*_: Any) -> None:
-        for now, before in kept:
-            now.copy_(before)
+        for view, before in kept:
+            view.copy_(before)
         kept.clear()
 
     optimizer.register_step_pre_hook(keep)

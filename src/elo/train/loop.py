@@ -25,11 +25,10 @@ from elo.evaluate.bits_per_byte import isolates_documents
 from elo.evaluate.scoring import evaluating, takes_position_ids
 from elo.log import Progress
 from elo.store.processes import from_main, is_main
-from elo.train.arguments import accelerating, micro_steps_per_step, rows_per_step, training_arguments, wants_bf16
+from elo.train.arguments import accelerating, micro_steps_per_step, sequences_per_step, training_arguments, wants_bf16
 from elo.train.attention import VARLEN, choose_attention, require_own_positions
 from elo.train.batches import PackedCollator, micro_batches
 from elo.train.checkpoints import latest_checkpoint, read_checkpoint, step_of, write_checkpoint
-from elo.train.cost import cost_so_far
 from elo.train.distributed import (
     accumulating,
     check_resumable,
@@ -46,8 +45,8 @@ from elo.train.prepared import Prepared
 from elo.train.record import Record
 from elo.train.settings import TrainingSettings
 
-Evaluate = Callable[[PreTrainedModel], dict[str, float]]
-"""Bits per byte of a model, by language."""
+Evaluate = Callable[[PreTrainedModel], dict[str, Any]]
+"""Measure a model during training: {"bpb": {language: bits per byte}, "measures": records of other values}."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class TrainingResult:
         tokens: number of trained positions, including padding in unpacked sequences.
         losses: {"tokens", "seconds", "loss"} by logging interval, with the loss in nats per token; with deep
             supervision, "internal" is the loss by layer.
-        evaluations: {"tokens", "seconds", "bpb": {language: bits per byte}} by measurement.
+        evaluations: {"tokens", "seconds"} and what `evaluate` returned, by measurement.
     """
 
     steps: int
@@ -93,10 +92,10 @@ def train(
     Args:
         model: model whose trained parameters are fp32; frozen parameters may have any floating-point dtype.
         rows: map-style dataset of sequences (elo.data.packing) of one length, packed or not. Their number is a multiple
-            of `rows_per_step`.
+            of `sequences_per_step`.
         output_dir: folder for training checkpoints. Training resumes from the newest complete one in it.
         prepared: hooks of the method that prepared `model`. The caller calls `fold`.
-        evaluate: function that returns bits per byte of a model by language.
+        evaluate: function that measures the model.
         save: function called in the main process with the trained model. If FSDP or DeepSpeed shards the weights, it
             also gets an iterator over them, part by part, which it must exhaust.
         main_alone: whether only the main process has the weights (elo.train.distributed.main_alone_loads).
@@ -109,7 +108,10 @@ def train(
     """
     prepared = prepared or Prepared()
     sequence_length = len(rows[0]["input_ids"])
-    per_step, micro_steps = rows_per_step(sequence_length, settings), micro_steps_per_step(sequence_length, settings)
+    per_step, micro_steps = (
+        sequences_per_step(sequence_length, settings),
+        micro_steps_per_step(sequence_length, settings),
+    )
     steps, tokens_per_step = len(rows) // per_step, per_step * sequence_length  # type: ignore[arg-type]
     evaluations = settings.evaluations if evaluate is not None else 0
     evaluation_steps = -(-steps // evaluations) if evaluations else 0
@@ -148,7 +150,8 @@ def train(
         forget: Callable[[nn.Parameter], Any] = lambda each: optimizer.optimizer.state.pop(each, None)  # noqa: E731
         if owners:
             forget = leave_out_frozen(optimizer.optimizer.optimizer, owners)
-            keep_old_rows_in_flat(optimizer.optimizer.optimizer, owners, model, prepared.first_row)
+            if prepared.first_row:
+                keep_old_rows_in_flat(optimizer.optimizer.optimizer, owners, model, prepared.first_row)
         drop_old_gradients: Callable[[], None] = lambda: None  # noqa: E731
         if accelerator.is_fsdp2 and prepared.first_row:
             drop_old_gradients = keep_old_rows(optimizer.optimizer, model, prepared.first_row)
@@ -198,16 +201,19 @@ def train(
                 loss_sum, logged, note = torch.zeros_like(loss_sum), step, f"loss {mean:.3f}"
                 values = {"loss": mean, "grad_norm": gradient, "learning_rate": rate}
                 values |= {f"loss_layer_{layer}": value for layer, value in internal.items()}
-                values |= record.add_loss(step, mean, internal) | cost_so_far(record.seconds, record.cpu_seconds)
+                values |= record.add_loss(step, mean, internal)
                 accelerator.log(_named("train", values), step)
                 if fault := record.fault(gradient, settings.max_loss_spike_nats):
                     raise _diverged(fault, step, tokens_per_step, output_dir)
             progress.update(step * tokens_per_step, note)
             if evaluates:
                 assert evaluate is not None
-                bpb = _measure(evaluate, model, optimizer)
+                measured = _measure(evaluate, model, optimizer)
+                bpb = measured["bpb"]
                 values = {f"bpb_{language}": value for language, value in bpb.items()}
-                values |= record.add_evaluation(step, bpb) | cost_so_far(record.seconds, record.cpu_seconds)
+                for each in measured.get("measures", ()):
+                    values["_".join(filter(None, (each["measure"], each["name"], each["language"])))] = each["value"]
+                values |= record.add_evaluation(step, measured)
                 accelerator.log(_named("eval", values), step)
                 shown = ", ".join(f"{language} {value:.4f}" for language, value in bpb.items())
                 progress.say(f"{label}: {step * tokens_per_step:,} tokens, bits per byte: {shown}")
@@ -303,7 +309,7 @@ def _require_isolation(model: PreTrainedModel, autocast_dtype: torch.dtype | Non
     )
 
 
-def _measure(evaluate: Evaluate, model: PreTrainedModel, optimizer: Any) -> dict[str, float]:
+def _measure(evaluate: Evaluate, model: PreTrainedModel, optimizer: Any) -> dict[str, Any]:
     model.eval()
     optimizer.eval()
     # Evaluation batches have other shapes, for which compilation would cost more than it saves.

@@ -231,6 +231,7 @@ def test_fsdp_on_cpus_is_refused_instead_of_training_without_it(tmp_path: Path) 
             EloError, match=r"training_arguments\.fsdp: .*MULTI_CPU with 2 process.*on cpu; launch with"
         ):
             check_launch(SETTINGS.model_copy(update={"training_arguments": {"fsdp": True}}), LENGTH)
+        torch.distributed.barrier()  # neither may exit while the other is still connecting
 
     assert launched(work, tmp_path / "log.txt", 2) == [0, 0], (tmp_path / "log.txt").read_text()
 

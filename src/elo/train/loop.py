@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device, set_seed
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -28,9 +29,15 @@ from elo.train.arguments import accelerating, micro_steps_per_step, sequences_pe
 from elo.train.attention import VARLEN, choose_attention, require_own_positions
 from elo.train.batches import PackedCollator, micro_batches
 from elo.train.checkpoints import latest_checkpoint, read_checkpoint, step_of, write_checkpoint
-from elo.train.cost import cost_so_far
-from elo.train.distributed import accumulating, check_sharding, launch_kept, whole_parts
-from elo.train.embedding_rows import keep_old_rows, rows_left_out
+from elo.train.distributed import (
+    accumulating,
+    check_resumable,
+    divide_groups,
+    launch_kept,
+    leave_out_frozen,
+    whole_parts,
+)
+from elo.train.embedding_rows import keep_old_rows, keep_old_rows_in_flat, rows_left_out
 from elo.train.loss import install_head_loss
 from elo.train.optimizer import forget_overrides, make_optimizer, make_schedule
 from elo.train.peak_memory import peak_memory_bytes, reset_peak_memory
@@ -136,12 +143,22 @@ def train(
     ):
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainable -= rows_left_out(model, prepared.first_row) if prepared.first_row else 0
-        check_sharding(accelerator, settings, checkpoint, first_row=prepared.first_row)
+        if checkpoint is not None:
+            check_resumable(accelerator, checkpoint)
         set_seed(seed)
         if settings.activation_checkpointing:
             model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs)
-        optimizer = make_optimizer(model, settings, arguments, 0 if accelerator.is_fsdp2 else prepared.first_row)
+        by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        divided = by_deepspeed or accelerator.is_fsdp2
+        optimizer = make_optimizer(model, settings, arguments, 0 if divided else prepared.first_row)
+        in_parts = by_deepspeed and (prepared.before_step is not None or prepared.first_row > 0)
+        owners = divide_groups(optimizer, model) if in_parts else []
         wrapped, optimizer = accelerator.prepare(model, optimizer)
+        forget: Callable[[nn.Parameter], Any] = lambda each: optimizer.optimizer.state.pop(each, None)  # noqa: E731
+        if owners:
+            forget = leave_out_frozen(optimizer.optimizer.optimizer, owners)
+            if prepared.first_row:
+                keep_old_rows_in_flat(optimizer.optimizer.optimizer, owners, model, prepared.first_row)
         drop_old_gradients: Callable[[], None] = lambda: None  # noqa: E731
         if accelerator.is_fsdp2 and prepared.first_row:
             drop_old_gradients = keep_old_rows(optimizer.optimizer, model, prepared.first_row)
@@ -150,9 +167,8 @@ def train(
         batches = micro_batches(rows, collator, arguments, accelerator, first_row=done * per_step)
         if checkpoint is not None:
             if prepared.before_step is not None:
-                prepared.before_step(done - 1, optimizer.optimizer)  # FSDP reads the states of what trained then
+                prepared.before_step(done - 1, forget)  # FSDP reads the states of what trained then
             read_checkpoint(accelerator, checkpoint)  # last, because it restores the random generators
-        by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         scaling = {"scale_wrt_gas": False} if by_deepspeed else {}  # the loss is scaled here
         loss_sum, logged = torch.zeros(settings.num_losses, device=accelerator.device), done
         note, progress.curves = "", {"losses": record.losses, "evaluations": record.evaluations}
@@ -162,7 +178,7 @@ def train(
 
         for step in range(done + 1, steps + 1):
             if prepared.before_step is not None:
-                prepared.before_step(step - 1, optimizer.optimizer)
+                prepared.before_step(step - 1, forget)
             micro_batches_of_step = list(itertools.islice(batches, micro_steps))
             targets = sum((batch["shift_labels"] != IGNORE_INDEX).sum() for batch in micro_batches_of_step)
             targets = accelerator.reduce(targets.to(accelerator.device))
@@ -192,7 +208,7 @@ def train(
                 loss_sum, logged, note = torch.zeros_like(loss_sum), step, f"loss {mean:.3f}"
                 values = {"loss": mean, "grad_norm": gradient, "learning_rate": rate}
                 values |= {f"loss_layer_{layer}": value for layer, value in internal.items()}
-                values |= record.add_loss(step, mean, internal) | cost_so_far(record.seconds, record.cpu_seconds)
+                values |= record.add_loss(step, mean, internal)
                 accelerator.log(_named("train", values), step)
                 if fault := record.fault(gradient, settings.max_loss_spike_nats):
                     raise _diverged(fault, step, tokens_per_step, output_dir)
@@ -204,7 +220,7 @@ def train(
                 values = {f"bpb_{language}": value for language, value in bpb.items()}
                 for each in measured.get("measures", ()):
                     values["_".join(filter(None, (each["measure"], each["name"], each["language"])))] = each["value"]
-                values |= record.add_evaluation(step, measured) | cost_so_far(record.seconds, record.cpu_seconds)
+                values |= record.add_evaluation(step, measured)
                 accelerator.log(_named("eval", values), step)
                 shown = ", ".join(f"{language} {value:.4f}" for language, value in bpb.items())
                 progress.say(f"{label}: {step * tokens_per_step:,} tokens, bits per byte: {shown}")

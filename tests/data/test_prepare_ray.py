@@ -20,7 +20,7 @@ from elo.data.prepare import prepare
 from elo.errors import EloError
 from elo.run import run
 
-NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False, "include_log_monitor": False}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_lost_node_costs_its_unfinished_files(cluster, second, tmp_path, capsy
     """And a run takes what the cluster prepared."""
     monkeypatch.setattr(elo.stages, "prepare", functools.partial(prepare, shard_tokens=10_000))
     config = write_world(tmp_path)
-    config["data"]["corpora"] = write_corpora(tmp_path, 4, 4000)
+    config["data"]["corpora"] = write_corpora(tmp_path, 3, 2500)
     path, output = write_config(tmp_path, config), tmp_path / "run" / "prepared"
     kept: dict[Path, int] = {}
 
@@ -109,7 +109,7 @@ def test_a_lost_node_costs_its_unfinished_files(cluster, second, tmp_path, capsy
     shards = times(list(output.rglob("*.tokens")))
     run(path, until="prepare")
     assert shards == times(list(shards))
-    run({**config, "output": str(tmp_path / "alone")}, until="prepare")
+    run(path, overrides=[f"output={tmp_path / 'alone'}"], until="prepare")
     assert content(output) == content(tmp_path / "alone" / "prepared")
 
 

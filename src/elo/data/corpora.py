@@ -330,7 +330,7 @@ class Preparation:
         write_json(folder / PLAN, plan)
 
     def state(self, unit: Unit, *, look: bool = False) -> UnitState:
-        """Return the state on disk of a unit. With `look` no file is changed, because it may be visible only in part."""
+        """Return the state on disk of a unit. With `look` no file is changed: some may not be visible yet."""
         return self.writer(unit).resume(self.on_error != "skip", look=look)
 
     def run_unit(self, unit: Unit, pool: TokenizerPool) -> Iterator[tuple[int, int]]:

@@ -69,8 +69,8 @@ def connected(address: str) -> Iterator[None]:
     except Exception as error:  # of many kinds
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise EloError(
-            f"--ray {address}: cannot connect to a Ray cluster ({reason}); run this command on one of its nodes and give "
-            "auto, or HOST:PORT as printed by ray start --head"
+            f"--ray {address}: cannot connect to a Ray cluster ({reason}); run this command on one of its nodes and "
+            "give auto, or HOST:PORT as printed by ray start --head"
         ) from None
     try:
         yield
@@ -123,12 +123,13 @@ def tokenize_on_ray(job: Preparation, pending: list[Unit], marker: Path, cpus: i
                     failures.append(outcome.failure)
                     job.tell(f"failed: {outcome.failure}; continuing with the other files")
                 tokens += outcome.tokens
-                done = len(pending) - len(waiting)
-                progress.advance(unit.size, f"{short(tokens)} tokens, {done} of {len(pending)} groups of files, {unit.name}")
+                count = f"{len(pending) - len(waiting)} of {len(pending)} groups of files"
+                progress.advance(unit.size, f"{short(tokens)} tokens, {count}, {unit.name}")
     finally:
         for reference in waiting:
             ray.cancel(reference, force=True)
-        ray.wait(list(waiting), num_returns=len(waiting), timeout=LOOK_TIMEOUT_S) if waiting else None
+        if waiting:
+            ray.wait(list(waiting), num_returns=len(waiting), timeout=LOOK_TIMEOUT_S)
     if failures:
         more = f" ({len(failures) - 1} more groups of files failed, see above)" if len(failures) > 1 else ""
         raise EloError(failures[0] + more)

@@ -29,7 +29,7 @@ from elo.probe.in_run import choices
 from elo.report import collect, schema
 from elo.run_results import report_progress, write_report
 from elo.store.files import write_json
-from elo.store.processes import is_main
+from elo.store.processes import check_launch, is_main
 from elo.store.remote import is_remote
 from elo.store.run_folder import Artifact, RunFolder, file_identity
 
@@ -90,8 +90,9 @@ def open_run(config: RunConfig) -> Iterator[Inputs]:
     """Check the inputs of a configuration, lock its run folder and yield the inputs.
 
     Raises:
-        EloError: the base, a corpus, the layers or the run folder cannot be used.
+        EloError: the base, a corpus, the layers, the run folder or the launch cannot be used.
     """
+    check_launch()
     check_inputs(config)
     base = resolve_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
     layers = check_model(config, base)

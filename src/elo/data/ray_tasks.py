@@ -9,8 +9,9 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -28,22 +29,10 @@ VISIBLE_TIMEOUT_S = 90.0
 """Time after which the records of other nodes must be visible. NFS clients cache folders for up to 60 s."""
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """What every node must have in common with the driver."""
-
-    folder: str
-    """Working folder, from which relative paths count."""
-    versions: str
-    marker: InputFile
-    """A file in the output."""
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    tokens: int
-    said: list[str]
-    failure: str | None = None
+Common = tuple[str, str, InputFile]
+"""What a node must have in common with the driver: versions, the working folder, and a file in the output."""
+Outcome = tuple[int, list[str], str | None]
+"""Tokens of a unit, messages, and why it failed."""
 
 
 @contextmanager
@@ -91,14 +80,14 @@ def tokenize_on_ray(job: Preparation, pending: list[Unit], marker: Path, cpus: i
     """
     import ray
 
-    expected = _Expected(str(Path.cwd()), _versions(), _seen(marker))
-    _check_nodes(expected, [file for unit in pending for file in unit.files], cpus)
-    given = ray.put((replace(job, tell=print), pending, expected, cpus))
+    common = (_versions(), str(Path.cwd()), _seen(marker))
+    _check_nodes(common, [file for unit in pending for file in unit.files], cpus)
+    given = ray.put((replace(job, tell=print), pending, common, cpus))
     run = ray.remote(num_cpus=cpus, max_retries=RETRIES)(_run_unit)
     largest_first = sorted(range(len(pending)), key=lambda number: -pending[number].size)
-    waiting = {run.remote(given, number): number for number in largest_first}
+    waiting = {run.remote(given, number): pending[number] for number in largest_first}
     failures: list[str] = []
-    tokens, warned = 0, False
+    total, warned = 0, False
     try:
         while waiting:
             finished, _ = ray.wait(list(waiting), timeout=LOOK_TIMEOUT_S)
@@ -106,25 +95,16 @@ def tokenize_on_ray(job: Preparation, pending: list[Unit], marker: Path, cpus: i
                 warned = True
                 job.tell(f"no node of the Ray cluster has {cpus} CPUs; waiting for one to join")
             for reference in finished:
-                unit = pending[waiting.pop(reference)]
-                try:
-                    outcome = ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, EloError):
-                        raise error.cause from None
-                    raise
-                except ray.exceptions.RayError as error:
-                    reason = f"its node or process was lost {RETRIES + 1} times ({type(error).__name__})"
-                    remedy = "check the memory of the nodes and run the same command again, it resumes"
-                    outcome = _Outcome(0, [], f"{unit.name}: {reason}; {remedy}")
-                for line in outcome.said:
+                unit = waiting.pop(reference)
+                tokens, said, failure = _outcome(reference, unit)
+                total += tokens
+                for line in said:
                     job.tell(line)
-                if outcome.failure is not None:
-                    failures.append(outcome.failure)
-                    job.tell(f"failed: {outcome.failure}; continuing with the other files")
-                tokens += outcome.tokens
+                if failure is not None:
+                    failures.append(failure)
+                    job.tell(f"failed: {failure}; continuing with the other files")
                 count = f"{len(pending) - len(waiting)} of {len(pending)} groups of files"
-                progress.advance(unit.size, f"{short(tokens)} tokens, {count}, {unit.name}")
+                progress.advance(unit.size, f"{short(total)} tokens, {count}, {unit.name}")
     finally:
         for reference in waiting:
             ray.cancel(reference, force=True)
@@ -136,36 +116,46 @@ def tokenize_on_ray(job: Preparation, pending: list[Unit], marker: Path, cpus: i
     _wait_for_records(job, pending)
 
 
-def _run_unit(given: tuple[Preparation, list[Unit], _Expected, int], number: int) -> _Outcome:
-    job, pending, expected, cpus = given
-    unit = pending[number]
-    _check_here(expected, unit.files)  # the node may have joined after the others were checked
+def _outcome(reference: Any, unit: Unit) -> Outcome:
+    """Return the outcome of a task, or raise the EloError that a node raised."""
+    import ray
+
+    try:
+        outcome: Outcome = ray.get(reference)
+        return outcome
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, EloError) else error from None
+    except ray.exceptions.RayError as error:
+        reason = f"its node or process was lost {RETRIES + 1} times ({type(error).__name__})"
+        remedy = "check the memory of the nodes and run the same command again, it resumes"
+        return 0, [], f"{unit.name}: {reason}; {remedy}"
+
+
+def _run_unit(given: tuple[Preparation, list[Unit], Common, int], number: int) -> Outcome:
+    job, pending, common, cpus = given
+    _check_here(common, pending[number].files)  # the node may have joined after the others were checked
     if cpus == 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     said: list[str] = []
     tokens = 0
     try:
         with job.pool(cpus) as pool:
-            for _, new in replace(job, tell=said.append).run_unit(unit, pool):
+            for _, new in replace(job, tell=said.append).run_unit(pending[number], pool):
                 tokens += new
     except EloError as error:
-        return _Outcome(tokens, said, str(error))
-    return _Outcome(tokens, said)
+        return tokens, said, str(error)
+    return tokens, said, None
 
 
-def _check_nodes(expected: _Expected, files: list[InputFile], cpus: int) -> None:
+def _check_nodes(common: Common, files: list[InputFile], cpus: int) -> None:
     """Raise EloError if a node of the cluster has another version or does not see the files."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    check = ray.remote(num_cpus=0, max_retries=0)(_check_here)
-    given = ray.put(files)
-    checks = {
-        check.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            expected, given
-        ): node["NodeManagerHostname"]
-        for node in _nodes(cpus)
-    }
+    check, given, checks = ray.remote(num_cpus=0, max_retries=0)(_check_here), ray.put(files), {}
+    for node in _nodes(cpus):
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        checks[check.options(scheduling_strategy=there).remote(common, given)] = node["NodeManagerHostname"]
     for reference, host in checks.items():
         try:
             ray.get(reference)
@@ -174,27 +164,26 @@ def _check_nodes(expected: _Expected, files: list[InputFile], cpus: int) -> None
                 raise error.cause from None
             reason = str(error.cause).strip().split("\n")[-1]
             raise EloError(
-                f"--ray: node {host}: cannot run {expected.versions} ({reason}); install the same versions on all nodes"
+                f"--ray: node {host}: cannot run {common[0]} ({reason}); install the same versions on all nodes"
             ) from None
         except ray.exceptions.RayError:
             continue  # the node is gone
 
 
-def _check_here(expected: _Expected, files: list[InputFile]) -> None:
+def _check_here(common: Common, files: list[InputFile]) -> None:
+    versions, folder, marker = common
     node = f"--ray: node {socket.gethostname()}"
-    if (found := _versions()) != expected.versions:
-        raise EloError(f"{node}: has {found}, not {expected.versions}; install the same versions on all nodes")
+    if (found := _versions()) != versions:
+        raise EloError(f"{node}: has {found}, not {versions}; install the same versions on all nodes")
     with suppress(OSError):  # paths may all be absolute
-        os.chdir(expected.folder)
-    for file in (expected.marker, *files):
+        os.chdir(folder)
+    for file in (marker, *files):
         if file.is_hub or file.version:
             continue
         try:
-            same = _seen(Path(file.location)) == file
+            reason = None if _seen(Path(file.location)) == file else "another size or time of change"
         except OSError as error:
             reason = error.strerror
-        else:
-            reason = None if same else "another size or time of change"
         if reason is not None:
             raise EloError(
                 f"{node}: {file.location}: is not the file that the driver sees there ({reason}); "

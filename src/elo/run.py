@@ -148,12 +148,12 @@ def adapt(
     base_bpb: dict[str, float],
     *,
     until: str | None = None,
-    measured: Callable[[Adapted, str, dict[str, float]], None] = lambda *_: None,
+    measured: Callable[[Adapted, str, dict[str, Any]], None] = lambda *_: None,
 ) -> Adapted:
     """Run the phases of the method, from the base to the adapted model.
 
     Args:
-        measured: function called with what is done, the phase and bits per byte at each measurement during training.
+        measured: function called with what is done, the phase and the result of each measurement during training.
 
     Raises:
         ReachedError: the stage `until` is done.
@@ -219,6 +219,7 @@ def adapt(
                 evaluation=config.evaluation.max_bytes,
                 execution={
                     "data": shards,
+                    "measures": config.evaluation.measures_during_training,
                     "languages": inputs.languages,
                     "targets": config.data.targets,
                     "base_bpb": base_bpb,

@@ -15,6 +15,7 @@ from elo.data.mixture import MixtureRows
 from elo.data.prepare import CorpusSource, prepare
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.data.tokenizer import load_tokenizer
+from elo.evaluate.base import Measure
 from elo.evaluate.evaluate import evaluate
 from elo.evaluate.loading import load_model
 from elo.evaluate.scale_search import search_scale
@@ -27,7 +28,7 @@ from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 from elo.surgery.scale_change import scale_change
 from elo.train.bridge import BRIDGE_FILE, Bridge, fit_bridge
 from elo.train.peak_memory import peak_memory_bytes, reset_peak_memory
-from elo.train.phase import heldout_evaluator, train_checkpoint
+from elo.train.phase import evaluator, train_checkpoint
 from elo.train.settings import TrainingSettings
 from elo.train.vocabulary_cut import choose_rows
 
@@ -233,13 +234,14 @@ def train(
     seed: int,
     evaluation: int | None,
     data: Artifact,
+    measures: Sequence[Measure],
     languages: Sequence[str],
     targets: Sequence[str],
     base_bpb: Mapping[str, float],
     tokenizer: str,
     label: str,
     say: Callable[[str], None],
-    measured: Callable[[dict[str, float]], None],
+    measured: Callable[[dict[str, Any]], None],
     trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Train a checkpoint on `rows`, in one phase of a method.
@@ -247,29 +249,33 @@ def train(
     Args:
         evaluation: maximum size of held-out text per language for measurements during training, in bytes.
         targets: those of `languages` that are taught.
+        measures: what is measured during training besides bits per byte, unless the model is detached.
         base_bpb: bits per byte of the base by language. A target language that becomes worse causes a warning.
         say: function that shows the user a line.
-        measured: function called with bits per byte by language at each measurement.
+        measured: function called with the result of each measurement.
     """
     tokens = len(rows) * rows.mixture.sequence_length
     say(f"{label}: {tokens:,} tokens ({phase.portion} portion of the budget)")
-    measure = heldout_evaluator(
+    measure = evaluator(
         PreparedData.open(data.path),
         languages,
         load_tokenizer(tokenizer, trust_remote_code),
         sequence_length=rows.mixture.sequence_length,
         max_bytes=evaluation,
         settings=settings,
+        measures=() if phase.detached else measures,
+        trust_remote_code=trust_remote_code,
     )
 
-    def measure_and_warn(model: Any) -> dict[str, float]:
-        bpb = measure(model)
+    def measure_and_warn(model: Any) -> dict[str, Any]:
+        point = measure(model)
+        bpb = point["bpb"]
         # A detached model is not expected to predict text well.
         for language in () if phase.detached else targets:
             if line := worse_than_base(language, bpb, base_bpb):
                 say(f"warning: {label}: {line}")
-        measured(bpb)
-        return bpb
+        measured(point)
+        return point
 
     setup = Setup(layers, Bridge.load(bridge.path / BRIDGE_FILE) if bridge else None, seed)
     return train_checkpoint(

@@ -104,7 +104,9 @@ def test_training_gives_the_same_losses(tmp_path):
             settings=settings,
             output_dir=tmp_path / name,
             seed=0,
-            evaluate=lambda model: {"xx": bits_per_byte(model, corpus(9, 5), sequence_length=LENGTH).bits_per_byte},
+            evaluate=lambda model: {
+                "bpb": {"xx": bits_per_byte(model, corpus(9, 5), sequence_length=LENGTH).bits_per_byte}
+            },
         )
         assert result.attention == name
         losses.append([point["loss"] for point in result.losses])

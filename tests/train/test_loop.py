@@ -256,7 +256,8 @@ def test_frozen_in_bf16_as_on_a_gpu(tmp_path):
     held = corpus(9, 10)
 
     def evaluate(model):
-        return {"xx": bits_per_byte(model, held, sequence_length=LENGTH, autocast_dtype=torch.bfloat16).bits_per_byte}
+        measured = bits_per_byte(model, held, sequence_length=LENGTH, autocast_dtype=torch.bfloat16)
+        return {"bpb": {"xx": measured.bits_per_byte}}
 
     result = _train(model, tmp_path, settings=settings, evaluate=evaluate)
     assert result.losses[-1]["loss"] < result.losses[0]["loss"]
@@ -306,7 +307,7 @@ def test_bits_per_byte_is_logged_while_training(tmp_path):
     def evaluate(model):
         assert not model.training
         measured.append(bits_per_byte(model, held, sequence_length=LENGTH).bits_per_byte)
-        return {"xx": measured[-1]}
+        return {"bpb": {"xx": measured[-1]}}
 
     model = _detached()
     result = _train(model, tmp_path, evaluate=evaluate)

@@ -153,7 +153,7 @@ def test_what_is_measured_during_training_is_measured_on_all_rows(tmp_path, tie,
         assert (embedding is head) == tie
         bpb = bits_per_byte(model, corpus(9, 10), sequence_length=LENGTH).bits_per_byte
         seen.append((bpb, embedding.detach().clone()))
-        return {"xx": bpb}
+        return {"bpb": {"xx": bpb}}
 
     settings = QUICK.model_copy(update={"evaluations": 5})
     final, record = _train(case, tmp_path, "cut", kept=USED, tie=tie, settings=settings, evaluate=evaluate)

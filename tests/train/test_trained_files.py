@@ -146,9 +146,9 @@ def test_what_did_not_train_is_bit_identical(number: int, kind: str, tmp_path: P
         detach_checkpoint(base, KEPT, start := tmp_path / "detached")
     seen: dict[str, torch.Tensor] = {}
 
-    def remember(model: PreTrainedModel) -> dict[str, float]:
+    def remember(model: PreTrainedModel) -> dict[str, Any]:
         seen.update({name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
-        return {"xx": 1.0}
+        return {"bpb": {"xx": 1.0}}
 
     train_checkpoint(
         start,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator, model_validator
 
-from elo.checkpoint.layers import DEFAULT_LAYERS
+from elo.checkpoint.layers import DEFAULT_LAYERS, PROBE_LENGTH, PROBE_TOKENS
 from elo.config.chat import ChatConfig
 from elo.data.filters import Filters
 from elo.data.mixture import names_of
@@ -15,8 +15,7 @@ from elo.evaluate.measures import MEASURES, Measure
 from elo.evaluate.translation import Translation
 from elo.methods import METHODS, Method, Phase, section_of_name
 from elo.methods.lora import Lora
-from elo.probe import SEQUENCE_LENGTH, TOKENS
-from elo.train.settings import TrainingSection, TrainingSettings
+from elo.train.settings import EXECUTION, TrainingSection, TrainingSettings
 
 Rate = Annotated[float, Field(gt=0, le=1)]
 
@@ -278,11 +277,34 @@ class _EvaluationConfig(_Section):
     max_new_tokens: int = Field(48, gt=0)
     """Maximum length of a sample text, in tokens."""
 
+    during_training: list[str] = Field(default_factory=list, json_schema_extra=EXECUTION)
+    """Sections of this one, such as tasks or in_context, that are also measured at each of training.evaluations. Adding
+    one does not repeat a training that is done."""
+
+    def decisive(self) -> dict[str, Any]:
+        """Return what determines the values of a measurement, for the fingerprint of its stage."""
+        return self.model_dump(mode="json", exclude={"during_training"})
+
     @property
     def measures(self) -> list[Measure]:
         """The registered measures that are asked for."""
         found = [getattr(self, name) for name in MEASURES]
         return [measure for measure in found if measure is not None]
+
+    @property
+    def measures_during_training(self) -> list[Measure]:
+        """Those of `measures` that `during_training` names."""
+        return [measure for measure in self.measures if measure.name in self.during_training]
+
+    @model_validator(mode="after")
+    def _measured_during_training_is_configured(self) -> "_EvaluationConfig":
+        for name in self.during_training:
+            if getattr(self, name, None) is None or name not in MEASURES:
+                raise ValueError(
+                    f"during_training: there is no section evaluation.{name}; name configured ones of "
+                    f"{', '.join(MEASURES)}"
+                )
+        return self
 
 
 def _measure_field(measure: type[Measure]) -> Any:
@@ -305,9 +327,9 @@ else:
 class ProbeConfig(_Section):
     """The probe of `layers: auto` and of `profile: probe`, on training text (docs/probe.md)."""
 
-    tokens: Annotated[int, BeforeValidator(_whole_number)] = Field(TOKENS, gt=0)
+    tokens: Annotated[int, BeforeValidator(_whole_number)] = Field(PROBE_TOKENS, gt=0)
     """Number of tokens per language."""
-    sequence_length: int = Field(SEQUENCE_LENGTH, ge=8)
+    sequence_length: int = Field(PROBE_LENGTH, ge=8)
     """Length of a sequence, in tokens."""
     parallel: str | None = Field(None, min_length=1)
     """File with parallel sentences, one column per language, for the criterion `parallel`."""

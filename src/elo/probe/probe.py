@@ -13,14 +13,13 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from elo.checkpoint.counting import footprint, read_config
-from elo.checkpoint.layers import AutoLayers, parse_auto
+from elo.checkpoint.layers import PROBE_LENGTH, PROBE_TOKENS, AutoLayers, parse_auto
 from elo.data.tokenizer import load_tokenizer
 from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
 from elo.evaluate.loading import load_model
 from elo.evaluate.scoring import longest_sequence
 from elo.identities import checkpoint_identity
-from elo.probe import SEQUENCE_LENGTH, TOKENS
 from elo.probe.base import MODULES, Scores, Subject
 from elo.probe.chart import draw_scores
 from elo.probe.choice import TO_KEEP, check_auto, choose, mean_scores
@@ -41,8 +40,8 @@ def probe(
     output: str | Path,
     parallel: str | Path | None = None,
     criteria: Sequence[str] = (),
-    tokens: int = TOKENS,
-    sequence_length: int = SEQUENCE_LENGTH,
+    tokens: int = PROBE_TOKENS,
+    sequence_length: int = PROBE_LENGTH,
     text_column: str = "text",
     tokenizer: str | None = None,
     trust_remote_code: bool = False,

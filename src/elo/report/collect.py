@@ -111,7 +111,7 @@ def curves(stages: Stages) -> tuple[tuple[LossPoint, ...], tuple[EvaluationPoint
             losses.append(LossPoint(stage=stage, loss=point["loss"], internal=point.get("internal", {}), **at))
         for point in record.get("evaluations", []):
             at = {"tokens": point["tokens"] + tokens, "seconds": point["seconds"] + seconds}
-            evaluations.append(EvaluationPoint(stage=stage, bpb=point["bpb"], **at))
+            evaluations.append(EvaluationPoint(stage=stage, bpb=point["bpb"], measures=point.get("measures", ()), **at))
         tokens += record["tokens"]
         seconds += record["seconds"]
     return tuple(losses), tuple(evaluations)

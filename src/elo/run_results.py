@@ -86,7 +86,7 @@ def _results(
     return judged(
         schema.Results.model_validate(
             {
-                **circumstances(config, inputs.base.path, inputs.layers, data),
+                **circumstances(config, inputs.base.path, data),
                 "schema_version": schema.SCHEMA_VERSION,
                 "kind": "run",
                 "title": config.title or f"{Path(config.model).name} learns {listed(config.data.targets)}",
@@ -114,7 +114,8 @@ def _results(
 def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:
     """Return the matmul FLOPs of training by phase, without those of fitting a bridge or searching a scale."""
     config = inputs.config
-    counted = footprint(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
+    trust = config.trust_remote_code
+    counted = footprint(read_config(str(inputs.base.path), trust_remote_code=trust), trust_remote_code=trust)
     found = {}
     for phase in config.method.phases:
         rows = adapted.records.get(f"vocabulary-{phase.name}", {}).get("rows")

@@ -11,7 +11,7 @@ from typing import Any
 
 from elo.check_output import check_output
 from elo.config import CorpusConfig, DataConfig, EvaluationConfig
-from elo.data.mixture import MixtureRows
+from elo.data.mixture import MixtureSequences
 from elo.data.prepare import CorpusSource, prepare
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.data.tokenizer import load_tokenizer
@@ -137,14 +137,14 @@ def prepare_data(
 
 @measured
 def fit_middle(
-    output: Path, *, base: Artifact, layers: Sequence[int], rows: MixtureRows, trust_remote_code: bool
+    output: Path, *, base: Artifact, layers: Sequence[int], rows: MixtureSequences, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Fit a linear bridge over the removed layers, with the ridge penalty that is best on unseen tokens.
 
     Raises:
         EloError: the bridge explains less than `MIN_EXPLAINED` of the removed layers' effect.
     """
-    model = load_model(str(base.path), None, None, None, trust_remote_code)
+    model = load_model(str(base.path), trust_remote_code=trust_remote_code)
     bridge = fit_bridge(model, layers, (rows[index] for index in range(len(rows))))
     bridge.require(MIN_EXPLAINED)
     with atomic_directory(output, overwrite=True) as folder:
@@ -198,7 +198,7 @@ def keep_share(
     """Write base + scale x (trained - base). Scale `search` takes the scale with the lowest loss on `rows`."""
     tried: dict[float, float] = {}
     if isinstance(scale, str):
-        before, after = (load_model(str(each.path), None, None, None, trust_remote_code) for each in (base, trained))
+        before, after = (load_model(str(each.path), trust_remote_code=trust_remote_code) for each in (base, trained))
         assert rows is not None
         scale, tried = search_scale(before, after, rows)
         del before, after
@@ -224,7 +224,7 @@ def train(
     output: Path,
     *,
     checkpoint: Artifact,
-    rows: MixtureRows,
+    rows: MixtureSequences,
     method: Method,
     phase: Phase,
     layers: Sequence[int],

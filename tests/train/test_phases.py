@@ -14,7 +14,7 @@ from training_fixtures import LENGTH, SETTINGS, VOCAB, corpus, rows, supervision
 from elo.data.prepare import prepare
 from elo.errors import EloError, StoppedBySignalError
 from elo.evaluate.bits_per_byte import bits_per_byte
-from elo.train.arguments import rows_per_step
+from elo.train.arguments import sequences_per_step
 from elo.train.phase import train_checkpoint
 from elo.train.vocabulary_cut import CutSequences, VocabularyCut, choose_rows
 
@@ -48,7 +48,7 @@ def _train(case, folder, name, *, kept=None, tie=False, settings=QUICK, before_s
     record = train_checkpoint(
         base,
         folder / name,
-        rows=rows(STEPS * rows_per_step(LENGTH, settings)),
+        rows=rows(STEPS * sequences_per_step(LENGTH, settings)),
         prepare=prepare,
         seed=5,
         settings=settings,

@@ -53,9 +53,6 @@ def trial(
     """A finished trial.
 
     Args:
-        contestant: its name.
-        budget: name of the budget.
-        seed: of the run.
         stages: records of the stages that cost time.
         final: evaluation record of the final model on held-out text; None if only `validation` was measured.
         before_alignment: evaluation record of the attached model before layer alignment.

@@ -24,7 +24,7 @@ from elo.evaluate.bits_per_byte import isolates_documents
 from elo.evaluate.scoring import evaluating, takes_position_ids
 from elo.log import Progress
 from elo.store.processes import from_main, is_main
-from elo.train.arguments import accelerating, micro_steps_per_step, rows_per_step, training_arguments, wants_bf16
+from elo.train.arguments import accelerating, micro_steps_per_step, sequences_per_step, training_arguments, wants_bf16
 from elo.train.attention import VARLEN, choose_attention, require_own_positions
 from elo.train.batches import PackedCollator, micro_batches
 from elo.train.checkpoints import latest_checkpoint, read_checkpoint, step_of, write_checkpoint
@@ -85,7 +85,7 @@ def train(
     Args:
         model: model whose trained parameters are fp32; frozen parameters may have any floating-point dtype.
         rows: map-style dataset of sequences (elo.data.packing) of one length, packed or not. Their number is a multiple
-            of `rows_per_step`.
+            of `sequences_per_step`.
         output_dir: folder for training checkpoints. Training resumes from the newest complete one in it.
         prepared: hooks of the method that prepared `model`. The caller calls `fold`.
         evaluate: function that measures the model.
@@ -101,7 +101,10 @@ def train(
     """
     prepared = prepared or Prepared()
     sequence_length = len(rows[0]["input_ids"])
-    per_step, micro_steps = rows_per_step(sequence_length, settings), micro_steps_per_step(sequence_length, settings)
+    per_step, micro_steps = (
+        sequences_per_step(sequence_length, settings),
+        micro_steps_per_step(sequence_length, settings),
+    )
     steps, tokens_per_step = len(rows) // per_step, per_step * sequence_length  # type: ignore[arg-type]
     evaluations = settings.evaluations if evaluate is not None else 0
     evaluation_steps = -(-steps // evaluations) if evaluations else 0

@@ -21,7 +21,7 @@ from elo.errors import EloError
 from elo.evaluate.base import Measure, Subject
 from elo.evaluate.bits_per_byte import bits_per_byte
 from elo.evaluate.loading import load_model
-from elo.store.files import atomic_directory, disk_errors_told
+from elo.store.files import atomic_directory, readable_disk_errors
 from elo.store.processes import from_main, is_main
 from elo.train.arguments import wants_bf16
 from elo.train.distributed import main_alone_loads, whole_parts, without_weights
@@ -131,7 +131,9 @@ def load_trainable(
     loaded: list[PreTrainedModel] = []
 
     def load() -> None:
-        loaded.append(load_model(str(checkpoint), "cpu", torch.float32, None, trust_remote_code))
+        loaded.append(
+            load_model(str(checkpoint), device="cpu", dtype=torch.float32, trust_remote_code=trust_remote_code)
+        )
         share_record(config, loaded[0].config)
 
     if settings.training_arguments.get("fsdp"):
@@ -163,7 +165,7 @@ def save_checkpoint(
         python: copy the base's Python files too.
     """
 
-    with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
+    with readable_disk_errors(output), atomic_directory(output, overwrite=True) as folder:
         files.write(folder, model, whole_parts(model) if parts is None else parts, python=python)
         if finish is not None:
             finish(folder)

@@ -221,7 +221,8 @@ def _locked(output: Path) -> Iterator[None]:
                 f"{output}: another elo prepare is writing to it; wait for it, or choose another output"
             ) from None
         try:
-            write_json(output / MARKER, {"made_by": "elo prepare"})
+            if not (output / MARKER).exists():
+                write_json(output / MARKER, {"made_by": "elo prepare"})
         except OSError as error:
             raise EloError(f"{output}: cannot be written ({error.strerror}); choose another output") from None
         yield

@@ -104,7 +104,7 @@ def tokenize_on_ray(job: Preparation, pending: list[Unit], marker: Path, cpus: i
                     failures.append(failure)
                     job.tell(f"failed: {failure}; continuing with the other files")
                 count = f"{len(pending) - len(waiting)} of {len(pending)} groups of files"
-                progress.advance(unit.size, f"{short(total)} tokens, {count}, {unit.name}")
+                progress.update(progress.done + unit.size, f"{short(total)} tokens, {count}, {unit.name}")
     finally:
         for reference in waiting:
             ray.cancel(reference, force=True)

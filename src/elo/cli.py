@@ -57,17 +57,18 @@ def run(
 def prepare(
     config: Config,
     set_: Set = None,
-    together: Annotated[
-        bool, typer.Option("--together", help="Share the work with other processes that prepare the same run folder.")
-    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Tokenise on a Ray cluster: auto for the one that this machine belongs to, or HOST:PORT (extra ray).",
+        ),
+    ] = None,
 ) -> None:
     """Tokenise the corpora of a run into token shards."""
-    from elo.run import prepare_together, run
+    from elo.run import run
 
-    if together:
-        prepare_together(config, overrides=set_)
-    else:
-        run(config, overrides=set_, until="prepare")
+    run(config, overrides=set_, until="prepare", ray=ray)
 
 
 @app.command("config")

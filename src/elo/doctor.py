@@ -28,6 +28,7 @@ _EXTRAS = {
     "language of answers (--chat)": "chat",
     "object storage: s3://": "s3",
     "object storage: gs://": "gcs",
+    "elo prepare --ray": "ray",
 }
 # Feature: distribution that no extra brings.
 _OTHERS = {

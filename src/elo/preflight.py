@@ -37,6 +37,7 @@ def check_inputs(config: RunConfig) -> None:
         _check_divided(config.method, phase, config.settings(phase))
     for phase in config.method.phases:
         check_settings(config.settings(phase), config.data.sequence_length, "training")
+    config.data.filters.check(config.data.corpora)
     require_local(config.output, "output")
     output = Path(config.output)
     if output.exists() and not output.is_dir():

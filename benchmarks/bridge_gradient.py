@@ -41,7 +41,7 @@ def main() -> None:
     run = contestant_run(comparison, name, Path(comparison.output), learning_rates={}, tokens=10**6, seed=1)
     with open_run(run) as inputs:
         sequences = divide_budget(run, prepare_data(inputs), lambda _: None)
-        model: Any = load_model(str(inputs.base.path), "cpu", torch.float32, None, False)
+        model: Any = load_model(str(inputs.base.path), device="cpu", dtype=torch.float32)
         layers = parse_layers(arguments.layers, len(layers_of(model)))
         rows = sequences.first(FIT_TOKENS + BATCH_TOKENS)
     num_batch = BATCH_TOKENS // run.data.sequence_length

@@ -49,7 +49,7 @@ class Speeds:
         sequences = divide_budget(config, self.data, lambda _: None)
         every = sequences.of(phase)
         count = self.steps * settings.tokens_per_step // config.data.sequence_length
-        rows: Any = every.mixture.rows(every.start, every.start + count)
+        rows: Any = every.mixture.sequences(every.start, every.start + count)
         model, _, _ = load_trainable(self.inputs.base.path, settings)
         if phase.detached:
             model = detach_layers(model, list(layers))
@@ -71,7 +71,7 @@ class Speeds:
 
     def _bridge(self, config: RunConfig, layers: tuple[int, ...]) -> Bridge:
         if layers not in self.bridges:
-            model = load_model(str(self.inputs.base.path), None, None, None, False)
+            model = load_model(str(self.inputs.base.path))
             rows = divide_budget(config, self.data, lambda _: None).first(8192)
             self.bridges[layers] = fit_bridge(model, layers, (rows[index] for index in range(len(rows))))
         return self.bridges[layers]

@@ -74,7 +74,7 @@ def make_rows(args: argparse.Namespace, count: int) -> Any:
         np.r_[0, generator.integers(1, args.vocab_size, size=length), 0].astype(np.uint32) for length in lengths
     ]
     corpus = TokenCorpus.from_documents(documents, [3 * len(document) for document in documents])
-    return Mixture([("xx", 1.0, PackedStream(corpus, args.sequence_length, 0))]).rows(0, count)
+    return Mixture([("xx", 1.0, PackedStream(corpus, args.sequence_length, 0))]).sequences(0, count)
 
 
 def make_ready(args: argparse.Namespace, depth: int, method: Method, layers: tuple[int, int]) -> tuple[Any, Prepared]:

@@ -75,5 +75,5 @@ def test_a_scale_is_searched_on_sequences_that_nothing_trains_on(world):
     assert sequences.unseen_identity()["rows"] == [40, 64]
     unseen = sequences.unseen()
     assert set(unseen) == {"xx", "en"}
-    trained = {sequences.mixture.row(index)["input_ids"].tobytes() for index in range(40)}
+    trained = {sequences.mixture.sequence(index)["input_ids"].tobytes() for index in range(40)}
     assert not [row for rows in unseen.values() for row in rows[:2] if row["input_ids"].tobytes() in trained]

@@ -29,6 +29,7 @@ def world(tmp_path_factory):
     config = write_world(root)
     (root / "config.yaml").write_text(yaml.safe_dump(config))
     (root / "empty.jsonl").write_text("")
+    (root / "labelled.jsonl").write_text("".join(json.dumps({"text": t, "label": t}) + "\n" for t in "ab"))
     damaged = write_base(root / "damaged") / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     return root
@@ -165,7 +166,16 @@ MISTAKES = {
 IN_STORAGE = {
     "evaluate": ["evaluate", "{world}/base", "--corpus", "en={world}/en.jsonl", "-o", "s3://b/x.json"],
     "generate": ["generate", "{world}/base", "--prompt", "a", "-o", "gs://b/x.json"],
-    "fewshot": ["fewshot", "{world}/base", "--train", "a", "--test", "b", "-o", "s3://b/x.json"],
+    "fewshot": [
+        "fewshot",
+        "{world}/base",
+        "--train",
+        "{world}/labelled.jsonl",
+        "--test",
+        "{world}/labelled.jsonl",
+        "-o",
+        "s3://b/x.json",
+    ],
     "plan": ["plan", "{world}/base", "-o", "s3://b/x.json"],
     "config": ["config", "{world}/base", "-o", "s3://b/x.yaml"],
     "vocab measure": [

@@ -28,7 +28,7 @@ def _world(root):
 
 
 def _counts(mixture, rows):
-    found = [mixture.rows(0, rows).language(index) for index in range(rows)]
+    found = [mixture.sequences(0, rows).language(index) for index in range(rows)]
     return {language: found.count(language) for language in dict.fromkeys(found)}
 
 
@@ -65,7 +65,7 @@ def test_each_language_is_measured_and_reported_with_its_share(finished, prepare
 def test_shares_hold_in_every_prefix_and_those_of_the_roles_most_exactly(prepared):
     mixture = build_mixture(prepared, {"xx": 1, "yy": 4}, {"en": 3, "de": 1}, 0.2, 32, seed=5)
     shares = {"xx": 0.16, "yy": 0.64, "en": 0.15, "de": 0.05}
-    counts, rows = dict.fromkeys(shares, 0), mixture.rows(0, 4000)
+    counts, rows = dict.fromkeys(shares, 0), mixture.sequences(0, 4000)
     for index in range(len(rows)):
         counts[rows.language(index)] += 1
         assert abs(counts["en"] + counts["de"] - 0.2 * (index + 1)) < 1 + 1e-6
@@ -87,7 +87,7 @@ def test_a_list_is_read_in_proportion_to_its_tokens(finished, prepared):
 
 def test_shares_decide_the_order_and_the_identity(prepared):
     def rows(*languages):
-        return build_mixture(prepared, *languages, 0.2, 32, seed=5).rows(0, 200)
+        return build_mixture(prepared, *languages, 0.2, 32, seed=5).sequences(0, 200)
 
     one, same, swapped = rows(["xx"], "en"), rows("xx", {"en": 2}), rows("en", "xx")
     assert [one.language(i) for i in range(200)] == [same.language(i) for i in range(200)]

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from elo.config import load_config
 from elo.data.shards import PreparedData
 from elo.errors import EloError
+from elo.preflight import check_inputs
 from elo.report.files import read_results
 from elo.run import run, stage_names
 
@@ -234,6 +235,39 @@ def test_measurements_in_bf16(tmp_path):
     assert bpb["bfloat16"] == pytest.approx(bpb["float32"], abs=0.05)
 
 
+def test_benchmarks_during_training(tmp_path):
+    config = write_world(tmp_path) | {"method": "full", "tokens": 256}
+    config["training"] |= {"evaluations": 2}
+    config["evaluation"] = {"in_context": {"lengths": [16], "tokens": 64}}
+    plain = run({**config, "output": str(tmp_path / "plain")})
+    config["evaluation"]["during_training"] = ["in_context"]
+    (trial,) = run(config)["trials"]
+    assert not any(point["measures"] for point in plain["trials"][0]["evaluations"])
+    names = {(value["measure"], value["name"]) for value in trial["measured"]["measures"] if not value["is_detail"]}
+    for point in trial["evaluations"]:
+        assert {(value["measure"], value["name"]) for value in point["measures"]} == names
+    last, final = (
+        {value["measure"]: value["value"] for value in values if value["name"] == "all"}
+        for values in (trial["evaluations"][-1]["measures"], trial["measured"]["measures"])
+    )
+    assert last["in_context_nats"] == pytest.approx(final["in_context_nats"], abs=0.05), "bf16 on disk"
+    assert "in_context_nats during training" in (tmp_path / "run" / "report.html").read_text()
+    assert _tensors(tmp_path / "run" / "model").keys() == (others := _tensors(tmp_path / "plain" / "model")).keys()
+    for name, tensor in _tensors(tmp_path / "run" / "model").items():
+        assert tensor.equal(others[name]), f"{name}: measuring changes nothing"
+
+
+def test_benchmarks_during_training_are_configured_ones(tmp_path):
+    config = write_world(tmp_path)
+    config["evaluation"] = {"during_training": ["tasks"]}
+    with pytest.raises(EloError, match="no section evaluation\\.tasks"):
+        run(config)
+    config["evaluation"] = {"in_context": True, "during_training": ["in_context"]}
+    config["training"] |= {"training_arguments": {"fsdp": True}}
+    with pytest.raises(EloError, match="during_training: needs whole weights"):
+        check_inputs(load_config(config | {"method": "full"}))
+
+
 def _close(_, left: Path, right: Path) -> None:
     ours, theirs = _tensors(left), _tensors(right)
     for name, tensor in ours.items():
@@ -282,17 +316,16 @@ def test_sigterm_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "elo.cli", "run", str(tmp_path / "config.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    scratch = tmp_path / "run" / "elo_pretraining-checkpoints"
-    while not scratch.exists() and process.poll() is None:
+    live = tmp_path / "run" / "stages" / "elo_pretraining.live.json"
+    while not live.exists() and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(2)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, stderr
     assert "stopped by SIGTERM" in stderr
     assert "the same command resumes from there" in stderr
     assert "Traceback" not in stderr
-    assert len(list(scratch.glob("checkpoint-*/elo_checkpoint.json"))) == 1
+    assert len(list((tmp_path / "run").glob("*-checkpoints/checkpoint-*/elo_checkpoint.json"))) == 1
 
 
 def test_python_calls(finished, tmp_path):

@@ -102,7 +102,7 @@ def test_a_stage_that_stopped_says_so(tmp_path: Path) -> None:
     (stages / "full.live.json").write_text(json.dumps(state))
     (stage,) = read_stages(tmp_path)
     assert (stage.state, stage.progress) == ("running", "50 of 100 tokens (50%)")
-    assert stage.time == "no update for 1 h 0 min"
+    assert stage.time == "no update for 60 min"
     (stages / "full.live.json").write_text("{half")  # not what ELO writes, but nothing to stop for
     assert read_stages(tmp_path)[0].progress == ""
     assert "running: full" in shown(tmp_path)

@@ -57,7 +57,7 @@ def rows(count: int):
     mixture = Mixture(
         [("xx", 0.9, PackedStream(corpus(1), LENGTH, 1)), ("en", 0.1, PackedStream(corpus(2), LENGTH, 2))], seed=0
     )
-    return mixture.rows(0, count)
+    return mixture.sequences(0, count)
 
 
 def supervision(layers: Iterable[int | float], weight: float = 0.5) -> DeepSupervision | None:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from elo.config import DataConfig, RunConfig
-from elo.data.mixture import Mixture, MixtureRows, Schedule, build_mixture, language_shares
+from elo.data.mixture import Mixture, MixtureSequences, Schedule, build_mixture, language_shares
 from elo.data.shards import PreparedData
 from elo.errors import EloError
 from elo.methods import Phase
-from elo.train.arguments import rows_per_step
+from elo.train.arguments import sequences_per_step
 
 # Limits on the tokens per language for the search of a scale, which is 1/400 of the budget. The search takes several
 # forward passes of the whole model and should cost little in comparison with training.
@@ -32,22 +32,22 @@ class Sequences:
     pretraining: int
     alignment: int
 
-    def of(self, phase: Phase) -> MixtureRows:
+    def of(self, phase: Phase) -> MixtureSequences:
         """Return the sequences of a phase."""
         start, stop = {
             "pretraining": (0, self.pretraining),
             "alignment": (self.pretraining, self.pretraining + self.alignment),
             "all": (0, self.pretraining + self.alignment),
         }[phase.portion]
-        return self.mixture.rows(start, stop)
+        return self.mixture.sequences(start, stop)
 
-    def first(self, tokens: int) -> MixtureRows:
+    def first(self, tokens: int) -> MixtureSequences:
         """Return the first sequences, as many as have at least `tokens` tokens."""
-        return self.mixture.rows(0, -(-tokens // self.mixture.sequence_length))
+        return self.mixture.sequences(0, -(-tokens // self.mixture.sequence_length))
 
     def unseen(self) -> dict[str, list[dict[str, np.ndarray]]]:
         """Return sequences after those of the training, by language."""
-        return self.mixture.rows_by_language(*self.unseen_identity()["rows"])
+        return self.mixture.sequences_by_language(*self.unseen_identity()["rows"])
 
     def unseen_identity(self) -> dict[str, Any]:
         """Return all that determines `unseen`, for the fingerprint of a stage."""
@@ -67,9 +67,9 @@ def divide_budget(config: RunConfig, data: PreparedData, say: Callable[[str], No
     """
     length = config.data.sequence_length
     mixture = _mixture(config, data)
-    total = mixture.epoch_rows(*config.data.targets) if config.tokens is None else config.tokens // length
+    total = mixture.epoch_sequences(*config.data.targets) if config.tokens is None else config.tokens // length
     for language in dict.fromkeys(source.language for source in mixture.sources):
-        once = mixture.epoch_rows(language)
+        once = mixture.epoch_sequences(language)
         if total > once:
             say(
                 f"note: the budget of {total * length:,} tokens passes over the {language!r} text "
@@ -91,7 +91,7 @@ def divide_sequences(config: RunConfig, total: int) -> tuple[int, int]:
         EloError: `total` is less than one update of each phase.
     """
     length = config.data.sequence_length
-    steps = {phase.portion: rows_per_step(length, config.settings(phase)) for phase in config.method.phases}
+    steps = {phase.portion: sequences_per_step(length, config.settings(phase)) for phase in config.method.phases}
     alignment = 0
     if "alignment" in steps:
         step = steps["alignment"]

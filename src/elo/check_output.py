@@ -34,7 +34,6 @@ def check_output(folder: Path, inputs: Sequence[Path] = (), *, remedy: str, trus
         folder: checkpoint folder to check.
         inputs: checkpoint folders that it was made from; problems that one of them already has are ignored.
         remedy: what to do, for the error message.
-        trust_remote_code: run code that ships with the checkpoint.
     """
     known: set[str] | None = None
     for problem in problems(folder, trust_remote_code=trust_remote_code):

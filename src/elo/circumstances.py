@@ -1,28 +1,25 @@
 """Record the circumstances of a run or comparison in its results: command, base model, languages, machine and data."""
 
-import datetime
 from pathlib import Path
 from typing import Any
 
 from elo.budget import training_shares
-from elo.checkpoint.counting import build_on_meta, parameter_counts, read_config
+from elo.checkpoint.counting import footprint, read_config
 from elo.checkpoint.new_rows import read_new_rows, record_of
 from elo.config import RunConfig
 from elo.data.shards import PreparedData
-from elo.store.environment import command_line, hardware, versions
+from elo.store.environment import command_line, environment
 
 
-def circumstances(config: RunConfig, base: Path, layers: tuple[int, ...], data: PreparedData) -> dict[str, Any]:
+def circumstances(config: RunConfig, base: Path, data: PreparedData) -> dict[str, Any]:
     """Return the fields of `elo.report.schema.Results` that do not depend on training."""
     section = config.data
     replay_ratio, shares = training_shares(section, data)
     return {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **environment(),
         "command": command_line(),
-        "model": model_record(config, base, layers),
+        "model": model_record(config, base),
         "languages": {"targets": section.targets, "sources": section.sources},
-        "hardware": hardware(),
-        "versions": versions(),
         "data": {
             **data.summary(),
             "replay_ratio": replay_ratio,
@@ -32,14 +29,14 @@ def circumstances(config: RunConfig, base: Path, layers: tuple[int, ...], data: 
     }
 
 
-def model_record(config: RunConfig, base: Path, layers: tuple[int, ...]) -> dict[str, Any]:
+def model_record(config: RunConfig, base: Path) -> dict[str, Any]:
     """Return the fields of `elo.report.schema.Model`."""
     model_config = read_config(str(base), trust_remote_code=config.trust_remote_code)
-    counts = parameter_counts(build_on_meta(model_config, trust_remote_code=config.trust_remote_code), layers)
+    counted = footprint(model_config, trust_remote_code=config.trust_remote_code)
     extended = read_new_rows(model_config) is not None
     return {
         "name": config.model,
-        "parameters": counts["total"],
-        "num_layers": len(counts["layers"]),
+        "parameters": counted.total,
+        "num_layers": counted.num_layers,
         **({"vocabulary": record_of(model_config)} if extended else {}),
     }

@@ -50,8 +50,7 @@ def detach(
     elif corpus or probe is not None:
         raise EloError(f"detach: --corpus and --probe belong to --layers auto:K, not to --layers {layers}; remove them")
     record = detach(checkpoint, chosen, output=output, overwrite=overwrite, trust_remote_code=trust_remote_code)
-    kept = ", ".join(str(index) for index in record["layers"])
-    typer.echo(f"{output}: layers {kept} of {record['num_base_layers']}")
+    typer.echo(f"{output}: layers {', '.join(map(str, record['layers']))} of {record['num_base_layers']}")
 
 
 @checkpoints.command()
@@ -82,8 +81,7 @@ def attach(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )
-    kept = ", ".join(str(index) for index in record["layers"])
-    files = record["files"]
+    kept, files = ", ".join(map(str, record["layers"])), record["files"]
     shared = files.get("linked", 0) + files.get("cloned", 0)
     note = f"; {shared} of {sum(files.values())} weight files share their blocks with the base's" if shared else ""
     typer.echo(f"{output}: layers {kept} of {record['num_base_layers']} attached{note}")
@@ -119,11 +117,7 @@ def chat_vector(
     if record["rows_added"]:
         note += f", {record['rows_added']:,} rows taken from the chat model, which alone has them"
     typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{note}")
-    if record["differs"]:
-        typer.echo(
-            f"note: the models' configurations differ in {', '.join(record['differs'])}; the adapted model's values "
-            "are kept"
-        )
+    _note_differences(record, "adapted")
 
 
 @checkpoints.command()
@@ -193,11 +187,14 @@ def merge(
     if record["rows_kept"] or record["rows_added"]:
         rows = record["rows_kept"] + record["rows_added"]
         typer.echo(f"note: {rows:,} rows of embedding and head are kept from the one model that has them")
+    _note_differences(record, "first")
+
+
+def _note_differences(record: dict[str, Any], kept: str) -> None:
+    """Note in what the models' configurations differ, if they do."""
     if record["differs"]:
-        typer.echo(
-            f"note: the models' configurations differ in {', '.join(record['differs'])}; the first model's values "
-            "are kept"
-        )
+        keys = ", ".join(record["differs"])
+        typer.echo(f"note: the models' configurations differ in {keys}; the {kept} model's values are kept")
 
 
 @checkpoints.command()

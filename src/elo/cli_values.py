@@ -1,6 +1,6 @@
 """Parse values of command-line options: names, numbers, texts or files by language."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from elo.errors import EloError
@@ -45,10 +45,7 @@ def texts_by_language(pairs: list[str] | None) -> dict[str, list[str]]:
         EloError: an item is not LANGUAGE=TEXT.
     """
     found: dict[str, list[str]] = {}
-    for pair in pairs or []:
-        language, equals, text = pair.partition("=")
-        if not equals or not language or not text:
-            raise EloError(f"--prompt {pair!r}: write LANGUAGE=TEXT, for example --prompt 'ko=강 건너 마을에는'")
+    for language, text in _pairs("--prompt", "LANGUAGE=TEXT", "'ko=강 건너 마을에는'", pairs):
         found.setdefault(language, []).append(text)
     return found
 
@@ -60,10 +57,7 @@ def files_by_language(option: str, pairs: list[str] | None) -> dict[str, str]:
         EloError: an item is not LANGUAGE=FILE, or a language is given twice.
     """
     found: dict[str, str] = {}
-    for pair in pairs or []:
-        language, equals, path = pair.partition("=")
-        if not equals or not language or not path:
-            raise EloError(f"{option} {pair!r}: write LANGUAGE=FILE, for example {option} ko=heldout.jsonl")
+    for language, path in _pairs(option, "LANGUAGE=FILE", "ko=heldout.jsonl", pairs):
         if language in found:
             raise EloError(f"{option}: {language!r} is given twice; give one file per language")
         found[language] = path
@@ -76,10 +70,12 @@ def words_by_label(pairs: list[str] | None) -> dict[str, str]:
     Raises:
         EloError: an item is not LABEL=WORD.
     """
-    found: dict[str, str] = {}
+    return dict(_pairs("--word", "LABEL=WORD", "1=positive", pairs))
+
+
+def _pairs(option: str, form: str, example: str, pairs: list[str] | None) -> Iterator[tuple[str, str]]:
     for pair in pairs or []:
-        label, equals, word = pair.partition("=")
-        if not equals or not label or not word:
-            raise EloError(f"--word {pair!r}: write LABEL=WORD, for example --word 1=positive")
-        found[label] = word
-    return found
+        name, _, value = pair.partition("=")
+        if not name or not value:
+            raise EloError(f"{option} {pair!r}: write {form}, for example {option} {example}")
+        yield name, value

@@ -16,9 +16,8 @@ from elo.circumstances import circumstances, model_record
 from elo.config import Budget, CompareConfig, RunConfig, contestant_run, load_comparison
 from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
-from elo.format import listed
-from elo.inputs import Adapted, Inputs
-from elo.log import duration
+from elo.format import duration, listed
+from elo.inputs import Inputs
 from elo.preflight import check_inputs, check_model
 from elo.report import collect, schema, verdict
 from elo.report.files import judged, write_results
@@ -373,19 +372,17 @@ class _Comparison:
             "",
             inputs.config.seed,
             adapted.records,
-            self._evaluate(name, inputs, adapted) if "heldout" in measured_on else None,
+            measure(inputs, "evaluate", adapted.model, heldout_text(inputs, base.data))
+            if "heldout" in measured_on
+            else None,
             before_alignment=adapted.before_alignment,
             learning_rates=rates,
-            validation=self._validate(name, inputs, adapted) if "validation" in measured_on else None,
+            validation=measure(inputs, "validate", adapted.model, validation_text(inputs, base.data), brief=True)
+            if "validation" in measured_on
+            else None,
             flops=training_flops(inputs, adapted),
         )
         return {"trial": trial.model_dump(mode="json")}
-
-    def _evaluate(self, name: str, inputs: Inputs, adapted: Adapted) -> dict[str, Any]:
-        return measure(inputs, "evaluate", adapted.model, heldout_text(inputs, self.bases[name].data))
-
-    def _validate(self, name: str, inputs: Inputs, adapted: Adapted) -> dict[str, Any]:
-        return measure(inputs, "validate", adapted.model, validation_text(inputs, self.bases[name].data), brief=True)
 
     def _run(
         self,
@@ -426,7 +423,7 @@ class _Comparison:
                     "changes": each.changes | method.model_dump(mode="json", exclude_defaults=True, exclude={"name"}),
                 }
             )
-        shared = circumstances(run, self.inputs.base.path, self.inputs.layers, self.base.data)
+        shared = circumstances(run, self.inputs.base.path, self.base.data)
         if len({self._run(name, 1).data.model_dump_json() for name in config.contestants}) > 1:
             # Schedules differ, and with them the shares.
             shared["data"] |= {"replay_ratio": None, "shares": {}}
@@ -453,7 +450,7 @@ class _Comparison:
         if all(base is self.base for base in self.bases.values()):
             return {}
         inputs = self.opened[name]
-        model = model_record(inputs.config, inputs.base.path, inputs.layers)
+        model = model_record(inputs.config, inputs.base.path)
         return {"model": model, "base": collect.measured(self.bases[name].measured).model_dump(mode="json")}
 
     def _title(self) -> str:

@@ -1,7 +1,6 @@
 """Detach and attach layers of a checkpoint folder or hub id, and check the output, without a configuration file."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -12,7 +11,7 @@ from elo.checkpoint.download import OTHER_WEIGHTS, fetch_checkpoint, file_patter
 from elo.checkpoint.layers import DEFAULT_LAYERS
 from elo.checkpoint.local_names import require_path_or_id
 from elo.errors import EloError
-from elo.store.files import disk_problem
+from elo.store.files import readable_disk_errors
 from elo.store.remote import is_remote, require_local
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
@@ -24,7 +23,6 @@ def detach(
     layers: str | int | Sequence[int] = DEFAULT_LAYERS,
     *,
     output: str | Path,
-    revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -34,7 +32,6 @@ def detach(
         checkpoint: Hugging Face checkpoint folder or hub id.
         layers: decoder layers to keep, such as `first:1,last:1`, `0,1,-1` or `0-3`.
         output: folder to write. If writing fails, no output is left.
-        revision: branch, tag or commit of a hub id.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
 
@@ -42,15 +39,14 @@ def detach(
         The provenance record, as written to the output's config.json.
     """
     check_replaceable(Path(output), overwrite)
-    folder = resolve_checkpoint(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+    folder = resolve_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
     name = str(checkpoint) if not Path(checkpoint).is_dir() else None
-    with readable_errors():
+    with readable_disk_errors(Path(output)):
         return detach_checkpoint(
             folder,
             layers,
             Path(output),
             base_name=name,
-            revision=revision,
             overwrite=overwrite,
             check=partial(check_output, inputs=(folder,), remedy=_REMEDY, trust_remote_code=trust_remote_code),
             trust_remote_code=trust_remote_code,
@@ -66,7 +62,6 @@ def attach(
     scale: float = 1.0,
     include: Sequence[str] = (),
     link: bool = False,
-    revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -80,7 +75,6 @@ def attach(
         include: parts to attach besides the layers: "embedding", "norm", "head".
         link: hard-link weight files that do not change, if the file system allows it. This writes no data, but
             changing such a file in place also changes the base's.
-        revision: branch, tag or commit of the base, if it is a hub id.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoint's own Python code to define the model.
 
@@ -95,8 +89,8 @@ def attach(
         )
 
     small = resolve_checkpoint(detached, trust_remote_code=trust_remote_code)
-    whole = resolve_checkpoint(base, revision=revision, trust_remote_code=trust_remote_code)
-    with readable_errors():
+    whole = resolve_checkpoint(base, trust_remote_code=trust_remote_code)
+    with readable_disk_errors(Path(output)):
         return attach_checkpoint(
             small,
             whole,
@@ -111,15 +105,6 @@ def attach(
         )
 
 
-@contextmanager
-def readable_errors() -> Iterator[None]:
-    """Convert file-system errors into an EloError."""
-    try:
-        yield
-    except OSError as error:  # for example a full disk, or a file without read permission
-        raise EloError(disk_problem(error)) from None
-
-
 def check_replaceable(output: Path, overwrite: bool) -> None:
     """Raise EloError if the output is not local, or overwriting would remove anything other than a checkpoint."""
     require_local(output, "output")
@@ -129,7 +114,7 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
         raise EloError(f"{output}: is not a checkpoint, so --overwrite does not replace it; choose another output")
 
 
-def resolve_checkpoint(checkpoint: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+def resolve_checkpoint(checkpoint: str | Path, *, trust_remote_code: bool = False) -> Path:
     """Return the folder of a checkpoint.
 
     Files of a hub id (owner/name or hf://owner/name) or of an address in object storage are downloaded to the Hugging
@@ -153,7 +138,6 @@ def resolve_checkpoint(checkpoint: str | Path, *, revision: str | None = None, t
         return Path(
             snapshot_download(
                 checkpoint,
-                revision=revision,
                 allow_patterns=file_patterns(trust_remote_code),
                 ignore_patterns=OTHER_WEIGHTS,
             )

@@ -8,7 +8,7 @@ from elo.checkpoint.shared_files import copy_shared
 from elo.config import RunConfig
 from elo.report.card import model_card
 from elo.report.schema import Results
-from elo.store.files import atomic_directory, disk_errors_told
+from elo.store.files import atomic_directory, readable_disk_errors
 
 CONFIG_FILE = "elo_run.yaml"
 
@@ -22,10 +22,8 @@ def write_final_model(output: Path, stage: Path, base: Path, config: RunConfig, 
         output: folder to write; an existing one is replaced.
         stage: folder of the last stage.
         base: folder of the base model.
-        config: resolved configuration of the run.
-        results: results of the run.
     """
-    with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
+    with readable_disk_errors(output), atomic_directory(output, overwrite=True) as folder:
         for path in sorted(stage.rglob("*")):
             if path.is_file():
                 copied = folder / path.relative_to(stage)

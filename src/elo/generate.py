@@ -173,7 +173,7 @@ def generate(
         raise EloError(f"--confidence {confidence:g}: is not a probability; write a number between 0 and 1")
     target = output_file(output)
     encoder = load_tokenizer(tokenizer or model, trust_remote_code)
-    whole = load_model(str(model), None, None, None, trust_remote_code)
+    whole = load_model(str(model), trust_remote_code=trust_remote_code)
     ids = encode_prompts(whole, encoder, prompts, max_new_tokens)
     last = len(layers_of(whole)) - 1
     if confidence is not None and not exit_layers:

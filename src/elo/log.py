@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from elo.format import duration
 from elo.store.live import release_live, write_live
 
 SECONDS_BETWEEN_LINES = 15.0
@@ -50,12 +51,12 @@ class Progress:
             self._bar.start()
         return self
 
-    def advance(self, amount: float, note: str = "") -> None:
-        """Add `amount` to the count; show `note` after the rate."""
-        self.update(self.done + amount, note)
+    def advance(self, amount: float) -> None:
+        """Add `amount` to the count."""
+        self.update(self.done + amount)
 
     def update(self, done: float, note: str = "") -> None:
-        """Set the count to `done`."""
+        """Set the count to `done`; show `note` after the rate."""
         self.done = done
         now = time.monotonic()
         self._show_elsewhere(now, note)
@@ -113,15 +114,3 @@ def short(value: float) -> str:
         if value >= 0.9995 * limit:
             return f"{value / limit:.3g}{unit}"
     return f"{value:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Format seconds in readable units: 42 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"

@@ -35,6 +35,11 @@ def check_inputs(config: RunConfig) -> None:
     """Raise EloError if the configuration or an input file is wrong, without loading anything."""
     for phase in config.method.phases:
         _check_divided(config.method, phase, config.settings(phase))
+        if config.settings(phase).divides_model and config.evaluation.during_training:
+            raise EloError(
+                f"evaluation.during_training: needs whole weights, but FSDP or DeepSpeed divides them in {phase.name}; "
+                "remove it, and measure before and after training only"
+            )
     for phase in config.method.phases:
         check_settings(config.settings(phase), config.data.sequence_length, "training")
     config.data.filters.check(config.data.corpora)

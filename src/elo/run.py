@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from elo import stages
 from elo.budget import Sequences, divide_budget
 from elo.chat.stages import ChatInputs, chat_models, open_chat
-from elo.checkpoint.counting import read_config
+from elo.checkpoint.counting import read_decoder_config
 from elo.checkpoint.download import fetch_checkpoint
-from elo.checkpoint.model_config import text_config_of
 from elo.config import RunConfig, load_config
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.detach_attach import resolve_checkpoint
@@ -125,18 +126,12 @@ def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
         "tokenizer": tokenizer_identity(inputs.tokenizer),
         "corpora": {name: [corpus_identity(each) for each in sources] for name, sources in corpora.items()},
         "heldout": {name: corpus_identity(each) for name, each in heldout.items()},
-        "heldout_share": config.data.heldout_share,
-        "validation_share": config.data.validation_share,
-        "on_error": config.data.on_error,
-        "split_special_tokens": config.data.split_special_tokens,
-        "allow_lost_text": config.data.allow_lost_text,
-        **({"filters": config.data.filters.plan()} if config.data.filters.plan() else {}),
+        **config.data.decisive(),
     }
-    model_config = text_config_of(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
     execution: dict[str, Any] = {
         "data": config.data,
         "tokenizer": inputs.tokenizer,
-        "vocab_size": int(model_config.vocab_size),
+        "vocab_size": _decoder_config(inputs, inputs.base).vocab_size,
         "together": together,
         "trust_remote_code": config.trust_remote_code,
     }
@@ -162,12 +157,12 @@ def adapt(
     base_bpb: dict[str, float],
     *,
     until: str | None = None,
-    measured: Callable[[Adapted, str, dict[str, float]], None] = lambda *_: None,
+    measured: Callable[[Adapted, str, dict[str, Any]], None] = lambda *_: None,
 ) -> Adapted:
     """Run the phases of the method, from the base to the adapted model.
 
     Args:
-        measured: function called with what is done, the phase and bits per byte at each measurement during training.
+        measured: function called with what is done, the phase and the result of each measurement during training.
 
     Raises:
         ReachedError: the stage `until` is done.
@@ -190,7 +185,7 @@ def adapt(
         bridge = vocabulary = None
         start = adapted.model
         if phase.middle == "bridged":
-            rows = sequences.first(max(_BRIDGE_TOKENS, 16 * _hidden_size(inputs)))
+            rows = sequences.first(max(_BRIDGE_TOKENS, 16 * _decoder_config(inputs, base).hidden_size))
             bridge = done(
                 folder.once("bridge", stages.fit_middle, base=base, layers=layers, rows=rows, execution=trust),
                 "bridge",
@@ -233,6 +228,7 @@ def adapt(
                 evaluation=config.evaluation.max_bytes,
                 execution={
                     "data": shards,
+                    "measures": config.evaluation.measures_during_training,
                     "languages": inputs.languages,
                     "targets": config.data.targets,
                     "base_bpb": base_bpb,
@@ -324,7 +320,7 @@ def make_chat(
     found = []
     if chat.model is not None:
         own, readable = inputs, text
-        if _num_rows(inputs, chat.model) < _num_rows(inputs, inputs.base):
+        if _decoder_config(inputs, chat.model).vocab_size < _decoder_config(inputs, inputs.base).vocab_size:
             # The base's vocabulary was extended, so the text has tokens that the chat model does not have.
             own, readable = replace(inputs, tokenizer=str(chat.model.path)), {}
         record = measure(own, "evaluate-chat_model", chat.model, readable, chat=chat.measure(chat.model.path))
@@ -397,11 +393,5 @@ def _check_until(config: RunConfig, until: str | None) -> None:
         )
 
 
-def _num_rows(inputs: Inputs, model: Artifact) -> int:
-    config = read_config(str(model.path), trust_remote_code=inputs.config.trust_remote_code)
-    return int(text_config_of(config).vocab_size)
-
-
-def _hidden_size(inputs: Inputs) -> int:
-    config = read_config(str(inputs.base.path), trust_remote_code=inputs.config.trust_remote_code)
-    return int(text_config_of(config).hidden_size)
+def _decoder_config(inputs: Inputs, model: Artifact) -> PretrainedConfig:
+    return read_decoder_config(model.path, trust_remote_code=inputs.config.trust_remote_code)

@@ -42,7 +42,7 @@ def write_report(
 
 
 def report_progress(
-    inputs: Inputs, data: PreparedData, base: dict[str, Any], adapted: Adapted, phase: str, bpb: dict[str, float]
+    inputs: Inputs, data: PreparedData, base: dict[str, Any], adapted: Adapted, phase: str, point: dict[str, Any]
 ) -> None:
     """Write the report of an unfinished run, with the curves of the phase that is training.
 
@@ -53,9 +53,9 @@ def report_progress(
     live = read_record(inputs.folder.stage_file(phase, "live")) or {}
     losses, evaluations = live.get("losses", []), live.get("evaluations", [])
     now = {"tokens": int(live.get("done") or 0), "seconds": losses[-1]["seconds"] if losses else 0.0}
-    record = now | {"losses": losses, "evaluations": [*evaluations, now | {"bpb": bpb}]}
+    record = now | {"losses": losses, "evaluations": [*evaluations, now | point]}
     so_far = replace(adapted, records={**adapted.records, phase: record})
-    report(_results(inputs, data, base, so_far, {"bpb": bpb}, in_progress=True), inputs.folder.root)
+    report(_results(inputs, data, base, so_far, {"bpb": point["bpb"]}, in_progress=True), inputs.folder.root)
 
 
 def _results(
@@ -86,7 +86,7 @@ def _results(
     return judged(
         schema.Results.model_validate(
             {
-                **circumstances(config, inputs.base.path, inputs.layers, data),
+                **circumstances(config, inputs.base.path, data),
                 "schema_version": schema.SCHEMA_VERSION,
                 "kind": "run",
                 "title": config.title or f"{Path(config.model).name} learns {listed(config.data.targets)}",
@@ -114,7 +114,8 @@ def _results(
 def training_flops(inputs: Inputs, adapted: Adapted) -> dict[str, float]:
     """Return the matmul FLOPs of training by phase, without those of fitting a bridge or searching a scale."""
     config = inputs.config
-    counted = footprint(read_config(str(inputs.base.path), trust_remote_code=config.trust_remote_code))
+    trust = config.trust_remote_code
+    counted = footprint(read_config(str(inputs.base.path), trust_remote_code=trust), trust_remote_code=trust)
     found = {}
     for phase in config.method.phases:
         rows = adapted.records.get(f"vocabulary-{phase.name}", {}).get("rows")

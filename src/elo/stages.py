@@ -11,10 +11,11 @@ from typing import Any
 
 from elo.check_output import check_output
 from elo.config import CorpusConfig, DataConfig, EvaluationConfig
-from elo.data.mixture import MixtureRows
+from elo.data.mixture import MixtureSequences
 from elo.data.prepare import CorpusSource, prepare
 from elo.data.shards import PreparedData, TokenCorpus
 from elo.data.tokenizer import load_tokenizer
+from elo.evaluate.base import Measure
 from elo.evaluate.evaluate import evaluate
 from elo.evaluate.loading import load_model
 from elo.evaluate.scale_search import search_scale
@@ -27,7 +28,7 @@ from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 from elo.surgery.scale_change import scale_change
 from elo.train.bridge import BRIDGE_FILE, Bridge, fit_bridge
 from elo.train.peak_memory import peak_memory_bytes, reset_peak_memory
-from elo.train.phase import heldout_evaluator, train_checkpoint
+from elo.train.phase import evaluator, train_checkpoint
 from elo.train.settings import TrainingSettings
 from elo.train.vocabulary_cut import choose_rows
 
@@ -136,14 +137,14 @@ def prepare_data(
 
 @measured
 def fit_middle(
-    output: Path, *, base: Artifact, layers: Sequence[int], rows: MixtureRows, trust_remote_code: bool
+    output: Path, *, base: Artifact, layers: Sequence[int], rows: MixtureSequences, trust_remote_code: bool
 ) -> dict[str, Any]:
     """Fit a linear bridge over the removed layers, with the ridge penalty that is best on unseen tokens.
 
     Raises:
         EloError: the bridge explains less than `MIN_EXPLAINED` of the removed layers' effect.
     """
-    model = load_model(str(base.path), None, None, None, trust_remote_code)
+    model = load_model(str(base.path), trust_remote_code=trust_remote_code)
     bridge = fit_bridge(model, layers, (rows[index] for index in range(len(rows))))
     bridge.require(MIN_EXPLAINED)
     with atomic_directory(output, overwrite=True) as folder:
@@ -197,7 +198,7 @@ def keep_share(
     """Write base + scale x (trained - base). Scale `search` takes the scale with the lowest loss on `rows`."""
     tried: dict[float, float] = {}
     if isinstance(scale, str):
-        before, after = (load_model(str(each.path), None, None, None, trust_remote_code) for each in (base, trained))
+        before, after = (load_model(str(each.path), trust_remote_code=trust_remote_code) for each in (base, trained))
         assert rows is not None
         scale, tried = search_scale(before, after, rows)
         del before, after
@@ -223,7 +224,7 @@ def train(
     output: Path,
     *,
     checkpoint: Artifact,
-    rows: MixtureRows,
+    rows: MixtureSequences,
     method: Method,
     phase: Phase,
     layers: Sequence[int],
@@ -233,13 +234,14 @@ def train(
     seed: int,
     evaluation: int | None,
     data: Artifact,
+    measures: Sequence[Measure],
     languages: Sequence[str],
     targets: Sequence[str],
     base_bpb: Mapping[str, float],
     tokenizer: str,
     label: str,
     say: Callable[[str], None],
-    measured: Callable[[dict[str, float]], None],
+    measured: Callable[[dict[str, Any]], None],
     trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Train a checkpoint on `rows`, in one phase of a method.
@@ -247,29 +249,33 @@ def train(
     Args:
         evaluation: maximum size of held-out text per language for measurements during training, in bytes.
         targets: those of `languages` that are taught.
+        measures: what is measured during training besides bits per byte, unless the model is detached.
         base_bpb: bits per byte of the base by language. A target language that becomes worse causes a warning.
         say: function that shows the user a line.
-        measured: function called with bits per byte by language at each measurement.
+        measured: function called with the result of each measurement.
     """
     tokens = len(rows) * rows.mixture.sequence_length
     say(f"{label}: {tokens:,} tokens ({phase.portion} portion of the budget)")
-    measure = heldout_evaluator(
+    measure = evaluator(
         PreparedData.open(data.path),
         languages,
         load_tokenizer(tokenizer, trust_remote_code),
         sequence_length=rows.mixture.sequence_length,
         max_bytes=evaluation,
         settings=settings,
+        measures=() if phase.detached else measures,
+        trust_remote_code=trust_remote_code,
     )
 
-    def measure_and_warn(model: Any) -> dict[str, float]:
-        bpb = measure(model)
+    def measure_and_warn(model: Any) -> dict[str, Any]:
+        point = measure(model)
+        bpb = point["bpb"]
         # A detached model is not expected to predict text well.
         for language in () if phase.detached else targets:
             if line := worse_than_base(language, bpb, base_bpb):
                 say(f"warning: {label}: {line}")
-        measured(bpb)
-        return bpb
+        measured(point)
+        return point
 
     setup = Setup(layers, Bridge.load(bridge.path / BRIDGE_FILE) if bridge else None, seed)
     return train_checkpoint(

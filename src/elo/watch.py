@@ -17,8 +17,8 @@ from rich.text import Text
 
 from elo.config import load_config
 from elo.errors import EloError
-from elo.format import memory
-from elo.log import duration, short
+from elo.format import duration, memory
+from elo.log import short
 from elo.report.schema import FILE_NAME
 from elo.run import stage_names
 from elo.store.files import read_json, read_record

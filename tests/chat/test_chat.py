@@ -208,7 +208,7 @@ def test_the_loss_is_that_of_the_answers_alone(answering):
     folder, results = answering
     form = ChatFormat.load(folder / "run" / "chat", None)
     talk = read_conversations(folder / "run" / "conversations" / "heldout-en.jsonl")
-    model = load_model(str(folder / "run" / "chat"), "cpu", None, None, False)
+    model = load_model(str(folder / "run" / "chat"), device="cpu")
     total, count = 0.0, 0
     for conversation in talk:
         prompt = form.prompt(conversation.messages[:-1], "x")
@@ -226,7 +226,7 @@ def test_answers_do_not_depend_on_the_batch(answering):
         json.dumps({"prompt": prompt, "completion": "the"}) + "\n" for prompt in ("say the", "a", "say the cat and saw")
     )
     (folder / "three.jsonl").write_text(lines)
-    model = load_model(str(folder / "base"), "cpu", None, None, False)
+    model = load_model(str(folder / "base"), device="cpu")
     measure = Chat(data={"en": str(folder / "three.jsonl")}, template="chatml", max_new_tokens=12)
     subjects = [Subject(model, None, folder / "base", batch_size=size) for size in (1, 3)]
     alone, together = (measure.measure(subject).record["answers"] for subject in subjects)

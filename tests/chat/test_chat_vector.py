@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabulary_fixtures import ENGLISH, KOREAN, texts, tokenizer_of, write_texts
 from zoo import FAMILIES, tiny_config, tiny_model
 
-from elo.chat.chat_vector import chat_vector
-from elo.chat.vector_files import add_chat_vector
+from elo.chat.chat_vector import add_chat_vector, chat_vector
 from elo.checkpoint.new_rows import VOCABULARY_KEY, NewRows
 from elo.cli import main
 from elo.errors import EloError
@@ -72,7 +71,8 @@ def test_scale_and_what_is_left_out(tmp_path):
     assert record["tensors"] == len(summed) - 2
 
 
-def test_several_files_and_another_dtype(tmp_path):
+def test_several_files_and_another_dtype(tmp_path, monkeypatch):
+    monkeypatch.setattr("elo.checkpoint.tensor_files.MAX_SHARD_BYTES", 20_000)
     adapted, base, chat = three(tmp_path)
     expected = {
         name: (tensor.double() + stored(chat)[name].bfloat16().double() - stored(base)[name].double()).float()
@@ -81,7 +81,7 @@ def test_several_files_and_another_dtype(tmp_path):
     chats = AutoModelForCausalLM.from_pretrained(chat, dtype=torch.bfloat16)
     chats.save_pretrained(tmp_path / "chat16", max_shard_size="20KB")
     assert len(list((tmp_path / "chat16").glob("*.safetensors"))) > 2
-    add(adapted, base, tmp_path / "chat16", tmp_path / "sum", max_shard_bytes=20_000)
+    add(adapted, base, tmp_path / "chat16", tmp_path / "sum")
     assert len(list((tmp_path / "sum").glob("*.safetensors"))) > 2
     assert_same(stored(tmp_path / "sum"), expected)
 

@@ -361,7 +361,6 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "plan price nan": (["plan", B, "--device", "H100", "--price-per-hour", "nan"], ("price",)),
     "plan too few tokens": (["plan", B, "--set", "tokens=1"], ("tokens", "less than one update")),
     "plan output a folder": (["plan", B, "-o", "{t}"], ("{t}",)),
-    "plan output below nothing": (["plan", B, "-o", "{t}/no/plan.json"], ("{t}/no",)),
     "quickstart unknown key": (["quickstart", "-o", OUT, "--set", "budgts=1"], ("budgts", "budgets")),
     "quickstart onto other things": (["quickstart", "-o", "{p}"], ("is not a quickstart",)),
     "prepare nothing": (["prepare", "{t}/none.yaml"], ("no such configuration file",)),

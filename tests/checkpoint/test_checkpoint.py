@@ -30,8 +30,9 @@ def base(tmp_path: Path) -> Path:
     return folder
 
 
-def test_detached_checkpoint_is_an_ordinary_one(base: Path, tmp_path: Path) -> None:
-    record = detach_checkpoint(base, "first:1,last:1", tmp_path / "detached", max_shard_bytes=20_000)
+def test_detached_checkpoint_is_an_ordinary_one(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elo.checkpoint.tensor_files.MAX_SHARD_BYTES", 20_000)
+    record = detach_checkpoint(base, "first:1,last:1", tmp_path / "detached")
     config = json.loads((tmp_path / "detached" / "config.json").read_text())
     original = json.loads((base / "config.json").read_text())
     assert config.pop("elo_detached") == record

@@ -15,7 +15,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from elo.checkpoint.counting import footprint, parameter_counts, read_config, training_flops_per_token
+from elo.checkpoint.counting import footprint, read_config
 from elo.errors import EloError
 from elo.methods import METHODS
 from elo.train.loss import install_head_loss
@@ -107,13 +107,15 @@ FAMILIES: dict[str, PretrainedConfig] = {
 def test_counts_are_those_of_the_real_model(family: str) -> None:
     config = FAMILIES[family]
     model = AutoModelForCausalLM.from_config(config)
-    counts = parameter_counts(config, "first:1,last:1")
-    parts = counts["embedding"] + counts["head"] + counts["norm"] + counts["other"] + sum(counts["layers"])
-    assert parts == counts["total"] == sum(parameter.numel() for parameter in model.parameters())
-    assert counts["tied"] == (counts["head"] == 0)
-    assert counts["trainable"] == counts["layers"][0] + counts["layers"][-1]
-    assert counts["detached"] == counts["total"] - sum(counts["layers"][1:-1])
-    assert parameter_counts(model) == parameter_counts(config), "a model and its config count the same"
+    counted = footprint(config)
+    layers = [layer.parameters for layer in counted.layers]
+    parts = counted.embedding + counted.head + counted.norm + counted.other + sum(layers)
+    assert parts == counted.total == sum(parameter.numel() for parameter in model.parameters())
+    assert counted.tied == (counted.head == 0)
+    chosen = (0, counted.num_layers - 1)
+    assert counted.trainable("removed", chosen) == layers[0] + layers[-1]
+    assert counted.detached(chosen).total == counted.total - sum(layers[1:-1])
+    assert footprint(model) == counted, "a model and its config count the same"
 
 
 def measured_flops(
@@ -208,8 +210,9 @@ def test_more_rows_count_as_in_a_model_that_has_them(tied: bool) -> None:
 def test_flops_of_a_detached_model() -> None:
     detached = tiny_llama(num_hidden_layers=2)
     measured = measured_flops(detached, [0, 1])
-    assert measured == training_flops_per_token(detached, "removed")
-    assert measured == training_flops_per_token(tiny_llama(), "removed", layers="first:1,last:1")
+    assert measured == footprint(detached).flops_per_token("removed").total
+    base = footprint(tiny_llama())
+    assert measured == base.flops_per_token("removed", (0, base.num_layers - 1)).total
 
 
 def test_a_first_layer_without_input_norm_costs_no_more_than_two_percent_less() -> None:
@@ -221,7 +224,7 @@ def test_a_first_layer_without_input_norm_costs_no_more_than_two_percent_less() 
         num_attention_heads=4,
         pad_token_id=0,
     )
-    planned = training_flops_per_token(config, "removed")
+    planned = footprint(config).flops_per_token("removed").total
     assert 0 < planned - measured_flops(config, [0, 1]) == 2 * 3 * 64 * 64
 
 
@@ -261,8 +264,6 @@ def test_sliding_windows_are_found() -> None:
 def test_mistakes_are_told() -> None:
     with pytest.raises(EloError, match="no such file or folder"):
         read_config("nowhere/config.json")
-    with pytest.raises(EloError, match="first:9"):
-        parameter_counts(tiny_llama(), "first:9")
     with pytest.raises(EloError, match="no causal language model can be built"):
         footprint(tiny_llama(hidden_act="nonsense"))
     with pytest.raises(EloError, match="no causal language model can be built from this 'clip_text_model' config"):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from surgery_fixtures import assert_same, edit_config, llama, stored
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from elo.chat.vector_files import add_chat_vector
+from elo.chat.chat_vector import add_chat_vector
 from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.tensor_files import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from elo.config import load_config
@@ -99,14 +99,14 @@ def test_a_wrapper_is_read_whole_detached_and_attached(family: str, tmp_path: Pa
     wrapper(family).save_pretrained(tmp_path / "base")
     detach_checkpoint(tmp_path / "base", "0,-1", tmp_path / "detached")
     ids = torch.tensor([[1, 7, 8, 9]])
-    small = load_model(str(tmp_path / "detached"), "cpu", None, None, False)
+    small = load_model(str(tmp_path / "detached"), device="cpu")
     assert small.config.get_text_config(decoder=True).num_hidden_layers == 2
     assert type(small).__name__.endswith("ForConditionalGeneration")
     with torch.no_grad():
         assert torch.isfinite(small(input_ids=ids).logits).all()
     attach_checkpoint(tmp_path / "detached", tmp_path / "base", tmp_path / "attached")
     assert_same(stored(tmp_path / "attached"), stored(tmp_path / "base"))
-    whole = load_model(str(tmp_path / "attached"), "cpu", None, None, False)
+    whole = load_model(str(tmp_path / "attached"), device="cpu")
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "base").eval()
     with torch.no_grad():
         assert torch.equal(whole(input_ids=ids).logits, theirs(input_ids=ids).logits)
@@ -121,7 +121,7 @@ def test_only_what_changed_in_a_wrapper_is_attached_and_added(family: str, tmp_p
     model = wrapper(family)
     model.save_pretrained(tmp_path / "base")
     detach_checkpoint(tmp_path / "base", "0,-1", tmp_path / "detached")
-    small = load_model(str(tmp_path / "detached"), "cpu", None, None, False)
+    small = load_model(str(tmp_path / "detached"), device="cpu")
     with torch.no_grad():
         for parameter in layers_of(small)[1].parameters():
             parameter += 0.1
@@ -279,9 +279,9 @@ def test_a_pad_id_beyond_the_rows_is_refused_in_words(tmp_path: Path, capsys: py
 def test_transformers_will_not_tie_is_passed_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     llama(tied=False).save_pretrained(tmp_path / "base")
     with caplog.at_level(logging.WARNING):
-        load_model(str(tmp_path / "base"), "cpu", None, None, False)
+        load_model(str(tmp_path / "base"), device="cpu")
         assert not caplog.text
         edit_config(tmp_path / "base", tie_word_embeddings=True)
-        model = load_model(str(tmp_path / "base"), "cpu", None, None, False)
+        model = load_model(str(tmp_path / "base"), device="cpu")
     assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
     assert "does not tie" in caplog.text and "tie_word_embeddings" in caplog.text

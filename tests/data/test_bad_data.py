@@ -12,7 +12,7 @@ from bad_input_fixtures import assert_refused, change, copy_of, run_elo, write_c
 from run_fixtures import SOURCE, write_base, write_documents, write_world
 
 from elo.data.prepare import prepare
-from elo.data.shards import PreparedData, TokenCorpus
+from elo.data.shards import PreparedData
 from elo.errors import EloError, UnfinishedError
 from elo.report.write import report
 
@@ -334,8 +334,6 @@ def test_prepared_data(fault, prepared, tmp_path):
 def test_a_folder_that_is_not_prepared_data(prepared, tmp_path):
     with pytest.raises(EloError, match="no such folder"):
         PreparedData.open(tmp_path / "none")
-    with pytest.raises(EloError, match="not a corpus of prepared data"):
-        TokenCorpus.open(tmp_path)
     with pytest.raises(EloError, match="no language 'xx', only en"):
         PreparedData.open(prepared).train("xx")
 

@@ -50,20 +50,20 @@ def test_another_seed_begins_elsewhere_but_the_same_seed_never_changes() -> None
 def test_rows_are_those_of_the_streams_and_a_dataset_is_a_window_on_them() -> None:
     one, other = stream(seed=1), stream(seed=2)
     mixture = Mixture([("ko", 0.8, one), ("en", 0.2, other)], 0)
-    row = mixture.row(11)
+    row = mixture.sequence(11)
     which, inside = mixture.find(11)
-    assert row["language"] == ("ko", "en")[which]
-    expected = (one, other)[which].row(inside)
+    assert mixture.sequences(11, 12).language(0) == ("ko", "en")[which]
+    expected = (one, other)[which].sequence(inside)
     assert (np.asarray(row["input_ids"]) == expected.input_ids).all()
-    dataset = mixture.rows(5, 25)
+    dataset = mixture.sequences(5, 25)
     assert len(dataset) == 20
     again = pickle.loads(pickle.dumps(dataset))
     for i in range(20):
         assert set(dataset[i]) == {"input_ids", "shift_labels", "position_ids"}
         assert all(array.dtype == np.int64 and array.shape == (T,) for array in dataset[i].values())
-        assert (dataset[i]["input_ids"] == mixture.row(5 + i)["input_ids"]).all()
+        assert (dataset[i]["input_ids"] == mixture.sequence(5 + i)["input_ids"]).all()
         assert (again[i]["shift_labels"] == dataset[i]["shift_labels"]).all()
-        assert dataset.language(i) == mixture.row(5 + i)["language"]
+        assert dataset.language(i) == mixture.sequences(0, 25).language(5 + i)
     with pytest.raises(IndexError):
         dataset[20]
 
@@ -71,37 +71,37 @@ def test_rows_are_those_of_the_streams_and_a_dataset_is_a_window_on_them() -> No
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.1, 0.5])
 def test_as_many_rows_of_each_language_whatever_the_replay_ratio(ratio: float) -> None:
     mixture = Mixture([("ko", 1 - ratio, stream()), ("en", ratio, stream(seed=1))], seed=3)
-    found = mixture.rows_by_language(11, 4)
+    found = mixture.sequences_by_language(11, 4)
     assert {language: len(rows) for language, rows in found.items()} == ({"en": 4, "ko": 4} if ratio else {"ko": 4})
     for language, rows in found.items():
-        indices = [i for i in range(11, 2000) if mixture.row(i)["language"] == language][:4]
+        indices = [i for i in range(11, 2000) if mixture.sequences(i, i + 1).language(0) == language][:4]
         for index, row in zip(indices, rows, strict=True):
-            assert np.array_equal(row["input_ids"], mixture.row(index)["input_ids"])
+            assert np.array_equal(row["input_ids"], mixture.sequence(index)["input_ids"])
 
 
 def test_unpacked_rows_carry_their_attention_mask() -> None:
     mixture = Mixture([("ko", 1.0, PaddedStream(make_corpus([[5, 30]]), T))])
-    assert set(mixture.row(0)) == {"input_ids", "shift_labels", "position_ids", "attention_mask", "language"}
+    assert set(mixture.sequence(0)) == {"input_ids", "shift_labels", "position_ids", "attention_mask"}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.4])
 def test_epoch_rows_read_as_much_as_there_is(ratio: float) -> None:
     corpora = [("ko", (1 - ratio) * share, stream(count)) for share, count in ((0.75, 600), (0.25, 200))]
     mixture = Mixture([*corpora, ("en", ratio, stream(100_000))][: 3 if ratio else 2], 5)
-    rows = mixture.epoch_rows("ko")
-    assert rows == pytest.approx(sum(each.rows_per_epoch for _, _, each in corpora) / (1 - ratio), abs=1)
+    rows = mixture.epoch_sequences("ko")
+    assert rows == pytest.approx(sum(each.sequences_per_epoch for _, _, each in corpora) / (1 - ratio), abs=1)
     read = [which for which, _ in map(mixture.find, range(rows))]
     for index, (_, _, each) in enumerate(corpora):
-        assert read.count(index) == pytest.approx(each.rows_per_epoch, abs=2)
+        assert read.count(index) == pytest.approx(each.sequences_per_epoch, abs=2)
     with pytest.raises(EloError, match="'ja' has no share"):
-        mixture.epoch_rows("ja")
+        mixture.epoch_sequences("ja")
 
 
 def test_a_tiny_corpus_beside_a_large_one_does_not_cut_the_epoch_short() -> None:
     parts = [(stream(100_000), 100_000), (stream(25), 25)]
     total = sum(size for _, size in parts)
     mixture = Mixture([("ko", size / total, each) for each, size in parts], 3)
-    assert mixture.epoch_rows("ko") == pytest.approx(parts[0][0].rows_per_epoch, rel=0.01)
+    assert mixture.epoch_sequences("ko") == pytest.approx(parts[0][0].sequences_per_epoch, rel=0.01)
 
 
 def test_shares_and_lengths_are_checked() -> None:

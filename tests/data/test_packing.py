@@ -20,8 +20,8 @@ def test_an_epoch_holds_every_token_once_and_nothing_crosses_a_document(T: int, 
     corpus = make_corpus(LENGTHS)
     stream = PackedStream(corpus, T, seed=3, shuffle=shuffle)
     total = corpus.num_tokens
-    assert stream.rows_per_epoch == total / T
-    rows = [stream.row(i) for i in range(2 * total // T + 2)]
+    assert stream.sequences_per_epoch == total / T
+    rows = [stream.sequence(i) for i in range(2 * total // T + 2)]
     inputs = np.concatenate([row.input_ids for row in rows])
     labels = np.concatenate([row.shift_labels for row in rows])
     positions = np.concatenate([row.position_ids for row in rows])
@@ -49,7 +49,7 @@ def test_an_epoch_holds_every_token_once_and_nothing_crosses_a_document(T: int, 
 
 def test_the_end_of_the_corpus_is_not_read_past_and_goes_on_with_the_next_epoch() -> None:
     corpus = make_corpus([[5]])
-    row = PackedStream(corpus, 12, seed=0).row(0)
+    row = PackedStream(corpus, 12, seed=0).sequence(0)
     document = corpus.document(0).tolist()
     assert row.input_ids.tolist() == (document * 3)[:12]
     assert row.shift_labels.tolist() == ([*document[1:], IGNORE_INDEX] * 3)[:12]
@@ -60,18 +60,18 @@ def test_without_shuffling_the_order_is_the_corpus_order() -> None:
     corpus = make_corpus(LENGTHS)
     everything = np.concatenate([corpus.document(i) for i in range(corpus.num_documents)])
     stream = PackedStream(corpus, 10, seed=0, shuffle=False)
-    assert np.concatenate([stream.row(i).input_ids for i in range(11)]).tolist() == everything[:110].tolist()
+    assert np.concatenate([stream.sequence(i).input_ids for i in range(11)]).tolist() == everything[:110].tolist()
 
 
 def test_rows_depend_on_seed_and_epoch_only_and_not_on_what_was_read_before() -> None:
     corpus = make_corpus(LENGTHS)
-    sequential = [PackedStream(corpus, 16, seed=1).row(i) for i in range(60)]
+    sequential = [PackedStream(corpus, 16, seed=1).sequence(i) for i in range(60)]
     stream = PackedStream(corpus, 16, seed=1)
     for i in np.random.default_rng(0).permutation(60).tolist():
-        for one, other in zip(stream.row(i)[:3], sequential[i][:3], strict=True):
+        for one, other in zip(stream.sequence(i)[:3], sequential[i][:3], strict=True):
             assert (one == other).all()
     other_seed = PackedStream(corpus, 16, seed=2)
-    assert any((other_seed.row(i).input_ids != sequential[i].input_ids).any() for i in range(5))
+    assert any((other_seed.sequence(i).input_ids != sequential[i].input_ids).any() for i in range(5))
     first = np.concatenate([sequential[i].input_ids for i in range(28)])
     total = corpus.num_tokens
     assert first[: 448 - total].tolist() != first[total:448].tolist(), "the second epoch must be in another order"
@@ -80,8 +80,8 @@ def test_rows_depend_on_seed_and_epoch_only_and_not_on_what_was_read_before() ->
 def test_a_stream_travels_to_another_process_by_pickle() -> None:
     corpus = make_corpus(LENGTHS)
     stream = PackedStream(corpus, 16, seed=1)
-    row = stream.row(5)
-    again = pickle.loads(pickle.dumps(stream)).row(5)
+    row = stream.sequence(5)
+    again = pickle.loads(pickle.dumps(stream)).sequence(5)
     assert (row.input_ids == again.input_ids).all()
 
 
@@ -89,7 +89,7 @@ def test_a_stream_travels_to_another_process_by_pickle() -> None:
 def test_unpacked_rows_hold_every_target_once_and_one_document_each(T: int) -> None:
     corpus = make_corpus(LENGTHS)
     stream = PaddedStream(corpus, T, seed=5)
-    rows = [stream.row(i) for i in range(stream.whole_rows)]
+    rows = [stream.sequence(i) for i in range(int(stream.sequences_per_epoch))]
     expected: Counter[int] = Counter()
     for i in range(corpus.num_documents):
         expected.update(corpus.document(i)[1:].tolist())
@@ -104,7 +104,10 @@ def test_unpacked_rows_hold_every_target_once_and_one_document_each(T: int) -> N
         assert (row.shift_labels[: used - 1] == row.input_ids[1:used]).all()
         found.update(targets.tolist())
     assert found == expected
-    again = [stream.row(i + stream.whole_rows).input_ids.tolist() for i in range(stream.whole_rows)]
+    again = [
+        stream.sequence(i + int(stream.sequences_per_epoch)).input_ids.tolist()
+        for i in range(int(stream.sequences_per_epoch))
+    ]
     assert sorted(again) == sorted(row.input_ids.tolist() for row in rows)
 
 
@@ -121,4 +124,4 @@ def test_bad_arguments_are_named(stream: type) -> None:
     with pytest.raises(EloError, match="corpus 'nothing': has no documents"):
         stream(TokenCorpus((), "nothing"), 4)
     with pytest.raises(IndexError):
-        stream(make_corpus(LENGTHS), 4).row(-1)
+        stream(make_corpus(LENGTHS), 4).sequence(-1)

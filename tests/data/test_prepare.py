@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_fixtures import decoded, make_corpus, make_texts, make_tokenizer, tree, write_jsonl
+from data_fixtures import decoded, make_texts, make_tokenizer, tree, write_jsonl
 
-from elo.data.corpora import tokenize_source
 from elo.data.mixture import build_mixture
 from elo.data.prepare import CorpusSource, prepare
 from elo.data.shards import PreparedData, TokenCorpus
@@ -43,14 +42,13 @@ def test_every_document_is_in_the_shards_once_framed_and_counted(tmp_path: Path,
     assert decoded(ko, TOKENIZER) == KO
     assert decoded(prepared.heldout("ko"), TOKENIZER) == HELD
     assert decoded(prepared.train("en")[0], TOKENIZER) == EN
-    assert [ko.document_bytes(i) for i in range(60)] == [len(text.encode()) for text in KO]
+    assert ko.document_sizes.tolist() == [len(text.encode()) for text in KO]
     assert ko.num_bytes == sum(len(text.encode()) for text in KO)
     assert ko.num_text_tokens == sum(len(ids) for ids in TOKENIZER.encode_batch(KO)) == ko.num_tokens - 120
     assert prepared.summary()["train"]["ko"]["bytes"] == ko.num_bytes
-    assert prepared.tokenizer_sha256 == TOKENIZER.sha256 and prepared.vocab_size == TOKENIZER.vocab_size
+    assert prepared.manifest["tokenizer"]["sha256"] == TOKENIZER.sha256
+    assert prepared.vocab_size == TOKENIZER.vocab_size
     assert [name for name in tree(tmp_path / "out") if ".tmp-" in name] == []
-    again = TokenCorpus.open(tmp_path / "out" / "ko" / "heldout")
-    assert decoded(again, TOKENIZER) == HELD
     with pytest.raises(EloError, match="no held-out text for 'en'"):
         prepared.heldout("en")
     with pytest.raises(EloError, match="no language 'ja', only ko, en"):
@@ -97,7 +95,7 @@ def test_validation_text_is_cut_out_of_training_text_and_nowhere_else(tmp_path: 
     assert texts_of(prepared.heldout("ko")) == held and texts_of(prepared.validation("ko")) == validation
     assert prepared.summary()["validation"]["ko"]["documents"] == len(validation)
     mixture = build_mixture(prepared, "ko", replay_ratio=0, sequence_length=64, seed=3)
-    rows = [TOKENIZER.backend.decode(mixture.row(index)["input_ids"].tolist()) for index in range(200)]
+    rows = [TOKENIZER.backend.decode(mixture.sequence(index)["input_ids"].tolist()) for index in range(200)]
     begins = [text[:9] for text in validation]
     assert not any(begin in row for begin in begins for row in rows)
     assert any(text[:9] in row for text in train for row in rows), "or nothing would be found at all"
@@ -342,7 +340,7 @@ def test_mixture_from_prepared_data(tmp_path: Path, inputs: dict[str, Path]) -> 
     assert len(build_mixture(prepared, "ko", "en", 0.25, 16, 3, weights=weights).sources) == 2
     assert [s.language for s in build_mixture(prepared, "ko", "en", 0, 16).sources] == ["ko", "ko"]
     assert [s.language for s in build_mixture(prepared, "ko", "en", 1, 16).sources] == ["en"]
-    row = build_mixture(prepared, "ko", "en", 0.1, 16, packing=False).row(0)
+    row = build_mixture(prepared, "ko", "en", 0.1, 16, packing=False).sequence(0)
     assert "attention_mask" in row and np.asarray(row["input_ids"]).shape == (16,)
     seeds = {source.stream.seed for source in mixture.sources}
     assert len(seeds) == 3, "streams of different corpora must not be shuffled alike"
@@ -365,16 +363,6 @@ def test_corpora_of_one_language_get_names_that_differ(tmp_path: Path) -> None:
     corpora = {"ko": [str(tmp_path / "a/wiki.jsonl"), str(tmp_path / "b/wiki.jsonl")]}
     prepared = prepare(TOKENIZER, corpora, tmp_path / "out", progress=False, heldout_share=0)
     assert [corpus.name for corpus in prepared.train("ko")] == ["wiki", "wiki-2"]
-
-
-def test_a_file_can_be_tokenised_into_memory(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    corpus = tokenize_source(inputs["held"], TOKENIZER)
-    assert decoded(corpus, TOKENIZER) == HELD
-    few = tokenize_source(inputs["held"], TOKENIZER, max_bytes=1)
-    assert decoded(few, TOKENIZER) == HELD[:1]
-    with pytest.raises(EloError, match="no column 'body'"):
-        tokenize_source(inputs["held"], TOKENIZER, "body")
-    assert make_corpus([[5, 3]]).document_bytes(0) == 3
 
 
 def test_a_cut_file_is_counted_as_a_file_and_a_lost_one_stops(

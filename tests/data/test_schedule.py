@@ -49,20 +49,24 @@ def test_each_part_keeps_its_shares_and_corpora_are_read_on():
 
 
 def test_any_window_can_be_entered_anywhere_and_the_identity_holds_the_boundaries():
-    rows = _schedule().rows(240, 260)
-    again = _schedule().rows(255, 260)
+    rows = _schedule().sequences(240, 260)
+    again = _schedule().sequences(255, 260)
     for index in range(5):
         assert (rows[15 + index]["input_ids"] == again[index]["input_ids"]).all()
-    assert rows.identity() == _schedule().rows(240, 260).identity() != _schedule(1004).rows(240, 260).identity()
+    assert (
+        rows.identity() == _schedule().sequences(240, 260).identity() != _schedule(1004).sequences(240, 260).identity()
+    )
 
 
 def test_unseen_text_has_the_languages_of_every_part():
     first = Mixture([("ko", 0.5, _stream("ko")), ("en", 0.5, _stream("en"))])
     schedule = Schedule([(1, first), (1, Mixture([("ko", 1.0, _stream("ko"))]))], 40)
-    found = schedule.rows_by_language(40, 2)
+    found = schedule.sequences_by_language(40, 2)
     assert {language: len(rows) for language, rows in found.items()} == {"en": 2, "ko": 2}
     (en,) = [index for index, source in enumerate(schedule.sources) if source.language == "en"]
-    assert (found["en"][0]["input_ids"] == schedule.sources[en].stream.row(10).input_ids).all(), "10 are trained on"
+    assert (found["en"][0]["input_ids"] == schedule.sources[en].stream.sequence(10).input_ids).all(), (
+        "10 are trained on"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def test_a_run_trains_in_parts_and_reports_mean_shares(world):
     data = PreparedData.open(f"{config['output']}/prepared")
     sequences = divide_budget(load_config(config), data, lambda line: None)
     total = sequences.pretraining + sequences.alignment
-    rows = sequences.mixture.rows(0, total)
+    rows = sequences.mixture.sequences(0, total)
     languages = [rows.language(index) for index in range(total)]
     assert total == 80 and languages[:40].count("en") == pytest.approx(20, abs=1)
     assert languages[40:].count("en") == pytest.approx(4, abs=1)
@@ -106,11 +110,11 @@ def test_without_a_schedule_the_order_is_that_of_one_mixture(world):
     mixture = build_mixture(data, "xx", "en", 0.1, 32, plain.seed, weights=weights)
     assert sequences.mixture.origin == mixture.origin
     for index in range(80):
-        assert (sequences.mixture.row(index)["input_ids"] == mixture.row(index)["input_ids"]).all()
+        assert (sequences.mixture.sequence(index)["input_ids"] == mixture.sequence(index)["input_ids"]).all()
     one = divide_budget(
         load_config({**config, "data": {**config["data"], "schedule": [{"share": 2}]}}), data, lambda line: None
     )
-    assert all((one.mixture.row(i)["input_ids"] == mixture.row(i)["input_ids"]).all() for i in range(80))
+    assert all((one.mixture.sequence(i)["input_ids"] == mixture.sequence(i)["input_ids"]).all() for i in range(80))
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_regimes() -> None:
 
 
 def test_a_padded_row_ends_at_its_document_and_mixed_rows_are_refused() -> None:
-    row = PaddedStream(make_corpus([[10]]), 64).row(0)
+    row = PaddedStream(make_corpus([[10]]), 64).sequence(0)
     assert row.position_ids.max() == 9
     config = longrope().config
     require_own_positions(config, LIMIT, packed=True, batch_size=8)

@@ -16,7 +16,7 @@ from elo.methods import METHODS, Phase, Setup, base
 from elo.methods.base import select_layers
 from elo.methods.frozen import topmost_block
 from elo.methods.gradient_floor import GradientFloor
-from elo.train.arguments import rows_per_step
+from elo.train.arguments import sequences_per_step
 from elo.train.loop import train
 from elo.train.settings import TrainingSettings
 
@@ -37,7 +37,7 @@ ENDS = {"model.embed_tokens.weight", "lm_head.weight"}
 def _train(model, folder, prepared, *, steps=6, settings=QUICK):
     return train(
         model,
-        rows(steps * rows_per_step(LENGTH, settings)),
+        rows(steps * sequences_per_step(LENGTH, settings)),
         settings=settings,
         output_dir=folder,
         seed=5,

@@ -264,7 +264,7 @@ def test_a_mistyped_folder_is_not_looked_up_on_the_hub(use: str, here: Path, mon
     calls: dict[str, Callable[[str], object]] = {
         "detach": lambda name: detach(name, output=here / "out"),
         "tokenizer": load_tokenizer,
-        "evaluate": lambda name: load_model(name, "cpu", None, None, False),
+        "evaluate": lambda name: load_model(name, device="cpu"),
         "plan": read_config,
     }
     with pytest.raises(EloError, match=rf"bas: no such .*did you mean {here.name}/base\?.*hf download {here.name}/bas"):

@@ -15,7 +15,7 @@ from transformers import (
 
 from elo.errors import EloError
 from elo.evaluate.bits_per_byte import bits_per_byte
-from elo.train.arguments import rows_per_step
+from elo.train.arguments import sequences_per_step
 from elo.train.attention import VARLEN, choose_attention, document_starts
 from elo.train.batches import PackedCollator
 from elo.train.loop import train
@@ -100,11 +100,13 @@ def test_training_gives_the_same_losses(tmp_path):
         model.requires_grad_(True)
         result = train(
             model,
-            rows(6 * rows_per_step(LENGTH, settings)),
+            rows(6 * sequences_per_step(LENGTH, settings)),
             settings=settings,
             output_dir=tmp_path / name,
             seed=0,
-            evaluate=lambda model: {"xx": bits_per_byte(model, corpus(9, 5), sequence_length=LENGTH).bits_per_byte},
+            evaluate=lambda model: {
+                "bpb": {"xx": bits_per_byte(model, corpus(9, 5), sequence_length=LENGTH).bits_per_byte}
+            },
         )
         assert result.attention == name
         losses.append([point["loss"] for point in result.losses])

@@ -15,7 +15,7 @@ from elo.errors import EloError
 from elo.methods.base import select_layers
 from elo.surgery.in_memory import detach_layers
 from elo.train import bridge as train_bridge
-from elo.train.arguments import rows_per_step
+from elo.train.arguments import sequences_per_step
 from elo.train.bridge import RIDGES, Bridge, fit_bridge, install_bridge
 from elo.train.loop import train
 
@@ -131,7 +131,7 @@ def test_bridge_is_frozen_and_its_layers_learn(tmp_path):
     settings = SETTINGS.model_copy(update={"save_steps": 100})
     result = train(
         detached,
-        rows(8 * rows_per_step(LENGTH, settings)),
+        rows(8 * sequences_per_step(LENGTH, settings)),
         settings=settings,
         output_dir=tmp_path,
         seed=0,

@@ -11,7 +11,7 @@ from elo.methods import METHODS
 from elo.methods.base import check_supervision
 from elo.plan.plan import plan, planned_run
 from elo.run import run
-from elo.train.arguments import rows_per_step
+from elo.train.arguments import sequences_per_step
 from elo.train.loop import train
 from elo.train.settings import DeepSupervision
 
@@ -70,7 +70,7 @@ def test_execution_settings_change_nothing(tmp_path, settings):
     def losses(name, **changes):
         torch.manual_seed(0)
         chosen = SETTINGS.model_copy(update={"deep_supervision": supervision([0, 2]), "evaluations": 0, **changes})
-        mixture = rows(3 * rows_per_step(LENGTH, chosen))
+        mixture = rows(3 * sequences_per_step(LENGTH, chosen))
         result = train(tiny_llama(), mixture, settings=chosen, output_dir=tmp_path / name, seed=5)
         return [[point["loss"], *point["internal"].values()] for point in result.losses]
 

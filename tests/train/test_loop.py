@@ -14,7 +14,7 @@ from elo.errors import EloError, StoppedBySignalError, TrainingDivergedError
 from elo.evaluate.bits_per_byte import bits_per_byte
 from elo.methods.base import select_layers
 from elo.surgery.in_memory import attach_layers, detach_layers
-from elo.train.arguments import check_settings, rows_per_step
+from elo.train.arguments import check_settings, sequences_per_step
 from elo.train.checkpoints import MANIFEST, check_checkpoint, latest_checkpoint
 from elo.train.loop import train
 from elo.train.loss import install_head_loss
@@ -26,7 +26,7 @@ STEPS = 8
 def _train(model, folder, *, settings=SETTINGS, evaluate=None, steps=STEPS):
     return train(
         model,
-        rows(steps * rows_per_step(LENGTH, settings)),
+        rows(steps * sequences_per_step(LENGTH, settings)),
         settings=settings,
         output_dir=folder,
         seed=5,
@@ -242,7 +242,7 @@ def test_adafactor_is_a_choice(tmp_path):
 
 def test_tokens_per_step_must_fit():
     with pytest.raises(EloError, match=r"tokens_per_step: 100 is not a multiple .* = 32; write .* 96"):
-        rows_per_step(LENGTH, SETTINGS.model_copy(update={"tokens_per_step": 100}))
+        sequences_per_step(LENGTH, SETTINGS.model_copy(update={"tokens_per_step": 100}))
 
 
 def test_frozen_in_bf16_as_on_a_gpu(tmp_path):
@@ -256,7 +256,8 @@ def test_frozen_in_bf16_as_on_a_gpu(tmp_path):
     held = corpus(9, 10)
 
     def evaluate(model):
-        return {"xx": bits_per_byte(model, held, sequence_length=LENGTH, autocast_dtype=torch.bfloat16).bits_per_byte}
+        measured = bits_per_byte(model, held, sequence_length=LENGTH, autocast_dtype=torch.bfloat16)
+        return {"bpb": {"xx": measured.bits_per_byte}}
 
     result = _train(model, tmp_path, settings=settings, evaluate=evaluate)
     assert result.losses[-1]["loss"] < result.losses[0]["loss"]
@@ -306,7 +307,7 @@ def test_bits_per_byte_is_logged_while_training(tmp_path):
     def evaluate(model):
         assert not model.training
         measured.append(bits_per_byte(model, held, sequence_length=LENGTH).bits_per_byte)
-        return {"xx": measured[-1]}
+        return {"bpb": {"xx": measured[-1]}}
 
     model = _detached()
     result = _train(model, tmp_path, evaluate=evaluate)
@@ -427,6 +428,6 @@ def test_models_that_cannot_isolate_documents_train_unpacked_only(tmp_path, fami
     with pytest.raises(EloError, match=r"data\.packing: false"):
         _train(model, tmp_path / "packed")
     stream = PaddedStream(corpus(1), LENGTH, 1)
-    unpacked = Mixture([("xx", 1.0, stream)]).rows(0, 6 * 4)
+    unpacked = Mixture([("xx", 1.0, stream)]).sequences(0, 6 * 4)
     result = train(model, unpacked, settings=SETTINGS, output_dir=tmp_path / "unpacked", seed=0)
     assert result.losses[-1]["loss"] < result.losses[0]["loss"]

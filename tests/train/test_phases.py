@@ -14,7 +14,7 @@ from training_fixtures import LENGTH, SETTINGS, VOCAB, corpus, rows, supervision
 from elo.data.prepare import prepare
 from elo.errors import EloError, StoppedBySignalError
 from elo.evaluate.bits_per_byte import bits_per_byte
-from elo.train.arguments import rows_per_step
+from elo.train.arguments import sequences_per_step
 from elo.train.phase import train_checkpoint
 from elo.train.vocabulary_cut import CutSequences, VocabularyCut, choose_rows
 
@@ -48,7 +48,7 @@ def _train(case, folder, name, *, kept=None, tie=False, settings=QUICK, before_s
     record = train_checkpoint(
         base,
         folder / name,
-        rows=rows(STEPS * rows_per_step(LENGTH, settings)),
+        rows=rows(STEPS * sequences_per_step(LENGTH, settings)),
         prepare=prepare,
         seed=5,
         settings=settings,
@@ -153,7 +153,7 @@ def test_what_is_measured_during_training_is_measured_on_all_rows(tmp_path, tie,
         assert (embedding is head) == tie
         bpb = bits_per_byte(model, corpus(9, 10), sequence_length=LENGTH).bits_per_byte
         seen.append((bpb, embedding.detach().clone()))
-        return {"xx": bpb}
+        return {"bpb": {"xx": bpb}}
 
     settings = QUICK.model_copy(update={"evaluations": 5})
     final, record = _train(case, tmp_path, "cut", kept=USED, tie=tie, settings=settings, evaluate=evaluate)

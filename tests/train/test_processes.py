@@ -60,7 +60,7 @@ def test_a_killed_run_of_one_process_goes_on_with_two_and_ends_as_that_of_one(tm
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "shared"))
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).abs().max() < 2e-2, name  # bf16 on disk: a few of its steps
-    assert done.stdout.count("elo elo_pretraining: 1,024 tokens (pretraining part") == 1, "only one process speaks"
+    assert done.stdout.count("elo elo_pretraining: 1,024 tokens (pretraining portion") == 1, "only one process speaks"
     assert not [path for path in (tmp_path / "shared").rglob("*") if path.name.startswith(".tmp-")]
 
 

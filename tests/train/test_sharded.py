@@ -25,7 +25,7 @@ from zoo import logits_of, tiny_config, tiny_model
 from elo.checkpoint.architecture import find_architecture
 from elo.errors import EloError, StoppedBySignalError
 from elo.run import run
-from elo.train.arguments import rows_per_step
+from elo.train.arguments import sequences_per_step
 from elo.train.distributed import check_sharding, main_alone_loads, whole_parts, without_weights
 from elo.train.phase import load_trainable, save_checkpoint, train_checkpoint
 from elo.train.prepared import Prepared
@@ -262,7 +262,7 @@ def test_a_method_in_two_processes_ends_as_in_one(name: str, tmp_path: Path) -> 
         train_checkpoint(
             tmp_path / "base",
             tmp_path / folder,
-            rows=rows(6 * rows_per_step(LENGTH, settings)),
+            rows=rows(6 * sequences_per_step(LENGTH, settings)),
             prepare=prepare,
             seed=5,
             settings=settings,

@@ -22,7 +22,7 @@ from elo.evaluate.loading import load_model
 from elo.methods.base import METHODS, Method, Phase, Setup
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 from elo.surgery.scale_change import scale_change
-from elo.train.arguments import rows_per_step
+from elo.train.arguments import sequences_per_step
 from elo.train.bridge import fit_bridge
 from elo.train.phase import save_checkpoint, train_checkpoint
 from elo.train.trained_files import TrainedFiles
@@ -139,21 +139,21 @@ def test_what_did_not_train_is_bit_identical(number: int, kind: str, tmp_path: P
     base = start = write_random_base(tmp_path / "base", kind, seed=100 * number + KINDS.index(kind))
     bridge = None
     if phase.middle == "bridged":
-        whole = load_model(str(base), "cpu", torch.float32, None, False)
+        whole = load_model(str(base), device="cpu", dtype=torch.float32)
         mixture = rows(20)
         bridge = fit_bridge(whole, KEPT, [mixture[index] for index in range(20)])
     if phase.detached:
         detach_checkpoint(base, KEPT, start := tmp_path / "detached")
     seen: dict[str, torch.Tensor] = {}
 
-    def remember(model: PreTrainedModel) -> dict[str, float]:
+    def remember(model: PreTrainedModel) -> dict[str, Any]:
         seen.update({name: tensor.detach().clone() for name, tensor in model.state_dict().items()})
-        return {"xx": 1.0}
+        return {"bpb": {"xx": 1.0}}
 
     train_checkpoint(
         start,
         tmp_path / "trained",
-        rows=rows(3 * rows_per_step(LENGTH, QUICK)),
+        rows=rows(3 * sequences_per_step(LENGTH, QUICK)),
         prepare=lambda model: method.prepare(model, phase, Setup(KEPT, bridge, seed=7)),
         seed=7,
         settings=QUICK,
@@ -173,7 +173,7 @@ def test_what_did_not_train_is_bit_identical(number: int, kind: str, tmp_path: P
             if _part(name) in ("embedding", "head"):
                 assert torch.equal(_bits(before[name][:NEW_ROW]), _bits(after[name][:NEW_ROW]))
                 assert not torch.equal(before[name][NEW_ROW:], after[name][NEW_ROW:])
-    loaded = load_model(str(tmp_path / "trained"), "cpu", torch.float32, None, False).state_dict()
+    loaded = load_model(str(tmp_path / "trained"), device="cpu", dtype=torch.float32).state_dict()
     if phase.middle != "adapted":  # whose adapters are merged later
         for name, tensor in seen.items():
             torch.testing.assert_close(loaded[name], tensor, atol=1e-6, rtol=2**-8, msg=name)
@@ -280,7 +280,7 @@ def test_rows_that_training_computes_without_keep_their_bits(
     base = start = write_random_base(tmp_path / "base", kind, seed=len(name) + KINDS.index(kind))
     if phase.detached:
         detach_checkpoint(base, KEPT, start := tmp_path / "detached")
-    sequences = rows(2 * rows_per_step(LENGTH, QUICK))
+    sequences = rows(2 * sequences_per_step(LENGTH, QUICK))
     used = {int(i) for number in range(len(sequences)) for i in sequences[number]["input_ids"]}
     chosen = sorted(used | {62})
     (tmp_path / "rows.json").write_text(json.dumps(chosen))
@@ -365,7 +365,7 @@ def test_what_lies_beside_the_weights_and_what_does_not_come_along(tmp_path: Pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_a_file_are_known_by_what_they_become(kind: str, tmp_path: Path) -> None:
     base = write_random_base(tmp_path / "base", kind, seed=1)
-    model = load_model(str(base), "cpu", torch.float32, None, False)
+    model = load_model(str(base), device="cpu", dtype=torch.float32)
     tensors = {name: tensor.to("meta") for name, tensor in stored(base).items()}
     names = map_names(model, tensors)
     outside = {"embedding", "norm", "head"}

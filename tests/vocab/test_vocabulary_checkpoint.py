@@ -116,9 +116,10 @@ def test_a_tokenizer_with_tokens_beyond_the_embedding(tmp_path):
     assert torch.equal(weight[68], weight[10])
 
 
-def test_bf16_and_several_shards(tmp_path):
+def test_bf16_and_several_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("elo.checkpoint.tensor_files.MAX_SHARD_BYTES", 20_000)
     llama().to(torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    extend(tmp_path / "base", tmp_path / "new", max_shard_bytes=20_000)
+    extend(tmp_path / "base", tmp_path / "new")
     assert (tmp_path / "new" / "model.safetensors.index.json").exists()
     before, after = stored(tmp_path / "base"), stored(tmp_path / "new")
     assert before.keys() == after.keys()

@@ -6,7 +6,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from elo.data.chat_template import ChatExample
-from elo.data.packing import IGNORE_INDEX, PackedRow, shuffled
+from elo.data.packing import IGNORE_INDEX, PackedSequence, shuffled
 
 _OPEN_SEQUENCES = 64  # sequences that the next conversation may still go to
 
@@ -54,11 +54,11 @@ class ChatSequences(Dataset):
         labels = np.concatenate([*(each.labels for each in held), np.full(T - used, IGNORE_INDEX)])
         positions = [np.arange(len(each.ids)) for each in held]
         if self.packing:  # padding is a document of its own
-            row = PackedRow(ids, labels, np.concatenate([*positions, np.arange(T - used)]))
+            sequence = PackedSequence(ids, labels, np.concatenate([*positions, np.arange(T - used)]))
         else:
             mask = (np.arange(T) < used).astype(np.int64)
-            row = PackedRow(ids, labels, np.concatenate([*positions, np.zeros(T - used, np.int64)]), mask)
-        return {name: value for name, value in row._asdict().items() if value is not None}
+            sequence = PackedSequence(ids, labels, np.concatenate([*positions, np.zeros(T - used, np.int64)]), mask)
+        return {name: value for name, value in sequence._asdict().items() if value is not None}
 
     @property
     def tokens_used(self) -> int:

@@ -16,7 +16,7 @@ from elo.errors import EloError
 from elo.evaluate.scoring import keeps_apart
 from elo.methods import Method, Setup
 from elo.surgery.equivalence import build_hollow_causal_lm
-from elo.train.arguments import rows_per_step
+from elo.train.arguments import sequences_per_step
 from elo.train.phase import train_checkpoint
 from elo.train.settings import TrainingSettings
 
@@ -72,7 +72,7 @@ def fine_tune(
         sequence_length=sequence_length,
         packing=packing,
         epochs=epochs,
-        multiple=rows_per_step(sequence_length, settings),
+        multiple=sequences_per_step(sequence_length, settings),
         seed=seed,
     )
     answers = sum(each.answer_tokens for each in examples)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from elo.chat.chat_vector import chat_vector, check_chat_vector
 from elo.chat.sft import HELDOUT_FILES, TEMPLATE_FILE, TRAINING_FILES, fine_tune
-from elo.checkpoint.counting import read_config
-from elo.checkpoint.model_config import text_config_of
+from elo.checkpoint.counting import read_decoder_config
 from elo.config import ChatConfig
 from elo.data.chat_template import TEMPLATES, ChatFormat
 from elo.data.conversations import Conversation, read_conversations, write_conversations
@@ -92,10 +93,9 @@ def open_chat(
         check_chat_vector(model, bases, chats, trust_remote_code=trust_remote_code)
         base, chat = (Artifact(each, checkpoint_identity(each)) for each in (bases, chats))
         tokenizer = str(chats)
+    decoder = read_decoder_config(model, trust_remote_code=trust_remote_code)
     if config.data:
-        _check_length(model, config.sequence_length, trust_remote_code)
-        check_settings(config.settings, config.sequence_length, "chat.training")
-        _check_supervision(model, config, trust_remote_code)
+        _check_training(config, decoder, model)
     if config.data or config.heldout:
         require_identifier("chat")
     files = {Path(path) for paths in config.data.values() for path in paths} | set(map(Path, config.heldout.values()))
@@ -115,8 +115,7 @@ def open_chat(
         seed=seed,
         execution={"tokenizer": tokenizer, "trust_remote_code": trust_remote_code},
     )
-    rows = text_config_of(read_config(str(model), trust_remote_code=trust_remote_code)).vocab_size
-    fits = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code).vocab_size <= rows
+    fits = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code).vocab_size <= decoder.vocab_size
     return ChatInputs(config, folder, base, chat, tokenizer, stage, fits, seed, trust_remote_code)
 
 
@@ -217,17 +216,14 @@ def _hold_out(
     return train, held
 
 
-def _check_length(model: Path, length: int, trust_remote_code: bool) -> None:
-    config = text_config_of(read_config(str(model), trust_remote_code=trust_remote_code))
-    limit = getattr(config, "max_position_embeddings", None)
+def _check_training(config: ChatConfig, decoder: PretrainedConfig, model: Path) -> None:
+    """Raise EloError if the model cannot be fine-tuned with these settings."""
+    length, limit = config.sequence_length, getattr(decoder, "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit > 0:
         raise EloError(f"chat.sequence_length: got {length}, but {model} has {limit} positions; write at most {limit}")
-
-
-def _check_supervision(model: Path, config: ChatConfig, trust_remote_code: bool) -> None:
-    num_layers = text_config_of(read_config(str(model), trust_remote_code=trust_remote_code)).num_hidden_layers
+    check_settings(config.settings, length, "chat.training")
     try:
-        check_supervision(config.method.phases[0], config.settings, (), num_layers)
+        check_supervision(config.method.phases[0], config.settings, (), decoder.num_hidden_layers)
     except EloError as error:
         raise EloError(f"chat.{error}") from None
 

@@ -6,9 +6,9 @@ every family that transformers can build.
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,8 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from elo.checkpoint.architecture import find_architecture, modules_in
 from elo.checkpoint.download import fetch_checkpoint
-from elo.checkpoint.footprint import Footprint, LayerFootprint, Middle, ModuleFootprint
-from elo.checkpoint.layers import parse_layers
+from elo.checkpoint.footprint import Footprint, LayerFootprint, ModuleFootprint
 from elo.checkpoint.local_names import require_path_or_id
 from elo.checkpoint.model_config import text_config_of
 from elo.checkpoint.reading import auto_class, require_pad_row
@@ -30,9 +29,7 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk"
 _NOT_SCORES = ("linear", "lightning", "delta", "mamba", "rwkv", "recurrent")
 
 
-def read_config(
-    source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PretrainedConfig:
+def read_config(source: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Read a model's config from a checkpoint folder, a config.json or a Hugging Face id, without reading weights.
 
     Raises:
@@ -51,7 +48,7 @@ def read_config(
         raise EloError(f"model: {source}: no such file or folder; {remedy}")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            str(path) if local else source, revision=revision, trust_remote_code=trust_remote_code
+            str(path) if local else source, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # a family's config class can raise any type for inconsistent values
         reason = str(error).strip().split("\n")[0]
@@ -61,7 +58,12 @@ def read_config(
     return config
 
 
-def build_on_meta(config: PretrainedConfig, **arguments: Any) -> PreTrainedModel:
+def read_decoder_config(source: str | Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read the decoder's part of a model's config, like `read_config`."""
+    return text_config_of(read_config(source, trust_remote_code=trust_remote_code))
+
+
+def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the causal language model of `config` without memory for its weights; `config` is not changed.
 
     For a multimodal wrapper, build the decoder alone if transformers has a class for it, otherwise the whole model.
@@ -73,7 +75,7 @@ def build_on_meta(config: PretrainedConfig, **arguments: Any) -> PreTrainedModel
     config = copy.deepcopy(part if type(part) in AutoModelForCausalLM._model_mapping else config)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto_class(config).from_config(config, **arguments)
+            model: PreTrainedModel = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
             return model
     except Exception as error:  # a family's modeling code can raise any type for inconsistent values
         reason = str(error).strip().split("\n")[0]
@@ -83,7 +85,7 @@ def build_on_meta(config: PretrainedConfig, **arguments: Any) -> PreTrainedModel
         ) from None
 
 
-def footprint(model: PreTrainedModel | PretrainedConfig) -> Footprint:
+def footprint(model: PreTrainedModel | PretrainedConfig, *, trust_remote_code: bool = False) -> Footprint:
     """Count a model's parameters by part. A config is built on the meta device first; a model is not changed.
 
     Raises:
@@ -91,7 +93,7 @@ def footprint(model: PreTrainedModel | PretrainedConfig) -> Footprint:
         UnsupportedArchitectureError: a part of the model cannot be found.
     """
     if isinstance(model, PretrainedConfig):
-        model = build_on_meta(model)
+        model = build_on_meta(model, trust_remote_code=trust_remote_code)
     config = text_config_of(model.config)
     seen: set[int] = set()
 
@@ -126,57 +128,6 @@ def footprint(model: PreTrainedModel | PretrainedConfig) -> Footprint:
         layers=layers,
         softcaps=getattr(config, "final_logit_softcapping", None) is not None,
     )
-
-
-def parameter_counts(
-    model: PreTrainedModel | PretrainedConfig, layers: str | Sequence[int] | None = None
-) -> dict[str, Any]:
-    """Count parameters for a run's results.
-
-    Args:
-        model: a model, or a config to build on the meta device.
-        layers: a layer selection; adds `detached` (the model with only these layers) and `trainable` (these layers).
-
-    Returns:
-        total, active (per token), embedding, head (0 if tied), norm, other, layers (one count each) and tied.
-
-    Raises:
-        EloError: as `footprint` and `parse_layers`.
-    """
-    counted = footprint(model)
-    counts: dict[str, Any] = {**counted.parameters(), "tied": counted.tied}
-    if layers is not None:
-        chosen = parse_layers(layers, counted.num_layers)
-        counts["detached"] = counted.detached(chosen).total
-        counts["trainable"] = counted.trainable("removed", chosen)
-    return counts
-
-
-def training_flops_per_token(
-    model: PreTrainedModel | PretrainedConfig,
-    middle: Middle = "trained",
-    *,
-    layers: str | Sequence[int] | None = None,
-    sequence_length: int = 0,
-    activation_checkpointing: bool = False,
-    lora_rank: int = 16,
-) -> float:
-    """Count the FLOPs of one trained token, forward and backward, as `Footprint.flops_per_token` does.
-
-    For a detached model, pass `middle="removed"` and no `layers`: all its layers train, embedding and head are frozen.
-
-    Raises:
-        EloError: as `footprint` and `parse_layers`.
-    """
-    counted = footprint(model)
-    chosen = None if layers is None else parse_layers(layers, counted.num_layers)
-    return counted.flops_per_token(
-        middle,
-        chosen,
-        sequence_length=sequence_length,
-        activation_checkpointing=activation_checkpointing,
-        lora_rank=lora_rank,
-    ).total
 
 
 def _first(config: PretrainedConfig, names: Iterable[str]) -> int:

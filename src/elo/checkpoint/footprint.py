@@ -155,18 +155,6 @@ class Footprint:
             head_matmul=grown(self.head_matmul),
         )
 
-    def parameters(self) -> dict[str, int | list[int]]:
-        """Return total, active (per token), embedding, head (0 if tied), norm, other, and one count per layer."""
-        return {
-            "total": self.total,
-            "active": self.active,
-            "embedding": self.embedding,
-            "head": self.head,
-            "norm": self.norm,
-            "other": self.other,
-            "layers": [layer.parameters for layer in self.layers],
-        }
-
     def lora_parameters(self, rank: int | Sequence[int], module: LayerModule = "layer") -> int:
         """Count low-rank adapters on every dense matrix of a module of every layer: rank x (inputs + outputs).
 

@@ -8,6 +8,10 @@ from typing import NamedTuple
 from elo.errors import EloError
 
 DEFAULT_LAYERS = "first:1,last:1"
+PROBE_TOKENS = 256
+"""Default tokens per language of the probe that `auto` asks for: minutes on one CPU core for 135M parameters."""
+PROBE_LENGTH = 64
+"""Default length of a sequence of the probe, in tokens."""
 
 # No model has more than nine digits of layers, and int() raises for thousands of digits.
 _END = re.compile(r"(first|last):([0-9]{1,9})")

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
+"""Size of the tensors in one file, in bytes, unless a single tensor is larger."""
 CHUNK_BYTES = 16 << 20  # a multiple of every dtype's size
 ADAPTER_CONFIG = "adapter_config.json"
 _WRAPPERS = {
@@ -314,21 +315,12 @@ class NewTensor:
     chunks: Callable[[], Iterable[bytes]]
 
 
-def write_checkpoint(
-    folder: Path, tensors: list[NewTensor], max_shard_bytes: int = MAX_SHARD_BYTES, label: str | None = None
-) -> None:
-    """Write tensors as one safetensors file, or as several files with an index.
-
-    Args:
-        folder: folder to write to.
-        tensors: tensors to write, in this order.
-        max_shard_bytes: size of the tensors in one file, in bytes, unless a single tensor is larger.
-        label: label of the progress bar; None shows no progress.
-    """
+def write_checkpoint(folder: Path, tensors: list[NewTensor], label: str | None = None) -> None:
+    """Write tensors as one safetensors file, or as several files of `MAX_SHARD_BYTES` with an index."""
     shards: list[list[NewTensor]] = [[]]
     filled = 0
     for tensor in tensors:
-        if shards[-1] and filled + tensor.size > max_shard_bytes:
+        if shards[-1] and filled + tensor.size > MAX_SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append(tensor)

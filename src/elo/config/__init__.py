@@ -1,8 +1,9 @@
 """The configuration of a run or a comparison."""
 
 from elo.config.chat import ChatConfig
+from elo.config.comparison import Budget, CompareConfig, Contestant
 from elo.config.load import contestant_run, load_chat, load_comparison, load_config
-from elo.config.schema import Budget, CompareConfig, Contestant, CorpusConfig, DataConfig, EvaluationConfig, RunConfig
+from elo.config.schema import CorpusConfig, DataConfig, EvaluationConfig, RunConfig
 
 __all__ = [
     "Budget",

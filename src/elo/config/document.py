@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from collections.abc import Callable
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -10,10 +11,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from elo.config.chat import ChatConfig, ChatTraining
+from elo.config.comparison import Budget, CompareConfig, Contestant
 from elo.config.schema import (
-    Budget,
-    CompareConfig,
-    Contestant,
     CorpusConfig,
     DataConfig,
     EvaluationConfig,
@@ -89,7 +88,7 @@ def markdown() -> str:
         inherited = tuple(set(TrainingSettings.model_fields) - set(vars(model)["__annotations__"]))
         skip = inherited if model is ChatTraining else ()
         also = ["As [training](#training), except `phases`, `vocabulary` and `evaluations`, and with:", ""]
-        lines += [f"## {title}", "", *(also if skip else []), *_table(model, skip), ""]
+        lines += [f"## {title}", "", *(also if skip else []), *key_table(model, skip), ""]
     lines += [
         "## method",
         "",
@@ -99,10 +98,10 @@ def markdown() -> str:
     lines += ["```yaml", "method: {name: lora, rank: 64, also_train: [embedding, head]}", "```", ""]
     for name, method in METHODS.items():
         about = " ".join((method.__doc__ or "").split())
-        lines += [f"### {name}", "", about, "", *_table(method, skip=("name",)), ""]
+        lines += [f"### {name}", "", about, "", *key_table(method, skip=("name",)), ""]
     lines += ["# Comparisons", "", "`elo compare` reads a file of this form ([comparing](comparing.md)).", ""]
     for title, model in _COMPARISON.items():
-        lines += [f"## {title}", "", *_table(model), ""]
+        lines += [f"## {title}", "", *key_table(model), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -142,15 +141,28 @@ def _model_of(field: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def _table(model: type[BaseModel], skip: tuple[str, ...] = ()) -> list[str]:
-    rows = ["| key | values | default | what it does |", "|---|---|---|---|"]
+def key_table(
+    model: type[BaseModel],
+    skip: tuple[str, ...] = (),
+    *,
+    meaning: str = "what it does",
+    section: Callable[[type[BaseModel]], str] = lambda model: "section",
+) -> list[str]:
+    """Return the lines of a Markdown table of a model's fields.
+
+    Args:
+        skip: fields to leave out.
+        meaning: heading of the column with the descriptions.
+        section: what to write for a field that holds another model.
+    """
+    rows = [f"| key | values | default | {meaning} |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         if name in skip:
             continue
         described = " ".join((field.description or "").split())
         if field.json_schema_extra == EXECUTION:
             described = f"*Execution.* {described}"
-        cells = (f"`{name}`", _values(field.annotation), _default(field), described)
+        cells = (f"`{name}`", _values(field.annotation, section), _default(field), described)
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return rows
 
@@ -166,27 +178,27 @@ def _default(field: FieldInfo) -> str:
     return f"`{json.dumps(_plain(value), ensure_ascii=False)}`"
 
 
-def _values(kind: Any) -> str:
+def _values(kind: Any, section: Callable[[type[BaseModel]], str]) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         if all(isinstance(each, type) and issubclass(each, BaseModel) for each in inner):
             return "a method"
-        return " or ".join(dict.fromkeys(_values(each) for each in inner))
+        return " or ".join(dict.fromkeys(_values(each, section) for each in inner))
     if origin is not None and str(origin).endswith("Literal"):
         return ", ".join(f"`{json.dumps(each)}`".replace('"', "") for each in inner)
     if origin is not None and hasattr(kind, "__metadata__"):
-        return _values(inner[0])
+        return _values(inner[0], section)
     if origin is list or origin is tuple:
-        return f"list of {_values(inner[0])}" if inner else "list"
+        return f"list of {_values(inner[0], section)}" if inner else "list"
     if origin is dict:
-        return f"mapping to {_values(inner[1])}"
+        return f"mapping to {_values(inner[1], section)}"
     names = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", type(None): "null"}
     if kind in names:
         return names[kind]
     if isinstance(kind, type) and issubclass(kind, Measure):
         return kind.short_form
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return "section"
+        return section(kind)
     return "any value"
 
 

@@ -9,8 +9,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from elo.config.chat import ChatConfig
+from elo.config.comparison import CompareConfig
 from elo.config.other_tools import AXOLOTL, SAME
-from elo.config.schema import CompareConfig, RunConfig
+from elo.config.schema import RunConfig
 from elo.errors import EloError
 from elo.methods import METHODS, Method
 

@@ -1,4 +1,4 @@
-"""Configuration models of a run and of a comparison: the keys of their YAML files."""
+"""Configuration models of a run: the keys of its YAML file."""
 
 from functools import reduce
 from operator import or_
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator, model_validator
 
-from elo.checkpoint.layers import DEFAULT_LAYERS
+from elo.checkpoint.layers import DEFAULT_LAYERS, PROBE_LENGTH, PROBE_TOKENS
 from elo.config.chat import ChatConfig
 from elo.data.filters import Filters
 from elo.data.mixture import names_of
@@ -15,13 +15,10 @@ from elo.evaluate.measures import MEASURES, Measure
 from elo.evaluate.translation import Translation
 from elo.methods import METHODS, Method, Phase, section_of_name
 from elo.methods.lora import Lora
-from elo.probe import SEQUENCE_LENGTH, TOKENS
-from elo.train.settings import TrainingSection, TrainingSettings
-
-Rate = Annotated[float, Field(gt=0, le=1)]
+from elo.train.settings import EXECUTION, TrainingSection, TrainingSettings
 
 
-def _whole_number(value: Any) -> Any:
+def whole_number(value: Any) -> Any:
     """Convert 1e9, which YAML 1.1 reads as text, to a whole number, and reject true, which Python treats as 1."""
     if isinstance(value, bool):
         raise ValueError("must be a whole number, not true or false")
@@ -58,11 +55,11 @@ else:
     AnyMethod = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name"), BeforeValidator(section_of_name)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class CorpusConfig(_Section):
+class CorpusConfig(Section):
     """One corpus. A bare string is the path."""
 
     path: str = Field(min_length=1)
@@ -121,7 +118,7 @@ class CorpusConfig(_Section):
         )
 
 
-class PartConfig(_Section):
+class PartConfig(Section):
     """A part of the training with shares of its own. What it leaves out is as in `data`."""
 
     share: float = Field(gt=0, le=1e6)
@@ -136,7 +133,7 @@ class PartConfig(_Section):
     """Weights of a language's corpora in the part, in the order of `data.corpora`; 0 leaves a corpus out."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Training and held-out text."""
 
     target: Languages
@@ -236,6 +233,12 @@ class DataConfig(_Section):
                     "of the part's target or source"
                 )
 
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings, besides corpora, that determine the token shards, for the fingerprint of their stage."""
+        keys = {"heldout_share", "validation_share", "on_error", "split_special_tokens", "allow_lost_text"}
+        filters = self.filters.plan()
+        return self.model_dump(mode="json", include=keys) | ({"filters": filters} if filters else {})
+
     @property
     def parts(self) -> list[PartConfig]:
         """The schedule, of one part if there is none."""
@@ -262,10 +265,10 @@ class DataConfig(_Section):
         return (*self.targets, *self.sources)
 
 
-class _EvaluationConfig(_Section):
+class _EvaluationConfig(Section):
     """What is measured before and after."""
 
-    max_bytes: Annotated[int | None, BeforeValidator(_whole_number)] = Field(400_000, ge=1000)
+    max_bytes: Annotated[int | None, BeforeValidator(whole_number)] = Field(400_000, ge=1000)
     """Maximum size of held-out text per language, in bytes, shared among its documents; null takes all. It also applies
     to the measurements during training."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -278,11 +281,34 @@ class _EvaluationConfig(_Section):
     max_new_tokens: int = Field(48, gt=0)
     """Maximum length of a sample text, in tokens."""
 
+    during_training: list[str] = Field(default_factory=list, json_schema_extra=EXECUTION)
+    """Sections of this one, such as tasks or in_context, that are also measured at each of training.evaluations. Adding
+    one does not repeat a training that is done."""
+
+    def decisive(self) -> dict[str, Any]:
+        """Return what determines the values of a measurement, for the fingerprint of its stage."""
+        return self.model_dump(mode="json", exclude={"during_training"})
+
     @property
     def measures(self) -> list[Measure]:
         """The registered measures that are asked for."""
         found = [getattr(self, name) for name in MEASURES]
         return [measure for measure in found if measure is not None]
+
+    @property
+    def measures_during_training(self) -> list[Measure]:
+        """Those of `measures` that `during_training` names."""
+        return [measure for measure in self.measures if measure.name in self.during_training]
+
+    @model_validator(mode="after")
+    def _measured_during_training_is_configured(self) -> "_EvaluationConfig":
+        for name in self.during_training:
+            if getattr(self, name, None) is None or name not in MEASURES:
+                raise ValueError(
+                    f"during_training: there is no section evaluation.{name}; name configured ones of "
+                    f"{', '.join(MEASURES)}"
+                )
+        return self
 
 
 def _measure_field(measure: type[Measure]) -> Any:
@@ -302,18 +328,18 @@ else:
     )
 
 
-class ProbeConfig(_Section):
+class ProbeConfig(Section):
     """The probe of `layers: auto` and of `profile: probe`, on training text (docs/probe.md)."""
 
-    tokens: Annotated[int, BeforeValidator(_whole_number)] = Field(TOKENS, gt=0)
+    tokens: Annotated[int, BeforeValidator(whole_number)] = Field(PROBE_TOKENS, gt=0)
     """Number of tokens per language."""
-    sequence_length: int = Field(SEQUENCE_LENGTH, ge=8)
+    sequence_length: int = Field(PROBE_LENGTH, ge=8)
     """Length of a sequence, in tokens."""
     parallel: str | None = Field(None, min_length=1)
     """File with parallel sentences, one column per language, for the criterion `parallel`."""
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A run."""
 
     model: str = Field(min_length=1)
@@ -327,7 +353,7 @@ class RunConfig(_Section):
     """Decoder layers to train: first:K, last:K, indices or ranges, separated by commas. auto:K and auto:CRITERION:K
     take the K layers that a probe finds most important."""
     probe: ProbeConfig = ProbeConfig()
-    tokens: Annotated[int | None, BeforeValidator(_whole_number)] = Field(None, gt=0, le=10**15)
+    tokens: Annotated[int | None, BeforeValidator(whole_number)] = Field(None, gt=0, le=10**15)
     """Number of training tokens of the run; null is one pass over the text in the target languages."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Seed for the order of the data and all other random choices."""
@@ -373,111 +399,3 @@ class RunConfig(_Section):
     def settings(self, phase: Phase) -> TrainingSettings:
         """Return the training settings of one phase of the method."""
         return self.training.for_phase(phase.name, phase.learning_rate)
-
-
-class Contestant(_Section):
-    """One of the methods in a comparison."""
-
-    method: AnyMethod | None = None
-    """Adaptation method; null is the method with the contestant's name."""
-    model: str | None = Field(None, min_length=1)
-    """Base model of this contestant, to compare bases; null is the run's."""
-    tokenizer: str | None = Field(None, min_length=1)
-    """Tokenizer for `model`; null is the model's own."""
-    label: str | None = None
-    """Name in the report."""
-    changes: dict[str, Any] = Field(default_factory=dict)
-    """Keys of the run to change for this contestant, as key.path: value."""
-    tokens_per_second: float | None = Field(None, gt=0)
-    """Training speed in tokens per second (CPU second for a `cpu_seconds` budget), measured on an idle machine with
-    benchmarks/methods_speed.py. A time budget is then converted to tokens at this speed. null measures the speed in
-    trial runs."""
-    fixed_seconds: float = Field(0.0, ge=0)
-    """Time of the stages without training, such as detach and the search of a scale. It is deducted from a time budget
-    before `tokens_per_second` is applied."""
-    learning_rates: list[Rate] | dict[str, list[Rate]] | None = None
-    """Learning rates to try, for all phases or by phase; null is the comparison's list."""
-
-
-class Budget(_Section):
-    """The budget of each contestant: tokens, or time."""
-
-    tokens: Annotated[int | None, BeforeValidator(_whole_number)] = Field(None, gt=0, le=10**15)
-    """Number of training tokens."""
-    seconds: float | None = Field(None, gt=0)
-    """Wall time of all stages except evaluation, in seconds."""
-    cpu_seconds: float | None = Field(None, gt=0)
-    """CPU time of all stages except evaluation, in seconds, summed over cores. Other work on the machine distorts it
-    less than wall time."""
-
-    @model_validator(mode="after")
-    def _one(self) -> "Budget":
-        if sum(value is not None for value in (self.tokens, self.seconds, self.cpu_seconds)) != 1:
-            raise ValueError("a budget is one of tokens, seconds and cpu_seconds; write exactly one of them")
-        return self
-
-    @property
-    def kind(self) -> Literal["tokens", "seconds", "cpu_seconds"]:
-        return "tokens" if self.tokens is not None else "seconds" if self.seconds is not None else "cpu_seconds"
-
-    @property
-    def value(self) -> float:
-        return float(getattr(self, self.kind))
-
-    @property
-    def name(self) -> str:
-        return {
-            "tokens": f"{self.value:,.0f} tokens",
-            "seconds": f"{self.value:g} s",
-            "cpu_seconds": f"{self.value:g} CPU s",
-        }[self.kind]
-
-
-class CompareConfig(_Section):
-    """A comparison of methods, or of base models, on the same training text and held-out text."""
-
-    run: str | dict[str, Any]
-    """Configuration of a run that all contestants share, or the path of its file."""
-    output: str = Field(min_length=1)
-    """Folder of the comparison."""
-    contestants: dict[str, Contestant] = Field(min_length=1)
-    budgets: list[Budget] = Field(min_length=1)
-    seeds: list[int] = Field([1, 2, 3], min_length=1)
-    """Seeds, one training per seed. Learning rates are tuned with the first."""
-    learning_rates: list[Rate] = Field([1e-4, 3e-4, 1e-3], min_length=1)
-    """Learning rates to try for each phase of each contestant, with `tuning_share` of the budget. If the lowest or
-    highest is best, up to two more beyond it are tried."""
-    tuning_share: float = Field(1.0, gt=0, le=1)
-    """Length of a tuning run as a share of the budget. 1 is the most faithful, since the best rate depends on the
-    length of the training."""
-    source_weight: float = Field(0.0, ge=0, le=10)
-    """Weight of the source languages when learning rates are chosen. The rates with the lowest target bits per byte
-    + `source_weight` x source bits per byte on validation text are taken, each the mean over its languages."""
-    title: str | None = None
-
-    @field_validator("contestants", mode="before")
-    @classmethod
-    def _empty_is_plain(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            return {str(name): {} for name in value}
-        return {name: item or {} for name, item in value.items()} if isinstance(value, dict) else value
-
-    @model_validator(mode="after")
-    def _known(self) -> "CompareConfig":
-        for name, contestant in self.contestants.items():
-            for key in ("model", "tokenizer"):
-                if key in contestant.changes:
-                    raise ValueError(f"contestants.{name}.changes: {key}: write {key} beside changes, not in it")
-            if contestant.tokenizer and not contestant.model:
-                raise ValueError(f"contestants.{name}.tokenizer: needs a model of the contestant; add model")
-            if contestant.method is None and name not in METHODS:
-                raise ValueError(f"contestants.{name}: is not a method; set method to one of {', '.join(METHODS)}")
-            if not name.replace("_", "").replace("-", "").replace(".", "").isalnum() or name.startswith("."):
-                raise ValueError(f"contestants: name {name!r} may contain only letters, digits, -, _ and .")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {self.seeds} contains a seed twice; remove it")
-        return self
-
-    def method(self, name: str) -> Method:
-        """Return the method of contestant `name`."""
-        return self.contestants[name].method or METHODS[name].model_validate({"name": name})

@@ -1,7 +1,6 @@
 """Turn the files of one corpus into token shards: read, cut out held-out documents, tokenise, write."""
 
 import hashlib
-import logging
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,8 @@ import numpy as np
 from elo.data.filters import FILTERS, Filters
 from elo.data.parallel import Parallel
 from elo.data.shard_writer import READER_COUNTS, Position, UnitState, UnitWriter
-from elo.data.shards import SCHEMA, SPLITS, TokenCorpus
-from elo.data.sources import FileReader, InputFile, Record, list_inputs
+from elo.data.shards import SCHEMA, SPLITS
+from elo.data.sources import FileReader, InputFile, Record
 from elo.data.text_loss import judge_loss
 from elo.data.tokenizer import TextTokenizer
 from elo.data.tokenizing import TextCounts, TokenizerPool, WorkerDied
@@ -34,8 +33,6 @@ FIRST_CHECKED, CHECKED_EVERY = 256, 16
 JUDGED_FROM = 1 << 20
 """Decoded bytes after which a corpus may be rejected before all of it is tokenised."""
 PLAN = "plan.json"
-
-log = logging.getLogger(__name__)
 
 
 def text_hash(text: bytes) -> bytes:
@@ -436,33 +433,3 @@ def dropped_examples(job: Preparation, task: CorpusTask, counts: dict[str, int])
             if size > EXAMPLES_WITHIN or all(len(found[name]) >= number for name, number in wanted.items()):
                 return found
     return found
-
-
-def tokenize_source(
-    source: str | Path,
-    tokenizer: TextTokenizer,
-    text_column: str = "text",
-    on_error: str = "stop",
-    max_bytes: int | None = None,
-) -> TokenCorpus:
-    """Tokenise a small corpus into memory, stopping after the document that reaches `max_bytes` of UTF-8 text.
-
-    Raises:
-        EloError: there is nothing to read, bad input, or no document with text.
-    """
-    files = list_inputs(str(source))
-    task = CorpusTask("any", "heldout", 0, str(source), 1.0, text_column, tuple(files))
-    reader = DocumentReader(task, files, on_error, frozenset(), log.warning)
-    documents: list[np.ndarray] = []
-    sizes: list[int] = []
-    frame = (tokenizer.prefix_token_id, tokenizer.eos_token_id)
-    with TokenizerPool(tokenizer.encoder, *frame, tokenizer.dtype, 1, tokenizer.checker) as pool:
-        for batch, (tokens, lengths, _) in pool.map(reader.batches(Position()), lambda batch: batch.texts):
-            for document, text in zip(np.split(tokens, np.cumsum(lengths)[:-1]), batch.texts, strict=True):
-                documents.append(document)
-                sizes.append(len(text))
-                if max_bytes is not None and sum(sizes) >= max_bytes:
-                    return TokenCorpus.from_documents(documents, sizes, str(source))
-    if not documents:
-        raise EloError(f"{source}: no document with text; check the file and text_column")
-    return TokenCorpus.from_documents(documents, sizes, str(source))

@@ -104,40 +104,36 @@ class Mixture:
     def find(self, index: int) -> tuple[int, int]:
         """Return the source of sequence `index`, and its index in that source's stream."""
         if index < 0:
-            raise IndexError(f"row {index}")
+            raise IndexError(f"sequence {index}")
         return (self._root, index) if isinstance(self._root, int) else self._root.find(index)
 
-    def row(self, index: int) -> dict[str, np.ndarray | str]:
-        """Return sequence `index`: `input_ids`, `shift_labels`, `position_ids`, `language`.
-
-        Unpacked sequences also have an `attention_mask`.
-        """
+    def sequence(self, index: int) -> dict[str, np.ndarray]:
+        """Return sequence `index`: `input_ids`, `shift_labels`, `position_ids`; unpacked, also `attention_mask`."""
         which, inside = self.find(index)
-        source = self.sources[which]
-        row = {name: value for name, value in source.stream.row(inside)._asdict().items() if value is not None}
-        return {**row, "language": source.language}
+        sequence = self.sources[which].stream.sequence(inside)
+        return {name: value for name, value in sequence._asdict().items() if value is not None}
 
-    def rows(self, start: int, stop: int) -> "MixtureRows":
+    def sequences(self, start: int, stop: int) -> "MixtureSequences":
         """Return sequences [start, stop) as a map-style dataset."""
-        return MixtureRows(self, start, stop)
+        return MixtureSequences(self, start, stop)
 
-    def rows_by_language(self, start: int, count: int) -> dict[str, list[dict[str, np.ndarray]]]:
+    def sequences_by_language(self, start: int, count: int) -> dict[str, list[dict[str, np.ndarray]]]:
         """Return the first `count` sequences of each language, searching 1000 x `count` sequences from `start`.
 
         Languages without a sequence there are omitted.
         """
         languages = {source.language for source in self.sources if source.share > 0}
         found: dict[str, list[dict[str, np.ndarray]]] = {}
-        rows = self.rows(start, start + 1000 * count)
-        for index in range(len(rows)):
-            language = rows.language(index)
+        sequences = self.sequences(start, start + 1000 * count)
+        for index in range(len(sequences)):
+            language = sequences.language(index)
             if len(found.setdefault(language, [])) < count:
-                found[language].append(rows[index])
+                found[language].append(sequences[index])
             if len(found) == len(languages) and all(len(each) == count for each in found.values()):
                 break
         return dict(sorted(found.items()))
 
-    def epoch_rows(self, *languages: str) -> int:
+    def epoch_sequences(self, *languages: str) -> int:
         """Return the number of sequences in which as much of `languages` is read as their corpora hold together.
 
         With equal weights that is one pass over their text. A corpus or language with a higher weight than its siblings
@@ -150,7 +146,7 @@ class Mixture:
         if not taken:
             names = ", ".join(map(repr, languages))
             raise EloError(f"mixture: {names} has no share, so its sequences cannot be counted")
-        return int(sum(source.stream.rows_per_epoch for source in taken) / sum(source.share for source in taken))
+        return int(sum(source.stream.sequences_per_epoch for source in taken) / sum(source.share for source in taken))
 
 
 class Schedule(Mixture):
@@ -208,12 +204,12 @@ def _count(split: "_Split | int", count: int) -> dict[int, int]:
     return {**_count(split.first, first), **_count(split.rest, count - first)}
 
 
-class MixtureRows:
+class MixtureSequences:
     """Sequences [start, stop) of a mixture, as a map-style dataset of torch: dicts of int64 arrays [T]."""
 
     def __init__(self, mixture: Mixture, start: int, stop: int) -> None:
         if not 0 <= start <= stop:
-            raise ValueError(f"rows [{start}, {stop})")
+            raise ValueError(f"sequences [{start}, {stop})")
         self.mixture, self.start, self.stop = mixture, start, stop
 
     def __len__(self) -> int:
@@ -221,10 +217,8 @@ class MixtureRows:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        which, inside = self.mixture.find(self.start + index)
-        row = self.mixture.sources[which].stream.row(inside)
-        return {name: value for name, value in row._asdict().items() if value is not None}
+            raise IndexError(f"sequence {index} of {len(self)}")
+        return self.mixture.sequence(self.start + index)
 
     def identity(self) -> dict[str, Any]:
         """Return everything that determines the content of these sequences, as JSON."""

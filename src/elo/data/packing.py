@@ -20,7 +20,7 @@ IGNORE_INDEX = -100
 CACHED_ORDERS = 4  # a sequence needs one or two shards' orders; the others serve reads slightly out of order
 
 
-class PackedRow(NamedTuple):
+class PackedSequence(NamedTuple):
     """One training sequence, int64 [T] each.
 
     `shift_labels[t]` is the token after `input_ids[t]` in the same document, IGNORE_INDEX at a document's last token.
@@ -106,7 +106,7 @@ class PackedStream(_Stream):
     """
 
     @property
-    def rows_per_epoch(self) -> float:
+    def sequences_per_epoch(self) -> float:
         """Number of sequences until every document has been read once."""
         return self.corpus.num_tokens / self.sequence_length
 
@@ -120,12 +120,12 @@ class PackedStream(_Stream):
 
         return shard_ends
 
-    def row(self, index: int) -> PackedRow:
+    def sequence(self, index: int) -> PackedSequence:
         """Return sequence `index` (>= 0) of the stream."""
         if index < 0:
-            raise IndexError(f"row {index}")
+            raise IndexError(f"sequence {index}")
         T = self.sequence_length
-        row = PackedRow(np.empty(T, np.int64), np.empty(T, np.int64), np.empty(T, np.int64))
+        sequence = PackedSequence(np.empty(T, np.int64), np.empty(T, np.int64), np.empty(T, np.int64))
         filled = 0
         epoch, position = divmod(index * T, self.corpus.num_tokens)
         while filled < T:
@@ -138,14 +138,14 @@ class PackedStream(_Stream):
             count = int(min(T - filled, ends[which + 1] - position))
             documents = self._cached_order(epoch, shard)
             arrays = self.corpus.shards[shard].arrays
-            _fill(row, filled, count, arrays, documents, int(position - ends[which]))
+            _fill(sequence, filled, count, arrays, documents, int(position - ends[which]))
             filled += count
             position += count
-        return row
+        return sequence
 
 
-def _fill(row: PackedRow, at: int, count: int, arrays: ShardArrays, order: ShardOrder, begin: int) -> None:
-    """Copy `count` tokens of a shard to row[at:], beginning at token `begin` of the shard's shuffled order."""
+def _fill(sequence: PackedSequence, at: int, count: int, arrays: ShardArrays, order: ShardOrder, begin: int) -> None:
+    """Copy `count` tokens of a shard to sequence[at:], beginning at token `begin` of the shard's shuffled order."""
     first = int(np.searchsorted(order.ends, begin, side="right")) - 1
     last = int(np.searchsorted(order.ends, begin + count, side="left"))
     ends = order.ends[first : last + 1] - begin
@@ -155,13 +155,13 @@ def _fill(row: PackedRow, at: int, count: int, arrays: ShardArrays, order: Shard
     inside = np.arange(count)
     source = inside + np.repeat(order.starts[first:last] - ends[:-1], lengths)
     end = at + count
-    row.input_ids[at:end] = arrays.tokens[source]
-    row.position_ids[at:end] = inside - np.repeat(piece_begins, lengths)
+    sequence.input_ids[at:end] = arrays.tokens[source]
+    sequence.position_ids[at:end] = inside - np.repeat(piece_begins, lengths)
     # The target is the next token; that of the last token lies outside this run.
-    row.shift_labels[at : end - 1] = row.input_ids[at + 1 : end]
-    row.shift_labels[at + ends[1:-1] - 1] = IGNORE_INDEX
+    sequence.shift_labels[at : end - 1] = sequence.input_ids[at + 1 : end]
+    sequence.shift_labels[at + ends[1:-1] - 1] = IGNORE_INDEX
     at_document_end = ends[-1] == count
-    row.shift_labels[end - 1] = IGNORE_INDEX if at_document_end else int(arrays.tokens[source[-1] + 1])
+    sequence.shift_labels[end - 1] = IGNORE_INDEX if at_document_end else int(arrays.tokens[source[-1] + 1])
 
 
 class PaddedStream(_Stream):
@@ -171,7 +171,7 @@ class PaddedStream(_Stream):
     """
 
     @cached_property
-    def _cached_rows(self) -> np.ndarray:
+    def _cached_counts(self) -> np.ndarray:
         """Number of sequences per shard, int64 [shards]."""
         shards = range(len(self.corpus.shards))
         return np.array([int(self._pieces(self.corpus.lengths(shard)).sum()) for shard in shards], dtype=np.int64)
@@ -180,14 +180,9 @@ class PaddedStream(_Stream):
         return np.maximum(-(-(lengths - 1) // self.sequence_length), 1)
 
     @property
-    def rows_per_epoch(self) -> float:
+    def sequences_per_epoch(self) -> float:
         """Number of sequences until every document has been read once."""
-        return float(self._cached_rows.sum())
-
-    @property
-    def whole_rows(self) -> int:
-        """Number of whole sequences before text would be read a second time."""
-        return int(self._cached_rows.sum())
+        return float(self._cached_counts.sum())
 
     @cached_property
     def _cached_piece_ends(self):  # type: ignore[no-untyped-def]
@@ -197,14 +192,14 @@ class PaddedStream(_Stream):
 
         return piece_ends
 
-    def row(self, index: int) -> PackedRow:
+    def sequence(self, index: int) -> PackedSequence:
         """Return sequence `index` (>= 0) of the stream."""
         if index < 0:
-            raise IndexError(f"row {index}")
+            raise IndexError(f"sequence {index}")
         T = self.sequence_length
-        epoch, left = divmod(index, self.whole_rows)
+        epoch, left = divmod(index, int(self.sequences_per_epoch))
         order = self._shard_order(epoch)
-        ends = np.cumsum(self._cached_rows[order])
+        ends = np.cumsum(self._cached_counts[order])
         which = int(np.searchsorted(ends, left, side="right"))
         shard = int(order[which])
         left -= int(ends[which - 1]) if which else 0
@@ -217,16 +212,16 @@ class PaddedStream(_Stream):
         stop = start + int(documents.lengths[document])
         begin = start + piece * T
         ids = np.asarray(tokens[begin : min(begin + T + 1, stop)], dtype=np.int64)
-        row = PackedRow(
+        sequence = PackedSequence(
             np.full(T, int(tokens[stop - 1]), np.int64),  # a document's last token is the eos
             np.full(T, IGNORE_INDEX, np.int64),
             np.zeros(T, np.int64),
             np.zeros(T, np.int64),
         )
-        assert row.attention_mask is not None
+        assert sequence.attention_mask is not None
         used = min(len(ids), T)
-        row.position_ids[:used] = np.arange(used)
-        row.input_ids[:used] = ids[:used]
-        row.attention_mask[:used] = 1
-        row.shift_labels[: len(ids) - 1] = ids[1:]
-        return row
+        sequence.position_ids[:used] = np.arange(used)
+        sequence.input_ids[:used] = ids[:used]
+        sequence.attention_mask[:used] = 1
+        sequence.shift_labels[: len(ids) - 1] = ids[1:]
+        return sequence

@@ -147,24 +147,6 @@ class TokenCorpus:
     fingerprint: str = ""
 
     @classmethod
-    def open(cls, path: str | Path) -> "TokenCorpus":
-        """Open one corpus or one split of prepared data by its folder, e.g. ``PREPARED/ko/heldout``.
-
-        Raises:
-            EloError: the folder is not inside a prepared one.
-            UnfinishedError: files are missing or damaged.
-        """
-        folder = Path(path).resolve()
-        for root in folder.parents:
-            if (root / MANIFEST).is_file():
-                prepared = PreparedData.open(root)
-                wanted = folder.relative_to(root).as_posix() + "/"
-                shards = [shard for name, shard in prepared.shards_by_name.items() if name.startswith(wanted)]
-                if shards:
-                    return cls(tuple(shards), wanted.rstrip("/"), fingerprint=prepared.fingerprint)
-        raise EloError(f"{path}: not a corpus of prepared data; give a folder such as PREPARED/ko/heldout")
-
-    @classmethod
     def from_documents(
         cls, documents: Sequence[np.ndarray], byte_lengths: Sequence[int] | np.ndarray, name: str = "corpus"
     ) -> "TokenCorpus":
@@ -215,11 +197,6 @@ class TokenCorpus:
         shard, inside = self._find(index)
         arrays = shard.arrays
         return arrays.tokens[int(arrays.offsets[inside]) : int(arrays.offsets[inside + 1])]
-
-    def document_bytes(self, index: int) -> int:
-        """Return the UTF-8 bytes of the text of document `index`."""
-        shard, inside = self._find(index)
-        return int(shard.arrays.byte_lengths[inside])
 
     def document_text(self, index: int) -> str:
         """Return the text of document `index`.
@@ -278,11 +255,6 @@ class PreparedData:
     def vocab_size(self) -> int:
         """Highest token id that the tokenizer can produce, plus one."""
         return int(self.manifest["tokenizer"]["vocab_size"])
-
-    @property
-    def tokenizer_sha256(self) -> str:
-        """SHA-256 of the tokenizer's content."""
-        return str(self.manifest["tokenizer"]["sha256"])
 
     @property
     def split_special_tokens(self) -> bool:

@@ -141,7 +141,6 @@ def cloze_accuracy(
 
     Args:
         model: any causal LM, in any mode and dtype; left as it was.
-        tokenizer: the model's.
         items: at least one.
         batch_size: choices a forward pass; by default as many as keep fp32 logits within 1 GiB.
         progress: a label shows progress under it; None shows nothing.

@@ -1,6 +1,5 @@
 """`elo evaluate`: bits per byte by language, and every measure that is asked for, of any Hugging Face causal LM."""
 
-import datetime
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ from elo.evaluate.samples import Samples
 from elo.evaluate.scoring import longest_sequence, vocabulary_size
 from elo.evaluate.warnings import few_documents
 from elo.format import count
-from elo.store.environment import hardware, versions
+from elo.store.environment import environment
 from elo.store.files import remove, write_json
 from elo.store.remote import is_remote, output_file
 from elo.store.run_folder import file_identity
@@ -50,12 +49,10 @@ def evaluate(
     max_new_tokens: int = 64,
     batch_size: int | None = None,
     text_column: str = "text",
-    on_error: str = "stop",
     split_special_tokens: bool = True,
     allow_lost_text: bool = False,
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
-    revision: str | None = None,
     trust_remote_code: bool = False,
     output: str | Path | None = None,
     files: str | Path | None = None,
@@ -76,13 +73,11 @@ def evaluate(
         max_new_tokens: length of a sample, in tokens.
         batch_size: rows a forward pass; by default as many as keep logits within 1 GiB.
         text_column: key or column that holds a document's text.
-        on_error: "stop" at broken input, or "skip" it.
         split_special_tokens: tokenise special tokens spelled in text and cloze items as text; in prompts they are
             always tokens.
         allow_lost_text: accept text of which the tokenizer loses more than 5 %: its bits per byte are too low.
         device: by default cuda where there is one, else cpu; a model in memory stays where it is.
         dtype: of the loaded weights; by default the checkpoint's on a GPU, fp32 on a CPU.
-        revision: branch, tag or commit of a hub id.
         trust_remote_code: run code that ships with the checkpoint.
         output: JSON file to write.
         files: path and stem of the files that measures write themselves; by default that of `output`. Finished tasks
@@ -96,7 +91,6 @@ def evaluate(
     Raises:
         EloError: something given cannot be read or does not fit the model: what, where, and what to do.
     """
-
     # What can be wrong without the model is found before it is loaded.
     target = output_file(output)
     asked: list[Measure] = []
@@ -125,12 +119,12 @@ def evaluate(
     for language, given in (corpora or {}).items():
         if isinstance(given, str | Path):
             assert encoder is not None
-            texts_read[language] = _tokenise(given, encoder, max_bytes, text_column, on_error, allow_lost_text)
+            texts_read[language] = _tokenise(given, encoder, max_bytes, text_column, allow_lost_text)
 
     identity = None
     if isinstance(model, str | Path):
-        identity = file_identity(Path(place)) if Path(place).is_dir() else [name, revision]
-        model = load_model(place, device, dtype, revision, trust_remote_code)
+        identity = file_identity(Path(place)) if Path(place).is_dir() else name
+        model = load_model(place, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     elif device is not None:
         move(model, device)
     if encoder is not None:
@@ -143,8 +137,17 @@ def evaluate(
     seconds: dict[str, float] = {}
     for language, given in (corpora or {}).items():
         started = time.perf_counter()
-        corpus = texts_read[language].corpus if isinstance(given, str | Path) else _cut(given, encoder, max_bytes)
-        measured[language] = _bits_per_byte(model, corpus, name, given, language, sequence_length, batch_size, progress)
+        if isinstance(given, str | Path):
+            corpus = texts_read[language].corpus
+        else:
+            corpus = given if encoder is None else cut_corpus(given, encoder, max_bytes)
+        label = f"bits per byte {language}" if progress else None
+        result = bits_per_byte(model, corpus, sequence_length=sequence_length, batch_size=batch_size, progress=label)
+        if not math.isfinite(result.nats):
+            raise EloError(
+                f"{name}: its logits on {given} are not finite; the checkpoint is damaged, or needs dtype float32"
+            )
+        measured[language] = result
         seconds[language] = time.perf_counter() - started
     finished = Path(files) if files is not None else target.with_suffix(".partial") if target else None
     files = files if files is not None else target.with_suffix("") if target else None
@@ -173,7 +176,6 @@ def evaluate(
     results = {
         "schema": 1,
         "kind": "evaluation",
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": {
             "name": name,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -181,8 +183,7 @@ def evaluate(
             "dtype": str(model.dtype).removeprefix("torch."),
         },
         "sequence_length": sequence_length,
-        "hardware": hardware(),
-        "versions": versions(),
+        **environment(),
         "bpb": {language: result.bits_per_byte for language, result in measured.items()},
         "heldout": heldout,
         "documents_nats": {language: list(result.document_nats) for language, result in measured.items()},
@@ -217,30 +218,6 @@ def evaluate(
     return results
 
 
-def _cut(corpus: TokenCorpus, encoder: TextTokenizer | None, max_bytes: int | None) -> TokenCorpus:
-    return corpus if encoder is None else cut_corpus(corpus, encoder, max_bytes)
-
-
-def _bits_per_byte(
-    model: PreTrainedModel,
-    corpus: TokenCorpus,
-    name: str,
-    given: Any,
-    language: str,
-    sequence_length: int,
-    batch_size: int | None,
-    progress: bool,
-) -> BitsPerByte:
-
-    label = f"bits per byte {language}" if progress else None
-    result = bits_per_byte(model, corpus, sequence_length=sequence_length, batch_size=batch_size, progress=label)
-    if not math.isfinite(result.nats):
-        raise EloError(
-            f"{name}: its logits on {given} are not finite; the checkpoint is damaged, or needs dtype float32"
-        )
-    return result
-
-
 @dataclass(frozen=True)
 class _Text:
     """A corpus that was tokenised to be measured on, and what the tokenizer made of its text."""
@@ -255,7 +232,6 @@ class _Text:
 
 
 def _tokenizer(given: str | Path | PreTrainedTokenizerBase | TextTokenizer, trust_remote_code: bool) -> TextTokenizer:
-
     if isinstance(given, TextTokenizer):
         return given
     if isinstance(given, str | Path):
@@ -271,15 +247,13 @@ def _tokenise(
     encoder: TextTokenizer,
     max_bytes: int | None,
     text_column: str,
-    on_error: str,
     allow_lost_text: bool,
 ) -> _Text:
     """The documents of `path` that are measured on, as token ids in memory. It is read twice where it is cut."""
-
-    texts: Iterable[str] = read_documents(path, text_column, on_error)
+    texts: Iterable[str] = read_documents(path, text_column)
     if max_bytes is not None:
         chosen = choose_bytes([len(text.encode()) for text in texts], max_bytes)
-        numbered = enumerate(read_documents(path, text_column, on_error))
+        numbered = enumerate(read_documents(path, text_column))
         texts = (cut_text(text, chosen[index]) for index, text in numbered if index in chosen)
     corpus, counts = tokenize_and_check(texts, encoder, str(path))
     if not corpus.num_documents:
@@ -290,7 +264,6 @@ def _tokenise(
 
 
 def _print_table(results: dict[str, Any]) -> None:
-
     console = Console()
     if corpora := results["corpora"]:
         table = Table(title=results["model"]["name"], title_justify="left")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -16,17 +15,17 @@ from elo.checkpoint.counting import read_config
 from elo.checkpoint.local_names import require_path_or_id
 from elo.checkpoint.reading import auto_class
 from elo.checkpoint.tensor_files import open_checkpoint
-from elo.errors import EloError
+from elo.errors import EloError, error_line
 
 log = logging.getLogger(__name__)
 
 
 def load_model(
     name: str,
-    device: str | None,
-    dtype: torch.dtype | str | None,
-    revision: str | None,
-    trust_remote_code: bool,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM to be measured: all its weights, from safetensors, each in its place.
 
@@ -34,8 +33,6 @@ def load_model(
         name: checkpoint folder or hub id.
         device: by default cuda where there is one, else cpu.
         dtype: by default the checkpoint's on a GPU, fp32 on a CPU (where half precision is slow).
-        revision: branch, tag or commit of a hub id.
-        trust_remote_code: run code that ships with the checkpoint.
 
     Raises:
         EloError: there is no such checkpoint, it is damaged or incomplete, or it does not fit on the device.
@@ -49,32 +46,21 @@ def load_model(
         raise EloError(f"{name}: is not a folder; give a checkpoint folder or a Hugging Face hub id")
     else:
         require_path_or_id(name, "give a checkpoint folder or a Hugging Face hub id")
-    config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    config = read_config(name, trust_remote_code=trust_remote_code)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.float32 if torch.device(place).type == "cpu" else "auto"
     try:
-        with _untied_told(name):
+        with _warning_of_untied_head(name):
             loaded: Any = auto_class(config).from_pretrained(
                 name,
                 dtype=dtype,
-                revision=revision or "main",
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        ImportError,
-        AttributeError,
-        TypeError,
-        SafetensorError,
-    ) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise EloError(f"{name}: the model cannot be loaded ({type(error).__name__}: {reason})") from None
+    except Exception as error:  # transformers, safetensors and a family's own code raise many types
+        raise EloError(f"{name}: the model cannot be loaded ({type(error).__name__}: {error_line(error)})") from None
     model, info = loaded
     if getattr(model, "_hf_peft_config_loaded", False):
         raise EloError(
@@ -104,7 +90,7 @@ class _Kept(logging.Handler):
 
 
 @contextmanager
-def _untied_told(name: str) -> Iterator[None]:
+def _warning_of_untied_head(name: str) -> Iterator[None]:
     """Within, transformers draws no progress bars and warns of nothing but a head that it will not tie."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     library, kept = logging.getLogger("transformers"), _Kept()

@@ -55,7 +55,6 @@ def generate_samples(
 
     Args:
         model: any causal LM; left as it was.
-        tokenizer: the model's.
         prompts: texts, laid out as in training (`encode_prompts`).
         max_new_tokens: maximum length of a continuation, in tokens.
         progress: label of the progress bar; None shows none.

@@ -9,7 +9,6 @@ each measurement, so that every one starts from the same model.
 """
 
 import copy
-import datetime
 import random
 import time
 from collections import Counter
@@ -37,7 +36,7 @@ from elo.log import Progress
 from elo.methods import Setup
 from elo.methods.lora import Lora
 from elo.report.statistics import estimate_items
-from elo.store.environment import hardware, versions
+from elo.store.environment import environment
 from elo.store.files import write_json
 from elo.store.remote import output_file
 from elo.train.prepared import Prepared
@@ -110,7 +109,7 @@ def few_shot(
     target = output_file(output)
     _check(task, ways, examples, seeds, training)
     encoder = load_tokenizer(tokenizer or model, trust_remote_code)
-    loaded = load_model(str(model), device, None, None, trust_remote_code)
+    loaded = load_model(str(model), device=device, trust_remote_code=trust_remote_code)
     encoder.check_embedding(vocabulary_size(loaded), str(model))
     cells = [Cell(way, count) for way in ways for count in sorted(set(examples)) if count or way == "in-context"]
     label = "few-shot" if progress else None
@@ -122,7 +121,6 @@ def few_shot(
     results = {
         "schema": 1,
         "kind": "few_shot",
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": str(model),
         "task": {
             "train": task.train_file,
@@ -135,8 +133,7 @@ def few_shot(
         },
         "training": asdict(training),
         "seeds": list(seeds),
-        "hardware": hardware(),
-        "versions": versions(),
+        **environment(),
         "rows": [_row(cell, loaded, training) for cell in cells],
         "differences": _differences(cells),
     }

@@ -10,13 +10,13 @@ from typing import Any
 from elo.check_output import check_output
 from elo.checkpoint.folder import TEMPLATE_PATTERNS, TOKENIZER_PATTERNS, copy_side_files, copy_tokenizer
 from elo.data.tokenizer import TOKENIZER_FILES, load_tokenizer
-from elo.detach_attach import check_replaceable, readable_errors, resolve_checkpoint
+from elo.detach_attach import check_replaceable, resolve_checkpoint
 from elo.errors import EloError
 from elo.evaluate.evaluate import evaluate
 from elo.merge.mergekit import read_mergekit
 from elo.merge.recipe import Recipe, two_models
 from elo.merge.weights import merge_weights
-from elo.store.files import TEMPORARY_PREFIX, write_json
+from elo.store.files import TEMPORARY_PREFIX, readable_disk_errors, write_json
 
 RECORD_FILE = "elo_merge.json"
 _WEIGHTS = tuple(eighth / 8 for eighth in range(9))
@@ -135,7 +135,7 @@ def merge(
     if search is not None:
         search.check()
     folders = [resolve_checkpoint(each, trust_remote_code=trust_remote_code) for each in recipe.models]
-    with readable_errors():
+    with readable_disk_errors(target):
         tokenizer = _tokenizer_folder(folders, trust_remote_code)
         searched = None
         if search is not None:

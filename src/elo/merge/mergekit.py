@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from elo.checkpoint.folder import open_folder
 from elo.checkpoint.model_config import num_layers_of
 from elo.checkpoint.tensor_files import StoredTensor
+from elo.config.load import read_yaml
 from elo.detach_attach import resolve_checkpoint
-from elo.errors import EloError, error_line
+from elo.errors import EloError
 from elo.merge.recipe import METHODS, Recipe, slerp_factors
 from elo.merge.weights import Factors, Place
 
@@ -50,13 +50,9 @@ def read_mergekit(path: Path, *, trust_remote_code: bool = False) -> Recipe:
     Raises:
         EloError: the file cannot be read, or holds a method, key or value that `elo merge` does not know.
     """
+    value = read_yaml(path)
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
         config = _Config.model_validate(value)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise EloError(
-            f"{path}: cannot be read as YAML ({error_line(error)}); give a mergekit configuration (docs/merging.md)"
-        ) from None
     except ValidationError as error:
         raise EloError(_problem(path, error)) from None
     method, inputs = config.merge_method, _inputs(path, config, trust_remote_code)

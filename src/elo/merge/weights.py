@@ -22,14 +22,13 @@ from elo.checkpoint.naming import NameMap, find_layer_names, map_names
 from elo.checkpoint.new_rows import VOCABULARY_KEY, NewRows, read_new_rows, record_of
 from elo.checkpoint.tensor_files import (
     CHUNK_BYTES,
-    MAX_SHARD_BYTES,
     NewTensor,
     StoredTensor,
     stored_dtype,
     write_checkpoint,
 )
 from elo.errors import EloError
-from elo.store.files import atomic_directory, disk_errors_told
+from elo.store.files import atomic_directory, readable_disk_errors
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.surgery.layer_config import edit_json
 from elo.surgery.matching import match_names, redundant, tensor_bytes
@@ -77,7 +76,6 @@ def merge_weights(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     label: str | None = None,
 ) -> dict[str, Any]:
     """Write a sum of models, each tensor multiplied by its model's factor.
@@ -98,10 +96,6 @@ def merge_weights(
         inner_rows: index of a model, and a function that returns a number of rows. If rows that not all models have
             come from another model, this model's rows below that number are used instead.
         dtype: dtype of the output; None keeps the first model's.
-        overwrite: replace an existing output.
-        trust_remote_code: allow the checkpoints' own Python code to define the model.
-        max_shard_bytes: maximum size of a weight file, in bytes.
-        label: label of the progress bar; None shows no progress.
 
     Returns:
         {"tensors" (number of tensors that are not copies of the first model's), "rows_kept" (rows of the first model's
@@ -120,10 +114,10 @@ def merge_weights(
     added = max((each.rows_added for each in sums), default=0)
     config_json = _config_json(models, added, dtype)
     config_json |= {key: value for key, value in models[token_ids_of].config_json.items() if key in _TOKEN_IDS}
-    with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
+    with readable_disk_errors(output), atomic_directory(output, overwrite=overwrite) as folder:
         write_config(folder, config_json)
         copy_files(folder)  # first, because it may fail and the weights are large
-        write_checkpoint(folder, [each.tensor() for each in sums], max_shard_bytes, label)
+        write_checkpoint(folder, [each.tensor() for each in sums], label)
         copy_unlisted_weights(ours.weights, folder)
         check(folder)
     return {

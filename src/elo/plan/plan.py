@@ -82,7 +82,7 @@ def plan(
     model_config = read_config(config.model, trust_remote_code=config.trust_remote_code)
     if any(phase.detached for each in (config, *others) for phase in each.method.phases):
         require_detachable(model_config)
-    counted = footprint(model_config)
+    counted = footprint(model_config, trust_remote_code=config.trust_remote_code)
     layers = assumed_layers(config.layers, counted.num_layers)
     notes: list[str] = []
     if parse_auto(config.layers):

@@ -1,6 +1,5 @@
 """Score every decoder layer of a model by several criteria (`elo probe`)."""
 
-import datetime
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,21 +11,21 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from elo.checkpoint.counting import footprint, read_config
-from elo.checkpoint.layers import AutoLayers, parse_auto
+from elo.checkpoint.counting import read_config
+from elo.checkpoint.layers import PROBE_LENGTH, PROBE_TOKENS, AutoLayers, parse_auto
+from elo.checkpoint.model_config import num_layers_of
 from elo.data.tokenizer import load_tokenizer
 from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
 from elo.evaluate.loading import load_model
 from elo.evaluate.scoring import longest_sequence
 from elo.identities import checkpoint_identity
-from elo.probe import SEQUENCE_LENGTH, TOKENS
 from elo.probe.base import MODULES, Scores, Subject
 from elo.probe.chart import draw_scores
 from elo.probe.choice import TO_KEEP, check_auto, choose, mean_scores
 from elo.probe.criteria import CRITERIA
 from elo.probe.text import ProbeText, read_sentences, read_sequences
-from elo.store.environment import hardware, versions
+from elo.store.environment import environment
 from elo.store.files import read_json, write_json
 from elo.store.run_folder import Artifact, RunFolder
 from elo.train.arguments import bf16_pays
@@ -41,8 +40,8 @@ def probe(
     output: str | Path,
     parallel: str | Path | None = None,
     criteria: Sequence[str] = (),
-    tokens: int = TOKENS,
-    sequence_length: int = SEQUENCE_LENGTH,
+    tokens: int = PROBE_TOKENS,
+    sequence_length: int = PROBE_LENGTH,
     text_column: str = "text",
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
@@ -83,14 +82,12 @@ def probe(
         results = {
             "schema": 1,
             "kind": "probe",
-            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "model": str(model),
-            "num_layers": footprint(read_config(str(base), trust_remote_code=trust_remote_code)).num_layers,
+            "num_layers": num_layers_of(read_config(str(base), trust_remote_code=trust_remote_code)),
             "languages": list(corpora),
             "tokens": {language: ids.numel() for language, ids in sequences.items()},
             "parallel_sentences": len(next(iter(sentences.values()), ())),
-            "hardware": hardware(),
-            "versions": versions(),
+            **environment(),
             "criteria": records,
         }
         write_json(folder.path(FILE_NAME), results)
@@ -135,7 +132,7 @@ def _score(
 
 def frozen_model(base: Path, trust_remote_code: bool) -> PreTrainedModel:
     """Load a model with all parameters frozen."""
-    model = load_model(str(base), None, None, None, trust_remote_code)
+    model = load_model(str(base), trust_remote_code=trust_remote_code)
     model.requires_grad_(False)
     return model
 

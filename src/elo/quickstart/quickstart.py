@@ -33,8 +33,10 @@ def quickstart(output: Path, overrides: list[str] | None = None) -> dict[str, An
     )
     if others and not corpus.is_dir():
         raise EloError(f"{output}: the folder is not empty and is not a quickstart; choose another with --output")
-    config = yaml.safe_load((WORLD / "config.yaml").read_text(encoding="utf-8"))
-    _fill_in(config, {"{base}": str(WORLD / "base"), "{corpus}": str(corpus), "{output}": str(output)})
+    text = (WORLD / "config.yaml").read_text(encoding="utf-8")
+    for name, path in (("base", WORLD / "base"), ("corpus", corpus), ("output", output)):
+        text = text.replace(f"{{{name}}}", json.dumps(str(path), ensure_ascii=False)[1:-1])
+    config = yaml.safe_load(text)
     load_comparison(config, overrides)  # report mistakes in overrides before writing anything
     if not corpus.is_dir():
         print("quickstart: unpacking a small bilingual corpus", flush=True)
@@ -58,15 +60,3 @@ def unpack_corpus(output: Path) -> None:
             if path.suffix == ".zst":
                 data = zstandard.ZstdDecompressor().decompress(data)
             (folder / path.name.removesuffix(".zst")).write_bytes(data)
-
-
-def _fill_in(value: Any, names: dict[str, str]) -> Any:
-    """Replace placeholders in all strings of a nested value, in place."""
-    if isinstance(value, str):
-        for name, text in names.items():
-            value = value.replace(name, text)
-        return value
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in list(items):
-        value[key] = _fill_in(item, names)
-    return value

@@ -25,7 +25,6 @@ def model_card(results: Results, base: Path, config_file: str) -> str:
     """Return README.md of a run's final model, with the metadata that the Hugging Face hub reads.
 
     Args:
-        results: results of the run.
         base: folder of the base, whose README.md may name a licence.
         config_file: name of the file that holds the resolved configuration.
     """

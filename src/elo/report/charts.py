@@ -7,6 +7,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from elo.evaluate.base import MeasureValue
 from elo.format import count, mean_of
 from elo.report.drawing import (
     COLOURS,
@@ -57,6 +58,7 @@ def draw_charts(results: Results) -> list[Chart]:
         charts.append(_cost_chart(results))
         charts += [_retention_chart(results, budget, index) for index, budget in enumerate(results.budgets, 1)]
         charts += [_curve_chart(results, language) for language in results.languages.all]
+        charts += _measure_charts(results)
         charts.append(_loss_chart(results))
     return [chart for chart in charts if chart is not None]
 
@@ -273,6 +275,34 @@ def _curve_chart(results: Results, language: str) -> Chart | None:
     axes.set_ylabel(f"{drawable(language, role)}: bits per byte")
     name, title = f"curve_{results.languages.all.index(language) + 1}", f"{role.capitalize()} language {language}"
     return finish(figure, name, f"{title} during training", f"Lower is better.{_DASHED}")
+
+
+def _measure_charts(results: Results) -> list[Chart]:
+    """Values that were measured during training, from the base's to the final one: a chart for each benchmark."""
+    trials = [trial for trial in last_trials(results) if any(each.measures for each in trial.evaluations)]
+    keys = {_benchmark(value): value for trial in trials for each in trial.evaluations for value in each.measures}
+    styles, charts = contestant_styles(results), []
+    for number, (key, shown) in enumerate(keys.items(), 1):
+        figure, axes = new_figure()
+        unit, scale = time_axis(trial.seconds for trial in trials)
+        for trial in trials:
+            during = [(each.seconds, each.measures) for each in trial.evaluations]
+            ends = [(0.0, results.base_of(trial.contestant).measures), (trial.seconds, trial.measured.measures)]
+            found = {at: value.value for at, values in ends + during for value in values if _benchmark(value) == key}
+            points = tuple((at / scale, value) for at, value in sorted(found.items()))
+            _plot(axes, Segment(points, False), styles[trial.contestant], marked=True)
+        if shown.chance is not None:
+            axes.axhline(shown.chance, color=INK, linestyle=":", linewidth=1.3, label="chance")
+        axes.set_xlabel(f"training wall time ({unit})")
+        title = " ".join(part for part in _benchmark(shown) if part not in ("", "all"))
+        axes.set_ylabel(drawable(title, f"benchmark {number}"))
+        better = "Higher" if shown.higher_is_better else "Lower"
+        charts.append(finish(figure, f"measure_{number}", f"{title} during training", f"{better} is better."))
+    return charts
+
+
+def _benchmark(value: MeasureValue) -> tuple[str, str, str]:
+    return value.measure, value.name, value.language
 
 
 def _loss_chart(results: Results) -> Chart | None:

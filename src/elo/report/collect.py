@@ -53,9 +53,6 @@ def trial(
     """A finished trial.
 
     Args:
-        contestant: its name.
-        budget: name of the budget.
-        seed: of the run.
         stages: records of the stages that cost time.
         final: evaluation record of the final model on held-out text; None if only `validation` was measured.
         before_alignment: evaluation record of the attached model before layer alignment.
@@ -111,7 +108,7 @@ def curves(stages: Stages) -> tuple[tuple[LossPoint, ...], tuple[EvaluationPoint
             losses.append(LossPoint(stage=stage, loss=point["loss"], internal=point.get("internal", {}), **at))
         for point in record.get("evaluations", []):
             at = {"tokens": point["tokens"] + tokens, "seconds": point["seconds"] + seconds}
-            evaluations.append(EvaluationPoint(stage=stage, bpb=point["bpb"], **at))
+            evaluations.append(EvaluationPoint(stage=stage, bpb=point["bpb"], measures=point.get("measures", ()), **at))
         tokens += record["tokens"]
         seconds += record["seconds"]
     return tuple(losses), tuple(evaluations)

@@ -122,6 +122,7 @@ class EvaluationPoint(Record):
     tokens: Count = Field(description="Tokens trained on since the start of the trial.")
     seconds: NonNegative = Field(description="Wall time since the start of the trial without evaluation, in seconds.")
     bpb: ByLanguage = Field(description="Bits per byte of held-out text by language.")
+    measures: tuple[MeasureValue, ...] = Field((), description="Values of `evaluation.during_training`.")
 
 
 class Trial(Record):

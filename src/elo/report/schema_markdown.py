@@ -1,12 +1,10 @@
 """Write docs/results.md from the schema: `python -m elo.report.schema_markdown > docs/results.md`."""
 
-import json
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
+from elo.config.document import key_table
 from elo.report.schema import Results
 
 _HEAD = """# results.json
@@ -29,7 +27,6 @@ across languages. Lower is better.
 language: `bpb`, `heldout`, `documents_nats`, `documents_bytes`, `corpora`, `cloze` and `generation`. Besides:
 `samples`, `warnings`, `model`, `sequence_length`, `created`, `hardware` and `versions`.
 """
-_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", NoneType: "null", Any: "any"}
 
 
 def results_schema_markdown() -> str:
@@ -37,20 +34,7 @@ def results_schema_markdown() -> str:
     parts = [_HEAD]
     for model in _reachable(Results):
         parts.append(f"## {model.__name__}\n\n{(model.__doc__ or '').strip()}\n")
-        rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-        for name, field in model.model_fields.items():
-            default = field.get_default(call_default_factory=True)
-            if default is PydanticUndefined:
-                shown = "required"
-            else:
-                plain = (
-                    default.model_dump(mode="json", exclude_defaults=True)
-                    if isinstance(default, BaseModel)
-                    else default
-                )
-                shown = f"`{json.dumps(plain)}`"
-            rows.append(f"| `{name}` | {_type(field.annotation)} | {shown} | {field.description} |")
-        parts.append("\n".join(rows) + "\n")
+        parts.append("\n".join(key_table(model, meaning="meaning", section=_link)) + "\n")
     return "\n".join(parts)
 
 
@@ -69,23 +53,8 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for inner in get_args(annotation) for model in _models(inner)]
 
 
-def _type(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _type(arguments[0])
-    if origin is Literal:
-        return " or ".join(f"`{json.dumps(value)}`" for value in arguments)
-    if origin is dict:
-        return "object" if arguments[1] is Any else f"object of {_type(arguments[1])}"
-    if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"list of {_type(arguments[0])}"
-        return f"list of {len(arguments)} × {_type(arguments[0])}"
-    if arguments:
-        return " or ".join(_type(inner) for inner in arguments)
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"[{annotation.__name__}](#{annotation.__name__.lower()})"
-    return _NAMES[annotation]
+def _link(model: type[BaseModel]) -> str:
+    return f"[{model.__name__}](#{model.__name__.lower()})"
 
 
 if __name__ == "__main__":

@@ -41,8 +41,6 @@ def resampled_documents(nats_D: Floats, bytes_D: Floats, resamples: int = RESAMP
     Args:
         nats_D: nats, or differences of nats, of D documents.
         bytes_D: UTF-8 bytes of the documents.
-        resamples: number of resamples.
-        seed: of the resampling.
     """
     times_RD = _times_drawn(bytes_D.size, resamples, seed)
     sums = [times_RD[at : at + _AT_ONCE] @ np.stack([nats_D, bytes_D], axis=1) for at in range(0, resamples, _AT_ONCE)]

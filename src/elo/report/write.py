@@ -27,7 +27,6 @@ def report(results: Results | dict[str, Any] | str | Path, output: str | Path | 
     Raises:
         EloError: the results are missing, damaged or not results; or the output cannot be written.
     """
-
     folder = _output_folder(results, output)
     known = results if isinstance(results, Results) else read_results(results)
     charts = draw_charts(known)
@@ -46,7 +45,6 @@ def report(results: Results | dict[str, Any] | str | Path, output: str | Path | 
 
 def show(results: Results | dict[str, Any]) -> None:
     """Print the results on the terminal."""
-
     console = Console()
     console.width = max(console.width, 118)  # a table that wraps in a log file cannot be read
     console.print(terminal(results if isinstance(results, Results) else read_results(results)))

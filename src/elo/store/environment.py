@@ -1,5 +1,6 @@
 """Describe the environment of a run: hardware, package versions, command line."""
 
+import datetime
 import os
 import platform
 import sys
@@ -10,6 +11,12 @@ from typing import Any
 import torch
 
 _PACKAGES = ("elo-cpt", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """Return time, hardware and versions, as every file of results records them."""
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"created": created, "hardware": hardware(), "versions": versions()}
 
 
 def hardware() -> dict[str, Any]:

@@ -42,7 +42,7 @@ def disk_problem(error: OSError, place: Path | None = None) -> str:
 
 
 @contextmanager
-def disk_errors_told(place: Path) -> Iterator[None]:
+def readable_disk_errors(place: Path) -> Iterator[None]:
     """Convert what libraries raise for a full or failing disk into one message about `place`.
 
     Raises:
@@ -52,6 +52,8 @@ def disk_errors_told(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise EloError(disk_problem(error, place)) from None
+    except EloError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())
         if not re.search(r"os error \d+|PytorchStreamWriter|unexpected pos \d+|file write failed", reason):

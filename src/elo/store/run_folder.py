@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,26 @@ class Artifact:
     path: Path
     fingerprint: Any
     record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage that is asked for.
+
+    Attributes:
+        inputs: identity of each argument.
+        outputs: paths that are kept.
+        scratch: paths that are removed when the stage is complete.
+    """
+
+    name: str
+    inputs: dict[str, Any]
+    outputs: Paths = ()
+    scratch: Paths = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return sha256_json({"stage": self.name, "version": _STAGE_VERSION, "inputs": self.inputs})
 
 
 class RunFolder:
@@ -132,39 +153,31 @@ class RunFolder:
             TypeError: an argument has no identity.
         """
         output = self.path(name)
-        outputs: Paths = (output,) if keep else ()
-        scratch: Paths = (self.path(f"{name}-checkpoints"), *(() if keep else (output,)))
-        inputs = {key: identity(value) for key, value in arguments.items()}
+        stage = _Stage(
+            name,
+            {key: identity(value) for key, value in arguments.items()},
+            outputs=(output,) if keep else (),
+            scratch=(self.path(f"{name}-checkpoints"), *(() if keep else (output,))),
+        )
 
         def work() -> dict[str, Any]:
+            started = time.perf_counter()
             output.parent.mkdir(parents=True, exist_ok=True)
-            return function(output, **arguments, **(execution or {}))
+            with live_file(self.stage_file(name, "live")) if is_main() else nullcontext():
+                record = function(output, **arguments, **(execution or {}))
+            record.setdefault("seconds", time.perf_counter() - started)
+            return record
 
-        fingerprint = self._stage(name, inputs, work, outputs=outputs, scratch=scratch, collective=collective)
-        return Artifact(output, fingerprint, read_json(self.stage_file(name))["record"])
-
-    def _stage(
-        self,
-        name: str,
-        inputs: Mapping[str, Any],
-        work: Callable[[], dict[str, Any]],
-        *,
-        outputs: Paths,
-        scratch: Paths,
-        collective: bool,
-    ) -> str:
-        """Do `work` unless it is done with these inputs already, and return the fingerprint."""
-        fingerprint = _fingerprint(name, inputs)
         if collective:
-            if not from_main(lambda: self._is_done(name, fingerprint, inputs, outputs, scratch)):
-                record = self._timed(name, work)
+            if not from_main(lambda: self._is_done(stage)):
+                record = work()
                 from_main(lambda: None)  # all processes must finish before the stage counts as complete
                 if is_main():
-                    self._finish(name, fingerprint, inputs, outputs, scratch, record)
-        elif is_main() and not self._is_done(name, fingerprint, inputs, outputs, scratch):
-            self._finish(name, fingerprint, inputs, outputs, scratch, self._timed(name, work))
-        wait_until(lambda: self._has_record(name, fingerprint))
-        return fingerprint
+                    self._finish(stage, record)
+        elif is_main() and not self._is_done(stage):
+            self._finish(stage, work())
+        wait_until(lambda: self._has_record(stage))
+        return Artifact(output, stage.fingerprint, read_json(self.stage_file(name))["record"])
 
     def begin(self, name: str, **arguments: Any) -> None:
         """Mark a stage as begun with these arguments, so that `once` later resumes it.
@@ -172,44 +185,43 @@ class RunFolder:
         Raises:
             EloError: the stage was begun or completed with other arguments.
         """
-        inputs = {key: identity(value) for key, value in arguments.items()}
-        fingerprint = _fingerprint(name, inputs)
+        stage = _Stage(name, {key: identity(value) for key, value in arguments.items()})
         for path in (self.stage_file(name), self.stage_file(name, "begun")):
             found = read_record(path, "fingerprint")
-            if found is not None and found["fingerprint"] != fingerprint:
-                changed = _difference(found.get("inputs", {}), inputs)
+            if found is not None and found["fingerprint"] != stage.fingerprint:
+                changed = _difference(found.get("inputs", {}), stage.inputs)
                 raise EloError(
                     f"{self.root}: stage {name} was begun with other inputs (changed: {changed}); give all processes "
                     "the same configuration, or choose another output"
                 )
-        self._mark_begun(name, fingerprint, inputs)
+        self._mark_begun(stage)
 
-    def _mark_begun(self, name: str, fingerprint: str, inputs: Mapping[str, Any]) -> None:
-        write_json(self.stage_file(name, "begun"), {"fingerprint": fingerprint, "inputs": dict(inputs)})
+    def _mark_begun(self, stage: "_Stage") -> None:
+        begun = {"fingerprint": stage.fingerprint, "inputs": stage.inputs}
+        write_json(self.stage_file(stage.name, "begun"), begun)
 
-    def _is_done(self, name: str, fingerprint: str, inputs: Mapping[str, Any], outputs: Paths, scratch: Paths) -> bool:
+    def _is_done(self, stage: "_Stage") -> bool:
         """Return whether the stage is complete with these inputs; if not, remove what other inputs left."""
-        done_path, begun_path = self.stage_file(name), self.stage_file(name, "begun")
+        done_path, begun_path = self.stage_file(stage.name), self.stage_file(stage.name, "begun")
         done = read_record(done_path, "fingerprint", "inputs", "outputs", "record")
         if done is not None:
-            changed = done["fingerprint"] != fingerprint
+            changed = done["fingerprint"] != stage.fingerprint
             if not changed and _intact(self.root, done["outputs"]):
-                self.say(f"{name}: already done")
-                for path in (begun_path, *scratch):  # left by a kill right after the record was written
+                self.say(f"{stage.name}: already done")
+                for path in (begun_path, *stage.scratch):  # left by a kill right after the record was written
                     remove(path)
-                self._skipped[fingerprint] = done
+                self._skipped[stage.fingerprint] = done
                 return True
-            reason = (
-                f"changed: {_difference(done['inputs'], inputs)}" if changed else "its output is missing or damaged"
-            )
-            self.say(f"{name}: {reason}; repeating the stage")
+            difference = _difference(done["inputs"], stage.inputs)
+            reason = f"changed: {difference}" if changed else "its output is missing or damaged"
+            self.say(f"{stage.name}: {reason}; repeating the stage")
         done_path.unlink(missing_ok=True)  # even if unreadable
-        self._check_what_is_used(inputs)
+        self._check_what_is_used(stage.inputs)
         begun = read_record(begun_path, "fingerprint")
-        if begun is None or begun["fingerprint"] != fingerprint:
-            for path in (*outputs, *scratch):
+        if begun is None or begun["fingerprint"] != stage.fingerprint:
+            for path in (*stage.outputs, *stage.scratch):
                 remove(path)
-            self._mark_begun(name, fingerprint, inputs)
+            self._mark_begun(stage)
         return False
 
     def _check_what_is_used(self, inputs: Mapping[str, Any]) -> None:
@@ -228,41 +240,26 @@ class RunFolder:
                         "failing; run the same command again to recreate it"
                     )
 
-    def _timed(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        started = time.perf_counter()
-        with live_file(self.stage_file(name, "live")) if is_main() else nullcontext():
-            record = work()
-        record.setdefault("seconds", time.perf_counter() - started)
-        return record
-
-    def _finish(
-        self,
-        name: str,
-        fingerprint: str,
-        inputs: Mapping[str, Any],
-        outputs: Paths,
-        scratch: Paths,
-        record: dict[str, Any],
-    ) -> None:
+    def _finish(self, stage: "_Stage", record: dict[str, Any]) -> None:
         value = {
-            "stage": name,
-            "fingerprint": fingerprint,
-            "inputs": dict(inputs),
-            "outputs": (sizes := _sizes(self.root, outputs)),
+            "stage": stage.name,
+            "fingerprint": stage.fingerprint,
+            "inputs": stage.inputs,
+            "outputs": (sizes := _sizes(self.root, stage.outputs)),
             # Checksums of token shards are in their manifest.
             "sha256": {name: sha256_file(self.root / name) for name in sizes if name.endswith(_CHECKED)},
             "record": record,
         }
-        write_json(self.stage_file(name), value)
+        write_json(self.stage_file(stage.name), value)
         states: tuple[Literal["begun", "live"], ...] = ("begun", "live")
         for state in states:
-            self.stage_file(name, state).unlink(missing_ok=True)
-        for path in scratch:
+            self.stage_file(stage.name, state).unlink(missing_ok=True)
+        for path in stage.scratch:
             remove(path)
 
-    def _has_record(self, name: str, fingerprint: str) -> bool:
-        record = read_record(self.stage_file(name), "fingerprint")
-        return record is not None and record["fingerprint"] == fingerprint
+    def _has_record(self, stage: "_Stage") -> bool:
+        record = read_record(self.stage_file(stage.name), "fingerprint")
+        return record is not None and record["fingerprint"] == stage.fingerprint
 
     def sweep(self) -> None:
         """Remove temporary files that killed processes left."""
@@ -321,10 +318,6 @@ def _sizes(root: Path, outputs: tuple[Path, ...]) -> dict[str, int]:
 
 def _intact(root: Path, sizes: dict[str, int]) -> bool:
     return all((root / name).is_file() and (root / name).stat().st_size == size for name, size in sizes.items())
-
-
-def _fingerprint(name: str, inputs: Mapping[str, Any]) -> str:
-    return sha256_json({"stage": name, "version": _STAGE_VERSION, "inputs": dict(inputs)})
 
 
 def _difference(before: Any, now: Any, path: str = "") -> str:

@@ -30,8 +30,6 @@ def match_tensors(
     Args:
         wanted: the base's tensors by the names that they have in a detached checkpoint.
         trained: trained detached checkpoint.
-        model_class: class of the model.
-        config: configuration of the detached model.
         scratch: empty folder, for the trained tensors under the base's names if they have to be converted.
 
     Raises:

@@ -29,7 +29,6 @@ from elo.checkpoint.refusals import require_detachable
 from elo.checkpoint.shared_files import copy_shared
 from elo.checkpoint.tensor_files import (
     INDEX_FILE,
-    MAX_SHARD_BYTES,
     Checkpoint,
     NewTensor,
     StoredTensor,
@@ -37,7 +36,7 @@ from elo.checkpoint.tensor_files import (
 )
 from elo.errors import EloError, UnfinishedError
 from elo.log import Progress
-from elo.store.files import atomic_directory, disk_errors_told, fsync_tree
+from elo.store.files import atomic_directory, fsync_tree, readable_disk_errors
 from elo.surgery.equivalence import build_hollow, build_hollow_causal_lm, require_same_layers
 from elo.surgery.in_memory import blend, check_include
 from elo.surgery.layer_config import edit_json, layer_edits, read_edited_config
@@ -51,11 +50,9 @@ def detach_checkpoint(
     output: Path,
     *,
     base_name: str | None = None,
-    revision: str | None = None,
     overwrite: bool = False,
     check: Callable[[Path], None] = lambda folder: None,
     trust_remote_code: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     label: str | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint with the embedding, the selected decoder layers, the final norm and the head.
@@ -65,12 +62,7 @@ def detach_checkpoint(
         layers: selection such as `first:1,last:1` or `[0, -1]`.
         output: folder to write. If writing fails, no output is left.
         base_name: name of the base in the record (a hub id); None records the folder's path.
-        revision: the base's revision on the hub, for the record.
-        overwrite: replace an existing output.
         check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
-        trust_remote_code: allow the checkpoint's own Python code to define the model.
-        max_shard_bytes: size of a weight file, in bytes, above which the weights are split.
-        label: label of the progress bar; None shows no progress.
 
     Returns:
         The provenance record, as written to config.json.
@@ -96,16 +88,15 @@ def detach_checkpoint(
     renamed = _small_tensors(base.weights, names, kept, type(hollow), small_config)
 
     with (
-        disk_errors_told(Path(output)),
+        readable_disk_errors(Path(output)),
         atomic_directory(Path(output), overwrite=overwrite) as folder,
         ThreadPoolExecutor(1) as executor,
     ):
         # Digests take about as long as writing and flushing. All three release the GIL, so they overlap.
-        provenance = executor.submit(
-            _provenance, base, names, kept, renamed, base_name or str(base.folder.resolve()), revision
-        )
+        base_name = base_name or str(base.folder.resolve())
+        provenance = executor.submit(_provenance, base, names, kept, renamed, base_name)
         tensors = [NewTensor(name, t.dtype, t.shape, t.size, t.chunks) for name, t in renamed.items()]
-        write_checkpoint(folder, tensors, max_shard_bytes, label)
+        write_checkpoint(folder, tensors, label)
         fsync_tree(folder)
         record = config_json[PROVENANCE_KEY] = provenance.result()
         write_config(folder, config_json)
@@ -140,10 +131,7 @@ def attach_checkpoint(
             Vocabulary rows that `elo vocab` added are always taken as trained.
         include: parts to attach besides the layers: "embedding", "norm", "head".
         link: hard-link weight files that do not change, if the file system allows it.
-        overwrite: replace an existing output.
         check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
-        trust_remote_code: allow the checkpoint's own Python code to define the model.
-        label: label of the progress bar; None shows no progress.
 
     Returns:
         {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors" (number of attached tensors),
@@ -173,7 +161,7 @@ def attach_checkpoint(
     with tempfile.TemporaryDirectory(prefix="elo-attach-") as scratch:
         matched = match_tensors(wanted, small.weights, type(hollow), small.config, Path(scratch))
         updates = _updates(wanted, matched, names, mapped, find_architecture(hollow).tied, include)
-        with disk_errors_told(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
+        with readable_disk_errors(Path(output)), atomic_directory(Path(output), overwrite=overwrite) as folder:
             written = {tensor.file.name for tensor, _ in updates}
             sizes = {name: (whole.folder / name).stat().st_size for name in whole.weights.files}
             sharing: Counter[str] = Counter()
@@ -240,9 +228,8 @@ def _provenance(
     kept: Sequence[int],
     small: dict[str, StoredTensor],
     base_name: str,
-    revision: str | None,
 ) -> dict[str, Any]:
-    record: dict[str, Any] = {
+    return {
         "format": FORMAT,
         "base": base_name,
         "layers": list(kept),
@@ -250,9 +237,6 @@ def _provenance(
         "frozen": {name: full_sha256(t) for name, t in sorted(small.items()) if names.split(name)[0] is None},
         "base_layers": _layer_digests(base.weights, names, kept),
     }
-    if revision is not None:
-        record["revision"] = revision
-    return record
 
 
 def _layer_digests(weights: Checkpoint, names: LayerNames, kept: Sequence[int]) -> list[str]:
@@ -355,10 +339,7 @@ def patch_tensor(
     """Overwrite tensor `place` in the file at `path` with base + scale x (trained - base).
 
     Args:
-        path: file to change.
         place: location of the tensor in the file.
-        base: tensor before training.
-        trained: tensor after training.
         scale: share of the change to keep.
         whole_from: first row that is taken as trained at any scale; None if there is none.
     """

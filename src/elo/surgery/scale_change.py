@@ -7,7 +7,7 @@ from elo.checkpoint.naming import map_names
 from elo.checkpoint.new_rows import first_new_row_of
 from elo.checkpoint.shared_files import copy_shared
 from elo.errors import EloError
-from elo.store.files import atomic_directory, disk_errors_told
+from elo.store.files import atomic_directory, readable_disk_errors
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.surgery.on_disk import patch_tensor
 
@@ -25,8 +25,6 @@ def scale_change(
         trained: checkpoint folder with the same tensors.
         output: folder to write. If writing fails, no output is left.
         scale: share of the change to keep: 0 is the base, 1 the trained model.
-        overwrite: replace an existing output.
-        trust_remote_code: allow the checkpoint's own Python code to define the model.
 
     Returns:
         Number of floating-point tensors, which are the ones written.
@@ -47,7 +45,7 @@ def scale_change(
             )
     hollow = build_hollow_causal_lm(after.config, trust_remote_code=trust_remote_code)
     names = map_names(hollow, after.weights.meta_state_dict())
-    with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
+    with readable_disk_errors(output), atomic_directory(output, overwrite=overwrite) as folder:
         for path in sorted(trained.iterdir()):
             if path.is_file():
                 copy_shared(path, folder / path.name, link=False)

@@ -28,7 +28,7 @@ from elo.train.settings import PASSED_ARGUMENTS, TrainingSettings
 _DDP_TIMEOUT_S = 4 * 3600
 
 
-def rows_per_step(sequence_length: int, settings: TrainingSettings) -> int:
+def sequences_per_step(sequence_length: int, settings: TrainingSettings) -> int:
     """Return the number of sequences per update, which is a whole number of micro-steps on every process.
 
     Raises:
@@ -47,7 +47,7 @@ def rows_per_step(sequence_length: int, settings: TrainingSettings) -> int:
 
 def micro_steps_per_step(sequence_length: int, settings: TrainingSettings) -> int:
     """Return the number of micro-steps per update."""
-    return rows_per_step(sequence_length, settings) // (settings.per_device_train_batch_size * world_size())
+    return sequences_per_step(sequence_length, settings) // (settings.per_device_train_batch_size * world_size())
 
 
 def bf16_pays(device_type: str) -> bool:

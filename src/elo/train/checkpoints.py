@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from elo.errors import UnfinishedError
-from elo.store.files import disk_errors_told, fsync_tree, read_json, remove, sha256_file, write_json
+from elo.store.files import fsync_tree, read_json, readable_disk_errors, remove, sha256_file, write_json
 from elo.train.trained_files import first_names
 
 MANIFEST = "elo_checkpoint.json"
@@ -29,12 +29,12 @@ def write_checkpoint(accelerator: Accelerator, folder: Path, step: int, record: 
             weights[index] = {name: t.contiguous() for name, t in model.state_dict().items() if first[name] == name}
 
     hook = accelerator.register_save_state_pre_hook(use_own_names)
-    with disk_errors_told(checkpoint):
+    with readable_disk_errors(checkpoint):
         accelerator.save_state(str(checkpoint))
     hook.remove()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with disk_errors_told(checkpoint):
+        with readable_disk_errors(checkpoint):
             write_json(checkpoint / RECORD, record)
             seal_checkpoint(checkpoint)
         rotate_checkpoints(folder, keep)

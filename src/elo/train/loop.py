@@ -24,7 +24,7 @@ from elo.evaluate.bits_per_byte import isolates_documents
 from elo.evaluate.scoring import evaluating, takes_position_ids
 from elo.log import Progress
 from elo.store.processes import from_main, is_main
-from elo.train.arguments import accelerating, micro_steps_per_step, rows_per_step, training_arguments, wants_bf16
+from elo.train.arguments import accelerating, micro_steps_per_step, sequences_per_step, training_arguments, wants_bf16
 from elo.train.attention import VARLEN, choose_attention, require_own_positions
 from elo.train.batches import PackedCollator, micro_batches
 from elo.train.checkpoints import latest_checkpoint, read_checkpoint, step_of, write_checkpoint
@@ -38,8 +38,8 @@ from elo.train.prepared import Prepared
 from elo.train.record import Record
 from elo.train.settings import TrainingSettings
 
-Evaluate = Callable[[PreTrainedModel], dict[str, float]]
-"""Bits per byte of a model, by language."""
+Evaluate = Callable[[PreTrainedModel], dict[str, Any]]
+"""Measure a model during training: {"bpb": {language: bits per byte}, "measures": records of other values}."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TrainingResult:
         tokens: number of trained positions, including padding in unpacked sequences.
         losses: {"tokens", "seconds", "loss"} by logging interval, with the loss in nats per token; with deep
             supervision, "internal" is the loss by layer.
-        evaluations: {"tokens", "seconds", "bpb": {language: bits per byte}} by measurement.
+        evaluations: {"tokens", "seconds"} and what `evaluate` returned, by measurement.
     """
 
     steps: int
@@ -85,10 +85,10 @@ def train(
     Args:
         model: model whose trained parameters are fp32; frozen parameters may have any floating-point dtype.
         rows: map-style dataset of sequences (elo.data.packing) of one length, packed or not. Their number is a multiple
-            of `rows_per_step`.
+            of `sequences_per_step`.
         output_dir: folder for training checkpoints. Training resumes from the newest complete one in it.
         prepared: hooks of the method that prepared `model`. The caller calls `fold`.
-        evaluate: function that returns bits per byte of a model by language.
+        evaluate: function that measures the model.
         save: function called in the main process with the trained model. If FSDP or DeepSpeed shards the weights, it
             also gets an iterator over them, part by part, which it must exhaust.
         main_alone: whether only the main process has the weights (elo.train.distributed.main_alone_loads).
@@ -101,7 +101,10 @@ def train(
     """
     prepared = prepared or Prepared()
     sequence_length = len(rows[0]["input_ids"])
-    per_step, micro_steps = rows_per_step(sequence_length, settings), micro_steps_per_step(sequence_length, settings)
+    per_step, micro_steps = (
+        sequences_per_step(sequence_length, settings),
+        micro_steps_per_step(sequence_length, settings),
+    )
     steps, tokens_per_step = len(rows) // per_step, per_step * sequence_length  # type: ignore[arg-type]
     evaluations = settings.evaluations if evaluate is not None else 0
     evaluation_steps = -(-steps // evaluations) if evaluations else 0
@@ -189,9 +192,12 @@ def train(
             progress.update(step * tokens_per_step, note)
             if evaluates:
                 assert evaluate is not None
-                bpb = _measure(evaluate, model, optimizer)
+                measured = _measure(evaluate, model, optimizer)
+                bpb = measured["bpb"]
                 values = {f"bpb_{language}": value for language, value in bpb.items()}
-                values |= record.add_evaluation(step, bpb) | cost_so_far(record.seconds, record.cpu_seconds)
+                for each in measured.get("measures", ()):
+                    values["_".join(filter(None, (each["measure"], each["name"], each["language"])))] = each["value"]
+                values |= record.add_evaluation(step, measured) | cost_so_far(record.seconds, record.cpu_seconds)
                 accelerator.log(_named("eval", values), step)
                 shown = ", ".join(f"{language} {value:.4f}" for language, value in bpb.items())
                 progress.say(f"{label}: {step * tokens_per_step:,} tokens, bits per byte: {shown}")
@@ -287,7 +293,7 @@ def _require_isolation(model: PreTrainedModel, autocast_dtype: torch.dtype | Non
     )
 
 
-def _measure(evaluate: Evaluate, model: PreTrainedModel, optimizer: Any) -> dict[str, float]:
+def _measure(evaluate: Evaluate, model: PreTrainedModel, optimizer: Any) -> dict[str, Any]:
     model.eval()
     optimizer.eval()
     # Evaluation batches have other shapes, for which compilation would cost more than it saves.

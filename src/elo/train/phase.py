@@ -18,9 +18,10 @@ from elo.data.heldout import cut_corpus
 from elo.data.shards import PreparedData
 from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
+from elo.evaluate.base import Measure, Subject
 from elo.evaluate.bits_per_byte import bits_per_byte
 from elo.evaluate.loading import load_model
-from elo.store.files import atomic_directory, disk_errors_told
+from elo.store.files import atomic_directory, readable_disk_errors
 from elo.store.processes import from_main, is_main
 from elo.train.arguments import wants_bf16
 from elo.train.distributed import main_alone_loads, whole_parts, without_weights
@@ -100,7 +101,7 @@ def train_checkpoint(
 
 
 def _on_whole_vocabulary(evaluate: Evaluate, cut: VocabularyCut) -> Evaluate:
-    def measure(model: PreTrainedModel) -> dict[str, float]:
+    def measure(model: PreTrainedModel) -> dict[str, Any]:
         with cut.whole():
             return evaluate(model)
 
@@ -130,7 +131,9 @@ def load_trainable(
     loaded: list[PreTrainedModel] = []
 
     def load() -> None:
-        loaded.append(load_model(str(checkpoint), "cpu", torch.float32, None, trust_remote_code))
+        loaded.append(
+            load_model(str(checkpoint), device="cpu", dtype=torch.float32, trust_remote_code=trust_remote_code)
+        )
         share_record(config, loaded[0].config)
 
     if settings.training_arguments.get("fsdp"):
@@ -162,13 +165,13 @@ def save_checkpoint(
         python: copy the base's Python files too.
     """
 
-    with disk_errors_told(output), atomic_directory(output, overwrite=True) as folder:
+    with readable_disk_errors(output), atomic_directory(output, overwrite=True) as folder:
         files.write(folder, model, whole_parts(model) if parts is None else parts, python=python)
         if finish is not None:
             finish(folder)
 
 
-def heldout_evaluator(
+def evaluator(
     prepared: PreparedData,
     languages: Sequence[str],
     tokenizer: TextTokenizer,
@@ -176,8 +179,10 @@ def heldout_evaluator(
     sequence_length: int,
     max_bytes: int | None,
     settings: TrainingSettings,
+    measures: Sequence[Measure] = (),
+    trust_remote_code: bool = False,
 ) -> Evaluate:
-    """Return a function that measures bits per byte on held-out text by language, for measurements during training.
+    """Return a function for measurements during training: bits per byte on held-out text, and further measures.
 
     The text is the same as in `evaluate`, so that curves and final values are comparable.
     """
@@ -186,13 +191,17 @@ def heldout_evaluator(
     corpora = {language: cut_corpus(prepared.heldout(language), tokenizer, max_bytes) for language in languages}
     autocast = torch.bfloat16 if wants_bf16(settings) else None
 
-    def evaluate(model: PreTrainedModel) -> dict[str, float]:
-        return {
+    def evaluate(model: PreTrainedModel) -> dict[str, Any]:
+        bpb = {
             language: bits_per_byte(
                 model, corpus, sequence_length=sequence_length, autocast_dtype=autocast
             ).bits_per_byte
             for language, corpus in corpora.items()
         }
+        subject = Subject(model, tokenizer, tokenizer, trust_remote_code=trust_remote_code)
+        with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
+            values = [value for each in measures for value in each.measure(subject).values if not value.is_detail]
+        return {"bpb": bpb, "measures": [value.model_dump(mode="json", exclude={"per_item"}) for value in values]}
 
     return evaluate
 

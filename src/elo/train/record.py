@@ -20,7 +20,7 @@ class Record:
         cpu_seconds: CPU time of this process in that time, in seconds, summed over cores.
         losses: {"tokens", "seconds", "loss"} by logging interval, with the loss in nats per token; "internal" by layer
             with deep supervision.
-        evaluations: {"tokens", "seconds", "bpb": {language: bits per byte}} by measurement.
+        evaluations: {"tokens", "seconds"} and what was measured, by measurement.
     """
 
     tokens_per_step: int
@@ -52,10 +52,10 @@ class Record:
         self.losses.append(point | {"loss": loss} | more)
         return point
 
-    def add_evaluation(self, step: int, bpb: dict[str, float]) -> dict[str, Any]:
-        """Record bits per byte by language. Return tokens and seconds."""
+    def add_evaluation(self, step: int, measured: dict[str, Any]) -> dict[str, Any]:
+        """Record what was measured. Return tokens and seconds."""
         point = self._point(step)
-        self.evaluations.append(point | {"bpb": bpb})
+        self.evaluations.append(point | measured)
         return point
 
     def state(self) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from elo.checkpoint.folder import (
 )
 from elo.checkpoint.naming import load_hollow, map_names
 from elo.checkpoint.new_rows import VOCABULARY_KEY, NewRows
-from elo.checkpoint.tensor_files import MAX_SHARD_BYTES, NewTensor, StoredTensor, write_checkpoint
+from elo.checkpoint.tensor_files import NewTensor, StoredTensor, write_checkpoint
 from elo.errors import EloError, UnsupportedArchitectureError, error_line
-from elo.store.files import atomic_directory, disk_errors_told
+from elo.store.files import atomic_directory, readable_disk_errors
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.surgery.layer_config import edit_json, read_edited_config
 from elo.surgery.matching import tensor_bytes
@@ -85,7 +85,6 @@ def extend_checkpoint(
     record: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     label: str | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint with rows for additional tokens.
@@ -99,10 +98,6 @@ def extend_checkpoint(
         check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
         pad_to_multiple_of: W is rounded up to a multiple of this, which is faster on tensor cores.
         record: additional keys of the record in config.json.
-        overwrite: replace an existing output.
-        trust_remote_code: allow the checkpoint's own Python code to define the model.
-        max_shard_bytes: maximum size of a weight file, in bytes.
-        label: label of the progress bar; None shows no progress.
 
     Returns:
         The record in config.json: {"rows": {"start", "stop"}, "embedding_init", "head_init" (None if tied), ...}
@@ -132,14 +127,14 @@ def extend_checkpoint(
     config_json = edit_json(base.config_json, base.config, {"vocab_size": rows, VOCABULARY_KEY: written})
     config_json[VOCABULARY_KEY] = written
     _require_loadable(base, config_json, rows, makers.keys(), trust_remote_code)
-    with disk_errors_told(output), atomic_directory(output, overwrite=overwrite) as folder:
+    with readable_disk_errors(output), atomic_directory(output, overwrite=overwrite) as folder:
         write_config(folder, config_json)
         save_tokenizer(folder)  # first, because it may fail and the weights are large
         tensors = [
             makers[name].tensor() if name in makers else NewTensor(name, each.dtype, each.shape, each.size, each.chunks)
             for name, each in base.weights.tensors.items()
         ]
-        write_checkpoint(folder, tensors, max_shard_bytes, label)
+        write_checkpoint(folder, tensors, label)
         copy_unlisted_weights(base.weights, folder)
         copy_side_files(checkpoint, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
         check(folder)

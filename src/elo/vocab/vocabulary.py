@@ -122,7 +122,8 @@ def measure_vocabulary(
         "warnings": [warning for warning in warnings if warning is not None],
     }
     if targets:
-        now = footprint(read_config(model, trust_remote_code=trust_remote_code))
+        model_config = read_config(model, trust_remote_code=trust_remote_code)
+        now = footprint(model_config, trust_remote_code=trust_remote_code)
         before = _total([measured[language] for language in targets])
         spent_now = _flops_per_byte(now, before)
         learning = [train for language, (train, _) in texts.items() if language not in targets]

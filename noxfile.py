@@ -4,8 +4,8 @@
     nox -s "installed-3.11(versions='oldest')"         # one environment
     nox -s installed -- -k config                      # arguments after -- are for pytest
 
-Needs uv, which resolves to the oldest versions. On a machine without a GPU, UV_TORCH_BACKEND=cpu takes the PyTorch build
-without CUDA.
+Needs uv, which resolves to the oldest versions. On a machine without a GPU, UV_TORCH_BACKEND=cpu takes the PyTorch
+build without CUDA.
 """
 
 from pathlib import Path

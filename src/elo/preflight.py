@@ -45,6 +45,7 @@ def check_inputs(config: RunConfig) -> None:
                 "remove it, and measure before and after training only"
             )
         check_settings(settings, config.data.sequence_length, "training")
+    config.data.filters.check(config.data.corpora)
     require_local(config.output, "output")
     output = Path(config.output)
     if output.exists() and not output.is_dir():

@@ -249,7 +249,8 @@ class DocumentReader:
         """Return whether a filter drops a training document, and count it."""
         if self._task.split != "train":
             return False
-        reason = self._filters.reason(record.text)
+        # Half of a parallel document is in another language.
+        reason = self._filters.reason(record.text, None if self._task.parallel else self._task.language)
         if reason is None and (number, record.number) in self._repeated:
             reason = "duplicate"
         if reason is not None:

@@ -73,7 +73,7 @@ def _check_not_empty(languages: dict[str, Any], tasks: list[CorpusTask]) -> None
             else f"all {cut + chosen} documents became held-out or validation text; lower heldout_share and "
             "validation_share, or provide more text"
             if chosen
-            else "no document with text; check the files and text_column"
+            else "no document with text; check the files, text_column and filters"
         )
         raise EloError(f"{files}: {split} text for {language!r}: {why}")
 

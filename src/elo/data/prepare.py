@@ -113,6 +113,7 @@ def prepare(
         tell = Progress(None, "prepare" if progress else None, "B").say
         known = _hashes_of_heldout(tasks, on_error)
         filters = filters or Filters()
+        filters.check(corpora)
         tasks = _with_thresholds(tasks, heldout_share, validation_share, known, on_error, filters)
         repeated = find_repeated(tasks, on_error, filters)
         job = Preparation(
@@ -308,7 +309,9 @@ def _thresholds(
             if held and several and (chosen or not span):
                 return bound, bound + span
     if not documents:
-        raise EloError(f"{_paths(tasks)}: no document with text for {language!r}; check the files and text_column")
+        raise EloError(
+            f"{_paths(tasks)}: no document with text for {language!r}; check the files, text_column and filters"
+        )
     if heldout_share and not several:
         raise EloError(
             f"{_paths(tasks)}: only one document for {language!r}, so none can be held out; "

@@ -4,10 +4,12 @@
     nox -s "installed-3.11(versions='oldest')"         # one environment
     nox -s installed -- -k config                      # arguments after -- are for pytest
 
-Needs uv, which resolves to the oldest versions. On a machine without a GPU PyTorch is the build without CUDA.
+Needs uv, which resolves to the oldest versions. On a machine without a GPU, UV_TORCH_BACKEND=cpu takes the PyTorch
+build without CUDA.
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nox
 
@@ -23,13 +25,14 @@ OF_SOURCES = ("test_packaging.py", "test_structure.py")
 @nox.parametrize("versions", ["oldest", "newest"])
 def installed(session: nox.Session, versions: str) -> None:
     """Build the wheel, install it, run the quickstart from it and pass the tests."""
-    built = Path(session.create_tmp()) / "dist"
-    session.run_install("uv", "build", "--wheel", "--out-dir", str(built), str(ROOT), external=True)
-    (wheel,) = built.glob("*.whl")
+    # uv resolves to the oldest versions only what is named directly, so not the requirements of the wheel.
+    requirements = ("--requirements", str(ROOT / "pyproject.toml"), "--extra", "dev")
     resolution = {"oldest": "lowest-direct", "newest": "highest"}[versions]
-    session.install("--torch-backend", "auto", "--resolution", resolution, f"{wheel}[dev]")
-    session.run("elo", "doctor")
-    with session.chdir(session.create_tmp()):
+    with TemporaryDirectory() as folder, session.chdir(folder):
+        session.run_install("uv", "build", "--out-dir", "dist", str(ROOT), external=True)
+        (wheel,) = Path("dist").glob("*.whl")
+        session.install("--resolution", resolution, *requirements, str(wheel))
+        session.run("elo", "doctor")
         session.run("elo", "quickstart", "--set", "budgets=[{tokens: 20000}]")
     tests = ROOT / "tests"
     left_out = [f"--ignore={tests / name}" for name in OF_SOURCES]

@@ -51,6 +51,7 @@ OPTIONAL = {
     "lm_eval",
     "matplotlib",
     "peft",
+    "ray",
     "py3langid",
     "sacrebleu",
     "torch",

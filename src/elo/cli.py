@@ -57,17 +57,18 @@ def run(
 def prepare(
     config: Config,
     set_: Set = None,
-    together: Annotated[
-        bool, typer.Option("--together", help="Share the work with other processes that prepare the same run folder.")
-    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Tokenise on a Ray cluster: auto for the one that this machine belongs to, or HOST:PORT (extra ray).",
+        ),
+    ] = None,
 ) -> None:
     """Tokenise the corpora of a run into token shards."""
-    from elo.run import prepare_together, run
+    from elo.run import run
 
-    if together:
-        prepare_together(config, overrides=set_)
-    else:
-        run(config, overrides=set_, until="prepare")
+    run(config, overrides=set_, until="prepare", ray=ray)
 
 
 @app.command("config")
@@ -175,7 +176,7 @@ def plan(
     device: Annotated[str | None, typer.Option(help="A GPU, such as A100-80GB or L4; by default H100.")] = None,
     devices: Annotated[int, typer.Option(help="Number of devices.")] = 1,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine for some seconds, and plan for it.")
+        bool, typer.Option("--measure", help="Train each phase for three updates on this machine, and plan for it.")
     ] = False,
     price_per_hour: Annotated[float | None, typer.Option(help="Price of one device, in your currency.")] = None,
     vocabulary_rows: Annotated[

@@ -25,9 +25,10 @@ PACKAGE = "elo-cpt"
 _EXTRAS = {
     "optim: adamw_8bit": "adamw8bit",
     "benchmarks (--tasks), translation": "eval",
-    "language of answers (--chat)": "chat",
+    "language identification (--chat, data.filters)": "chat",
     "object storage: s3://": "s3",
     "object storage: gs://": "gcs",
+    "elo prepare --ray": "ray",
 }
 # Feature: distribution that no extra brings.
 _OTHERS = {

@@ -25,12 +25,12 @@ from elo.errors import EloError
 from elo.evaluate.chat import Chat
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.inputs import Adapted, Inputs
-from elo.preflight import check_inputs, check_model
+from elo.preflight import check_inputs, check_model, check_processes
 from elo.probe.in_run import choices
 from elo.report import collect, schema
 from elo.run_results import report_progress, write_report
 from elo.store.files import write_json
-from elo.store.processes import is_main
+from elo.store.processes import check_launch, is_main
 from elo.store.remote import is_remote
 from elo.store.run_folder import Artifact, RunFolder, file_identity
 
@@ -43,7 +43,11 @@ class ReachedError(Exception):
 
 
 def run(
-    config: RunConfig | str | Path | dict[str, Any], *, overrides: list[str] | None = None, until: str | None = None
+    config: RunConfig | str | Path | dict[str, Any],
+    *,
+    overrides: list[str] | None = None,
+    until: str | None = None,
+    ray: str | None = None,
 ) -> dict[str, Any]:
     """Run all stages, or resume an interrupted run.
 
@@ -52,6 +56,7 @@ def run(
         overrides: `key.path=value`, applied to a file or dict.
         until: last stage to run: prepare, bridge, detach, attach, scale, the name of a phase, chat_vector, or sft; None
             runs all.
+        ray: address of a Ray cluster that tokenises the corpora (`auto`, or host:port); None for this machine.
 
     Returns:
         The results, as written to results.json (docs/results.md), or {} if `until` stopped the run earlier.
@@ -64,9 +69,10 @@ def run(
     _check_until(config, until)
     with open_run(config) as inputs:
         chat = _open_chat(inputs)
-        data = prepare_data(inputs)
+        data = prepare_data(inputs, ray)
         if until == "prepare":
             return {}
+        check_processes(config)
         inputs = probe_layers(inputs, data)
         sequences = divide_budget(config, data, inputs.folder.say)
         text, questions = heldout_text(inputs, data), chat.measure_base() if chat else None
@@ -81,28 +87,14 @@ def run(
         return write_report(inputs, data, base, adapted, final, chats)
 
 
-def prepare_together(config: str | Path | dict[str, Any], *, overrides: list[str] | None = None) -> None:
-    """Tokenise a run's corpora together with other processes, also on other machines that share the run folder.
-
-    Return when all corpora are prepared, no matter which process did it.
-
-    Raises:
-        EloError: the configuration or an input is invalid, or a run is using the folder.
-    """
-    with open_run(load_config(config, overrides), shared=True) as inputs:
-        prepare_data(inputs, together=True)
-
-
 @contextmanager
-def open_run(config: RunConfig, *, shared: bool = False) -> Iterator[Inputs]:
+def open_run(config: RunConfig) -> Iterator[Inputs]:
     """Check the inputs of a configuration, lock its run folder and yield the inputs.
 
-    Args:
-        shared: whether other processes may lock the folder with `shared` at the same time.
-
     Raises:
-        EloError: the base, a corpus, the layers or the run folder cannot be used.
+        EloError: the base, a corpus, the layers, the run folder or the launch cannot be used.
     """
+    check_launch()
     check_inputs(config)
     base = resolve_checkpoint(config.model, trust_remote_code=config.trust_remote_code)
     layers = check_model(config, base)
@@ -110,15 +102,14 @@ def open_run(config: RunConfig, *, shared: bool = False) -> Iterator[Inputs]:
     if is_remote(tokenizer):
         tokenizer = str(fetch_checkpoint(tokenizer, config.trust_remote_code, weights=False))
     folder = RunFolder(Path(config.output))
-    with folder.locked(shared=shared):
+    with folder.locked():
         if is_main():
-            if not shared:
-                folder.sweep()
+            folder.sweep()
             write_json(folder.path("config.json"), config.model_dump(mode="json"))
         yield Inputs(config, folder, Artifact(base, checkpoint_identity(base)), tokenizer, layers)
 
 
-def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
+def prepare_data(inputs: Inputs, ray: str | None = None) -> PreparedData:
     """Tokenise all corpora and return the token shards."""
     config, folder = inputs.config, inputs.folder
     corpora, heldout = stages.corpus_sources(config.data)
@@ -132,14 +123,10 @@ def prepare_data(inputs: Inputs, *, together: bool = False) -> PreparedData:
         "data": config.data,
         "tokenizer": inputs.tokenizer,
         "vocab_size": _decoder_config(inputs, inputs.base).vocab_size,
-        "together": together,
+        "ray": ray,
         "trust_remote_code": config.trust_remote_code,
     }
-    if together:
-        folder.begin("prepared", identities=decisive)
-        stages.prepare_data(folder.path("prepared"), identities=decisive, **execution)
-    else:
-        folder.once("prepared", stages.prepare_data, identities=decisive, execution=execution)
+    folder.once("prepared", stages.prepare_data, identities=decisive, execution=execution)
     return PreparedData.open(folder.path("prepared"))
 
 

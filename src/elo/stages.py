@@ -104,7 +104,7 @@ def prepare_data(
     tokenizer: str,
     identities: Any,
     vocab_size: int,
-    together: bool,
+    ray: str | None,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Tokenise the corpora into token shards.
@@ -112,7 +112,7 @@ def prepare_data(
     Args:
         identities: identities of the tokenizer's and the corpora's files, which determine the shards.
         vocab_size: number of rows of the model's embedding; larger token ids raise an error.
-        together: whether other processes may do the same at the same time.
+        ray: address of a Ray cluster that does the work; None for this machine.
     """
     corpora, heldout = corpus_sources(data)
     prepare(
@@ -128,8 +128,8 @@ def prepare_data(
         allow_lost_text=data.allow_lost_text,
         filters=data.filters,
         vocab_size=vocab_size,
-        together=together,
-        overwrite=not together,
+        ray=ray,
+        overwrite=True,
         trust_remote_code=trust_remote_code,
     )
     return {}

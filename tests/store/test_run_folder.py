@@ -217,17 +217,6 @@ def test_killed_between_the_record_and_the_end_of_its_stage(folder):
     assert not folder.path("s-checkpoints").exists()
 
 
-def test_what_was_begun_is_gone_on_with_and_nothing_else(folder):
-    folder.begin("s", a=1)
-    folder.begin("s", a=1)
-    with pytest.raises(EloError, match=r"stage s was begun with other inputs \(changed: a 1 -> 2\)"):
-        folder.begin("s", a=2)
-    (folder.path("s-checkpoints")).mkdir()
-    stage = Stage()
-    folder.once("s", stage, a=1)
-    assert stage.calls == 1
-
-
 def test_a_refused_start_leaves_no_folder_and_takes_no_other(tmp_path):
     for existed in (False, True):
         root = tmp_path / "runs" / "one"

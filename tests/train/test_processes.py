@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from bad_input_fixtures import assert_refused, write_config
 from fork_fixtures import finish, forked, launched
 from run_fixtures import write_world
 from safetensors.torch import load_file
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 from elo.errors import EloError
 from elo.run import run
 from elo.store.processes import from_main, is_main
+
+WHOLE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def _launch(config: Path, processes: int = 2) -> subprocess.CompletedProcess:
@@ -107,3 +110,19 @@ def test_one_of_two_processes_is_killed_and_one_goes_on(tmp_path):
     run(shared, until="elo_pretraining")  # one process where there were two
     stage = "elo-elo_pretraining"
     assert _losses(tmp_path / "shared", stage) == pytest.approx(_losses(tmp_path / "run", stage), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"RANK": "1"}, "RANK set without LOCAL_RANK, WORLD_SIZE, MASTER_PORT, MASTER_ADDR; launch with torchrun"),
+        ({"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}, "set without MASTER_PORT, MASTER_ADDR"),
+        (WHOLE | {"RANK": "first"}, "RANK is 'first', not a number"),
+        (WHOLE | {"RANK": "2"}, "RANK 2 is not below WORLD_SIZE 2"),
+    ],
+)
+def test_half_a_launch_is_refused_at_the_start(tmp_path, capsys, monkeypatch, given, words):
+    path = write_config(tmp_path, write_world(tmp_path))
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert_refused(["run", path], ("launch: ", words), (tmp_path,), capsys)

@@ -17,11 +17,12 @@ from elo.checkpoint.counting import read_decoder_config
 from elo.config import ChatConfig
 from elo.data.chat_template import TEMPLATES, ChatFormat
 from elo.data.conversations import Conversation, read_conversations, write_conversations
+from elo.data.language import require_identifier
 from elo.data.packing import shuffled
 from elo.data.tokenizer import load_tokenizer
 from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
-from elo.evaluate.chat import Chat, require_identifier
+from elo.evaluate.chat import Chat
 from elo.identities import checkpoint_identity, tokenizer_identity
 from elo.methods.base import check_supervision
 from elo.stages import checked, measured

@@ -17,7 +17,7 @@ from elo.data.text_loss import judge_loss
 from elo.data.tokenizer import TextTokenizer
 from elo.data.tokenizing import TextCounts, TokenizerPool, WorkerDied
 from elo.errors import EloError
-from elo.store.files import TEMPORARY_PREFIX, read_json, remove, sha256_json, write_json
+from elo.store.files import read_json, remove, sha256_json, write_json
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1 << 13
@@ -91,7 +91,7 @@ class CorpusTask:
         return [self.folder, *(f"{self.language}/{split}/{self.index}" for split in self.cut_splits)]
 
     @property
-    def units(self) -> list[list[InputFile]]:
+    def units(self) -> "list[Unit]":
         """The files, grouped into units that can be tokenised independently."""
         units: list[list[InputFile]] = []
         size = UNIT_BYTES
@@ -101,7 +101,7 @@ class CorpusTask:
                 size = 0
             units[-1].append(file)
             size += file.size
-        return units
+        return [Unit(self, number, files) for number, files in enumerate(units)]
 
     def plan(
         self,
@@ -127,6 +127,25 @@ class CorpusTask:
             **(kept if self.split == "train" and filters.plan() else {}),
             **({"parallel": self.parallel.identity()} if self.parallel else {}),
         }
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Files of a corpus that are tokenised independently of the others."""
+
+    task: CorpusTask
+    number: int
+    files: list[InputFile]
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def name(self) -> str:
+        """The files, for messages."""
+        return self.files[0].location + (f" and {len(self.files) - 1} more files" if len(self.files) > 1 else "")
 
 
 @dataclass
@@ -230,7 +249,8 @@ class DocumentReader:
         """Return whether a filter drops a training document, and count it."""
         if self._task.split != "train":
             return False
-        reason = self._filters.reason(record.text)
+        # Half of a parallel document is in another language.
+        reason = self._filters.reason(record.text, None if self._task.parallel else self._task.language)
         if reason is None and (number, record.number) in self._repeated:
             reason = "duplicate"
         if reason is not None:
@@ -279,20 +299,21 @@ class Preparation:
     filters: Filters = field(default_factory=Filters)
     repeated: Repeated = field(default_factory=dict)
 
-    def writer(self, task: CorpusTask, unit: int) -> UnitWriter:
-        """Return the writer for one unit of `task`."""
-        return UnitWriter(self.root, task.folders, unit, self.tokenizer.dtype, self.shard_tokens)
+    def writer(self, unit: Unit) -> UnitWriter:
+        """Return the writer for a unit."""
+        return UnitWriter(self.root, unit.task.folders, unit.number, self.tokenizer.dtype, self.shard_tokens)
 
     def plan(self, task: CorpusTask) -> dict[str, Any]:
         """Return everything that determines the shards of a corpus."""
         return task.plan(self.tokenizer, self.shard_tokens, self.known_heldout, self.filters, self.repeated)
 
-    def claim(self, task: CorpusTask, *, start_over: bool = True) -> None:
-        """Create the corpus' folder; report and remove data made from other inputs or settings.
+    def pool(self, workers: int) -> TokenizerPool:
+        """Return a pool of as many tokenising processes."""
+        own = self.tokenizer
+        return TokenizerPool(own.encoder, own.prefix_token_id, own.eos_token_id, own.dtype, workers, own.checker)
 
-        Raises:
-            EloError: such data exists and `start_over` is false, because another process may be writing it.
-        """
+    def claim(self, task: CorpusTask) -> None:
+        """Create the corpus' folder; report and remove data made from other inputs or settings."""
         folder = self.root / task.folder
         plan = self.plan(task)
         if (folder / PLAN).is_file():
@@ -300,43 +321,28 @@ class Preparation:
             if before == plan:
                 return
             changed = [key for key in plan if not isinstance(before, dict) or before.get(key) != plan[key]]
-            if not start_over:
-                raise EloError(
-                    f"{folder}: was started with a different {', '.join(changed)}; give all processes the same "
-                    "configuration, or prepare once without --together to start over"
-                )
             self.tell(f"{folder}: made with a different {', '.join(changed)}; starting over")
         for own in task.own_folders:
             remove(self.root / own)
         folder.mkdir(parents=True)
         write_json(folder / PLAN, plan)
 
-    def states(self, task: CorpusTask, *, look: bool = False) -> list[UnitState]:
-        """Return the state on disk of each unit of a claimed corpus.
+    def state(self, unit: Unit, *, look: bool = False) -> UnitState:
+        """Return the state on disk of a unit. With `look` no file is changed: some may not be visible yet."""
+        return self.writer(unit).resume(self.on_error != "skip", look=look)
 
-        With `look` no file is changed, because another process may be writing the unit.
-        """
-        strict = self.on_error != "skip"
-        return [self.writer(task, unit).resume(strict, look=look) for unit in range(len(task.units))]
-
-    def sweep(self, task: CorpusTask, unit: int) -> None:
-        """Remove temporary files that a killed process left in a unit. Call it only while holding the unit's lock."""
-        for folder in task.own_folders:
-            for leftover in (self.root / folder).glob(f"{TEMPORARY_PREFIX}{unit:05d}*"):
-                remove(leftover)
-
-    def run_unit(self, task: CorpusTask, unit: int, pool: TokenizerPool) -> Iterator[tuple[int, int]]:
+    def run_unit(self, unit: Unit, pool: TokenizerPool) -> Iterator[tuple[int, int]]:
         """Tokenise the missing part of one unit; yield (bytes read from disk so far, tokens just written).
 
         Raises:
             EloError: bad input, a token id outside the embedding, a full disk, or a worker that died.
         """
-        writer = self.writer(task, unit)
+        task, writer = unit.task, self.writer(unit)
         if writer.resume(self.on_error != "skip").finished:
             return
         known = self.known_heldout if task.split == "train" else frozenset()
-        repeated = self.repeated.get((task.folder, unit), {})
-        reader = DocumentReader(task, task.units[unit], self.on_error, known, self.tell, self.filters, repeated)
+        repeated = self.repeated.get((task.folder, unit.number), {})
+        reader = DocumentReader(task, unit.files, self.on_error, known, self.tell, self.filters, repeated)
         found = np.zeros(len(TextCounts._fields), np.int64)
         batches = pool.map(reader.batches(writer.position), lambda batch: batch.texts, lambda batch: batch.checked)
         try:
@@ -401,13 +407,13 @@ def find_repeated(tasks: list[CorpusTask], on_error: str, filters: Filters) -> R
     seen: dict[str, set[bytes]] = {}
     for task in tasks if filters.exact_duplicates else ():
         hashes = seen.setdefault(task.language, set())
-        for unit, files in enumerate(task.units if task.split == "train" else ()):
-            reader = DocumentReader(task, files, on_error, frozenset(), lambda line: None, filters)
+        for unit in task.units if task.split == "train" else ():
+            reader = DocumentReader(task, unit.files, on_error, frozenset(), lambda line: None, filters)
             for batch in reader.batches(Position()):
                 for text, after in zip(batch.texts, batch.positions, strict=True):
                     digest = text_hash(text)
                     if digest in hashes:
-                        repeated.setdefault((task.folder, unit), {})[after.file, after.record - 1] = None
+                        repeated.setdefault((task.folder, unit.number), {})[after.file, after.record - 1] = None
                     hashes.add(digest)
     return repeated
 
@@ -422,10 +428,10 @@ def dropped_examples(job: Preparation, task: CorpusTask, counts: dict[str, int])
             found[name].append({"place": place, "text": text[:EXAMPLE_BYTES].decode(errors="ignore")})
 
     size = 0
-    for unit, files in enumerate(task.units if wanted else ()):
-        repeated = job.repeated.get((task.folder, unit), {})
+    for unit in task.units if wanted else ():
+        repeated = job.repeated.get((task.folder, unit.number), {})
         reader = DocumentReader(
-            task, files, job.on_error, frozenset(), lambda line: None, job.filters, repeated, dropped=keep
+            task, unit.files, job.on_error, frozenset(), lambda line: None, job.filters, repeated, dropped=keep
         )
         for batch in reader.batches(Position()):
             size += batch.size

@@ -1,11 +1,14 @@
 """Filters that drop training documents before they are tokenised (`data.filters`)."""
 
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-FILTERS = ("duplicate", "too_short", "too_long", "repetitive")
+from elo.data.language import require_identifier, share_in
+
+FILTERS = ("duplicate", "too_short", "too_long", "repetitive", "other_language")
 """Names under which dropped documents are counted."""
 
 
@@ -23,6 +26,9 @@ class Filters(BaseModel):
     max_repetition: float | None = Field(None, gt=0, lt=1)
     """Maximum share of a document's bytes that compression (zlib) removes; null is no limit. Prose has 0.4 to 0.6, and
     lines or phrases that are repeated over and over have more than 0.9."""
+    min_language_share: float | None = Field(None, gt=0, le=1)
+    """Minimum share of a document in the language of its corpus, by py3langid (extra `chat`); null is no limit. It
+    is measured on up to eight pieces of the document, and needs ISO 639 codes as names of languages."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "Filters":
@@ -32,8 +38,13 @@ class Filters(BaseModel):
             )
         return self
 
-    def reason(self, text: bytes) -> str | None:
-        """Return the filter that drops a document for its own text, or None."""
+    def check(self, languages: Iterable[str]) -> None:
+        """Raise EloError if the filters cannot be applied to text in these languages."""
+        if self.min_language_share:
+            require_identifier("data.filters.min_language_share", languages)
+
+    def reason(self, text: bytes, language: str | None) -> str | None:
+        """Return the filter that drops a document for its own text, or None. No language stands for several."""
         if self.min_characters or self.max_characters:
             length = len(text.decode())
             if length < self.min_characters:
@@ -42,6 +53,8 @@ class Filters(BaseModel):
                 return "too_long"
         if self.max_repetition and 1 - len(zlib.compress(text, 1)) / len(text) > self.max_repetition:
             return "repetitive"
+        if self.min_language_share and language and share_in(language, text.decode()) < self.min_language_share:
+            return "other_language"
         return None
 
     def plan(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def make_manifest(job: Preparation, tasks: list[CorpusTask], plan: str) -> dict[
     languages: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for task in sorted(tasks, key=lambda task: task.split != "train"):
         splits = languages.setdefault(task.language, {split: [] for split in SPLITS})
-        segments = [segment for state in job.states(task) for segment in state.segments]
+        segments = [segment for unit in task.units for segment in job.state(unit).segments]
         counts = {name: sum(segment["counts"][name] for segment in segments) for name in segments[0]["counts"]}
         files = [[file.location, file.size] for file in task.files]
         examples = dropped_examples(job, task, counts)
@@ -73,7 +73,7 @@ def _check_not_empty(languages: dict[str, Any], tasks: list[CorpusTask]) -> None
             else f"all {cut + chosen} documents became held-out or validation text; lower heldout_share and "
             "validation_share, or provide more text"
             if chosen
-            else "no document with text; check the files and text_column"
+            else "no document with text; check the files, text_column and filters"
         )
         raise EloError(f"{files}: {split} text for {language!r}: {why}")
 

@@ -7,10 +7,9 @@ is complete once it has a manifest. Until then the same command resumes after th
 import fcntl
 import os
 import re
-import time
 from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from elo.data.corpora import CorpusTask, DocumentReader, Preparation, find_repea
 from elo.data.filters import Filters
 from elo.data.manifest import is_whole, judge_lost_text, make_manifest, reopen, reweigh, tell_totals
 from elo.data.parallel import Parallel
+from elo.data.ray_tasks import connected, tokenize_on_ray
 from elo.data.shard_writer import Position
 from elo.data.shards import MANIFEST, SPLITS, PreparedData
 from elo.data.sources import list_inputs
 from elo.data.tokenizer import TextTokenizer, load_tokenizer
-from elo.data.tokenizing import TokenizerPool
 from elo.errors import EloError
 from elo.log import Progress, short
 from elo.store.files import TEMPORARY_PREFIX, remove, sha256_json, write_json
@@ -30,8 +29,6 @@ from elo.store.files import TEMPORARY_PREFIX, remove, sha256_json, write_json
 LANGUAGE = re.compile(r"[\w-]+")
 MARKER = "prepare.json"
 """Written first to mark the folder as prepare's, so that other folders are never changed."""
-SECONDS_BETWEEN_LOOKS = 2.0
-"""Seconds between polls for shards that another process is writing."""
 MIN_VALIDATION_DOCUMENTS = 30
 BYTES_PER_WORKER = 4 << 20
 """Bytes of input on disk that justify starting one more process."""
@@ -66,7 +63,7 @@ def prepare(
     shard_tokens: int = 1 << 26,
     vocab_size: int | None = None,
     progress: bool = True,
-    together: bool = False,
+    ray: str | None = None,
     overwrite: bool = False,
     split_special_tokens: bool = True,
     allow_lost_text: bool = False,
@@ -85,8 +82,8 @@ def prepare(
         on_error: "stop" at the first document that cannot be read, or "skip" and count such documents.
         shard_tokens: tokens per shard, which is the most work that a killed run has to repeat.
         vocab_size: rows of the model's embedding. Token ids outside it raise an error.
-        together: share the work with other processes that make the same call, on this or another machine with access
-            to the folder. Each process takes input files that no other is working on, and all wait for the last one.
+        ray: address of a Ray cluster whose nodes tokenise (`auto`, or host:port), for the same shards. Each unit (256
+            MiB of files, or one larger file) is a task that takes `workers` CPUs, by default one.
         overwrite: replace finished data made from other inputs or settings.
         split_special_tokens: tokenise special tokens spelled in a document as text, not as special tokens.
         allow_lost_text: accept text of which the tokenizer loses more than 5 %. The loss is measured on the first
@@ -112,53 +109,50 @@ def prepare(
     tokenizer = replace(tokenizer, split_special_tokens=split_special_tokens)
     if vocab_size is not None:
         tokenizer.check_embedding(vocab_size)
-    tell = Progress(None, "prepare" if progress else None, "B").say
-    known = _hashes_of_heldout(tasks, on_error)
-    filters = filters or Filters()
-    tasks = _with_thresholds(tasks, heldout_share, validation_share, known, on_error, filters)
-    repeated = find_repeated(tasks, on_error, filters)
-    existed = output.is_dir()
-    job = Preparation(
-        output, tokenizer, shard_tokens, on_error, vocab_size, known, tell, allow_lost_text, filters, repeated
-    )
+    with connected(ray) if ray is not None else nullcontext():
+        tell = Progress(None, "prepare" if progress else None, "B").say
+        known = _hashes_of_heldout(tasks, on_error)
+        filters = filters or Filters()
+        filters.check(corpora)
+        tasks = _with_thresholds(tasks, heldout_share, validation_share, known, on_error, filters)
+        repeated = find_repeated(tasks, on_error, filters)
+        job = Preparation(
+            output, tokenizer, shard_tokens, on_error, vocab_size, known, tell, allow_lost_text, filters, repeated
+        )
+        return _prepare(job, tasks, workers, show=progress, on_ray=ray is not None, overwrite=overwrite)
+
+
+def _prepare(
+    job: Preparation, tasks: list[CorpusTask], workers: int | None, *, show: bool, on_ray: bool, overwrite: bool
+) -> PreparedData:
+    output, existed = job.root, job.root.is_dir()
     plan = sha256_json([[task.folder, job.plan(task)] for task in tasks])
-    with _locked(output, shared=together):
-        with _one_at_a_time(output, together):
-            if (output / MANIFEST).is_file():
-                finished = reopen(output, plan, on_error)
-                if finished is not None:
-                    judge_lost_text(job, tasks, finished.manifest)
-                    return reweigh(finished, tasks)
-                if not overwrite and is_whole(output):
-                    raise EloError(
-                        f"{output}: holds finished data made from other inputs or settings; "
-                        "choose another output, remove this one, or pass overwrite"
-                    )
-                remove(output / MANIFEST)
-            if not together:
-                _sweep(output, tasks)
-            for task in tasks:
-                job.claim(task, start_over=not together)
+    with _locked(output):
+        if (output / MANIFEST).is_file():
+            finished = reopen(output, plan, job.on_error)
+            if finished is not None:
+                judge_lost_text(job, tasks, finished.manifest)
+                return reweigh(finished, tasks)
+            if not overwrite and is_whole(output):
+                raise EloError(
+                    f"{output}: holds finished data made from other inputs or settings; "
+                    "choose another output, remove this one, or pass overwrite"
+                )
+            remove(output / MANIFEST)
+        _sweep(output, tasks)
+        for task in tasks:
+            job.claim(task)
         try:
-            told = False
-            while left := _tokenize(job, tasks, workers, progress, together):
-                if not told:
-                    tell(f"{output}: waiting for other processes to finish {left} groups of files")
-                told = True
-                time.sleep(SECONDS_BETWEEN_LOOKS)  # the next pass takes over what a process that died left unfinished
-            with _one_at_a_time(output, together):
-                manifest = make_manifest(job, tasks, plan)
-                warnings = judge_lost_text(job, tasks, manifest)
-                write_json(output / MANIFEST, manifest)
-                for lock in output.rglob("*.lock"):
-                    remove(lock)
+            _tokenize(job, tasks, workers, show, on_ray)
+            manifest = make_manifest(job, tasks, plan)
+            warnings = judge_lost_text(job, tasks, manifest)
+            write_json(output / MANIFEST, manifest)
         except EloError:
-            if not together:
-                _remove_if_nothing_finished(output, existed)
+            _remove_if_nothing_finished(output, existed)
             raise
-        tell_totals(manifest, tell)
+        tell_totals(manifest, job.tell)
         for warning in warnings:
-            tell(warning)
+            job.tell(warning)
     return PreparedData.open(output)
 
 
@@ -213,8 +207,8 @@ def _check_output(output: Path) -> None:
 
 
 @contextmanager
-def _locked(output: Path, *, shared: bool) -> Iterator[None]:
-    """Create `output` and lock it for this process, or for all processes that work together."""
+def _locked(output: Path) -> Iterator[None]:
+    """Create `output` and lock it for this process."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output, os.O_RDONLY)
@@ -222,46 +216,19 @@ def _locked(output: Path, *, shared: bool) -> Iterator[None]:
         raise EloError(f"{output}: cannot be written ({error.strerror}); choose another output") from None
     try:
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise EloError(
                 f"{output}: another elo prepare is writing to it; wait for it, or choose another output"
             ) from None
         try:
-            # Created once and never replaced, because processes that work together lock it.
-            with suppress(FileExistsError), (output / MARKER).open("x") as marker:
-                marker.write('{"made_by": "elo prepare"}\n')
+            if not (output / MARKER).exists():
+                write_json(output / MARKER, {"made_by": "elo prepare"})
         except OSError as error:
             raise EloError(f"{output}: cannot be written ({error.strerror}); choose another output") from None
         yield
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _one_at_a_time(output: Path, together: bool) -> Iterator[None]:
-    """Hold a lock that excludes the other processes working on `output`."""
-    if not together:
-        yield
-        return
-    with (output / MARKER).open("rb") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _taken(path: Path, together: bool) -> Iterator[bool]:
-    """Try to lock the unit whose lock file is `path`; yield whether this process holds it."""
-    if not together:
-        yield True
-        return
-    with path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def _hashes_of_heldout(tasks: list[CorpusTask], on_error: str) -> frozenset[bytes]:
@@ -342,7 +309,9 @@ def _thresholds(
             if held and several and (chosen or not span):
                 return bound, bound + span
     if not documents:
-        raise EloError(f"{_paths(tasks)}: no document with text for {language!r}; check the files and text_column")
+        raise EloError(
+            f"{_paths(tasks)}: no document with text for {language!r}; check the files, text_column and filters"
+        )
     if heldout_share and not several:
         raise EloError(
             f"{_paths(tasks)}: only one document for {language!r}, so none can be held out; "
@@ -372,41 +341,33 @@ def _sweep(output: Path, tasks: list[CorpusTask]) -> None:
         remove(leftover)
 
 
-def _tokenize(job: Preparation, tasks: list[CorpusTask], workers: int | None, show: bool, together: bool) -> int:
-    """Tokenise the missing parts of every corpus; return the number of units that other processes are working on."""
+def _tokenize(job: Preparation, tasks: list[CorpusTask], workers: int | None, show: bool, on_ray: bool) -> None:
+    """Tokenise the missing parts of every corpus."""
     unknown = any(file.is_hub for task in tasks for file in task.files)
     total = sum(file.size for task in tasks for file in task.files)
-    done = 0
-    pending: list[tuple[CorpusTask, int, int]] = []
-    for task in tasks:
-        for unit, state in enumerate(job.states(task, look=together)):
-            size = sum(file.size for file in task.units[unit])
-            if state.finished:
-                done += size
-            else:
-                pending.append((task, unit, size))
+    pending = [unit for task in tasks for unit in task.units if not job.state(unit).finished]
     if not pending:
-        return 0
+        return
+    done = total - sum(unit.size for unit in pending)
+    progress = Progress(None if unknown else total, "prepare" if show else None, "B", done)
+    if on_ray:
+        try:
+            with progress:
+                tokenize_on_ray(job, pending, job.root / MARKER, workers or 1, progress)
+        finally:
+            _sweep(job.root, tasks)  # what lost nodes left
+        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = workers or (1 if cores <= CORES_OF_ONE_PROCESS else cores)
     if not unknown:
         processes = max(1, min(processes, (total - done) // BYTES_PER_WORKER))
-    tokenizer = job.tokenizer
-    frame = (tokenizer.prefix_token_id, tokenizer.eos_token_id)
-    progress = Progress(None if unknown else total, "prepare" if show else None, "B", done)
-    with progress, TokenizerPool(tokenizer.encoder, *frame, tokenizer.dtype, processes, tokenizer.checker) as pool:
-        tokens, left = 0, 0
-        for task, unit, size in pending:
-            with _taken(job.root / task.folder / f"{unit:05d}.lock", together) as ours:
-                left += not ours
-                if ours:
-                    if together:
-                        job.sweep(task, unit)
-                    for read, new_tokens in job.run_unit(task, unit, pool):
-                        tokens += new_tokens
-                        progress.update(done + read, f"{short(tokens)} tokens")
-            done += size
-    return left
+    with progress, job.pool(processes) as pool:
+        tokens = 0
+        for unit in pending:
+            for read, new_tokens in job.run_unit(unit, pool):
+                tokens += new_tokens
+                progress.update(done + read, f"{short(tokens)} tokens")
+            done += unit.size
 
 
 def _remove_if_nothing_finished(output: Path, existed: bool) -> None:

@@ -7,6 +7,7 @@ position of the next segment.
 
 import hashlib
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ class ShardFile:
         self.num_tokens = 0
         self._dtype = dtype
         self._paths = shard_paths(root / name, has_text=keeps_text)
-        self._temporary = [path.with_name(TEMPORARY_PREFIX + path.name) for path in self._paths]
+        # Unique, because a node that the cluster has given up may still be writing the same shard.
+        prefix = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-"
+        self._temporary = [path.with_name(prefix + path.name) for path in self._paths]
         self._paths[0].parent.mkdir(parents=True, exist_ok=True)
         self._file, self._hash = self._temporary[0].open("wb"), hashlib.sha256()
         self._text_file, self._text_hash = self._temporary[3].open("wb") if keeps_text else None, hashlib.sha256()

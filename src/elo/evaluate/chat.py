@@ -6,18 +6,18 @@
 - chat_nats: nats per token of the true answers, ends of turns included.
 """
 
-import importlib.util
 from collections.abc import Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from elo.data.chat_template import TEMPLATES, ChatFormat
 from elo.data.conversations import Conversation, read_conversations
+from elo.data.language import is_identifiable, is_in, require_identifier
 from elo.errors import EloError
 from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register, share_error
 from elo.evaluate.scoring import check_ids, evaluating, longest_sequence, summed_nats
@@ -77,9 +77,9 @@ class Chat(Measure):
             texts = [chat.tokenizer.backend.decode(ids, skip_special_tokens=True).strip() for ids in written]
             ended = [chat.ended(ids) and bool(text) for ids, text in zip(written, texts, strict=True)]
             values.append(_share("chat_ended", "all", language, ended))
-            if language in _identifier().labels:
-                values.append(_share("chat_language", "all", language, [_is_in(language, text) for text in texts]))
-                true = [_is_in(language, each.messages[-1]["content"]) for each, _ in asked]
+            if is_identifiable(language):
+                values.append(_share("chat_language", "all", language, [is_in(language, text) for text in texts]))
+                true = [is_in(language, each.messages[-1]["content"]) for each, _ in asked]
                 values.append(_share("chat_language", "reference", language, true))
             answers += [
                 {"language": language, "prompt": each.messages[-2]["content"], "text": text, "ended": end}
@@ -139,23 +139,6 @@ class Chat(Measure):
                 items=len(examples),
             )
         ]
-
-
-def require_identifier(where: str) -> None:
-    """Raise EloError if the library that identifies languages is not installed."""
-    if importlib.util.find_spec("py3langid") is None:
-        raise EloError(f"{where}: py3langid is not installed; run: pip install 'elo-cpt[chat]'")
-
-
-@cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE)
-
-
-def _is_in(language: str, text: str) -> bool:
-    return bool(text) and _identifier().classify(text)[0] == language
 
 
 def _share(measure: str, name: str, language: str, hits: Sequence[bool]) -> MeasureValue:

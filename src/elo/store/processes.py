@@ -9,6 +9,23 @@ from elo.errors import EloError
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LOOKS = 0.2
+_NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+_LAUNCH = (*_NUMBERS, "MASTER_ADDR")
+"""Variables that a launcher of several processes sets."""
+
+
+def check_launch() -> None:
+    """Raise EloError if only a part of what a launcher sets is set, or it does not fit together."""
+    remedy = "launch with torchrun, or set what it sets (docs/launching.md)"
+    given = {name: os.environ[name] for name in _LAUNCH if os.environ.get(name)}
+    if not given.keys() & {"RANK", "WORLD_SIZE"} or given.get("WORLD_SIZE") == "1":
+        return
+    if missing := [name for name in _LAUNCH if name not in given]:
+        raise EloError(f"launch: {', '.join(given)} set without {', '.join(missing)}; {remedy}")
+    if wrong := [name for name in _NUMBERS if not given[name].isdecimal()]:
+        raise EloError(f"launch: {wrong[0]} is {given[wrong[0]]!r}, not a number; {remedy}")
+    if int(given["RANK"]) >= world_size():
+        raise EloError(f"launch: RANK {given['RANK']} is not below WORLD_SIZE {world_size()}; {remedy}")
 
 
 def world_size() -> int:

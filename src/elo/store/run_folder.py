@@ -72,8 +72,8 @@ class RunFolder:
         self._skipped: dict[str, dict[str, Any]] = {}
 
     @contextmanager
-    def locked(self, *, shared: bool = False) -> Iterator[None]:
-        """Lock the run folder in the main process. `shared` locks can be held by several runs at once.
+    def locked(self) -> Iterator[None]:
+        """Lock the run folder in the main process.
 
         Raises:
             EloError: another run holds the lock, or the folder is in object storage or cannot be written.
@@ -91,7 +91,7 @@ class RunFolder:
             raise EloError(f"{self.root}: cannot be written ({error.strerror}); choose another output") from None
         with lock:
             try:
-                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
                 raise EloError(
@@ -104,7 +104,7 @@ class RunFolder:
             try:
                 yield
             except EloError:
-                if made and not shared and self._nothing_done():
+                if made and self._nothing_done():
                     remove(self.root)
                     for folder in made[1:]:
                         folder.rmdir()
@@ -179,27 +179,6 @@ class RunFolder:
         wait_until(lambda: self._has_record(stage))
         return Artifact(output, stage.fingerprint, read_json(self.stage_file(name))["record"])
 
-    def begin(self, name: str, **arguments: Any) -> None:
-        """Mark a stage as begun with these arguments, so that `once` later resumes it.
-
-        Raises:
-            EloError: the stage was begun or completed with other arguments.
-        """
-        stage = _Stage(name, {key: identity(value) for key, value in arguments.items()})
-        for path in (self.stage_file(name), self.stage_file(name, "begun")):
-            found = read_record(path, "fingerprint")
-            if found is not None and found["fingerprint"] != stage.fingerprint:
-                changed = _difference(found.get("inputs", {}), stage.inputs)
-                raise EloError(
-                    f"{self.root}: stage {name} was begun with other inputs (changed: {changed}); give all processes "
-                    "the same configuration, or choose another output"
-                )
-        self._mark_begun(stage)
-
-    def _mark_begun(self, stage: "_Stage") -> None:
-        begun = {"fingerprint": stage.fingerprint, "inputs": stage.inputs}
-        write_json(self.stage_file(stage.name, "begun"), begun)
-
     def _is_done(self, stage: "_Stage") -> bool:
         """Return whether the stage is complete with these inputs; if not, remove what other inputs left."""
         done_path, begun_path = self.stage_file(stage.name), self.stage_file(stage.name, "begun")
@@ -221,7 +200,7 @@ class RunFolder:
         if begun is None or begun["fingerprint"] != stage.fingerprint:
             for path in (*stage.outputs, *stage.scratch):
                 remove(path)
-            self._mark_begun(stage)
+            write_json(begun_path, {"fingerprint": stage.fingerprint, "inputs": stage.inputs})
         return False
 
     def _check_what_is_used(self, inputs: Mapping[str, Any]) -> None:

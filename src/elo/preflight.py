@@ -18,25 +18,14 @@ from elo.checkpoint.tensor_files import Checkpoint, open_checkpoint
 from elo.config import RunConfig
 from elo.errors import EloError, UnsupportedArchitectureError
 from elo.evaluate.cloze import read_cloze
-<<<<<<< HEAD
 from elo.evaluate.scoring import longest_sequence
-from elo.methods import Method, Phase
-=======
-from elo.evaluate.scoring import longest_sequence, takes_position_ids
->>>>>>> main
 from elo.methods.base import check_supervision, first_new_row
 from elo.probe.choice import check_auto
 from elo.store.remote import require_local
 from elo.surgery.equivalence import build_hollow_causal_lm
-<<<<<<< HEAD
-from elo.train.arguments import check_settings
-from elo.train.attention import VARLEN, require_own_positions, separates_documents
-from elo.train.settings import TrainingSettings, check_also_train
-=======
 from elo.train.arguments import check_launch, check_settings
-from elo.train.attention import VARLEN, ignores_document_starts, require_own_positions
+from elo.train.attention import VARLEN, require_own_positions, separates_documents
 from elo.train.settings import check_also_train
->>>>>>> main
 
 log = logging.getLogger(__name__)
 

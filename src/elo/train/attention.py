@@ -19,11 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from elo.checkpoint.architecture import is_recurrent, layers_of
 from elo.errors import EloError
-<<<<<<< HEAD
-from elo.evaluate.scoring import rope_limit, takes_position_ids
-=======
-from elo.evaluate.scoring import evaluating, rope_limit
->>>>>>> main
+from elo.evaluate.scoring import evaluating, rope_limit, takes_position_ids
 from elo.store.processes import from_main
 
 VARLEN = "elo_varlen"

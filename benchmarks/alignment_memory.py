@@ -114,9 +114,10 @@ def planned_phase(
 
 
 def estimate(args: argparse.Namespace, contestant: Contestant) -> dict[str, Any]:
-    """Tokens per second and peak of memory in bytes by `elo plan --measure`."""
+    """Tokens per second and peak of memory in use, in bytes, by `elo plan --measure`."""
     phase = planned_phase(args, contestant, make_config(args, args.layers), measure=True)
-    return {"tokens_per_second": phase.tokens_per_second, "peak_memory_bytes": phase.memory.peak_bytes}
+    in_use = phase.memory.peak_bytes - phase.memory.parts.get("held by malloc", 0)
+    return {"tokens_per_second": phase.tokens_per_second, "peak_memory_bytes": in_use}
 
 
 def main() -> None:

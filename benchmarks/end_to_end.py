@@ -19,13 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measuring import finished, print_table, write_report
+from measuring import finished, matmul_rate, print_table, write_report
 
 from elo.checkpoint.counting import footprint, read_config
 from elo.checkpoint.footprint import Middle
 from elo.checkpoint.layers import parse_layers
 from elo.evaluate.evaluate import evaluate
-from elo.plan.devices import measure_matmul_rate
 from elo.plan.plan import plan
 from elo.quickstart.quickstart import WORLD, unpack_corpus
 
@@ -142,7 +141,7 @@ def main() -> None:
     if importlib.util.find_spec("trl") is None and "TRL SFTTrainer, full" in names:
         print("TRL is not installed (pip install trl): left out", flush=True)
         names.remove("TRL SFTTrainer, full")
-    rate = measure_matmul_rate().matmul_flops
+    rate = matmul_rate()
     heldout = {"target": args.heldout_target, "source": args.heldout_source}
     quiet = {
         "TRANSFORMERS_VERBOSITY": "error",

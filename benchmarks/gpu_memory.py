@@ -16,7 +16,6 @@ Without a GPU, the seconds per update are host time only, without CUDA's time to
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ from elo.checkpoint.counting import footprint
 from elo.checkpoint.layers import gaps_between
 from elo.methods import Method, Setup
 from elo.surgery.in_memory import detach_layers
-from elo.train import loop
 from elo.train.bridge import Bridge
+from elo.train.loop import train
 from elo.train.prepared import Prepared
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "dev" / "null_gpu"))
@@ -81,14 +80,10 @@ def measure(args: argparse.Namespace, contestant: Contestant) -> dict[str, float
     """Train here, for a few updates: peaks of memory allocated and reserved, in bytes, and the last one's seconds."""
     if on_a_null_gpu():
         answer_for_it()
-    loop.write_checkpoint = lambda *_: None  # tens of GB of what nobody wants
     model, prepared = make_ready(args, contestant.make())
     args.vocab_size = model.config.vocab_size
     rows = make_rows(args, args.steps * args.batch * args.accumulate)
-    with tempfile.TemporaryDirectory() as folder:
-        result = loop.train(
-            model, rows, settings=settings_of(args, contestant), output_dir=Path(folder), seed=0, prepared=prepared
-        )
+    result = train(model, rows, settings=settings_of(args, contestant), output_dir=None, seed=0, prepared=prepared)
     seconds = [point["seconds"] for point in result.losses]
     return {
         "peak_bytes": result.peak_memory_bytes,

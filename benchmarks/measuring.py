@@ -64,6 +64,24 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def matmul_rate(bf16: bool | None = None, seconds: float = 1.0) -> float:
+    """Best rate of large square matrix products on this machine, in FLOP/s; by default bf16 on a GPU alone."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    side, dtype = (8192 if gpu else 1024), torch.bfloat16 if (gpu if bf16 is None else bf16) else torch.float32
+    left, right, product = (torch.ones(side, side, dtype=dtype, device="cuda" if gpu else "cpu") for _ in range(3))
+    torch.mm(left, right, out=product)
+    fastest, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < seconds or fastest == float("inf"):
+        synchronise()
+        start = time.perf_counter()
+        torch.mm(left, right, out=product)
+        synchronise()
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2.0 * side**3 / fastest
+
+
 def weights_size(folder: Path) -> int:
     """Bytes of a checkpoint's weight files."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,17 +1,20 @@
 """Measure the training speed of every contestant of a comparison, side by side in one process, beside its FLOPs.
 
     python benchmarks/methods_speed.py COMPARISON.yaml --steps 6 --rounds 3 --output results/methods_speed.json
+    python benchmarks/methods_speed.py COMPARISON.yaml --plan --steps 3 --rounds 1 --output results/plan_accuracy.json
 
 Each round trains every phase of every contestant for a few updates, in turn, so that a slow period of the machine
-affects all of them. The fastest round counts. Time is CPU time, so pin the process to one core (taskset -c 0,
-OMP_NUM_THREADS=1).
+affects all of them. The first update warms up. The fastest round counts. Time is CPU time, so pin the process to one
+core (taskset -c 0, OMP_NUM_THREADS=1). With --plan, `elo plan --measure` follows each contestant, in CPU time as well.
 """
 
 import argparse
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from elo.budget import divide_budget
 from elo.checkpoint.counting import footprint, read_config
@@ -19,10 +22,12 @@ from elo.config import CompareConfig, RunConfig, contestant_run, load_comparison
 from elo.evaluate.loading import load_model
 from elo.inputs import Inputs
 from elo.methods import Phase, Setup
+from elo.plan.plan import plan
 from elo.preflight import check_model
 from elo.run import open_run, prepare_data
 from elo.store.environment import hardware, versions
 from elo.surgery.in_memory import detach_layers
+from elo.train.arguments import micro_steps_per_step
 from elo.train.bridge import Bridge, fit_bridge
 from elo.train.loop import train
 from elo.train.phase import load_trainable
@@ -44,7 +49,7 @@ class Speeds:
         self.bridges: dict[tuple[int, ...], Bridge] = {}
 
     def measure(self, config: RunConfig, layers: tuple[int, ...], phase: Phase, scratch: Path) -> dict[str, Any]:
-        """Train one phase for a few updates; returns tokens per CPU second and FLOPs per token."""
+        """Train one phase for a few updates: tokens per CPU second, FLOPs per token, rows and peak memory."""
         settings = config.settings(phase).model_copy(update={"save_steps": 10**6, "evaluations": 0})
         sequences = divide_budget(config, self.data, lambda _: None)
         every = sequences.of(phase)
@@ -64,10 +69,34 @@ class Speeds:
             cut = VocabularyCut(model, file)
             rows = CutSequences(rows, cut)
             counted = counted.with_vocabulary(len(cut.ids))
-        with tempfile.TemporaryDirectory() as folder:
-            result = train(model, rows, settings=settings, output_dir=Path(folder), seed=config.seed, prepared=prepared)
+        starts: list[float] = []
+        model.register_forward_pre_hook(lambda *_: starts.append(time.process_time()))
+        result = train(model, rows, settings=settings, output_dir=None, seed=config.seed, prepared=prepared)
+        counted_updates = self.steps - 1
+        begin = starts[-counted_updates * micro_steps_per_step(config.data.sequence_length, settings)]
+        rate = counted_updates * settings.tokens_per_step / (time.process_time() - begin)
         flops = config.method.flops_per_token(phase, counted, layers, config.data.sequence_length)
-        return {"tokens_per_cpu_second": result.tokens / result.cpu_seconds, "flops_per_token": flops.total}
+        return {
+            "tokens_per_cpu_second": rate,
+            "flops_per_token": flops.total,
+            "vocabulary_rows": counted.vocab_size,
+            "peak_memory_bytes": result.peak_memory_bytes,
+        }
+
+    def plan(self, config: RunConfig, vocabulary_rows: int) -> dict[str, dict[str, float]]:
+        """Tokens per CPU second and peak memory of each phase by `elo plan --measure`."""
+        cut = any(config.settings(phase).vocabulary == "corpus" for phase in config.method.phases)
+        with patch("time.perf_counter", time.process_time):
+            planned = plan(
+                config, measure=True, compare_with=(), vocabulary_rows=vocabulary_rows if cut else None
+            ).run.phases
+        return {
+            phase.name: {
+                "planned_tokens_per_second": phase.tokens_per_second,
+                "planned_peak_bytes": phase.memory.peak_bytes,
+            }
+            for phase in planned
+        }
 
     def _bridge(self, config: RunConfig, layers: tuple[int, ...]) -> Bridge:
         if layers not in self.bridges:
@@ -83,11 +112,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=10**6, help="length of a run, for its vocabulary rows")
     parser.add_argument("--steps", type=int, default=6, help="number of updates per phase and round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plan", action="store_true", help="plan every contestant too, with elo plan --measure")
+    parser.add_argument("--only", nargs="+", help="contestants to train")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     comparison = load_comparison(arguments.comparison)
     scratch = Path(tempfile.mkdtemp())
-    configs = {name: contestant_config(comparison, name, arguments.tokens, scratch) for name in comparison.contestants}
+    configs = {
+        name: contestant_config(comparison, name, arguments.tokens, scratch)
+        for name in arguments.only or comparison.contestants
+    }
     first = contestant_run(
         comparison, next(iter(configs)), Path(comparison.output), learning_rates={}, tokens=10**6, seed=1
     )
@@ -104,6 +138,10 @@ def main() -> None:
                         best[name][phase.name] = found
                     rate = found["tokens_per_cpu_second"]
                     print(f"round {number + 1}: {name} {phase.name}: {rate:.1f} tokens per CPU second", flush=True)
+                planned = speeds.plan(config, found["vocabulary_rows"]) if arguments.plan else {}
+                for phase_name, values in planned.items():
+                    known = best[name][phase_name]
+                    known |= {key: max(value, known.get(key, 0.0)) for key, value in values.items()}
     contestants = {}
     for name, phases in best.items():
         method = configs[name].method
@@ -123,6 +161,10 @@ def main() -> None:
     for name, each in contestants.items():
         bound = f", {each['speed_up_of_full']:.2f}x full (FLOPs: {each['flops_bound']:.2f}x)" if reference else ""
         print(f"{name}: {each['tokens_per_cpu_second']:.1f} tokens per CPU second{bound}")
+        for phase_name, measured in each["phases"].items() if arguments.plan else ():
+            speed = measured["planned_tokens_per_second"] / measured["tokens_per_cpu_second"]
+            memory = measured["planned_peak_bytes"] / measured["peak_memory_bytes"]
+            print(f"  {phase_name}: planned / measured: tokens per second {speed:.2f}, peak memory {memory:.2f}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ this machine's measured matmul rate. Weights are random, because speed does not 
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import synchronise, write_report
+from measuring import matmul_rate, synchronise, write_report
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from elo.checkpoint.counting import footprint
@@ -26,7 +25,6 @@ from elo.data.mixture import Mixture
 from elo.data.packing import PackedStream
 from elo.data.shards import TokenCorpus
 from elo.methods import METHODS, Method, Setup
-from elo.plan.devices import measure_matmul_rate
 from elo.surgery.in_memory import detach_layers
 from elo.train.arguments import wants_bf16
 from elo.train.bridge import fit_bridge
@@ -97,15 +95,8 @@ def train_some(
     prepared: Prepared,
 ) -> tuple[float, int]:
     """Tokens per second of ELO's own trainer, after `args.warmup` updates, and its peak of memory in bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = train(
-            model,
-            make_rows(args, (args.warmup + args.steps) * args.batch * args.accumulate),
-            settings=settings,
-            output_dir=Path(folder),
-            seed=0,
-            prepared=prepared,
-        )
+    rows = make_rows(args, (args.warmup + args.steps) * args.batch * args.accumulate)
+    result = train(model, rows, settings=settings, output_dir=None, seed=0, prepared=prepared)
     end = result.losses[-1]
     begin = next(point for point in result.losses if point["tokens"] >= args.warmup * settings.tokens_per_step)
     return (end["tokens"] - begin["tokens"]) / (end["seconds"] - begin["seconds"]), result.peak_memory_bytes
@@ -204,7 +195,7 @@ def main() -> None:
         save_steps=10**9,
         evaluations=0,
     )
-    rate = measure_matmul_rate(precision="bf16" if wants_bf16(settings) else "fp32").matmul_flops
+    rate = matmul_rate(wants_bf16(settings))
     print(f"matmul {rate / 1e9:,.0f} GFLOP/s ({'bf16' if wants_bf16(settings) else 'fp32'})", flush=True)
     depths: dict[int, dict[str, Any]] = {}
     for depth in args.depths:

@@ -37,10 +37,10 @@ def _save_and_die(accelerator: Any, folder: Path, step: int, *arguments: Any) ->
 _reads = 0
 
 
-def _count_and_load(*arguments: Any) -> Any:
+def _count_and_load(*arguments: Any, **keywords: Any) -> Any:
     global _reads
     _reads += 1
-    return _load(*arguments)
+    return _load(*arguments, **keywords)
 
 
 def _load_in_main_alone(checkpoint: Any, settings: Any, **keywords: Any) -> Any:

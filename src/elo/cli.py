@@ -176,7 +176,7 @@ def plan(
     device: Annotated[str | None, typer.Option(help="A GPU, such as A100-80GB or L4; by default H100.")] = None,
     devices: Annotated[int, typer.Option(help="Number of devices.")] = 1,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine for some seconds, and plan for it.")
+        bool, typer.Option("--measure", help="Train each phase for three updates on this machine, and plan for it.")
     ] = False,
     price_per_hour: Annotated[float | None, typer.Option(help="Price of one device, in your currency.")] = None,
     vocabulary_rows: Annotated[

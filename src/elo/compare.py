@@ -18,7 +18,7 @@ from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
 from elo.format import duration, listed
 from elo.inputs import Inputs
-from elo.preflight import check_inputs, check_model
+from elo.preflight import check_inputs, check_model, check_processes
 from elo.report import collect, schema, verdict
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
@@ -98,6 +98,7 @@ def _open(config: CompareConfig) -> Iterator[dict[str, Inputs]]:
                 "the method that you choose"
             )
         check_inputs(run)
+        check_processes(run)
     first = next(iter(runs.values()))
     for name, run in runs.items():
         for key in ("data", "evaluation", "trust_remote_code"):

@@ -19,14 +19,13 @@ from elo.config import RunConfig
 from elo.errors import EloError, UnsupportedArchitectureError
 from elo.evaluate.cloze import read_cloze
 from elo.evaluate.scoring import longest_sequence, takes_position_ids
-from elo.methods import Method, Phase
 from elo.methods.base import check_supervision, first_new_row
 from elo.probe.choice import check_auto
 from elo.store.remote import require_local
 from elo.surgery.equivalence import build_hollow_causal_lm
-from elo.train.arguments import check_settings
+from elo.train.arguments import check_launch, check_settings
 from elo.train.attention import VARLEN, ignores_document_starts, require_own_positions
-from elo.train.settings import TrainingSettings, check_also_train
+from elo.train.settings import check_also_train
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +33,18 @@ log = logging.getLogger(__name__)
 def check_inputs(config: RunConfig) -> None:
     """Raise EloError if the configuration or an input file is wrong, without loading anything."""
     for phase in config.method.phases:
-        _check_divided(config.method, phase, config.settings(phase))
-        if config.settings(phase).divides_model and config.evaluation.during_training:
+        settings = config.settings(phase)
+        if settings.divides_model and settings.vocabulary == "corpus":
+            raise EloError(
+                f"training.training_arguments: {phase.name}: training.vocabulary: corpus needs whole weights, but FSDP "
+                "and DeepSpeed divide them among processes; remove fsdp and deepspeed"
+            )
+        if settings.divides_model and config.evaluation.during_training:
             raise EloError(
                 f"evaluation.during_training: needs whole weights, but FSDP or DeepSpeed divides them in {phase.name}; "
                 "remove it, and measure before and after training only"
             )
-    for phase in config.method.phases:
-        check_settings(config.settings(phase), config.data.sequence_length, "training")
+        check_settings(settings, config.data.sequence_length, "training")
     require_local(config.output, "output")
     output = Path(config.output)
     if output.exists() and not output.is_dir():
@@ -68,27 +71,10 @@ def _check_language(config: RunConfig, language: str, key: str) -> None:
         )
 
 
-def _check_divided(method: Method, phase: Phase, settings: TrainingSettings) -> None:
-    """Raise EloError if FSDP or DeepSpeed divides the weights of a phase that does not support it."""
-    where = f"training.training_arguments: {phase.name}"
-    if settings.divides_model and settings.vocabulary == "corpus":
-        raise EloError(
-            f"{where}: training.vocabulary: corpus needs whole weights, but FSDP and DeepSpeed divide them among "
-            "processes; remove fsdp and deepspeed"
-        )
-    if not settings.training_arguments.get("deepspeed"):
-        if settings.divides_model and method.inexact_with_fsdp:
-            raise EloError(
-                f"{where}: {method.inexact_with_fsdp} gives other weights with FSDP than in one process; remove fsdp"
-            )
-        return
-    # ZeRO copies the gradients of all parameters into one buffer that is laid out when training begins.
-    unsupported = {
-        "layers that change between updates": method.changes_layers,
-        "low-rank adapters": phase.middle == "adapted",
-    }
-    for what in (name for name, wanted in unsupported.items() if wanted):
-        raise EloError(f"{where}: {what} cannot train with DeepSpeed; remove deepspeed, or write fsdp: true")
+def check_processes(config: RunConfig) -> None:
+    """Raise EloError if this launch cannot shard weights over its processes as the settings of a phase say."""
+    for phase in config.method.phases:
+        check_launch(config.settings(phase), config.data.sequence_length)
 
 
 def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:

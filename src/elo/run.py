@@ -25,7 +25,7 @@ from elo.errors import EloError
 from elo.evaluate.chat import Chat
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.inputs import Adapted, Inputs
-from elo.preflight import check_inputs, check_model
+from elo.preflight import check_inputs, check_model, check_processes
 from elo.probe.in_run import choices
 from elo.report import collect, schema
 from elo.run_results import report_progress, write_report
@@ -72,6 +72,7 @@ def run(
         data = prepare_data(inputs, ray)
         if until == "prepare":
             return {}
+        check_processes(config)
         inputs = probe_layers(inputs, data)
         sequences = divide_budget(config, data, inputs.folder.say)
         text, questions = heldout_text(inputs, data), chat.measure_base() if chat else None

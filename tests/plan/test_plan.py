@@ -2,11 +2,13 @@
 
 import json
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from plan_fixtures import LLAMA_8B, tiny_llama
 from rich.console import Console
 
@@ -17,10 +19,15 @@ from elo.cli import main
 from elo.config import load_config
 from elo.errors import EloError, UnsupportedArchitectureError
 from elo.methods import METHODS
-from elo.plan.devices import DEVICES, find_device, measure_matmul_rate
+from elo.plan import measure
+from elo.plan.devices import DEVICES, find_device, this_machine
+from elo.plan.phase import USABLE_MEMORY, Timing
 from elo.plan.plan import COMMON_METHODS, plan, planned_run
 from elo.plan.schema import Plan
 from elo.plan.table import render_plan
+from elo.train.arguments import wants_bf16
+from elo.train.loop import TrainingResult, train
+from elo.train.settings import TrainingSettings
 
 
 @pytest.fixture(scope="module")
@@ -331,22 +338,94 @@ def test_devices_are_found_by_any_spelling() -> None:
     assert find_device("h100").matmul_flops == 989e12
 
 
-def test_this_machine_is_measured() -> None:
-    measured = measure_matmul_rate(0.1, precision="fp32", size=256)
-    assert measured.measured and measured.precision == "fp32"
-    assert 1e8 < measured.matmul_flops < 1e16
-    assert 1e8 < measured.bandwidth < 1e14
-    assert measured.memory_bytes > 2**28
+def test_this_machine_has_the_precision_and_memory_of_training_here() -> None:
+    here = this_machine()
+    assert here.precision == ("bf16" if wants_bf16(TrainingSettings()) else "fp32")
+    assert here.memory_bytes > 2**28 and here.matmul_flops is None
 
 
-def test_a_plan_for_this_machine_uses_its_measured_rate(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = measure_matmul_rate(0.1, precision="fp32", size=256)
-    monkeypatch.setattr(elo.plan.plan, "this_machine", lambda: seen)
-    small = ("tokens=10_000", "data.sequence_length=64", "training.tokens_per_step=256")
-    result = planned(tiny, *small, measure=True)
-    assert result.device.measured and result.device.matmul_flops == seen.matmul_flops
-    assert 0 < result.device.utilisation < 3
-    phase = result.run.phases[0]
-    compute = phase.flops_per_token.total / (result.device.utilisation * seen.matmul_flops)
-    assert phase.seconds > compute * phase.tokens > 0
-    assert "measured on one layer of this model" in shown(result)
+# Measuring this machine.
+
+SMALL = ("tokens=100_000", "data.sequence_length=64")
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrainingResult]:
+    """Results of the trainings that a plan has measured."""
+    results: list[TrainingResult] = []
+
+    def recording(*arguments: Any, **keywords: Any) -> TrainingResult:
+        results.append(train(*arguments, **keywords))
+        return results[-1]
+
+    monkeypatch.setattr(measure, "train", recording)
+    return results
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_phase_is_measured_as_it_would_train(
+    tiny: Path, tmp_path: Path, name: str, trained: list[TrainingResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_rng_state()
+    run = planned(tiny, *SMALL, "training.tokens_per_step=512", method=name, measure=True).run
+    assert torch.equal(torch.get_rng_state(), before) and not list(Path().iterdir()), "nothing is left behind"
+    assert len(trained) == len(run.phases)
+    for result, phase in zip(trained, run.phases, strict=True):
+        assert phase.measured and phase.seconds > 0
+        assert (result.steps, result.tokens) == (3, 3 * 2 * 64), "two micro-steps stand for any number"
+        if not METHODS[name].redraws_layers:
+            assert result.trainable_parameters == phase.trainable_parameters
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_the_settings_of_the_run_are_measured(tiny: Path, packing: str, trained: list[TrainingResult]) -> None:
+    changes = (
+        *SMALL,
+        f"data.packing={packing}",
+        "training.vocabulary=corpus",
+        "training.tokens_per_step=128",
+        "training.per_device_train_batch_size=2",
+    )
+    run = planned(tiny, *changes, method="full", measure=True, vocabulary_rows=100).run
+    assert trained[0].tokens == 3 * 128, "an update of one micro-step has one here too"
+    assert trained[0].trainable_parameters == run.phases[0].trainable_parameters
+    assert (trained[0].attention != "model's own") == (packing == "true")
+
+
+def test_new_rows_are_measured_among_the_rows_that_train(tmp_path: Path, trained: list[TrainingResult]) -> None:
+    saved(tmp_path, elo_vocabulary={"rows": {"start": 400, "stop": 512}})
+    changes = (*SMALL, "method={name: elo, embedding_rows: new, alignment: none}", "training.tokens_per_step=64")
+    planned(tmp_path, *changes, measure=True)
+    planned(tmp_path, *changes, "training.vocabulary=corpus", measure=True, vocabulary_rows=100)
+    layers = trained[0].trainable_parameters - 2 * 112 * 64
+    assert trained[1].trainable_parameters == layers + 2 * 99 * 64
+
+
+def test_an_update_takes_its_micro_steps_and_one_optimizer_step(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_measure", lambda *_: Timing(micro_step=0.5, last_micro_step=0.7))
+    for step, devices, seconds in ((64, 1, 0.7), (512, 1, 7 * 0.5 + 0.7), (512, 4, 0.5 + 0.7)):
+        changes = (*SMALL, f"training.tokens_per_step={step}")
+        result = planned(tiny, *changes, method="full", measure=True, devices=devices)
+        phase = result.run.phases[0]
+        assert phase.seconds == pytest.approx(seconds * phase.tokens / step)
+        assert result.device.training_flops == pytest.approx(64 * phase.flops_per_token.total / 0.5)
+    assert "by training each phase for a few updates" in shown(result)
+
+
+def test_what_does_not_fit_is_estimated_at_the_measured_rate(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_memory(size: int) -> None:
+        monkeypatch.setattr(elo.plan.plan, "this_machine", lambda: replace(find_device("H100"), memory_bytes=size))
+
+    monkeypatch.setattr(measure, "_measure", lambda *_: Timing(0.5, 0.7))
+    changes = (*SMALL, "training.tokens_per_step=64")
+    peaks = [phase.memory.peak_bytes for phase in planned(tiny, *changes, method="elo_paper").run.phases]
+    with_memory(int(sum(peaks) / len(peaks) / USABLE_MEMORY))
+    result = planned(tiny, *changes, method="elo_paper", measure=True)
+    pretraining, alignment = result.run.phases
+    assert (pretraining.measured, alignment.measured) == (True, False)
+    assert alignment.seconds >= alignment.flops / result.device.training_flops
+    assert "ELO as published could not be measured on one device" in shown(result)
+    with_memory(2**20)
+    with pytest.raises(EloError, match="no phase fits into one device of this machine"):
+        planned(tiny, *changes, method="full", measure=True)

@@ -11,8 +11,10 @@ from elo.checkpoint.new_rows import VOCABULARY_KEY
 from elo.errors import EloError, StoppedBySignalError
 from elo.methods import METHODS, Setup
 from elo.surgery.in_memory import detach_layers
+from elo.train.arguments import training_arguments
 from elo.train.bridge import fit_bridge
 from elo.train.loop import train
+from elo.train.optimizer import make_optimizer
 
 FIRST = 40
 KEPT = (0, 3)
@@ -157,12 +159,8 @@ def test_embedding_and_head_have_their_own_learning_rate(tmp_path, first):
         update={"embedding_learning_rate": 7e-3, "lr_scheduler_type": "constant", "warmup_steps": 0}
     )
     model, ready = prepared(find_method("elo", middle="removed", embedding_rows=first), extended_llama())
-    rates = {}
-
-    def look(step, optimizer):
-        rates.update({id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]})
-
-    run(model, ready, tmp_path, settings, before_step=look)
+    optimizer = make_optimizer(model, settings, training_arguments(settings, 1, tmp_path), ready.first_row)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     layers = {id(p) for layer in model.model.layers for p in layer.parameters()}
     assert {rate for key, rate in rates.items() if key in layers} == {3e-3}
     assert {rate for key, rate in rates.items() if key not in layers} == {7e-3}

@@ -38,10 +38,10 @@ def _train(case, folder, name, *, kept=None, tie=False, settings=QUICK, before_s
         if before_step is None:
             return prepared
 
-        def both(step, optimizer):
+        def both(step, forget):
             before_step(step)
             if prepared.before_step:
-                prepared.before_step(step, optimizer)
+                prepared.before_step(step, forget)
 
         return replace(prepared, before_step=both)
 

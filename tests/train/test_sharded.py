@@ -5,7 +5,6 @@ import json
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +24,10 @@ from zoo import logits_of, tiny_config, tiny_model
 from elo.checkpoint.architecture import find_architecture
 from elo.errors import EloError, StoppedBySignalError
 from elo.run import run
-from elo.train.arguments import sequences_per_step
-from elo.train.distributed import check_sharding, main_alone_loads, whole_parts, without_weights
+from elo.train import loop
+from elo.train.arguments import check_launch, check_settings, sequences_per_step
+from elo.train.distributed import check_engaged, main_alone_loads, whole_parts, without_weights
 from elo.train.phase import load_trainable, save_checkpoint, train_checkpoint
-from elo.train.prepared import Prepared
 from elo.train.settings import TrainingSettings
 from elo.train.trained_files import TrainedFiles
 
@@ -159,16 +158,36 @@ def test_in_bf16_the_losses_are_those_of_one_process(frozen_as_stored: str, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_killed_and_gone_on_with_ends_as_one_process(
-    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("deepspeed", reason="pip install deepspeed; it compiles an operation when it is first used")
+def test_deepspeed_in_bf16_has_the_losses_of_one_process(stage: int, tmp_path: Path, deepspeed_on_cpus: None) -> None:
+    config = write_world(tmp_path) | {"method": "frozen"}
+    config["training"] |= {"per_device_train_batch_size": 1, "bf16": True}
+    run(config)
+    divided = sharded(config, tmp_path / "shared", deepspeed={"zero_optimization": {"stage": stage}})
+    status, said = launch(divided, tmp_path / "shared.yaml")
+    assert status == 0, said
+    assert losses(tmp_path / "shared", "frozen") == pytest.approx(losses(tmp_path / "run", "frozen"), abs=1e-2)
+    base, model, alone = (stored(tmp_path / name) for name in ("base", "shared/model", "run/model"))
+    trained = [name for name in base if not torch.equal(base[name], model[name])]
+    assert trained == [name for name in base if not torch.equal(base[name], alone[name])]
+
+
+@pytest.fixture
+def deepspeed_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's operation for CPUs, compiled before a launch has to wait for it."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    deepspeed = pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    deepspeed.accelerator.get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_killed_and_gone_on_with_ends_as_one_process(
+    stage: int, tmp_path: Path, deepspeed_on_cpus: None
+) -> None:
     config = write_world(tmp_path) | {"method": {"name": "elo", "share": 0.2, "scale": 1.0}}
     config["training"] |= {"per_device_train_batch_size": 1}
     run(config)
-    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
-    deepspeed = {"zero_optimization": {"stage": stage}, **auto}
+    deepspeed = {"zero_optimization": {"stage": stage}}
     divided = sharded(config, tmp_path / "shared", ["elo_pretraining"], deepspeed=deepspeed)
     _, killed = launch(divided, tmp_path / "shared.yaml", die_at="elo_pretraining:4")
     with pytest.raises(EloError, match=r"checkpoint-4: was written with DeepSpeed, .*without.*launch it as before"):
@@ -186,17 +205,58 @@ def test_deepspeed_killed_and_gone_on_with_ends_as_one_process(
 
 
 @pytest.mark.parametrize(
-    ("asked", "version", "settings", "message"),
+    ("engaged", "version", "asked", "message"),
     [
-        ("fsdp", 1, {"fsdp": True}, "FSDP: the launcher sets version 1"),
-        ("fsdp", 2, {}, "FSDP: only the launcher sets it"),
-        ("deepspeed", 2, {}, "DeepSpeed: only the launcher sets it"),
+        ("FSDP", 1, "fsdp", "FSDP: the launcher sets version 1"),
+        ("FSDP", 2, None, "FSDP: only the launcher sets it"),
+        ("FSDP", 2, "deepspeed", r"training_arguments\.deepspeed: .*accelerate runs FSDP"),
+        ("DEEPSPEED", 2, None, "DeepSpeed: only the launcher sets it"),
+        ("DEEPSPEED", 2, "fsdp", r"training_arguments\.fsdp: .*accelerate runs DEEPSPEED"),
+        ("DEEPSPEED", 2, "deepspeed", r"training_arguments\.deepspeed: needs a launcher"),
+        ("MULTI_GPU", 2, "fsdp", r"training_arguments\.fsdp: .*accelerate runs MULTI_GPU"),
+        ("MULTI_GPU", 2, "deepspeed", r"training_arguments\.deepspeed: .*accelerate runs MULTI_GPU"),
     ],
 )
-def test_what_the_launcher_asks_for_is_refused(asked: str, version: int, settings: Any, message: str) -> None:
-    accelerator: Any = SimpleNamespace(distributed_type=DistributedType[asked.upper()], is_fsdp2=version == 2)
+def test_sharding_other_than_asked_for_is_refused(engaged: str, version: int, asked: str | None, message: str) -> None:
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType[engaged], is_fsdp2=version == 2, device=torch.device("cuda")
+    )
     with pytest.raises(EloError, match=message):
-        check_sharding(accelerator, TrainingSettings(training_arguments=settings), None)
+        check_engaged(accelerator, TrainingSettings(training_arguments={asked: True} if asked else {}))
+
+
+def test_fsdp_on_cpus_is_refused_instead_of_training_without_it(tmp_path: Path) -> None:
+    def work() -> None:
+        with pytest.raises(
+            EloError, match=r"training_arguments\.fsdp: .*MULTI_CPU with 2 process.*on cpu; launch with"
+        ):
+            check_launch(SETTINGS.model_copy(update={"training_arguments": {"fsdp": True}}), LENGTH)
+        torch.distributed.barrier()  # neither may exit while the other is still connecting
+
+    assert launched(work, tmp_path / "log.txt", 2) == [0, 0], (tmp_path / "log.txt").read_text()
+
+
+def test_one_process_may_prepare_for_many(tmp_path: Path) -> None:
+    config = sharded(write_world(tmp_path) | {"method": "full"}, tmp_path / "shared")
+    run(config, until="prepare")
+    with pytest.raises(EloError, match=r"training_arguments\.fsdp: needs several processes.*NO with 1 process"):
+        run(config)
+    assert {path.name for path in (tmp_path / "shared" / "stages").iterdir()} == {"prepared.json"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"gradient_clipping": 5.0}, r"deepspeed: gradient_clipping=5\.0 vs hf max_grad_norm=1\.0: .*remove it"),
+        ({"zero_optimization": {"stage": 0}}, r"deepspeed\.zero_optimization\.stage: 0 divides nothing"),
+        ({"optimizer": {"type": "AdamW"}}, r"deepspeed\.optimizer: .*remove it"),
+    ],
+)
+def test_a_deepspeed_configuration_that_contradicts_the_settings_is_refused(config: Any, message: str) -> None:
+    pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    arguments = {"deepspeed": {"zero_optimization": {"stage": 2}, **config}}
+    with pytest.raises(EloError, match=rf"training\.training_arguments\.{message}"):
+        check_settings(SETTINGS.model_copy(update={"training_arguments": arguments}), LENGTH, "training")
 
 
 def test_deepspeed_in_bf16_is_refused_where_it_would_round_what_is_stored(tmp_path: Path) -> None:
@@ -240,58 +300,67 @@ def test_parts_make_the_same_checkpoint_as_the_whole(family: str, tmp_path: Path
     assert_same(stored(tmp_path / "whole"), expected)
 
 
-@pytest.mark.parametrize("name", ["lisa", "lisa-window", "lora", "lora-with ends", "frozen-half", "frozen-new rows"])
+METHODS = ["lisa", "lisa-window", "lora", "lora-with ends", "frozen-half", "frozen-new rows"]
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_method_in_two_processes_ends_as_in_one(name: str, tmp_path: Path) -> None:
+    _ends_as_in_one(name, tmp_path, {"fsdp": {"fsdp": True}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "elo", "elo-removed", *METHODS])
+def test_a_method_with_deepspeed_ends_as_in_one(name: str, tmp_path: Path, deepspeed_on_cpus: None) -> None:
+    divided = {f"zero{stage}": {"deepspeed": {"zero_optimization": {"stage": stage}}} for stage in (1, 2, 3)}
+    _ends_as_in_one(name, tmp_path, divided)
+
+
+def _ends_as_in_one(name: str, tmp_path: Path, divided: dict[str, dict[str, Any]]) -> None:
+    """Train with data parallelism and as in `divided`, there also killed and resumed, and compare with one process."""
     case = next(each for each in CASES if each.name == name)
     case.start(tie=name == "lora-with ends").save_pretrained(tmp_path / "base")
     plain = SETTINGS.model_copy(update={"per_device_train_batch_size": 1, "save_steps": 2, "weight_decay": 0.1})
-    fsdp = plain.model_copy(update={"training_arguments": {"fsdp": True}})
 
-    def train(folder: str, settings: TrainingSettings, *, stop_at: int | None = None) -> None:
-        def prepare(model: Any) -> Prepared:
-            prepared = case.method.prepare(model, case.phase, case.setup())
-
-            def before_step(step: int, optimizer: Any) -> None:
-                if step == stop_at:
-                    signal.raise_signal(signal.SIGTERM)
-                if prepared.before_step is not None:
-                    prepared.before_step(step, optimizer)
-
-            return replace(prepared, before_step=before_step)
-
+    def train(folder: str, settings: TrainingSettings) -> None:
         train_checkpoint(
             tmp_path / "base",
             tmp_path / folder,
             rows=rows(6 * sequences_per_step(LENGTH, settings)),
-            prepare=prepare,
+            prepare=lambda model: case.method.prepare(model, case.phase, case.setup()),
             seed=5,
             settings=settings,
             scratch=tmp_path / f"{folder}-checkpoints",
         )
 
+    write = loop.write_checkpoint
+
+    def write_and_stop(*arguments: Any) -> None:
+        write(*arguments)
+        signal.raise_signal(signal.SIGTERM)
+
     def work() -> None:
         import sharded_worker  # noqa: F401
 
         train("parallel", plain)
-        if name == "frozen-half":  # refused with FSDP
-            return
-        train("sharded", fsdp)
-        with pytest.raises(StoppedBySignalError):
-            train("resumed", fsdp, stop_at=2)
-        train("resumed", fsdp)
+        for folder, arguments in divided.items():
+            settings = plain.model_copy(update={"training_arguments": arguments})
+            train(folder, settings)
+            with pytest.raises(StoppedBySignalError), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(loop, "write_checkpoint", write_and_stop)
+                train(f"{folder}-resumed", settings)
+            train(f"{folder}-resumed", settings)
 
     train("alone", plain)
     log = tmp_path / "log.txt"
     assert launched(work, log, 2) == [0, 0], log.read_text()
     base, alone = (stored(tmp_path / folder) for folder in ("base", "alone"))
-    others = [stored(tmp_path / "parallel")]
-    if name != "frozen-half":
-        others.append(stored(tmp_path / "sharded"))
-        assert_same(others[1], stored(tmp_path / "resumed"))
-    for other in others:
+    for folder in divided:
+        assert_same(stored(tmp_path / folder), stored(tmp_path / f"{folder}-resumed"))
+    for folder in ("parallel", *divided):
+        other = stored(tmp_path / folder)
         assert other.keys() == base.keys()
         for key, tensor in alone.items():
-            assert (tensor - other[key]).abs().max() < 1e-4, key
+            assert (tensor - other[key]).abs().max() < 1e-4, f"{folder}: {key}"
             assert torch.equal(tensor, base[key]) == torch.equal(other[key], base[key]), f"{key}: trained or not"
         if name == "frozen-new rows":
             old = slice(FIRST_NEW_ROW)

@@ -125,16 +125,6 @@ class Method(BaseModel):
         return False
 
     @property
-    def changes_layers(self) -> bool:
-        """Whether the layers that train change between updates."""
-        return self.redraws_layers
-
-    @property
-    def inexact_with_fsdp(self) -> str | None:
-        """Setting with which FSDP gives other weights than one process, which is refused; None for none."""
-        return None
-
-    @property
     def probe_criterion(self) -> str | None:
         """Criterion by which the layers must be scored before the method can start (`elo.probe`); None for none."""
         return None

@@ -32,14 +32,6 @@ class Frozen(ChosenLayers):
     def phases(self) -> tuple[Phase, ...]:
         return (Phase("frozen", "frozen", also_train=self.also_train, learning_rate=5e-4),)
 
-    @property
-    def changes_layers(self) -> bool:
-        return self.backward_share < 1
-
-    @property
-    def inexact_with_fsdp(self) -> str | None:
-        return "method.backward_share below 1" if self.changes_layers else None
-
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         prepared = super().prepare(model, phase, setup)
         if self.backward_share == 1:
@@ -47,12 +39,12 @@ class Frozen(ChosenLayers):
         floor = GradientFloor(model)
         top = topmost_block(setup.layers)
         layers = layers_of(model)
-        below = [each for index in setup.layers if index < top for each in parameters_in(layers[index], self.module)]
 
-        def before_step(step: int, optimizer: Any) -> None:
+        def before_step(step: int, _: Any) -> None:
             drawn = float(torch.rand((), generator=setup.generator(step))) < self.backward_share
-            for parameter in below:
-                parameter.requires_grad_(drawn)
+            for index in setup.layers:
+                for parameter in parameters_in(layers[index], self.module) if index < top else ():
+                    parameter.requires_grad_(drawn)  # asked for each time, because FSDP replaces parameters
             if drawn:
                 floor.open(top, 1 / self.backward_share)
             else:

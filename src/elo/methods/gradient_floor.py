@@ -29,12 +29,15 @@ class GradientFloor:
     """Hooks on a model that stop the gradient below its trained layers, or scale it.
 
     While the floor is closed, neither the embedding's output nor the first layer's input has a gradient, so frozen
-    layers build no graph. A tied embedding still trains through the head.
+    layers build no graph. A tied embedding still trains through the head; another requires no gradient then, because
+    FSDP and DeepSpeed would update it with a gradient of zero.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        embedding = model.get_submodule(find_architecture(model).embedding_path)
+        self._embedding = embedding = model.get_submodule(find_architecture(model).embedding_path)
         self._closed = False
+        tied = model.get_output_embeddings().weight is embedding.weight
+        self._trains = embedding.weight.requires_grad and not tied
         self._scale: tuple[int, float] | None = None
         self._hooks = [embedding.register_forward_hook(self._after_embedding)]
         for index, layer in enumerate(layers_of(model)):
@@ -43,15 +46,21 @@ class GradientFloor:
     def close(self) -> None:
         """Stop the gradient at the embedding's output."""
         self._closed, self._scale = True, None
+        self._set_gradient(False)
 
     def open(self, layer_idx: int = 0, scale: float = 1.0) -> None:
         """Let the gradient pass; below layer `layer_idx` it is multiplied by `scale`."""
         self._closed, self._scale = False, None if scale == 1.0 else (layer_idx, scale)
+        self._set_gradient(True)
 
     def remove(self) -> None:
         """Remove the hooks from the model."""
         for hook in self._hooks:
             hook.remove()
+
+    def _set_gradient(self, required: bool) -> None:
+        if self._trains:
+            self._embedding.weight.requires_grad_(required)
 
     def _after_embedding(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output.detach() if self._closed else output

@@ -1,10 +1,11 @@
 """LISA (arXiv 2403.17919): train embedding, head and a few layers, redrawn at random every few updates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 from transformers import PreTrainedModel
 
 from elo.checkpoint.architecture import layers_of
@@ -44,7 +45,7 @@ class Lisa(Method):
         train_all(model, self.module)
         floor = GradientFloor(model) if self.window else None
 
-        def before_step(step: int, optimizer: Any) -> None:
+        def before_step(step: int, forget: Callable[[nn.Parameter], Any]) -> None:
             turn, inside = divmod(step, self.period)
             generator = setup.generator(turn)
             chosen = set(torch.randperm(len(layers), generator=generator)[:num_drawn].tolist())
@@ -56,7 +57,7 @@ class Lisa(Method):
                 for parameter in parameters_in(layer, self.module):
                     parameter.requires_grad_(index in chosen)
                     if inside == 0 and index not in chosen:  # the moments would be stale at the next draw
-                        optimizer.state.pop(parameter, None)
+                        forget(parameter)
 
         return Prepared(before_step=before_step, fold=floor.remove if floor else lambda: None)
 

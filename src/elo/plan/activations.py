@@ -19,7 +19,8 @@ from elo.checkpoint.architecture import layers_of, modules_of
 from elo.checkpoint.footprint import Footprint, LayerFootprint
 from elo.checkpoint.layer_outputs import entering
 from elo.checkpoint.model_config import text_config_of
-from elo.plan.memory import Kind, Precision, SavedActivations
+from elo.plan.devices import Kind, Precision
+from elo.plan.memory import SavedActivations
 from elo.surgery.layer_config import with_layers
 
 _PROBE = "elo_footprint"

@@ -6,16 +6,13 @@ Weights, gradients, optimizer states and logits are counted. What autograd keeps
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from elo.checkpoint.architecture import LayerModule
 from elo.checkpoint.footprint import Footprint
 from elo.methods import Phase
+from elo.plan.devices import Kind, Precision
 from elo.plan.schema import Memory
 from elo.train.settings import CHUNK, HeadLoss, TrainingSettings
-
-Precision = Literal["bf16", "fp32"]
-Kind = Literal["gpu", "cpu"]
 
 OPTIMIZER_BYTES: dict[str, float] = {
     "adamw_torch": 8.0,
@@ -32,6 +29,11 @@ _ADAMW = OPTIMIZER_BYTES["adamw_torch"]
 
 RUNTIME_BYTES = {"gpu": 700 * 2**20, "cpu": 600 * 2**20}
 """Bytes of the CUDA context, kernels and library workspaces; on a CPU, of the Python process and its libraries."""
+_TOKENIZER_ROW_BYTES = 1280
+"""Bytes of a tokenizer per vocabulary row, in the process that trains (measured: SmolLM2 1,024, Gemma 3 1,280)."""
+_FREED_EACH_STEP = ("bf16 weight copies", "activations", "logits", "workspace")
+_HELD_BY_MALLOC = 0.5
+"""Share of these parts that the C library of a CPU process holds beside what is in use (docs/plan.md, accuracy)."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def phase_memory(
     kind: Kind = "gpu",
     devices: int = 1,
     fp32_throughout: bool = False,
-    set_aside: int = 0,
+    whole: Footprint | None = None,
     lora_ranks: Sequence[int] | None = None,
     module: LayerModule = "layer",
 ) -> Memory:
@@ -81,7 +83,8 @@ def phase_memory(
         kind: frozen weights are bf16 on a GPU under `bf16`, and fp32 on a CPU.
         devices: number of devices.
         fp32_throughout: whether frozen weights are fp32 on a GPU too.
-        set_aside: fp32 parameters held beside the model: the whole embedding and head, if only some rows train.
+        whole: footprint with all vocabulary rows, if training computes with some of them; embedding and head of this
+            size are held beside the model, in fp32.
         lora_ranks: rank of each layer's adapters; None is the phase's rank for all.
         module: part of the layers that trains. Activations are counted as if the whole layer trained.
 
@@ -107,6 +110,7 @@ def phase_memory(
     maps = counted.bridge_elements(layers) if phase.middle == "bridged" else 0
     is_divided = settings.divides_model and devices > 1
     share = 1.0 / devices if is_divided else 1.0
+    set_aside = whole.embedding + whole.head if whole else 0
     weights = (4 * trainable + frozen_item * frozen) * share + 4 * maps + 4 * set_aside
     gradients = 4 * trainable * share
     state_bytes = OPTIMIZER_BYTES.get(settings.optimizer_name, _ADAMW)
@@ -136,6 +140,8 @@ def phase_memory(
     workspace = 3.0 * item * tokens * widest
     kept_gradients = gradients if accumulates else 0.0
     base = {"weights": weights, "optimizer": states, "runtime": float(RUNTIME_BYTES[kind])}
+    if kind == "cpu":
+        base["runtime"] += _TOKENIZER_ROW_BYTES * (whole or counted).vocab_size
     moments: dict[str, dict[str, float]] = {}
     at_loss = base | {"gradients": kept_gradients, "bf16 weight copies": copies}
     if settings.activation_checkpointing:
@@ -160,8 +166,11 @@ def phase_memory(
         moments["end of backward"] = base | {"gradients": gradients, "workspace": made}
     moments["optimizer step"] = base | {"gradients": gradients}
     moment, parts = max(moments.items(), key=lambda entry: sum(entry[1].values()))
-    whole = {name: round(size) for name, size in parts.items() if size >= 1}
-    return Memory(peak_bytes=sum(whole.values()), moment=moment, parts=whole)
+    if kind == "cpu":
+        freed = max(sum(each.get(name, 0.0) for name in _FREED_EACH_STEP) for each in moments.values())
+        parts["held by malloc"] = _HELD_BY_MALLOC * freed
+    rounded = {name: round(size) for name, size in parts.items() if size >= 1}
+    return Memory(peak_bytes=sum(rounded.values()), moment=moment, parts=rounded)
 
 
 def head_loss_bytes(

@@ -1,6 +1,6 @@
 """Estimate FLOPs, time and memory of one phase of a method, and suggest settings with which it fits."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -11,8 +11,8 @@ from elo.checkpoint.footprint import Footprint
 from elo.methods import Method, Phase
 from elo.methods.base import check_supervision
 from elo.plan.activations import saved_activations
-from elo.plan.devices import Device
-from elo.plan.memory import Kind, Precision, SavedActivations, phase_memory
+from elo.plan.devices import Device, Precision
+from elo.plan.memory import SavedActivations, phase_memory
 from elo.plan.schema import FlopsPerToken, Memory, PhasePlan
 from elo.train.settings import TrainingSettings
 
@@ -59,13 +59,26 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """Measured times of one phase on one device, in seconds."""
+
+    micro_step: float
+    """Forward and backward of one micro-batch."""
+    last_micro_step: float
+    """The same with the optimizer's update that follows it."""
+
+
+@dataclass(frozen=True)
 class Machine:
     """The devices to plan for."""
 
     device: Device
     devices: int
-    utilisation: float
     price_per_hour: float | None
+    training_flops: float
+    """Rate that training reaches on one device, in FLOP/s."""
+    timings: Mapping[Any, Timing] = field(default_factory=dict)
+    """Measured times by phase (see `timing_key`)."""
 
     def precision(self, settings: TrainingSettings) -> Precision:
         """Return the precision of training with these settings."""
@@ -119,11 +132,17 @@ def plan_phase(
         also_train=phase.also_train,
         module=method.module,
     )
-    rate = machine.device.matmul_flops * machine.utilisation * machine.devices
-    updated = trainable / (machine.devices if settings.divides_model else 1)
-    traffic = _OPTIMIZER_TRAFFIC.get(settings.optimizer_name, _ADAMW_TRAFFIC)
-    update_seconds = traffic * updated / machine.device.bandwidth / settings.tokens_per_step
-    seconds_per_token = flops.total / rate + update_seconds
+    timing = machine.timings.get(timing_key(method, phase, settings))
+    if timing is not None:
+        micro_batch = settings.per_device_train_batch_size * sequence_length * machine.devices
+        earlier = max(0, settings.tokens_per_step // micro_batch - 1)
+        seconds_per_token = (earlier * timing.micro_step + timing.last_micro_step) / settings.tokens_per_step
+    else:
+        seconds_per_token = flops.total / machine.training_flops / machine.devices
+        if machine.device.bandwidth is not None:
+            updated = trainable / (machine.devices if settings.divides_model else 1)
+            traffic = _OPTIMIZER_TRAFFIC.get(settings.optimizer_name, _ADAMW_TRAFFIC)
+            seconds_per_token += traffic * updated / machine.device.bandwidth / settings.tokens_per_step
     device_hours = seconds_per_token * tokens * machine.devices / 3600
 
     def memory(settings: TrainingSettings) -> Memory:
@@ -151,14 +170,19 @@ def plan_phase(
         ),
         flops=flops.total * tokens,
         seconds=seconds_per_token * tokens,
+        measured=timing is not None,
         tokens_per_second=1 / seconds_per_token,
-        optimizer_share=update_seconds / seconds_per_token,
         device_hours=device_hours,
         cost=None if machine.price_per_hour is None else device_hours * machine.price_per_hour,
         memory=needed,
         fits=fits,
         suggestion=suggestion,
     )
+
+
+def timing_key(method: Method, phase: Phase, settings: TrainingSettings) -> tuple[str, str, bool]:
+    """Return the key of a phase in `Machine.timings`."""
+    return method.name, phase.name, settings.activation_checkpointing
 
 
 def _memory(
@@ -170,9 +194,7 @@ def _memory(
     settings: TrainingSettings,
     sequence_length: int,
 ) -> Memory:
-    kind: Kind = machine.device.kind
-    precision = machine.precision(settings)
-    cut = settings.vocabulary == "corpus"
+    kind, precision = machine.device.kind, machine.precision(settings)
     saved = model.saved(phase, training, precision=precision, kind=kind, frozen_in_fp32=method.redraws_layers)
     return phase_memory(
         model.counted(settings),
@@ -185,7 +207,7 @@ def _memory(
         kind=kind,
         devices=machine.devices,
         fp32_throughout=method.redraws_layers,
-        set_aside=model.whole.embedding + model.whole.head if cut else 0,
+        whole=model.whole if settings.vocabulary == "corpus" else None,
         lora_ranks=method.lora_ranks(phase, model.whole.num_layers),
         module=method.module,
     )

@@ -6,8 +6,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from elo.budget import divide_sequences
 from elo.checkpoint.counting import footprint, read_config
 from elo.checkpoint.footprint import Footprint
@@ -17,13 +15,12 @@ from elo.checkpoint.refusals import require_detachable
 from elo.config import RunConfig, load_config
 from elo.errors import EloError
 from elo.methods import METHODS
-from elo.plan.devices import Device, find_device, measure_matmul_rate
-from elo.plan.measure import measure_utilisation
+from elo.plan.devices import find_device, this_machine
+from elo.plan.measure import measure_phases
 from elo.plan.memory import OPTIMIZER_BYTES
 from elo.plan.phase import USABLE_MEMORY, Machine, Model, plan_phase
 from elo.plan.schema import MethodPlan, Plan, PlannedDevice, PlannedModel, SpeedUp
 from elo.store.files import read_json
-from elo.train.arguments import bf16_pays
 from elo.train.settings import check_also_train
 
 DEFAULT_DEVICE = "H100"
@@ -32,8 +29,8 @@ COMMON_METHODS = ("elo", "elo_paper", "frozen", "lisa", "full")
 """Methods compared with the default method when a model is planned without the name of a method."""
 DEFAULT_BASELINES = ("full", "lora")
 UTILISATION = 0.40
-"""Assumed share of the data sheet's rate that training reaches; torchtitan reports 33 to 39 % for an 8B model on H100.
-For this machine, the share is measured on one layer of the model."""
+"""Assumed share of the data sheet's rate that training reaches; torchtitan reports 33 to 39 % for an 8B model on an
+H100."""
 
 
 def plan(
@@ -53,7 +50,7 @@ def plan(
             or hub id), for a run with default settings.
         device: name of a GPU in elo.plan.devices.DEVICES; None means H100.
         devices: number of devices.
-        measure: measure this machine for a few seconds and plan for it instead of a `device`.
+        measure: train each phase for a few updates on this machine and plan for it instead of a `device`.
         price_per_hour: price of one device per hour, in any currency.
         vocabulary_rows: number of rows of embedding and head under `training.vocabulary: corpus`. By default, the
             number that the run folder records, otherwise all rows.
@@ -74,7 +71,7 @@ def plan(
     unknown = [name for name in compare_with if name not in METHODS]
     if unknown:
         raise EloError(f"compare_with: there is no method {unknown[0]!r}; choose among {', '.join(METHODS)}")
-    found = None if measure else find_device(device or DEFAULT_DEVICE)
+    found = this_machine() if measure else find_device(device or DEFAULT_DEVICE)
 
     others = [
         config.model_copy(update={"method": METHODS[name].model_validate({"name": name})}) for name in compare_with
@@ -91,30 +88,25 @@ def plan(
         notes.append("method.profile: probe is decided by a probe; the plan assumes u_shaped")
     rows = _vocabulary_rows(config, counted, vocabulary_rows, notes)
     model = Model(model_config, counted, rows)
-    if found is None:
-        first = config.settings(config.method.phases[0])
-        found = this_machine()
-        utilisation = measure_utilisation(
-            model_config,
-            found,
-            layer=layers[-1],
-            tokens=first.per_device_train_batch_size * config.data.sequence_length,
-            sequence_length=config.data.sequence_length,
-        )
-    else:
-        utilisation = UTILISATION
-    machine = Machine(found, devices, utilisation, price_per_hour)
     total = config.tokens or DEFAULT_TOKENS
     if config.tokens is None:
         notes.append(f"tokens: null means one pass over the target languages; the plan assumes {total:,}")
-
-    run = _plan_method(model, machine, config, layers, total)
-    baselines = []
+    runs: list[tuple[RunConfig, dict[str, str]]] = [(config, {})]
     for other in others:
         if other.method.name != config.method.name:
-            baselines.append(_plan_method(model, machine, other, layers, total))
+            runs.append((other, {}))
         if other.method.name == "full":
-            baselines += _full_recomputing(model, machine, other, layers, total)
+            runs += _full_recomputing(other)
+
+    def planned() -> list[MethodPlan]:
+        return [_plan_method(model, machine, each, layers, total).model_copy(update=name) for each, name in runs]
+
+    machine = Machine(found, devices, price_per_hour, training_flops=UTILISATION * (found.matmul_flops or 1.0))
+    methods = planned()
+    if measure:
+        machine = measure_phases(model, machine, layers, [each for each, _ in runs], methods)
+        methods = planned()
+    run, *baselines = methods
     return Plan(
         model=PlannedModel(
             name=config.model,
@@ -132,14 +124,12 @@ def plan(
             layer_parameters=[layer.parameters for layer in counted.layers],
         ),
         device=PlannedDevice(
-            name=found.name,
+            name=machine.device.name,
             count=devices,
-            matmul_flops=found.matmul_flops,
-            measured=found.measured,
-            precision=found.precision,
-            memory_bytes=found.memory_bytes,
-            bandwidth=found.bandwidth,
-            utilisation=utilisation,
+            training_flops=machine.training_flops,
+            measured=measure,
+            precision=machine.device.precision,
+            memory_bytes=machine.device.memory_bytes,
             price_per_hour=price_per_hour,
         ),
         run=run,
@@ -148,7 +138,7 @@ def plan(
             SpeedUp(over=other.name, flops=other.flops / run.flops, seconds=other.seconds / run.seconds)
             for other in baselines
         ],
-        notes=notes + _notes(model, machine, config),
+        notes=notes + _notes(model, machine, config, methods),
         config=config.model_dump(mode="json"),
     )
 
@@ -193,12 +183,6 @@ def is_configuration(source: str | Path) -> bool:
     return str(source).endswith((".yaml", ".yml"))
 
 
-def this_machine() -> Device:
-    """Measure this machine in the precision that training would use on it."""
-    pays = bf16_pays("cuda" if torch.cuda.is_available() else "cpu")
-    return measure_matmul_rate(precision="bf16" if pays else "fp32")
-
-
 def _plan_method(model: Model, machine: Machine, config: RunConfig, layers: Sequence[int], total: int) -> MethodPlan:
     method, length = config.method, config.data.sequence_length
     for phase in method.phases:
@@ -221,18 +205,18 @@ def _plan_method(model: Model, machine: Machine, config: RunConfig, layers: Sequ
     return MethodPlan(name=method.name, label=method.label, phases=phases)
 
 
-def _full_recomputing(
-    model: Model, machine: Machine, full: RunConfig, layers: Sequence[int], total: int
-) -> list[MethodPlan]:
-    """Plan full CPT (continued pre-training) with activation checkpointing, unless its settings have that already."""
+def _full_recomputing(full: RunConfig) -> list[tuple[RunConfig, dict[str, str]]]:
+    """Return full CPT (continued pre-training) with activation checkpointing and its name in the plan.
+
+    The list is empty if the settings of full CPT have it already.
+    """
     (phase,) = full.method.phases
     if full.settings(phase).activation_checkpointing:
         return []
     changed = full.training.phases.get(phase.name, {}) | {"activation_checkpointing": True}
     training = full.training.model_copy(update={"phases": {phase.name: changed}})
-    planned = _plan_method(model, machine, full.model_copy(update={"training": training}), layers, total)
-    label = f"{full.method.label}, recomputing"
-    return [planned.model_copy(update={"name": "full_recomputing", "label": label})]
+    name = {"name": "full_recomputing", "label": f"{full.method.label}, recomputing"}
+    return [(full.model_copy(update={"training": training}), name)]
 
 
 def _vocabulary_rows(config: RunConfig, counted: Footprint, requested: int | None, notes: list[str]) -> int:
@@ -257,22 +241,32 @@ def _vocabulary_rows(config: RunConfig, counted: Footprint, requested: int | Non
     return counted.vocab_size
 
 
-def _notes(model: Model, machine: Machine, config: RunConfig) -> list[str]:
+def _notes(model: Model, machine: Machine, config: RunConfig, methods: Sequence[MethodPlan]) -> list[str]:
     """Return the assumptions behind the numbers."""
     device, length = machine.device, config.data.sequence_length
     settings = [config.settings(phase) for phase in config.method.phases]
-    source = "measured here" if device.measured else "data sheet, dense"
-    share = "measured on one layer of this model" if device.measured else "assumed"
     frozen = "fp32" if device.kind == "cpu" else device.precision
+    if device.matmul_flops is None:
+        rate = f"measured here in {device.precision}, by training each phase for a few updates with random weights"
+    else:
+        rate = (
+            f"{device.matmul_flops / 1e12:.3g} TFLOP/s {device.precision} (data sheet, dense), of which training "
+            f"reaches {UTILISATION:.0%} (assumed)"
+        )
     notes = [
-        f"rate: {device.matmul_flops / 1e12:.3g} TFLOP/s {device.precision} ({source}), of which training reaches "
-        f"{machine.utilisation:.0%} ({share})",
+        f"rate: {rate}",
         "time: training only, without preparation, surgery, bridge fitting, scale search, evaluation and checkpoints",
         "FLOPs: matrix products and attention scores of one causal sequence",
         f"memory: trained weights in fp32, frozen weights in {frozen}; the plan uses at most {USABLE_MEMORY:.0%} of a "
         "device",
         "LoRA: activations are assumed to be those of full training, an upper bound",
     ]
+    guessed = [each.label for each in methods if not all(phase.measured for phase in each.phases)]
+    if machine.timings and guessed:
+        notes.append(
+            f"rate: {', '.join(guessed)} could not be measured on one device; times are estimated from FLOPs, at the "
+            f"{machine.training_flops / 1e12:.3g} TFLOP/s of what was measured"
+        )
     if machine.devices > 1:
         notes.append("devices: communication is not counted")
         if not all(each.divides_model for each in settings):
@@ -284,7 +278,7 @@ def _notes(model: Model, machine: Machine, config: RunConfig) -> list[str]:
             break
     for name in dict.fromkeys(each.optimizer_name for each in settings if each.optimizer_name not in OPTIMIZER_BYTES):
         notes.append(f"optim: memory and traffic of {name} are assumed to be those of AdamW")
-    if any(machine.precision(each) != device.precision for each in settings):
+    if not machine.timings and any(machine.precision(each) != device.precision for each in settings):
         notes.append(f"bf16: the plan uses the rate of {device.precision}, although training uses another precision")
     if config.method.needs_new_rows:
         notes.append("embedding_rows: new: the plan assumes that all rows train, an upper bound")

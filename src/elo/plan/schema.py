@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from elo.checkpoint.footprint import Middle
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class _Record(BaseModel):
@@ -47,9 +47,9 @@ class PhasePlan(_Record):
     flops_per_token: FlopsPerToken
     flops: float
     seconds: float
+    measured: bool
+    """Whether the time is that of updates on this machine, rather than an estimate from FLOPs."""
     tokens_per_second: float
-    optimizer_share: float
-    """Share of the time spent in the optimizer."""
     device_hours: float
     cost: float | None
     """Device hours times the price per hour; null without a price."""
@@ -142,16 +142,12 @@ class PlannedDevice(_Record):
 
     name: str
     count: int
-    matmul_flops: float
-    """Rate of matrix products of one device, in FLOP/s."""
+    training_flops: float
+    """Rate that training reaches on one device, in FLOP/s: a share of the data sheet's, or measured."""
     measured: bool
-    """Whether the rates are measured on this machine rather than taken from the data sheet."""
+    """Whether training was measured on this machine."""
     precision: str
     memory_bytes: int
-    bandwidth: float
-    """Memory bandwidth, read plus write, in bytes per second."""
-    utilisation: float
-    """Share of `matmul_flops` that training reaches."""
     price_per_hour: float | None
 
 

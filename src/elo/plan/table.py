@@ -16,6 +16,7 @@ _PARTS = {
     "activations": "activations",
     "logits": "logits",
     "workspace": "workspace",
+    "held by malloc": "malloc",
     "runtime": "runtime",
 }
 

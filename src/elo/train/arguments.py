@@ -16,10 +16,18 @@ from accelerate.utils import (
     LoggerType,
 )
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from elo.errors import EloError
 from elo.store.processes import world_size
-from elo.train.distributed import check_deepspeed, check_fsdp, fsdp_arguments, launch_kept, set_precision
+from elo.train.distributed import (
+    check_deepspeed,
+    check_engaged,
+    check_fsdp,
+    launch_kept,
+    set_precision,
+    sharding_arguments,
+)
 from elo.train.optimizer import require_bitsandbytes
 from elo.train.settings import PASSED_ARGUMENTS, TrainingSettings
 
@@ -96,15 +104,18 @@ def training_arguments(
         bf16=wants_bf16(settings),
         use_cpu=not torch.cuda.is_available(),
         dataloader_num_workers=settings.dataloader_num_workers,
-        **(launch | fsdp_arguments(settings.training_arguments, main_alone=main_alone)),
+        **(launch | sharding_arguments(settings.training_arguments, main_alone=main_alone)),
     )
     set_precision(arguments)
     return arguments
 
 
-@contextmanager
-def accelerating(settings: TrainingSettings, arguments: TrainingArguments) -> Iterator[Accelerator]:
-    """Yield the accelerator of a phase, with its trackers, which are closed afterwards."""
+def make_accelerator(settings: TrainingSettings, arguments: TrainingArguments) -> Accelerator:
+    """Return the accelerator of a phase.
+
+    Raises:
+        EloError: accelerate does not shard the weights as the settings say.
+    """
     folder = Path(str(arguments.output_dir))
     ddp = {
         "find_unused_parameters": arguments.ddp_find_unused_parameters,
@@ -112,21 +123,34 @@ def accelerating(settings: TrainingSettings, arguments: TrainingArguments) -> It
         "broadcast_buffers": arguments.ddp_broadcast_buffers,
         "static_graph": arguments.ddp_static_graph,
     }
-    fsdp = arguments.fsdp_plugin_args
+    fsdp, deepspeed = arguments.fsdp_plugin_args, arguments.deepspeed_plugin
     accelerator = Accelerator(
         device_placement=False,  # the loop moves a model once, because the optimizer may have views of its weights
         mixed_precision=arguments.mixed_precision,
-        cpu=arguments.use_cpu,
-        deepspeed_plugin=arguments.deepspeed_plugin,
+        cpu=arguments.use_cpu and deepspeed is None,  # with cpu=True, accelerate trains without DeepSpeed
+        deepspeed_plugin=deepspeed,
         fsdp_plugin=None if fsdp is None else FullyShardedDataParallelPlugin(**fsdp),
         kwargs_handlers=[DistributedDataParallelKwargs(**{k: v for k, v in ddp.items() if v is not None})],
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop normalises the loss itself
+        # Only DeepSpeed reads the number; the loop normalises the loss itself.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=1 if deepspeed is None else arguments.gradient_accumulation_steps
+        ),
         step_scheduler_with_optimizer=False,
         log_with=_trackers(settings) or None,
         project_dir=str(folder.with_name("trackers") / folder.name.removesuffix("-checkpoints")),
     )
+    # Otherwise transformers divides every model that one process builds, such as those of a report, and waits forever.
+    unset_hf_deepspeed_config()
+    check_engaged(accelerator, settings)
+    return accelerator
+
+
+@contextmanager
+def accelerating(settings: TrainingSettings, arguments: TrainingArguments) -> Iterator[Accelerator]:
+    """Yield the accelerator of a phase, with its trackers, which are closed afterwards."""
+    accelerator = make_accelerator(settings, arguments)
     if accelerator.log_with:
-        name = str(arguments.run_name or folder.parent.name)
+        name = str(arguments.run_name or Path(str(arguments.output_dir)).parent.name)
         simple = {key: value for key, value in settings.model_dump().items() if isinstance(value, int | float | str)}
         named = {"wandb": {"name": name}, "trackio": {"name": name}, "mlflow": {"run_name": name}}
         accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "elo"), simple, named)
@@ -157,6 +181,17 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
         raise EloError(f"{section}.{error}") from None
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise EloError(f"{section}: transformers rejects these training arguments: {error}") from None
+
+
+@launch_kept()
+def check_launch(settings: TrainingSettings, sequence_length: int) -> None:
+    """Check that the processes of this launch can shard the weights as the settings of a phase say.
+
+    Raises:
+        EloError: they cannot, or shard weights otherwise.
+    """
+    arguments = training_arguments(settings, micro_steps_per_step(sequence_length, settings), Path("unused"))
+    make_accelerator(settings, arguments)
 
 
 def _trackers(settings: TrainingSettings) -> list[str]:

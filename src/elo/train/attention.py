@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from elo.checkpoint.architecture import layers_of
 from elo.errors import EloError
-from elo.evaluate.scoring import rope_limit
+from elo.evaluate.scoring import evaluating, rope_limit
 from elo.store.processes import from_main
 
 VARLEN = "elo_varlen"
@@ -199,27 +199,22 @@ def _agrees(model: PreTrainedModel, sequence_length: int, autocast_dtype: torch.
     return from_main(lambda: _varlen_agrees(model, sequence_length, autocast_dtype))
 
 
-@torch.no_grad()
 def _varlen_agrees(model: PreTrainedModel, sequence_length: int, autocast_dtype: torch.dtype | None) -> bool:
     """Return whether packed documents have the same hidden states with `elo_varlen` as with the current attention.
 
     This detects other masks and unsupported head widths. One document is longer than the sliding window.
     """
-    before = model.config._attn_implementation
-    device = model.device
     text_config = model.config.get_text_config()
     if getattr(text_config, "attention_chunk_size", None) or getattr(text_config, "attention_dropout", 0.0):
         return False
     window = getattr(text_config, "sliding_window", None) or 0
     lengths = (5, 11, window + 9 if 0 < window < sequence_length else 7)
-    position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(device)
-    ids = (torch.arange(sum(lengths), device=device) * 7 % text_config.vocab_size).unsqueeze(0)
-    boundaries, longest = document_starts(position_ids)
-    training = model.training
-    model.eval()
     tolerance = 1e-3 if autocast_dtype is None else 0.03
     try:
-        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        with evaluating(model, None, autocast_dtype) as device:
+            position_ids = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(device)
+            ids = (torch.arange(sum(lengths), device=device) * 7 % text_config.vocab_size).unsqueeze(0)
+            boundaries, longest = document_starts(position_ids)
             expected = model.base_model(input_ids=ids, position_ids=position_ids, use_cache=False)[0].float()
             model.set_attn_implementation(VARLEN)
             got = model.base_model(
@@ -234,6 +229,3 @@ def _varlen_agrees(model: PreTrainedModel, sequence_length: int, autocast_dtype:
         return bool(((got - expected).norm() / expected.norm()).item() < tolerance)
     except (RuntimeError, ValueError, TypeError, ImportError):
         return False
-    finally:
-        model.set_attn_implementation(before)
-        model.train(training)

@@ -138,14 +138,7 @@ def fit_bridge(
                 x, y = (hidden.pop(index)[text] for hidden in (before, after))
                 fit.add(x, y, checked=number % round(1 / _CHECKED_SHARE) == 1)
     solved = [max((fit.solve(ridge) for ridge in ridges), key=lambda each: each.explained) for fit in fits]
-    return Bridge(
-        tuple(gaps),
-        tuple(each.weight for each in solved),
-        tuple(each.bias for each in solved),
-        tuple(each.explained for each in solved),
-        tuple(each.cosine for each in solved),
-        tuple(each.ridge for each in solved),
-    )
+    return Bridge(tuple(gaps), *zip(*solved, strict=True))
 
 
 def install_bridge(detached: PreTrainedModel, bridge: Bridge) -> Callable[[], None]:
@@ -229,7 +222,7 @@ class _Regression:
 
 
 class _Solution(NamedTuple):
-    """Weight [D, D] and bias [D] (float32, on the CPU), with their quality on held-out tokens."""
+    """Weight [D, D] and bias [D] (float32, on the CPU), with their quality on held-out tokens, as in `Bridge`."""
 
     weight: Tensor
     bias: Tensor

@@ -1,20 +1,21 @@
 """Support FSDP and DeepSpeed: check settings, and gather sharded weights one part of the model at a time."""
 
 import copy
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, HfDeepSpeedConfig
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from elo.checkpoint.architecture import find_architecture
@@ -23,11 +24,14 @@ from elo.errors import EloError
 from elo.store.processes import world_size
 from elo.train.settings import TrainingSettings
 
+_NAMES = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
+_FILLED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+"""Keys of DeepSpeed's configuration that follow from ELO's settings."""
 _NOTED = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING", "ACCELERATE_USE_DEEPSPEED")
 
 
-def fsdp_arguments(given: dict[str, Any], *, main_alone: bool) -> dict[str, Any]:
-    """Return a user's `training_arguments`, with sharded checkpoints under FSDP.
+def sharding_arguments(given: dict[str, Any], *, main_alone: bool) -> dict[str, Any]:
+    """Return a user's `training_arguments`, with what ELO sets of FSDP and DeepSpeed.
 
     Args:
         given: `training_arguments` of the configuration.
@@ -36,6 +40,9 @@ def fsdp_arguments(given: dict[str, Any], *, main_alone: bool) -> dict[str, Any]
     Raises:
         EloError: `fsdp_config` is not a mapping.
     """
+    if given.get("deepspeed"):
+        filled = dict.fromkeys(_FILLED, "auto") | HfDeepSpeedConfig(given["deepspeed"]).config
+        given = {**given, "deepspeed": filled}
     if not given.get("fsdp"):
         return given
     config = given.get("fsdp_config") or {}
@@ -106,22 +113,49 @@ def check_fsdp(settings: TrainingSettings) -> None:
         raise EloError("activation_checkpointing: is on here and in fsdp_config; remove it from fsdp_config")
     if settings.optim == "adamw_8bit":
         raise EloError("optim: adamw_8bit does not support weights sharded by FSDP; write adamw or adafactor")
-    if world_size() == 1:
-        raise EloError(
-            "training_arguments.fsdp: needs several processes, and this is one; launch several "
-            "(torchrun --nproc_per_node N -m elo.cli run ...), or remove it"
-        )
 
 
 def check_deepspeed(arguments: TrainingArguments) -> None:
-    """Raise EloError if DeepSpeed's configuration has an optimizer or a schedule of its own."""
-    plugin = arguments.deepspeed_plugin
+    """Raise EloError if DeepSpeed's configuration contradicts the settings, or has an optimizer or a schedule."""
+    if arguments.deepspeed_plugin is None:
+        return
+    if arguments.deepspeed_plugin.zero_stage == 0:
+        raise EloError(
+            "training_arguments.deepspeed.zero_optimization.stage: 0 divides nothing; write 1, 2 or 3, or remove "
+            "deepspeed"
+        )
     for key in ("optimizer", "scheduler"):
-        if plugin is not None and key in plugin.deepspeed_config:
+        if key in arguments.deepspeed_plugin.deepspeed_config:
             raise EloError(
                 f"training_arguments.deepspeed.{key}: optimizer and schedule are set by this section's optim and "
                 "lr_scheduler_type; remove it"
             )
+    if differing := arguments.hf_deepspeed_config.mismatches:
+        first = differing[0].removeprefix("- ds ")
+        raise EloError(f"training_arguments.deepspeed: {first}: ELO sets it from its own settings; remove it")
+
+
+def check_engaged(accelerator: Accelerator, settings: TrainingSettings) -> None:
+    """Raise EloError if accelerate shards the weights otherwise than `training_arguments` say.
+
+    accelerate trains with plain data parallelism, without a warning, where it cannot engage what it was asked for.
+    """
+    asked = next((name for name in _NAMES.values() if settings.training_arguments.get(name.lower())), None)
+    now = _NAMES.get(accelerator.distributed_type)
+    if now == "FSDP" and not accelerator.is_fsdp2:
+        raise EloError("FSDP: the launcher sets version 1, and only FSDP2 is supported; set fsdp_version: 2")
+    if now and not asked:
+        raise EloError(
+            f"{now}: only the launcher sets it; write it in this section's training_arguments "
+            "(docs/launching.md), and launch with torchrun"
+        )
+    if asked and (asked != now or "RANK" not in os.environ):
+        needed = {"FSDP": "several processes on GPUs", "DeepSpeed": "a launcher"}[asked]
+        found = f"{accelerator.distributed_type.value} with {world_size()} process(es) on {accelerator.device.type}"
+        raise EloError(
+            f"training_arguments.{asked.lower()}: needs {needed}, but accelerate runs {found}; launch with "
+            "torchrun --nproc_per_node N -m elo.cli run ..., or remove it"
+        )
 
 
 def accumulating(accelerator: Accelerator, model: Any, *, last: bool) -> AbstractContextManager[None]:
@@ -131,30 +165,9 @@ def accumulating(accelerator: Accelerator, model: Any, *, last: bool) -> Abstrac
     return nullcontext() if last or by_deepspeed else accelerator.no_sync(model)
 
 
-def check_sharding(
-    accelerator: Accelerator, settings: TrainingSettings, checkpoint: Path | None, *, first_row: int = 0
-) -> None:
-    """Raise EloError for FSDP1, for sharding that only the launcher sets, or if `checkpoint` cannot be resumed.
-
-    Args:
-        first_row: first trained row of embedding and head.
-    """
-    names = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
-    now = names.get(accelerator.distributed_type)
-    if now == "FSDP" and not accelerator.is_fsdp2:
-        raise EloError("FSDP: the launcher sets version 1, and only FSDP2 is supported; set fsdp_version: 2")
-    if now and not settings.divides_model:
-        raise EloError(
-            f"{now}: only the launcher sets it; write it in this section's training_arguments "
-            "(docs/launching.md), and launch with torchrun"
-        )
-    if now == "DeepSpeed" and first_row:
-        raise EloError(
-            "training_arguments: DeepSpeed divides the embedding without regard to rows, so new rows cannot train "
-            "alone (method.embedding_rows: new, method embeddings_first); remove deepspeed, or write fsdp: true"
-        )
-    if checkpoint is None:
-        return
+def check_resumable(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Raise EloError if `checkpoint` was written with other sharding, or by processes that DeepSpeed cannot replace."""
+    now = _NAMES.get(accelerator.distributed_type)
     anew = f"or remove {checkpoint.parent} to restart the phase"
     by_deepspeed = (checkpoint / "latest").is_file()
     was = "FSDP" if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir() else "DeepSpeed" if by_deepspeed else None
@@ -169,6 +182,57 @@ def check_sharding(
         )
 
 
+def divide_groups(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> list[nn.Parameter]:
+    """Divide the groups of an optimizer by parts of the model: each decoder layer, each tensor outside the layers.
+
+    DeepSpeed flattens the parameters of a group into one, which is the least that an update can leave out.
+
+    Returns:
+        A parameter of each group, at the index that the group has as `number`.
+    """
+    prefix = find_architecture(model).layers_path + "."
+    part_of = {id(each): _part_of(name, prefix) for name, each in model.named_parameters()}
+    groups = [
+        {**group, "params": list(parameters)}
+        for group in optimizer.param_groups
+        for _, parameters in itertools.groupby(group["params"], lambda each: part_of[id(each)])
+    ]
+    optimizer.param_groups[:] = [{**group, "number": number} for number, group in enumerate(groups)]
+    return [group["params"][0] for group in groups]
+
+
+def leave_out_frozen(optimizer: torch.optim.Optimizer, owners: list[nn.Parameter]) -> Callable[[nn.Parameter], None]:
+    """Leave groups out of the updates of DeepSpeed's optimizer while their parameters require no gradient.
+
+    Args:
+        owners: a parameter of each group, from `divide_groups`.
+
+    Returns:
+        Function that drops the optimizer state of a parameter and its group.
+    """
+    forgotten: set[int] = set()
+    left_out: list[tuple[dict[str, Any], list[Tensor]]] = []
+
+    def before(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            owner = owners[group["number"]]
+            for flat in group["params"] if id(owner) in forgotten else ():
+                optimizer.state.pop(flat, None)
+                forgotten.discard(id(owner))
+            if not owner.requires_grad:
+                left_out.append((group, group["params"]))
+                group["params"] = []
+
+    def after(*_: Any) -> None:
+        for group, parameters in left_out:
+            group["params"] = parameters
+        left_out.clear()
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+    return lambda parameter: forgotten.add(id(parameter))
+
+
 def whole_parts(model: Any) -> Iterator[dict[str, Tensor]]:
     """Gather each decoder layer's tensors, and each tensor outside the layers, on the CPU. Tied tensors appear once.
 
@@ -180,11 +244,18 @@ def whole_parts(model: Any) -> Iterator[dict[str, Tensor]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            # A linear layer outside the decoder layers is one part with its adapters.
-            part = name.split(".base_layer.")[0].split(".lora_")[0]
-            part = prefix + name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else part
-            parts.setdefault(part, {})[name] = tensor
+            parts.setdefault(_part_of(name, prefix), {})[name] = tensor
     return ({name: _whole(tensor) for name, tensor in part.items()} for part in parts.values())
+
+
+def _part_of(name: str, prefix: str) -> str:
+    """Return the decoder layer of a tensor, or for one outside the layers its name.
+
+    A linear layer outside the decoder layers is one part with its adapters.
+    """
+    if name.startswith(prefix):
+        return prefix + name.removeprefix(prefix).split(".")[0]
+    return name.split(".base_layer.")[0].split(".lora_")[0]
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Give embedding and LM head their own learning rate in an optimizer, and keep old vocabulary rows unchanged."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import get_rank
 from torch.distributed.tensor import distribute_tensor
 
 from elo.checkpoint.architecture import find_architecture
@@ -46,25 +48,61 @@ def keep_old_rows(optimizer: torch.optim.Optimizer, model: Any, first_row: int) 
     Returns:
         Function that sets the gradients of old rows to zero, to call before clipping.
     """
-    kept: list[tuple[Any, torch.Tensor]] = []
     sharded: list[Any] = list(_trained(model))
+    num_old: list[int] = []
     for weight in sharded:
         numbers = torch.arange(len(weight), device=weight.device_mesh.device_type)
         local = distribute_tensor(numbers, weight.device_mesh, weight.placements).to_local()
-        num_old = int((local < first_row).sum())
-        kept.append((weight, weight.detach().to_local()[:num_old].clone()))
+        num_old.append(int((local < first_row).sum()))
 
     def drop_gradients() -> None:
-        for weight, old in kept:
+        for weight, count in zip(sharded, num_old, strict=True):
             if weight.grad is not None:
-                weight.grad.to_local()[: len(old)].zero_()
+                weight.grad.to_local()[:count].zero_()
+
+    _restore_after_step(
+        optimizer, lambda: [each.detach().to_local()[:n] for each, n in zip(sharded, num_old, strict=True)]
+    )
+    return drop_gradients
+
+
+def keep_old_rows_in_flat(
+    optimizer: torch.optim.Optimizer, owners: Sequence[nn.Parameter], model: Any, first_row: int
+) -> None:
+    """Keep the rows before `first_row` of trained embedding and head weights that DeepSpeed shards.
+
+    Args:
+        optimizer: DeepSpeed's, which has a flat shard of each weight in a group of its own.
+        owners: the weight of each group, at the group's `number`.
+    """
+    num_old: dict[int, int] = {}
+    for weight in _trained(model):
+        weight.register_hook(lambda gradient: _without_rows(gradient, first_row))
+        num_old[id(weight)] = first_row * math.prod(getattr(weight, "ds_shape", weight.shape)[1:])
+
+    def old_elements() -> list[torch.Tensor]:
+        shards = [
+            (num_old.get(id(owners[g["number"]]), 0), flat) for g in optimizer.param_groups for flat in g["params"]
+        ]
+        return [flat.detach()[: max(0, count - get_rank() * flat.numel())] for count, flat in shards]
+
+    _restore_after_step(optimizer, old_elements)
+
+
+def _restore_after_step(optimizer: torch.optim.Optimizer, views: Callable[[], list[torch.Tensor]]) -> None:
+    """Undo what each step of an optimizer does to `views()`, which share the memory of its parameters."""
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(*_: Any) -> None:
+        kept.extend((view, view.clone()) for view in views())
 
     def restore(*_: Any) -> None:
-        for weight, old in kept:
-            weight.detach().to_local()[: len(old)].copy_(old)
+        for view, before in kept:
+            view.copy_(before)
+        kept.clear()
 
+    optimizer.register_step_pre_hook(keep)
     optimizer.register_step_post_hook(restore)
-    return drop_gradients
 
 
 def rows_left_out(model: Any, first_row: int) -> int:
@@ -84,18 +122,19 @@ def _rows_from(optimizer: torch.optim.Optimizer, weight: nn.Parameter, first_row
     """Return the rows of a weight from `first_row` on as a parameter that shares its memory and, in steps, gradient."""
     rows = nn.Parameter(weight.data[first_row:])
 
-    def without_old_rows(gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.clone()
-        gradient[:first_row] = 0
-        return gradient
-
     def lend(*_: Any) -> None:
         rows.grad = None if weight.grad is None else weight.grad[first_row:]
 
     def give_back(*_: Any) -> None:
         rows.grad = None
 
-    weight.register_hook(without_old_rows)
+    weight.register_hook(lambda gradient: _without_rows(gradient, first_row))
     optimizer.register_step_pre_hook(lend)
     optimizer.register_step_post_hook(give_back)
     return rows
+
+
+def _without_rows(gradient: torch.Tensor, first_row: int) -> torch.Tensor:
+    gradient = gradient.clone()
+    gradient[:first_row] = 0
+    return gradient

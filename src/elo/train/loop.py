@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device, set_seed
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -28,9 +29,15 @@ from elo.train.arguments import accelerating, micro_steps_per_step, sequences_pe
 from elo.train.attention import VARLEN, choose_attention, require_own_positions
 from elo.train.batches import PackedCollator, micro_batches
 from elo.train.checkpoints import latest_checkpoint, read_checkpoint, step_of, write_checkpoint
-from elo.train.cost import cost_so_far
-from elo.train.distributed import accumulating, check_sharding, launch_kept, whole_parts
-from elo.train.embedding_rows import keep_old_rows, rows_left_out
+from elo.train.distributed import (
+    accumulating,
+    check_resumable,
+    divide_groups,
+    launch_kept,
+    leave_out_frozen,
+    whole_parts,
+)
+from elo.train.embedding_rows import keep_old_rows, keep_old_rows_in_flat, rows_left_out
 from elo.train.loss import install_head_loss
 from elo.train.optimizer import forget_overrides, make_optimizer, make_schedule
 from elo.train.peak_memory import peak_memory_bytes, reset_peak_memory
@@ -72,7 +79,7 @@ def train(
     rows: Dataset,
     *,
     settings: TrainingSettings,
-    output_dir: Path,
+    output_dir: Path | None,
     seed: int,
     prepared: Prepared | None = None,
     evaluate: Evaluate | None = None,
@@ -86,7 +93,8 @@ def train(
         model: model whose trained parameters are fp32; frozen parameters may have any floating-point dtype.
         rows: map-style dataset of sequences (elo.data.packing) of one length, packed or not. Their number is a multiple
             of `sequences_per_step`.
-        output_dir: folder for training checkpoints. Training resumes from the newest complete one in it.
+        output_dir: folder for training checkpoints. Training resumes from the newest complete one in it. None writes no
+            checkpoints.
         prepared: hooks of the method that prepared `model`. The caller calls `fold`.
         evaluate: function that measures the model.
         save: function called in the main process with the trained model. If FSDP or DeepSpeed shards the weights, it
@@ -108,13 +116,19 @@ def train(
     steps, tokens_per_step = len(rows) // per_step, per_step * sequence_length  # type: ignore[arg-type]
     evaluations = settings.evaluations if evaluate is not None else 0
     evaluation_steps = -(-steps // evaluations) if evaluations else 0
-    output_dir.mkdir(parents=True, exist_ok=True)
-    found = from_main(lambda: latest_checkpoint(output_dir, lambda line: print(line, flush=True)))
+    found = None
+    if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        found = from_main(lambda: latest_checkpoint(output_dir, lambda line: print(line, flush=True)))
     checkpoint, done, state = (found[0], step_of(found[0]), found[1]) if found else (None, 0, {})
     record = Record(tokens_per_step, **state)
 
     arguments = training_arguments(
-        settings, micro_steps, output_dir, main_alone=main_alone, changes_layers=prepared.before_step is not None
+        settings,
+        micro_steps,
+        output_dir or Path("none"),
+        main_alone=main_alone,
+        changes_layers=prepared.before_step is not None,
     )
 
     supervised: dict[int, float] = {}
@@ -129,12 +143,22 @@ def train(
     ):
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainable -= rows_left_out(model, prepared.first_row) if prepared.first_row else 0
-        check_sharding(accelerator, settings, checkpoint, first_row=prepared.first_row)
+        if checkpoint is not None:
+            check_resumable(accelerator, checkpoint)
         set_seed(seed)
         if settings.activation_checkpointing:
             model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs)
-        optimizer = make_optimizer(model, settings, arguments, 0 if accelerator.is_fsdp2 else prepared.first_row)
+        by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        divided = by_deepspeed or accelerator.is_fsdp2
+        optimizer = make_optimizer(model, settings, arguments, 0 if divided else prepared.first_row)
+        in_parts = by_deepspeed and (prepared.before_step is not None or prepared.first_row > 0)
+        owners = divide_groups(optimizer, model) if in_parts else []
         wrapped, optimizer = accelerator.prepare(model, optimizer)
+        forget: Callable[[nn.Parameter], Any] = lambda each: optimizer.optimizer.state.pop(each, None)  # noqa: E731
+        if owners:
+            forget = leave_out_frozen(optimizer.optimizer.optimizer, owners)
+            if prepared.first_row:
+                keep_old_rows_in_flat(optimizer.optimizer.optimizer, owners, model, prepared.first_row)
         drop_old_gradients: Callable[[], None] = lambda: None  # noqa: E731
         if accelerator.is_fsdp2 and prepared.first_row:
             drop_old_gradients = keep_old_rows(optimizer.optimizer, model, prepared.first_row)
@@ -143,9 +167,8 @@ def train(
         batches = micro_batches(rows, collator, arguments, accelerator, first_row=done * per_step)
         if checkpoint is not None:
             if prepared.before_step is not None:
-                prepared.before_step(done - 1, optimizer.optimizer)  # FSDP reads the states of what trained then
+                prepared.before_step(done - 1, forget)  # FSDP reads the states of what trained then
             read_checkpoint(accelerator, checkpoint)  # last, because it restores the random generators
-        by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         scaling = {"scale_wrt_gas": False} if by_deepspeed else {}  # the loss is scaled here
         loss_sum, logged = torch.zeros(settings.num_losses, device=accelerator.device), done
         note, progress.curves = "", {"losses": record.losses, "evaluations": record.evaluations}
@@ -155,7 +178,7 @@ def train(
 
         for step in range(done + 1, steps + 1):
             if prepared.before_step is not None:
-                prepared.before_step(step - 1, optimizer.optimizer)
+                prepared.before_step(step - 1, forget)
             micro_batches_of_step = list(itertools.islice(batches, micro_steps))
             targets = sum((batch["shift_labels"] != IGNORE_INDEX).sum() for batch in micro_batches_of_step)
             targets = accelerator.reduce(targets.to(accelerator.device))
@@ -185,7 +208,7 @@ def train(
                 loss_sum, logged, note = torch.zeros_like(loss_sum), step, f"loss {mean:.3f}"
                 values = {"loss": mean, "grad_norm": gradient, "learning_rate": rate}
                 values |= {f"loss_layer_{layer}": value for layer, value in internal.items()}
-                values |= record.add_loss(step, mean, internal) | cost_so_far(record.seconds, record.cpu_seconds)
+                values |= record.add_loss(step, mean, internal)
                 accelerator.log(_named("train", values), step)
                 if fault := record.fault(gradient, settings.max_loss_spike_nats):
                     raise _diverged(fault, step, tokens_per_step, output_dir)
@@ -197,11 +220,11 @@ def train(
                 values = {f"bpb_{language}": value for language, value in bpb.items()}
                 for each in measured.get("measures", ()):
                     values["_".join(filter(None, (each["measure"], each["name"], each["language"])))] = each["value"]
-                values |= record.add_evaluation(step, measured) | cost_so_far(record.seconds, record.cpu_seconds)
+                values |= record.add_evaluation(step, measured)
                 accelerator.log(_named("eval", values), step)
                 shown = ", ".join(f"{language} {value:.4f}" for language, value in bpb.items())
                 progress.say(f"{label}: {step * tokens_per_step:,} tokens, bits per byte: {shown}")
-            if saves:
+            if saves and output_dir is not None:
                 write_checkpoint(accelerator, output_dir, step, record.state(), settings.save_total_limit)
             if stop.number is not None:
                 raise StoppedBySignalError(stop.number, step)
@@ -309,8 +332,8 @@ def _named(part: str, values: dict[str, Any]) -> dict[str, Any]:
     return {f"{part}/{key}": value for key, value in values.items()}
 
 
-def _diverged(fault: str, step: int, tokens_per_step: int, folder: Path) -> TrainingDivergedError:
-    sealed = sorted(folder.glob("checkpoint-*"), key=step_of)
+def _diverged(fault: str, step: int, tokens_per_step: int, folder: Path | None) -> TrainingDivergedError:
+    sealed = sorted(folder.glob("checkpoint-*"), key=step_of) if folder else []
     kept = f"the last good checkpoint is {sealed[-1]}" if sealed else "no checkpoint has been written yet"
     return TrainingDivergedError(
         f"training diverged at step {step} ({step * tokens_per_step:,} tokens): {fault}; {kept}. "

@@ -21,6 +21,7 @@ from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.layer_outputs import LayerOutputs, final_norm
 from elo.data.packing import IGNORE_INDEX
 from elo.errors import EloError
+from elo.evaluate.scoring import evaluating
 from elo.store.processes import from_main
 from elo.train.settings import CHUNK, HeadLoss
 
@@ -286,14 +287,13 @@ def install_head_loss(
         nats = F.cross_entropy(logits_BTV.flatten(0, 1), shift_labels.flatten(), reduction="sum")
         return HeadLossOutput(loss=nats, nats=nats.detach().unsqueeze(0))
 
-    with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-        # Under FSDP only rank 0 has weights at this point.
-        own_path = implementation != "model" and from_main(
-            lambda: (
-                _head_is_separable(model, original, decoder, head, transform)
-                and (not supervised or _norm_is_separable(model, decoder))
-            )
-        )
+    def is_separable() -> bool:
+        with evaluating(model, None, autocast_dtype):
+            separable = _head_is_separable(model, original, decoder, head, transform)
+            return separable and (not supervised or _norm_is_separable(model, decoder))
+
+    # Under FSDP only rank 0 has weights at this point.
+    own_path = implementation != "model" and from_main(is_separable)
     if supervised and not own_path:
         outputs.remove()
         reason = "its logits are not those of its final norm and LM head; remove deep_supervision"
@@ -338,7 +338,6 @@ def _trial_ids(model: PreTrainedModel) -> Tensor:
     return torch.arange(8, device=model.device).unsqueeze(0) % num_rows
 
 
-@torch.no_grad()
 def _head_is_separable(
     model: PreTrainedModel,
     original: Callable[..., Any],
@@ -351,8 +350,6 @@ def _head_is_separable(
     weight = getattr(head, "weight", None)
     if head is None or decoder is model or not isinstance(weight, Tensor) or weight.is_meta:
         return False
-    training = model.training
-    model.eval()
     ids = _trial_ids(model)
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * enlarge, *inputs[1:]))
     try:
@@ -365,14 +362,10 @@ def _head_is_separable(
         return False
     finally:
         hook.remove()
-        model.train(training)
 
 
-@torch.no_grad()
 def _norm_is_separable(model: PreTrainedModel, decoder: nn.Module) -> bool:
     """Return whether the final norm of the last layer's output equals the decoder's output."""
-    training = model.training
-    model.eval()
     last = len(layers_of(model)) - 1
     outputs = LayerOutputs(model, [last])
     try:
@@ -381,4 +374,3 @@ def _norm_is_separable(model: PreTrainedModel, decoder: nn.Module) -> bool:
         return torch.equal(final_norm(model)(found[last]), theirs)
     finally:
         outputs.remove()
-        model.train(training)

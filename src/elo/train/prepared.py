@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -12,14 +12,15 @@ class Prepared:
     """The hooks of a prepared model.
 
     Attributes:
-        before_step: function called before each update with its 0-based number and the optimizer.
+        before_step: function called before each update, with its 0-based number and a function that drops the
+            optimizer state of a parameter. It may change which parameters require gradients.
         first_row: first trained row of embedding and head; 0 trains all rows.
         fold: function that merges or removes what `Method.prepare` installed, which leaves a plain Hugging Face model.
         fold_parts: the same for a model whose weights are sharded: it removes what was installed, and returns the
             function that merges it into each gathered part of the model. None: `fold` merges nothing.
     """
 
-    before_step: Callable[[int, Any], None] | None = None
+    before_step: Callable[[int, Callable[[nn.Parameter], Any]], None] | None = None
     first_row: int = 0
     fold: Callable[[], None] = lambda: None
     fold_parts: Callable[[], Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None = None

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from elo.store.processes import world_size
+from elo.train.peak_memory import peak_memory_bytes
+
 
 @dataclass
 class Record:
@@ -42,7 +45,7 @@ class Record:
         self._since = None
 
     def add_loss(self, step: int, loss: float, internal: Mapping[int, float] | None = None) -> dict[str, Any]:
-        """Record the mean loss since the last record, in nats per token. Return tokens and seconds.
+        """Record the mean loss since the last record, in nats per token. Return tokens and cost so far.
 
         Args:
             internal: the same of supervised internal layers, by layer.
@@ -50,13 +53,13 @@ class Record:
         point = self._point(step)
         more = {"internal": {str(layer): value for layer, value in internal.items()}} if internal else {}
         self.losses.append(point | {"loss": loss} | more)
-        return point
+        return point | self._cost()
 
     def add_evaluation(self, step: int, measured: dict[str, Any]) -> dict[str, Any]:
-        """Record what was measured. Return tokens and seconds."""
+        """Record what was measured. Return tokens and cost so far."""
         point = self._point(step)
         self.evaluations.append(point | measured)
-        return point
+        return point | self._cost()
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the arguments of a `Record` that continues this one."""
@@ -83,6 +86,11 @@ class Record:
     def _point(self, step: int) -> dict[str, Any]:
         self._count()
         return {"tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3)}
+
+    def _cost(self) -> dict[str, float]:
+        """Return CPU seconds of this process, GPU seconds of all processes and this process's peak memory in bytes."""
+        cost = {"cpu_seconds": round(self.cpu_seconds, 3), "memory_bytes": float(peak_memory_bytes())}
+        return cost | ({"gpu_seconds": round(self.seconds * world_size(), 3)} if torch.cuda.is_available() else {})
 
     def _count(self) -> None:
         if self._since is not None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, init_empty_weights
-from accelerate.utils import DistributedType, HfDeepSpeedConfig
+from accelerate.utils import DistributedType
 from accelerate.utils.constants import FSDP_MODEL_NAME
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor

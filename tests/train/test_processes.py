@@ -108,8 +108,9 @@ def test_one_of_two_processes_is_killed_and_one_goes_on(tmp_path):
     scratch = tmp_path / "shared" / "elo_pretraining-checkpoints"
     assert (scratch / "checkpoint-4" / "elo_checkpoint.json").is_file(), killed.stderr
     run(shared, until="elo_pretraining")  # one process where there were two
-    stage = "elo-elo_pretraining"
-    assert _losses(tmp_path / "shared", stage) == pytest.approx(_losses(tmp_path / "run", stage), abs=1e-5)
+    assert _losses(tmp_path / "shared", "elo_pretraining") == pytest.approx(
+        _losses(tmp_path / "run", "elo_pretraining"), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(

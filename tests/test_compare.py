@@ -187,6 +187,7 @@ def test_a_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypatch):
     assert trained[0] == 6 * step, "the first look"
     assert trained[1] == 1300 // step * step, "the second: 15 % of the budget, less the fixed costs"
     assert trained[2] == 9800 // step * step
+    assert len(trained) == 3, "the trial that fills the budget is the result, not trained again"
     (trial,) = read_results(results).trials
     assert trial.seconds == pytest.approx(100, rel=0.01)
     trained.clear()

@@ -177,7 +177,7 @@ class _Comparison:
                 tokens = self._tokens(name, budget)
                 share = max(1, round(tokens * self.config.tuning_share / self._step(name))) * self._step(name)
                 rates, tried = self._tune(name, share)
-                tuned = share == tokens and any(len(grid) > 1 for grid in self._grids(name).values())
+                tuned = self._reports_tuning(name)
                 reported = [
                     self._trial(name, rates, tokens, seed, validated=tuned and seed == self.config.seeds[0])
                     for seed in self.config.seeds
@@ -212,7 +212,7 @@ class _Comparison:
             rates = _middle(self._grids(name))
 
             def looked(tokens: int) -> schema.Trial:
-                return self._train(name, rates, tokens, self.config.seeds[0], validated=True)
+                return self._train(name, rates, tokens, self.config.seeds[0], validated=self._reports_tuning(name))
 
             tokens = shortest
             for wanted in (_SECOND_LOOK_SHARE * seconds, seconds):
@@ -256,6 +256,10 @@ class _Comparison:
                     )
         chosen = own if isinstance(own, dict) else dict.fromkeys(phases, own or self.config.learning_rates)
         return {phase: sorted(set(chosen.get(phase) or self.config.learning_rates)) for phase in phases}
+
+    def _reports_tuning(self, name: str) -> bool:
+        """Whether a trial that chooses a contestant's rates is also reported, so that none is trained twice."""
+        return self.config.tuning_share == 1 and any(len(grid) > 1 for grid in self._grids(name).values())
 
     def _tune(self, name: str, tokens: int) -> tuple[Rates, dict[tuple[float, ...], schema.Trial]]:
         """Choose the learning rates with the lowest score on validation text, one phase after another.

@@ -34,15 +34,11 @@ def check_inputs(config: RunConfig) -> None:
     """Raise EloError if the configuration or an input file is wrong, without loading anything."""
     for phase in config.method.phases:
         settings = config.settings(phase)
-        if settings.divides_model and settings.vocabulary == "corpus":
+        corpus, measured = settings.vocabulary == "corpus", config.evaluation.during_training
+        if settings.divides_model and (corpus or measured):
             raise EloError(
-                f"training.training_arguments: {phase.name}: training.vocabulary: corpus needs whole weights, but FSDP "
-                "and DeepSpeed divide them among processes; remove fsdp and deepspeed"
-            )
-        if settings.divides_model and config.evaluation.during_training:
-            raise EloError(
-                f"evaluation.during_training: needs whole weights, but FSDP or DeepSpeed divides them in {phase.name}; "
-                "remove it, and measure before and after training only"
+                f"{'training.vocabulary: corpus' if corpus else 'evaluation.during_training'}: needs whole weights, "
+                f"but FSDP or DeepSpeed divides them in {phase.name}; remove it, or fsdp and deepspeed"
             )
         check_settings(settings, config.data.sequence_length, "training")
     config.data.filters.check(config.data.corpora)

@@ -442,7 +442,7 @@ def test_part_of_a_vocabulary_cannot_be_divided(divided, world, tmp_path, capsys
     changed["training"]["training_arguments"] = {divided: True}
     path = write_config(tmp_path, changed)
     assert_refused(
-        ["run", path], ("full: training.vocabulary: corpus needs whole weights", "remove"), (root, tmp_path), capsys
+        ["run", path], ("training.vocabulary: corpus: needs whole weights", "in full; remove"), (root, tmp_path), capsys
     )
 
 

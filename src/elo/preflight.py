@@ -23,7 +23,7 @@ from elo.methods.base import check_supervision, first_new_row
 from elo.probe.choice import check_auto
 from elo.store.remote import require_local
 from elo.surgery.equivalence import build_hollow_causal_lm
-from elo.train.arguments import check_launch, check_settings
+from elo.train.arguments import check_settings, check_sharding
 from elo.train.attention import VARLEN, require_own_positions, separates_documents
 from elo.train.settings import check_also_train
 
@@ -71,7 +71,7 @@ def _check_language(config: RunConfig, language: str, key: str) -> None:
 def check_processes(config: RunConfig) -> None:
     """Raise EloError if this launch cannot shard weights over its processes as the settings of a phase say."""
     for phase in config.method.phases:
-        check_launch(config.settings(phase), config.data.sequence_length)
+        check_sharding(config.settings(phase), config.data.sequence_length)
 
 
 def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from elo.checkpoint.architecture import find_architecture
 from elo.errors import EloError, StoppedBySignalError
 from elo.run import run
 from elo.train import loop
-from elo.train.arguments import check_launch, check_settings, sequences_per_step
+from elo.train.arguments import check_settings, check_sharding, sequences_per_step
 from elo.train.distributed import check_engaged, main_alone_loads, whole_parts, without_weights
 from elo.train.phase import load_trainable, save_checkpoint, train_checkpoint
 from elo.train.settings import TrainingSettings
@@ -230,7 +230,7 @@ def test_fsdp_on_cpus_is_refused_instead_of_training_without_it(tmp_path: Path) 
         with pytest.raises(
             EloError, match=r"training_arguments\.fsdp: .*MULTI_CPU with 2 process.*on cpu; launch with"
         ):
-            check_launch(SETTINGS.model_copy(update={"training_arguments": {"fsdp": True}}), LENGTH)
+            check_sharding(SETTINGS.model_copy(update={"training_arguments": {"fsdp": True}}), LENGTH)
         torch.distributed.barrier()  # neither may exit while the other is still connecting
 
     assert launched(work, tmp_path / "log.txt", 2) == [0, 0], (tmp_path / "log.txt").read_text()

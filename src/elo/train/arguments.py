@@ -184,7 +184,7 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
 
 
 @launch_kept()
-def check_launch(settings: TrainingSettings, sequence_length: int) -> None:
+def check_sharding(settings: TrainingSettings, sequence_length: int) -> None:
     """Check that the processes of this launch can shard the weights as the settings of a phase say.
 
     Raises:

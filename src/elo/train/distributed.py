@@ -95,7 +95,7 @@ def set_precision(arguments: TrainingArguments) -> None:
 
 
 def check_fsdp(settings: TrainingSettings) -> None:
-    """Raise EloError if the settings of a phase, which `fsdp_arguments` has accepted, are unsupported under FSDP."""
+    """Raise EloError if FSDP does not support the settings of a phase, which `sharding_arguments` has accepted."""
     given = settings.training_arguments
     if not given.get("fsdp"):
         return

@@ -190,13 +190,13 @@ def planned_and_measured(config: PretrainedConfig, name: str, **arguments: Any) 
             also_train=() if whole else phase.also_train,
             in_place=phase.middle == "frozen",
         ),
+        case.method,
         phase,
         layers,
         case.settings,
         sequence_length=case.LENGTH,
         precision="fp32",
         kind="cpu",
-        fp32_throughout=case.method.redraws_layers,
     )
     return planned, allocated_at_peak(config, case, ends)
 
@@ -308,6 +308,7 @@ def saved_8b(layers: tuple[int, ...] | None) -> memory.SavedActivations:
     return saved_activations(config, footprint(config), layers)
 
 
+FULL = METHODS["full"]()
 MIDDLES = {
     "removed": Phase("p", "removed"),
     "trained": Phase("p", "trained"),
@@ -320,6 +321,7 @@ def plan_8b(middle: str, *, sequence_length: int = 8192, devices: int = 1, **set
     return phase_memory(
         footprint(known_configs()["Llama-3.1-8B"]),
         saved_8b(layers if middle == "removed" else None),
+        FULL,
         MIDDLES[middle],
         layers,
         TrainingSettings(**{"tokens_per_step": 2**20} | settings),
@@ -360,8 +362,8 @@ def test_8_bit_adamw_keeps_the_embedding_in_32_bits(tied: bool) -> None:
 
     def states(middle: Any, *also_train: Any) -> int:
         return phase_memory(
-            counted, saved, Phase("p", middle, also_train=also_train), (0, 4), TrainingSettings(optim="adamw_8bit"),
-            sequence_length=64, precision="fp32",
+            counted, saved, FULL, Phase("p", middle, also_train=also_train), (0, 4),
+            TrainingSettings(optim="adamw_8bit"), sequence_length=64, precision="fp32",
         ).parts["optimizer"]  # fmt: skip
 
     assert states("trained") == round(2.04 * (counted.total - counted.embedding) + 8 * counted.embedding)
@@ -374,15 +376,18 @@ def test_weights_of_layers_that_are_drawn_later_are_in_fp32() -> None:
     config = tiny_llama()
     counted = footprint(config)
     phase = Phase("p", "frozen", also_train=ENDS)
-    arguments: dict[str, Any] = {"sequence_length": 64, "precision": "bf16"}
     saved = {
         drawn: saved_activations(config, counted, (0, 1), also_train=ENDS, in_place=True, frozen_in_fp32=drawn)
         for drawn in (False, True)
     }
-    stays, drawn = (
-        phase_memory(counted, saved[fp32], phase, (0, 1), TrainingSettings(), fp32_throughout=fp32, **arguments)
-        for fp32 in (False, True)
-    )
+
+    def planned(method: Method) -> Memory:
+        kept = saved[method.redraws_layers]
+        return phase_memory(
+            counted, kept, method, phase, (0, 1), TrainingSettings(), sequence_length=64, precision="bf16"
+        )
+
+    stays, drawn = planned(FULL), planned(METHODS["lisa"]())
     assert drawn.parts["weights"] == 4 * counted.total > stays.parts["weights"]
     assert drawn.parts["optimizer"] == stays.parts["optimizer"] < 8 * counted.total
     assert saved[True].cast_weights == pytest.approx(2 * sum(each.matmul for each in counted.layers), rel=0.01)

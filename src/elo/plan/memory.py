@@ -7,9 +7,8 @@ Weights, gradients, optimizer states and logits are counted. What autograd keeps
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from elo.checkpoint.architecture import LayerModule
 from elo.checkpoint.footprint import Footprint
-from elo.methods import Phase
+from elo.methods import Method, Phase
 from elo.plan.devices import Kind, Precision
 from elo.plan.schema import Memory
 from elo.train.settings import CHUNK, HeadLoss, TrainingSettings
@@ -56,6 +55,7 @@ class SavedActivations:
 def phase_memory(
     counted: Footprint,
     saved: SavedActivations,
+    method: Method,
     phase: Phase,
     layers: Sequence[int],
     settings: TrainingSettings,
@@ -64,16 +64,15 @@ def phase_memory(
     precision: Precision,
     kind: Kind = "gpu",
     devices: int = 1,
-    fp32_throughout: bool = False,
     whole: Footprint | None = None,
-    lora_ranks: Sequence[int] | None = None,
-    module: LayerModule = "layer",
 ) -> Memory:
     """Estimate the peak memory of one device.
 
     Args:
         counted: footprint of the base model, with the vocabulary rows that training computes with.
         saved: result of `saved_activations` for this phase; adapters are assumed to keep what full training keeps.
+        method: its `module` is what trains of a layer; activations are counted as if the whole layer trained. A method
+            that redraws layers has fp32 weights throughout.
         phase: phase of the method.
         layers: layers that train at one time.
         settings: settings of the phase. If they divide the model (FSDP, DeepSpeed), each device holds its share of
@@ -82,11 +81,8 @@ def phase_memory(
         precision: under `bf16`, products run on bf16 copies of the weights; trained weights are always fp32.
         kind: frozen weights are bf16 on a GPU under `bf16`, and fp32 on a CPU.
         devices: number of devices.
-        fp32_throughout: whether frozen weights are fp32 on a GPU too.
         whole: footprint with all vocabulary rows, if training computes with some of them; embedding and head of this
             size are held beside the model, in fp32.
-        lora_ranks: rank of each layer's adapters; None is the phase's rank for all.
-        module: part of the layers that trains. Activations are counted as if the whole layer trained.
 
     The peak is the largest of these moments:
 
@@ -99,12 +95,12 @@ def phase_memory(
     """
     tokens = settings.per_device_train_batch_size * sequence_length
     accumulates = settings.tokens_per_step > tokens * devices
-    ranks = [phase.lora_rank] * counted.num_layers if lora_ranks is None else lora_ranks
+    ranks, module = method.lora_ranks(phase, counted.num_layers), method.module
     trainable = counted.trainable(phase.middle, layers, lora_rank=ranks, also_train=phase.also_train, module=module)
     held = counted.detached(layers) if phase.detached else counted
     frozen = held.total - trainable + counted.lora_parameters(ranks, module)  # adapters are not in held
     item = 2 if precision == "bf16" else 4
-    frozen_item = item if kind == "gpu" and not fp32_throughout else 4
+    frozen_item = item if kind == "gpu" and not method.redraws_layers else 4
     trains_head = phase.middle == "trained" or "head" in phase.also_train
     trains_embedding = phase.middle == "trained" or "embedding" in phase.also_train
     maps = counted.bridge_elements(layers) if phase.middle == "bridged" else 0

@@ -199,6 +199,7 @@ def _memory(
     return phase_memory(
         model.counted(settings),
         saved,
+        method,
         phase,
         training,
         settings,
@@ -206,10 +207,7 @@ def _memory(
         precision=precision,
         kind=kind,
         devices=machine.devices,
-        fp32_throughout=method.redraws_layers,
         whole=model.whole if settings.vocabulary == "corpus" else None,
-        lora_ranks=method.lora_ranks(phase, model.whole.num_layers),
-        module=method.module,
     )
 
 

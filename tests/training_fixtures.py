@@ -1,14 +1,18 @@
 """A tiny real model and packed rows to train it on."""
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from elo.data.mixture import Mixture
 from elo.data.packing import PackedStream
 from elo.data.shards import TokenCorpus
+from elo.train.arguments import sequences_per_step
+from elo.train.loop import TrainingResult, train
 from elo.train.settings import DeepSupervision, TrainingSettings
 
 VOCAB = 61
@@ -58,6 +62,14 @@ def rows(count: int):
         [("xx", 0.9, PackedStream(corpus(1), LENGTH, 1)), ("en", 0.1, PackedStream(corpus(2), LENGTH, 2))], seed=0
     )
     return mixture.sequences(0, count)
+
+
+def train_steps(
+    model: PreTrainedModel, folder: Path, *, steps: int, settings: TrainingSettings = SETTINGS, **options: Any
+) -> TrainingResult:
+    """Train a model on the first rows."""
+    mixture = rows(steps * sequences_per_step(LENGTH, settings))
+    return train(model, mixture, settings=settings, output_dir=folder, seed=5, **options)
 
 
 def supervision(layers: Iterable[int | float], weight: float = 0.5) -> DeepSupervision | None:

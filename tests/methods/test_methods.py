@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from method_fixtures import CASES, KEPT, SEED, Case, case_id, method
-from training_fixtures import LENGTH, SETTINGS, rows, tiny_llama
+from training_fixtures import LENGTH, SETTINGS, rows, tiny_llama, train_steps
 from zoo import FAMILIES, tiny_config, tiny_model
 
 from elo.checkpoint.architecture import layers_of
@@ -16,8 +16,6 @@ from elo.methods import METHODS, Phase, Setup, base
 from elo.methods.base import select_layers
 from elo.methods.frozen import topmost_block
 from elo.methods.gradient_floor import GradientFloor
-from elo.train.arguments import sequences_per_step
-from elo.train.loop import train
 from elo.train.settings import TrainingSettings
 
 QUICK = SETTINGS.model_copy(update={"save_steps": 100})
@@ -35,14 +33,7 @@ ENDS = {"model.embed_tokens.weight", "lm_head.weight"}
 
 
 def _train(model, folder, prepared, *, steps=6, settings=QUICK):
-    return train(
-        model,
-        rows(steps * sequences_per_step(LENGTH, settings)),
-        settings=settings,
-        output_dir=folder,
-        seed=5,
-        prepared=prepared,
-    )
+    return train_steps(model, folder, steps=steps, settings=settings, prepared=prepared)
 
 
 def _loss(model, count=4):

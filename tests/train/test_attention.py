@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from training_fixtures import LENGTH, SETTINGS, corpus, rows, tiny_llama
+from training_fixtures import LENGTH, SETTINGS, corpus, rows, tiny_llama, train_steps
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -19,10 +19,8 @@ from elo.errors import EloError
 from elo.evaluate.bits_per_byte import bits_per_byte
 from elo.evaluate.scoring import rope_limit, takes_position_ids
 from elo.surgery.equivalence import build_hollow_causal_lm
-from elo.train.arguments import sequences_per_step
 from elo.train.attention import VARLEN, choose_attention, document_starts, separates_documents
 from elo.train.batches import PackedCollator
-from elo.train.loop import train
 
 SIZES = {
     "vocab_size": 61,
@@ -133,12 +131,11 @@ def test_training_gives_the_same_losses(tmp_path):
         settings = SETTINGS.model_copy(update={"attn_implementation": name})
         model = tiny_llama()
         model.requires_grad_(True)
-        result = train(
+        result = train_steps(
             model,
-            rows(6 * sequences_per_step(LENGTH, settings)),
+            tmp_path / name,
+            steps=6,
             settings=settings,
-            output_dir=tmp_path / name,
-            seed=0,
             evaluate=lambda model: {
                 "bpb": {"xx": bits_per_byte(model, corpus(9, 5), sequence_length=LENGTH).bits_per_byte}
             },

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from run_fixtures import write_base
-from training_fixtures import LENGTH, SETTINGS, rows, tiny_llama
+from training_fixtures import SETTINGS, rows, tiny_llama, train_steps
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 from zoo import FAMILIES, tiny_config, tiny_model
 
@@ -15,9 +15,7 @@ from elo.errors import EloError
 from elo.methods.base import select_layers
 from elo.surgery.in_memory import detach_layers
 from elo.train import bridge as train_bridge
-from elo.train.arguments import sequences_per_step
 from elo.train.bridge import RIDGES, Bridge, fit_bridge, install_bridge
-from elo.train.loop import train
 
 
 def _rows(count=80):
@@ -129,13 +127,7 @@ def test_bridge_is_frozen_and_its_layers_learn(tmp_path):
     install_bridge(detached, bridge)
     held = detached.model.layers[1].elo_bridge_weight.clone()
     settings = SETTINGS.model_copy(update={"save_steps": 100})
-    result = train(
-        detached,
-        rows(8 * sequences_per_step(LENGTH, settings)),
-        settings=settings,
-        output_dir=tmp_path,
-        seed=0,
-    )
+    result = train_steps(detached, tmp_path, steps=8, settings=settings)
     assert result.losses[-1]["loss"] < result.losses[0]["loss"]
     assert torch.equal(detached.model.layers[1].elo_bridge_weight, held)
     assert torch.equal(held, bridge.weights[0])

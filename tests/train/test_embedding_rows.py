@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_fixtures import SETTINGS, VOCAB, rows, tiny_llama
+from training_fixtures import SETTINGS, VOCAB, rows, tiny_llama, train_steps
 
 from elo.checkpoint.new_rows import VOCABULARY_KEY
 from elo.errors import EloError, StoppedBySignalError
@@ -13,7 +13,6 @@ from elo.methods import METHODS, Setup
 from elo.surgery.in_memory import detach_layers
 from elo.train.arguments import training_arguments
 from elo.train.bridge import fit_bridge
-from elo.train.loop import train
 from elo.train.optimizer import make_optimizer
 
 FIRST = 40
@@ -50,14 +49,8 @@ def new_rows(middle="removed", **settings):
 
 
 def run(model, ready, folder, settings=SETTINGS, before_step=None):
-    return train(
-        model,
-        rows(4 * STEPS),
-        settings=settings,
-        output_dir=folder,
-        seed=5,
-        prepared=replace(ready, before_step=before_step) if before_step else ready,
-    )
+    ready = replace(ready, before_step=before_step) if before_step else ready
+    return train_steps(model, folder, steps=STEPS, settings=settings, prepared=ready)
 
 
 @pytest.mark.parametrize("head_loss", ["chunked", "plain", "model"])

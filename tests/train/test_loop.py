@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from training_fixtures import LENGTH, SETTINGS, VOCAB, corpus, rows, tiny_llama
+from training_fixtures import LENGTH, SETTINGS, VOCAB, corpus, rows, tiny_llama, train_steps
 
 from elo.data.mixture import Mixture
 from elo.data.packing import PaddedStream
@@ -23,15 +23,8 @@ from elo.train.phase import _freeze_in
 STEPS = 8
 
 
-def _train(model, folder, *, settings=SETTINGS, evaluate=None, steps=STEPS):
-    return train(
-        model,
-        rows(steps * sequences_per_step(LENGTH, settings)),
-        settings=settings,
-        output_dir=folder,
-        seed=5,
-        evaluate=evaluate,
-    )
+def _train(model, folder, *, steps=STEPS, **options):
+    return train_steps(model, folder, steps=steps, **options)
 
 
 def _weights(model):

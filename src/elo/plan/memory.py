@@ -32,7 +32,7 @@ _TOKENIZER_ROW_BYTES = 1280
 """Bytes of a tokenizer per vocabulary row, in the process that trains (measured: SmolLM2 1,024, Gemma 3 1,280)."""
 _FREED_EACH_STEP = ("bf16 weight copies", "activations", "logits", "workspace")
 _HELD_BY_MALLOC = 0.5
-"""Share of these parts that the C library of a CPU process holds beside what is in use (docs/plan.md, accuracy)."""
+"""Share of these parts that the C library of a CPU process holds besides, fitted on SmolLM2 (dev/LOG.md)."""
 
 
 @dataclass(frozen=True)

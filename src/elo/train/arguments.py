@@ -76,7 +76,7 @@ def wants_bf16(settings: TrainingSettings) -> bool:
 def training_arguments(
     settings: TrainingSettings,
     micro_steps: int,
-    folder: Path,
+    folder: Path | None = None,
     *,
     main_alone: bool = False,
     changes_layers: bool = False,
@@ -85,13 +85,13 @@ def training_arguments(
 
     Args:
         micro_steps: number of micro-steps per update.
-        folder: folder of the training checkpoints.
+        folder: folder of the training checkpoints; None if there are none.
         main_alone: whether only the main process has the weights.
         changes_layers: whether the layers that train change between updates, so that DDP must look for them.
     """
     launch = {"ddp_find_unused_parameters": changes_layers, "ddp_timeout": _DDP_TIMEOUT_S}
     arguments = TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(folder or "none"),
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         adam_beta1=settings.adam_beta1,
@@ -175,7 +175,7 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
             require_bitsandbytes()
         _check_trackers(_trackers(settings))
         _check_passed(settings.training_arguments)
-        check_deepspeed(training_arguments(settings, steps, Path()))
+        check_deepspeed(training_arguments(settings, steps))
         check_fsdp(settings)
     except EloError as error:
         raise EloError(f"{section}.{error}") from None
@@ -190,8 +190,7 @@ def check_sharding(settings: TrainingSettings, sequence_length: int) -> None:
     Raises:
         EloError: they cannot, or shard weights otherwise.
     """
-    arguments = training_arguments(settings, micro_steps_per_step(sequence_length, settings), Path("unused"))
-    make_accelerator(settings, arguments)
+    make_accelerator(settings, training_arguments(settings, micro_steps_per_step(sequence_length, settings)))
 
 
 def _trackers(settings: TrainingSettings) -> list[str]:

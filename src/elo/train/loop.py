@@ -109,10 +109,8 @@ def train(
     """
     prepared = prepared or Prepared()
     sequence_length = len(rows[0]["input_ids"])
-    per_step, micro_steps = (
-        sequences_per_step(sequence_length, settings),
-        micro_steps_per_step(sequence_length, settings),
-    )
+    per_step = sequences_per_step(sequence_length, settings)
+    micro_steps = micro_steps_per_step(sequence_length, settings)
     steps, tokens_per_step = len(rows) // per_step, per_step * sequence_length  # type: ignore[arg-type]
     evaluations = settings.evaluations if evaluate is not None else 0
     evaluation_steps = -(-steps // evaluations) if evaluations else 0
@@ -126,7 +124,7 @@ def train(
     arguments = training_arguments(
         settings,
         micro_steps,
-        output_dir or Path("none"),
+        output_dir,
         main_alone=main_alone,
         changes_layers=prepared.before_step is not None,
     )

@@ -15,7 +15,7 @@ from elo.evaluate.measures import MEASURES, Measure
 from elo.evaluate.translation import Translation
 from elo.methods import METHODS, Method, Phase, section_of_name
 from elo.methods.lora import Lora
-from elo.train.settings import EXECUTION, TrainingSection, TrainingSettings
+from elo.train.settings import EXECUTION, TrainingSection, TrainingSettings, execution_keys
 
 
 def whole_number(value: Any) -> Any:
@@ -287,7 +287,7 @@ class _EvaluationConfig(Section):
 
     def decisive(self) -> dict[str, Any]:
         """Return what determines the values of a measurement, for the fingerprint of its stage."""
-        return self.model_dump(mode="json", exclude={"during_training"})
+        return self.model_dump(mode="json", exclude=execution_keys(type(self)))
 
     @property
     def measures(self) -> list[Measure]:

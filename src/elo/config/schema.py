@@ -283,7 +283,7 @@ class _EvaluationConfig(Section):
 
     during_training: list[str] = Field(default_factory=list, json_schema_extra=EXECUTION)
     """Sections of this one, such as tasks or in_context, that are also measured at each of training.evaluations. Adding
-    one does not repeat a training that is done."""
+    one does not repeat a training that `elo run` has done; `elo compare` trains again."""
 
     def decisive(self) -> dict[str, Any]:
         """Return what determines the values of a measurement, for the fingerprint of its stage."""

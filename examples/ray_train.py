@@ -2,9 +2,9 @@
 
     python examples/ray_train.py ko.yaml --workers 8 --gpu
 
-Run it on a node of the Ray cluster. Configuration, corpora and run folder are on a file system that all nodes share. A
-run that lost a worker starts again on the others and resumes from its last checkpoint (`save_steps`). To stop it for
-longer, press Ctrl-C; the same command resumes.
+Run it on a node of the Ray cluster. Configuration, corpora and run folder are on a file system that all nodes share.
+After the loss of a worker, the run starts again once the cluster has room for as many, up to three times, and resumes
+from its last checkpoint (`save_steps`). To stop it for longer, press Ctrl-C; the same command resumes.
 """
 
 import argparse

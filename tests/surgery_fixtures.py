@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from vocabulary_fixtures import ENGLISH, KOREAN, texts, tokenizer_of, write_texts
 from zoo import tiny_model
+
+from elo.vocab.vocabulary import extend_vocabulary
 
 
 def llama(layers: int = 4, tied: bool = False, seed: int = 0, **particular: Any) -> PreTrainedModel:
@@ -77,3 +80,18 @@ def resized(folder: Path, rows: int, seed: int = 4, **arguments: Any) -> Path:
     model = llama(**arguments)
     model.resize_token_embeddings(rows, mean_resizing=False)
     return changed(model, folder, seed)
+
+
+def tokenized(root: Path, *names: str) -> PreTrainedTokenizerBase:
+    """Save models with Qwen's kind of tokenizer, text of two languages, and `adapted` with new pieces as `extended`."""
+    tokenizer = tokenizer_of("qwen")
+    model = llama()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for name in names:
+        changed(model, root / name, 1)
+        tokenizer.save_pretrained(root / name)
+    ko, en = (
+        write_texts(root / f"{name}.jsonl", texts(words, 60, 0)) for name, words in (("ko", KOREAN), ("en", ENGLISH))
+    )
+    extend_vocabulary(root / "adapted", ko, en, output=root / "extended", pieces=30, pad_to_multiple_of=8)
+    return tokenizer

@@ -202,8 +202,8 @@ def test_a_run_on_the_rows_that_its_text_uses(tmp_path):
     rows = json.loads((tmp_path / "run" / "vocabulary-full" / "rows.json").read_text())
     base, final = _tensors(tmp_path / "base"), _tensors(tmp_path / "run" / "model")
     data = PreparedData.open(tmp_path / "run" / "prepared")
-    used = {token for language in ("xx", "en") for corpus in data.train(language) for shard in corpus.shards
-            for token in shard.arrays.tokens.tolist()}  # fmt: skip
+    shards = [shard for language in ("xx", "en") for corpus in data.train(language) for shard in corpus.shards]
+    used = {token for shard in shards for token in shard.arrays.tokens.tolist()}
     assert used <= set(rows) and len(rows) <= len(used) + 5 + 2
     assert len(rows) < len(base["lm_head.weight"]), "some are left out"
     left_out = sorted(set(range(len(base["lm_head.weight"]))) - set(rows))

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from surgery_fixtures import assert_same, changed, edit_config, llama, resized, store, stored, three
+from surgery_fixtures import assert_same, changed, edit_config, llama, resized, store, stored, three, tokenized
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vocabulary_fixtures import ENGLISH, KOREAN, texts, tokenizer_of, write_texts
+from vocabulary_fixtures import KOREAN
 from zoo import FAMILIES, tiny_config, tiny_model
 
 from elo.chat.chat_vector import add_chat_vector, chat_vector
@@ -182,18 +182,9 @@ def test_without_generation_settings_of_the_chat_model_its_end_of_turn_counts(tm
 def talking(tmp_path_factory):
     """Base, chat model and adapted model with Qwen's kind of tokenizer; the adapted model once with new pieces too."""
     root = tmp_path_factory.mktemp("talking")
-    tokenizer = tokenizer_of("qwen")
-    model = llama()
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for name in ("base", "adapted", "chat"):
-        changed(model, root / name, 1)
-        tokenizer.save_pretrained(root / name)
+    tokenizer = tokenized(root, "base", "adapted", "chat")
     tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", TEMPLATE
     tokenizer.save_pretrained(root / "chat")
-    ko, en = (
-        write_texts(root / f"{name}.jsonl", texts(words, 60, 0)) for name, words in (("ko", KOREAN), ("en", ENGLISH))
-    )
-    extend_vocabulary(root / "adapted", ko, en, output=root / "extended", pieces=30, pad_to_multiple_of=8)
     return root
 
 

@@ -8,16 +8,15 @@ import pytest
 import torch
 import yaml
 from run_fixtures import SOURCE, TARGET, write_base, write_documents
-from surgery_fixtures import assert_same, changed, llama, resized, stored, three
+from surgery_fixtures import assert_same, changed, llama, resized, stored, three, tokenized
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vocabulary_fixtures import ENGLISH, KOREAN, texts, tokenizer_of, write_texts
+from vocabulary_fixtures import KOREAN
 
 from elo.checkpoint.new_rows import VOCABULARY_KEY
 from elo.cli import main
 from elo.errors import EloError
 from elo.merge.merge import RECORD_FILE, Search, merge
 from elo.vocab.rows import NewTokens, extend_checkpoint
-from elo.vocab.vocabulary import extend_vocabulary
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -119,16 +118,7 @@ def test_a_model_with_fewer_rows_leaves_the_others_as_they_are(tmp_path):
 def world(tmp_path_factory):
     """A base, an adapted model with the same tokenizer, one with new pieces, and text of two languages."""
     root = tmp_path_factory.mktemp("merge")
-    tokenizer = tokenizer_of("qwen")
-    model = llama()
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    for name in ("base", "adapted"):
-        changed(model, root / name, 1)
-        tokenizer.save_pretrained(root / name)
-    ko, en = (
-        write_texts(root / f"{name}.jsonl", texts(words, 60, 0)) for name, words in (("ko", KOREAN), ("en", ENGLISH))
-    )
-    extend_vocabulary(root / "adapted", ko, en, output=root / "extended", pieces=30, pad_to_multiple_of=8)
+    tokenized(root, "base", "adapted")
     return root
 
 

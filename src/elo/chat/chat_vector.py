@@ -73,7 +73,6 @@ def chat_vector(
             leave_out=leave_out,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
-            label="chat vector",
         )
 
 
@@ -125,7 +124,6 @@ def add_chat_vector(
     leave_out: Sequence[str] = (),
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    label: str | None = None,
 ) -> dict[str, Any]:
     """Write adapted + scale * (chat - base), tensor by tensor, without holding a model in memory.
 
@@ -180,7 +178,7 @@ def add_chat_vector(
         inner_rows=None if num_chat_tokens is None else (2, num_chat_tokens),
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
-        label=label,
+        label="chat vector",
     )
     given = {"adapted": str(adapted), "base": str(base), "chat": str(chat)}
     return {**given, "scale": scale, "leave_out": list(leave_out), **record}

@@ -15,7 +15,7 @@ from elo.evaluate.measures import MEASURES, Measure
 from elo.evaluate.translation import Translation
 from elo.methods import METHODS, Method, Phase, section_of_name
 from elo.methods.lora import Lora
-from elo.train.settings import EXECUTION, TrainingSection, TrainingSettings
+from elo.train.settings import EXECUTION, TrainingSection, TrainingSettings, execution_keys
 
 
 def whole_number(value: Any) -> Any:
@@ -283,11 +283,11 @@ class _EvaluationConfig(Section):
 
     during_training: list[str] = Field(default_factory=list, json_schema_extra=EXECUTION)
     """Sections of this one, such as tasks or in_context, that are also measured at each of training.evaluations. Adding
-    one does not repeat a training that is done."""
+    one does not repeat a training that `elo run` has done; `elo compare` trains again."""
 
     def decisive(self) -> dict[str, Any]:
         """Return what determines the values of a measurement, for the fingerprint of its stage."""
-        return self.model_dump(mode="json", exclude={"during_training"})
+        return self.model_dump(mode="json", exclude=execution_keys(type(self)))
 
     @property
     def measures(self) -> list[Measure]:

@@ -31,11 +31,8 @@ def read_json_lines(path: str | Path, what: str) -> list[tuple[str, Any]]:
         problem = file_problem(error)
     if problem:
         raise EloError(f"{path}: {problem}")
-    found = [
-        (where, _value(line, where))
-        for where, line in ((f"{path}:{number}", line) for number, line in enumerate(lines, 1))
-        if line.strip()
-    ]
+    places = ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
+    found = [(where, _value(line, where)) for where, line in places]
     if not found:
         raise EloError(f"{path}: holds no {what}; give JSON lines of {what}")
     return found

@@ -116,7 +116,7 @@ def list_inputs(path: str) -> list[InputFile]:
         files = [file for file in visible if file.name.endswith(SUFFIXES)]
         if not files:
             raise EloError(f"{path}: the folder has no readable file; add files named {', '.join(SUFFIXES)}")
-        warn_of_unread(path, tuple(str(file) for file in visible if file not in files), SUFFIXES)
+        warn_of_unread(path, tuple(str(file) for file in visible if not file.name.endswith(SUFFIXES)), SUFFIXES)
         return [_input_file(file) for file in files]
     if found.exists():
         return [_input_file(found)]

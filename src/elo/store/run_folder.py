@@ -51,8 +51,8 @@ class _Stage:
 
     name: str
     inputs: dict[str, Any]
-    outputs: Paths = ()
-    scratch: Paths = ()
+    outputs: Paths
+    scratch: Paths
 
     @cached_property
     def fingerprint(self) -> str:
@@ -179,7 +179,7 @@ class RunFolder:
         wait_until(lambda: self._has_record(stage))
         return Artifact(output, stage.fingerprint, read_json(self.stage_file(name))["record"])
 
-    def _is_done(self, stage: "_Stage") -> bool:
+    def _is_done(self, stage: _Stage) -> bool:
         """Return whether the stage is complete with these inputs; if not, remove what other inputs left."""
         done_path, begun_path = self.stage_file(stage.name), self.stage_file(stage.name, "begun")
         done = read_record(done_path, "fingerprint", "inputs", "outputs", "record")
@@ -219,7 +219,7 @@ class RunFolder:
                         "failing; run the same command again to recreate it"
                     )
 
-    def _finish(self, stage: "_Stage", record: dict[str, Any]) -> None:
+    def _finish(self, stage: _Stage, record: dict[str, Any]) -> None:
         value = {
             "stage": stage.name,
             "fingerprint": stage.fingerprint,
@@ -236,7 +236,7 @@ class RunFolder:
         for path in stage.scratch:
             remove(path)
 
-    def _has_record(self, stage: "_Stage") -> bool:
+    def _has_record(self, stage: _Stage) -> bool:
         record = read_record(self.stage_file(stage.name), "fingerprint")
         return record is not None and record["fingerprint"] == stage.fingerprint
 

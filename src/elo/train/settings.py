@@ -26,6 +26,11 @@ EXECUTION: JsonDict = {"execution": True}
 _SHORT_NAMES = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
 
 
+def execution_keys(model: type[BaseModel]) -> set[str]:
+    """Return the names of a model's execution settings."""
+    return {name for name, field in model.model_fields.items() if field.json_schema_extra == EXECUTION}
+
+
 class DeepSupervision(BaseModel):
     """A further cross-entropy at internal layers, through the model's own final norm and LM head (docs/methods.md)."""
 
@@ -166,12 +171,10 @@ class TrainingSettings(BaseModel):
 
     def decisive(self) -> dict[str, Any]:
         """Return the settings that determine the result, for the fingerprint of a stage."""
-        fields = type(self).model_fields
-        how = {name for name, field in fields.items() if field.json_schema_extra == EXECUTION}
         further = {
             key: value for key, value in self.training_arguments.items() if not key.startswith(_EXECUTION_ARGUMENTS)
         }
-        return self.model_dump(mode="json", exclude=how) | further
+        return self.model_dump(mode="json", exclude=execution_keys(type(self))) | further
 
 
 PASSED_ARGUMENTS = {

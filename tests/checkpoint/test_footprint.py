@@ -8,12 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     CLIPTextConfig,
-    DeepseekV3Config,
-    MixtralConfig,
     Olmo2Config,
     PretrainedConfig,
     Qwen3MoeConfig,
 )
+from zoo import tiny_config
 
 from elo.checkpoint.counting import footprint, read_config
 from elo.errors import EloError
@@ -74,32 +73,8 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "llama": tiny_llama(),
     "llama tied": tiny_llama(tie_word_embeddings=True),
     "gpt2": tiny_gpt2(),
-    "mixtral": MixtralConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_local_experts=4,
-    ),
-    "deepseek": DeepseekV3Config(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=96,
-        moe_intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=8,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=16,
-    ),
+    "mixtral": tiny_config("mixtral"),
+    "deepseek": tiny_config("deepseek_v3", num_key_value_heads=4),
 }
 
 

@@ -251,7 +251,9 @@ def test_benchmarks_during_training(tmp_path):
         for values in (trial["evaluations"][-1]["measures"], trial["measured"]["measures"])
     )
     assert last["in_context_nats"] == pytest.approx(final["in_context_nats"], abs=0.05), "bf16 on disk"
-    assert "in_context_nats during training" in (tmp_path / "run" / "report.html").read_text()
+    drawn = sorted(path.name for path in (tmp_path / "run" / "charts").glob("measure_*.png"))
+    assert drawn == ["measure_1.png", "measure_2.png"], "accuracy and nats; no chart for each kind and length"
+    assert "in context nats during training" in (tmp_path / "run" / "report.html").read_text()
     assert _tensors(tmp_path / "run" / "model").keys() == (others := _tensors(tmp_path / "plain" / "model")).keys()
     for name, tensor in _tensors(tmp_path / "run" / "model").items():
         assert tensor.equal(others[name]), f"{name}: measuring changes nothing"

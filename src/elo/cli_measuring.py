@@ -52,7 +52,11 @@ def evaluate(
         float | None, typer.Option(min=0, help="Questions of each task: the first ones, or a share below 1.")
     ] = None,
     batch_size: Annotated[
-        str, typer.Option(help="Sequences in a forward pass of --tasks; auto: as many as fit on a GPU, 1 on a CPU.")
+        str,
+        typer.Option(
+            help="Sequences in a forward pass of --tasks; auto: as many as fit on a GPU; 1 on a CPU, or if padding "
+            "changes the values."
+        ),
     ] = "auto",
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with task files (.yaml) of your own for --tasks.")

@@ -174,7 +174,7 @@ def test_selections_that_a_probe_makes():
     assert assumed_layers("last:2", 12) == (10, 11)
 
 
-def test_rows_need_text():
+def test_sequences_need_text():
     documents = [torch.arange(40).numpy(), torch.arange(5).numpy(), torch.arange(30).numpy()]
     sequences = make_sequences("xx", documents, 20, 10)
     assert sequences.tolist()[0] == list(range(10)) and sequences.shape == (2, 10)

@@ -60,16 +60,6 @@ class ClozeAccuracy:
     """By name of the group, in the order in which the items bring them; empty when no item has a group."""
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """One choice ready to be scored: `ids` in the model's sight, the last `scored` of them counted."""
-
-    item: int
-    choice: int
-    ids: list[int]
-    scored: int
-
-
 class Cloze(Measure):
     """Cloze accuracy by language, of all items and of each group of them."""
 
@@ -151,14 +141,9 @@ def cloze_accuracy(
     if not items:
         raise EloError("cloze: there are no items to ask")
     limit = longest_sequence(model)
-    candidates = [
-        candidate for index, item in enumerate(items) for candidate in _candidates(item, index, tokenizer, limit)
-    ]
-    check_ids(max(max(candidate.ids) for candidate in candidates), model, "cloze items")
-    rows = [
-        (ids[:-1], [IGNORE_INDEX] * (len(ids) - 1 - scored) + ids[-scored:])
-        for ids, scored in ((each.ids, each.scored) for each in candidates)
-    ]
+    choices = [choice for item in items for choice in _encoded_choices(item, tokenizer, limit)]
+    check_ids(max(max(ids) for ids, _ in choices), model, "cloze items")
+    rows = [(ids[:-1], [IGNORE_INDEX] * (len(ids) - 1 - scored) + ids[-scored:]) for ids, scored in choices]
     with evaluating(model) as place, Progress(len(rows), progress, "choices") as bar:
         costs = iter(summed_nats(model, rows, place, bar, batch_size))
     nats = [[next(costs) for _ in item.choices] for item in items]
@@ -176,12 +161,13 @@ def _by_group(items: Sequence[ClozeItem], right: Sequence[bool]) -> dict[str, Gr
     return {name: GroupAccuracy(sum(each) / len(each), len(each)) for name, each in answered.items()}
 
 
-def _candidates(item: ClozeItem, index: int, tokenizer: TextTokenizer, limit: int | None) -> list[_Candidate]:
+def _encoded_choices(item: ClozeItem, tokenizer: TextTokenizer, limit: int | None) -> list[tuple[list[int], int]]:
+    """Token ids of the prompt with each choice, in the model's positions, and how many of them, at the end, count."""
     texts = [item.prompt, *(item.prompt + choice for choice in item.choices)]
     prompt, *wholes = (ids.tolist() for ids in tokenizer.encode_batch(texts))
     # A choice whose tokens all lie within the prompt's would be scored on nothing: keep one token of each.
     shared = min(min(_common_prefix(prompt, whole), len(whole) - 1) for whole in wholes)
-    candidates = []
+    found = []
     for choice, whole in enumerate(wholes):
         scored = len(whole) - shared
         ids = [tokenizer.prefix_token_id, *whole]
@@ -192,8 +178,8 @@ def _candidates(item: ClozeItem, index: int, tokenizer: TextTokenizer, limit: in
                     "shorten it"
                 )
             ids = ids[-(limit + 1) :]
-        candidates.append(_Candidate(index, choice, ids, scored))
-    return candidates
+        found.append((ids, scored))
+    return found
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:

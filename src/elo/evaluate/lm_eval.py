@@ -77,7 +77,7 @@ class Tasks(Measure):
     limit: float | None = Field(None, gt=0)
     """Use only the first questions of each task: a number of them, or a share below 1."""
     batch_size: int | Literal["auto"] = "auto"
-    """Sequences in a forward pass; `auto`: as many as fit on a GPU, 1 on a CPU."""
+    """Sequences in a forward pass; `auto`: as many as fit on a GPU; 1 on a CPU, or if padding changes the values."""
     include_path: str | None = None
     """Folder with task files (.yaml) of your own."""
 

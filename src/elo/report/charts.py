@@ -7,7 +7,6 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from elo.evaluate.base import MeasureValue
 from elo.format import count, mean_of
 from elo.report.drawing import (
     COLOURS,
@@ -24,7 +23,8 @@ from elo.report.drawing import (
     new_figure,
     time_axis,
 )
-from elo.report.schema import Budget, Results, Trial, mean_bpb
+from elo.report.paired import whole_values
+from elo.report.schema import Budget, EvaluationPoint, Measured, Results, Trial, mean_bpb
 
 _LABEL_CHARACTERS = 40
 _DASHED = " Dashed: the detached model by itself, where it is on the chart."
@@ -278,31 +278,26 @@ def _curve_chart(results: Results, language: str) -> Chart | None:
 
 
 def _measure_charts(results: Results) -> list[Chart]:
-    """Values that were measured during training, from the base's to the final one: a chart for each benchmark."""
+    """Values that were measured during training, from the base's to the final one: a chart for each whole benchmark."""
     trials = [trial for trial in last_trials(results) if any(each.measures for each in trial.evaluations)]
-    keys = {_benchmark(value): value for trial in trials for each in trial.evaluations for value in each.measures}
+    shown = {key: value for trial in trials for each in trial.evaluations for key, value in whole_values(each).items()}
+    unit, scale = time_axis(trial.seconds for trial in trials)
     styles, charts = contestant_styles(results), []
-    for number, (key, shown) in enumerate(keys.items(), 1):
+    for number, (key, example) in enumerate(shown.items(), 1):
         figure, axes = new_figure()
-        unit, scale = time_axis(trial.seconds for trial in trials)
         for trial in trials:
-            during = [(each.seconds, each.measures) for each in trial.evaluations]
-            ends = [(0.0, results.base_of(trial.contestant).measures), (trial.seconds, trial.measured.measures)]
-            found = {at: value.value for at, values in ends + during for value in values if _benchmark(value) == key}
-            points = tuple((at / scale, value) for at, value in sorted(found.items()))
-            _plot(axes, Segment(points, False), styles[trial.contestant], marked=True)
-        if shown.chance is not None:
-            axes.axhline(shown.chance, color=INK, linestyle=":", linewidth=1.3, label="chance")
+            measured: list[tuple[float, Measured | EvaluationPoint]] = [(0.0, results.base_of(trial.contestant))]
+            measured += [*((each.seconds, each) for each in trial.evaluations), (trial.seconds, trial.measured)]
+            found = {at / scale: value.value for at, each in measured if (value := whole_values(each).get(key))}
+            _plot(axes, Segment(tuple(found.items()), False), styles[trial.contestant], marked=True)
+        if example.chance is not None:
+            axes.axhline(example.chance, color=INK, linestyle=":", linewidth=1.3, label="chance")
         axes.set_xlabel(f"training wall time ({unit})")
-        title = " ".join(part for part in _benchmark(shown) if part not in ("", "all"))
+        title = " ".join(key).strip().replace("_", " ")
         axes.set_ylabel(drawable(title, f"benchmark {number}"))
-        better = "Higher" if shown.higher_is_better else "Lower"
+        better = "Higher" if example.higher_is_better else "Lower"
         charts.append(finish(figure, f"measure_{number}", f"{title} during training", f"{better} is better."))
     return charts
-
-
-def _benchmark(value: MeasureValue) -> tuple[str, str, str]:
-    return value.measure, value.name, value.language
 
 
 def _loss_chart(results: Results) -> Chart | None:

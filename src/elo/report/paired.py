@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from elo.evaluate.base import MeasureValue
-from elo.report.schema import Measured, MeasureDifference, PairedDifference, Results
+from elo.report.schema import EvaluationPoint, Measured, MeasureDifference, PairedDifference, Results
 from elo.report.statistics import Floats, estimate_items, holm, mcnemar
 
 Paired = TypeVar("Paired", bound=PairedDifference)
@@ -19,7 +19,7 @@ BASE = "base"
 """Name of the base model among contestants."""
 
 
-def whole_values(measured: Measured) -> dict[tuple[str, str], MeasureValue]:
+def whole_values(measured: Measured | EvaluationPoint) -> dict[tuple[str, str], MeasureValue]:
     """Values of whole benchmarks by measure and language."""
     return {(value.measure, value.language): value for value in measured.measures if value.name == "all"}
 

@@ -27,6 +27,8 @@ from elo.report.paired import whole_values
 from elo.report.schema import Budget, EvaluationPoint, Measured, Results, Trial, mean_bpb
 
 _LABEL_CHARACTERS = 40
+_END = 0.995
+"""Share of a trial's time after which a measurement during training is that of the final model."""
 _DASHED = " Dashed: the detached model by itself, where it is on the chart."
 
 
@@ -242,7 +244,7 @@ def bpb_segments(results: Results, trial: Trial, language: str) -> list[Segment]
         whole.insert(0, (start, first))
     final, end = trial.measured.bpb.get(language), trial.seconds
     if final is not None and end > 0:
-        whole = [*((at, bpb) for at, bpb in whole if at < 0.995 * end), (end, final)]
+        whole = [*((at, bpb) for at, bpb in whole if at < _END * end), (end, final)]
     segments = [Segment(tuple(detached), True), Segment(tuple(whole), False)]
     return [segment for segment in segments if segment.points]
 
@@ -287,7 +289,8 @@ def _measure_charts(results: Results) -> list[Chart]:
         figure, axes = new_figure()
         for trial in trials:
             measured: list[tuple[float, Measured | EvaluationPoint]] = [(0.0, results.base_of(trial.contestant))]
-            measured += [*((each.seconds, each) for each in trial.evaluations), (trial.seconds, trial.measured)]
+            measured += [(each.seconds, each) for each in trial.evaluations if each.seconds < _END * trial.seconds]
+            measured.append((trial.seconds, trial.measured))
             found = {at / scale: value.value for at, each in measured if (value := whole_values(each).get(key))}
             _plot(axes, Segment(tuple(found.items()), False), styles[trial.contestant], marked=True)
         if example.chance is not None:

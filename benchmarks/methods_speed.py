@@ -5,16 +5,21 @@
 
 Each round trains every phase of every contestant for a few updates, in turn, so that a slow period of the machine
 affects all of them. The first update warms up. The fastest round counts. Time is CPU time, so pin the process to one
-core (taskset -c 0, OMP_NUM_THREADS=1). With --plan, `elo plan --measure` follows each contestant, in CPU time as well.
+core (taskset -c 0, OMP_NUM_THREADS=1). On a GPU, it is wall time. With --plan, `elo plan --measure` follows each
+contestant, timed in the same way.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+import torch
+from measuring import synchronise
 
 from elo.budget import divide_budget
 from elo.checkpoint.counting import footprint, read_config
@@ -30,8 +35,16 @@ from elo.surgery.in_memory import detach_layers
 from elo.train.arguments import micro_steps_per_step
 from elo.train.bridge import Bridge, fit_bridge
 from elo.train.loop import train
-from elo.train.phase import load_trainable
+from elo.train.phase import freeze_in, keeps_frozen_as_stored, load_trainable
 from elo.train.vocabulary_cut import CutSequences, VocabularyCut, choose_rows
+
+
+def now() -> float:
+    """Return the time that counts, in seconds: this process's CPU time, or wall time on a GPU once it is done."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    synchronise()
+    return time.perf_counter()
 
 
 def contestant_config(comparison: CompareConfig, name: str, tokens: int, folder: Path) -> RunConfig:
@@ -49,17 +62,19 @@ class Speeds:
         self.bridges: dict[tuple[int, ...], Bridge] = {}
 
     def measure(self, config: RunConfig, layers: tuple[int, ...], phase: Phase, scratch: Path) -> dict[str, Any]:
-        """Train one phase for a few updates: tokens per CPU second, FLOPs per token, rows and peak memory."""
+        """Train one phase for a few updates: tokens per second, FLOPs per token, rows and peak memory."""
         settings = config.settings(phase).model_copy(update={"save_steps": 10**6, "evaluations": 0})
         sequences = divide_budget(config, self.data, lambda _: None)
         every = sequences.of(phase)
         count = self.steps * settings.tokens_per_step // config.data.sequence_length
         rows: Any = every.mixture.sequences(every.start, every.start + count)
-        model, _, _ = load_trainable(self.inputs.base.path, settings)
+        model, dtype, _ = load_trainable(self.inputs.base.path, settings)
         if phase.detached:
             model = detach_layers(model, list(layers))
         bridge = self._bridge(config, layers) if phase.middle == "bridged" else None
         prepared = config.method.prepare(model, phase, Setup(layers, bridge, config.seed))
+        if keeps_frozen_as_stored(settings):
+            freeze_in(model, {id(each): dtype for each in model.parameters()})
         counted = self.footprint
         if settings.vocabulary == "corpus":
             file = scratch / "rows.json"
@@ -70,14 +85,14 @@ class Speeds:
             rows = CutSequences(rows, cut)
             counted = counted.with_vocabulary(len(cut.ids))
         starts: list[float] = []
-        model.register_forward_pre_hook(lambda *_: starts.append(time.process_time()))
+        model.register_forward_pre_hook(lambda *_: starts.append(now()))
         result = train(model, rows, settings=settings, output_dir=None, seed=config.seed, prepared=prepared)
         counted_updates = self.steps - 1
         begin = starts[-counted_updates * micro_steps_per_step(config.data.sequence_length, settings)]
-        rate = counted_updates * settings.tokens_per_step / (time.process_time() - begin)
+        rate = counted_updates * settings.tokens_per_step / (now() - begin)
         flops = config.method.flops_per_token(phase, counted, layers, config.data.sequence_length)
         return {
-            "tokens_per_cpu_second": rate,
+            "tokens_per_second": rate,
             "flops_per_token": flops.total,
             "vocabulary_rows": counted.vocab_size,
             "peak_memory_bytes": result.peak_memory_bytes,
@@ -86,7 +101,7 @@ class Speeds:
     def plan(self, config: RunConfig, vocabulary_rows: int) -> dict[str, dict[str, float]]:
         """Tokens per CPU second and peak memory of each phase by `elo plan --measure`."""
         cut = any(config.settings(phase).vocabulary == "corpus" for phase in config.method.phases)
-        with patch("time.perf_counter", time.process_time):
+        with nullcontext() if torch.cuda.is_available() else patch("time.perf_counter", time.process_time):
             planned = plan(
                 config, measure=True, compare_with=(), vocabulary_rows=vocabulary_rows if cut else None
             ).run.phases
@@ -134,10 +149,10 @@ def main() -> None:
                 for phase in config.method.phases:
                     found = speeds.measure(config, layers[name], phase, scratch)
                     known = best[name].get(phase.name)
-                    if known is None or found["tokens_per_cpu_second"] > known["tokens_per_cpu_second"]:
+                    if known is None or found["tokens_per_second"] > known["tokens_per_second"]:
                         best[name][phase.name] = found
-                    rate = found["tokens_per_cpu_second"]
-                    print(f"round {number + 1}: {name} {phase.name}: {rate:.1f} tokens per CPU second", flush=True)
+                    rate = found["tokens_per_second"]
+                    print(f"round {number + 1}: {name} {phase.name}: {rate:.1f} tokens per second", flush=True)
                 planned = speeds.plan(config, found["vocabulary_rows"]) if arguments.plan else {}
                 for phase_name, values in planned.items():
                     known = best[name][phase_name]
@@ -148,21 +163,27 @@ def main() -> None:
         parts = [(method.share_of(phase), phases[phase.name]) for phase in method.phases]
         contestants[name] = {
             "phases": phases,
-            "tokens_per_cpu_second": 1 / sum(share / each["tokens_per_cpu_second"] for share, each in parts),
+            "tokens_per_second": 1 / sum(share / each["tokens_per_second"] for share, each in parts),
             "flops_per_token": sum(share * each["flops_per_token"] for share, each in parts),
         }
     reference = contestants.get("full")
     for each in contestants.values():
         if reference is not None:
-            each["speed_up_of_full"] = each["tokens_per_cpu_second"] / reference["tokens_per_cpu_second"]
+            each["speed_up_of_full"] = each["tokens_per_second"] / reference["tokens_per_second"]
             each["flops_bound"] = reference["flops_per_token"] / each["flops_per_token"]
-    record = {"hardware": hardware(), "versions": versions(), "steps": arguments.steps, "contestants": contestants}
+    record = {
+        "hardware": hardware(),
+        "versions": versions(),
+        "clock": "wall" if torch.cuda.is_available() else "CPU",
+        "steps": arguments.steps,
+        "contestants": contestants,
+    }
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")
     for name, each in contestants.items():
         bound = f", {each['speed_up_of_full']:.2f}x full (FLOPs: {each['flops_bound']:.2f}x)" if reference else ""
-        print(f"{name}: {each['tokens_per_cpu_second']:.1f} tokens per CPU second{bound}")
+        print(f"{name}: {each['tokens_per_second']:.1f} tokens per second{bound}")
         for phase_name, measured in each["phases"].items() if arguments.plan else ():
-            speed = measured["planned_tokens_per_second"] / measured["tokens_per_cpu_second"]
+            speed = measured["planned_tokens_per_second"] / measured["tokens_per_second"]
             memory = measured["planned_peak_bytes"] / measured["peak_memory_bytes"]
             print(f"  {phase_name}: planned / measured: tokens per second {speed:.2f}, peak memory {memory:.2f}")
 

@@ -20,9 +20,9 @@ TARGET_LANGUAGE="${TARGET_LANGUAGE:-ko}"  # ISO 639-1 codes, so that the languag
 SOURCE_LANGUAGE="${SOURCE_LANGUAGE:-en}"
 OUT="${OUT:-runs/speedrun}"
 if (( ${TOKENS//_/} < 10000000 )); then
-    LENGTH=512 STEP=4096 CHAT_STEP=1024 HELDOUT_BYTES=20000
+    LENGTH=512 STEP=4096 CHAT_STEP=1024 HELDOUT_BYTES=20000 HELDOUT_SHARE=0.03
 else
-    LENGTH=4096 STEP=524288 CHAT_STEP=65536 HELDOUT_BYTES=400000
+    LENGTH=4096 STEP=524288 CHAT_STEP=65536 HELDOUT_BYTES=400000 HELDOUT_SHARE=0.005
 fi
 mkdir -p "$OUT"
 
@@ -46,6 +46,7 @@ data:
   target: $TARGET_LANGUAGE
   source: $SOURCE_LANGUAGE
   corpora: {$TARGET_LANGUAGE: "$TARGET", $SOURCE_LANGUAGE: "$SOURCE"}
+  heldout_share: $HELDOUT_SHARE  # at least 30 documents a language
   sequence_length: $LENGTH
 training: {tokens_per_step: $STEP}
 evaluation: {max_bytes: $HELDOUT_BYTES}

@@ -18,7 +18,7 @@ from elo.train.arguments import check_settings, sequences_per_step
 from elo.train.checkpoints import MANIFEST, check_checkpoint, latest_checkpoint
 from elo.train.loop import train
 from elo.train.loss import install_head_loss
-from elo.train.phase import _freeze_in
+from elo.train.phase import freeze_in
 
 STEPS = 8
 
@@ -242,7 +242,7 @@ def test_frozen_in_bf16_as_on_a_gpu(tmp_path):
     stored = tiny_llama().to(torch.bfloat16)
     model = detach_layers(stored, [0, 3]).float()
     select_layers(model, [0, 1])
-    _freeze_in(model, {id(each): torch.bfloat16 for each in model.parameters()})
+    freeze_in(model, {id(each): torch.bfloat16 for each in model.parameters()})
     assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
     settings = SETTINGS.model_copy(update={"bf16": True, "head_loss": "chunked"})
     held = corpus(9, 10)
@@ -261,7 +261,7 @@ def test_frozen_in_bf16_as_on_a_gpu(tmp_path):
 def test_head_loss_is_recognised_under_autocast():
     model = detach_layers(tiny_llama().to(torch.bfloat16), [0, 3]).float()
     select_layers(model, [0, 1])
-    _freeze_in(model, {id(each): torch.bfloat16 for each in model.parameters()})
+    freeze_in(model, {id(each): torch.bfloat16 for each in model.parameters()})
     install_head_loss(model, "chunked", torch.bfloat16)
     assert "forward_model" not in model.forward.__qualname__
 

@@ -86,6 +86,10 @@ def add_adapters(
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # a resumed run must start from the same adapters
         tuner = LoraModel(model, {"default": config}, "default")
+    for each in tuner.modules():
+        if isinstance(each, BaseTunerLayer):
+            # Autocast casts the inputs. peft would first make an fp32 copy of each.
+            each.cast_input_dtype_enabled = False
     train_parts(model, phase.also_train)
 
     def fold() -> None:

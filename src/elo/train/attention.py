@@ -7,6 +7,7 @@ tokens. `elo_varlen` instead concatenates the sequences and attends within each 
 Shapes: B sequences, T tokens per sequence, S = B x T, H heads, K key-value heads, D head width.
 """
 
+from inspect import signature
 from itertools import groupby
 from typing import Any, NoReturn
 
@@ -62,6 +63,10 @@ def varlen_attention(
     query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query_1HSD, key_1KSD, value_1KSD))
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    # PyTorch 2.11 has no such argument and always accepts fewer key than query heads.
+    grouped = (
+        {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    )
     output_SHD = varlen_attn(
         query.to(dtype),
         key.to(dtype),
@@ -72,7 +77,7 @@ def varlen_attention(
         max_length_q,
         scale=scaling,
         window_size=window,
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(output_SHD, Tensor)
     return output_SHD.unsqueeze(0), None

@@ -65,8 +65,8 @@ def train_checkpoint(
     stored = files.stored_dtypes(model)
     prepared = prepare(model)
     files.set_trained(model)
-    if _keeps_frozen_as_stored(settings):
-        _freeze_in(model, stored, empty=main_alone and not is_main())
+    if keeps_frozen_as_stored(settings):
+        freeze_in(model, stored, empty=main_alone and not is_main())
     cut = None
     if vocabulary is not None:
         cut = VocabularyCut(model, vocabulary)
@@ -206,13 +206,13 @@ def evaluator(
     return evaluate
 
 
-def _keeps_frozen_as_stored(settings: TrainingSettings) -> bool:
+def keeps_frozen_as_stored(settings: TrainingSettings) -> bool:
     """Whether frozen parameters keep their stored dtype, which saves memory."""
 
     return torch.cuda.is_available() and wants_bf16(settings)
 
 
-def _freeze_in(model: PreTrainedModel, stored: dict[int, Any], *, empty: bool = False) -> None:
+def freeze_in(model: PreTrainedModel, stored: dict[int, Any], *, empty: bool = False) -> None:
     """Convert frozen parameters to their stored half precision, because they need no master weights.
 
     Args:

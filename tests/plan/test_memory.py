@@ -32,6 +32,8 @@ from elo.train.bridge import Bridge
 from elo.train.settings import TrainingSettings
 
 GIB = 2**30
+FULL = METHODS["full"]()
+TRAINED = Phase("p", "trained")
 _TRACED, _AS_STORED = "under autocast", "in bf16 throughout"
 
 
@@ -61,7 +63,7 @@ def kept_for_backward(model: PreTrainedModel, tokens: int, precision: str) -> in
 @pytest.mark.parametrize("config", [tiny_llama(), tiny_gpt2()], ids=["llama", "gpt2"])
 def test_activations_are_what_a_forward_keeps(config: PretrainedConfig, precision: Any) -> None:
     tokens = 96
-    planned = saved_activations(config, footprint(config), precision=precision)
+    planned = saved_activations(config, footprint(config), FULL, TRAINED, range(5), precision=precision)
     assert planned.traced
     expected = tokens * (sum(planned.per_layer) + planned.outside) + planned.cast_weights
     assert expected == pytest.approx(kept_for_backward(build(config), tokens, precision), rel=0.02)
@@ -69,7 +71,7 @@ def test_activations_are_what_a_forward_keeps(config: PretrainedConfig, precisio
 
 def test_a_frozen_embedding_saves_in_the_first_layer() -> None:
     config, layers = tiny_llama(), (0, 4)
-    planned = saved_activations(config, footprint(config), layers, precision="fp32")
+    planned = saved_activations(config, footprint(config), FULL, Phase("p", "removed"), layers, precision="fp32")
     model = detach_layers(build(config), layers)
     model.requires_grad_(False)
     model.model.layers.requires_grad_(True)
@@ -81,9 +83,8 @@ def test_a_frozen_embedding_saves_in_the_first_layer() -> None:
 @pytest.mark.parametrize(("layers", "also_train"), [((0, 4), ()), ((0, 4), ("embedding",)), ((2, 4), ())])
 def test_a_frozen_middle_keeps_what_its_input_gradients_need(layers: Any, also_train: Any) -> None:
     config, tokens = tiny_llama(), 96
-    planned = saved_activations(
-        config, footprint(config), layers, precision="fp32", also_train=also_train, in_place=True
-    )
+    phase = Phase("p", "frozen", also_train=also_train)
+    planned = saved_activations(config, footprint(config), FULL, phase, layers, precision="fp32")
     model = build(config)
     select_layers(model, layers, also_train)
     expected = tokens * (sum(planned.per_layer) + planned.outside)
@@ -91,6 +92,42 @@ def test_a_frozen_middle_keeps_what_its_input_gradients_need(layers: Any, also_t
     assert planned.per_layer[3] < planned.per_layer[4], "a frozen layer needs less"
     if layers == (2, 4):
         assert planned.per_layer[:2] == (0.0, 0.0), "no gradient reaches these"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (tiny_llama(num_key_value_heads=4), {"name": "lora", "rank": 8}),
+        (tiny_llama(num_key_value_heads=4), {"name": "lora", "rank": 8, "module": "attention"}),
+        (tiny_llama(num_key_value_heads=4), {"name": "lora", "rank": 8, "dropout": 0.1}),
+        (tiny_llama(num_key_value_heads=4), {"name": "lora", "also_train": ("embedding", "head")}),
+        (tiny_llama(num_key_value_heads=4), {"name": "depth_lora", "profile": (0, 8, 0, 4, 8)}),
+        (tiny_llama(num_key_value_heads=4), {"name": "elo", "alignment": "lora", "alignment_rank": 8}),
+        (tiny_llama(num_key_value_heads=4), {"name": "slam"}),
+        (tiny_gpt2(), {"name": "lora", "rank": 8}),
+    ],
+    ids=lambda each: " ".join(map(str, each.values())) if isinstance(each, dict) else each.model_type,
+)
+def test_adapters_and_parts_of_layers_keep_what_a_forward_keeps(
+    config: PretrainedConfig, fields: dict[str, Any], kind: Any, precision: Any
+) -> None:
+    tokens, layers = 96, (2, 4)
+    method = METHODS[fields["name"]].model_validate(fields)
+    phase = method.phases[-1]
+    planned = saved_activations(config, footprint(config), method, phase, layers, precision=precision, kind=kind)
+    assert planned.traced
+    model = build(config)
+    method.prepare(model, phase, Setup(layers))
+    if kind == "gpu" and precision == "bf16":
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    expected = tokens * (sum(planned.per_layer) + planned.outside) + planned.cast_weights
+    assert expected == pytest.approx(kept_for_backward(model, tokens, precision), rel=0.001)
+    lowest = {"depth_lora": 1, "slam": 2}.get(method.name, 0)
+    assert [kept > 0 for kept in planned.per_layer] == [index >= lowest for index in range(5)]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +145,10 @@ def test_a_frozen_middle_keeps_what_its_input_gradients_need(layers: Any, also_t
 )  # fmt: skip
 def test_other_families_are_traced_too(config: PretrainedConfig) -> None:
     counted = footprint(config)
-    bf16, fp32 = (saved_activations(config, counted, precision=precision) for precision in ("bf16", "fp32"))
+    bf16, fp32 = (
+        saved_activations(config, counted, FULL, TRAINED, range(3), precision=precision)
+        for precision in ("bf16", "fp32")
+    )
     assert bf16.traced and fp32.traced
     assert bf16.cast_weights == pytest.approx(2 * sum(layer.matmul for layer in counted.layers), rel=0.03)
     assert fp32.cast_weights == 0 < bf16.per_layer[0] < fp32.per_layer[0]
@@ -178,18 +218,9 @@ def planned_and_measured(config: PretrainedConfig, name: str, **arguments: Any) 
     ends = (0, config.num_hidden_layers - 1)
     counted, phase = footprint(config), case.phase
     layers = case.method.layers_at_once(phase, ends, counted.num_layers)
-    whole = phase.middle in ("trained", "adapted")
     planned = phase_memory(
         counted,
-        saved_activations(
-            config,
-            counted,
-            None if whole else layers,
-            precision="fp32",
-            kind="cpu",
-            also_train=() if whole else phase.also_train,
-            in_place=phase.middle == "frozen",
-        ),
+        saved_activations(config, counted, case.method, phase, layers, precision="fp32", kind="cpu"),
         case.method,
         phase,
         layers,
@@ -279,15 +310,15 @@ def test_what_is_not_traced_copies_what_is_in_fp32_alone(
 ) -> None:
     trace = activations._trace
 
-    def failing(config: Any, layers: Any, precision: Any, *rest: Any) -> Any:
+    def failing(config: Any, layers: Any, prepare: Any, precision: Any, *rest: Any) -> Any:
         if (_TRACED if precision else _AS_STORED) in fails:
             raise NotImplementedError
-        return trace(config, layers, precision, *rest)
+        return trace(config, layers, prepare, precision, *rest)
 
     monkeypatch.setattr(activations, "_trace", failing)
     config = tiny_llama()
     counted = footprint(config)
-    saved = saved_activations(config, counted, (0, 4), kind=kind, in_place=True)
+    saved = saved_activations(config, counted, FULL, Phase("p", "frozen"), (0, 4), kind=kind)
     assert saved.traced == (len(fails) == 1) and len(saved.per_layer) == counted.num_layers
     copied = range(counted.num_layers) if kind == "cpu" else (0, 4)
     assert saved.cast_weights == 2 * sum(counted.layers[index].matmul for index in copied)
@@ -296,22 +327,23 @@ def test_what_is_not_traced_copies_what_is_in_fp32_alone(
 def test_hidden_states_are_in_fp32_behind_an_embedding_that_trains() -> None:
     config = tiny_llama()
     frozen, trained = (
-        saved_activations(config, footprint(config), (0, 4), also_train=also_train) for also_train in ((), ENDS)
+        saved_activations(config, footprint(config), FULL, Phase("p", "removed", also_train=also_train), (0, 4))
+        for also_train in ((), ENDS)
     )
     assert (frozen.layer_input, trained.layer_input) == (2 * 64, 4 * 64)
     assert trained.per_layer[0] > frozen.per_layer[0]
 
 
 @cache
-def saved_8b(layers: tuple[int, ...] | None) -> memory.SavedActivations:
+def saved_8b(middle: str) -> memory.SavedActivations:
     config = known_configs()["Llama-3.1-8B"]
-    return saved_activations(config, footprint(config), layers)
+    layers = range(32) if middle == "trained" else (0, 31)
+    return saved_activations(config, footprint(config), FULL, MIDDLES[middle], layers)
 
 
-FULL = METHODS["full"]()
 MIDDLES = {
     "removed": Phase("p", "removed"),
-    "trained": Phase("p", "trained"),
+    "trained": TRAINED,
     "adapted": Phase("p", "adapted", lora_rank=16),
 }
 
@@ -320,7 +352,7 @@ def plan_8b(middle: str, *, sequence_length: int = 8192, devices: int = 1, **set
     layers = (0, 31)
     return phase_memory(
         footprint(known_configs()["Llama-3.1-8B"]),
-        saved_8b(layers if middle == "removed" else None),
+        saved_8b(middle),
         FULL,
         MIDDLES[middle],
         layers,
@@ -358,7 +390,7 @@ def test_parts_add_up_and_each_setting_helps() -> None:
 def test_8_bit_adamw_keeps_the_embedding_in_32_bits(tied: bool) -> None:
     config = tiny_llama(tie_word_embeddings=tied)
     counted = footprint(config)
-    saved = saved_activations(config, counted, precision="fp32")
+    saved = saved_activations(config, counted, FULL, TRAINED, range(5), precision="fp32")
 
     def states(middle: Any, *also_train: Any) -> int:
         return phase_memory(
@@ -377,8 +409,8 @@ def test_weights_of_layers_that_are_drawn_later_are_in_fp32() -> None:
     counted = footprint(config)
     phase = Phase("p", "frozen", also_train=ENDS)
     saved = {
-        drawn: saved_activations(config, counted, (0, 1), also_train=ENDS, in_place=True, frozen_in_fp32=drawn)
-        for drawn in (False, True)
+        method.redraws_layers: saved_activations(config, counted, method, phase, (0, 1))
+        for method in (FULL, METHODS["lisa"]())
     }
 
     def planned(method: Method) -> Memory:

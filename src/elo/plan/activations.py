@@ -5,7 +5,8 @@ The result therefore includes what a family's norms upcast and what its activati
 """
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
-from elo.checkpoint.architecture import layers_of, modules_of
+from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.footprint import Footprint, LayerFootprint
 from elo.checkpoint.layer_outputs import entering
 from elo.checkpoint.model_config import text_config_of
+from elo.methods import Method, Phase
+from elo.methods.base import select_layers, train_all
+from elo.methods.lora import Lora, add_adapters
 from elo.plan.devices import Kind, Precision
 from elo.plan.memory import SavedActivations
 from elo.surgery.layer_config import with_layers
@@ -64,56 +68,65 @@ AttentionMaskInterface.register(_PROBE, lambda *_, **__: None)
 def saved_activations(
     config: PretrainedConfig,
     counted: Footprint,
-    layers: Sequence[int] | None = None,
+    method: Method,
+    phase: Phase,
+    layers: Sequence[int],
     *,
     precision: Precision = "bf16",
     kind: Kind = "gpu",
-    also_train: Collection[str] = (),
-    in_place: bool = False,
-    frozen_in_fp32: bool = False,
 ) -> SavedActivations:
-    """Measure what the forward pass of training keeps, on fake tensors.
+    """Measure what the forward pass of a phase keeps, on fake tensors.
 
     Args:
         config: configuration of the base model.
         counted: footprint of the base model.
-        layers: indices of the layers that train. Everything else is frozen, and other layers keep nothing (they are
-            detached, or computed without a graph). None trains the whole model.
+        layers: indices of the layers that train at one time, unless `phase.middle` is `adapted`. Detached layers, and
+            layers below all that trains, keep nothing.
         precision: `bf16` means bf16 autocast over fp32 weights.
-        kind: on a GPU, packed attention keeps no mask, and frozen weights are bf16 under `bf16`. On a CPU, a mask is
-            kept, grouped keys and values are repeated, and all weights are fp32.
-        also_train: parts that train with `layers`: embedding, norm, head. If the embedding trains, it is fp32 on a GPU
-            too, and so are all hidden states after it.
-        in_place: whether the frozen layers are computed and differentiated too.
-        frozen_in_fp32: whether frozen weights are fp32 on a GPU too, as with methods that train other layers later.
+        kind: on a GPU, packed attention keeps no mask, and frozen weights are bf16 under `bf16`, except with a method
+            that trains other layers later. On a CPU, a mask is kept, grouped keys and values are repeated, and all
+            weights are fp32.
     """
-    chosen = list(range(counted.num_layers) if layers is None or in_place else layers)
-    trained = set(chosen if layers is None else layers)
-    fp32_throughout = kind == "cpu" or frozen_in_fp32
-    lowest = -1 if layers is None or "embedding" in also_train else min(trained)
+    chosen = list(layers) if phase.detached else list(range(counted.num_layers))
+    trained = set() if phase.middle == "adapted" else set(layers)
+    ranks = method.lora_ranks(phase, counted.num_layers)
+    fp32_throughout = kind == "cpu" or method.redraws_layers
+    from_embedding = phase.middle == "trained" or "embedding" in phase.also_train
+    lowest = -1 if from_embedding else min(index for index in chosen if index in trained or ranks[index])
     # Tracing one layer of each kind is enough. What a layer keeps depends on its shape, its position, whether it
-    # trains and whether its input needs a gradient.
+    # trains, the rank of its adapters and whether its input needs a gradient.
     kinds: dict[Any, int] = {}
     key_of = [
-        (position == 0, index in trained, index > lowest, counted.layers[index])
+        (position == 0, index in trained, ranks[index], index > lowest, counted.layers[index])
         for position, index in enumerate(chosen)
     ]
     for key, index in zip(key_of, chosen, strict=True):
         kinds.setdefault(key, index)
     representatives = list(kinds.values())
+
+    def prepare(model: PreTrainedModel) -> None:
+        if phase.middle == "trained":
+            train_all(model, method.module)
+        elif phase.middle == "adapted":
+            dropout = method.dropout if isinstance(method, Lora) else 0.0
+            own = [ranks[index] for index in representatives]
+            add_adapters(model, phase, 0, own, 1.0, module=method.module, dropout=dropout)
+        else:
+            positions = [position for position, index in enumerate(representatives) if index in trained]
+            select_layers(model, positions, phase.also_train, method.module)
+
     item = 2 if precision == "bf16" else 4
     mask = float(item) if kind == "cpu" else 0.0
     for as_trained, attention in ((True, _PROBE), (False, _PROBE), (True, None), (False, None)):
         try:
             with _quiet():
-                frozen_but_for = None if layers is None else (trained, also_train)
                 short, long = _trace(
                     config,
                     representatives,
+                    prepare,
                     precision if as_trained else None,
                     kind,
                     attention,
-                    frozen_but_for,
                     fp32_throughout,
                 )
         except Exception:
@@ -139,7 +152,7 @@ def saved_activations(
     return _rule_of_thumb(counted, chosen, item, mask, copies)
 
 
-def _copies(key: tuple[bool, bool, bool, LayerFootprint], fp32_throughout: bool) -> float:
+def _copies(key: tuple[bool, bool, int, bool, LayerFootprint], fp32_throughout: bool) -> float:
     """Return the bytes of a layer's bf16 copies, which autocast makes of fp32 weights."""
     return 2.0 * key[-1].matmul if key[1] or fp32_throughout else 0.0
 
@@ -160,17 +173,17 @@ def _rule_of_thumb(
 def _trace(
     config: PretrainedConfig,
     layers: Sequence[int],
+    prepare: Callable[[PreTrainedModel], None],
     precision: Precision | None,
     kind: str,
     attention: str | None,
-    frozen_but_for: tuple[Collection[int], Collection[str]] | None,
     fp32_throughout: bool,
 ) -> list[dict[int, float]]:
     """Measure, for each of _LENGTHS, bytes saved by each of `layers`, bytes saved outside them, and a layer's input.
 
     Args:
+        prepare: function that sets what trains in the model of these layers, and adds adapters.
         precision: None traces a model in bf16 throughout.
-        frozen_but_for: layers and parts that train; None trains the whole model.
     """
     mode = FakeTensorMode()
     arguments: dict[str, Any] = {"attn_implementation": attention} if attention else {}
@@ -179,23 +192,17 @@ def _trace(
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             with_layers(text_config_of(config), layers), **arguments
         )
-    model.train()
-    kept = layers_of(model)
-    if frozen_but_for is not None:
-        model.requires_grad_(False)
-        trained, also_train = frozen_but_for
-        for layer, index in zip(kept, layers, strict=True):
-            layer.requires_grad_(index in trained)
-        for module in modules_of(model, also_train):
-            module.requires_grad_(True)
-        if precision == "bf16" and not fp32_throughout:
-            # Training keeps frozen weights in bf16.
-            with mode, torch.device("cpu"):
-                for module in list(model.modules()):
-                    for name, weight in list(module.named_parameters(recurse=False)):
-                        if not weight.requires_grad:
-                            lower = torch.empty(weight.shape, dtype=torch.bfloat16)
-                            setattr(module, name, nn.Parameter(lower, requires_grad=False))
+        model.train()
+        kept = layers_of(model)
+        with torch.device("meta"):  # peft would move adapters to the weights' device, which fake tensors do not support
+            prepare(model)
+        keeps_bf16 = precision == "bf16" and not fp32_throughout  # training keeps frozen weights in bf16
+        for module in list(model.modules()):
+            for name, weight in list(module.named_parameters(recurse=False)):
+                if weight.is_meta or (keeps_bf16 and not weight.requires_grad):
+                    dtype = arguments["dtype"] if weight.requires_grad else torch.bfloat16
+                    replaced = nn.Parameter(torch.empty(weight.shape, dtype=dtype), weight.requires_grad)
+                    setattr(module, name, replaced)
     for module in model.modules():
         module.elo_repeats_keys = kind == "cpu"  # type: ignore[assignment]
     with mode, torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
@@ -246,6 +253,7 @@ def _quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     finally:
         logging.disable(disabled)

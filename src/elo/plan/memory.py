@@ -70,9 +70,8 @@ def phase_memory(
 
     Args:
         counted: footprint of the base model, with the vocabulary rows that training computes with.
-        saved: result of `saved_activations` for this phase; adapters are assumed to keep what full training keeps.
-        method: its `module` is what trains of a layer; activations are counted as if the whole layer trained. A method
-            that redraws layers has fp32 weights throughout.
+        saved: result of `saved_activations` for this phase.
+        method: its `module` is what trains of a layer. A method that redraws layers has fp32 weights throughout.
         phase: phase of the method.
         layers: layers that train at one time.
         settings: settings of the phase. If they divide the model (FSDP, DeepSpeed), each device holds its share of
@@ -116,14 +115,11 @@ def phase_memory(
     copies = 0.0
     if precision == "bf16":
         copies = 2 * maps + (2 * counted.head_matmul if trains_head or kind == "cpu" else 0)
-        # Copies of adapters are negligible, and frozen weights are bf16 on a GPU.
-        copies += saved.cast_weights if phase.middle != "adapted" or kind == "cpu" else 0.0
+        copies += saved.cast_weights
     if is_divided:
         copies = item * max(layer.parameters for layer in held.layers) + item * counted.head_matmul
     layer_bytes = [tokens * kept for kept in saved.per_layer]
     masks = saved.mask * tokens * sequence_length
-    if phase.middle == "adapted":
-        layer_bytes = [kept + tokens * item * rank * 8 for kept, rank in zip(layer_bytes, ranks, strict=True)]
     # The final norm of each supervised layer keeps about what that of the last one does.
     outside = tokens * saved.outside * settings.num_losses
     everything = sum(layer_bytes) + masks * len(layer_bytes) + outside

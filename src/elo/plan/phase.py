@@ -11,7 +11,7 @@ from elo.checkpoint.footprint import Footprint
 from elo.methods import Method, Phase
 from elo.methods.base import check_supervision
 from elo.plan.activations import saved_activations
-from elo.plan.devices import Device, Precision
+from elo.plan.devices import Device, Kind, Precision
 from elo.plan.memory import SavedActivations, phase_memory
 from elo.plan.schema import FlopsPerToken, Memory, PhasePlan
 from elo.train.settings import TrainingSettings
@@ -38,17 +38,14 @@ class Model:
         """Return the footprint with the vocabulary rows that training computes with."""
         return self.whole if settings.vocabulary == "all" else self.whole.with_vocabulary(self.vocabulary_rows)
 
-    def saved(self, phase: Phase, layers: Sequence[int], **trace: Any) -> SavedActivations:
+    def saved(
+        self, method: Method, phase: Phase, layers: Sequence[int], precision: Precision, kind: Kind
+    ) -> SavedActivations:
         """Measure what a phase keeps for the backward if `layers` train at one time."""
-        if phase.middle in ("trained", "adapted"):
-            key: tuple[Any, ...] = (None, (), False)
-        else:
-            key = (tuple(layers), phase.also_train, not phase.detached)
-        chosen, also_train, in_place = key
-        key += tuple(trace.items())
+        key = (method, phase, tuple(layers), precision, kind)
         if key not in self._traced:
             self._traced[key] = saved_activations(
-                self.config, self.whole, chosen, also_train=also_train, in_place=in_place, **trace
+                self.config, self.whole, method, phase, layers, precision=precision, kind=kind
             )
         return self._traced[key]
 
@@ -195,7 +192,7 @@ def _memory(
     sequence_length: int,
 ) -> Memory:
     kind, precision = machine.device.kind, machine.precision(settings)
-    saved = model.saved(phase, training, precision=precision, kind=kind, frozen_in_fp32=method.redraws_layers)
+    saved = model.saved(method, phase, training, precision, kind)
     return phase_memory(
         model.counted(settings),
         saved,

@@ -259,7 +259,6 @@ def _notes(model: Model, machine: Machine, config: RunConfig, methods: Sequence[
         "FLOPs: matrix products and attention scores of one causal sequence",
         f"memory: trained weights in fp32, frozen weights in {frozen}; the plan uses at most {USABLE_MEMORY:.0%} of a "
         "device",
-        "LoRA: activations are assumed to be those of full training, an upper bound",
     ]
     guessed = [each.label for each in methods if not all(phase.measured for phase in each.phases)]
     if machine.timings and guessed:

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from elo.check_output import check_output
 from elo.config import CorpusConfig, DataConfig, EvaluationConfig
 from elo.data.mixture import MixtureSequences
@@ -26,6 +29,7 @@ from elo.store.processes import from_main
 from elo.store.run_folder import Artifact
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 from elo.surgery.scale_change import scale_change
+from elo.train.arguments import bf16_pays
 from elo.train.bridge import BRIDGE_FILE, Bridge, fit_bridge
 from elo.train.peak_memory import peak_memory_bytes, reset_peak_memory
 from elo.train.phase import evaluator, train_checkpoint
@@ -145,7 +149,8 @@ def fit_middle(
         EloError: the bridge explains less than `MIN_EXPLAINED` of the removed layers' effect.
     """
     model = load_model(str(base.path), trust_remote_code=trust_remote_code)
-    bridge = fit_bridge(model, layers, (rows[index] for index in range(len(rows))))
+    sequences = (rows[index] for index in range(len(rows)))
+    bridge = fit_bridge(model, layers, sequences, autocast_dtype=_fast_dtype(model))
     bridge.require(MIN_EXPLAINED)
     with atomic_directory(output, overwrite=True) as folder:
         bridge.save(folder / BRIDGE_FILE)
@@ -155,6 +160,11 @@ def fit_middle(
         "cosine": list(bridge.cosine),
         "ridge": list(bridge.ridge),
     }
+
+
+def _fast_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """Return the compute dtype of forward passes whose last digits do not matter: bf16 where it is fast."""
+    return torch.bfloat16 if bf16_pays(model.device.type) else None
 
 
 @checked("base")
@@ -200,7 +210,7 @@ def keep_share(
     if isinstance(scale, str):
         before, after = (load_model(str(each.path), trust_remote_code=trust_remote_code) for each in (base, trained))
         assert rows is not None
-        scale, tried = search_scale(before, after, rows)
+        scale, tried = search_scale(before, after, rows, _fast_dtype(after))
         del before, after
     scale_change(base.path, trained.path, output, scale, overwrite=True, trust_remote_code=trust_remote_code)
     return {"scale": scale, "scales_tried": {f"{each:g}": nats for each, nats in tried.items()}}

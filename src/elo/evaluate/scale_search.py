@@ -23,7 +23,10 @@ _BATCH_TOKENS = 2048
 
 
 def search_scale(
-    base: PreTrainedModel, trained: PreTrainedModel, sequences: Mapping[str, Sequence[dict[str, Any]]]
+    base: PreTrainedModel,
+    trained: PreTrainedModel,
+    sequences: Mapping[str, Sequence[dict[str, Any]]],
+    autocast_dtype: torch.dtype | None = None,
 ) -> tuple[float, dict[float, float]]:
     """Try scales of base + scale x (trained - base), eighths above 0 up to 1, each by a forward pass.
 
@@ -32,6 +35,7 @@ def search_scale(
         trained: the model after training, with the same parameters; its weights are changed by this function.
         sequences: by language, packed sequences that training did not see: `input_ids`, `shift_labels` and
             `position_ids` of [T]. Each language counts alike: what is forgotten weighs as much as what is learned.
+        autocast_dtype: compute dtype; None is the model's own.
 
     Returns:
         The best scale, and nats per token by scale that was tried, the mean over languages; finite ones alone.
@@ -53,7 +57,7 @@ def search_scale(
         with torch.no_grad():
             for parameter, old, new, is_embedding in moved:
                 parameter.copy_(blend(old, new, scale, rows.start if rows and is_embedding else None))
-        return sum(_nats_per_token(trained, each) for each in sequences.values()) / len(sequences)
+        return sum(_nats_per_token(trained, each, autocast_dtype) for each in sequences.values()) / len(sequences)
 
     return lowest_scale(attempt)
 
@@ -96,7 +100,9 @@ def lowest_scale(nats: Callable[[float], float]) -> tuple[float, dict[float, flo
     return min(finite, key=finite.__getitem__), finite
 
 
-def _nats_per_token(model: PreTrainedModel, sequences: Sequence[dict[str, Any]]) -> float:
+def _nats_per_token(
+    model: PreTrainedModel, sequences: Sequence[dict[str, Any]], autocast_dtype: torch.dtype | None
+) -> float:
     names = ["input_ids", "attention_mask", *(["position_ids"] if takes_position_ids(model) else [])]
     names = [name for name in names if name in sequences[0]]
     length = len(sequences[0]["input_ids"])
@@ -104,7 +110,7 @@ def _nats_per_token(model: PreTrainedModel, sequences: Sequence[dict[str, Any]])
     if rope_regime(model.config, length):
         together = 1
     nats, tokens = 0.0, 0
-    with evaluating(model) as device:
+    with evaluating(model, None, autocast_dtype) as device:
         for start in range(0, len(sequences), together):
             batch = sequences[start : start + together]
             *inputs, labels = (

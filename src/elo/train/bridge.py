@@ -97,7 +97,12 @@ class Bridge:
 
 
 def fit_bridge(
-    model: PreTrainedModel, layers: Sequence[int], rows: Iterable[dict[str, Any]], *, ridges: Sequence[float] = RIDGES
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    rows: Iterable[dict[str, Any]],
+    *,
+    ridges: Sequence[float] = RIDGES,
+    autocast_dtype: torch.dtype | None = None,
 ) -> Bridge:
     """Fit a bridge over each gap that `layers` leaves in `model`, by ridge regression towards the identity.
 
@@ -110,6 +115,7 @@ def fit_bridge(
             [T] each. At least some thousand tokens are needed, better 16 D. Every fifth batch is held out.
         ridges: penalties to try on the squared change, relative to the squared size of each input dimension. The one
             that explains most on held-out tokens is used.
+        autocast_dtype: compute dtype of the model's forward; None is its own. The regression is in fp64.
 
     Raises:
         EloError: there is no gap, or the model's layers do not pass hidden states as one tensor.
@@ -133,7 +139,8 @@ def fit_bridge(
             if "attention_mask" in batch:
                 inputs["attention_mask"] = batch["attention_mask"].to(device)
                 text = inputs["attention_mask"].bool()
-            model.base_model(**inputs, use_cache=False)
+            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+                model.base_model(**inputs, use_cache=False)
             for index, fit in enumerate(fits):
                 x, y = (hidden.pop(index)[text] for hidden in (before, after))
                 fit.add(x, y, checked=number % round(1 / _CHECKED_SHARE) == 1)

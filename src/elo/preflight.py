@@ -19,7 +19,7 @@ from elo.config import RunConfig
 from elo.errors import EloError, UnsupportedArchitectureError
 from elo.evaluate.cloze import read_cloze
 from elo.evaluate.scoring import longest_sequence
-from elo.methods.base import check_supervision, first_new_row
+from elo.methods.base import Setup, check_supervision, first_new_row
 from elo.probe.choice import check_auto
 from elo.store.remote import require_local
 from elo.surgery.equivalence import build_hollow_causal_lm
@@ -121,6 +121,9 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
             f"data.packing: {model_config.model_type} does not separate packed documents (it has layers other than "
             "attention, takes no position ids, or ignores where they restart); write data.packing: false"
         )
+    for phase in config.method.phases:
+        if phase.middle == "adapted":
+            config.method.prepare(model, phase, Setup(layers))
     return layers
 
 

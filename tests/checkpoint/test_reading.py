@@ -14,6 +14,7 @@ from run_fixtures import write_base
 from safetensors.torch import load_file, save_file
 from surgery_fixtures import assert_same, edit_config, llama, stored
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from zoo import tiny_config, tiny_model
 
 from elo.chat.chat_vector import add_chat_vector
 from elo.checkpoint.architecture import layers_of
@@ -165,6 +166,14 @@ def test_packing_is_refused_before_tokenising_where_training_would_refuse_it(fam
         check_model(config, tmp_path / "base")
     unpacked = config.model_copy(update={"data": config.data.model_copy(update={"packing": False})})
     check_model(unpacked, tmp_path / "base")
+
+
+def test_adapters_are_refused_before_tokenising_where_training_would_refuse_them(tmp_path: Path) -> None:
+    tiny_model(tiny_config("nemotron_h")).save_pretrained(tmp_path / "base")
+    config = load_config({"model": str(tmp_path / "base"), "output": str(tmp_path / "run"), **DATA, "method": "lora"})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"packing": False})})
+    with pytest.raises(EloError, match="nemotron_h cannot be trained with adapters"):
+        check_model(config, tmp_path / "base")
 
 
 def _weights(edit: Any) -> Any:

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from method_fixtures import CASES, KEPT, SEED, Case, case_id, method
+from peft.tuners.tuners_utils import BaseTunerLayer
 from training_fixtures import LENGTH, SETTINGS, rows, tiny_llama, train_steps
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 from zoo import FAMILIES, tiny_config, tiny_model
 
 from elo.checkpoint.architecture import layers_of
@@ -336,6 +339,26 @@ def test_lora_merges_to_what_it_computed(tmp_path):
         adapted = model(input_ids=ids).logits
         prepared.fold()
         torch.testing.assert_close(model(input_ids=ids).logits, adapted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_adapts_every_plain_linear_layer_and_nothing_else(family):
+    """Of the layers with fused experts too, where peft would adapt the experts in their place."""
+    model_type, particular = FAMILIES[family]
+    config = tiny_config(model_type, **particular)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    plain = {id(each) for each in layers_of(model).modules() if type(each) in (torch.nn.Linear, Conv1D)}
+    chosen = method("lora", rank=2)
+    if model_type in ("falcon", "falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"):
+        with pytest.raises(EloError, match=r"no linear layer would get an adapter|cannot be trained with adapters"):
+            chosen.prepare(model, chosen.phases[0], Setup())
+        return
+    chosen.prepare(model, chosen.phases[0], Setup())
+    adapted = [each for each in model.modules() if isinstance(each, BaseTunerLayer)]
+    assert {id(each.base_layer) for each in adapted} == plain
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert trained == footprint(config).trainable("adapted", lora_rank=2)
 
 
 @pytest.mark.parametrize("window", [False, True])

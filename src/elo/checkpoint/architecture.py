@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from elo.checkpoint import quirks
 from elo.checkpoint.model_config import num_layers_of
@@ -25,6 +26,8 @@ _MLP_NAME = re.compile(r"mlp|feed_?forward|ffn|moe|^fc\d", re.IGNORECASE)
 _MLP_CLASS = re.compile(r"(MLP|Mlp|MoE|Moe|FeedForward)$")
 _FINAL_NORM = re.compile(r"^(?!.*emb)(.*norm.*|ln|ln_f|ln_out|ln_post)$", re.IGNORECASE)
 
+PLAIN_LINEAR = (nn.Linear, Conv1D)
+"""Linear layers that can have adapters. Not their subclasses, such as routers that return more than one tensor."""
 LayerModule = Literal["layer", "attention", "mlp"]
 """A decoder layer, its attention (or other token mixer), or its feed-forward part (experts included)."""
 

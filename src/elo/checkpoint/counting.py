@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from elo.checkpoint.architecture import find_architecture, modules_in
+from elo.checkpoint.architecture import PLAIN_LINEAR, find_architecture, modules_in
 from elo.checkpoint.download import fetch_checkpoint
 from elo.checkpoint.footprint import Footprint, LayerFootprint, ModuleFootprint
 from elo.checkpoint.local_names import require_path_or_id
@@ -139,6 +139,7 @@ def _layer_footprint(layer: nn.Module, config: PretrainedConfig, index: int) -> 
     experts = _first(config, _EXPERT_COUNTS)
     share = min(1.0, (_first(config, _EXPERTS_PER_TOKEN) or experts) / experts) if experts else 1.0
     embeddings = {id(module.weight) for module in layer.modules() if isinstance(module, nn.Embedding)}
+    linear = {id(module.weight) for module in layer.modules() if type(module) in PLAIN_LINEAR}
     kinds: tuple[Literal["attention", "mlp"], ...] = ("attention", "mlp")
     part_of = {id(each): kind for kind in kinds for module in modules_in(layer, kind) for each in module.parameters()}
     parts = dict.fromkeys(kinds, ModuleFootprint())
@@ -154,14 +155,13 @@ def _layer_footprint(layer: nn.Module, config: PretrainedConfig, index: int) -> 
         used = round(size * share) if routed else size
         parameters += size
         active += used
-        multiplied = width = 0
+        multiplied = 0
+        width = sum(parameter.shape) if id(parameter) in linear else 0
         # A stacked tensor of two dimensions holds the experts' biases, which are added, not multiplied.
         if parameter.ndim >= 2 and id(parameter) not in embeddings and not (stacked and routed and parameter.ndim == 2):
             matmul += size
             multiplied = used
             widest = max(widest, round(max(parameter.shape[-2:]) * (share * experts if routed else 1)))
-            if parameter.ndim == 2 and not routed:
-                width = sum(parameter.shape)
         active_matmul += multiplied
         lora_width += width
         if kind := part_of.get(id(parameter)):

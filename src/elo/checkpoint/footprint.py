@@ -46,7 +46,7 @@ class LayerFootprint:
     matmul: int
     """Elements of all weight matrices, including every expert."""
     lora_width: int
-    """Inputs plus outputs, summed over the dense weight matrices. Low-rank adapters of rank r have r times as many
+    """Inputs plus outputs, summed over the plain linear layers. Low-rank adapters of rank r have r times as many
     parameters."""
     score_width: int
     """Heads x (query width + value width); 0 if the layer has no softmax attention."""

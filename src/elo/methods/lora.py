@@ -8,13 +8,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from elo.checkpoint.architecture import LayerModule, layers_of, modules_in
+from elo.checkpoint.architecture import PLAIN_LINEAR, LayerModule, layers_of, modules_in
 from elo.errors import EloError
 from elo.methods.base import Method, Phase, Setup, register, train_parts
 from elo.train.prepared import Prepared
 from elo.train.settings import Part
+
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Families whose fused kernels read the weight of `out_proj` and not its adapter. peft refuses them too."""
 
 
 @register
@@ -64,14 +66,22 @@ def add_adapters(
     from peft import LoraConfig, LoraModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    names = {id(each): name for name, each in model.named_modules()}
+    # Within a module that has no `config`, because for some families of experts peft exchanges the named linear layers
+    # for the fused experts.
+    whole = nn.ModuleDict({"model": model})
+    names = {id(each): name for name, each in whole.named_modules()}
     rank_of = {
         names[id(linear)]: rank
         for layer, rank in zip(layers_of(model), ranks, strict=True)
         for part in modules_in(layer, module)
         for linear in part.modules()
-        if rank and type(linear) in (nn.Linear, Conv1D)  # not a router, which returns more than one tensor
+        if rank and type(linear) in PLAIN_LINEAR
     }
+    if model.config.model_type in _MAMBA and any(name.endswith(".out_proj") for name in rank_of):
+        raise EloError(
+            f"method: {model.config.model_type} cannot be trained with adapters, because fast kernels would pass over "
+            "them; choose a method without, for example full, lisa or frozen"
+        )
     if not rank_of:
         raise EloError(f"method.module: {module}: no linear layer would get an adapter; choose another module or rank")
     patterns = {f"^{re.escape(name)}$": rank for name, rank in rank_of.items()}
@@ -85,11 +95,11 @@ def add_adapters(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # a resumed run must start from the same adapters
-        tuner = LoraModel(model, {"default": config}, "default")
+        tuner = LoraModel(whole, {"default": config}, "default")
     for each in tuner.modules():
         if isinstance(each, BaseTunerLayer):
             # Autocast casts the inputs. peft would first make an fp32 copy of each.
-            each.cast_input_dtype_enabled = False
+            each.cast_input_dtype_enabled = False  # type: ignore[assignment]
     train_parts(model, phase.also_train)
 
     def fold() -> None:

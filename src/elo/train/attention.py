@@ -64,9 +64,8 @@ def varlen_attention(
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     # PyTorch 2.11 has no such argument and always accepts fewer key than query heads.
-    grouped = (
-        {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in signature(varlen_attn).parameters else {}
-    )
+    is_known = "enable_gqa" in signature(varlen_attn).parameters
+    grouped: Any = {"enable_gqa": query.shape[1] != key.shape[1]} if is_known else {}
     output_SHD = varlen_attn(
         query.to(dtype),
         key.to(dtype),

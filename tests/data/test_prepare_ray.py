@@ -2,16 +2,16 @@
 
 import functools
 import os
-import shutil
 import socket
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from bad_input_fixtures import assert_refused, run_elo, write_config
+from ray_fixtures import NODE, ray_cluster
 from run_fixtures import SOURCE, TARGET, write_base, write_documents, write_world
 
 import elo
@@ -20,26 +20,17 @@ from elo.data.prepare import prepare
 from elo.errors import EloError
 from elo.run import run
 
-NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False, "include_log_monitor": False}
-
 
 @pytest.fixture(scope="module")
 def cluster():
-    pytest.importorskip("ray", reason="the extra ray is not installed")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    from ray.cluster_utils import Cluster
-
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short, because Ray makes sockets in it
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "temp_dir": folder})
-    yield cluster
-    cluster.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    with ray_cluster(cpus=1) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
 def second(cluster):
     """The node that is not the driver's."""
-    return cluster.add_node(**NODE)
+    return cluster.add_node(**NODE, num_cpus=1)
 
 
 def write_corpora(folder: Path, files: int, documents: int) -> dict[str, list[str]]:
@@ -60,6 +51,16 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def times(files: list[Path]) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in files}
+
+
+def tokenizing_process(node) -> psutil.Process:
+    """Wait until a process of the node tokenises a file."""
+    (raylet,) = node.all_processes["raylet"]
+    while True:
+        for process in psutil.process_iter(["ppid", "name"]):
+            if process.info["ppid"] == raylet.process.pid and process.info["name"].startswith("ray::_run_unit"):
+                return process
+        time.sleep(0.01)
 
 
 def test_a_bad_file_is_named_when_the_others_are_done(cluster, second, tmp_path, capsys):
@@ -88,23 +89,30 @@ def test_a_lost_node_costs_its_unfinished_files(cluster, second, tmp_path, capsy
     config["data"]["corpora"] = write_corpora(tmp_path, 3, 2500)
     path, output = write_config(tmp_path, config), tmp_path / "run" / "prepared"
     kept: dict[Path, int] = {}
+    begun: list[Path] = []  # finished segments of the file that the lost node was at
 
     def kill() -> None:
-        """Kill the second node when some files are done and both nodes are at work on others."""
-        while True:
-            time.sleep(0.01)
+        """Kill the second node in the middle of a file, after the first node has finished the others."""
+        nonlocal begun
+        process = tokenizing_process(second)
+        while not any(Path(file.path).is_relative_to(output) for file in process.open_files()):
+            time.sleep(0.001)
+        process.suspend()
+        while not begun and len(finished := {path.parent for path in output.rglob("00000.json")}) < 6:
             segments = list(output.rglob("?????-?????.json"))
-            finished = {path.parent for path in output.rglob("00000.json")}
-            if finished and len({path.parent for path in segments} - finished) == 2:
-                break
+            if len(finished) == 5 and not (begun := [path for path in segments if path.parent not in finished]):
+                process.resume()
+            time.sleep(0.005)
+            process.suspend()
         kept.update(times([*segments, *(path.with_suffix(".tokens") for path in segments)]))
         cluster.remove_node(second, allow_graceful=False)
+        process.kill()
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     status, message = run_elo(["prepare", path, "--ray", cluster.address], capsys)
     assert status == 0, message
-    assert not killer.is_alive()
+    assert begun, "the node was killed in the middle of a file"
     assert kept == times(list(kept)), "finished segments stay"
     shards = times(list(output.rglob("*.tokens")))
     run(path, until="prepare")
@@ -140,7 +148,6 @@ def test_no_ray_and_no_cluster(tmp_path, capsys, monkeypatch):
         without.setitem(sys.modules, "ray", None)
         words = ("--ray: Ray is not installed; run: pip install 'elo-cpt[ray]'",)
         assert_refused(["prepare", path, "--ray", "auto"], words, (tmp_path / "run",), capsys)
-    pytest.importorskip("ray", reason="the extra ray is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

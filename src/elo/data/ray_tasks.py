@@ -4,6 +4,7 @@ Input files, shards and records are on a file system that all nodes share. A tas
 one that Ray repeats on another node resumes after the last finished shard.
 """
 
+import logging
 import os
 import socket
 import time
@@ -54,7 +55,7 @@ def connected(address: str) -> Iterator[None]:
     try:
         if port.isdecimal():
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-        ray.init(address, logging_level="ERROR", log_to_driver=False)
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
     except Exception as error:  # of many kinds
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise EloError(

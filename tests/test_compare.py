@@ -15,14 +15,12 @@ from run_fixtures import write_world
 
 from elo import compare as compare_module
 from elo.compare import _Comparison, compare
-from elo.config import load_comparison
 from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
 from elo.report.files import read_results
 from elo.report.schema import Trial
 from elo.train import loop
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 BUDGET = "1,280 tokens"
 
 
@@ -318,8 +316,3 @@ def test_mistakes_are_told_before_anything_trains(tmp_path, change, message, mon
     with pytest.raises(EloError) as caught:
         compare({**_world(tmp_path), **change})
     assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("compare_*.yaml")), ids=lambda file: file.stem)
-def test_the_benchmarks_configurations_are_understood(file):
-    assert load_comparison(file).contestants

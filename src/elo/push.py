@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from elo.checkpoint.folder import CONFIG_FILE
@@ -153,7 +152,7 @@ def _upload(folder: Path, repo: str, files: dict[str, int], private: bool, token
             404: "there is no such owner, or the token may not see it; check the name",
         }.get(status, "try again later")
         raise EloError(f"--repo {repo}: the hub answered {status} ({_without(token, error)}); {remedy}") from None
-    except (httpx.HTTPError, OfflineModeIsEnabled) as error:
+    except (HTTPError, OfflineModeIsEnabled) as error:  # of httpx, or of httpx2 with huggingface_hub 2
         raise EloError(
             f"{api.endpoint}: cannot be reached ({_without(token, error)}); check the network, and that HF_HUB_OFFLINE "
             "is not set"

@@ -4,40 +4,25 @@
 
 Run it on a node of the Ray cluster. Configuration, corpora and run folder are on a file system that all nodes share.
 After the loss of a worker, the run starts again once the cluster has room for as many, up to three times, and resumes
-from its last checkpoint (`save_steps`). A mistake that ELO reports ends it at once, with exit status 2. To stop it for
-longer, press Ctrl-C; the same command resumes.
+from its last checkpoint (`save_steps`). To stop it for longer, press Ctrl-C; the same command resumes.
 """
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import ScalingConfig, WorkerGroupError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from elo.api import run
-from elo.errors import EloError
-
-RETRIES = 3
 
 
 def train(given: dict[str, Any]) -> None:
     """Run ELO in one worker. Ray has set what torchrun sets, and connected the processes."""
     os.chdir(given["folder"])
     run(given["config"])
-
-
-def mistake(error: WorkerGroupError) -> str | None:
-    """Return the message of an EloError in a worker, which another start would not change."""
-    name = f"{EloError.__module__}.{EloError.__qualname__}: "
-    for _, failure in sorted(error.worker_failures.items()):
-        last = str(failure).strip().rsplit("\n", 1)[-1]  # Ray gives the traceback as text
-        if last.startswith(name):
-            return last.removeprefix(name)
-    return None
 
 
 if __name__ == "__main__":
@@ -48,17 +33,9 @@ if __name__ == "__main__":
     parser.add_argument("--address", help="address of the Ray cluster (default: RAY_ADDRESS or this machine)")
     arguments = parser.parse_args()
     ray.init(arguments.address)
-    for left in reversed(range(RETRIES + 1)):
-        try:
-            TorchTrainer(
-                train,
-                train_loop_config={"config": arguments.config, "folder": str(Path.cwd())},
-                scaling_config=ScalingConfig(num_workers=arguments.workers, use_gpu=arguments.gpu),
-            ).fit()
-            break
-        except WorkerGroupError as error:
-            if message := mistake(error):
-                print(f"error: {message}", file=sys.stderr)
-                sys.exit(2)
-            if not left:
-                raise
+    TorchTrainer(
+        train,
+        train_loop_config={"config": arguments.config, "folder": str(Path.cwd())},
+        scaling_config=ScalingConfig(num_workers=arguments.workers, use_gpu=arguments.gpu),
+        run_config=RunConfig(failure_config=FailureConfig(max_failures=3)),
+    ).fit()

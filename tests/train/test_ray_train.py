@@ -49,13 +49,3 @@ def test_two_workers_end_with_the_weights_of_torchrun(cluster, tmp_path):
         weights[name] = (output / "model" / "model.safetensors").read_bytes()
     assert losses["ray"] == losses["torchrun"]
     assert weights["ray"] == weights["torchrun"]
-
-
-def test_a_mistake_is_reported_once(cluster, tmp_path):
-    config = write_world(tmp_path)  # its update is too small for two workers
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    status, said = start([RAY_TRAIN, "--address", cluster.address, path], tmp_path)
-    assert status == 2
-    assert said.count("\nerror: training.tokens_per_step: 64 is not a multiple of") == 1
-    assert said.count("Attempting to start training worker group") == 1

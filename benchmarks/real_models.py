@@ -7,8 +7,7 @@
 The packages hold 4-bit GGUF files: SmolLM2-135M-Instruct (Apache-2.0) and Gemma 3 270M (Gemma terms). They are
 dequantised by transformers (which needs the package `gguf`) and stored in bf16. The weights stay out of this
 repository. Rounding to 4 bits damages a model, and a method that trains all layers first repairs the damage, so heal
-the checkpoint before any comparison: with benchmarks/heal_smollm2.yaml. No recipe is known yet for Gemma (dev/LOG.md,
-section 23).
+the checkpoint before any comparison: with benchmarks/heal_smollm2.yaml and benchmarks/heal_gemma.yaml.
 """
 
 import argparse

@@ -121,6 +121,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
             f"data.packing: {model_config.model_type} does not separate packed documents (it has layers other than "
             "attention, takes no position ids, or ignores where they restart); write data.packing: false"
         )
+    # Last, because it changes the model: raises EloError where no adapter can be added.
     for phase in config.method.phases:
         if phase.middle == "adapted":
             config.method.prepare(model, phase, Setup(layers))

@@ -12,6 +12,7 @@ from elo.data.mixture import Mixture
 from elo.data.packing import PaddedStream
 from elo.errors import EloError, StoppedBySignalError, TrainingDivergedError
 from elo.evaluate.bits_per_byte import bits_per_byte
+from elo.log import Progress
 from elo.methods.base import select_layers
 from elo.surgery.in_memory import attach_layers, detach_layers
 from elo.train.arguments import check_settings, sequences_per_step
@@ -358,9 +359,31 @@ def test_signal_writes_a_checkpoint_first(tmp_path):
         _train(model, tmp_path)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert latest_checkpoint(tmp_path, print)[0].name == "checkpoint-5"
+    _same_as_uninterrupted(tmp_path)
+
+
+@pytest.mark.parametrize("step", [1, 5, STEPS])
+def test_a_signal_after_the_update_writes_a_checkpoint_too(step, tmp_path, monkeypatch):
+    update = Progress.update
+
+    def update_and_signal(self, done, note=""):
+        update(self, done, note)
+        if self.done == step * self.total // STEPS:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "update", update_and_signal)
+    stops_at = min(step + 1, STEPS)
+    with pytest.raises(StoppedBySignalError, match=f"SIGTERM at step {stops_at};"):
+        _train(_detached(), tmp_path)
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path, print)[0].name == f"checkpoint-{stops_at}"
+    _same_as_uninterrupted(tmp_path)
+
+
+def _same_as_uninterrupted(folder):
     uninterrupted, restarted = _detached(), _detached()
-    _train(uninterrupted, tmp_path / "whole")
-    _train(restarted, tmp_path)
+    _train(uninterrupted, folder / "whole")
+    _train(restarted, folder)
     for name, tensor in uninterrupted.state_dict().items():
         assert torch.equal(tensor, restarted.state_dict()[name]), name
 

@@ -136,8 +136,8 @@ def train(
     with (
         accelerating(settings, arguments) as accelerator,
         _fitted(model, rows, settings, prepared.first_row, supervised, accelerator.device) as attention,
-        Progress(steps * tokens_per_step, label if is_main() else None, "tokens", done * tokens_per_step) as progress,
         _StopOnSignal() as stop,
+        Progress(steps * tokens_per_step, label if is_main() else None, "tokens", done * tokens_per_step) as progress,
     ):
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         trainable -= rows_left_out(model, prepared.first_row) if prepared.first_row else 0
@@ -193,9 +193,10 @@ def train(
             schedule.step()
             wrapped.zero_grad()
 
-            stop.agree(accelerator)
+            # Asked once: a signal that comes later in this step stops the next one, so that no stop lacks a checkpoint.
+            stopped_by = stop.agree(accelerator)
             evaluates = bool(evaluation_steps) and (step % evaluation_steps == 0 or step == steps)
-            saves = step % settings.save_steps == 0 or step == steps or stop.number is not None
+            saves = step % settings.save_steps == 0 or step == steps or stopped_by is not None
             if evaluates or saves:
                 record.pause_clock()
             # A logged loss is the mean since the last one. It must not span a checkpoint, where a resumed run starts.
@@ -224,12 +225,14 @@ def train(
                 progress.say(f"{label}: {step * tokens_per_step:,} tokens, bits per byte: {shown}")
             if saves and output_dir is not None:
                 write_checkpoint(accelerator, output_dir, step, record.state(), settings.save_total_limit)
-            if stop.number is not None:
-                raise StoppedBySignalError(stop.number, step)
+            if stopped_by is not None:
+                raise StoppedBySignalError(stopped_by, step)
             if evaluates or saves:
                 record.resume_clock()
 
         record.pause_clock()
+        if (stopped_by := stop.agree(accelerator)) is not None:  # during the last step, whose checkpoint is written
+            raise StoppedBySignalError(stopped_by, steps)
         optimizer.eval()
     if save is not None:
         parts = whole_parts(model) if settings.divides_model else None
@@ -358,11 +361,12 @@ class _StopOnSignal:
         for each, handler in self._previous.items():
             signal.signal(each, handler)
 
-    def agree(self, accelerator: Accelerator) -> None:
-        """Take over the signal that any process has received, so that all stop at the same step."""
-        if accelerator.num_processes > 1:
-            number = torch.tensor([self.number or 0], device=accelerator.device)
-            self.number = int(accelerator.gather(number).max()) or None
+    def agree(self, accelerator: Accelerator) -> int | None:
+        """Return the signal that any process has received, so that all stop at the same step."""
+        if accelerator.num_processes == 1:
+            return self.number
+        number = torch.tensor([self.number or 0], device=accelerator.device)
+        return int(accelerator.gather(number).max()) or None
 
     def _note(self, number: int, _: Any) -> None:
         if self.number is not None:

@@ -29,6 +29,13 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "frozen-top alone": {"name": "frozen", "backward_share": 0.0},
     "frozen-new rows": {"name": "frozen", "embedding_rows": "new"},
     "lora-with ends": {"name": "lora", "rank": 2, "alpha": 4, "also_train": ["embedding", "head"]},
+    "lora-new rows": {
+        "name": "lora",
+        "rank": 2,
+        "alpha": 4,
+        "also_train": ["embedding", "head"],
+        "embedding_rows": "new",
+    },
     "lisa-window": {"name": "lisa", "layers": 2, "period": 2, "window": True},
     "depth_lora-given": {"name": "depth_lora", "profile": [2, 0, 0, 1], "rank": 2, "alpha": 4},
     "full-mlp": {"name": "full", "module": "mlp"},

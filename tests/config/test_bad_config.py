@@ -141,6 +141,7 @@ VALUES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("method", {"name": "elo", "also_train": ["tail"]}, ("method.elo.also_train", "got 'tail'")),
     ("method", {"name": "elo", "also_train": [], "embedding_rows": "new"}, ("name one in also_train",)),
     ("method", {"name": "frozen", "also_train": [], "embedding_rows": "new"}, ("name one in also_train",)),
+    ("method", {"name": "lora", "embedding_rows": "new"}, ("name one in also_train",)),
     ("method", {"name": "elo_paper", "also_train": ["head"]}, ("write method: elo",)),
     ("method", {"name": "frozen", "backward_share": 2}, ("method.frozen.backward_share", "got 2")),
     ("method", {"name": "lora", "rank": 0}, ("method.lora.rank", "got 0")),

@@ -33,7 +33,10 @@ SIDE_FILES = ("LICENSE", "processor_config.json", "README.md", "additional_chat_
 _TEXT = {"layer_types": ["sliding_attention", *["full_attention"] * 3], "sliding_window": 8}
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
 VARIANTS = {
-    "lora": [{"rank": 2, "also_train": ("norm",)}],
+    "lora": [
+        {"rank": 2, "also_train": ("norm",)},
+        {"rank": 2, "also_train": ("embedding", "head"), "embedding_rows": "new"},
+    ],
     "lisa": [{"layers": 1, "period": 9}],
     "elo": [
         {"middle": "removed", "also_train": ("norm",)},

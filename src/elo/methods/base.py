@@ -187,11 +187,12 @@ class Method(BaseModel):
         )
 
 
-class ChosenLayers(Method):
-    """A method that trains the chosen layers, and parts outside them."""
+class TrainedParts(Method):
+    """A method that trains parts outside the decoder layers, if it is told to."""
 
-    also_train: tuple[Part, ...] = ("embedding", "head")
-    """Parts outside the layers that train too, and are attached with detached layers: embedding, norm, head."""
+    also_train: tuple[Part, ...] = ()
+    """Parts outside the layers that train in full: embedding, norm, head. An extended vocabulary needs embedding and
+    head."""
     embedding_rows: Literal["all", "new"] = "all"
     """Vocabulary rows to train in a trained embedding and head; `new` is only those that `elo vocab extend` added."""
 
@@ -206,6 +207,13 @@ class ChosenLayers(Method):
     @property
     def needs_new_rows(self) -> bool:
         return self.embedding_rows == "new"
+
+
+class ChosenLayers(TrainedParts):
+    """A method that trains the chosen layers, and parts outside them."""
+
+    also_train: tuple[Part, ...] = ("embedding", "head")
+    """Parts outside the layers that train too, and are attached with detached layers: embedding, norm, head."""
 
 
 M = TypeVar("M", bound=Method)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,16 +12,15 @@ from transformers import PreTrainedModel
 
 from elo.checkpoint.architecture import PLAIN_LINEAR, LayerModule, layers_of, modules_in
 from elo.errors import EloError
-from elo.methods.base import Method, Phase, Setup, register, train_parts
+from elo.methods.base import Phase, Setup, TrainedParts, register, train_parts
 from elo.train.prepared import Prepared
-from elo.train.settings import Part
 
 _MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Families whose fused kernels read the weight of `out_proj` and not its adapter. peft refuses them too."""
 
 
 @register
-class Lora(Method):
+class Lora(TrainedParts):
     """Train low-rank adapters on every linear layer of the decoder, and merge them at the end."""
 
     label: ClassVar[str] = "LoRA"
@@ -32,9 +32,6 @@ class Lora(Method):
     """Scale of the adapters: their output is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout probability of the adapters' inputs."""
-    also_train: tuple[Part, ...] = ()
-    """Parts outside the layers that train in full beside the adapters. An extended vocabulary needs embedding and
-    head."""
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -43,7 +40,8 @@ class Lora(Method):
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         ranks = self.lora_ranks(phase, len(layers_of(model)))
         scale = self.alpha / self.rank
-        return add_adapters(model, phase, setup.seed, ranks, scale, module=self.module, dropout=self.dropout)
+        prepared = add_adapters(model, phase, setup.seed, ranks, scale, module=self.module, dropout=self.dropout)
+        return replace(prepared, first_row=self.first_row(model))
 
 
 def add_adapters(

@@ -62,7 +62,10 @@ def evaluate(
         Path | None, typer.Option(help="Folder with task files (.yaml) of your own for --tasks.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=2, help="Context in tokens.")] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Context in tokens; by default what the model was made for, at most 2048."),
+    ] = None,
     max_bytes: Annotated[
         int | None,
         typer.Option(min=1000, help="Measure on at most this many UTF-8 bytes per language, cut from all documents."),

@@ -51,6 +51,14 @@ class LogitTransform:
         return logits_NV
 
 
+def require_transform(implementation: HeadLoss, transform: LogitTransform) -> None:
+    """Raise EloError if an implementation of the head loss cannot transform the logits as a model does."""
+    if implementation == "linear_cross_entropy" and transform != LogitTransform():
+        raise EloError(
+            "training.head_loss: linear_cross_entropy cannot scale or soft-cap logits as this model does; write chunked"
+        )
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Compute summed cross-entropies in nats, and their gradients, in the forward pass, one chunk of tokens at a time.
 
@@ -185,7 +193,7 @@ def head_cross_entropies(
         The weighted sum of the losses, and the losses [S] without a gradient. All are sums over labelled tokens.
 
     Raises:
-        ValueError: `linear_cross_entropy` is to scale or soft-cap logits.
+        EloError: `linear_cross_entropy` is to scale or soft-cap logits.
     """
     transform = transform or LogitTransform()
     device = hiddens_ND[0].device.type
@@ -216,8 +224,7 @@ def _loss_of_all(
     implementation: HeadLoss,
 ) -> Tensor:
     if implementation == "linear_cross_entropy":
-        if transform != LogitTransform():
-            raise ValueError("linear_cross_entropy cannot scale or soft-cap logits; use 'chunked'")
+        require_transform(implementation, transform)
         options = torch.nn.LinearCrossEntropyOptions()
         return F.linear_cross_entropy(
             hidden_ND, weight_VD, labels_N, linear_bias=bias_V, reduction="sum", options=options

@@ -22,7 +22,7 @@ def set_embeddings_apart(
     so that clipping ignores them too.
 
     Args:
-        model: model on its training device. It must not be moved afterwards, because a view would lose its weight.
+        model: model on its training device. It must not be moved afterwards, because views share its memory.
         learning_rate: peak learning rate of these groups; None keeps that of the other groups.
         first_row: first row of [V, D] weights and [V] biases that changes.
     """

@@ -99,8 +99,6 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     if auto := parse_auto(config.layers):
         check_auto(auto, num_layers, has_parallel=config.probe.parallel is not None, where=str(config.layers))
     layers = assumed_layers(config.layers, num_layers)
-    if any(phase.middle == "bridged" for phase in config.method.phases) and len(layers) == num_layers:
-        raise EloError(f"layers: {config.layers!r} selects every layer, so there is nothing to bridge; choose fewer")
     require_module(model, config.method.module, "method.module")
     for phase in config.method.phases:
         config.method.lora_ranks(phase, num_layers)

@@ -77,8 +77,8 @@ def add_adapters(
     }
     if model.config.model_type in _MAMBA and any(name.endswith(".out_proj") for name in rank_of):
         raise EloError(
-            f"method: {model.config.model_type} cannot be trained with adapters, because its fused kernels ignore them; "
-            "choose a method without adapters, for example full, lisa or frozen"
+            f"method: {model.config.model_type} cannot be trained with adapters, because its fused kernels ignore "
+            "them; choose a method without adapters, for example full, lisa or frozen"
         )
     if not rank_of:
         raise EloError(f"method.module: {module}: no linear layer would get an adapter; choose another module or rank")

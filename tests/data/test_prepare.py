@@ -383,6 +383,6 @@ def test_a_cut_file_is_counted_as_a_file_and_a_lost_one_stops(
     with pytest.raises(EloError, match="it is truncated"):  # what was left out is not taken for all of it
         prepare(TOKENIZER, {"ko": str(folder)}, tmp_path / "out", heldout_share=0, overwrite=True)
     (folder / "c.jsonl.zst").write_bytes(b"not zstd")
-    with pytest.raises(EloError, match=r"c.jsonl.zst:1: .*on_error: skip skips documents, not whole files"):
+    with pytest.raises(EloError, match=r"c.jsonl.zst:1: .*on_error: skip applies to documents, not to whole files"):
         prepare(TOKENIZER, {"ko": str(folder)}, tmp_path / "other", **options)
     assert not (tmp_path / "other").exists()

@@ -1,4 +1,4 @@
-"""Choose the text a model is evaluated on: the first bytes of every held-out document, equal for every tokenizer."""
+"""Choose the text to evaluate on: the first bytes of each held-out document, the same for every tokenizer."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +9,7 @@ from elo.data.tokenizer import TextTokenizer
 from elo.data.tokenizing import TextCounts, batched
 
 MIN_DOCUMENTS = 30
-"""Minimum documents per language. With fewer, differences between documents can pass for differences between models."""
+"""Minimum documents per language. With fewer, differences of documents can be mistaken for differences of models."""
 MIN_BYTES = 1000
 """Minimum bytes of each document. If `max_bytes` does not allow that for all documents, fewer are chosen."""
 

@@ -93,7 +93,7 @@ def judge_lost_text(job: Preparation, tasks: list[CorpusTask], manifest: dict[st
 
 def tell_totals(manifest: dict[str, Any], tell: Callable[[str], None]) -> None:
     """Report totals by language, and warn about held-out documents that are also training documents."""
-    spelled = "tokenised as text" if manifest["tokenizer"]["split_special_tokens"] else "tokenised as special tokens"
+    treated = "tokenised as text" if manifest["tokenizer"]["split_special_tokens"] else "tokenised as special tokens"
     for language, splits in manifest["languages"].items():
         train, heldout, validation = splits["train"], splits["heldout"], splits["validation"]
 
@@ -108,14 +108,14 @@ def tell_totals(manifest: dict[str, Any], tell: Callable[[str], None]) -> None:
             + (f"; validation {total(validation, 'documents'):,} documents" if validation else "")
         )
         both = [*train, *heldout]
-        for key, said in (
+        for key, meaning in (
             ("skipped", "documents could not be read and were skipped"),
             ("cut_files", "files could not be read to the end; the rest of each was skipped"),
             ("empty", "documents contain no text"),
-            ("special_tokens", f"special tokens are spelled out in the text; they were {spelled}"),
+            ("special_tokens", f"special tokens occur in the text; they were {treated}"),
         ):
             if total(both, key):
-                tell(f"{language}: {total(both, key):,} {said}")
+                tell(f"{language}: {total(both, key):,} {meaning}")
         dropped = {name: total(train, name) for name in FILTERS if total(train, name)}
         if dropped:
             counts = ", ".join(f"{name} {number:,}" for name, number in dropped.items())

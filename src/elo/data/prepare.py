@@ -33,7 +33,8 @@ MIN_VALIDATION_DOCUMENTS = 30
 BYTES_PER_WORKER = 4 << 20
 """Bytes of input on disk that justify starting one more process."""
 CORES_OF_ONE_PROCESS = 8
-"""Cores up to which the tokenizer's threads are used; with more, processes (see `elo.data.tokenizing`)."""
+"""Largest number of cores on which one process with threads tokenises. With more, each core gets a process
+(see `elo.data.tokenizing.TokenizerPool`)."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ def prepare(
         on_error: "stop" at the first document that cannot be read, or "skip" and count such documents.
         shard_tokens: tokens per shard, which is the most work that a killed run has to repeat.
         vocab_size: rows of the model's embedding. Token ids outside it raise an error.
-        ray: address of a Ray cluster whose nodes tokenise (`auto`, or host:port), for the same shards. Each unit (256
-            MiB of files, or one larger file) is a task that takes `workers` CPUs, by default one.
+        ray: address of a Ray cluster whose nodes tokenise: `auto`, or host:port. The shards are the same. Each unit
+            (256 MiB of files, or one larger file) is a task that takes `workers` CPUs, by default one.
         overwrite: replace finished data made from other inputs or settings.
-        split_special_tokens: tokenise special tokens spelled in a document as text, not as special tokens.
+        split_special_tokens: tokenise special tokens that occur in a document as text, not as special tokens.
         allow_lost_text: accept text of which the tokenizer loses more than 5 %. The loss is measured on the first
             documents, then on one in 16, and on all held-out text.
         filters: training documents to drop, which are counted in the manifest with examples. Default: none.
@@ -237,7 +238,7 @@ def _hashes_of_heldout(tasks: list[CorpusTask], on_error: str) -> frozenset[byte
 
 
 def _texts(task: CorpusTask, on_error: str, filters: Filters | None = None) -> Iterator[bytes]:
-
+    """Yield the documents of a corpus."""
     # Skipped documents are reported later, when the text is tokenised.
     reader = DocumentReader(task, list(task.files), on_error, frozenset(), lambda line: None, filters)
     for batch in reader.batches(Position()):
@@ -271,7 +272,7 @@ def _with_thresholds(
 
 
 def _can_be_cut(task: CorpusTask) -> bool:
-    """Return whether held-out documents are cut out: not of parallel text, where half of each is another language."""
+    """Return whether documents can be held out from a corpus; half of a parallel document is in another language."""
     return task.split == "train" and task.parallel is None
 
 
@@ -284,11 +285,12 @@ def _thresholds(
     on_error: str,
     filters: Filters,
 ) -> tuple[int, int]:
-    """Return the hash below which documents are held out, and the one up to which further ones are validation text.
+    """Return the hash below which documents are held out, and the one below which further ones are validation text.
 
-    Each covers its share of all hashes, or more if needed for enough documents: one held-out document, and one in a
-    hundred as validation text (at least one, at most `MIN_VALIDATION_DOCUMENTS`). Some training text always remains.
-    Reading stops as soon as the thresholds are certain, so a large corpus adds hardly any time.
+    Each range covers its share of all hashes. It is enlarged if it would contain too few documents: one held-out
+    document, and one in a hundred as validation text (at least one, at most `MIN_VALIDATION_DOCUMENTS`). Enlarging
+    never takes the last training document. Reading stops as soon as the thresholds are certain, so a large corpus adds
+    hardly any time.
     """
     bound, span = int(heldout_share * 2**64), int(validation_share * 2**64)
     lowest, first, documents, several = 2**64, None, 0, False

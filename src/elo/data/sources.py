@@ -62,7 +62,7 @@ class Record(NamedTuple):
     ends_file: bool = False
     """Whether the problem affects the file, so that nothing after it can be read."""
     translation: bytes = b""
-    """Text of the second column, if two were asked for."""
+    """Text of the second column, if two are read."""
 
     @property
     def loses_file(self) -> bool:
@@ -136,7 +136,7 @@ def list_inputs(path: str) -> list[InputFile]:
 
 def _list_objects(address: str) -> list[InputFile]:
     files = list_remote(address)
-    if [file.location for file in files] != [address]:  # a single object is named by the user and has to be readable
+    if [file.location for file in files] != [address]:  # the user named a single object, so it must be readable
         start = len(address.rstrip("/")) if not glob.has_magic(address) else 0
         files = [file for file in files if "/." not in file.location[start:] and file.location.endswith(SUFFIXES)]
     if not files:
@@ -171,6 +171,7 @@ class FileReader:
     """Reads the documents of one input, and counts the bytes read from disk.
 
     Args:
+        file: input to read.
         columns: column with the text, and a second one if each row holds a sentence and its translation.
     """
 
@@ -300,7 +301,7 @@ def _json_problem(line: bytes, columns: tuple[str, ...], error: Exception) -> st
 
 
 def _layout(line: bytes) -> str | None:
-    """Return how the JSON of a file is laid out if `line`, its first, shows that it is not one document per line."""
+    """Return the layout of a JSON file if `line` shows that it does not have one document per line, otherwise None."""
     line = line.strip()
     if line.startswith(b"["):
         return "the file is a JSON array (jq -c '.[]' FILE converts it)"

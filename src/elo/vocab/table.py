@@ -25,7 +25,7 @@ def render_vocabulary(measured: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [languages]
     for language, each in measured["languages"].items():
         if each["special_tokens"]:
-            parts.append(Text(f"{language}: {each['special_tokens']:,} special tokens are spelled out in the text"))
+            parts.append(Text(f"{language}: {each['special_tokens']:,} special tokens occur in the text"))
     parts += [Text(warning) for warning in measured["warnings"]]
     if measured["candidates"]:
         candidates = Table(title="With new pieces", title_justify="left")

@@ -23,7 +23,7 @@ import zstandard
 from elo.checkpoint.local_names import looks_local, near
 from elo.data.compressed import decompressed, file_problem, wrong_kind
 from elo.data.unread import warn_of_unread
-from elo.errors import EloError
+from elo.errors import EloError, error_line
 from elo.store.remote import RemoteFile, is_remote, list_remote, open_remote
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".txt.gz", ".txt.zst")
@@ -474,10 +474,9 @@ def _hub_records(location: str, columns: tuple[str, ...], start: int) -> Iterato
     except EloError:
         raise
     except Exception as error:  # datasets, fsspec and the hub client raise many types
-        reason = " ".join(str(error).split())[:300]
         raise EloError(
             f"{location}: the Hugging Face dataset cannot be read at row {number + 1} "
-            f"({type(error).__name__}: {reason}); "
+            f"({type(error).__name__}: {error_line(error)}); "
             "check its name (there is no such local file or folder), config and split, and the network, then run the "
             "same command again, it resumes"
         ) from None

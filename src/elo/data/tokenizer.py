@@ -17,7 +17,7 @@ from elo.data.shards import token_dtype
 from elo.data.text_loss import special_spellings, text_encoder
 from elo.data.tokenizer_reading import one_reading, read_stored, require_sentencepiece
 from elo.data.tokenizing import TextChecker, encode_documents
-from elo.errors import EloError
+from elo.errors import EloError, error_line
 from elo.store.remote import is_remote
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -189,10 +189,9 @@ def _load(name: str, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=trust_remote_code)
     except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise EloError(
-            f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {reason}); to load tokenizer.json "
-            'unchanged, write "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
+            f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {error_line(error)}); to load "
+            'tokenizer.json unchanged, write "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
         ) from None
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
         if type(error) is not Exception:

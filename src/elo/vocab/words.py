@@ -1,4 +1,7 @@
-"""Split text into words as a tokenizer does before it applies its vocabulary, and measure tokens per language."""
+"""Split text into words as a tokenizer does before it applies its vocabulary, and measure tokens per language.
+
+A vocabulary writes text in its own spelling: " the" is `Ġthe` in byte-level vocabularies and `▁the` in SentencePiece.
+"""
 
 import json
 import re
@@ -40,7 +43,7 @@ class Fertility:
 
     @property
     def bytes_per_token(self) -> float:
-        """Average UTF-8 bytes per token. Higher is better: less has to be computed."""
+        """Average UTF-8 bytes per token. Higher is better, because the same text takes less compute."""
         return self.bytes / self.tokens
 
     @property

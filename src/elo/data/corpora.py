@@ -181,8 +181,8 @@ class DocumentReader:
         self._filters = filters or Filters()
         self._repeated, self._dropped = repeated, dropped
         self._task, self._files, self._on_error, self._known = task, files, on_error, known_heldout
-        self._tell = tell
-        self._told = 0
+        self._report = tell
+        self._num_reported = 0
         self._reader: FileReader | None = None
         self._before = 0
         self.counts: tuple[int, ...] = (0,) * len(READER_COUNTS)
@@ -275,14 +275,14 @@ class DocumentReader:
             if record.loses_file:
                 raise EloError(f"{problem} (on_error: skip applies to documents, not to whole files)")
             self._count("cut_files")
-            self._tell(f"warning: {problem}")
+            self._report(f"warning: {problem}")
             return
         self._count("skipped")
-        self._told += 1
-        if self._told <= SHOWN_PROBLEMS:
-            self._tell(f"skipped: {problem}")
-        if self._told == SHOWN_PROBLEMS:
-            self._tell("further skipped documents are counted but not listed")
+        self._num_reported += 1
+        if self._num_reported <= SHOWN_PROBLEMS:
+            self._report(f"skipped: {problem}")
+        if self._num_reported == SHOWN_PROBLEMS:
+            self._report("further skipped documents are counted but not listed")
 
 
 @dataclass(frozen=True)

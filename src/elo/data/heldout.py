@@ -15,7 +15,7 @@ MIN_BYTES = 1000
 
 
 def choose_bytes(sizes: Sequence[int] | np.ndarray, max_bytes: int | None) -> dict[int, int]:
-    """Choose how many bytes of which documents to evaluate on; return {index of the document: bytes}.
+    """Choose the documents to evaluate on, and how many bytes of each; return {index of the document: bytes}.
 
     Every document contributes its first A bytes, or all of them if it has fewer. A is the largest number that keeps
     the sum within `max_bytes`, so bytes that short documents leave unused go to longer ones. If A would be below

@@ -79,7 +79,7 @@ def _check_not_empty(languages: dict[str, Any], tasks: list[CorpusTask]) -> None
 
 
 def judge_lost_text(job: Preparation, tasks: list[CorpusTask], manifest: dict[str, Any]) -> list[str]:
-    """Return a warning for each corpus of which the tokenizer loses text.
+    """Return a warning for each corpus whose text the tokenizer loses in part.
 
     Raises:
         EloError: the tokenizer loses too much of a corpus.
@@ -160,7 +160,7 @@ def is_whole(output: Path) -> bool:
 def reweigh(prepared: PreparedData, tasks: list[CorpusTask]) -> PreparedData:
     """Write changed names and weights into the manifest, without tokenising again."""
     changed = False
-    # The order of `make_manifest`. A corpus of which nothing is cut has no entry in the cut splits.
+    # The order of `make_manifest`. A corpus has no entry in a split for which no documents are cut out of it.
     entries = {
         (language, split): iter(corpora)
         for language, splits in prepared.manifest["languages"].items()

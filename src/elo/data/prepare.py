@@ -9,7 +9,7 @@ import os
 import re
 from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def prepare(
             (256 MiB of files, or one larger file) is a task that takes `workers` CPUs, by default one.
         overwrite: replace finished data made from other inputs or settings.
         split_special_tokens: tokenise special tokens that occur in a document as text, not as special tokens.
-        allow_lost_text: accept text of which the tokenizer loses more than 5 %. The loss is measured on the first
+        allow_lost_text: accept text even if the tokenizer loses more than 5 % of it. The loss is measured on the first
             documents, then on one in 16, and on all held-out text.
         filters: training documents to drop, which are counted in the manifest with examples. Default: none.
 
@@ -332,13 +332,17 @@ def _paths(tasks: list[CorpusTask]) -> str:
     return ", ".join(dict.fromkeys(task.files[0].location for task in tasks))
 
 
+def _shard_folders(output: Path) -> list[Path]:
+    """Return the folders of all corpora, such as ko/train/0; the user may have put other files beside them."""
+    return [folder for split in SPLITS for folder in output.glob(f"*/{split}/*") if folder.name.isdecimal()]
+
+
 def _sweep(output: Path, tasks: list[CorpusTask]) -> None:
     """Remove corpora that are no longer requested, and temporary files of killed runs."""
     wanted = {output / folder for task in tasks for folder in task.own_folders}
-    for split in SPLITS:
-        for folder in output.glob(f"*/{split}/*"):
-            if folder not in wanted:
-                remove(folder)
+    for folder in _shard_folders(output):
+        if folder not in wanted:
+            remove(folder)
     for leftover in output.rglob(f"{TEMPORARY_PREFIX}*"):
         remove(leftover)
 
@@ -373,10 +377,15 @@ def _tokenize(job: Preparation, tasks: list[CorpusTask], workers: int | None, sh
 
 
 def _remove_if_nothing_finished(output: Path, existed: bool) -> None:
-    """Remove all files of a run that failed before its first shard was complete."""
+    """Remove what a run wrote that failed before its first shard was complete, and nothing else."""
     if any(output.glob("*/*/*/?????-?????.json")):
         return
-    for item in list(output.iterdir()):
-        remove(item)
-    if not existed:
-        output.rmdir()
+    for folder in _shard_folders(output):
+        remove(folder)
+    for folder in [*output.glob("*/*"), *output.glob("*")]:
+        with suppress(OSError):  # not an empty folder
+            folder.rmdir()
+    if [item.name for item in output.iterdir()] == [MARKER]:
+        remove(output / MARKER)
+        if not existed:
+            output.rmdir()

@@ -97,9 +97,9 @@ def tokenize_on_ray(job: Preparation, pending: list[Unit], marker: Path, cpus: i
                 job.tell(f"no node of the Ray cluster has {cpus} CPUs; waiting for one to join")
             for reference in finished:
                 unit = waiting.pop(reference)
-                tokens, said, failure = _outcome(reference, unit)
+                tokens, messages, failure = _outcome(reference, unit)
                 total += tokens
-                for line in said:
+                for line in messages:
                     job.tell(line)
                 if failure is not None:
                     failures.append(failure)
@@ -137,15 +137,15 @@ def _run_unit(given: tuple[Preparation, list[Unit], Common, int], number: int) -
     _check_here(common, pending[number].files)  # the node may have joined after the others were checked
     if cpus == 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    said: list[str] = []
+    messages: list[str] = []
     tokens = 0
     try:
         with job.pool(cpus) as pool:
-            for _, new in replace(job, tell=said.append).run_unit(pending[number], pool):
+            for _, new in replace(job, tell=messages.append).run_unit(pending[number], pool):
                 tokens += new
     except EloError as error:
-        return tokens, said, str(error)
-    return tokens, said, None
+        return tokens, messages, str(error)
+    return tokens, messages, None
 
 
 def _check_nodes(common: Common, files: list[InputFile], cpus: int) -> None:

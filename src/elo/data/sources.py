@@ -338,7 +338,7 @@ def _column_problem(row: dict[str, Any], columns: tuple[str, ...]) -> str:
         names = ", ".join(map(repr, row)) or "none"
         for outer, value in row.items():
             if isinstance(value, dict) and missing[0] in value:
-                return f"no column {missing[0]!r}, but column {outer!r} has one inside; make it a column of its own"
+                return f"no column {missing[0]!r}, but column {outer!r} has one inside; make it a top-level column"
         return f"no column {missing[0]!r}; the columns are {names[:300]}; set {key} to the one with the text"
     for column in columns:
         value = row[column]

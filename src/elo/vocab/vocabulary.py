@@ -67,7 +67,7 @@ def measure_vocabulary(
         max_characters: read at most this many characters per language; None reads 50 M of a target and 20 M of every
             other language.
         split_special_tokens: tokenise special tokens that occur in text as text.
-        allow_lost_text: accept text of which the tokenizer loses more than 5 %.
+        allow_lost_text: accept text even if the tokenizer loses more than 5 % of it.
         output: JSON file to write.
         trust_remote_code: run code that ships with the checkpoint.
 

@@ -25,7 +25,7 @@ _SPACE_IN_TEXT = re.compile(r"(?<=\S)\s")
 
 @dataclass(frozen=True)
 class Fertility:
-    """Number of tokens of a text, beside its other sizes.
+    """Sizes of a text.
 
     Attributes:
         documents: number of documents.
@@ -74,7 +74,7 @@ def measure_fertility(backend: Tokenizer, texts: Iterable[str]) -> Fertility:
 
 
 def split_words(backend: Tokenizer, text: str) -> Iterator[str]:
-    """Yield the words of a text in the vocabulary's spelling. No token crosses a word's borders.
+    """Yield the words of a text in the vocabulary's spelling. No token crosses a word boundary.
 
     Words are the pieces of the pre-tokenizer. If it does not split text (Llama-2, Gemma), a word begins at each
     SentencePiece space.

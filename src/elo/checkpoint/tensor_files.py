@@ -327,7 +327,7 @@ def write_checkpoint(folder: Path, tensors: list[NewTensor], label: str | None =
     Args:
         folder: existing folder.
         tensors: tensors in the order in which they are divided among files.
-        label: name of the work for the progress display; None displays nothing.
+        label: name of the work on the terminal; None prints no progress.
     """
     shards: list[list[NewTensor]] = [[]]
     filled = 0

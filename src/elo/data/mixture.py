@@ -134,7 +134,7 @@ class Mixture:
         return dict(sorted(found.items()))
 
     def epoch_sequences(self, *languages: str) -> int:
-        """Return the number of sequences that contain as many tokens of `languages` as their corpora have together.
+        """Return the number of sequences that contain as much text of `languages` as their corpora have together.
 
         With equal weights this is one pass over their text. Otherwise corpora and languages with a higher weight are
         read more than once within it, and the others less than once.

@@ -108,6 +108,12 @@ def test_a_stage_that_stopped_says_so(tmp_path: Path) -> None:
     assert "running: full" in shown(tmp_path)
 
 
+def test_a_file_that_disappears_after_the_folder_is_listed_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "full.begun.json").symlink_to(tmp_path / "gone")  # listed, but cannot be read
+    assert read_stages(tmp_path) == []
+
+
 def test_another_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EloError, match="is not the folder of a run or a comparison; give the `output`"):
         read_stages(tmp_path)

@@ -145,6 +145,11 @@ def test_two_vocabularies_are_refused(world, tmp_path):
     with pytest.raises(EloError, match="no model's tokenizer has every token"):
         merge(world / "extended", other, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    models = [world / "extended", world / "base", other, shutil.copytree(world / "base", tmp_path / "last")]
+    listed = [{"model": str(each), "parameters": {"weight": 1}} for each in models]
+    path = mergekit_file(tmp_path / "four.yaml", merge_method="linear", models=listed)
+    with pytest.raises(EloError, match=r"for example '<\|tool\|>'"):
+        merge(path, output=tmp_path / "out")
 
 
 def mergekit_file(path, **keys):
@@ -267,6 +272,7 @@ def test_what_mergekit_would_compute_otherwise_is_refused(change, said, tmp_path
         ({"other": None}, "is no file"),
         ({"search": Search({}, ["ko"])}, "has no text"),
         ({"search": Search({}, [])}, "needs --target"),
+        ({"search": Search({"ko": "ko.jsonl"}, ["ko"]), "weight": 0.3}, "--weight 0.3: --search chooses the weight"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, said, tmp_path):

@@ -63,6 +63,7 @@ DEFAULTS: dict[Tool, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "finetuning_type": "lora",
         "lora_rank": 8,
+        "freeze_trainable_layers": 2,
     },
     "axolotl": {"cutoff_len": 512, "num_train_epochs": 1, "adam_beta2": 0.999, "seed": 42},
 }

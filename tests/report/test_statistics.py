@@ -121,6 +121,7 @@ def test_a_failed_seed_is_not_paired_and_cannot_win():
     results = duel(full=[1.90, 1.91, 1.92], elo=[1.70, None, 1.72])
     verdict = verdict_of(results)
     assert verdict.ranked == ("full",)
+    assert verdict.sentences[0].endswith("1.910 bits per byte, and no other contestant is ranked.")
     assert verdict.sentences[1] == "Not ranked: elo (a failed seed)."
     assert verdict.differences[0].seeds == 2
     assert verdict.differences[0].value == pytest.approx(-0.2, abs=1e-5)

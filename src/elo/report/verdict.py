@@ -160,7 +160,7 @@ def _sentences(results: Results, verdict: BudgetVerdict) -> list[str]:
         lead = f"{targets}{condition}: the lowest is {title_of(results, best)} with {value:.3f} bits per byte"
         alike = [each.reference for each in verdict.best_against if not (each.is_supported and each.value < 0)]
         if not others:
-            found.append(f"{lead}, and no other contestant meets the condition.")
+            found.append(f"{lead}, and no other contestant is ranked.")
         elif verdict.best_is_supported:
             found.append(f"{lead}, significantly below {_all(results, others)}.")
         elif len(verdict.best_against) < len(others):

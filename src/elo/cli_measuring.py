@@ -54,12 +54,12 @@ def evaluate(
     batch_size: Annotated[
         str,
         typer.Option(
-            help="Sequences in a forward pass of --tasks; auto: as many as fit on a GPU; 1 on a CPU, or if padding "
-            "changes the values."
+            help="Sequences per forward pass of --tasks; auto takes as many as fit on a GPU, and 1 on a CPU or if "
+            "padding changes values."
         ),
     ] = "auto",
     include_path: Annotated[
-        Path | None, typer.Option(help="Folder with task files (.yaml) of your own for --tasks.")
+        Path | None, typer.Option(help="Folder with your own task files (.yaml) for --tasks.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
     sequence_length: Annotated[

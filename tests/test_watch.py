@@ -88,9 +88,9 @@ def test_a_finished_run(watched: tuple[Path, list[list[Stage]], str], capsys: py
 
 def test_the_report_is_written_during_the_run(watched: tuple[Path, list[list[Stage]], str]) -> None:
     folder, _, report = watched
-    assert 'http-equiv="refresh"' in report and "This is not finished" in report
+    assert 'http-equiv="refresh"' in report and "This report is not finished" in report
     finished = (folder / "report.html").read_text(encoding="utf-8")
-    assert "refresh" not in finished and "This is not finished" not in finished
+    assert "refresh" not in finished and "This report is not finished" not in finished
     assert report.count("<figure>") >= 2
 
 

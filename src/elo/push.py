@@ -51,14 +51,14 @@ def push(
         {"repo", "files" (size in bytes by path), "url" (of the commit, or the address; None for a dry run)}
 
     Raises:
-        EloError: the folder is not a model or holds a pickle or a secret, the name is wrong, there is no token, or the
-            hub or the storage does not accept the upload.
+        EloError: the folder is not a model, or contains a pickle or a secret; the name is invalid; there is no token;
+            or the hub or the storage rejects the upload.
     """
     in_storage = is_remote(repo)
     if not in_storage:
         _check_name(repo)
     elif private:
-        raise EloError(f"--private: {repo}: is set by the bucket; leave the option out")
+        raise EloError(f"--private: {repo}: is an address in object storage; set access there, and remove --private")
     token = get_token()
     files = _files(Path(model), token)
     for path, size in files.items():

@@ -31,7 +31,7 @@ _STYLES = {"done": "green", "running": "bold yellow", "planned": "dim"}
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as its files show it.
+    """The state of a stage, as read from its files.
 
     Attributes:
         record: record of a finished stage.
@@ -119,7 +119,7 @@ def _read_stages(folder: Path) -> list[Stage]:
             name = path.name.removesuffix(".json")
             done = read_record(path)
             if done is None:
-                continue  # being replaced at this moment
+                continue  # it is being replaced
             stage = Stage(name, "done", done.get("record") or {}, {})
         if stage.state == "done" or name not in known:
             known[name] = (modified, stage)
@@ -170,7 +170,7 @@ def _summary(folder: Path, stages: list[Stage]) -> str:
 
 
 def is_finished(folder: Path, stages: list[Stage]) -> bool:
-    """Return whether results are written and nothing runs or is to come."""
+    """Return whether the results are written and no stage is running or planned."""
     if not all(stage.state == "done" for stage in stages) or not (folder / FILE_NAME).exists():
         return False
     try:

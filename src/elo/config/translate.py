@@ -32,7 +32,7 @@ class Translation:
         comments: where a key comes from, by its path.
         todo: what the user has to do before the first run.
         lost: settings that ELO cannot express, with the reason.
-        unneeded: settings without an equivalent because ELO does without.
+        unneeded: settings that ELO does not need.
     """
 
     tool: Tool
@@ -45,7 +45,7 @@ class Translation:
     unneeded: list[str] = field(default_factory=list)
 
     def name(self, setting: str) -> str:
-        """Name of a setting in the file."""
+        """Return the name of a setting in the file."""
         return AXOLOTL.get(setting, setting) if self.tool == "axolotl" else setting
 
     def take(self, setting: str) -> tuple[Any, str]:
@@ -60,7 +60,7 @@ class Translation:
         self.comments[key] = origin
 
     def move(self, setting: str, key: str) -> Any:
-        """Translate a setting to a key with the same meaning."""
+        """Translate a setting to a key with the same meaning, and return its value (None if there is none)."""
         value, origin = self.take(setting)
         if value is not None:
             self.put(key, _number(value), origin)

@@ -122,7 +122,7 @@ def merge(
     check_replaceable(target, overwrite)
     if other is None:
         if not Path(model).is_file():
-            raise EloError(f"{model}: is no file; give a YAML file, or the second model with --with MODEL")
+            raise EloError(f"{model}: is not a file; give a YAML file, or the second model with --with MODEL")
         if any(given is not None for given in (method, weight, base, search)):
             raise EloError(
                 f"{model}: a YAML file has its own method, weights and base; remove --method, --weight, --base and "

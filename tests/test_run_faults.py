@@ -105,7 +105,7 @@ def test_the_newest_good_checkpoint_is_taken(undisturbed, tmp_path, capsys):
     os.utime(scratch / "checkpoint-3", (now + 10**6, now + 10**6))  # clocks jump: names count
     run(config, until="layer_alignment")
     said = capsys.readouterr().out
-    assert "optimizer.bin: missing or damaged; checkpoint checkpoint-4 is removed, and the previous one is used" in said
+    assert "optimizer.bin: missing or damaged; checkpoint-4 is removed, and an earlier checkpoint is used" in said
     assert weights(tmp_path / "run") == reference
 
 

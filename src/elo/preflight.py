@@ -25,6 +25,7 @@ from elo.store.remote import require_local
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.train.arguments import check_settings, check_sharding
 from elo.train.attention import VARLEN, require_own_positions, separates_documents
+from elo.train.loss import LogitTransform, require_transform
 from elo.train.settings import check_also_train
 
 log = logging.getLogger(__name__)
@@ -98,13 +99,12 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     if auto := parse_auto(config.layers):
         check_auto(auto, num_layers, has_parallel=config.probe.parallel is not None, where=str(config.layers))
     layers = assumed_layers(config.layers, num_layers)
-    if any(phase.middle == "bridged" for phase in config.method.phases) and len(layers) == num_layers:
-        raise EloError(f"layers: {config.layers!r} selects every layer, so there is nothing to bridge; choose fewer")
     require_module(model, config.method.module, "method.module")
     for phase in config.method.phases:
         config.method.lora_ranks(phase, num_layers)
         check_also_train(phase.also_train, tied=find_architecture(model).tied)
         check_supervision(phase, config.settings(phase), layers, num_layers)
+        require_transform(config.settings(phase).head_loss, LogitTransform.of(model_config.get_text_config()))
     if config.method.needs_new_rows:
         first_new_row(model)
     length, limit = config.data.sequence_length, longest_sequence(model)

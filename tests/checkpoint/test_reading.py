@@ -168,6 +168,16 @@ def test_packing_is_refused_before_tokenising_where_training_would_refuse_it(fam
     check_model(unpacked, tmp_path / "base")
 
 
+def test_a_head_loss_without_the_transform_of_the_logits_is_refused_before_tokenising(tmp_path: Path) -> None:
+    tiny_model(tiny_config("gemma2")).save_pretrained(tmp_path / "base")
+    settings = {"training": {"head_loss": "linear_cross_entropy"}, "method": "full"}
+    config = load_config({"model": str(tmp_path / "base"), "output": str(tmp_path / "run"), **DATA, **settings})
+    with pytest.raises(EloError, match=r"training\.head_loss: linear_cross_entropy .* write chunked"):
+        check_model(config, tmp_path / "base")
+    write_base(tmp_path / "plain")
+    check_model(config, tmp_path / "plain")
+
+
 def test_adapters_are_refused_before_tokenising_where_training_would_refuse_them(tmp_path: Path) -> None:
     tiny_model(tiny_config("nemotron_h")).save_pretrained(tmp_path / "base")
     config = load_config({"model": str(tmp_path / "base"), "output": str(tmp_path / "run"), **DATA, "method": "lora"})

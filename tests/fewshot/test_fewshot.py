@@ -128,7 +128,7 @@ def test_examples_that_do_not_fit_are_left_out(world, tmp_path):
     settings = {"model": tmp_path / "short", "instruction": "x", "seeds": (1,)}
     results = ask(world, ways=("in-context",), examples=(20,), **settings)
     assert 0 < results["rows"][0]["used_examples"][0] < 20
-    with pytest.raises(EloError, match=r"the longest test item and the instruction have .* tokens, .* takes 48"):
+    with pytest.raises(EloError, match=r"the instruction and the longest test item have .* tokens, .* at most 48"):
         ask(world, ways=("sft",), **settings | {"instruction": None, "template": "{text} " * 30})
 
 
@@ -140,19 +140,19 @@ def test_mistakes_get_one_message(world, tmp_path, capsys):
 
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "a", "topic": "water"}\n{"text": "b"}\n')
-    assert message(train=bad).startswith(f"{bad}:2: has no 'topic'; it has text; name the right one with --label-field")
+    assert message(train=bad).startswith(f"{bad}:2: has no 'topic'; it has text; give the right key with --label-field")
     bad.write_text('{"text": "a", "topic": "fire"}\n')
     assert f"{bad}:1: label 'fire' is not in" in message(test=bad)
-    assert "holds only the label 'fire'" in message(train=bad, test=bad)
+    assert "has only the label 'fire'" in message(train=bad, test=bad)
     bad.write_text("{\n")
     assert f"{bad}:1: not JSON" in message(test=bad)
     assert "no such file" in message(train=tmp_path / "none.jsonl")
     assert "--examples 99: give 0 to 40" in message(examples=(99,))
     assert "--ways icl: there is no such way" in message(ways=("icl",))
-    assert "holds no {text}" in message(template="Label:")
+    assert "contains no {text}" in message(template="Label:")
     assert "--word fire: " in message(words={"fire": "hot"})
     assert "two labels have the same word" in message(words={"food": "water"})
-    assert "nothing can be trained on no example" in message(ways=("sft",), examples=(0,))
+    assert "--examples 0: there is nothing to train on" in message(ways=("sft",), examples=(0,))
     files = ["--train", str(world / "train.jsonl"), "--test", str(world / "test.jsonl"), "--label-field", "topic"]
     with pytest.raises(SystemExit):
         main(["fewshot", str(world / "model"), *files, "--word", "food"])

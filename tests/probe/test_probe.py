@@ -16,14 +16,16 @@ from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.layers import AutoLayers, assumed_layers, parse_auto
 from elo.cli import app
 from elo.compare import compare
+from elo.data.tokenizer import load_tokenizer
 from elo.detach_attach import detach
 from elo.errors import EloError
 from elo.probe import adaptability
 from elo.probe.base import MODULES, Subject
 from elo.probe.choice import choose
 from elo.probe.criteria import CRITERIA
+from elo.probe.importance import _fuse
 from elo.probe.probe import probe
-from elo.probe.text import make_sequences
+from elo.probe.text import make_sequences, read_sentences
 from elo.run import run
 from elo.surgery.in_memory import detach_layers
 
@@ -114,6 +116,14 @@ def test_adaptability_is_the_gain_of_updates_of_the_module_alone(monkeypatch):
         assert scores[which]["xx"][1] == pytest.approx(before - float(loss(model, ids[2:])), abs=1e-5)
 
 
+def test_adaptability_is_measured_on_text_that_was_not_learnt():
+    of = subject(sequences=3)
+    swapped = Subject(of.model, {name: ids[[1, 0, 2]] for name, ids in of.sequences.items()}, {})
+    scores, again = (CRITERIA["adaptability"].score(each) for each in (of, swapped))
+    for which in MODULES:
+        assert again[which]["xx"] == pytest.approx(scores[which]["xx"], abs=1e-5)
+
+
 def test_parallel_sees_the_same_sentences_as_the_same():
     of = subject()
     scores = CRITERIA["parallel"].score(of)
@@ -132,6 +142,11 @@ def test_importance_is_relative():
         weight.data.mul_(4)
     heavier = CRITERIA["importance"].score(subject(model))
     assert heavier["mlp"]["xx"][2] > scores["mlp"]["xx"][2] and max(heavier["mlp"]["xx"]) == heavier["mlp"]["xx"][2]
+
+
+def test_fused_importance_has_mean_1_whatever_the_variance():
+    spread = [[8.0, *[0.0] * 7], [*[0.0] * 7, 8.0]]
+    assert float(_fuse([spread, spread]).mean()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt2", "opt", "qwen3_moe", "bloom", "olmo2", "mamba"])
@@ -192,6 +207,24 @@ def _parallel(folder, count=6):
     lines = [{"xx": f"가나 다라마 {number}", "en": f"the cat sat {number}"} for number in range(count)]
     path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
     return path
+
+
+def test_rows_with_an_empty_sentence_are_skipped_in_every_language(tmp_path):
+    encoder = load_tokenizer(str(write_base(tmp_path / "base")), False)
+    rows = [("가나", "the cat"), ("바사", " "), ("", "sat"), ("다라마", "the dog")]
+    found = []
+    for name, kept in (("all", rows), ("complete", [rows[0], rows[3]])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(json.dumps({"xx": xx, "en": en}) for xx, en in kept))
+        sentences = read_sentences(path, ["xx", "en"], encoder, 16)
+        found.append({language: [ids.tolist() for ids in each] for language, each in sentences.items()})
+    assert found[0] == found[1]
+    assert len(found[0]["xx"]) == len(found[0]["en"]) == 2
+    with pytest.raises(EloError, match="only xx has a corpus"):
+        read_sentences(path, ["xx"], encoder, 16)
+    path.write_text(json.dumps({"xx": "가나", "en": ""}))
+    with pytest.raises(EloError, match="no row has text in all of xx, en"):
+        read_sentences(path, ["xx", "en"], encoder, 16)
 
 
 def test_a_probe_writes_scores_and_charts_and_resumes(tmp_path, capsys, monkeypatch):

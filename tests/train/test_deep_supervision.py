@@ -34,13 +34,13 @@ def test_layers_are_indices_or_shares_of_the_depth(layers, num_layers, found):
 @pytest.mark.parametrize(
     ("layers", "num_layers", "message"),
     [
-        ([3], 4, "no layer below the last one"),
-        ([-1], 4, "no layer below the last one"),
-        ([-5], 4, "no layer below the last one"),
-        ([1.0], 4, "no layer below the last one"),
-        ([0.5], 1, "no layer below the last one"),
-        ([0.25, 0.5], 2, "named already"),
-        ([1, -3], 4, "named already"),
+        ([3], 4, "is not a layer below the last one"),
+        ([-1], 4, "is not a layer below the last one"),
+        ([-5], 4, "is not a layer below the last one"),
+        ([1.0], 4, "is not a layer below the last one"),
+        ([0.5], 1, "is not a layer below the last one"),
+        ([0.25, 0.5], 2, "selects a layer twice"),
+        ([1, -3], 4, "selects a layer twice"),
     ],
 )
 def test_other_layers_are_refused(layers, num_layers, message):

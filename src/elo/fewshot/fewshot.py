@@ -1,11 +1,11 @@
-"""`elo fewshot`: what labelled examples are worth in the prompt and in training (arXiv 2403.01929).
+"""Compare ways to use a few labelled examples: in the prompt or in training (`elo fewshot`; arXiv 2403.01929).
 
-- in-context: the examples are written into the prompt, behind the instruction.
+- in-context: the prompt contains the instruction and then the examples.
 - sft: low-rank adapters are trained on the labels of the examples.
-- instruction: the same, with the instruction in front of each example.
+- instruction: like sft, with the instruction in front of each example.
 
-A prediction is the label whose word is the most likely continuation (summed log-likelihood). Adapters are removed after
-each measurement, so that every one starts from the same model.
+The prediction is the label whose word is the most likely continuation, by summed log-likelihood. Adapters are removed
+after each measurement, so that every measurement starts from the same model.
 """
 
 import copy
@@ -53,7 +53,7 @@ WAYS = ("in-context", "sft", "instruction")
 
 @dataclass(frozen=True)
 class Training:
-    """How adapters are trained."""
+    """Training settings of the adapters; `epochs` counts passes over the examples."""
 
     epochs: int = 10
     learning_rate: float = 5e-4
@@ -63,7 +63,14 @@ class Training:
 
 @dataclass
 class Cell:
-    """One way of learning from one number of examples, seed by seed."""
+    """Measurements of one way with one number of examples. Lists have one entry per seed.
+
+    Attributes:
+        right: 1.0 or 0.0 for each item, by whether its label was predicted.
+        used: number of examples that fit into the prompt.
+        train_tokens: number of tokens computed in training, including padding.
+        test_tokens: number of tokens computed for all items.
+    """
 
     way: str
     examples: int
@@ -96,13 +103,13 @@ def few_shot(
     Args:
         model: checkpoint folder or hub id.
         task: task and the layout of its items (`read_task`).
-        ways: of `WAYS`.
-        examples: numbers of examples, drawn evenly over the labels; 0 is possible in context.
-        seeds: each draws its own examples and initialises its own adapters.
-        training: how adapters are trained.
+        ways: ways to compare, from `WAYS`.
+        examples: numbers of examples, drawn evenly over the labels. 0 is measured in-context only.
+        seeds: seeds of the drawn examples, their order and the adapters.
+        training: settings of the adapters' training; None uses the defaults.
         tokenizer: folder or hub id; by default the model's.
         output: JSON file to write.
-        device: by default cuda where there is one, else cpu.
+        device: by default cuda if it is available, otherwise cpu.
         trust_remote_code: run code that ships with the checkpoint.
         progress: show progress and a table.
 
@@ -141,7 +148,7 @@ def few_shot(
         "training": asdict(training),
         "seeds": list(seeds),
         **environment(),
-        "rows": [_row(cell, loaded, training) for cell in cells],
+        "rows": [_result_row(cell, loaded, training) for cell in cells],
         "differences": _differences(cells),
     }
     if target is not None:
@@ -154,25 +161,22 @@ def few_shot(
 def _check(task: Task, ways: Sequence[str], examples: Sequence[int], seeds: Sequence[int], training: Training) -> None:
     for way in ways:
         if way not in WAYS:
-            raise EloError(f"--ways {way}: there is no such way; choose from {', '.join(WAYS)}")
+            raise EloError(f"--ways {way}: there is no such way; choose among {', '.join(WAYS)}")
     for count in examples:
         if not 0 <= count <= len(task.train):
             raise EloError(f"--examples {count}: give 0 to {len(task.train)}, the number of training examples")
     if not ways or not examples or not seeds or len(set(seeds)) < len(seeds):
-        raise EloError("fewshot: give at least one way, number of examples and seed, and each seed once")
+        raise EloError("fewshot: give at least one way, one number of examples and one seed, and each seed only once")
     if not any(count or "in-context" in ways for count in examples):
-        raise EloError("--examples 0: nothing can be trained on no example; add a number, or the way in-context")
+        raise EloError("--examples 0: there is nothing to train on; add a number above 0, or the way in-context")
     if min(training.epochs, training.batch_size, training.rank) < 1 or not training.learning_rate > 0:
         raise EloError("fewshot: --epochs, --batch-size, --rank and --learning-rate must be above 0")
-
-
-# Learning and predicting.
 
 
 def _measure(
     cell: Cell, seed: int, model: PreTrainedModel, tokenizer: TextTokenizer, task: Task, training: Training
 ) -> None:
-    """Add one seed to a cell."""
+    """Train if the way requires it, predict all test items, and add the measurements of one seed to `cell`."""
     drawn = draw_examples(task, cell.examples, seed)
     instruction = "" if cell.way == "sft" else f"{task.instruction}\n\n"
     items = [_Item.of(task, example, tokenizer) for example in task.test]
@@ -183,15 +187,15 @@ def _measure(
         context, used = [tokenizer.prefix_token_id, *tokenizer.encode(instruction)], len(drawn)
         _check_length(context, items, _limit(model))
         started, cpu_started = time.perf_counter(), time.process_time()
-        learnt = [_Item.of(task, example, tokenizer) for example in drawn]
-        adapters, tokens = _train(model, context, learnt, training, seed)
+        train_items = [_Item.of(task, example, tokenizer) for example in drawn]
+        adapters, tokens = _train(model, context, train_items, training, seed)
         spent = time.perf_counter() - started, time.process_time() - cpu_started
     started, cpu_started = time.perf_counter(), time.process_time()
     try:
         scores = _scores(model, context, items)
     finally:
         if adapters is not None and adapters.fold_parts is not None:
-            adapters.fold_parts()  # without its merge
+            adapters.fold_parts()  # removes the adapters; only the returned function would merge them
     predicted = [max(range(len(each)), key=each.__getitem__) for each in scores]
     cell.right.append([float(label == each.label) for label, each in zip(predicted, items, strict=True)])
     cell.used.append(used)
@@ -205,7 +209,7 @@ def _measure(
 
 @dataclass(frozen=True)
 class _Item:
-    """An example as token ids: those of the prompt, and those of every label's word behind it."""
+    """Token ids of an example: the prompt, and each label's word as its continuation."""
 
     prompt: list[int]
     words: list[list[int]]
@@ -233,7 +237,7 @@ def _context(
     tokenizer: TextTokenizer,
     limit: int | None,
 ) -> tuple[list[int], int]:
-    """Token ids in front of each item, and how many of the examples fit into the model's positions."""
+    """Return the token ids in front of each item, and the number of examples that fit into `limit` tokens."""
     start = [tokenizer.prefix_token_id, *tokenizer.encode(instruction)]
     _check_length(start, items, limit)
     longest = max(len(item.prompt) + max(map(len, item.words)) for item in items)
@@ -248,7 +252,10 @@ def _context(
 
 
 def _limit(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a prompt may have. Beyond `rope_limit`, keys and values in a cache would be outdated."""
+    """Return the maximum length of a prompt in tokens; None is unlimited.
+
+    Cached keys and values would no longer be valid beyond `rope_limit`.
+    """
     limits = (longest_sequence(model), rope_limit(model.config))
     return min((limit for limit in limits if limit is not None), default=None)
 
@@ -257,8 +264,8 @@ def _check_length(context: Sequence[int], items: Sequence[_Item], limit: int | N
     longest = max(len(item.prompt) + max(map(len, item.words)) for item in items)
     if limit is not None and len(context) + longest > limit:
         raise EloError(
-            f"fewshot: the longest test item and the instruction have {len(context) + longest} tokens, but the model "
-            f"takes {limit}; shorten them"
+            f"fewshot: the instruction and the longest test item have {len(context) + longest} tokens, but the model "
+            f"takes at most {limit}; shorten them"
         )
 
 
@@ -267,11 +274,11 @@ def _train(
 ) -> tuple[Prepared, int]:
     """Add adapters to the model and train them on the words of the labels.
 
-    `elo.train.loop.train` is for long runs: its sequences have one length, its updates one size, and it writes a
-    checkpoint after the last one. Here a model takes a few updates of short rows, and many times over.
+    `elo.train.loop.train` is made for long runs: its sequences all have one length, its updates have one size, and its
+    last update writes a checkpoint. Here, the model is trained many times for a few updates on short rows.
 
     Returns:
-        The adapters, whose `fold_parts` takes them off the model, and the tokens computed in training.
+        The adapters, whose `fold_parts` removes them from the model, and the number of tokens computed in training.
     """
     place = embedding_weight(model).device
     lora = _lora(training)
@@ -308,14 +315,18 @@ def _lora(training: Training) -> Lora:
 
 
 def _scores(model: PreTrainedModel, context: Sequence[int], items: Sequence[_Item]) -> list[list[float]]:
-    """Log-likelihood of every label's word, by item. What items or labels share is computed once."""
+    """Return the log-likelihood of each label's word, by item. Shared prefixes are computed once.
+
+    Raises:
+        EloError: the model has no key-value cache.
+    """
     found = []
     with evaluating(model) as place:
         ids_BT = torch.tensor([context], device=place)
         shared = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=True).past_key_values
         if not hasattr(shared, "batch_repeat_interleave"):
             raise EloError(
-                f"fewshot: {type(model).__name__} keeps no key-value cache; measure the task with elo evaluate --cloze"
+                f"fewshot: {type(model).__name__} has no key-value cache; measure the task with elo evaluate --cloze"
             )
         for item in items:
             cache = copy.deepcopy(shared)
@@ -336,10 +347,7 @@ def _scores(model: PreTrainedModel, context: Sequence[int], items: Sequence[_Ite
     return found
 
 
-# What was found.
-
-
-def _row(cell: Cell, model: PreTrainedModel, training: Training) -> dict[str, Any]:
+def _result_row(cell: Cell, model: PreTrainedModel, training: Training) -> dict[str, Any]:
     accuracies = [fmean(right) for right in cell.right]
     estimate = estimate_items(np.array(cell.right))
     per_item = fmean(cell.test_tokens) / len(cell.right[0])
@@ -367,7 +375,7 @@ def _row(cell: Cell, model: PreTrainedModel, training: Training) -> dict[str, An
 
 
 def _differences(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Paired differences from in-context learning with as many examples: same items, same examples."""
+    """Return the paired differences from in-context learning on the same items with the same examples."""
     prompted = {cell.examples: cell for cell in cells if cell.way == "in-context"}
     found = []
     for cell in cells:

@@ -1,4 +1,4 @@
-"""The table of `elo fewshot`."""
+"""Render the results of `elo fewshot` as a table."""
 
 from statistics import fmean
 from typing import Any
@@ -9,7 +9,7 @@ from elo.format import duration, flops, signed
 
 
 def render(results: dict[str, Any]) -> Table:
-    """The results as a table."""
+    """Return the table for the results of `few_shot`."""
     seeds, items = len(results["seeds"]), results["task"]["items"]
     title = f"{results['model']}: {items} items, {seeds} seed{'s' * (seeds != 1)}, "
     table = Table(title=f"{title}largest class {results['task']['majority']:.1%}", title_justify="left")

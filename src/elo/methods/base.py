@@ -51,7 +51,7 @@ class Phase:
         return self.middle in ("removed", "bridged")
 
     def decisive(self) -> dict[str, Any]:
-        """Return all that determines the outcome of the phase, for the fingerprint of a stage."""
+        """Return everything that determines the outcome of the phase, for the fingerprint of a stage."""
         return asdict(self)
 
 
@@ -70,7 +70,7 @@ class Setup:
     seed: int = 0
 
     def generator(self, number: int) -> torch.Generator:
-        """Return the random generator of draw `number`, which does not depend on earlier draws, so runs can resume."""
+        """Return the generator of draw `number`. It does not depend on earlier draws, so that runs can resume."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + number)
 
 
@@ -95,7 +95,7 @@ class Method(BaseModel):
 
     @field_validator("scale")
     @classmethod
-    def _scale_within_reach(cls, value: Scale) -> Scale:
+    def _check_scale(cls, value: Scale) -> Scale:
         if not isinstance(value, str) and not 0 < value <= 2:
             raise ValueError(f"got {value}; write a number above 0 and at most 2, or search")
         return value
@@ -126,7 +126,7 @@ class Method(BaseModel):
 
     @property
     def probe_criterion(self) -> str | None:
-        """Criterion by which the layers must be scored before the method can start (`elo.probe`); None for none."""
+        """Criterion of `elo.probe` that must score the layers before the method starts; None if it needs no scores."""
         return None
 
     def with_scores(self, scores: Sequence[float]) -> "Method":
@@ -138,6 +138,12 @@ class Method(BaseModel):
 
         Args:
             model: the whole model, or the detached one if `phase.detached`.
+
+        Returns:
+            The hooks for the training loop.
+
+        Raises:
+            EloError: the model does not support the method's settings.
         """
         if phase.middle == "trained":
             train_all(model, self.module)
@@ -163,7 +169,7 @@ class Method(BaseModel):
         return range(num_layers) if phase.middle == "trained" else layers
 
     def lora_ranks(self, phase: Phase, num_layers: int) -> Sequence[int]:
-        """Return the rank of the adapters on each decoder layer of the base; 0 for none."""
+        """Return the rank of the adapters on each decoder layer of the base; 0 means no adapter."""
         return [phase.lora_rank] * num_layers
 
     def flops_per_token(
@@ -188,16 +194,16 @@ class Method(BaseModel):
 
 
 class TrainedParts(Method):
-    """A method that trains parts outside the decoder layers, if it is told to."""
+    """A method that can train parts outside the decoder layers too."""
 
     also_train: tuple[Part, ...] = ()
     """Parts outside the layers that train in full: embedding, norm, head. An extended vocabulary needs embedding and
     head."""
     embedding_rows: Literal["all", "new"] = "all"
-    """Vocabulary rows to train in a trained embedding and head; `new` is only those that `elo vocab extend` added."""
+    """Vocabulary rows to train in embedding and head; `new` means only those that `elo vocab extend` added."""
 
     @model_validator(mode="after")
-    def _rows_of_something(self) -> Self:
+    def _check_new_rows(self) -> Self:
         if self.embedding_rows == "new" and not {"embedding", "head"} & set(self.also_train):
             raise ValueError(
                 "embedding_rows: new needs a trained embedding or head; name one in also_train, or write all"
@@ -210,7 +216,7 @@ class TrainedParts(Method):
 
 
 class ChosenLayers(TrainedParts):
-    """A method that trains the chosen layers, and parts outside them."""
+    """A method that trains the chosen layers and parts outside them."""
 
     also_train: tuple[Part, ...] = ("embedding", "head")
     """Parts outside the layers that train too, and are attached with detached layers: embedding, norm, head."""
@@ -239,7 +245,7 @@ def parameters_in(layer: nn.Module, module: LayerModule) -> Iterator[nn.Paramete
 
 
 def train_all(model: PreTrainedModel, module: LayerModule = "layer") -> None:
-    """Unfreeze all of `model`, but of each decoder layer only `module`."""
+    """Unfreeze all of `model` except the parts of its decoder layers other than `module`."""
     model.requires_grad_(True)
     layers = layers_of(model)
     layers.requires_grad_(module == "layer")
@@ -311,6 +317,6 @@ def first_new_row(model: PreTrainedModel) -> int:
     if rows is None:
         raise EloError(
             "method.embedding_rows: new: this model has no record of new rows; extend its vocabulary with `elo vocab "
-            "extend`, or write all"
+            "extend`, or write embedding_rows: all"
         )
     return rows.start

@@ -15,9 +15,9 @@ from elo.train.prepared import Prepared
 
 @register
 class DepthLora(Method):
-    """Train low-rank adapters with a rank for each decoder layer, with everything else frozen.
+    """Train low-rank adapters with a different rank for each decoder layer, with everything else frozen.
 
-    DAMA finds that the adaptability of layers is U-shaped over depth, and gives the middle layers least. Its
+    DAMA finds that the adaptability of layers is U-shaped over depth, and gives the middle layers the lowest ranks. Its
     initialisation of the adapters by singular vectors is not part of this method.
     """
 
@@ -26,21 +26,21 @@ class DepthLora(Method):
     name: Literal["depth_lora"] = "depth_lora"
     profile: Literal["u_shaped", "probe"] | tuple[int, ...] = "u_shaped"
     """Rank over depth. `u_shaped` falls from `rank` to `min_rank` over the first third of the layers and rises again
-    over the last. `probe` follows each layer's adaptability (docs/probe.md). A list gives one rank per layer; 0 is no
-    adapter."""
+    over the last. `probe` follows each layer's adaptability (docs/probe.md). A list gives one rank per layer; 0
+    means no adapter."""
     rank: int = Field(32, gt=0)
     """Highest rank."""
     min_rank: int = Field(4, ge=0)
-    """Lowest rank of `u_shaped` and `probe`; 0 is no adapter."""
+    """Lowest rank of `u_shaped` and `probe`; 0 means no adapter."""
     alpha: int = Field(64, gt=0)
-    """Scale of the adapters: their output is multiplied by alpha / `rank`, whatever the rank of their layer."""
+    """Scale of the adapters: their output is multiplied by alpha / `rank`, on every layer alike."""
 
     @model_validator(mode="after")
-    def _ranks_make_sense(self) -> "DepthLora":
+    def _check_ranks(self) -> "DepthLora":
         if self.min_rank > self.rank:
-            raise ValueError(f"min_rank: got {self.min_rank}, above rank {self.rank}; write at most that")
+            raise ValueError(f"min_rank: got {self.min_rank}, which is above rank; write at most {self.rank}")
         if isinstance(self.profile, tuple) and (not any(self.profile) or min(self.profile) < 0):
-            raise ValueError("profile: a list needs ranks of at least 0, one of them above 0")
+            raise ValueError(f"profile: got {list(self.profile)}; write ranks of 0 or more, at least one above 0")
         return self
 
     @property
@@ -65,7 +65,7 @@ class DepthLora(Method):
                     "write one rank per layer"
                 )
             return self.profile
-        # Until a probe has measured the layers, its profile is planned as if it were U-shaped.
+        # Before the probe has scored the layers, `probe` is planned like `u_shaped`.
         spread = self.rank - self.min_rank
         ends = (min(index, num_layers - 1 - index) / (num_layers / 3) for index in range(num_layers))
         return [self.rank - round(spread * min(1.0, end)) for end in ends]

@@ -1,4 +1,4 @@
-"""Embedding and head first, then every parameter, as EEVE does with a new vocabulary (arXiv 2402.14714)."""
+"""Train embedding and head first, then every parameter, as EEVE does with a new vocabulary (arXiv 2402.14714)."""
 
 from collections.abc import Sequence
 from typing import ClassVar, Literal

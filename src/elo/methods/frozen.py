@@ -1,4 +1,4 @@
-"""Training of the chosen layers in place: nothing is detached, and the other layers are frozen."""
+"""Train the chosen layers in place: nothing is detached, and the other layers are frozen."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -44,7 +44,7 @@ class Frozen(ChosenLayers):
             drawn = float(torch.rand((), generator=setup.generator(step))) < self.backward_share
             for index in setup.layers:
                 for parameter in parameters_in(layers[index], self.module) if index < top else ():
-                    parameter.requires_grad_(drawn)  # asked for each time, because FSDP replaces parameters
+                    parameter.requires_grad_(drawn)  # looked up each time, because FSDP replaces parameters
             if drawn:
                 floor.open(top, 1 / self.backward_share)
             else:

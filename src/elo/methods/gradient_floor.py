@@ -1,4 +1,4 @@
-"""Stop or scale the gradient at a decoder layer, so that no backward pass runs below it."""
+"""Stop the gradient below the trained layers, so that no backward pass runs there, or scale it at a layer."""
 
 import functools
 from collections.abc import Callable
@@ -28,9 +28,10 @@ class _Scaled(torch.autograd.Function):
 class GradientFloor:
     """Hooks on a model that stop the gradient below its trained layers, or scale it.
 
-    While the floor is closed, neither the embedding's output nor the first layer's input has a gradient, so frozen
-    layers build no graph. A tied embedding still trains through the head; another requires no gradient then, because
-    FSDP and DeepSpeed would update it with a gradient of zero.
+    While the floor is closed, neither the embedding's output nor the first layer's input has a gradient, so autograd
+    builds no graph for the frozen layers at the bottom. A tied embedding still trains through the head. An untied
+    embedding requires no gradient while the floor is closed, because FSDP and DeepSpeed would otherwise update it with
+    a gradient of zero.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -49,7 +50,7 @@ class GradientFloor:
         self._set_gradient(False)
 
     def open(self, layer_idx: int = 0, scale: float = 1.0) -> None:
-        """Let the gradient pass; below layer `layer_idx` it is multiplied by `scale`."""
+        """Let the gradient pass, multiplied by `scale` below layer `layer_idx`."""
         self._closed, self._scale = False, None if scale == 1.0 else (layer_idx, scale)
         self._set_gradient(True)
 

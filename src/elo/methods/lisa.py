@@ -1,4 +1,4 @@
-"""LISA (arXiv 2403.17919): train embedding, head and a few layers, redrawn at random every few updates."""
+"""LISA (arXiv 2403.17919): train a few layers, drawn at random every few updates, and the parts outside the layers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -17,10 +17,10 @@ from elo.train.prepared import Prepared
 
 @register
 class Lisa(Method):
-    """Train embedding, head and a few layers, which are redrawn at random every `period` updates.
+    """Train embedding, final norm, head and a few layers, which are redrawn at random every `period` updates.
 
-    With `window`, the drawn layers are consecutive and nothing below them has a gradient, including the embedding's
-    input side.
+    With `window`, the drawn layers are consecutive and nothing below them has a gradient. The embedding then trains
+    only through a tied head, or when the first layer is drawn.
     """
 
     label: ClassVar[str] = "LISA"
@@ -41,7 +41,7 @@ class Lisa(Method):
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         layers = layers_of(model)
         num_drawn = min(self.layers, len(layers))
-        # The optimizer takes the parameters that require gradients when it is created, so all must do so then.
+        # The optimizer gets the parameters that require gradients when it is created, so all of them must.
         train_all(model, self.module)
         floor = GradientFloor(model) if self.window else None
 
@@ -56,7 +56,7 @@ class Lisa(Method):
             for index, layer in enumerate(layers):
                 for parameter in parameters_in(layer, self.module):
                     parameter.requires_grad_(index in chosen)
-                    if inside == 0 and index not in chosen:  # the moments would be stale at the next draw
+                    if inside == 0 and index not in chosen:  # its moments would be stale when it is drawn again
                         forget(parameter)
 
         return Prepared(before_step=before_step, fold=floor.remove if floor else lambda: None)

@@ -64,8 +64,8 @@ def add_adapters(
     from peft import LoraConfig, LoraModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    # Within a module that has no `config`, because for some families of experts peft exchanges the named linear layers
-    # for the fused experts.
+    # For some mixture-of-experts families peft replaces the target modules by the fused experts. It finds the family in
+    # `model.config`, so it gets a module without one.
     whole = nn.ModuleDict({"model": model})
     names = {id(each): name for name, each in whole.named_modules()}
     rank_of = {
@@ -77,8 +77,8 @@ def add_adapters(
     }
     if model.config.model_type in _MAMBA and any(name.endswith(".out_proj") for name in rank_of):
         raise EloError(
-            f"method: {model.config.model_type} cannot be trained with adapters, because fast kernels would pass over "
-            "them; choose a method without, for example full, lisa or frozen"
+            f"method: {model.config.model_type} cannot be trained with adapters, because its fused kernels ignore "
+            "them; choose a method without adapters, for example full, lisa or frozen"
         )
     if not rank_of:
         raise EloError(f"method.module: {module}: no linear layer would get an adapter; choose another module or rank")

@@ -1,7 +1,7 @@
-"""Measure what autograd keeps between forward and backward, without allocating memory.
+"""Measure what autograd saves between forward and backward, without allocating memory.
 
-The real modules run on fake tensors (shapes without memory), and the sizes of all storages that they save are added.
-The result therefore includes what a family's norms upcast and what its activation function keeps.
+The real modules run on fake tensors (shapes without memory), and the sizes of all saved storages are added. The result
+therefore includes the upcasts in a family's norms and the tensors that its activation function saves.
 """
 
 import logging
@@ -75,17 +75,21 @@ def saved_activations(
     precision: Precision = "bf16",
     kind: Kind = "gpu",
 ) -> SavedActivations:
-    """Measure what the forward pass of a phase keeps, on fake tensors.
+    """Measure on fake tensors what the forward pass of a phase saves for the backward pass.
+
+    If tracing fails, the result is a rule of thumb (`SavedActivations.traced` is False).
 
     Args:
         config: configuration of the base model.
         counted: footprint of the base model.
-        layers: indices of the layers that train at one time, unless `phase.middle` is `adapted`. Detached layers, and
-            layers below all that trains, keep nothing.
+        method: method of the phase.
+        phase: phase to trace.
+        layers: indices of the layers that train at one time; not used if `phase.middle` is `adapted`. Layers below the
+            lowest trained part save nothing.
         precision: `bf16` means bf16 autocast over fp32 weights.
-        kind: on a GPU, packed attention keeps no mask, and frozen weights are bf16 under `bf16`, except with a method
-            that trains other layers later. On a CPU, a mask is kept, grouped keys and values are repeated, and all
-            weights are fp32.
+        kind: kind of device. On a GPU, attention saves no mask, and under `bf16` frozen weights are bf16 unless the
+            method redraws layers. On a CPU, attention saves a mask and repeats grouped keys and values, and all weights
+            are fp32.
     """
     chosen = list(layers) if phase.detached else list(range(counted.num_layers))
     trained = set() if phase.middle == "adapted" else set(layers)
@@ -93,8 +97,8 @@ def saved_activations(
     fp32_throughout = kind == "cpu" or method.redraws_layers
     from_embedding = phase.middle == "trained" or "embedding" in phase.also_train
     lowest = -1 if from_embedding else min(index for index in chosen if index in trained or ranks[index])
-    # Tracing one layer of each kind is enough. What a layer keeps depends on its shape, its position, whether it
-    # trains, the rank of its adapters and whether its input needs a gradient.
+    # Tracing one layer of each kind is enough. What a layer saves depends on its shape, whether it is the first one,
+    # whether it trains, the rank of its adapters and whether its input needs a gradient.
     kinds: dict[Any, int] = {}
     key_of = [
         (position == 0, index in trained, ranks[index], index > lowest, counted.layers[index])
@@ -153,14 +157,14 @@ def saved_activations(
 
 
 def _copies(key: tuple[bool, bool, int, bool, LayerFootprint], fp32_throughout: bool) -> float:
-    """Return the bytes of a layer's bf16 copies, which autocast makes of fp32 weights."""
+    """Return the bytes of the bf16 copies that autocast makes of a layer's fp32 weights."""
     return 2.0 * key[-1].matmul if key[1] or fp32_throughout else 0.0
 
 
 def _rule_of_thumb(
     counted: Footprint, chosen: Sequence[int], item: int, mask: float, copies: float
 ) -> SavedActivations:
-    """Estimate activations as the inputs and outputs of every product plus four fp32 norms."""
+    """Estimate activations as the inputs and outputs of every matrix product plus four fp32 norms."""
     per_layer = []
     for index in chosen:
         layer = counted.layers[index]
@@ -179,10 +183,10 @@ def _trace(
     attention: str | None,
     fp32_throughout: bool,
 ) -> list[dict[int, float]]:
-    """Measure, for each of _LENGTHS, bytes saved by each of `layers`, bytes saved outside them, and a layer's input.
+    """Return the bytes that `_saved_bytes` finds for each of _LENGTHS tokens in a model of `layers`.
 
     Args:
-        prepare: function that sets what trains in the model of these layers, and adds adapters.
+        prepare: function that sets which parameters of that model train, and adds adapters.
         precision: None traces a model in bf16 throughout.
     """
     mode = FakeTensorMode()
@@ -194,7 +198,7 @@ def _trace(
         )
         model.train()
         kept = layers_of(model)
-        with torch.device("meta"):  # peft would move adapters to the weights' device, which fake tensors do not support
+        with torch.device("meta"):  # peft moves adapters to the weights' device, which fake tensors do not support
             prepare(model)
         keeps_bf16 = precision == "bf16" and not fp32_throughout  # training keeps frozen weights in bf16
         for module in list(model.modules()):
@@ -210,6 +214,9 @@ def _trace(
 
 
 def _saved_bytes(model: PreTrainedModel, layers: nn.ModuleList, length: int) -> dict[int, float]:
+    """Return the bytes saved by each layer (by position) and outside the layers (_OUTSIDE), and the size of a layer's
+    input (_INPUT), for one sequence of `length` tokens.
+    """
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     inside = [_OUTSIDE]
     saved: dict[int, tuple[int, int]] = {}

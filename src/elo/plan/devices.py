@@ -1,7 +1,7 @@
-"""List GPUs with their data-sheet rates, and describe this machine.
+"""List GPUs with the rates of their data sheets, and describe this machine.
 
-Rates come from the makers' data sheets (dense bf16 with fp32 accumulation, no sparsity; memory bandwidth). Memory is
-what the driver reports, which is a little less than the name suggests.
+Rates come from the manufacturers' data sheets: dense bf16 with fp32 accumulation and no sparsity, and memory bandwidth.
+Memory sizes are those that the driver reports, which are slightly below the nominal ones.
 """
 
 import os
@@ -21,16 +21,16 @@ Kind = Literal["gpu", "cpu"]
 
 @dataclass(frozen=True)
 class Device:
-    """An accelerator, or this machine's processor."""
+    """A GPU, or this machine's CPU."""
 
     name: str
     memory_bytes: int
     precision: Precision
     kind: Kind
     matmul_flops: float | None = None
-    """The data sheet's rate of dense bf16 matrix products, in FLOP/s; None for a machine that is measured."""
+    """Rate of dense bf16 matrix products in the data sheet, in FLOP/s; None for this machine."""
     bandwidth: float | None = None
-    """Memory bandwidth, read plus write, in bytes per second; None for a machine that is measured."""
+    """Memory bandwidth, read plus write, in bytes per second; None for this machine."""
 
 
 def _gpu(name: str, teraflops: float, memory_gib: float, gigabytes_per_second: float) -> Device:
@@ -79,7 +79,7 @@ def find_device(name: str) -> Device:
 
 
 def this_machine() -> Device:
-    """Return this machine's GPU, or its processor, in the precision that training would use on it."""
+    """Return this machine's GPU, or else its CPU, with the precision that training uses on it by default."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         precision: Precision = "bf16" if bf16_pays("cuda") else "fp32"

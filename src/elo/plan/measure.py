@@ -1,4 +1,4 @@
-"""Measure how long a phase's micro-steps and updates take on this machine, by training a model with random weights."""
+"""Time the micro-steps and updates of a phase on this machine, by training a model with random weights."""
 
 import copy
 import time
@@ -29,11 +29,11 @@ from elo.train.prepared import Prepared
 from elo.train.settings import TrainingSettings
 
 _UPDATES = 3
-"""Number of updates to train. The first one warms up, and the fastest of the others counts."""
+"""Number of updates to train. The first one is a warmup, and the fastest of the others counts."""
 
 
 class _Sequences(Dataset[dict[str, np.ndarray]]):
-    """Sequences of one document each."""
+    """Sequences [R, T] of one document each."""
 
     def __init__(self, ids_RT: np.ndarray, packing: bool) -> None:
         self.ids_RT, self.packing = ids_RT, packing
@@ -50,13 +50,15 @@ class _Sequences(Dataset[dict[str, np.ndarray]]):
 def measure_phases(
     model: Model, machine: Machine, layers: Sequence[int], runs: Sequence[RunConfig], plans: Sequence[MethodPlan]
 ) -> Machine:
-    """Return this machine with the times of every phase that one device can train.
+    """Return this machine with the measured times of every phase that one device can train.
 
-    The rate for the other phases is that of the measured ones together.
+    Its `training_flops` is the mean rate of these phases, which serves to estimate the others.
 
     Args:
+        model: model to train.
         machine: this machine, without times.
         layers: decoder layers that the configuration selects.
+        runs: configurations of the run and its baselines.
         plans: plans of `runs`, without measured times.
 
     Raises:
@@ -84,11 +86,11 @@ def measure_phases(
 
 
 def _measure(model: Model, run: RunConfig, phase: Phase, layers: Sequence[int], settings: TrainingSettings) -> Timing:
-    """Train a phase for a few updates of one or two micro-steps, each of as many tokens as in the run."""
+    """Train a phase for a few updates of one or two micro-steps, whose size is that of the run."""
     length, tokens = run.data.sequence_length, settings.per_device_train_batch_size * run.data.sequence_length
     micro_steps = min(2, settings.tokens_per_step // tokens)
     changes = {"tokens_per_step": micro_steps * tokens, "evaluations": 0, "report_to": "none"}
-    reset_peak_memory()  # frees the memory of the phase before
+    reset_peak_memory()  # frees the memory of the previous phase
     with torch.random.fork_rng():
         network, prepared = _random_model(model, run.method, phase, layers, settings)
         vocab_size = text_config_of(network.config).vocab_size
@@ -112,7 +114,7 @@ def _measure(model: Model, run: RunConfig, phase: Phase, layers: Sequence[int], 
                 prepared=prepared,
                 label=f"measure {run.method.label}, {phase.name}",
             )
-        except StoppedBySignalError:  # nothing was written
+        except StoppedBySignalError:  # its message names a checkpoint, but none was written
             raise KeyboardInterrupt from None
         note()
     spans = [end - start for start, end in pairwise(times[-_UPDATES * micro_steps - 1 :])][micro_steps:]
@@ -128,7 +130,7 @@ def _random_model(
     share_record(model.config, config)
     if settings.vocabulary == "corpus":
         config.vocab_size, config.pad_token_id = model.vocabulary_rows, None
-        if record_of(config) is not None:  # which of the rows are new is unknown
+        if record_of(config) is not None:  # it is not known which of the rows are new
             setattr(config, VOCABULARY_KEY, {"rows": {"start": 1, "stop": model.vocabulary_rows}})
     gpu = torch.cuda.is_available()
     with torch.device("cuda" if gpu else "cpu"):

@@ -1,7 +1,7 @@
 """Estimate the peak memory of training by part, from a footprint.
 
-Weights, gradients, optimizer states and logits are counted. What autograd keeps for the backward is measured
-(elo.plan.activations).
+Weights, gradients, optimizer states and logits are counted. The activations that autograd saves are measured by
+`elo.plan.activations`.
 """
 
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ _TOKENIZER_ROW_BYTES = 1280
 """Bytes of a tokenizer per vocabulary row, in the process that trains (measured: SmolLM2 1,024, Gemma 3 1,280)."""
 _FREED_EACH_STEP = ("bf16 weight copies", "activations", "logits", "workspace")
 _HELD_BY_MALLOC = 0.5
-"""Share of these parts that the C library of a CPU process holds besides, fitted on SmolLM2 (dev/LOG.md)."""
+"""Memory that malloc keeps on a CPU beside the peak, as a share of these parts; fitted on SmolLM2 (dev/LOG.md)."""
 
 
 @dataclass(frozen=True)
 class SavedActivations:
-    """What autograd keeps between forward and backward, in bytes per token unless noted otherwise."""
+    """What autograd saves between forward and backward, in bytes per token unless noted otherwise."""
 
     per_layer: tuple[float, ...]
     outside: float
@@ -71,19 +71,20 @@ def phase_memory(
     Args:
         counted: footprint of the base model, with the vocabulary rows that training computes with.
         saved: result of `saved_activations` for this phase.
-        method: its `module` is what trains of a layer. A method that redraws layers has fp32 weights throughout.
+        method: method of the phase. Its `module` is the part of a layer that trains. A method that redraws layers has
+            fp32 weights throughout.
         phase: phase of the method.
         layers: layers that train at one time.
-        settings: settings of the phase. If they divide the model (FSDP, DeepSpeed), each device holds its share of
+        settings: settings of the phase. If they shard the model (FSDP, DeepSpeed), each device holds its share of
             weights, gradients and optimizer states, one gathered layer and the gathered head.
-        sequence_length: T; determines the size of the mask of CPU attention.
+        sequence_length: number of tokens in a sequence, which also determines the size of the mask of CPU attention.
         precision: under `bf16`, products run on bf16 copies of the weights; trained weights are always fp32.
         kind: frozen weights are bf16 on a GPU under `bf16`, and fp32 on a CPU.
         devices: number of devices.
-        whole: footprint with all vocabulary rows, if training computes with some of them; embedding and head of this
-            size are held beside the model, in fp32.
+        whole: footprint with all vocabulary rows, if training computes with only some of them. The whole embedding and
+            head are then held in fp32 beside the model.
 
-    The peak is the largest of these moments:
+    The estimate is the largest sum over these moments of an update:
 
     - Loss: all activations and the logits exist.
     - Optimizer step: all gradients exist, but no activations.
@@ -120,7 +121,7 @@ def phase_memory(
         copies = item * max(layer.parameters for layer in held.layers) + item * counted.head_matmul
     layer_bytes = [tokens * kept for kept in saved.per_layer]
     masks = saved.mask * tokens * sequence_length
-    # The final norm of each supervised layer keeps about what that of the last one does.
+    # The final norm runs once per loss, and each time saves about as much.
     outside = tokens * saved.outside * settings.num_losses
     everything = sum(layer_bytes) + masks * len(layer_bytes) + outside
     inputs = tokens * saved.layer_input * len(layer_bytes) + outside
@@ -175,13 +176,17 @@ def head_loss_bytes(
     *,
     num_losses: int = 1,
 ) -> float:
-    """Estimate the peak bytes of the LM head's cross-entropy, of the last hidden states and of supervised layers'.
+    """Estimate the peak bytes of the LM head's cross-entropies.
 
-    - All logits at once: PyTorch's cross-entropy keeps one fp32 number per logit and loss (log-probability), and two
-      for the loss that is being differentiated (gradients).
+    - All logits at once: PyTorch's cross-entropy saves one fp32 number per logit for each loss (the log-probability),
+      and needs two more for the loss that is being differentiated.
     - Chunked: the fp32 logits of one chunk (twice with a softcap), their gradient in bf16 under `bf16`, and the hidden
-      states' gradient for all tokens. A head that trains adds its fp32 gradient, and on a CPU a chunk's part of the
-      gradient in bf16.
+      states' gradient for all tokens. A trained head adds its fp32 gradient and, under `bf16` on a CPU, a bf16 term of
+      that gradient.
+
+    Args:
+        tokens: number of tokens in a micro-batch.
+        num_losses: number of losses: one, and one for each supervised internal layer.
     """
     if head_loss in ("plain", "model"):
         return (4.0 * num_losses + 8.0) * tokens * counted.vocab_size

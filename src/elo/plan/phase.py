@@ -26,7 +26,7 @@ _ADAMW_TRAFFIC = 40.0
 
 @dataclass
 class Model:
-    """A model to plan for, counted without weights and traced once for each way of training it."""
+    """A model to plan for: counted without weights, and traced once for each way of training it."""
 
     config: PretrainedConfig
     whole: Footprint
@@ -41,7 +41,7 @@ class Model:
     def saved(
         self, method: Method, phase: Phase, layers: Sequence[int], precision: Precision, kind: Kind
     ) -> SavedActivations:
-        """Measure what a phase keeps for the backward if `layers` train at one time."""
+        """Measure what a phase saves for the backward pass if `layers` train at one time."""
         key = (method, phase, tuple(layers), precision, kind)
         if key not in self._traced:
             self._traced[key] = saved_activations(
@@ -60,9 +60,9 @@ class Timing:
     """Measured times of one phase on one device, in seconds."""
 
     micro_step: float
-    """Forward and backward of one micro-batch."""
+    """Time of forward and backward of one micro-batch."""
     last_micro_step: float
-    """The same with the optimizer's update that follows it."""
+    """Time of an update's last micro-step, including the optimizer's step."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,9 @@ def plan_phase(
         settings: settings of the phase.
         tokens: number of tokens that the phase trains on.
         sequence_length: number of tokens in a sequence.
+
+    Raises:
+        EloError: `deep_supervision` names layers that the phase cannot supervise.
     """
     counted = model.counted(settings)
     check_supervision(phase, settings, layers, counted.num_layers)
@@ -209,7 +212,7 @@ def _memory(
 
 
 def _changes(machine: Machine, method: Method, phase: Phase, settings: TrainingSettings) -> Iterator[dict[str, Any]]:
-    """Yield changes of one setting, then of two, that reduce memory; those that cost the least speed come first."""
+    """Yield changes that reduce memory: first of one setting, then of two, in order of their cost in speed."""
     single: dict[str, Any] = {}
     if settings.per_device_train_batch_size > 1:
         single["per_device_train_batch_size"] = 1

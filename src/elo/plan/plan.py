@@ -29,8 +29,7 @@ COMMON_METHODS = ("elo", "elo_paper", "frozen", "lisa", "full")
 """Methods compared with the default method when a model is planned without the name of a method."""
 DEFAULT_BASELINES = ("full", "lora")
 UTILISATION = 0.40
-"""Assumed share of the data sheet's rate that training reaches; torchtitan reports 33 to 39 % for an 8B model on an
-H100."""
+"""Assumed share of the data sheet's rate that training reaches. torchtitan reports 33 to 39 % (8B model, H100)."""
 
 
 def plan(
@@ -46,11 +45,11 @@ def plan(
     """Estimate parameters, FLOPs, memory, time and cost of a run, and of the same run with other methods.
 
     Args:
-        config: a run's configuration, YAML file, or dict of the same form; or a model (checkpoint folder, config.json
-            or hub id), for a run with default settings.
+        config: configuration of a run (object, YAML file or dict), or a model (checkpoint folder, config.json or hub
+            id) for a run with default settings.
         device: name of a GPU in elo.plan.devices.DEVICES; None means H100.
         devices: number of devices.
-        measure: train each phase for a few updates on this machine and plan for it instead of a `device`.
+        measure: train each phase for a few updates on this machine, and plan for this machine instead of a `device`.
         price_per_hour: price of one device per hour, in any currency.
         vocabulary_rows: number of rows of embedding and head under `training.vocabulary: corpus`. By default, the
             number that the run folder records, otherwise all rows.
@@ -83,9 +82,9 @@ def plan(
     layers = assumed_layers(config.layers, counted.num_layers)
     notes: list[str] = []
     if parse_auto(config.layers):
-        notes.append(f"layers: {config.layers} is decided by a probe; the plan assumes layers evenly spaced over depth")
+        notes.append(f"layers: {config.layers}: a probe will choose; the plan assumes layers evenly spaced over depth")
     if config.method.probe_criterion:
-        notes.append("method.profile: probe is decided by a probe; the plan assumes u_shaped")
+        notes.append("method.profile: probe: a probe will decide the ranks; the plan assumes u_shaped")
     rows = _vocabulary_rows(config, counted, vocabulary_rows, notes)
     model = Model(model_config, counted, rows)
     total = config.tokens or DEFAULT_TOKENS
@@ -206,9 +205,9 @@ def _plan_method(model: Model, machine: Machine, config: RunConfig, layers: Sequ
 
 
 def _full_recomputing(full: RunConfig) -> list[tuple[RunConfig, dict[str, str]]]:
-    """Return full CPT (continued pre-training) with activation checkpointing and its name in the plan.
+    """Return full CPT (continual pretraining) with activation checkpointing, and its name in the plan.
 
-    The list is empty if the settings of full CPT have it already.
+    The list is empty if full CPT already has activation checkpointing.
     """
     (phase,) = full.method.phases
     if full.settings(phase).activation_checkpointing:
@@ -269,7 +268,7 @@ def _notes(model: Model, machine: Machine, config: RunConfig, methods: Sequence[
     if machine.devices > 1:
         notes.append("devices: communication is not counted")
         if not all(each.divides_model for each in settings):
-            notes.append("devices: each holds the whole model; training_arguments: {fsdp: true} divides it")
+            notes.append("devices: each holds the whole model; training_arguments: {fsdp: true} shards it")
     for each in settings:
         micro = length * each.per_device_train_batch_size * machine.devices
         if each.tokens_per_step % micro:

@@ -1,4 +1,4 @@
-"""Schema of a plan: `elo plan` writes it as JSON and `elo.plan.table` renders it."""
+"""Schema of a plan, which `elo plan` writes as JSON and `elo.plan.table` renders."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ class Memory(_Record):
 
 
 class FlopsPerToken(_Record):
-    """FLOPs of one trained token in matrix products."""
+    """FLOPs per trained token, in matrix products and attention scores."""
 
     forward: float
     backward: float
@@ -48,7 +48,7 @@ class PhasePlan(_Record):
     flops: float
     seconds: float
     measured: bool
-    """Whether the time is that of updates on this machine, rather than an estimate from FLOPs."""
+    """Whether the time was measured on this machine rather than estimated from FLOPs."""
     tokens_per_second: float
     device_hours: float
     cost: float | None
@@ -61,7 +61,7 @@ class PhasePlan(_Record):
 
 
 class MethodPlan(_Record):
-    """All phases of a method, with their sums."""
+    """All phases of a method, with totals."""
 
     name: str
     label: str
@@ -96,7 +96,7 @@ class MethodPlan(_Record):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def peak_bytes(self) -> int:
-        """Peak memory of the phase that needs most, in bytes."""
+        """Largest peak memory of any phase, in bytes."""
         return max(phase.memory.peak_bytes for phase in self.phases)
 
     @computed_field  # type: ignore[prop-decorator]

@@ -22,7 +22,7 @@ _PARTS = {
 
 
 def render_plan(plan: Plan) -> RenderableType:
-    """Render tables of time, cost, speed-ups and memory, with the assumptions behind the numbers."""
+    """Render tables of time, cost, speed-ups and memory, followed by the assumptions behind the numbers."""
     parts: list[RenderableType] = [_headline(plan), _time(plan), _memory(plan)]
     lines = [
         f"{_phase_label(method, phase)} does not fit"

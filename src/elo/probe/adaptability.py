@@ -1,4 +1,4 @@
-"""Adaptability (after DAMA, arXiv 2602.01008): how much a module learns in a few updates of it alone."""
+"""Adaptability (after DAMA, arXiv 2602.01008): how much the loss falls in a few updates of one module alone."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from elo.probe.base import Scores, Subject, Trace, by_module, criterion, gradien
 UPDATES = 2
 """Number of updates of each module."""
 STEP = 0.0005
-"""Size of an update: each tensor moves by this share of its own norm, along its gradient. With 0.02, the loss of
+"""Size of an update: each tensor moves by this share of its own norm, against its gradient. With 0.02, the loss of
 SmolLM2-135M rises for nearly all layers."""
 
 
@@ -20,13 +20,13 @@ SmolLM2-135M rises for nearly all layers."""
 def score(subject: Subject) -> Scores:
     """Score by the decrease of the loss on the second half of the text after updates on the first half.
 
-    Each update moves every tensor of the module by a fixed share of its norm, along the gradient on the first half.
-    All modules share the first gradient, which is computed once.
+    Each update moves every tensor of the module by a fixed share of its norm, against the gradient on the first half.
+    The gradient of the first update is computed once for all modules.
     """
     found = {}
     for language, ids_NT in subject.sequences.items():
         half = (len(ids_NT) + 1) // 2
-        learned, measured = Trace(subject, ids_NT[:half]), Trace(subject, ids_NT[-half:])
+        learned, measured = Trace(subject, ids_NT[:half]), Trace(subject, ids_NT[half:])
         with gradients(subject), torch.enable_grad():
             subject.loss(ids_NT[:half]).backward()
             first = {id(each): each.grad for each in subject.layers.parameters()}
@@ -60,7 +60,7 @@ def _update(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | Non
 
 @contextmanager
 def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Restore the parameters' values at the end."""
+    """Restore the parameters' values on exit."""
     before = [parameter.detach().clone() for parameter in parameters]
     try:
         yield
@@ -72,7 +72,7 @@ def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within, only these parameters require gradients, if the model is frozen otherwise."""
+    """Require gradients of these parameters within the context, and freeze them on exit."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:

@@ -1,7 +1,7 @@
-"""What a criterion is: a function that scores every decoder layer, its attention and its feed-forward part.
+"""Interface of the criteria, which score every decoder layer, its attention and its feed-forward part.
 
 A criterion is one file in this package: a function with the decorator `criterion`. Importing `elo.probe.criteria`
-imports every file here. Higher scores mean more important for all criteria.
+imports all of these files. For every criterion, a higher score means more important.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ class Subject:
         model: the model, with all parameters frozen.
         sequences: token ids [N, T] by language.
         sentences: token ids of parallel sentences by language, in the same order; empty without parallel text.
-        autocast: compute dtype; None is the model's.
+        autocast: dtype of autocast; None computes in the model's dtype.
     """
 
     model: PreTrainedModel
@@ -49,17 +49,17 @@ class Subject:
         return next(self.model.parameters()).device
 
     def loss(self, ids_NT: Tensor) -> Tensor:
-        """Return the mean nats per predicted token."""
+        """Return the mean cross-entropy of the sequences [N, T], in nats per predicted token."""
         logits_NTV = self.run(ids_NT)
         return nn.functional.cross_entropy(logits_NTV[:, :-1].float().flatten(0, 1), ids_NT[:, 1:].flatten())
 
     def run(self, ids_NT: Tensor, **inputs: Tensor) -> Tensor:
-        """Return the logits."""
+        """Return the logits [N, T, V]."""
         with self.computing():
             return forward_logits(self.model, input_ids=ids_NT, **inputs)
 
     def computing(self) -> torch.autocast:
-        """Return the context in which the model computes."""
+        """Return the autocast context of the model's computations."""
         return torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
 
@@ -68,8 +68,9 @@ class Criterion:
     """A way to score layers.
 
     Attributes:
-        label: what is measured, with its unit, for charts and tables.
-        needs_parallel: whether parallel text is needed.
+        label: measured quantity with its unit, for charts and tables.
+        score: function that scores every module of every layer.
+        needs_parallel: whether the criterion needs parallel sentences.
     """
 
     name: str
@@ -103,12 +104,16 @@ def score_each(subject: Subject, score: Callable[[int, LayerModule], float]) -> 
 
 
 def by_module(by_language: Mapping[str, Mapping[LayerModule, list[float]]]) -> Scores:
-    """Reorder scores by language and module to module and language."""
+    """Regroup scores from language, then module, to module, then language."""
     return {which: {language: list(found[which]) for language, found in by_language.items()} for which in MODULES}
 
 
 class Trace:
-    """The hidden states that enter each layer for some text, so that a changed layer is computed from there on."""
+    """The inputs and outputs of each layer for some text, so that a changed layer and those above it can be recomputed.
+
+    Attributes:
+        base: loss of the unchanged model, in nats per predicted token.
+    """
 
     def __init__(self, subject: Subject, ids_NT: Tensor) -> None:
         self.subject, self.ids = subject, ids_NT
@@ -141,7 +146,7 @@ class Trace:
         return hidden
 
     def loss(self, index: int) -> Tensor:
-        """Return the mean nats per predicted token, computed from layer `index` upwards."""
+        """Recompute layer `index` and those above it, and return the loss in nats per predicted token."""
         with ExitStack() as changes:
             for below in range(index):
                 changes.enter_context(self.replaced(below, self.input(index)))
@@ -149,7 +154,7 @@ class Trace:
 
     @contextmanager
     def replaced(self, index: int, output: Tensor | None = None) -> Iterator[None]:
-        """Within, layer `index` computes nothing and returns `output`, or its input if that is None."""
+        """Make layer `index` return `output` within the context, or its input if `output` is None."""
         layer, recorded = self.subject.layers[index], self._outputs[index]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -163,22 +168,22 @@ class Trace:
 
     @contextmanager
     def skipped(self, index: int, which: LayerModule) -> Iterator[None]:
-        """Within, a module of layer `index` adds nothing to the residual stream."""
+        """Keep a module of layer `index` from adding to the residual stream within the context."""
         with ExitStack() as changes:
             if which == "layer":
                 changes.enter_context(self.replaced(index))
             for module in modules_in(self.subject.layers[index], which) if which != "layer" else ():
-                changes.callback(module.register_forward_hook(_nothing).remove)
+                changes.callback(module.register_forward_hook(_zero_output).remove)
             yield
 
 
-def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
+def _zero_output(module: nn.Module, args: Any, output: Any) -> Any:
     return with_leaving(output, torch.zeros_like(leaving(output)))
 
 
 @contextmanager
 def gradients(subject: Subject) -> Iterator[None]:
-    """Within, the parameters of the decoder layers require gradients."""
+    """Require gradients of the decoder layers' parameters within the context, and clear them on exit."""
     subject.layers.requires_grad_(True)
     try:
         yield
@@ -192,7 +197,7 @@ def sums_of_gradients(
 ) -> dict[LayerModule, list[float]]:
     """Return the sum of `measure(weight, gradient)` over the parameters of every module of every layer.
 
-    Each gradient is freed as soon as it is measured.
+    The gradients are those of the loss on `ids_NT`. Each one is freed as soon as it is measured.
     """
     found: dict[int, float] = {}
 

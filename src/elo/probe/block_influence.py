@@ -1,4 +1,4 @@
-"""Block influence (ShortGPT, arXiv 2403.03853): how far a module turns the hidden states."""
+"""Block influence (ShortGPT, arXiv 2403.03853): how much a module changes the direction of the hidden states."""
 
 import torch
 from torch import nn
@@ -9,9 +9,9 @@ from elo.probe.base import Scores, Subject, Trace, by_module, criterion, score_e
 
 @criterion("block_influence", "1 - cosine of hidden states with and without it")
 def score(subject: Subject) -> Scores:
-    """Score by 1 - cosine of a layer's output with and without the module, as a mean over tokens.
+    """Score by 1 - cosine between a layer's outputs with and without the module, as a mean over tokens.
 
-    Without the whole layer, its output is its input.
+    Without the whole layer, the output is the layer's input.
     """
     found = {}
     for language, ids_NT in subject.sequences.items():

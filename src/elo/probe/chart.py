@@ -24,5 +24,5 @@ def draw_scores(name: str, label: str, scores: Scores) -> Chart:
                     label=f"{drawable(language, f'language {number + 1}')}, {which}",
                 )
         axes.set_xlabel("decoder layer")
-        axes.set_title(label, loc="left")  # Too long for the height of the axis.
+        axes.set_title(label, loc="left")  # the label is too long for the y axis
         return finish(figure, name, name.replace("_", " "), "Higher is more important.")

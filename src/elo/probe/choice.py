@@ -1,4 +1,4 @@
-"""Choose layers by their scores: `layers: auto:K` and `auto:CRITERION:K`."""
+"""Choose layers by their scores, for `layers: auto:K` and `auto:CRITERION:K`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from elo.probe.base import Scores
 from elo.probe.criteria import CRITERIA
 
 TO_TRAIN = "adaptability"
-"""Criterion of `auto:K` for layers to train."""
+"""Criterion of `auto:K` when it chooses layers to train."""
 TO_KEEP = "skipping"
-"""Criterion of `auto:K` for layers of a smaller model."""
+"""Criterion of `auto:K` when it chooses the layers of a smaller model."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Chosen layers, in order of depth, and why."""
+    """Chosen layers in ascending order, and the reason for the choice."""
 
     layers: tuple[int, ...]
     reason: str
 
 
 def check_auto(auto: AutoLayers, num_layers: int, *, has_parallel: bool, where: str) -> None:
-    """Raise EloError if the criterion is unknown, lacks parallel text, or all layers would be chosen."""
+    """Raise EloError if the criterion is unknown, lacks parallel text, or would choose no layer or every layer."""
     if auto.criterion is not None and auto.criterion not in CRITERIA:
         raise EloError(
             f"layers: {where}: there is no criterion {auto.criterion!r}; choose one of {', '.join(CRITERIA)}"
@@ -40,14 +40,14 @@ def check_auto(auto: AutoLayers, num_layers: int, *, has_parallel: bool, where: 
 
 
 def mean_scores(scores: Scores, module: LayerModule, languages: Sequence[str]) -> list[float]:
-    """Return each layer's score as a mean over the languages, or over all if they have no scores of their own."""
+    """Return each layer's mean score over `languages`, or over all languages if none of these has scores."""
     by_language = scores[module]
     chosen = [by_language[language] for language in languages if language in by_language] or list(by_language.values())
     return [float(value) for value in np.mean(chosen, axis=0)]
 
 
 def choose(scores: Scores, criterion: str, count: int, module: LayerModule, languages: Sequence[str]) -> Choice:
-    """Choose the `count` layers with the highest mean scores; of equal ones, the lower."""
+    """Choose the `count` layers with the highest mean scores. Ties go to the lower layer."""
     means = mean_scores(scores, module, languages)
     ranked = sorted(range(len(means)), key=lambda index: -means[index])
     known = [language for language in languages if language in scores[module]] or list(scores[module])

@@ -1,4 +1,4 @@
-"""Every criterion: importing this module imports all files of the package, which register their criteria."""
+"""Register all criteria: importing this module imports every criterion's file in the package."""
 
 import importlib
 import pkgutil

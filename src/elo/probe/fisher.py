@@ -1,4 +1,4 @@
-"""Fisher information: how much the predictions depend on the weights of a module."""
+"""Fisher information: how strongly the predictions depend on the weights of a module."""
 
 import torch
 
@@ -7,7 +7,7 @@ from elo.probe.base import MODULES, Scores, Subject, by_module, criterion, sums_
 
 @criterion("fisher", "squared gradient, mean over sequences (nats squared)")
 def score(subject: Subject) -> Scores:
-    """Score by the trace of the empirical Fisher information: squared gradients of single sequences, averaged."""
+    """Score by the trace of the empirical Fisher information: the squared gradient of one sequence, as a mean."""
     found = {}
     for language, ids_NT in subject.sequences.items():
         of_sequences = [

@@ -1,4 +1,4 @@
-"""Importance of weights and activations, fused (after SAAP, arXiv 2412.15127)."""
+"""Importance of weights and activations, fused into one score (after SAAP, arXiv 2412.15127)."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -13,27 +13,29 @@ from elo.probe.base import MODULES, Scores, Subject, by_module, criterion, sums_
 
 @criterion("importance", "fused importance of weights and activations (mean 1)")
 def score(subject: Subject) -> Scores:
-    """Score by two kinds of importance, each relative to its mean over layers, weighted by their certainty.
+    """Score by the weighted mean of two kinds of importance, each relative to its mean over layers.
 
-    Fine: |weight x gradient|, the first-order change of the loss if a weight were zero. Coarse: |weight| x the norm of
-    the input that it multiplies. As in SAAP, each kind counts by the inverse of its variance, here between sequences.
+    - Fine: |weight x gradient|, the first-order change of the loss if the weight were zero.
+    - Coarse: |weight| x norm of the input feature that it multiplies.
+
+    As in SAAP, each kind is weighted by the inverse of its variance, here between sequences.
     """
     found = {}
     for language, ids_NT in subject.sequences.items():
         fine, coarse = [], []
         for row_1T in ids_NT.split(1):
             activations: dict[int, Tensor] = {}
-            with _input_norms(subject, activations):
+            with _recording_input_norms(subject, activations):
                 fine.append(sums_of_gradients(subject, row_1T, lambda weight, slope: (weight * slope).abs().sum()))
-            coarse.append(_weighted(subject, activations))
+            coarse.append(_coarse_importance(subject, activations))
         found[language] = {
-            which: _fused([[sums[which] for sums in kind] for kind in (fine, coarse)]).tolist() for which in MODULES
+            which: _fuse([[sums[which] for sums in kind] for kind in (fine, coarse)]).tolist() for which in MODULES
         }
     return by_module(found)
 
 
-def _input_norms(subject: Subject, found: dict[int, Tensor]) -> ExitStack:
-    """Within, record the norm of each input feature of every linear layer."""
+def _recording_input_norms(subject: Subject, found: dict[int, Tensor]) -> ExitStack:
+    """Record the norm of each input feature of every linear layer within the returned context, by the layer's `id`."""
 
     def record(module: nn.Module, args: Any) -> None:
         found[id(module)] = args[0].detach().float().flatten(0, -2).norm(dim=0)
@@ -45,7 +47,7 @@ def _input_norms(subject: Subject, found: dict[int, Tensor]) -> ExitStack:
     return hooks
 
 
-def _weighted(subject: Subject, activations: dict[int, Tensor]) -> dict[str, list[float]]:
+def _coarse_importance(subject: Subject, activations: dict[int, Tensor]) -> dict[str, list[float]]:
     """Sum |weight| x input norm over the linear layers of each module."""
 
     def total(part: nn.Module) -> float:
@@ -62,8 +64,8 @@ def _weighted(subject: Subject, activations: dict[int, Tensor]) -> dict[str, lis
     return {which: [of_layer(layer, which) for layer in subject.layers] for which in MODULES}
 
 
-def _fused(kinds: list[list[list[float]]]) -> Tensor:
-    """Fuse kinds of importance, given by sequence and layer, into one score per layer with mean 1."""
+def _fuse(kinds: list[list[list[float]]]) -> Tensor:
+    """Fuse kinds of importance, each [sequences][layers], into one score per layer with mean 1."""
     fused, weights = torch.zeros(len(kinds[0][0]), dtype=torch.float64), 0.0
     for by_sequence in kinds:
         values_NL = torch.tensor(by_sequence, dtype=torch.float64)
@@ -73,4 +75,4 @@ def _fused(kinds: list[list[list[float]]]) -> Tensor:
         certainty = 1.0 / (float(values_NL.var(0, correction=0).mean()) + 1e-6)
         fused += certainty * values_NL.mean(0)
         weights += certainty
-    return fused / max(weights, 1.0)
+    return fused / (weights or 1.0)

@@ -1,4 +1,4 @@
-"""The choices of a run that need scores of the layers: `layers: auto`, and settings of a method."""
+"""Make the choices of a run that depend on layer scores: `layers: auto`, and a method's settings."""
 
 from transformers import PreTrainedModel
 
@@ -17,9 +17,19 @@ from elo.store.run_folder import Artifact, RunFolder
 def choices(
     config: RunConfig, data: PreparedData, folder: RunFolder, base: Artifact, tokenizer: str
 ) -> tuple[Choice | None, Method]:
-    """Return the layers that a probe chooses, None if the configuration names them, and the method.
+    """Probe the base as far as the configuration requires, and make the choices that depend on the scores.
 
-    The text is the beginning of the target languages' training text. Each criterion is a stage of `folder`.
+    The probe reads the beginning of the target languages' training text. Each criterion is a stage of `folder`.
+
+    Args:
+        tokenizer: folder or hub id of the tokenizer.
+
+    Returns:
+        The chosen layers (None if the configuration names them), and the method with the settings that follow from its
+        probe.
+
+    Raises:
+        EloError: there is too little text, or the parallel sentences cannot be read.
     """
     method, settings, targets = config.method, config.probe, config.data.targets
     auto = parse_auto(config.layers) if method.uses_layers else None

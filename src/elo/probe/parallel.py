@@ -1,4 +1,4 @@
-"""Difference between languages (after SLAM, arXiv 2501.03681): how differently a module treats a text's translation."""
+"""Difference between languages (after SLAM, arXiv 2501.03681): how differently a module treats translations."""
 
 import functools
 from collections.abc import Sequence
@@ -18,10 +18,11 @@ _BATCH = 16
 
 @criterion("parallel", "1 - cosine of the outputs for parallel sentences", needs_parallel=True)
 def score(subject: Subject) -> Scores:
-    """Score by 1 - cosine of a module's output for a sentence and for its translation, by pair of languages.
+    """Score by 1 - cosine between a module's outputs for a sentence and for its translation, by pair of languages.
 
-    The output is a mean over the sentence's tokens, each scaled to norm 1 because a few tokens have huge hidden states,
-    less the mean over all sentences of both languages. 0: the languages are treated alike; 2: only the language counts.
+    The output for a sentence is the mean over its tokens, minus the mean over all sentences of both languages. Each
+    token is first scaled to norm 1, because a few tokens have huge hidden states. A score of 0 means that the languages
+    are treated alike, a score of 2 that the output depends on the language alone.
     """
     means = {language: _sentence_means(subject, sentences) for language, sentences in subject.sentences.items()}
     found: Scores = {which: {} for which in MODULES}
@@ -35,7 +36,7 @@ def score(subject: Subject) -> Scores:
 
 
 def _sentence_means(subject: Subject, sentences: Sequence[Tensor]) -> dict[LayerModule, Tensor]:
-    """Return the mean output [sentences, layers, width] of each module."""
+    """Return each module's mean output over the tokens of each sentence: [sentences, layers, width]."""
     found: dict[LayerModule, list[Tensor]] = {which: [] for which in MODULES}
     for start in range(0, len(sentences), _BATCH):
         batch = list(sentences[start : start + _BATCH])
@@ -45,7 +46,7 @@ def _sentence_means(subject: Subject, sentences: Sequence[Tensor]) -> dict[Layer
         with torch.no_grad(), ExitStack() as hooks:
             for index, layer in enumerate(subject.layers):
                 for which in MODULES:
-                    # Of several, such as the two linear layers of OPT's feed-forward part, the last has the output.
+                    # If a part consists of several modules, as OPT's feed-forward part does, the last has its output.
                     for module in modules_in(layer, which)[-1:]:
                         hook = functools.partial(_record, outputs, (which, index), mask_NT)
                         hooks.callback(module.register_forward_hook(hook).remove)
@@ -59,6 +60,6 @@ def _sentence_means(subject: Subject, sentences: Sequence[Tensor]) -> dict[Layer
 
 def _record(outputs: dict[Any, Tensor], key: Any, mask_NT: Tensor, module: nn.Module, args: Any, output: Any) -> None:
     hidden_NTD = nn.functional.normalize(leaving(output).float(), dim=-1)
-    if hidden_NTD.ndim == 2:  # a module that sees the tokens of all sentences in one row
+    if hidden_NTD.ndim == 2:  # the module gets the tokens of all sentences as one dimension
         hidden_NTD = hidden_NTD.view(*mask_NT.shape, -1)
     outputs[key] = (hidden_NTD * mask_NT[..., None]).sum(1) / mask_NT.sum(1, keepdim=True)

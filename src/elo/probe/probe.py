@@ -48,24 +48,27 @@ def probe(
 ) -> dict[str, Any]:
     """Score every decoder layer, its attention and its feed-forward part.
 
-    A killed call resumes with the criterion that it was at.
+    A repeated call resumes after the last criterion that was finished.
 
     Args:
         model: checkpoint folder or hub id.
         corpora: text by language (anything `elo prepare` reads).
-        output: folder for probe.json, with all scores, and charts over depth.
+        output: folder for probe.json, which has all scores, and for charts over depth.
         parallel: file of parallel sentences with one column per language, for the criteria that need it.
         criteria: names of criteria; by default all that the text allows.
         tokens: number of tokens per language.
         sequence_length: length of a sequence, in tokens.
+        text_column: field that holds a document's text.
+        tokenizer: folder or hub id; by default the model's.
 
     Returns:
         The content of probe.json.
 
     Raises:
-        EloError: the model or the text cannot be read, or there is no such criterion.
+        EloError: the model or the text cannot be read, there is too little text, or a criterion is unknown or lacks
+            parallel text.
     """
-    names = _known(criteria, parallel is not None)
+    names = _resolve_criteria(criteria, parallel is not None)
     base = resolve_checkpoint(model, trust_remote_code=trust_remote_code)
     encoder = load_tokenizer(tokenizer or str(base), trust_remote_code)
     sequences = {
@@ -95,7 +98,7 @@ def probe(
             chart = draw_scores(name, record["label"], record["scores"])
             folder.path(f"{name}.svg").write_bytes(chart.svg)
             folder.path(f"{name}.png").write_bytes(chart.png)
-    _show(results)
+    _print_table(results)
     return results
 
 
@@ -118,7 +121,7 @@ def _score(
     limit = longest_sequence(model)
     length = max(ids.shape[1] for ids in text.sequences.values())
     if limit is not None and length > limit:
-        raise EloError(f"probe: sequence length {length}: the model has {limit} positions; write at most that")
+        raise EloError(f"probe: sequence length {length}: the model has {limit} positions; write at most {limit}")
     sequences = {language: ids.to(device) for language, ids in text.sequences.items()}
     autocast = torch.bfloat16 if bf16_pays(device.type) else None
     scores = CRITERIA[criterion].score(Subject(model, sequences, text.sentences, autocast))
@@ -137,7 +140,7 @@ def frozen_model(base: Path, trust_remote_code: bool) -> PreTrainedModel:
     return model
 
 
-def _known(criteria: Sequence[str], has_parallel: bool) -> list[str]:
+def _resolve_criteria(criteria: Sequence[str], has_parallel: bool) -> list[str]:
     for name in criteria:
         if name not in CRITERIA:
             raise EloError(f"criteria: there is no {name!r}; choose among {', '.join(CRITERIA)}")
@@ -160,13 +163,17 @@ def layers_to_keep(
 
     Args:
         model: checkpoint folder or hub id.
-        selection: the selection.
-        saved: probe.json of the model; otherwise it is probed on `corpora`.
-        output: folder of the probe.
+        selection: `auto:K` or `auto:CRITERION:K`.
+        saved: probe.json of the model; None probes the model on `corpora`.
+        corpora: text by language, for a new probe.
+        output: folder of a new probe.
         arguments: further arguments of `probe`.
 
     Returns:
-        The layers, and the reason.
+        The layers in ascending order, and the reason for the choice.
+
+    Raises:
+        EloError: the selection does not suit the model, the scores or the text, or there is nothing to score by.
     """
     auto = parse_auto(selection)
     assert auto is not None
@@ -194,18 +201,18 @@ def layers_to_keep(
 
 
 def read_probe(path: Path) -> dict[str, Any]:
-    """Read a probe.json.
+    """Read the file that `probe` wrote.
 
     Raises:
-        EloError: the file is not a probe's.
+        EloError: the file cannot be read or has another content.
     """
     found = read_json(path)
     if not isinstance(found, dict) or found.get("kind") != "probe":
-        raise EloError(f"{path}: is not a probe's {FILE_NAME}; give the file that `elo probe` wrote")
+        raise EloError(f"{path}: is not a {FILE_NAME}; give the file that `elo probe` wrote")
     return found
 
 
-def _show(results: dict[str, Any]) -> None:
+def _print_table(results: dict[str, Any]) -> None:
     table = Table(title=f"{results['model']}: most important of {results['num_layers']} layers", title_justify="left")
     for heading in ("criterion", "module", "layers, best first (mean over languages)"):
         table.add_column(heading)

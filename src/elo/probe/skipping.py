@@ -1,4 +1,4 @@
-"""Loss without a module: how much worse the model predicts text if the module adds nothing."""
+"""Skipping: how much the loss rises if a module adds nothing to the residual stream."""
 
 import torch
 
@@ -8,7 +8,7 @@ from elo.probe.base import Scores, Subject, Trace, by_module, criterion, score_e
 
 @criterion("skipping", "loss increase without it (nats per token)")
 def score(subject: Subject) -> Scores:
-    """Score by the increase of the loss, the logarithm of the perplexity, when the module is skipped."""
+    """Score by the increase of the loss (the logarithm of the perplexity) when the module is skipped."""
     found = {}
     for language, ids_NT in subject.sequences.items():
         trace = Trace(subject, ids_NT)

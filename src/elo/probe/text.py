@@ -1,7 +1,7 @@
 """The text of a probe: a few sequences per language, and parallel sentences."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elo.data.sources import read_documents
+from elo.data.sources import FileReader, list_inputs, read_documents
 from elo.data.tokenizer import TextTokenizer
 from elo.errors import EloError
 
 PAIRS = 48
-"""Number of parallel sentences."""
+"""Maximum number of parallel sentences per language."""
 
 
 @dataclass(frozen=True)
 class ProbeText:
-    """Token ids: `sequences` [N, T] by language, `sentences` by language, in the same order."""
+    """Token ids: `sequences` [N, T] by language, and parallel `sentences` by language, in the same order."""
 
     sequences: Mapping[str, Tensor]
     sentences: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
@@ -37,10 +37,10 @@ class ProbeText:
 
 
 def make_sequences(language: str, documents: Iterable[np.ndarray], tokens: int, sequence_length: int) -> Tensor:
-    """Fill sequences [N, T] with the first T tokens of each document, one after the other.
+    """Concatenate the first T tokens of each document and cut the result into sequences [N, T], at least two.
 
     Raises:
-        EloError: there is less text than two sequences need.
+        EloError: the text does not fill two sequences.
     """
     wanted = max(2, -(-tokens // sequence_length)) * sequence_length
     pieces: list[np.ndarray] = []
@@ -63,7 +63,7 @@ def make_sequences(language: str, documents: Iterable[np.ndarray], tokens: int, 
 def read_sequences(
     language: str, path: str, tokenizer: TextTokenizer, tokens: int, sequence_length: int, text_column: str
 ) -> Tensor:
-    """Fill sequences with the first documents of a corpus; see `make_sequences`."""
+    """Make sequences of the first documents of a corpus; see `make_sequences`."""
     texts = (text[: 16 * sequence_length] for text in read_documents(path, text_column))
     documents = (document for text in texts for document in tokenizer.encode_documents([text]))
     return make_sequences(language, documents, tokens, sequence_length)
@@ -72,24 +72,32 @@ def read_sequences(
 def read_sentences(
     path: str | Path, languages: Sequence[str], tokenizer: TextTokenizer, sequence_length: int
 ) -> dict[str, list[Tensor]]:
-    """Read parallel sentences from a file with one column per language.
+    """Read parallel sentences from a file with one column per language. Rows with an empty sentence are skipped.
 
     Raises:
-        EloError: the file cannot be read, or it has columns for fewer than two of the languages.
+        EloError: there are fewer than two languages, the file cannot be read or lacks a column, or no row is complete.
     """
-    found: dict[str, list[str]] = {}
-    for language in languages:
-        try:
-            found[language] = list(islice(read_documents(path, language), PAIRS))
-        except EloError as error:
-            raise EloError(f"parallel text: {error}; name a file with one column per language") from None
-    counts = {len(sentences) for sentences in found.values()}
-    if len(found) < 2 or len(counts) > 1:
-        listed = ", ".join(f"{language} {len(sentences)}" for language, sentences in found.items())
-        raise EloError(f"parallel text: {path}: found sentences {listed}; give the same number for two languages")
+    if len(languages) < 2:
+        raise EloError(f"parallel text: {path}: only {', '.join(languages)} has a corpus; give at least two languages")
+    try:
+        rows = zip(*(_column(path, language) for language in languages), strict=True)
+        complete = list(islice((row for row in rows if all(text.strip() for text in row)), PAIRS))
+    except EloError as error:
+        raise EloError(f"parallel text: {error}; name a file with one column per language") from None
+    if not complete:
+        raise EloError(f"parallel text: {path}: no row has text in all of {', '.join(languages)}; add such rows")
     return {
         language: [
             torch.from_numpy(ids[:sequence_length].astype(np.int64)) for ids in tokenizer.encode_documents(sentences)
         ]
-        for language, sentences in found.items()
+        for language, sentences in zip(languages, map(list, zip(*complete, strict=True)), strict=True)
     }
+
+
+def _column(path: str | Path, name: str) -> Iterator[str]:
+    """Yield a column of a file with its empty cells, so that the columns of one file stay aligned."""
+    for file in list_inputs(str(path)):
+        for record in FileReader(file, name).records():
+            if record.problem is not None:
+                raise EloError(record.problem)
+            yield record.text.decode()

@@ -1,8 +1,8 @@
-"""Check that each kept layer of the small model is built exactly like its layer in the base.
+"""Check that each layer of a detached model is built exactly like the base layer that it was taken from.
 
 Both models are built without weights and compared module by module: classes, shapes, scalar attributes, small buffers
-and ties. In some families layers depend on their depth in ways that the configuration edits do not cover. They differ
-here and are refused before training produces layers that cannot be attached.
+and tied weights. In some families, layers depend on their depth in ways that the configuration edits do not cover. Such
+layers differ here and are refused before training, because the trained layers could not be attached.
 """
 
 import copy
@@ -29,9 +29,9 @@ _SMALL = 1 << 16
 
 
 class _WithoutLargeTensors(TorchFunctionMode):
-    """Create uninitialised and large tensors on the meta device; small constants keep their data for comparison.
+    """Create uninitialised and large tensors on the meta device. Small constants keep their data for comparison.
 
-    Initialisers skip tensors without data, which halves the construction time.
+    Initialisers skip tensors on the meta device, which halves the construction time.
     """
 
     def __torch_function__(
@@ -69,7 +69,7 @@ def _hollow_construction(model_type: str) -> Iterator[None]:
 
 
 def build_hollow(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """Build the model of `config` without parameter data and without changing the random state.
+    """Build the model of `config` with parameters on the meta device, and without changing the random state.
 
     Raises:
         UnsupportedArchitectureError: the model cannot be built.
@@ -80,7 +80,7 @@ def build_hollow(model_class: type[PreTrainedModel], config: PretrainedConfig) -
 
 
 def build_hollow_causal_lm(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build the causal LM of `config` without parameter data; elo.checkpoint.reading chooses its class.
+    """Build the causal LM of `config` with parameters on the meta device; elo.checkpoint.reading chooses its class.
 
     Raises:
         UnsupportedArchitectureError: transformers has no causal LM for this configuration, or cannot build it.
@@ -93,16 +93,18 @@ def build_hollow_causal_lm(config: PretrainedConfig, *, trust_remote_code: bool 
 
 
 def require_same_layers(base: PreTrainedModel, detached: PreTrainedModel, kept: Sequence[int]) -> None:
-    """Compare a base with the model made of its layers `kept`; both may be without data.
+    """Check that a base and the model made of its layers `kept` differ only in the number and indices of layers.
+
+    Both models may be on the meta device.
 
     Raises:
-        UnsupportedArchitectureError: anything other than the number of layers and their indices differs.
+        UnsupportedArchitectureError: anything else differs.
     """
     base_parts, detached_parts = find_architecture(base), find_architecture(detached)
     if detached_parts.layers_path != base_parts.layers_path or detached_parts.tied != base_parts.tied:
-        raise _refusal(base_parts, kept, "the small model has a different structure")
+        raise _refusal(base_parts, kept, "the detached model has a different structure")
     if detached_parts.num_layers != len(kept):
-        raise _refusal(base_parts, kept, f"the small model has {detached_parts.num_layers} layers")
+        raise _refusal(base_parts, kept, f"the detached model has {detached_parts.num_layers} layers")
     for position, index in enumerate(kept):
         old = base.get_submodule(f"{base_parts.layers_path}.{index}")
         new = detached.get_submodule(f"{base_parts.layers_path}.{position}")
@@ -118,19 +120,22 @@ def require_same_layers(base: PreTrainedModel, detached: PreTrainedModel, kept: 
                 base_parts,
                 kept,
                 f"{name} is outside the layers but depends on their number "
-                f"({old_shapes.get(name, 'absent')} in the base, {new_shapes.get(name, 'absent')} in the small model)",
+                f"({old_shapes.get(name, 'absent')} in the base, {new_shapes.get(name, 'absent')} in the detached "
+                "model)",
             )
 
 
 def follow_configuration(
     detached: PreTrainedModel, base: PreTrainedModel, small: PreTrainedModel, kept: Sequence[int]
 ) -> None:
-    """Set the plain attributes of a model made of a base's modules to the values that its own configuration gives.
+    """Set the plain attributes of a detached model's modules to the values that its own configuration gives.
+
+    Its modules are copies of the base's, whose attributes can depend on the base's number of layers.
 
     Args:
-        detached: model to change, a copy of the base with the layers `kept`.
-        base: model of the base's configuration; may be without data.
-        small: model of the detached model's configuration; may be without data.
+        detached: model to change, a copy of the base with only the layers `kept`.
+        base: model built from the base's configuration; may be on the meta device.
+        small: model built from the detached model's configuration; may be on the meta device.
         kept: indices of the kept layers.
     """
     prefix = find_architecture(base).layers_path + "."
@@ -141,7 +146,7 @@ def follow_configuration(
             position, dot, rest = name.removeprefix(prefix).partition(".")
             base_name = f"{prefix}{kept[int(position)]}{dot}{rest}"
         if base_name not in base_modules or name not in small_modules:
-            continue  # the module belongs to layers that were removed
+            continue  # the module belongs to a removed layer
         before, after = vars(base_modules[base_name]), vars(small_modules[name])
         for key in vars(module).keys() & before.keys() & after.keys():
             values = before[key], after[key]
@@ -150,13 +155,18 @@ def follow_configuration(
 
 
 class _Place(NamedTuple):
+    """Index of a layer in the base (`old`) and in the detached model (`new`), and the indices of all kept layers."""
+
     old: int
     new: int
     kept: Sequence[int]
 
 
 def _is_selection(before: Any, after: Any, place: _Place) -> bool:
-    """Return whether these are a per-layer list of the configuration, to which a module may keep a reference."""
+    """Return whether `after` has the kept layers' entries of the per-layer list `before`.
+
+    A module may keep a reference to such a list of the configuration.
+    """
     return (
         isinstance(before, (list, tuple))
         and isinstance(after, (list, tuple))
@@ -176,13 +186,13 @@ def _refusal(parts: Architecture, kept: Sequence[int], what: str) -> Unsupported
 def _difference(old: nn.Module, new: nn.Module, place: _Place) -> str | None:
     old_modules, new_modules = dict(old.named_modules()), dict(new.named_modules())
     for name in sorted(old_modules.keys() ^ new_modules.keys()):
-        return f"{name} is only in the {'base' if name in old_modules else 'small model'}"
+        return f"{name} is only in the {'base' if name in old_modules else 'detached model'}"
     for name, old_module in old_modules.items():
         new_module, where = new_modules[name], f"{name}." if name else ""
         if type(old_module) is not type(new_module):
             return (
                 f"{name or 'the layer'} is {type(old_module).__name__} in the base, "
-                f"{type(new_module).__name__} in the small model"
+                f"{type(new_module).__name__} in the detached model"
             )
         if difference := _attribute_difference(old_module, new_module, place):
             return where + difference
@@ -210,7 +220,7 @@ def _attribute_difference(old: nn.Module, new: nn.Module, place: _Place) -> str 
             if difference := _tensor_difference(before, after):
                 return f"{name} {difference}"
         elif _comparable(before) and _comparable(after) and not _equal(before, after):
-            return f"{name} is {before!r} in the base and {after!r} in the small model"
+            return f"{name} is {before!r} in the base and {after!r} in the detached model"
     return None
 
 
@@ -234,7 +244,7 @@ def _tensor_difference(old: Any, new: Any) -> str | None:
     if not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
         return None if old is None and new is None else "is only in one of the two models"
     if old.shape != new.shape or old.dtype != new.dtype:
-        return f"is {list(old.shape)} in the base and {list(new.shape)} in the small model"
+        return f"is {list(old.shape)} in the base and {list(new.shape)} in the detached model"
     if isinstance(old, nn.Parameter) or old.is_meta or new.is_meta:
         return None
     return None if torch.equal(old, new) else "has other values because it depends on the layer's depth"

@@ -23,7 +23,7 @@ INCLUDABLE = ("embedding", "norm", "head")
 
 
 def detach_layers(model: PreTrainedModel, layers: str | int | Sequence[int]) -> PreTrainedModel:
-    """Make a small model of the same class: embedding, selected decoder layers, final norm and head.
+    """Make a detached model of the same class: embedding, selected decoder layers, final norm and head.
 
     Args:
         model: decoder-only causal LM; it is not changed.
@@ -33,7 +33,7 @@ def detach_layers(model: PreTrainedModel, layers: str | int | Sequence[int]) -> 
         A Hugging Face model that shares no memory with `model`, on the same devices and in the same dtypes.
 
     Raises:
-        EloError: the selection is not valid for this model.
+        EloError: the selection is not valid for this model, or the model is already detached.
         UnsupportedArchitectureError: a kept layer would compute something different than in the base.
     """
     require_detachable(model.config)
@@ -90,8 +90,9 @@ def attach_layers(
     parts = find_architecture(model)
     if parts.num_layers != provenance["num_base_layers"] or model.config.model_type != detached.config.model_type:
         raise EloError(
-            f"attach: the layers come from a {detached.config.model_type} of {provenance['num_base_layers']} layers, "
-            f"but the model is a {model.config.model_type} of {parts.num_layers}; give the base of the layers"
+            f"attach: the layers come from a {detached.config.model_type} model with {provenance['num_base_layers']} "
+            f"layers, but the model is a {model.config.model_type} model with {parts.num_layers}; give the base of the "
+            "layers"
         )
     if num_layers_of(detached.config) != len(kept):
         raise EloError(
@@ -128,17 +129,17 @@ def attach_layers(
 
 
 def check_include(include: Sequence[str]) -> None:
-    """Raise EloError unless `include` names parts that can be attached."""
+    """Raise EloError if `include` names anything other than the parts that can be attached."""
     for name in include:
         if name not in INCLUDABLE:
             raise EloError(f"include: cannot attach {name!r}; choose among {', '.join(INCLUDABLE)}")
 
 
 def blend(base: torch.Tensor, trained: torch.Tensor, scale: float, whole_from: int | None = None) -> torch.Tensor:
-    """Compute theta0 + scale * (theta - theta0) in float32, rounded to the base's dtype.
+    """Compute theta0 + scale * (theta - theta0) in float32 or wider, rounded to the base's dtype.
 
-    Elements that training did not change keep their bits. Integers, and rows from `whole_from` on, are taken as
-    trained: for a new token, theta0 has no meaning.
+    Elements that training did not change keep their bits. Integers and rows from `whole_from` on are taken as trained,
+    because theta0 has no meaning for a new token.
     """
     if scale == 1.0 or not base.is_floating_point():
         return trained.to(base.dtype)
@@ -151,7 +152,7 @@ def blend(base: torch.Tensor, trained: torch.Tensor, scale: float, whole_from: i
 
 
 def same_values(base: torch.Tensor, other: torch.Tensor) -> bool:
-    """Return whether `other` equals `base` bit for bit in the narrower of their dtypes."""
+    """Return whether two tensors of one shape are equal bit for bit in the narrower of their dtypes."""
     other = other.to(base.device)
     if base.dtype != other.dtype and other.element_size() < base.element_size():
         base = base.to(other.dtype)
@@ -159,6 +160,7 @@ def same_values(base: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a tensor, or a bool tensor itself; NaN and negative zero compare by their bits."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.dtype != torch.bool else tensor
 
 
@@ -179,7 +181,7 @@ def _only_layers(model: PreTrainedModel, parts: Architecture, kept: Sequence[int
     """Reduce `model` to the layers `kept` within the context, so that a copy contains only these."""
     path, _, name = parts.layers_path.rpartition(".")
     parent = model.get_submodule(path)
-    layers = _layers(model, parts)
+    layers: Any = model.get_submodule(parts.layers_path)
     setattr(parent, name, nn.ModuleList([layers[index] for index in kept]))
     try:
         yield
@@ -187,12 +189,8 @@ def _only_layers(model: PreTrainedModel, parts: Architecture, kept: Sequence[int
         setattr(parent, name, layers)
 
 
-def _layers(model: PreTrainedModel, parts: Architecture) -> Any:
-    return model.get_submodule(parts.layers_path)
-
-
 def _named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield parameters and saved buffers; a tied tensor once, under its first name."""
+    """Yield parameters and saved buffers by name; a tied tensor only once, under its first name."""
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
@@ -201,6 +199,7 @@ def _named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _name_in_detached(name: str, parts: Architecture, kept: Sequence[int]) -> tuple[str | None, int | None]:
+    """Return a base tensor's name in the detached model (None if it has none) and its layer (None outside layers)."""
     prefix = parts.layers_path + "."
     if not name.startswith(prefix):
         return name, None

@@ -1,4 +1,4 @@
-"""Edit a model's configuration for a subset of its layers: per-layer lists, index sets, thresholds and counts."""
+"""Edit a model's configuration for a subset of its layers: counts, per-layer lists, index sets and thresholds."""
 
 import copy
 import itertools
@@ -19,7 +19,7 @@ _PER_LAYER_CONFIG = "per_layer_config"  # transformers' own key for layers that 
 
 
 def layer_edits(text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """Return the decoder configuration's keys and values that change if only the layers `kept` remain.
+    """Return the keys of the decoder's configuration that change if only the layers `kept` remain, with new values.
 
     Args:
         text_config: configuration of the whole decoder.
@@ -61,7 +61,7 @@ def with_layers(text_config: PretrainedConfig, kept: Sequence[int]) -> Pretraine
     """Copy a decoder's configuration for a model of its layers `kept`.
 
     Raises:
-        UnsupportedArchitectureError: as `layer_edits`.
+        UnsupportedArchitectureError: no configuration of this family describes these layers.
     """
     small = copy.deepcopy(text_config)
     for key, value in layer_edits(small, kept).items():
@@ -70,7 +70,15 @@ def with_layers(text_config: PretrainedConfig, kept: Sequence[int]) -> Pretraine
 
 
 def edit_json(config_json: dict[str, Any], config: PretrainedConfig, edits: dict[str, Any]) -> dict[str, Any]:
-    """Copy a stored configuration and replace only the decoder's keys in `edits`."""
+    """Copy a stored configuration and replace only the decoder's keys in `edits`.
+
+    Args:
+        config_json: content of config.json.
+        config: configuration that transformers reads from it.
+
+    Raises:
+        UnsupportedArchitectureError: no part of the configuration describes the decoder.
+    """
     edited = copy.deepcopy(config_json)
     text_config = text_config_of(config)
     part = edited
@@ -94,7 +102,7 @@ def edit_json(config_json: dict[str, Any], config: PretrainedConfig, edits: dict
 
 
 def apply_edits(config: PretrainedConfig, small_config: PretrainedConfig, edits: dict[str, Any]) -> None:
-    """Apply edits to a configuration in place, which keeps settings that are not stored (attention implementation)."""
+    """Apply edits to a configuration in place. Settings that are not stored, such as the attention, are kept."""
     text_config, small_text = text_config_of(config), text_config_of(small_config)
     for key, value in edits.items():
         if key != _PER_LAYER_CONFIG:
@@ -106,7 +114,11 @@ def apply_edits(config: PretrainedConfig, small_config: PretrainedConfig, edits:
 def read_edited_config(
     config_json: dict[str, Any], base_config: PretrainedConfig, edits: dict[str, Any]
 ) -> PretrainedConfig:
-    """Read the edited configuration as transformers reads it from disk, and check that it keeps the edits."""
+    """Read the edited configuration as transformers reads it from disk, and check that it keeps the edits.
+
+    Raises:
+        UnsupportedArchitectureError: transformers rejects the configuration or changes an edited value.
+    """
     with tempfile.TemporaryDirectory(prefix="elo-detach-") as scratch:
         write_config(Path(scratch), config_json)
         try:
@@ -144,6 +156,7 @@ def _part_name(config: PretrainedConfig, text_config: PretrainedConfig) -> str:
 
 
 def _require_lenders(key: str, kinds: Sequence[str], kept: Sequence[int], model_type: str) -> None:
+    """Raise UnsupportedArchitectureError if a kept layer needs the result of a layer that is not kept."""
     borrower, lender = quirks.LENDERS[key]
     for index in kept:
         if kinds[index] == borrower:
@@ -163,6 +176,7 @@ def _without_sparse_step(text_config: PretrainedConfig, kept: Sequence[int]) -> 
 
 
 def _find_rule_values(rule: quirks.Rule, text_config: PretrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+    """Search for values of a rule's keys with which it holds for the same layers as in the base."""
     values = [getattr(text_config, key) for key in rule.keys]
     wanted = [rule.holds(index, *values) for index in kept]
     for candidate in itertools.product(range(1, len(kept) + 2), *[range(len(kept) + 1)] * (len(rule.keys) - 1)):

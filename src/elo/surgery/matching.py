@@ -25,15 +25,17 @@ def match_tensors(
     config: PretrainedConfig,
     scratch: Path,
 ) -> dict[str, StoredTensor]:
-    """Find the trained tensor for each name in `wanted`; tensors that the model can be loaded without may be missing.
+    """Find the trained tensor for each name in `wanted`. Tensors that the model can be loaded without may be missing.
 
     Args:
-        wanted: the base's tensors by the names that they have in a detached checkpoint.
+        wanted: the base's tensors, by their names in a detached checkpoint.
         trained: trained detached checkpoint.
-        scratch: empty folder, for the trained tensors under the base's names if they have to be converted.
+        model_class: class of the model.
+        config: configuration of the detached model.
+        scratch: empty folder for the trained tensors under the base's names, if they have to be converted.
 
     Raises:
-        EloError: a tensor is missing, the base has no such tensor, or a tied head differs from the embedding.
+        EloError: a tensor is missing or unknown to the base, or a tied head differs from the embedding.
     """
     hollow = build_hollow(model_class, config)
     matched, absent = match_names(wanted, trained, hollow)
@@ -59,7 +61,7 @@ def match_tensors(
 
 
 def paired_chunks(base: StoredTensor, other: StoredTensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the same elements of two tensors of one shape, each in its own dtype, one chunk at a time."""
+    """Yield matching chunks of two tensors of one shape as flat tensors, each in its stored dtype."""
     elements = CHUNK_BYTES // 16
     base_chunks = base.chunks(elements * base.torch_dtype.itemsize)
     other_chunks = other.chunks(elements * other.torch_dtype.itemsize)
@@ -93,7 +95,7 @@ def _require_copy(extra: StoredTensor, matched: Iterable[StoredTensor]) -> None:
 def match_names(
     wanted: Mapping[str, StoredTensor], other: Checkpoint, hollow: PreTrainedModel
 ) -> tuple[dict[str, StoredTensor], set[str]]:
-    """Match tensors that become the same tensor in the model `hollow`, even if their names in the files differ.
+    """Match tensors that load into the same tensor of the model `hollow`, even if their names in the files differ.
 
     Returns:
         Matched tensors of `other` by their names in `wanted`, and the names in `wanted` without a match.
@@ -109,7 +111,7 @@ def match_names(
 def redundant(
     wanted: dict[str, StoredTensor], absent: set[str], model_class: type[PreTrainedModel], config: PretrainedConfig
 ) -> bool:
-    """Return whether the model is complete without `absent` (tied heads, buffers that older versions saved)."""
+    """Return whether the model loads completely without `absent`, such as tied heads or buffers of older versions."""
     rest = {name: tensor.meta() for name, tensor in wanted.items() if name not in absent}
     return bool(rest) and load_hollow(model_class, config, rest)[1].incomplete() is None
 
@@ -121,9 +123,10 @@ def _under_base_names(
     config: PretrainedConfig,
     scratch: Path,
 ) -> Checkpoint:
-    """Load the trained model and save it with the names of the base's files.
+    """Load the trained model and save it in `scratch` with the tensor names of the base's files.
 
-    This holds the small model in memory. It is needed only if both were converted differently (fused experts).
+    This holds the detached model in memory. It is needed only if the files store tensors in different forms, such as
+    fused and separate experts.
     """
     with quiet_transformers():
         loaded: Any = model_class.from_pretrained(trained.folder, dtype="auto", output_loading_info=True)

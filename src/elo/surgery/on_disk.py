@@ -61,8 +61,12 @@ def detach_checkpoint(
         checkpoint: folder with config.json and safetensors weights.
         layers: selection such as `first:1,last:1` or `[0, -1]`.
         output: folder to write. If writing fails, no output is left.
-        base_name: name of the base in the record (a hub id); None records the folder's path.
-        check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
+        base_name: name of the base in the record, such as a hub id; None records the folder's path.
+        overwrite: replace an existing output.
+        check: function called with the complete folder before it is renamed to `output`. It raises EloError to reject
+            the folder.
+        trust_remote_code: run code that ships with the checkpoint, and copy it.
+        label: label of the progress bar; None shows no progress.
 
     Returns:
         The provenance record, as written to config.json.
@@ -79,7 +83,6 @@ def detach_checkpoint(
     kept = parse_layers(layers, num_layers_of(base.config))
     hollow = build_hollow_causal_lm(base.config, trust_remote_code=trust_remote_code)
     names = find_layer_names(hollow, base.weights)
-
     refuse_more_layers(base.weights, names)
     edits = layer_edits(text_config_of(base.config), kept)
     config_json = edit_json(base.config_json, base.config, edits)
@@ -92,7 +95,7 @@ def detach_checkpoint(
         atomic_directory(Path(output), overwrite=overwrite) as folder,
         ThreadPoolExecutor(1) as executor,
     ):
-        # Digests take about as long as writing and flushing. All three release the GIL, so they overlap.
+        # Computing digests takes about as long as writing and flushing. All three release the GIL, so they overlap.
         base_name = base_name or str(base.folder.resolve())
         provenance = executor.submit(_provenance, base, names, kept, renamed, base_name)
         tensors = [NewTensor(name, t.dtype, t.shape, t.size, t.chunks) for name, t in renamed.items()]
@@ -120,18 +123,22 @@ def attach_checkpoint(
 ) -> dict[str, Any]:
     """Write the base with a detached checkpoint's layers in their original positions.
 
-    The base's files are copied, sharing blocks on disk if the file system can, and the layers are written into the
-    copies. config.json is the base's.
+    The base's files are copied (as clones that share blocks on disk if the file system supports them), and the layers
+    are written into the copies. config.json is the base's.
 
     Args:
-        detached: output of `detach_checkpoint`, or what any tool trained from it and saved as safetensors.
+        detached: output of `detach_checkpoint`, or a checkpoint that any tool trained from it and saved as safetensors.
         base: folder that it was detached from.
         output: folder to write. If writing fails, no output is left.
         scale: weights become theta0 + scale * (theta - theta0), computed in float32; 1 restores theta exactly.
             Vocabulary rows that `elo vocab` added are always taken as trained.
         include: parts to attach besides the layers: "embedding", "norm", "head".
         link: hard-link weight files that do not change, if the file system allows it.
-        check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
+        overwrite: replace an existing output.
+        check: function called with the complete folder before it is renamed to `output`. It raises EloError to reject
+            the folder.
+        trust_remote_code: run code that ships with the checkpoint, and copy it.
+        label: label of the progress bar; None shows no progress.
 
     Returns:
         {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors" (number of attached tensors),
@@ -200,7 +207,7 @@ def _small_tensors(
 ) -> dict[str, StoredTensor]:
     """Return the base's tensors that belong in the detached checkpoint, by their names there.
 
-    Tensors that the small model does not know (multi-token-prediction layers, other heads) are left out.
+    Tensors that the detached model does not load, such as multi-token-prediction layers or other heads, are left out.
     """
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in weights.tensors.items():
@@ -240,7 +247,7 @@ def _provenance(
 
 
 def _layer_digests(weights: Checkpoint, names: LayerNames, kept: Sequence[int]) -> list[str]:
-    """Compute one SHA-256 digest per base layer: of all bytes of a kept layer, of samples of another layer."""
+    """Compute one SHA-256 digest per base layer: over all bytes of a kept layer, over samples of any other layer."""
     layers: list[list[tuple[str, StoredTensor]]] = [[] for _ in range(names.num_layers)]
     for name, tensor in sorted(weights.tensors.items()):
         layer, rest = names.split(name)
@@ -252,13 +259,13 @@ def _layer_digests(weights: Checkpoint, names: LayerNames, kept: Sequence[int]) 
 def _check_counts(small: CheckpointFolder, whole: CheckpointFolder, record: dict[str, Any]) -> None:
     if small.config.model_type != whole.config.model_type:
         raise EloError(
-            f"{whole.folder}: is a {whole.config.model_type}, but {small.folder} was detached from a "
-            f"{small.config.model_type}; give the base {record.get('base')}"
+            f"{whole.folder}: is a {whole.config.model_type} model, but {small.folder} was detached from a "
+            f"{small.config.model_type} model; give the base {record.get('base')}"
         )
     found = num_layers_of(whole.config)
     if found != record["num_base_layers"]:
         raise EloError(
-            f"{whole.folder}: has {found} decoder layers, but {small.folder} was detached from a model of "
+            f"{whole.folder}: has {found} decoder layers, but {small.folder} was detached from a model with "
             f"{record['num_base_layers']}; give the base {record.get('base')}"
         )
     if small.config.tie_word_embeddings != whole.config.tie_word_embeddings:
@@ -274,7 +281,7 @@ def _check_counts(small: CheckpointFolder, whole: CheckpointFolder, record: dict
 
 
 def _check_base(whole: CheckpointFolder, names: LayerNames, record: dict[str, Any]) -> None:
-    """Raise EloError for a base other than the recorded one, naming the first tensor or layer that differs."""
+    """Raise EloError if this is not the recorded base. The message names the first tensor or layer that differs."""
 
     def refuse(what: str) -> EloError:
         return EloError(f"{whole.folder}: is not the base of these layers: {what}; give the base {record.get('base')}")
@@ -300,12 +307,16 @@ def _updates(
     tied: bool,
     include: Sequence[str],
 ) -> list[tuple[StoredTensor, StoredTensor]]:
-    """Return (base tensor, trained tensor) for all tensors to attach; the others must equal the base's."""
+    """Return (base tensor, trained tensor) for all tensors to attach.
+
+    Raises:
+        EloError: a shape differs, or a tensor that is not to be attached differs from the base's.
+    """
     updates = []
     for name, tensor in wanted.items():
         trained = matched.get(name)
         if trained is None:
-            continue  # redundant in the file, such as a tied head or a buffer that the model computes
+            continue  # not needed in the file, such as a tied head or a buffer that the model computes
         if trained.shape != tensor.shape:
             raise EloError(
                 f"{trained.file}: {trained.name} is {list(trained.shape)}, but {list(tensor.shape)} in the base; "
@@ -336,11 +347,13 @@ def patch_tensor(
     scale: float = 1.0,
     whole_from: int | None = None,
 ) -> None:
-    """Overwrite tensor `place` in the file at `path` with base + scale x (trained - base).
+    """Overwrite a tensor in the file at `path` with base + scale x (trained - base).
 
     Args:
         place: location of the tensor in the file.
-        scale: share of the change to keep.
+        base: tensor of the base.
+        trained: trained tensor, in any dtype.
+        scale: factor of the change.
         whole_from: first row that is taken as trained at any scale; None if there is none.
     """
     whole = None if whole_from is None else whole_from * math.prod(place.shape[1:])

@@ -1,4 +1,4 @@
-"""Record in config.json where a detached checkpoint comes from; other tools' save_pretrained keeps the key."""
+"""Record in config.json which base a detached checkpoint comes from. Other tools' save_pretrained keeps the record."""
 
 import hashlib
 from collections.abc import Iterable
@@ -14,6 +14,10 @@ _SAMPLE_BYTES = 4096
 
 def read_provenance(value: Any, where: str) -> dict[str, Any]:
     """Check and return a provenance record.
+
+    Args:
+        value: value of PROVENANCE_KEY in a configuration; None if it is absent.
+        where: file or model that the error message names.
 
     Raises:
         EloError: the record is missing, damaged or from another version.
@@ -50,9 +54,9 @@ def full_sha256(tensor: StoredTensor) -> str:
 
 
 def layer_sha256(tensors: Iterable[tuple[str, StoredTensor]], *, sample: bool) -> str:
-    """Compute the SHA-256 digest of a layer's names, dtypes, shapes and bytes.
+    """Compute the SHA-256 digest of the names, dtypes, shapes and bytes of a layer's tensors.
 
-    With `sample`, only a few KB at three positions of each tensor are read.
+    With `sample`, only 4 KiB at the start, middle and end of each tensor are read.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:

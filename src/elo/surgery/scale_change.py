@@ -1,4 +1,4 @@
-"""Keep a share of the change that training made: base + scale x (trained - base), on disk."""
+"""Scale the change that training made to a checkpoint on disk: base + scale x (trained - base)."""
 
 from pathlib import Path
 
@@ -15,19 +15,22 @@ from elo.surgery.on_disk import patch_tensor
 def scale_change(
     base: Path, trained: Path, output: Path, scale: float, *, overwrite: bool = False, trust_remote_code: bool = False
 ) -> int:
-    """Write a checkpoint between `base` and `trained`, tensor by tensor.
+    """Write a checkpoint whose weights are base + scale x (trained - base).
 
-    Sums are rounded once, to the trained tensor's dtype. Rows of embedding and head that `elo vocab extend` added are
-    always taken as trained, since the base has no trained values for them.
+    Each sum is computed in float32 and rounded once, to the stored dtype. Other files are those of `trained`. Rows of
+    embedding and head that `elo vocab extend` added are always taken as trained, since the base has no trained values
+    for them.
 
     Args:
         base: checkpoint folder.
         trained: checkpoint folder with the same tensors.
         output: folder to write. If writing fails, no output is left.
-        scale: share of the change to keep: 0 is the base, 1 the trained model.
+        scale: factor of the change: 0 is the base, 1 the trained model.
+        overwrite: replace an existing output.
+        trust_remote_code: run code that ships with the checkpoint, and copy it.
 
     Returns:
-        Number of floating-point tensors, which are the ones written.
+        Number of floating-point tensors. Only these are scaled; other tensors are those of `trained`.
 
     Raises:
         EloError: a folder cannot be used, or the two folders do not hold the same tensors.
@@ -49,7 +52,7 @@ def scale_change(
         for path in sorted(trained.iterdir()):
             if path.is_file():
                 copy_shared(path, folder / path.name, link=False)
-        copy_side_files(trained, folder, python=trust_remote_code)  # folders beside the files
+        copy_side_files(trained, folder, python=trust_remote_code)  # those in folders
         patched = [tensor for tensor in after.weights.tensors.values() if tensor.torch_dtype.is_floating_point]
         for tensor in patched:
             whole_from = first_new_row_of(after.config, names.group(tensor.name))

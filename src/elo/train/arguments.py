@@ -31,16 +31,16 @@ from elo.train.distributed import (
 from elo.train.optimizer import require_bitsandbytes
 from elo.train.settings import PASSED_ARGUMENTS, TrainingSettings
 
-# Other processes wait in a collective while the main process reads weights and writes checkpoints, for hours if the
-# model is large.
+# The other processes wait in a collective while the main process reads weights and writes checkpoints, which can take
+# hours for a large model.
 _DDP_TIMEOUT_S = 4 * 3600
 
 
 def sequences_per_step(sequence_length: int, settings: TrainingSettings) -> int:
-    """Return the number of sequences per update, which is a whole number of micro-steps on every process.
+    """Return the number of sequences per update, over all processes.
 
     Raises:
-        EloError: `tokens_per_step` is not a multiple of the tokens in one micro-step.
+        EloError: `tokens_per_step` is not a multiple of the tokens in one micro-step of all processes.
     """
     micro = sequence_length * settings.per_device_train_batch_size * world_size()
     if settings.tokens_per_step % micro:
@@ -54,7 +54,7 @@ def sequences_per_step(sequence_length: int, settings: TrainingSettings) -> int:
 
 
 def micro_steps_per_step(sequence_length: int, settings: TrainingSettings) -> int:
-    """Return the number of micro-steps per update."""
+    """Return the number of micro-steps per update. Raises EloError like `sequences_per_step`."""
     return sequences_per_step(sequence_length, settings) // (settings.per_device_train_batch_size * world_size())
 
 
@@ -81,13 +81,17 @@ def training_arguments(
     main_alone: bool = False,
     changes_layers: bool = False,
 ) -> TrainingArguments:
-    """Return what transformers makes of the settings: devices, optimizer, FSDP and DeepSpeed.
+    """Return transformers' training arguments for the settings: devices, optimizer, FSDP and DeepSpeed.
 
     Args:
         micro_steps: number of micro-steps per update.
-        folder: folder of the training checkpoints; None if there are none.
+        folder: folder of the training checkpoints; None writes no checkpoints.
         main_alone: whether only the main process has the weights.
-        changes_layers: whether the layers that train change between updates, so that DDP must look for them.
+        changes_layers: whether the set of trained layers changes between updates, so that DDP must look for parameters
+            without a gradient.
+
+    Raises:
+        EloError: `training_arguments.fsdp_config` is not a mapping.
     """
     launch = {"ddp_find_unused_parameters": changes_layers, "ddp_timeout": _DDP_TIMEOUT_S}
     arguments = TrainingArguments(
@@ -114,7 +118,7 @@ def make_accelerator(settings: TrainingSettings, arguments: TrainingArguments) -
     """Return the accelerator of a phase.
 
     Raises:
-        EloError: accelerate does not shard the weights as the settings say.
+        EloError: accelerate does not shard the weights in the way that the settings ask for.
     """
     folder = Path(str(arguments.output_dir))
     ddp = {
@@ -139,7 +143,7 @@ def make_accelerator(settings: TrainingSettings, arguments: TrainingArguments) -
         log_with=_trackers(settings) or None,
         project_dir=str(folder.with_name("trackers") / folder.name.removesuffix("-checkpoints")),
     )
-    # Otherwise transformers divides every model that one process builds, such as those of a report, and waits forever.
+    # Otherwise transformers would also shard models that a single process builds later, such as for a report, and hang.
     unset_hf_deepspeed_config()
     check_engaged(accelerator, settings)
     return accelerator
@@ -147,7 +151,7 @@ def make_accelerator(settings: TrainingSettings, arguments: TrainingArguments) -
 
 @contextmanager
 def accelerating(settings: TrainingSettings, arguments: TrainingArguments) -> Iterator[Accelerator]:
-    """Yield the accelerator of a phase, with its trackers, which are closed afterwards."""
+    """Yield the accelerator of a phase with its trackers, and close the trackers on exit."""
     accelerator = make_accelerator(settings, arguments)
     if accelerator.log_with:
         name = str(arguments.run_name or Path(str(arguments.output_dir)).parent.name)
@@ -166,15 +170,15 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
     """Check the settings of a phase before any work starts.
 
     Raises:
-        EloError: `tokens_per_step` is not divisible, an optimizer or tracker is not installed, or `training_arguments`
-            has a key that transformers does not have or that ELO does not pass on.
+        EloError: `tokens_per_step` is not divisible, an optimizer or tracker is not installed, `training_arguments` has
+            a key that transformers does not have or that ELO does not pass on, or transformers rejects a value.
     """
     try:
         steps = micro_steps_per_step(sequence_length, settings)
         if settings.optimizer_name == "adamw_bnb_8bit":
             require_bitsandbytes()
         _check_trackers(_trackers(settings))
-        _check_passed(settings.training_arguments)
+        _check_training_arguments(settings.training_arguments)
         check_deepspeed(training_arguments(settings, steps))
         check_fsdp(settings)
     except EloError as error:
@@ -185,10 +189,10 @@ def check_settings(settings: TrainingSettings, sequence_length: int, section: st
 
 @launch_kept()
 def check_sharding(settings: TrainingSettings, sequence_length: int) -> None:
-    """Check that the processes of this launch can shard the weights as the settings of a phase say.
+    """Check that accelerate shards the weights in this launch in the way that a phase's settings ask for.
 
     Raises:
-        EloError: they cannot, or shard weights otherwise.
+        EloError: it does not.
     """
     make_accelerator(settings, training_arguments(settings, micro_steps_per_step(sequence_length, settings)))
 
@@ -207,7 +211,7 @@ def _check_trackers(names: Iterable[str]) -> None:
             raise EloError(f"report_to: {name} is not installed; install its package, or remove it")
 
 
-def _check_passed(given: dict[str, Any]) -> None:
+def _check_training_arguments(given: dict[str, Any]) -> None:
     for key in given:
         if "token" in key.lower().split("_"):  # records and the report contain the configuration
             raise EloError(

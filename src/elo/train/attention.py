@@ -1,8 +1,8 @@
 """Attention that never crosses a document boundary inside a packed sequence.
 
 The SDPA path of transformers achieves this with a block-diagonal T x T mask, derived from `position_ids` that restart
-at each document. It is correct everywhere, but it prevents the flash kernel on CUDA, and it computes all pairs of
-tokens. `elo_varlen` instead concatenates the sequences and attends within each document: with
+at each document. The mask works everywhere, but it rules out the flash kernel on CUDA, and all pairs of tokens are
+computed. `elo_varlen` instead concatenates the sequences and attends within each document: with
 `torch.nn.attention.varlen` on CUDA, and one document at a time on a CPU.
 Shapes: B sequences, T tokens per sequence, S = B x T, H heads, K key-value heads, D head width.
 """
@@ -24,12 +24,15 @@ from elo.evaluate.scoring import evaluating, rope_limit, takes_position_ids
 from elo.store.processes import from_main
 
 VARLEN = "elo_varlen"
-# On a CPU, elo_varlen takes as long as the mask at 256 tokens per sequence, half as long at 512, a quarter at 2048.
+# Tokens per sequence from which elo_varlen is used on a CPU. At this length it takes half as long as the mask.
 _CPU_VARLEN_FROM = 512
 
 
 def document_starts(position_ids_BT: Tensor) -> tuple[Tensor, int]:
-    """Return the cumulative document lengths of sequences (int32 [documents + 1]), and the maximum length."""
+    """Return where documents start in the concatenated sequences, and the length of the longest document.
+
+    The boundaries are int32 [documents + 1]; the last one is the total number of tokens.
+    """
     starts = (position_ids_BT.flatten() == 0).nonzero().squeeze(1)
     end = torch.tensor([position_ids_BT.numel()], device=starts.device)
     boundaries = torch.cat([starts, end]).to(torch.int32)
@@ -51,7 +54,19 @@ def varlen_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention within documents, as an attention function for transformers; returns [1, S, H, D]."""
+    """Compute causal attention within documents, as an attention function for transformers.
+
+    Args:
+        sliding_window: number of tokens that a token attends to, including itself; None is unlimited.
+        cu_seq_lens_q: boundaries from `document_starts`.
+        max_length_q: upper bound of the document lengths.
+
+    Returns:
+        The output [1, S, H, D], and None in place of attention weights.
+
+    Raises:
+        ValueError: the scores are soft-capped, there are attention sinks, or the boundaries are missing.
+    """
     if softcap is not None or s_aux is not None:
         raise ValueError(f"{VARLEN} supports neither soft-capped scores nor attention sinks")
     if cu_seq_lens_q is None or max_length_q is None:
@@ -63,7 +78,7 @@ def varlen_attention(
     query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query_1HSD, key_1KSD, value_1KSD))
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
-    # PyTorch 2.11 has no such argument and always accepts fewer key than query heads.
+    # PyTorch 2.11 lacks `enable_gqa` and always accepts fewer key heads than query heads.
     is_known = "enable_gqa" in signature(varlen_attn).parameters
     grouped: Any = {"enable_gqa": query.shape[1] != key.shape[1]} if is_known else {}
     output_SHD = varlen_attn(
@@ -124,8 +139,12 @@ def choose_attention(
 ) -> str:
     """Set the model's attention for packed training and return its name.
 
-    `auto` chooses `elo_varlen` if it is faster (on CUDA with autocast, and on a CPU for long sequences) and a trial on
-    this model and device agrees with the model's current attention. Otherwise it keeps the current one.
+    Args:
+        sequence_length: number of tokens in a sequence.
+        requested: name of an attention in transformers, `elo_varlen` or `auto`. `auto` chooses `elo_varlen` if it is
+            faster (on CUDA with autocast, and on a CPU for long sequences) and if a trial on this model and device
+            agrees with the model's current attention. Otherwise it keeps the current one.
+        autocast_dtype: dtype of autocast in training; None trains in the model's dtype.
 
     Raises:
         EloError: the model does not support the requested attention.
@@ -154,7 +173,13 @@ def choose_attention(
 def require_own_positions(
     config: PreTrainedConfig, sequence_length: int, *, packed: bool, batch_size: int, section: str = ""
 ) -> None:
-    """Raise EloError if rotary frequencies or sparse attention would depend on the other documents in a batch."""
+    """Raise EloError if rotary frequencies or sparse attention would depend on the other documents in a batch.
+
+    Args:
+        packed: whether sequences contain several documents.
+        batch_size: number of sequences in a micro-batch.
+        section: section of the configuration that has `per_device_train_batch_size`, for the message.
+    """
     limit = rope_limit(config)
     if limit is None or sequence_length <= limit or not (packed or batch_size > 1):
         return
@@ -167,8 +192,8 @@ def require_own_positions(
     )
 
 
-class _AnswerZero(TorchDispatchMode):
-    """Let code that reads a value of a tensor without data go on, with zero or False."""
+class _MetaValuesAreZero(TorchDispatchMode):
+    """Return zero or False, instead of raising, when code reads the value of a tensor on the meta device."""
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -177,16 +202,16 @@ class _AnswerZero(TorchDispatchMode):
 
 
 def separates_documents(model: PreTrainedModel) -> bool:
-    """Return whether a model without weights can keep packed documents apart by position ids that restart."""
+    """Return whether a model on the meta device can keep packed documents apart by position ids that restart."""
     return not is_recurrent(model) and takes_position_ids(model) and not _ignores_document_starts(model)
 
 
 def _ignores_document_starts(model: PreTrainedModel) -> bool:
-    """Return whether a model without weights builds its attention mask without looking where position ids restart.
+    """Return whether a model on the meta device ignores restarting position ids in its attention mask.
 
-    Some multimodal wrappers (Qwen2.5-VL, GLM-4V) only look at position ids of four rows, for text and image grids, and
-    some older families (GPT, BioGPT) do not look at all. The model runs as far as its first decoder layer. If it fails
-    before, the answer is False: training checks it again, with weights.
+    Some multimodal wrappers (Qwen2.5-VL, GLM-4V) check for restarts only in position ids of four rows, for text and
+    image grids, and some older families (GPT, BioGPT) do not check at all. The model runs up to its first decoder
+    layer. If it fails before, the answer is False, because training checks again with weights.
     """
     looked: list[bool] = []
     find_starts = masking_utils.find_packed_sequence_indices
@@ -201,7 +226,7 @@ def _ignores_document_starts(model: PreTrainedModel) -> bool:
     hook = layers_of(model)[0].register_forward_pre_hook(stop)
     masking_utils.find_packed_sequence_indices = look
     try:
-        with torch.no_grad(), _AnswerZero():
+        with torch.no_grad(), _MetaValuesAreZero():
             model(input_ids=ids.to("meta"), position_ids=positions.to("meta"), use_cache=False)
     except StopIteration:
         return not looked
@@ -214,14 +239,15 @@ def _ignores_document_starts(model: PreTrainedModel) -> bool:
 
 
 def _agrees(model: PreTrainedModel, sequence_length: int, autocast_dtype: torch.dtype | None) -> bool:
-    """Return the main process's `_varlen_agrees`. Under FSDP only rank 0 has weights at this point."""
+    """Run `_varlen_agrees` in the main process, because under FSDP only rank 0 has weights at this point."""
     return from_main(lambda: _varlen_agrees(model, sequence_length, autocast_dtype))
 
 
 def _varlen_agrees(model: PreTrainedModel, sequence_length: int, autocast_dtype: torch.dtype | None) -> bool:
     """Return whether packed documents have the same hidden states with `elo_varlen` as with the current attention.
 
-    This detects other masks and unsupported head widths. One document is longer than the sliding window.
+    This detects unusual masks and unsupported head widths. One document of the trial exceeds the sliding window, unless
+    the window is as long as a sequence.
     """
     text_config = model.config.get_text_config()
     if getattr(text_config, "attention_chunk_size", None) or getattr(text_config, "attention_dropout", 0.0):

@@ -1,4 +1,4 @@
-"""Batches of sequences in their fixed order, divided among the processes."""
+"""Make batches of sequences in their fixed order, divided among the processes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +15,12 @@ from elo.train.attention import document_starts
 def micro_batches(
     rows: Dataset, collator: "PackedCollator", arguments: TrainingArguments, accelerator: Accelerator, first_row: int
 ) -> Iterator[dict[str, Any]]:
-    """Iterate over this process's micro-batches, from row `first_row` on.
+    """Return an iterator over this process's micro-batches, from sequence `first_row` on.
 
     The processes take micro-batches in turn, so the sequences of an update do not depend on the number of processes.
+
+    Args:
+        rows: map-style dataset of sequences.
     """
     size = arguments.per_device_train_batch_size
     start, stride = first_row + accelerator.process_index * size, accelerator.num_processes * size
@@ -37,11 +40,11 @@ def micro_batches(
 
 
 class PackedCollator:
-    """Stack sequences; with `varlen`, concatenate them to one and add where each document starts.
+    """Stack sequences to [B, T]; with `varlen`, concatenate them to [1, B x T] and add the document boundaries.
 
     Args:
         varlen: whether the attention is `elo.train.attention.VARLEN`.
-        position_ids: whether the model takes position ids; one that does not needs unpacked sequences.
+        position_ids: whether the model takes position ids; if not, the sequences must not be packed.
     """
 
     def __init__(self, *, varlen: bool = False, position_ids: bool = True) -> None:
@@ -54,7 +57,7 @@ class PackedCollator:
             return batch
         boundaries, longest = document_starts(batch["position_ids"])
         flat = {key: value.reshape(1, -1) for key, value in batch.items()}
-        # A constant upper bound, so that compiled layers are not compiled again.
+        # A constant upper bound avoids recompilation of compiled layers.
         longest = max(longest, len(rows[0]["input_ids"]))
         return flat | {
             "cu_seq_lens_q": boundaries,

@@ -1,9 +1,9 @@
 """A linear bridge that replaces the removed middle layers of a detached model.
 
-Detached layers that are joined end to end adapt to the missing middle, and then no longer fit the whole model. The
-bridge is a frozen affine map from the middle's input to its output, fitted on the base in closed form. With it, the
-detached model computes roughly what the whole model does. The bridge approximates only the forward pass of the middle;
-its gradient is noise on real models (dev/LOG.md).
+If detached layers are joined end to end, training adapts them to the missing middle, and they no longer fit the whole
+model. The bridge is a frozen affine map from the middle's input to its output, fitted on the base in closed form. With
+it, the detached model computes roughly what the whole model does. The bridge approximates only the forward pass of the
+middle. As an approximation of the middle's gradient, it is noise on real models (dev/LOG.md).
 Shapes: N tokens, D hidden width.
 """
 
@@ -35,13 +35,14 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 @dataclass(frozen=True)
 class Bridge:
-    """Affine maps `y = x + x weight^T + bias`, one per gap. The weights are the change relative to the identity.
+    """Affine maps `y = x + x weight^T + bias`, one per gap.
 
     Attributes:
+        gaps: runs of base layers that the maps replace.
         weights: one float32 [D, D] tensor per gap.
         biases: one float32 [D] tensor per gap.
-        explained: share of the variance of the middle's change of the hidden states (relative to their size) that the
-            map explains on tokens that it was not fitted on, per gap.
+        explained: share, per gap, of the variance of the middle's change of the hidden states (relative to their size)
+            that the map explains on held-out tokens.
     """
 
     gaps: tuple[Gap, ...]
@@ -49,18 +50,18 @@ class Bridge:
     biases: tuple[Tensor, ...]
     explained: tuple[float, ...]
     cosine: tuple[float, ...] = ()
-    """Cosine between the map's and the middle's change of the hidden states, on the same tokens, per gap."""
+    """Cosine, per gap, between the map's and the middle's change of the hidden states on the held-out tokens."""
     ridge: tuple[float, ...] = ()
     """Ridge penalty of each map, chosen for the largest `explained`."""
 
     def require(self, share: float) -> None:
-        """Raise EloError if a map explains less than `share` on unseen tokens."""
+        """Raise EloError if a map explains less than `share` of the variance on held-out tokens."""
         for gap, explained, cosine in zip(self.gaps, self.explained, self.cosine, strict=True):
             if explained < share:
                 raise EloError(
                     f"method.middle: bridged: the map over layers {gap.start} to {gap.stop - 1} explains "
-                    f"{explained:.1%} of what they do to unseen text (cosine {cosine:.2f}), less than {share:.0%}; "
-                    "choose more layers, write method.middle: removed, or take another method"
+                    f"{explained:.1%} of their effect on held-out text (cosine {cosine:.2f}), less than {share:.0%}; "
+                    "choose more layers, write method.middle: removed, or choose another method"
                 )
 
     def save(self, path: Path) -> None:
@@ -80,7 +81,7 @@ class Bridge:
         """Read a file that `save` wrote.
 
         Raises:
-            EloError: the file does not exist or is not a bridge.
+            EloError: the file cannot be read or is not a bridge.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -107,23 +108,28 @@ def fit_bridge(
     """Fit a bridge over each gap that `layers` leaves in `model`, by ridge regression towards the identity.
 
     The error of each token is relative to the size of its hidden state, because the next norm removes the size.
-    Otherwise a few first tokens with huge activations would dominate the fit.
+    Otherwise, the first tokens of documents, which have huge activations, would dominate the fit.
 
     Args:
         model: the whole base, on any device and in any dtype.
+        layers: increasing 0-based indices of the kept layers.
         rows: `input_ids` and `position_ids` of packed sequences, or `input_ids` and `attention_mask` of padded ones,
-            [T] each. At least some thousand tokens are needed, better 16 D. Every fifth batch is held out.
+            [T] each. Give at least a few thousand tokens, better 16 D. Every fifth batch is held out; a single batch is
+            both fitted and measured.
         ridges: penalties to try on the squared change, relative to the squared size of each input dimension. The one
             that explains most on held-out tokens is used.
-        autocast_dtype: compute dtype of the model's forward; None is its own. The regression is in fp64.
+        autocast_dtype: autocast dtype of the model's forward; None computes in the model's dtype. The regression is in
+            fp64.
 
     Raises:
-        EloError: there is no gap, or the model's layers do not pass hidden states as one tensor.
+        EloError: there is no gap, or the model's layers do not pass hidden states as one tensor of constant shape.
     """
     parts = find_architecture(model)
     gaps = gaps_between(layers, parts.num_layers)
     if not gaps:
-        raise EloError("method.middle: bridged: every layer is chosen, so nothing is bridged; write middle: removed")
+        raise EloError(
+            "method.middle: bridged: every layer is chosen, so there is no gap to bridge; choose fewer layers"
+        )
     fits = [_Regression() for _ in gaps]
     with evaluating(model) as device, ExitStack() as hooks:
         before: dict[int, Tensor] = {}
@@ -149,7 +155,7 @@ def fit_bridge(
 
 
 def install_bridge(detached: PreTrainedModel, bridge: Bridge) -> Callable[[], None]:
-    """Install a bridge in a detached model, where layers are missing.
+    """Install the maps of a bridge in a detached model, in place of the removed layers.
 
     The maps are non-persistent buffers, which move with the model but are neither trained nor saved.
 
@@ -179,20 +185,20 @@ def _hold(undo: ExitStack, module: nn.Module, **tensors: Tensor) -> None:
 
 
 class _Regression:
-    """Sums for a weighted ridge regression of (y - x) on x, of fitted and of held-out tokens."""
+    """Sums over tokens for a weighted ridge regression of (y - x) on x; those of held-out tokens are `checked`."""
 
     def __init__(self) -> None:
         self.fitted: dict[str, Tensor] = {}
         self.checked: dict[str, Tensor] = {}
 
     def add(self, before: Tensor, after: Tensor, *, checked: bool) -> None:
-        """Add tokens: two tensors [..., D]."""
+        """Add the hidden states [..., D] of some tokens before and after the middle."""
         x = before.detach().reshape(-1, before.shape[-1]).double()
         y = after.detach().reshape(-1, after.shape[-1]).double()
         if x.shape != y.shape:
             raise EloError(
-                f"method.middle: bridged: the middle changes the shape of hidden states from {list(before.shape)} to "
-                f"{list(after.shape)}; write method.middle: removed"
+                f"method.middle: bridged: hidden states have shape {list(before.shape)} before the middle and "
+                f"{list(after.shape)} after it; write method.middle: removed"
             )
         weight = y.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
         ones = torch.ones_like(weight)
@@ -229,7 +235,7 @@ class _Regression:
 
 
 class _Solution(NamedTuple):
-    """Weight [D, D] and bias [D] (float32, on the CPU), with their quality on held-out tokens, as in `Bridge`."""
+    """Weight [D, D] and bias [D] of one map (float32, on the CPU), and its quality as in `Bridge`."""
 
     weight: Tensor
     bias: Tensor

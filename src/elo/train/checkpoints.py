@@ -1,7 +1,7 @@
 """Write, find and read training checkpoints.
 
-A checkpoint without a valid manifest, which is written last, is ignored. Weights have the names of the model, not those
-of a wrapper such as DDP, so that another number of processes can resume.
+The manifest is written last, and a checkpoint without a valid manifest is not used. Weights have the model's names, not
+those of a wrapper such as DDP, so that another number of processes can resume.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,15 @@ RECORD = "elo_record.json"
 
 
 def write_checkpoint(accelerator: Accelerator, folder: Path, step: int, record: dict[str, Any], keep: int) -> None:
-    """Write and seal the checkpoint of `step`, then remove all but the `keep` newest. Every process must call this."""
+    """Write and seal the checkpoint of `step`, then remove all but the `keep` newest. Every process must call this.
+
+    Args:
+        record: JSON-compatible state of the training record.
+    """
     checkpoint = folder / f"checkpoint-{step}"
 
     def use_own_names(models: list[Any], weights: list[Any], _: str) -> None:
-        for index, _ in enumerate(weights):  # none if FSDP or DeepSpeed shards them
+        for index in range(len(weights)):  # empty if FSDP or DeepSpeed shards the weights
             model = accelerator.unwrap_model(models[index])
             first = first_names(model)
             weights[index] = {name: t.contiguous() for name, t in model.state_dict().items() if first[name] == name}
@@ -53,7 +57,7 @@ def read_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
 
 
 def seal_checkpoint(checkpoint: Path) -> None:
-    """Flush every file of a checkpoint, then write its manifest: sizes and checksums."""
+    """Flush every file of a checkpoint to disk, then write the manifest with sizes and checksums."""
     fsync_tree(checkpoint)
     files = {
         path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
@@ -67,7 +71,7 @@ def check_checkpoint(checkpoint: Path) -> None:
     """Compare the files of a checkpoint with its manifest.
 
     Raises:
-        UnfinishedError: it has no manifest, or a file is missing, truncated or altered.
+        UnfinishedError: the manifest is missing or damaged, or a file is missing, truncated or altered.
     """
     manifest = read_json(checkpoint / MANIFEST)
     try:
@@ -84,27 +88,31 @@ def check_checkpoint(checkpoint: Path) -> None:
 
 
 def latest_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest complete checkpoint in `folder` with its record, and remove newer incomplete ones."""
+    """Return the newest complete checkpoint in `folder` with its record, and remove newer incomplete ones.
+
+    Args:
+        warn: function that shows the user a message about a damaged checkpoint.
+    """
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         try:
             check_checkpoint(checkpoint)
             return checkpoint, read_json(checkpoint / RECORD)
         except UnfinishedError as error:
             if (checkpoint / MANIFEST).exists():
-                warn(f"{error}; checkpoint {checkpoint.name} is removed, and the previous one is used")
+                warn(f"{error}; {checkpoint.name} is removed, and an earlier checkpoint is used if there is one")
             remove(checkpoint)
     return None
 
 
 def rotate_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints. Call it after the newest is sealed."""
+    """Remove all but the `keep` newest checkpoints. Call this after the newest one is sealed."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True)[keep:]:
-        # Without its manifest a half-removed checkpoint counts as unfinished, not as damaged.
+        # If this is killed, a checkpoint without a manifest counts as unfinished rather than damaged.
         (checkpoint / MANIFEST).unlink(missing_ok=True)
         remove(checkpoint)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step in a checkpoint folder's name. It identifies the newest checkpoint, since clocks can jump."""
+    """Return the step in a checkpoint folder's name, or -1. File times do not order checkpoints: clocks can jump."""
     suffix = checkpoint.name.removeprefix("checkpoint-")
     return int(suffix) if suffix.isdigit() else -1

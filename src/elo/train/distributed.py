@@ -1,4 +1,4 @@
-"""Support FSDP and DeepSpeed: check settings, and gather sharded weights one part of the model at a time."""
+"""Support FSDP and DeepSpeed: check settings, and gather sharded weights one part of a model at a time."""
 
 import copy
 import itertools
@@ -26,41 +26,45 @@ from elo.store.processes import world_size
 from elo.train.settings import TrainingSettings
 
 _NAMES = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
-_FILLED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-"""Keys of DeepSpeed's configuration that follow from ELO's settings."""
-_NOTED = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING", "ACCELERATE_USE_DEEPSPEED")
+_AUTO_KEYS = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+"""Keys of DeepSpeed's configuration that ELO's settings determine."""
+_LAUNCH_VARIABLES = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING", "ACCELERATE_USE_DEEPSPEED")
+"""Environment variables that transformers and accelerate set."""
 
 
 def sharding_arguments(given: dict[str, Any], *, main_alone: bool) -> dict[str, Any]:
-    """Return a user's `training_arguments`, with what ELO sets of FSDP and DeepSpeed.
+    """Return `training_arguments` with the FSDP and DeepSpeed settings that ELO controls.
 
     Args:
         given: `training_arguments` of the configuration.
-        main_alone: whether only the main process has the weights, and the others receive their shards from it.
+        main_alone: whether only the main process has the weights and sends the others their shards.
 
     Raises:
         EloError: `fsdp_config` is not a mapping.
     """
     if given.get("deepspeed"):
-        filled = dict.fromkeys(_FILLED, "auto") | HfDeepSpeedConfig(given["deepspeed"]).config
+        filled = dict.fromkeys(_AUTO_KEYS, "auto") | HfDeepSpeedConfig(given["deepspeed"]).config
         given = {**given, "deepspeed": filled}
     if not given.get("fsdp"):
         return given
     config = given.get("fsdp_config") or {}
     if not isinstance(config, dict):
-        raise EloError(f"training_arguments.fsdp_config: got {config!r}; write its keys and values here")
+        raise EloError(f"training_arguments.fsdp_config: got {config!r}; write a mapping of keys to values")
     ours = {"state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": main_alone}
     return {**given, "fsdp_config": {**config, **ours}}
 
 
 def main_alone_loads(settings: TrainingSettings, model: nn.Module) -> bool:
-    """Return whether only the main process reads the weights. accelerate's FSDP sends parameters, but no buffers."""
+    """Return whether only the main process reads the weights.
+
+    This is so under FSDP if the model saves no buffers, because accelerate sends parameters but no buffers.
+    """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return bool(settings.training_arguments.get("fsdp")) and model.state_dict().keys() <= parameters
 
 
 def without_weights(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-    """Return the causal language model of `config` with its buffers and with uninitialised parameters on the CPU."""
+    """Return the causal language model of `config` on the CPU, with its buffers and with uninitialised parameters."""
     with init_empty_weights(include_buffers=False):
         model = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
     for module in model.modules():
@@ -72,11 +76,11 @@ def without_weights(config: PretrainedConfig, dtype: torch.dtype, *, trust_remot
 
 @contextmanager
 def launch_kept() -> Iterator[None]:
-    """Restore the process-wide settings of FSDP and DeepSpeed afterwards, so that later phases do not inherit them.
+    """Restore the process-wide settings of FSDP and DeepSpeed on exit, so that later phases do not inherit them.
 
-    With ZeRO-3 still on, one process could not load a model.
+    With ZeRO-3 still enabled, a single process could not load a model.
     """
-    before = {name: os.environ.get(name) for name in _NOTED}
+    before = {name: os.environ.get(name) for name in _LAUNCH_VARIABLES}
     try:
         yield
     finally:
@@ -88,7 +92,7 @@ def launch_kept() -> Iterator[None]:
 
 
 def set_precision(arguments: TrainingArguments) -> None:
-    """Set FSDP to the precision of DDP: matrix products in bf16, sums of gradients and the loss in fp32."""
+    """Set FSDP to the precision of DDP: matrix products in bf16, gradient sums and the loss in fp32."""
     if arguments.fsdp and arguments.bf16:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         arguments.fsdp_plugin_args["mixed_precision_policy"] = policy
@@ -122,14 +126,14 @@ def check_deepspeed(arguments: TrainingArguments) -> None:
         return
     if arguments.deepspeed_plugin.zero_stage == 0:
         raise EloError(
-            "training_arguments.deepspeed.zero_optimization.stage: 0 divides nothing; write 1, 2 or 3, or remove "
-            "deepspeed"
+            "training_arguments.deepspeed.zero_optimization.stage: got 0, which shards nothing; write 1, 2 or 3, or "
+            "remove deepspeed"
         )
     for key in ("optimizer", "scheduler"):
         if key in arguments.deepspeed_plugin.deepspeed_config:
             raise EloError(
-                f"training_arguments.deepspeed.{key}: optimizer and schedule are set by this section's optim and "
-                "lr_scheduler_type; remove it"
+                f"training_arguments.deepspeed.{key}: this section's optim and lr_scheduler_type set optimizer "
+                "and schedule; remove it"
             )
     if differing := arguments.hf_deepspeed_config.mismatches:
         first = differing[0].removeprefix("- ds ")
@@ -137,14 +141,14 @@ def check_deepspeed(arguments: TrainingArguments) -> None:
 
 
 def check_engaged(accelerator: Accelerator, settings: TrainingSettings) -> None:
-    """Raise EloError if accelerate shards the weights otherwise than `training_arguments` say.
+    """Raise EloError if accelerate does not shard the weights in the way that `training_arguments` ask for.
 
-    accelerate trains with plain data parallelism, without a warning, where it cannot engage what it was asked for.
+    Where accelerate cannot use FSDP or DeepSpeed, it falls back to plain data parallelism without a warning.
     """
     asked = next((name for name in _NAMES.values() if settings.training_arguments.get(name.lower())), None)
     now = _NAMES.get(accelerator.distributed_type)
     if now == "FSDP" and not accelerator.is_fsdp2:
-        raise EloError("FSDP: the launcher sets version 1, and only FSDP2 is supported; set fsdp_version: 2")
+        raise EloError("FSDP: the launcher sets version 1, but only FSDP2 is supported; set fsdp_version: 2")
     if now and not asked:
         raise EloError(
             f"{now}: only the launcher sets it; write it in this section's training_arguments "
@@ -160,14 +164,14 @@ def check_engaged(accelerator: Accelerator, settings: TrainingSettings) -> None:
 
 
 def accumulating(accelerator: Accelerator, model: Any, *, last: bool) -> AbstractContextManager[None]:
-    """Return the context of a micro-step. Gradients are averaged over processes only after the last one of a step."""
+    """Return the context of a micro-step. Gradients are averaged over processes only in the last one of a step."""
     accelerator.sync_gradients = last
-    by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED  # which looks at sync_gradients
+    by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED  # DeepSpeed reads sync_gradients
     return nullcontext() if last or by_deepspeed else accelerator.no_sync(model)
 
 
 def check_resumable(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Raise EloError if `checkpoint` was written with other sharding, or by processes that DeepSpeed cannot replace."""
+    """Raise EloError if `checkpoint` was written with other sharding, or with another number of DeepSpeed processes."""
     now = _NAMES.get(accelerator.distributed_type)
     anew = f"or remove {checkpoint.parent} to restart the phase"
     by_deepspeed = (checkpoint / "latest").is_file()
@@ -184,12 +188,12 @@ def check_resumable(accelerator: Accelerator, checkpoint: Path) -> None:
 
 
 def divide_groups(optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> list[nn.Parameter]:
-    """Divide the groups of an optimizer by parts of the model: each decoder layer, each tensor outside the layers.
+    """Split the groups of an optimizer by parts of the model: each decoder layer, and each tensor outside the layers.
 
-    DeepSpeed flattens the parameters of a group into one, which is the least that an update can leave out.
+    DeepSpeed flattens the parameters of a group into one, so an update can leave out only whole groups.
 
     Returns:
-        A parameter of each group, at the index that the group has as `number`.
+        One parameter of each group, indexed by the group's key `number`.
     """
     prefix = find_architecture(model).layers_path + "."
     part_of = {id(each): _part_of(name, prefix) for name, each in model.named_parameters()}
@@ -206,10 +210,10 @@ def leave_out_frozen(optimizer: torch.optim.Optimizer, owners: list[nn.Parameter
     """Leave groups out of the updates of DeepSpeed's optimizer while their parameters require no gradient.
 
     Args:
-        owners: a parameter of each group, from `divide_groups`.
+        owners: one parameter of each group, from `divide_groups`.
 
     Returns:
-        Function that drops the optimizer state of a parameter and its group.
+        A function that drops the optimizer state of a parameter's group.
     """
     forgotten: set[int] = set()
     left_out: list[tuple[dict[str, Any], list[Tensor]]] = []
@@ -235,9 +239,10 @@ def leave_out_frozen(optimizer: torch.optim.Optimizer, owners: list[nn.Parameter
 
 
 def whole_parts(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Gather each decoder layer's tensors, and each tensor outside the layers, on the CPU. Tied tensors appear once.
+    """Gather the model on the CPU part by part: each decoder layer, and each tensor outside the layers.
 
-    The tensors are chosen at the call. Every process must exhaust the iterator, because gathering is collective.
+    Tied tensors appear once. The set of tensors is fixed when the function is called. Every process must exhaust the
+    iterator, because gathering is collective.
     """
     prefix = find_architecture(model).layers_path + "."
     parts: dict[str, dict[str, Tensor]] = {}
@@ -250,9 +255,9 @@ def whole_parts(model: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def _part_of(name: str, prefix: str) -> str:
-    """Return the decoder layer of a tensor, or for one outside the layers its name.
+    """Return the name of the decoder layer that has a tensor, or the tensor's own name outside the layers.
 
-    A linear layer outside the decoder layers is one part with its adapters.
+    Outside the layers, a linear layer and its adapters are one part.
     """
     if name.startswith(prefix):
         return prefix + name.removeprefix(prefix).split(".")[0]

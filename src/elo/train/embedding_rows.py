@@ -22,8 +22,8 @@ def set_embeddings_apart(
     so that clipping ignores them too.
 
     Args:
-        model: model on its training device; its weights must not be moved afterwards.
-        learning_rate: peak rate of these groups; None is the rate of the other groups.
+        model: model on its training device. It must not be moved afterwards, because views share its memory.
+        learning_rate: peak learning rate of these groups; None keeps that of the other groups.
         first_row: first row of [V, D] weights and [V] biases that changes.
     """
     apart = {id(each) for each in _trained(model)}
@@ -41,12 +41,12 @@ def set_embeddings_apart(
 
 
 def keep_old_rows(optimizer: torch.optim.Optimizer, model: Any, first_row: int) -> Callable[[], None]:
-    """Keep the rows before `first_row` of trained embedding and head weights that FSDP shards.
+    """Keep the rows before `first_row` of trained embedding and head weights unchanged under FSDP.
 
-    The optimizer has whole shards and moments of all rows. The old rows' values are restored after each update.
+    The optimizer has whole shards, with moments for all rows. The old rows' values are restored after each update.
 
     Returns:
-        Function that sets the gradients of old rows to zero, to call before clipping.
+        A function that sets the gradients of old rows to zero. Call it before clipping.
     """
     sharded: list[Any] = list(_trained(model))
     num_old: list[int] = []
@@ -69,11 +69,11 @@ def keep_old_rows(optimizer: torch.optim.Optimizer, model: Any, first_row: int) 
 def keep_old_rows_in_flat(
     optimizer: torch.optim.Optimizer, owners: Sequence[nn.Parameter], model: Any, first_row: int
 ) -> None:
-    """Keep the rows before `first_row` of trained embedding and head weights that DeepSpeed shards.
+    """Keep the rows before `first_row` of trained embedding and head weights unchanged under DeepSpeed.
 
     Args:
-        optimizer: DeepSpeed's, which has a flat shard of each weight in a group of its own.
-        owners: the weight of each group, at the group's `number`.
+        optimizer: DeepSpeed's optimizer, in which each of these weights is a flat shard in a separate group.
+        owners: one parameter of each group, from `elo.train.distributed.divide_groups`.
     """
     num_old: dict[int, int] = {}
     for weight in _trained(model):
@@ -90,7 +90,7 @@ def keep_old_rows_in_flat(
 
 
 def _restore_after_step(optimizer: torch.optim.Optimizer, views: Callable[[], list[torch.Tensor]]) -> None:
-    """Undo what each step of an optimizer does to `views()`, which share the memory of its parameters."""
+    """Restore the values of `views()`, which share memory with an optimizer's parameters, after each of its steps."""
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keep(*_: Any) -> None:
@@ -111,7 +111,7 @@ def rows_left_out(model: Any, first_row: int) -> int:
 
 
 def _trained(model: Any) -> list[nn.Parameter]:
-    """Return the trained weights and biases of embedding and head, tied ones once."""
+    """Return the trained weights and biases of embedding and head; a tied weight only once."""
     parts = find_architecture(model)
     modules = [model.get_submodule(path) for path in (parts.embedding_path, parts.head_path)]
     every = {id(each): each for module in modules for each in module.parameters() if each.requires_grad}
@@ -119,7 +119,10 @@ def _trained(model: Any) -> list[nn.Parameter]:
 
 
 def _rows_from(optimizer: torch.optim.Optimizer, weight: nn.Parameter, first_row: int) -> nn.Parameter:
-    """Return the rows of a weight from `first_row` on as a parameter that shares its memory and, in steps, gradient."""
+    """Return the rows of a weight from `first_row` on as a parameter that shares the weight's memory.
+
+    During an optimizer's step, it shares the gradient too.
+    """
     rows = nn.Parameter(weight.data[first_row:])
 
     def lend(*_: Any) -> None:

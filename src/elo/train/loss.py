@@ -1,8 +1,9 @@
-"""Compute the LM head's cross-entropy, by default without all logits in memory at once.
+"""Compute the LM head's cross-entropy, by default without holding all logits in memory at once.
 
 Without the middle layers, the head and its loss are about half of the work of ELO pretraining, and the logits are most
-of the activation memory. Shapes: N tokens, D hidden width, V vocabulary, S losses: one of the last hidden states, and
-one of each internal layer that is supervised.
+of the activation memory.
+Shapes: N tokens, C tokens of a chunk, D hidden width, V vocabulary, S losses (one for the last hidden states, and one
+for each supervised internal layer).
 """
 
 import itertools
@@ -37,9 +38,7 @@ class LogitTransform:
 
     @classmethod
     def of(cls, config: Any) -> "LogitTransform":
-        """Read the transform from a model's config. Cohere has `logit_scale`, a factor; Granite has `logits_scaling`, a
-        divisor.
-        """
+        """Read the transform from a config: the factor `logit_scale` (Cohere) or divisor `logits_scaling` (Granite)."""
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
         return cls(float(scale), getattr(config, "final_logit_softcapping", None))
@@ -52,15 +51,23 @@ class LogitTransform:
         return logits_NV
 
 
+def require_transform(implementation: HeadLoss, transform: LogitTransform) -> None:
+    """Raise EloError if an implementation of the head loss cannot transform the logits as a model does."""
+    if implementation == "linear_cross_entropy" and transform != LogitTransform():
+        raise EloError(
+            "training.head_loss: linear_cross_entropy cannot scale or soft-cap logits as this model does; write chunked"
+        )
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Compute summed cross-entropies in nats and their gradients during forward, one chunk of tokens at a time.
+    """Compute summed cross-entropies in nats, and their gradients, in the forward pass, one chunk of tokens at a time.
 
     Each chunk's logits are computed once, converted to their gradient in place and freed. The matmul FLOPs are the
     minimum: head forward, input gradient, and the weight gradient only if the head trains. Products are in the hidden
-    states' dtype; the weight's gradient is summed and returned in float32. Only one backward pass is possible.
+    states' dtype; the weight's gradient is summed in float32. Only one backward pass is possible.
 
-    The hidden states are S blocks of N rows, which share the labels. The outputs are the weighted sum of the blocks'
-    losses, and the losses themselves, which have no gradient.
+    The hidden states are S blocks of N tokens, which share the labels. The outputs are the weighted sum of the blocks'
+    losses, and the losses [S] without a gradient.
     """
 
     @staticmethod
@@ -172,8 +179,8 @@ def head_cross_entropies(
 
     Args:
         hiddens_ND: hidden states after the final norm, one tensor per loss.
-        weight_VD: weight of the LM head; its gradient is computed only if it requires one.
-        labels_N: next token of each position; -100 is ignored.
+        weight_VD: weight of the LM head; its gradient is computed only if the weight requires one.
+        labels_N: next token of each position; positions with -100 are ignored.
         weights: factor of each loss in the sum.
         bias_V: bias of the LM head, if it has one.
         transform: transform of the model's logits.
@@ -183,7 +190,10 @@ def head_cross_entropies(
         first_row: first row of the weight whose gradient is needed; `chunked` does not compute the others.
 
     Returns:
-        The weighted sum of the losses, and each loss without a gradient [S]; all are sums over labelled tokens.
+        The weighted sum of the losses, and the losses [S] without a gradient. All are sums over labelled tokens.
+
+    Raises:
+        EloError: `linear_cross_entropy` is to scale or soft-cap logits.
     """
     transform = transform or LogitTransform()
     device = hiddens_ND[0].device.type
@@ -214,8 +224,7 @@ def _loss_of_all(
     implementation: HeadLoss,
 ) -> Tensor:
     if implementation == "linear_cross_entropy":
-        if transform != LogitTransform():
-            raise ValueError("linear_cross_entropy cannot scale or soft-cap logits; use 'chunked'")
+        require_transform(implementation, transform)
         options = torch.nn.LinearCrossEntropyOptions()
         return F.linear_cross_entropy(
             hidden_ND, weight_VD, labels_N, linear_bias=bias_V, reduction="sum", options=options
@@ -229,7 +238,7 @@ class HeadLossOutput(ModelOutput):
     """The output of a model with an installed head loss.
 
     Attributes:
-        loss: loss to differentiate: the main loss, plus those of internal layers by their weights.
+        loss: loss to differentiate: the main loss, plus the weighted losses of internal layers.
         nats: the main loss and the loss of each internal layer, in nats summed over labelled tokens [S].
     """
 
@@ -244,24 +253,25 @@ def install_head_loss(
     first_row: int = 0,
     supervised: Mapping[int, float] | None = None,
 ) -> Callable[[], None]:
-    """Change `model` to return the summed loss for `model(input_ids=..., shift_labels=...)`, without all logits.
+    """Make `model(input_ids=..., shift_labels=...)` return the summed loss without computing all logits at once.
 
-    The loss is computed inside `forward`, where DDP, FSDP, autocast and compilation apply. A trial compares our path
+    The loss is computed inside `forward`, where DDP, FSDP, autocast and compilation apply. A trial compares ELO's path
     (decoder, head weight, transform) with the model's logits, with enlarged hidden states so that a softcap has an
-    effect. If they differ, the model keeps its own path, as with `implementation="model"`.
+    effect. If they differ, the loss is computed from the model's own logits, as with `implementation="model"`.
 
     Args:
-        implementation: as for `head_cross_entropies`.
-        autocast_dtype: autocast dtype of the training; frozen parts may have it while others are fp32.
+        implementation: as for `head_cross_entropies`; `model` computes the loss from the model's own logits.
+        autocast_dtype: autocast dtype of the training; frozen parts may have this dtype while others are fp32.
         first_row: first row of the head's weight whose gradient is needed.
-        supervised: weight of the loss of each internal layer whose output is supervised, through the model's own final
-            norm and head.
+        supervised: weight of the loss by supervised internal layer. The layer's output passes through the model's own
+            final norm and head.
 
     Returns:
         A function that reverts the change.
 
     Raises:
-        EloError: layers are to be supervised, but the model's logits are not those of its final norm and head.
+        EloError: `supervised` is not empty, but the model's logits are not those of its final norm and head, or
+            `implementation` is `model`.
     """
     original = model.forward
     head = model.get_output_embeddings()
@@ -298,7 +308,7 @@ def install_head_loss(
         outputs.remove()
         reason = "its logits are not those of its final norm and LM head; remove deep_supervision"
         if implementation == "model":
-            reason = "head_loss: model computes the logits of the last layer alone; write head_loss: chunked"
+            reason = "head_loss: model computes only the last layer's logits; write head_loss: chunked"
         raise EloError(f"training.deep_supervision: {model.config.model_type}: {reason}")
     model.forward = forward if own_path else forward_model
 

@@ -1,4 +1,4 @@
-"""Make the optimizer and the learning-rate schedule of a phase, by their names in transformers."""
+"""Make the optimizer and the learning-rate schedule of a phase from their names in transformers."""
 
 import sys
 from typing import Any
@@ -35,7 +35,7 @@ def make_optimizer(
     if is_optimizer_factory(make):
         optimizer: torch.optim.Optimizer = make()(model, **options)
     else:
-        for own in ("params", "optimizer_dict"):  # of optimizers that divide the parameters themselves, such as GaLore
+        for own in ("params", "optimizer_dict"):  # some optimizers, such as GaLore, group the parameters themselves
             groups = options.pop(own, groups)
         optimizer = make(groups, **options)
     if options.get("optim_bits") == 8:
@@ -70,8 +70,8 @@ def _keep_embeddings_in_fp32(model: PreTrainedModel) -> None:
 def forget_overrides() -> None:
     """Reset bitsandbytes' list of parameters with 32-bit optimizer state.
 
-    bitsandbytes keeps the list for the whole process, by position in the optimizer. Without a reset, the next phase
-    would have 32-bit state for the parameters at these positions, but a resumed run would not.
+    bitsandbytes keeps the list for the whole process, by position in the optimizer. Without a reset, the parameters at
+    these positions would have 32-bit state in the next phase too, but not in a resumed run.
     """
     if "bitsandbytes" in sys.modules:
         sys.modules["bitsandbytes"].optim.GlobalOptimManager.get_instance().initialize()

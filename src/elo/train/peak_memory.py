@@ -11,7 +11,10 @@ import torch
 
 
 def reset_peak_memory() -> None:
-    """Return freed memory to the system and restart the measurement of the peak."""
+    """Return freed memory to the system and restart the measurement of the peak.
+
+    Where the peak cannot be reset (systems other than Linux, some containers), it remains that of the whole process.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -21,11 +24,11 @@ def reset_peak_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass  # not Linux: the peak is then that of the whole process
+        pass
 
 
 def peak_memory_bytes() -> int:
-    """Return the peak since the reset, in bytes: allocated memory on the GPU if there is one, else resident memory."""
+    """Return the peak since the reset, in bytes: allocated GPU memory if there is a GPU, otherwise resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")

@@ -50,16 +50,25 @@ def train_checkpoint(
     """Train the checkpoint in folder `checkpoint` and write the result to `output`.
 
     Args:
-        rows: packed sequences to train on.
-        prepare: function that sets what trains in the model and installs what the phase needs; see `Method.prepare`.
+        rows: sequences to train on.
+        prepare: function that sets which parameters train and installs the phase's hooks; see `Method.prepare`.
+        seed: seed of all random generators.
+        settings: settings of the phase.
         scratch: folder for training checkpoints, from which an interrupted call resumes.
-        vocabulary: file with the vocabulary rows that training computes with; None is all.
+        vocabulary: file with the vocabulary rows that training computes with; None computes with all rows.
+        evaluate: function that measures the model during training.
         finish: function that changes the files beside the weights, before the output appears.
+        trust_remote_code: run code that ships with the checkpoint, and copy it.
+        label: label of the progress lines; None shows no progress.
 
     Returns:
-        The record of the stage: tokens, steps, seconds, tokens_per_second, peak_memory_bytes, losses, evaluations, ...
-    """
+        The record of the stage: the fields of `TrainingResult`, tokens_per_second, and precision (`bf16` or `fp32`).
 
+    Raises:
+        EloError: the checkpoint cannot be read, or cannot be trained with these settings.
+        TrainingDivergedError: the loss is not finite, or it rose and stayed high.
+        StoppedBySignalError: SIGTERM or SIGINT arrived; a checkpoint has been written.
+    """
     model, _, main_alone = load_trainable(checkpoint, settings, trust_remote_code=trust_remote_code)
     files = TrainedFiles(checkpoint, model)
     stored = files.stored_dtypes(model)
@@ -114,14 +123,14 @@ def load_trainable(
     """Load a checkpoint in fp32, so that trained parameters have fp32 master weights.
 
     Returns:
-        The model, the dtype of most of its stored weights, and whether only the main process has the weights. The
-        latter is so under FSDP where possible: the other processes reserve memory but do not use it until they receive
-        their shards.
+        The model, the dtype of most of its stored weights, and whether only the main process has the weights. Under
+        FSDP, only the main process loads them if possible. The other processes then have uninitialised parameters until
+        they receive their shards.
 
     Raises:
-        EloError: the folder has no safetensors checkpoint that transformers can load.
+        EloError: the folder has no safetensors checkpoint that transformers can load, or DeepSpeed would round its
+            weights.
     """
-
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     config = read_config(str(checkpoint), trust_remote_code=trust_remote_code)
@@ -160,11 +169,11 @@ def save_checkpoint(
     The folder appears only when it is complete.
 
     Args:
-        parts: weights, part by part, if the model holds only shards of them.
+        parts: iterator over the weights, part by part, if the model holds only shards; None reads them from the model.
+        files: files of the base.
         finish: function that changes the files beside the weights, before the folder appears.
         python: copy the base's Python files too.
     """
-
     with readable_disk_errors(output), atomic_directory(output, overwrite=True) as folder:
         files.write(folder, model, whole_parts(model) if parts is None else parts, python=python)
         if finish is not None:
@@ -184,9 +193,13 @@ def evaluator(
 ) -> Evaluate:
     """Return a function for measurements during training: bits per byte on held-out text, and further measures.
 
-    The text is the same as in `evaluate`, so that curves and final values are comparable.
-    """
+    The text is the same as in `elo evaluate`, so that curves and final values are comparable.
 
+    Args:
+        languages: languages to measure bits per byte on.
+        max_bytes: maximum UTF-8 bytes of held-out text per language; None uses all.
+        measures: further measures.
+    """
     tokenizer = replace(tokenizer, split_special_tokens=prepared.split_special_tokens)
     corpora = {language: cut_corpus(prepared.heldout(language), tokenizer, max_bytes) for language in languages}
     autocast = torch.bfloat16 if wants_bf16(settings) else None
@@ -207,8 +220,7 @@ def evaluator(
 
 
 def keeps_frozen_as_stored(settings: TrainingSettings) -> bool:
-    """Whether frozen parameters keep their stored dtype, which saves memory."""
-
+    """Return whether frozen parameters keep their stored dtype, which saves memory."""
     return torch.cuda.is_available() and wants_bf16(settings)
 
 
@@ -216,10 +228,9 @@ def freeze_in(model: PreTrainedModel, stored: dict[int, Any], *, empty: bool = F
     """Convert frozen parameters to their stored half precision, because they need no master weights.
 
     Args:
-        stored: dtype by the parameter's `id`.
-        empty: allocate the parameters without values.
+        stored: stored dtype by the parameter's `id`.
+        empty: allocate the converted parameters without values.
     """
-
     for parameter in model.parameters():
         dtype = stored.get(id(parameter))
         if not parameter.requires_grad and dtype in (torch.bfloat16, torch.float16):
@@ -227,5 +238,4 @@ def freeze_in(model: PreTrainedModel, stored: dict[int, Any], *, empty: bool = F
 
 
 def _precision(settings: TrainingSettings) -> str:
-
     return "bf16" if wants_bf16(settings) else "fp32"

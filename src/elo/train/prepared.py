@@ -1,4 +1,4 @@
-"""The hooks that a method gives to the training loop."""
+"""Hooks of a method in the training loop."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class Prepared:
         before_step: function called before each update, with its 0-based number and a function that drops the
             optimizer state of a parameter. It may change which parameters require gradients.
         first_row: first trained row of embedding and head; 0 trains all rows.
-        fold: function that merges or removes what `Method.prepare` installed, which leaves a plain Hugging Face model.
-        fold_parts: the same for a model whose weights are sharded: it removes what was installed, and returns the
-            function that merges it into each gathered part of the model. None: `fold` merges nothing.
+        fold: function that merges or removes what `Method.prepare` installed and leaves a plain Hugging Face model.
+        fold_parts: function that replaces `fold` if the weights are sharded. It removes what was installed, and returns
+            a function that merges it into a gathered part of the model. None means that `fold` merges nothing.
     """
 
     before_step: Callable[[int, Callable[[nn.Parameter], Any]], None] | None = None

@@ -1,4 +1,4 @@
-"""The record of a phase across restarts: time, losses and measurements."""
+"""Record the time, losses and measurements of a phase across restarts."""
 
 import math
 import statistics
@@ -21,9 +21,9 @@ class Record:
         tokens_per_step: tokens per update over all processes.
         seconds: wall time of training, in seconds, without evaluation and checkpoints.
         cpu_seconds: CPU time of this process in that time, in seconds, summed over cores.
-        losses: {"tokens", "seconds", "loss"} by logging interval, with the loss in nats per token; "internal" by layer
-            with deep supervision.
-        evaluations: {"tokens", "seconds"} and what was measured, by measurement.
+        losses: one {"tokens", "seconds", "loss"} per logging interval, with the loss in nats per token. With deep
+            supervision, "internal" is the loss by layer.
+        evaluations: one {"tokens", "seconds"} per measurement, with the measured values.
     """
 
     tokens_per_step: int
@@ -34,21 +34,21 @@ class Record:
     _since: tuple[float, float] | None = None
 
     def resume_clock(self) -> None:
-        """Count the time from now on."""
+        """Start to count time."""
         self._since = time.perf_counter(), time.process_time()
 
     def pause_clock(self) -> None:
-        """Stop counting the time, after the GPU has finished."""
+        """Wait for the GPU, then stop counting time."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._count()
         self._since = None
 
     def add_loss(self, step: int, loss: float, internal: Mapping[int, float] | None = None) -> dict[str, Any]:
-        """Record the mean loss since the last record, in nats per token. Return tokens and cost so far.
+        """Record the mean loss since the previous record, in nats per token. Return tokens and cost so far.
 
         Args:
-            internal: the same of supervised internal layers, by layer.
+            internal: mean loss of each supervised internal layer, in nats per token.
         """
         point = self._point(step)
         more = {"internal": {str(layer): value for layer, value in internal.items()}} if internal else {}
@@ -56,20 +56,21 @@ class Record:
         return point | self._cost()
 
     def add_evaluation(self, step: int, measured: dict[str, Any]) -> dict[str, Any]:
-        """Record what was measured. Return tokens and cost so far."""
+        """Record measured values. Return tokens and cost so far."""
         point = self._point(step)
         self.evaluations.append(point | measured)
         return point | self._cost()
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the arguments of a `Record` that continues this one."""
+        """Return the state for a checkpoint: arguments of a `Record` that continues this one."""
         return {key: getattr(self, key) for key in ("seconds", "cpu_seconds", "losses", "evaluations")}
 
     def fault(self, gradient_norm: float, max_spike: float) -> str | None:
-        """Return what is wrong with the last losses, if anything.
+        """Describe what is wrong with the last losses; return None if nothing is.
 
         Args:
-            max_spike: tolerated difference to the recent median loss, in nats.
+            gradient_norm: norm of the last update's gradient.
+            max_spike: tolerated difference from the recent median loss, in nats.
         """
         losses = [point["loss"] for point in self.losses]
         if not (math.isfinite(losses[-1]) and math.isfinite(gradient_norm)):
@@ -88,7 +89,7 @@ class Record:
         return {"tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3)}
 
     def _cost(self) -> dict[str, float]:
-        """Return CPU seconds of this process, GPU seconds of all processes and this process's peak memory in bytes."""
+        """Return this process's CPU seconds and peak memory in bytes, and the GPU seconds of all processes."""
         cost = {"cpu_seconds": round(self.cpu_seconds, 3), "memory_bytes": float(peak_memory_bytes())}
         return cost | ({"gpu_seconds": round(self.seconds * world_size(), 3)} if torch.cuda.is_available() else {})
 

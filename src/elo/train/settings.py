@@ -1,7 +1,7 @@
 """Training settings: the section `training` of the configuration and the settings of `elo.train.loop.train`.
 
-Names follow transformers where it has one. Execution settings affect speed and memory, and results only by rounding, so
-they may change when a run is resumed.
+Settings have transformers' names where it has them. Execution settings affect speed and memory, and results only by
+rounding, so they may change when a run is resumed.
 """
 
 from collections.abc import Collection
@@ -19,8 +19,8 @@ Part = Literal["embedding", "norm", "head"]
 HeadLoss = Literal["chunked", "plain", "linear_cross_entropy", "model"]
 
 CHUNK = {"gpu": 2048, "cpu": 256}
-"""Tokens per chunk of the chunked head loss. On a CPU, 256 x 8192 x 4 bytes = 8 MiB of logits fit into the last-level
-cache; a GPU needs larger chunks."""
+"""Tokens per chunk of the chunked head loss. On a CPU, a chunk's logits should fit into the last-level cache (8 MiB for
+256 tokens and 8,192 vocabulary rows). A GPU needs larger chunks."""
 EXECUTION: JsonDict = {"execution": True}
 """Marker of execution settings, for `Field(json_schema_extra=EXECUTION)`."""
 _SHORT_NAMES = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit"}
@@ -32,7 +32,7 @@ def execution_keys(model: type[BaseModel]) -> set[str]:
 
 
 class DeepSupervision(BaseModel):
-    """A further cross-entropy at internal layers, through the model's own final norm and LM head (docs/methods.md)."""
+    """Further cross-entropies at internal layers, through the model's own final norm and LM head (docs/methods.md)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -45,14 +45,16 @@ class DeepSupervision(BaseModel):
     @model_validator(mode="after")
     def _one_weight_each(self) -> "DeepSupervision":
         if len(self.layers) != len(self.weights):
-            raise ValueError(f"got {len(self.layers)} layers and {len(self.weights)} weights; write one weight a layer")
+            raise ValueError(
+                f"got {len(self.layers)} layers and {len(self.weights)} weights; write one weight per layer"
+            )
         return self
 
     def weight_by_layer(self, num_layers: int) -> dict[int, float]:
         """Return the weight of each supervised layer of a model with `num_layers` layers.
 
         Raises:
-            EloError: a layer does not exist, is the last one, or is named twice.
+            EloError: a layer does not exist, is the last one, or is selected twice.
         """
         found: dict[int, float] = {}
         for place, weight in zip(self.layers, self.weights, strict=True):
@@ -61,11 +63,11 @@ class DeepSupervision(BaseModel):
             else:
                 index = place + num_layers if place < 0 else place
             if not 0 <= index < num_layers - 1 or index in found:
-                wrong = "a layer that is named already" if index in found else "no layer below the last one"
+                wrong = "selects a layer twice" if index in found else "is not a layer below the last one"
                 raise EloError(
-                    f"training.deep_supervision.layers: {place} is {wrong} in a trained model of {num_layers} layers; "
-                    f"write indices from 0 to {num_layers - 2} or shares of the depth, for one phase under "
-                    "training.phases if its model is detached"
+                    f"training.deep_supervision.layers: {place} {wrong} in a trained model of {num_layers} layers; "
+                    f"write different indices from 0 to {num_layers - 2} or shares of the depth, under training.phases "
+                    "for a phase whose model is detached"
                 )
             found[index] = weight
         return found
@@ -97,29 +99,30 @@ class TrainingSettings(BaseModel):
     """Norm to which gradients are clipped; 0 turns clipping off."""
     optim: str = "adamw"
     """Optimizer: adamw, adamw_8bit (needs bitsandbytes), adafactor, or the name of any other optimizer in transformers
-    but lomo and adalomo, which update the weights in the backward pass of each micro-step."""
+    except lomo and adalomo, which update the weights in the backward pass of each micro-step."""
     optim_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimizer, passed to it by transformers."""
     tokens_per_step: int = Field(65536, gt=0)
     """Tokens per optimizer update, over all processes. Gradients are accumulated to reach it."""
     vocabulary: Literal["all", "corpus"] = "all"
-    """Vocabulary rows of embedding and LM head that training computes with. `corpus` is the rows that the training text
-    uses, the special tokens, and `vocabulary_sample` others. The phase's output has all rows, the others unchanged."""
+    """Vocabulary rows of embedding and LM head that training computes with. `corpus` keeps the rows that the training
+    text uses, the special tokens, and `vocabulary_sample` others. The phase's output has all rows; those left out are
+    unchanged."""
     vocabulary_sample: int = Field(1024, ge=0)
     """Number of unused vocabulary rows, drawn at random, to keep with `vocabulary: corpus`."""
     deep_supervision: DeepSupervision | None = None
-    """Further losses at internal layers: {layers: [0.5], weights: [0.3]}; null is none. The logged loss remains that of
-    the last layer."""
+    """Further losses at internal layers, such as {layers: [0.5], weights: [0.3]}; null adds none. The logged loss
+    remains that of the last layer."""
     evaluations: int = Field(4, ge=0)
-    """Number of measurements of bits per byte during a phase, evenly spaced, the last at its end."""
+    """Number of measurements of bits per byte during a phase, evenly spaced, with the last one at its end."""
     logging_steps: int = Field(10, gt=0)
     """Number of updates between logged losses."""
     per_device_train_batch_size: int = Field(1, gt=0, json_schema_extra=EXECUTION)
     """Number of sequences in one forward and backward pass on one device."""
     activation_checkpointing: bool = Field(False, json_schema_extra=EXECUTION)
-    """Recompute activations in the backward pass. It takes about a third more time and far less memory."""
+    """Recompute activations in the backward pass, which takes about a third more time and far less memory."""
     torch_compile: bool = Field(False, json_schema_extra=EXECUTION)
-    """Compile each decoder layer. It takes up to a minute at the start and, on a CPU, needs a C++ compiler."""
+    """Compile each decoder layer, which takes up to a minute at the start and, on a CPU, needs a C++ compiler."""
     bf16: bool | Literal["auto"] = "auto"
     """Train with bf16 autocast over fp32 weights. auto does so if the hardware multiplies bf16 matrices."""
     attn_implementation: str = Field("auto", json_schema_extra=EXECUTION)
@@ -127,19 +130,19 @@ class TrainingSettings(BaseModel):
     head_loss: HeadLoss = Field("chunked", json_schema_extra=EXECUTION)
     """Implementation of the LM head's cross-entropy; see elo.train.loss."""
     save_steps: int = Field(500, gt=0, json_schema_extra=EXECUTION)
-    """Number of updates between training checkpoints. A killed run loses at most this many."""
+    """Number of updates between training checkpoints. A killed run loses at most this many updates."""
     save_total_limit: int = Field(2, gt=0, json_schema_extra=EXECUTION)
     """Number of training checkpoints to keep."""
     max_loss_spike_nats: float = Field(2.0, gt=0, json_schema_extra=EXECUTION)
-    """Stop when the logged loss stays this far above its recent median, in nats."""
+    """Stop when the last three logged losses are more than this many nats above the recent median."""
     dataloader_num_workers: int = Field(0, ge=0, json_schema_extra=EXECUTION)
     """Number of processes that load sequences; 0 loads them in the training process."""
     report_to: str | list[str] = Field("none", json_schema_extra=EXECUTION)
-    """Experiment trackers, by their names in accelerate: tensorboard, wandb, mlflow, trackio, ... or all installed
-    ones. Files are written to the folder `trackers` of the run."""
+    """Experiment trackers, by their names in accelerate (tensorboard, wandb, mlflow, trackio, ...), or `all` for all
+    installed ones. Files are written to the folder `trackers` of the run."""
     training_arguments: dict[str, Any] = Field(default_factory=dict, json_schema_extra=EXECUTION)
-    """Further settings by their names in transformers.TrainingArguments: fsdp, fsdp_config, deepspeed, and those of
-    docs/launching.md."""
+    """Further settings by their names in transformers.TrainingArguments: fsdp, fsdp_config, deepspeed, and others that
+    docs/launching.md lists."""
 
     @field_validator("optim")
     @classmethod
@@ -184,7 +187,7 @@ PASSED_ARGUMENTS = {
     "optim_target_modules", "activation_checkpointing_kwargs",
 }  # fmt: skip
 """Keys of transformers.TrainingArguments that `training_arguments` may have."""
-# Prefixes of those that are execution settings.
+# Prefixes of the keys that are execution settings.
 _EXECUTION_ARGUMENTS = ("fsdp", "deepspeed", "ddp_", "dataloader_", "run_name", "tf32", "activation_")
 
 
@@ -198,7 +201,7 @@ class TrainingSection(TrainingSettings):
 
     @field_validator("phases")
     @classmethod
-    def _each_is_right(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _check_phases(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name, settings in value.items():
             try:
                 TrainingSettings.model_validate(settings)
@@ -214,7 +217,7 @@ class TrainingSection(TrainingSettings):
         """Return the settings of one phase.
 
         Args:
-            default_learning_rate: peak rate if the configuration has none.
+            default_learning_rate: peak learning rate if the configuration has none.
         """
         shared = self.model_dump(exclude={"phases"})
         merged = shared | self.phases.get(name, {})
@@ -230,12 +233,12 @@ def check_also_train(also_train: Collection[Part], *, tied: bool) -> None:
         tied: whether the model's LM head is tied to its embedding.
 
     Raises:
-        EloError: `also_train` names one of two tied parts without the other.
+        EloError: embedding and head are tied, and `also_train` names only one of them.
     """
     if tied and ("embedding" in also_train) != ("head" in also_train):
         raise EloError(
-            f"method.also_train: got {sorted(also_train)}, but this model ties its LM head to its embedding; name both "
-            "embedding and head, or neither"
+            f"method.also_train: got {sorted(also_train)}, but this model ties its LM head to its embedding; write "
+            "both embedding and head, or neither"
         )
 
 

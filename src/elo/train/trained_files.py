@@ -1,7 +1,7 @@
-"""Write a trained model as a copy of its base, in which only the trained tensors differ.
+"""Write a trained model as a copy of its base in which only the trained tensors differ.
 
-transformers' save_pretrained does not preserve the rest: it rounds all tensors to one dtype, omits those that the model
-does not load, and distributes them over new files.
+transformers' save_pretrained does not preserve the rest. It rounds all tensors to one dtype, omits those that the model
+does not load, and distributes the others over new files.
 """
 
 import shutil
@@ -26,7 +26,7 @@ class TrainedFiles:
 
     Args:
         base: checkpoint folder that `model` was loaded from.
-        model: model before a method adds anything to it; its tensors need no values.
+        model: model before a method adds anything to it; it may be on the meta device.
 
     Raises:
         EloError: the folder's weights cannot be read.
@@ -40,7 +40,10 @@ class TrainedFiles:
         self._trained: list[Link] = []
 
     def stored_dtypes(self, model: PreTrainedModel) -> dict[int, torch.dtype]:
-        """Return the stored dtype of each parameter by its `id`, the widest if it consists of several tensors."""
+        """Return each parameter's stored dtype by the parameter's `id`.
+
+        If a parameter is stored as several tensors, this is their widest dtype.
+        """
         parameters = dict(model.named_parameters(remove_duplicate=False))
         found: dict[int, torch.dtype] = {}
         for link in self.names.links:
@@ -54,8 +57,8 @@ class TrainedFiles:
         """Record which tensors of `model`, prepared by a method, train. `write` copies the others unchanged.
 
         Raises:
-            EloError: a tensor that trains is not in the files.
-            UnsupportedArchitectureError: a tensor that trains cannot be converted back to its stored form.
+            EloError: a trained tensor is not in the files.
+            UnsupportedArchitectureError: a trained tensor cannot be converted back to its stored form.
         """
         training = {name for name, each in model.named_parameters(remove_duplicate=False) if each.requires_grad}
         training |= {self._shared.get(name, name) for name in training}
@@ -75,19 +78,19 @@ class TrainedFiles:
     def write(
         self, folder: Path, model: PreTrainedModel, parts: Iterator[dict[str, torch.Tensor]], *, python: bool = False
     ) -> None:
-        """Fill `folder` with copies of the base's files, with the new values of trained tensors in their stored dtypes.
+        """Fill `folder` with copies of the base's files, in which trained tensors have their new values.
 
-        Elements that did not change keep their bits, such as embedding rows that did not train.
+        Tensors keep their stored dtypes. Unchanged elements, such as untrained embedding rows, keep their bits.
 
         Args:
             folder: empty folder.
-            model: trained model without additions by the method; only its tensors' names are used.
-            parts: its tensors by name, on the CPU, each only once if several names share it.
+            model: trained model without additions by the method; only the names of its tensors are used.
+            parts: iterator over the model's tensors by name, on the CPU. A tied tensor appears once.
             python: copy the base's Python files too.
 
         Raises:
-            EloError: a value does not fit into the stored dtype of its tensor.
-            UnfinishedError: `parts` does not contain all trained tensors.
+            EloError: a tensor has another shape than in the base, or values that exceed its stored dtype.
+            UnfinishedError: `parts` lacks a trained tensor, or a written tensor is not at its place.
         """
         base, trained = self.weights.folder, {name for link in self._trained for name in link.stored}
         for file in self.weights.files:
@@ -109,7 +112,13 @@ class TrainedFiles:
     def _values(
         self, first: Mapping[str, str], parts: Iterator[dict[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield trained tensors by their names in the files. A part is held until its conversion is complete."""
+        """Yield trained tensors by their names in the files.
+
+        A tensor is held until all tensors that are converted together with it have arrived.
+
+        Args:
+            first: result of `first_names`.
+        """
         needed = [{first.get(name, name) for name in link.loaded} for link in self._trained]
         users: dict[str, set[int]] = {}
         for index, names in enumerate(needed):
@@ -138,13 +147,13 @@ class TrainedFiles:
 
 
 def first_names(model: PreTrainedModel) -> dict[str, str]:
-    """Return the first name of the same tensor for each name in a model's state dict."""
+    """Return, for each name in a model's state dict, the first name of the same tensor."""
     first: dict[int, str] = {}
     return {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
 
 
 def _may_change(name: str, training: Collection[str]) -> bool:
-    """Return whether a tensor trains, or an adapter in its module, which will be merged into it."""
+    """Return whether a tensor trains, or an adapter in its module that will be merged into it."""
     owner = name.rpartition(".")[0]
     return name in training or (bool(owner) and any(each.startswith(f"{owner}.") for each in training))
 
@@ -154,7 +163,7 @@ def _place(tensor: StoredTensor) -> tuple[Any, ...]:
 
 
 def _lay_out(source: Path, target: Path, tensors: list[StoredTensor], trained: Collection[str]) -> None:
-    """Copy a file, leaving out the values of trained tensors."""
+    """Copy a weight file, with gaps in place of the trained tensors' values."""
     if not any(tensor.name in trained for tensor in tensors):
         copy_shared(source, target)
         return
@@ -169,7 +178,7 @@ def _lay_out(source: Path, target: Path, tensors: list[StoredTensor], trained: C
 
 
 def _put(file: BinaryIO, stored: StoredTensor, trained: torch.Tensor) -> None:
-    """Write a tensor to its place in its stored dtype. Elements that did not change keep their bits."""
+    """Write a tensor at its place in the file, in its stored dtype. Elements that did not change keep their bits."""
     if trained.shape != stored.shape:
         raise EloError(
             f"{stored.file}: {stored.name} is {list(stored.shape)}, but {list(trained.shape)} after training; "
@@ -183,7 +192,7 @@ def _put(file: BinaryIO, stored: StoredTensor, trained: torch.Tensor) -> None:
         new = value.to(base.dtype)
         if not bool(torch.isfinite(new).all()) and bool(torch.isfinite(value).all()):
             raise EloError(
-                f"{stored.file}: {stored.name} has values after training that exceed {base.dtype}; store the "
-                "base in bfloat16 or float32 and run again"
+                f"{stored.file}: {stored.name} has values after training that exceed {base.dtype}; convert the base to "
+                "bfloat16 or float32 and run again"
             )
         file.write(tensor_bytes(torch.where(base.to(value.dtype) == value, base, new)))

@@ -1,9 +1,9 @@
 """Train with only those vocabulary rows that the text uses, and restore the whole vocabulary afterwards.
 
-Embedding and LM head are most of a small model with a large vocabulary, but the text of a run uses a fraction
-of their rows (Vocabulary Trimming, arXiv 2305.15020). Training keeps the rows that its text uses, the special tokens,
-and a random sample of the others, so that the softmax still accounts for unused tokens. Shapes: V rows of the
-vocabulary, K of them kept, D hidden width.
+In a small model with a large vocabulary, most parameters are in the embedding and LM head, but the text of a run uses
+only a fraction of their rows (Vocabulary Trimming, arXiv 2305.15020). Training keeps the rows that its text uses, the
+special tokens, and a random sample of the others, so that the softmax still accounts for unused tokens.
+Shapes: K kept vocabulary rows.
 """
 
 from collections.abc import Iterator
@@ -33,13 +33,15 @@ def choose_rows(
 ) -> np.ndarray:
     """Return the ids of the rows that training computes with, ascending: int64 [K].
 
-    All training text counts, not only the sequences that the run reads: rows that other text of the languages needs
-    lose probability when training does not see them (dev/LOG.md, section 23).
+    All training text counts, not only the sequences that the run reads. Otherwise, rows that only other text of these
+    languages needs would be left out of training and lose probability (dev/LOG.md, section 23).
 
     Args:
         data: prepared data, whose training shards are counted.
         base: checkpoint folder, whose configuration names the special tokens.
         sample: number of unused rows to draw at random and keep.
+        seed: seed of the draw.
+        trust_remote_code: run code that ships with the checkpoint.
     """
     config = text_config_of(read_config(str(base), trust_remote_code=trust_remote_code))
     used = np.zeros(int(config.vocab_size), bool)
@@ -62,16 +64,13 @@ def choose_rows(
 
 
 class VocabularyCut:
-    """Embedding and LM head of a model, reduced to some of their rows during training.
-
-    The other rows do not change.
-    """
+    """Embedding and LM head of a model, reduced to some of their rows during training. The other rows do not change."""
 
     def __init__(self, model: PreTrainedModel, rows_file: Path) -> None:
         """Reduce `model` to the rows that `rows_file` lists.
 
         Raises:
-            EloError: the file lists rows that the model does not have.
+            EloError: the file lists no rows, or rows that the model does not have.
         """
         self.ids = torch.tensor(read_json(rows_file), dtype=torch.int64)
         parts = find_architecture(model)
@@ -90,7 +89,7 @@ class VocabularyCut:
         self.install()
 
     def install(self) -> None:
-        """Install the chosen rows in the modules."""
+        """Install the chosen rows as the weights of embedding and head."""
         for module, name, whole in self._whole:
             if id(whole) not in self._cut:
                 chosen = whole.detach()[self.ids.to(whole.device)].clone()
@@ -102,7 +101,7 @@ class VocabularyCut:
             self._embedding.padding_idx = place if place >= 0 else None  # type: ignore[assignment]
 
     def restore(self) -> None:
-        """Install all rows again, the chosen ones with their trained values."""
+        """Install the whole weights again, with the trained values of the chosen rows."""
         with torch.no_grad():
             for module, name, whole in self._whole:
                 rows = self._cut[id(whole)]
@@ -123,11 +122,11 @@ class VocabularyCut:
             self.install()
 
     def first_row(self, first: int) -> int:
-        """Return the position of the first chosen row that is not before row `first`."""
+        """Return the position among the chosen rows of the first one whose id is at least `first`."""
         return int(torch.searchsorted(self.ids, first))
 
     def renumber(self, ids: Tensor) -> Tensor:
-        """Convert token ids to positions among the chosen rows. Ignored labels remain unchanged.
+        """Convert token ids to positions among the chosen rows. Ignored labels (-100) remain unchanged.
 
         Raises:
             EloError: a token is not among the chosen rows.

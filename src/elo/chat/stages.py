@@ -210,9 +210,8 @@ def _hold_out(
     chosen = set(shuffled(len(conversations), seed, _HELD_OUT)[:count].tolist())
     held = [each for index, each in enumerate(conversations) if index in chosen]
     known = {json.dumps(each.messages) for each in held}
-    train = [
-        each for each in conversations if json.dumps(each.messages) not in known
-    ]  # without copies of held-out ones
+    # Without copies of held-out conversations.
+    train = [each for each in conversations if json.dumps(each.messages) not in known]
     if not train:
         raise EloError(f"chat.data.{language}: {held[0].where}: all conversations are the same; give different ones")
     return train, held

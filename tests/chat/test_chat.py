@@ -267,7 +267,7 @@ BROKEN = {"messages": [{"role": "assistant", "content": "x"}]}
         ({"data": {"en": "broken.jsonl"}}, "broken.jsonl:1: message 1: has role 'assistant'"),
         ({"data": {"en": "missing.jsonl"}}, "missing.jsonl: no such file"),
         ({"heldout": {"ko": "missing.jsonl"}}, "missing.jsonl: no such file"),
-        ({"template": "none.jinja"}, "template: none.jinja: no readable file"),
+        ({"template": "none.jinja"}, "template: none.jinja: cannot be read"),
         ({"template": None}, "base: its tokenizer has no chat template; give a template"),
         ({"data": {"en": "one.jsonl"}}, "is the only conversation; give at least two"),
         ({"sequence_length": 1 << 20}, "chat.sequence_length: got 1048576, but .* positions; write at most"),

@@ -236,6 +236,12 @@ def test_sliding_windows_are_found() -> None:
     assert [layer.window for layer in counted.layers[:6]] == [4096] * 5 + [None]
 
 
+def test_chunks_count_as_windows() -> None:
+    chunked, whole = "chunked_attention", "full_attention"
+    config = tiny_config("llama4_text", attention_chunk_size=16, layer_types=[chunked, chunked, chunked, whole])
+    assert [layer.window for layer in footprint(config).layers] == [16, 16, 16, None]
+
+
 def test_mistakes_are_told() -> None:
     with pytest.raises(EloError, match="no such file or folder"):
         read_config("nowhere/config.json")

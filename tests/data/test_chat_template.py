@@ -121,7 +121,10 @@ def test_the_plain_template_needs_only_an_end_of_text(folder):
     [
         (None, "has no chat template; give a template: a Jinja file, or one of chatml, plain"),
         ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", "so generation would not stop"),
-        (TEMPLATES["chatml"].replace(">assistant\n", ">model\n"), "lays out an answer otherwise than after its gener"),
+        (
+            TEMPLATES["chatml"].replace(">assistant\n", ">model\n"),
+            "does not begin an answer with its generation prompt",
+        ),
         ("{{ raise_exception('no system here') }}", r"talk.jsonl:1: .*rejects the conversation \(no system here\)"),
         ("{% for", "rejects the conversation"),
     ],
@@ -133,7 +136,7 @@ def test_templates_that_cannot_be_used(template, said, folder, tmp_path):
 
 
 def test_a_template_file_that_is_missing(folder):
-    with pytest.raises(EloError, match=r"template: no\.jinja: no readable file"):
+    with pytest.raises(EloError, match=r"template: no\.jinja: cannot be read"):
         ChatFormat.load(folder, "no.jinja")
 
 
@@ -148,15 +151,16 @@ def test_three_forms_of_a_line(tmp_path):
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "id": 1},
         {"instruction": "a", "input": "c", "output": "b"},
         {"instruction": "a", "input": "", "output": "b"},
+        {"instruction": "a", "input": " \n", "output": "b"},
         {"prompt": "a", "completion": "b"},
     ]
     text = "\n\n".join(json.dumps(line) for line in lines)
     (tmp_path / "x.jsonl").write_text(text)
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(text.encode()))
     found = read_conversations(tmp_path / "x.jsonl")
-    assert [each.messages[0]["content"] for each in found] == ["a", "a\n\nc", "a", "a"]
-    assert [each.messages[1] for each in found] == [{"role": "assistant", "content": "b"}] * 4
-    assert [each.where.rpartition(":")[2] for each in found] == ["1", "3", "5", "7"]
+    assert [each.messages[0]["content"] for each in found] == ["a", "a\n\nc", "a", "a", "a"]
+    assert [each.messages[1] for each in found] == [{"role": "assistant", "content": "b"}] * 5
+    assert [each.where.rpartition(":")[2] for each in found] == ["1", "3", "5", "7", "9"]
     assert [each.messages for each in read_conversations(tmp_path / "x.jsonl.gz")] == [each.messages for each in found]
 
 

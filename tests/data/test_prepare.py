@@ -230,6 +230,21 @@ def test_bad_input_stops_with_file_and_line_leaves_nothing_and_can_be_skipped(
         prepare(TOKENIZER, {"ko": str(bad)}, tmp_path / "out", progress=False, overwrite=True, **options)
 
 
+def test_a_failure_before_the_first_shard_removes_nothing_else(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    output = tmp_path / "out"
+    run(output, inputs)
+    for name in ("notes.txt", "ko/notes.txt", "raw/train/text.txt"):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("mine")
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    with pytest.raises(EloError, match=r"bad\.jsonl:1"):
+        run(output, inputs, corpora={"ko": str(tmp_path / "bad.jsonl")}, heldout_share=0, overwrite=True)
+    left = sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+    assert left == ["ko/notes.txt", "notes.txt", "prepare.json", "raw/train/text.txt"]
+    assert not (output / "en").exists()
+    run(output, inputs)
+
+
 def test_foreign_folders_and_wrong_arguments_are_refused(tmp_path: Path, inputs: dict[str, Path]) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -383,6 +398,6 @@ def test_a_cut_file_is_counted_as_a_file_and_a_lost_one_stops(
     with pytest.raises(EloError, match="it is truncated"):  # what was left out is not taken for all of it
         prepare(TOKENIZER, {"ko": str(folder)}, tmp_path / "out", heldout_share=0, overwrite=True)
     (folder / "c.jsonl.zst").write_bytes(b"not zstd")
-    with pytest.raises(EloError, match=r"c.jsonl.zst:1: .*on_error: skip skips documents, not whole files"):
+    with pytest.raises(EloError, match=r"c.jsonl.zst:1: .*on_error: skip applies to documents, not to whole files"):
         prepare(TOKENIZER, {"ko": str(folder)}, tmp_path / "other", **options)
     assert not (tmp_path / "other").exists()

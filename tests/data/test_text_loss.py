@@ -192,7 +192,7 @@ def test_prepare_reports_special_tokens_and_keeps_them_if_asked(
     source = str(write_jsonl(tmp_path / "a.jsonl", texts))
     tokenizer = make_tokenizer()
     text = prepare(tokenizer, {"ko": source}, tmp_path / "text", heldout_share=0)
-    assert "ko: 4 special tokens are spelled out in the text; they were tokenised as text" in capsys.readouterr().err
+    assert "ko: 4 special tokens occur in the text; they were tokenised as text" in capsys.readouterr().err
     assert text.manifest["languages"]["ko"]["train"][0]["special_tokens"] == 4
     assert decoded(text.train("ko")[0], tokenizer) == texts
     kept = prepare(tokenizer, {"ko": source}, tmp_path / "kept", heldout_share=0, split_special_tokens=False)

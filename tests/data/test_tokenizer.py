@@ -1,5 +1,6 @@
 """The tokenizer and the processes that run it."""
 
+import io
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from elo.data import tokenizing
 from elo.data.shards import token_dtype
 from elo.data.tokenizer import load_tokenizer, wrap_tokenizer
-from elo.data.tokenizing import TextChecker, TokenizerPool, WorkerDied, encode_long
+from elo.data.tokenizing import TextChecker, TokenizerPool, WorkerDied, encode_long, read_frame, write_frame
 from elo.errors import EloError
 
 
@@ -93,6 +94,20 @@ def test_a_worker_that_is_killed_is_noticed_and_none_is_left_behind() -> None:
         os.kill(processes[0].pid, signal.SIGKILL)
         list(pool.map([[b"text"]] * 8, lambda batch: batch))
     assert all(process.returncode is not None for process in processes)
+
+
+def test_a_frame_that_a_killed_worker_did_not_finish_counts_as_none() -> None:
+    stream = io.BytesIO()
+    write_frame(stream, b"tokens", b"", b"counts")
+    whole = stream.getvalue()
+    assert read_frame(io.BytesIO(whole)) == [b"tokens", b"", b"counts"]
+    assert all(read_frame(io.BytesIO(whole[:size])) == [] for size in range(len(whole)))
+
+
+def test_a_tokenizer_is_read_from_its_address_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elo.store.remote.WAITS_S", ())
+    with pytest.raises(EloError, match=r"^hf://buckets/owner/name/model: the storage cannot be reached"):
+        load_tokenizer("hf://buckets/owner/name/model")
 
 
 def test_a_long_text_is_cut_only_where_that_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:

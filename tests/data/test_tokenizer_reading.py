@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoConfig, AutoTokenizer
 
 from elo.data.tokenizer import load_tokenizer
+from elo.data.tokenizer_reading import _first_difference
 from elo.errors import EloError
 
 _TIKTOKEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
@@ -160,6 +161,12 @@ def test_ids_are_those_of_tokenizer_json_and_of_transformers_or_both_are_named(
     assert [ids.tolist() for ids in tokenizer.encode_batch(TEXTS)] == wanted
     assert AutoTokenizer.from_pretrained(folder)(TEXTS, add_special_tokens=False)["input_ids"] == wanted
     assert (tokenizer.prefix_token_id, tokenizer.eos_token_id) == (1, 2)
+
+
+def test_ids_that_only_one_of_the_two_gives_are_shown() -> None:
+    letters = "abcdefghij"
+    stored, loaded = (Tokenizer(models.BPE({c: i for i, c in enumerate(letters[:n])}, [])) for n in (10, 9))
+    assert _first_difference(stored, loaded, [letters]) == (letters, [9], [])
 
 
 def test_white_space_at_the_start_is_warned_of_and_read_as_stored(

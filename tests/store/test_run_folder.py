@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from pydantic import BaseModel
 
 from elo.errors import EloError, UnfinishedError
 from elo.methods import METHODS
+from elo.store.environment import command_line
+from elo.store.processes import check_launch, is_main, world_size
 from elo.store.run_folder import Artifact, RunFolder, identity
 from elo.train.settings import TrainingSettings
 
@@ -149,6 +152,18 @@ def test_damaged_output_is_redone(folder):
     assert any("missing or damaged" in line for line in folder.said)
 
 
+def test_other_processes_wait_until_a_damaged_output_is_replaced(folder, monkeypatch):
+    stage = Stage()
+    file = folder.once("s", stage, a=1).path / "file"
+    text = file.read_text()
+    file.unlink()
+    monkeypatch.setenv("RANK", "1")
+    threading.Timer(0.3, file.write_text, [text]).start()
+    folder.once("s", stage, a=1)
+    assert file.read_text() == text
+    assert stage.calls == 1
+
+
 def test_an_altered_output_is_noticed_before_it_is_used(folder):
     def weights(output):
         output.mkdir()
@@ -229,9 +244,38 @@ def test_a_refused_start_leaves_no_folder_and_takes_no_other(tmp_path):
     assert (root / "notes.txt").read_text() == "mine"
 
 
+def test_a_refused_start_keeps_the_run_that_started_beside_it(tmp_path):
+    root = tmp_path / "runs" / "one"
+    with pytest.raises(EloError, match="wrong"), RunFolder(root, print).locked():
+        (tmp_path / "runs" / "two").mkdir()
+        raise EloError("wrong")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["two"]
+
+
 def test_an_error_after_a_stage_is_done_keeps_the_folder(tmp_path):
     folder = RunFolder(tmp_path / "run", lambda _: None)
     with pytest.raises(EloError, match="wrong"), folder.locked():
         folder.once("trials/one", Stage(), keep=False)
         raise EloError("wrong")
     assert folder.path("stages", "trials-one.json").is_file()
+
+
+def test_empty_variables_of_a_launcher_count_as_unset(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    check_launch()
+    assert is_main() and world_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("/usr/bin/elo", "elo run 'my config.yaml' data.seed=1"),
+        ("/lib/elo/__main__.py", "elo run 'my config.yaml' data.seed=1"),
+        ("/lib/elo/cli.py", "elo run 'my config.yaml' data.seed=1"),
+        ("/lib/pytest/__main__.py", "elo.run(...)"),
+    ],
+)
+def test_the_recorded_command_can_be_run_again(monkeypatch, program, command):
+    monkeypatch.setattr(sys, "argv", [program, "run", "my config.yaml", "data.seed=1"])
+    assert command_line() == command

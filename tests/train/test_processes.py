@@ -120,6 +120,7 @@ def test_one_of_two_processes_is_killed_and_one_goes_on(tmp_path):
         ({"WORLD_SIZE": "8", "RANK": "0", "LOCAL_RANK": "0"}, "set without MASTER_PORT, MASTER_ADDR"),
         (WHOLE | {"RANK": "first"}, "RANK is 'first', not a number"),
         (WHOLE | {"RANK": "2"}, "RANK 2 is not below WORLD_SIZE 2"),
+        (WHOLE | {"RANK": "3", "WORLD_SIZE": "1"}, "RANK 3 is not below WORLD_SIZE 1"),
     ],
 )
 def test_half_a_launch_is_refused_at_the_start(tmp_path, capsys, monkeypatch, given, words):

@@ -179,7 +179,7 @@ MISTAKES = {
     "rows no safetensors": ("extend {base} --tokenizer {extended} --rows {xx} -o {new}", "not a safetensors"),
     "rows too few": ("extend {base} --tokenizer {extended} --rows {few} -o {new}", "rows: "),
     "unigram": ("extend {unigram} --target {xx} --source {en} -o {new}", "Unigram"),
-    "one document": ("extend {base} --target {one} --source {en} -o {new}", "less than two documents"),
+    "one document": ("extend {base} --target {one} --source {en} -o {new}", "fewer than two documents"),
     "nothing new": ("extend {base} --target {en} --source {en} -o {new}", "no new piece"),
     "overwriting something else": (
         "extend {base} --tokenizer {extended} -o {root}/folder --overwrite",

@@ -27,7 +27,7 @@ _MLP_CLASS = re.compile(r"(MLP|Mlp|MoE|Moe|FeedForward)$")
 _FINAL_NORM = re.compile(r"^(?!.*emb)(.*norm.*|ln|ln_f|ln_out|ln_post)$", re.IGNORECASE)
 
 PLAIN_LINEAR = (nn.Linear, Conv1D)
-"""Linear layers that can have adapters. Not their subclasses, such as routers that return more than one tensor."""
+"""Linear layers that can have adapters. Subclasses cannot: some, such as routers, return more than one tensor."""
 LayerModule = Literal["layer", "attention", "mlp"]
 """A decoder layer, its attention (or other token mixer), or its feed-forward part (experts included)."""
 

@@ -189,8 +189,11 @@ def _scores(layer: nn.Module, config: PretrainedConfig, index: int) -> tuple[int
         )
         width = 2 * heads * int(head_width)
     types = getattr(config, "layer_types", None)
-    slides = "sliding" in types[index] or "chunked" in types[index] if types else True
+    chunked = bool(types) and "chunked" in types[index]
+    slides = chunked or "sliding" in types[index] if types else True
     window = getattr(attention, "sliding_window", None)
-    if window is None and slides:
+    if chunked:  # an upper bound: a token attends within its chunk, on average to half of it
+        window = getattr(config, "attention_chunk_size", None)
+    elif window is None and slides:
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return width, window if isinstance(window, int) and window > 0 and slides else None

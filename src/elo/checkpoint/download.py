@@ -1,4 +1,4 @@
-"""Files of a checkpoint that are downloaded from the Hugging Face hub or from object storage."""
+"""Choose which files of a checkpoint to download from the Hugging Face hub, and download it from object storage."""
 
 from pathlib import Path
 
@@ -14,10 +14,15 @@ def file_patterns(trust_remote_code: bool) -> list[str]:
 
 
 def fetch_checkpoint(address: str, trust_remote_code: bool, *, weights: bool = True) -> Path:
-    """Return a local copy of the checkpoint at an address in object storage, if wanted without its weights.
+    """Download a checkpoint from object storage, if it is not in the cache yet, and return its local folder.
+
+    Args:
+        address: address of the checkpoint's folder.
+        trust_remote_code: also download Python files.
+        weights: also download the weights.
 
     Raises:
-        EloError: nothing is there, or the storage cannot be read.
+        EloError: `address` has no file of a checkpoint, or the storage cannot be read.
     """
     return fetch_folder(
         address, file_patterns(trust_remote_code), [*OTHER_WEIGHTS, *([] if weights else ["*.safetensors"])]

@@ -94,8 +94,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def copy_side_files(source: Path, target: Path, *, python: bool, leave_out: Collection[str] = ()) -> None:
     """Copy the files beside the weights: tokenizer, processors, generation settings, licence, template folders.
 
-    Skipped are hidden files, files that `target` already has, files that match `leave_out` (globs), weights in any
-    format, folders that hold weights, and, unless `python`, Python code.
+    Hidden entries of `source`, weights in any format, folders that contain weights, and files that `target` already
+    has are skipped.
+
+    Args:
+        python: also copy Python code.
+        leave_out: globs of further entries to skip.
     """
     for path in sorted(source.iterdir()):
         if (

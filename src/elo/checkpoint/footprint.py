@@ -36,7 +36,7 @@ _NOTHING = ModuleFootprint()
 
 @dataclass(frozen=True)
 class LayerFootprint:
-    """Element counts of one decoder layer; fields after `matmul` are per token."""
+    """Element counts of one decoder layer."""
 
     parameters: int
     active_parameters: int

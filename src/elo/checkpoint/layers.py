@@ -9,7 +9,7 @@ from elo.errors import EloError
 
 DEFAULT_LAYERS = "first:1,last:1"
 PROBE_TOKENS = 256
-"""Default tokens per language of the probe that `auto` asks for: minutes on one CPU core for 135M parameters."""
+"""Default tokens per language of the probe behind `auto`, which takes minutes on one CPU core for 135M parameters."""
 PROBE_LENGTH = 64
 """Default length of a sequence of the probe, in tokens."""
 
@@ -22,7 +22,7 @@ _INDEX = re.compile(r"-?[0-9]{1,9}")
 
 @dataclass(frozen=True)
 class AutoLayers:
-    """A selection that a probe of the model makes: `auto:K` or `auto:CRITERION:K` (elo.probe)."""
+    """A selection that is left to a probe of the model (elo.probe): `auto:K` or `auto:CRITERION:K`."""
 
     criterion: str | None
     count: int
@@ -34,13 +34,13 @@ class AutoLayers:
 
 
 def parse_auto(selection: str | int | Sequence[int]) -> AutoLayers | None:
-    """Return the parts of a selection that a probe makes, or None if the selection names layers."""
+    """Return the parts of a selection that is left to a probe, or None if the selection names layers."""
     match = _AUTO.fullmatch(selection.strip()) if isinstance(selection, str) else None
     return AutoLayers(match[1], int(match[2])) if match else None
 
 
 def assumed_layers(selection: str | int | Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Resolve a selection like `parse_layers`; for one that a probe makes, return an estimate."""
+    """Resolve a selection like `parse_layers`; for one that is left to a probe, return an estimate."""
     auto = parse_auto(selection)
     return auto.assumed(num_layers) if auto else parse_layers(selection, num_layers)
 

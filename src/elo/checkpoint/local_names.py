@@ -1,4 +1,4 @@
-"""Tell a missing local path from a Hugging Face hub id, and suggest similar names."""
+"""Distinguish missing local paths from Hugging Face hub ids, and suggest similar names."""
 
 import difflib
 from pathlib import Path
@@ -16,7 +16,7 @@ LOCAL_FOLDERS |= {"test", "text", "texts", "train"}
 
 
 def require_path_or_id(name: str | Path, remedy: str, kind: str = "folder") -> None:
-    """Raise EloError if `name` is a missing local path, not a Hugging Face id.
+    """Raise EloError if `name` is a missing local path rather than a Hugging Face id.
 
     `owner/name` is a path if `owner` is a local folder and the hub's cache does not have this id.
 

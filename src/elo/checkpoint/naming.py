@@ -93,7 +93,7 @@ class NameMap:
         return next((self._groups[name] for name in link.loaded if name in self._groups), None) if link else None
 
     def identity(self, stored: str) -> tuple[str, ...]:
-        """Return a key for a tensor that is equal for the same tensor in two files with different names."""
+        """Return a key that identifies a tensor in checkpoints of one model whose files use different names."""
         link = self.link(stored)
         if link is None:
             return ("unknown", stored)

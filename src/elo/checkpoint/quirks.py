@@ -35,13 +35,16 @@ INDEX_SETS = frozenset(
     }
 )
 
-# Layers below this index differ from the others: becomes the number of kept layers below it.
+# An index below which layers differ from the others: becomes the number of kept layers below it.
 THRESHOLDS = frozenset({"first_k_dense_replace", "num_dense_layers", "max_window_layers"})
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A layer's kind is decided by `holds(index, *values of keys)`; new values are searched for the kept layers."""
+    """A layer is of one of two kinds, depending on `holds(index, *values of keys)`.
+
+    For a detached model, values are searched that give each kept layer its kind at its new index.
+    """
 
     keys: tuple[str, ...]
     holds: Callable[..., bool]

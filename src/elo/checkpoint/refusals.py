@@ -8,7 +8,7 @@ from elo.errors import UnsupportedArchitectureError
 
 
 def refuse_quantised(config: PretrainedConfig) -> None:
-    """Raise UnsupportedArchitectureError if the weights are quantised: they cannot train, nor be added up."""
+    """Raise UnsupportedArchitectureError if the weights are quantised, which can be neither trained nor merged."""
     for part in (config, text_config_of(config)):
         if getattr(part, "quantization_config", None):
             raise UnsupportedArchitectureError(

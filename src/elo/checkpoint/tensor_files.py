@@ -119,7 +119,7 @@ class Checkpoint:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
     def main_dtype(self) -> torch.dtype:
-        """Return the floating-point dtype of most stored bytes, or float32 if there is none."""
+        """Return the floating-point dtype with the most stored bytes, or float32 if there is none."""
         sizes: dict[torch.dtype, int] = {torch.float32: 0}
         for tensor in self.tensors.values():
             dtype = _DTYPES.get(tensor.dtype)
@@ -322,7 +322,13 @@ class NewTensor:
 
 
 def write_checkpoint(folder: Path, tensors: list[NewTensor], label: str | None = None) -> None:
-    """Write tensors as one safetensors file, or as several files of `MAX_SHARD_BYTES` with an index."""
+    """Write tensors as one safetensors file, or as several files of at most `MAX_SHARD_BYTES` with an index.
+
+    Args:
+        folder: existing folder.
+        tensors: tensors in the order in which they are divided among files.
+        label: name of the work on the terminal; None prints no progress.
+    """
     shards: list[list[NewTensor]] = [[]]
     filled = 0
     for tensor in tensors:

@@ -1,7 +1,7 @@
 """Lay out conversations with a chat template, and find the tokens that the assistant writes.
 
-The answers are found by rendering: the text up to an answer, with the generation prompt, must be the beginning of the
-text up to its end. It works for every template, with and without `{% generation %}` marks.
+Answers are found by rendering a conversation twice: up to an answer, with the generation prompt, and up to the end of
+the answer. The first text must be a prefix of the second. This works with and without `{% generation %}` marks.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class ChatExample:
 
     Attributes:
         ids: tokens, int64 [T].
-        labels: for each token the one that follows if the assistant writes it, else IGNORE_INDEX, int64 [T].
+        labels: next token at each position if the assistant writes it, otherwise IGNORE_INDEX, int64 [T].
     """
 
     ids: np.ndarray
@@ -102,7 +102,7 @@ class ChatFormat:
         return tuple(dict.fromkeys((self.end_of_turn, self.tokenizer.eos_token_id)))
 
     def ended(self, answer: Sequence[int]) -> bool:
-        """Return whether generated tokens follow the template: they end the turn, and hold no other special token."""
+        """Return whether generated tokens end the turn and contain no other special token."""
         return answer[-1] == self.end_of_turn and not self._special & set(answer[:-1])
 
     def prompt(self, messages: Sequence[Message], where: str) -> list[int]:
@@ -110,10 +110,11 @@ class ChatFormat:
         return self._encode(self._render(messages, where, generation_prompt=True))[0]
 
     def examples(self, conversation: Conversation) -> list[ChatExample]:
-        """Return a conversation as one example, or as one per answer if the template lays out earlier turns otherwise.
+        """Return a conversation as one example, or one per answer if later turns change how earlier ones are rendered.
 
         Raises:
-            EloError: the template rejects the conversation, or does not lay out an answer after its generation prompt.
+            EloError: the template rejects the conversation, does not begin an answer with its generation prompt, or
+                does not end each answer with exactly one end-of-turn token.
         """
         messages, where = conversation.messages, conversation.where
         text = self._render(messages, where)
@@ -125,8 +126,8 @@ class ChatFormat:
             written = self._render(messages[: index + 1], where)
             if not written.startswith(prompt):
                 raise EloError(
-                    f"{where}: the chat template of {self.name} lays out an answer otherwise than after its generation "
-                    f"prompt, which ends in {prompt[-40:]!r}; give another template"
+                    f"{where}: the chat template of {self.name} does not begin an answer with its generation prompt, "
+                    f"which ends in {prompt[-40:]!r}; give another template"
                 )
             spans.append((len(prompt), len(written)))
             texts.append(written)
@@ -143,8 +144,8 @@ class ChatFormat:
             if len(ends) != 1:
                 raise EloError(
                     f"{where}: an answer has {len(ends)} end-of-turn tokens "
-                    f"{self.tokenizer.backend.id_to_token(self.end_of_turn)!r}; remove what spells one, or give a "
-                    "template that ends each answer with it"
+                    f"{self.tokenizer.backend.id_to_token(self.end_of_turn)!r}; remove this token from the text, or "
+                    "give a template that ends each answer with it"
                 )
             written[[index for index in inside if index <= ends[0]]] = True
         tokens = np.array(ids, np.int64)
@@ -190,7 +191,7 @@ def _source(settings: Any, given: str | None, name: str) -> str:
             return Path(given).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             raise EloError(
-                f"template: {given}: no readable file; give a Jinja file, or one of {', '.join(TEMPLATES)}"
+                f"template: {given}: cannot be read; give a Jinja file in UTF-8, or one of {', '.join(TEMPLATES)}"
             ) from None
     own = settings.chat_template
     if isinstance(own, dict):  # several by name

@@ -10,7 +10,7 @@ import zstandard
 
 BUFFER = 1 << 20
 MAX_WINDOW = 1 << 31
-"""Largest accepted Zstandard window, in bytes (`zstd --long=31`). Reading a file takes this much memory at most."""
+"""Largest accepted Zstandard window, in bytes (`zstd --long=31`). A reader keeps one window in memory."""
 
 _BEGINNINGS = {
     b"version https://git-lfs": "a Git LFS pointer instead of the data; fetch the data: git lfs pull",
@@ -123,7 +123,7 @@ class _ZstdFile(io.RawIOBase):
 
 
 class _GzipFile(io.RawIOBase):
-    """Decompressed bytes of a gzip file, read piece by piece so that the data before a damaged place is used."""
+    """Decompressed bytes of a gzip file, read piece by piece so that the data before a damaged part can be used."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._file = gzip.GzipFile(fileobj=raw)

@@ -21,7 +21,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of a user and an assistant, the last one the assistant's, and where they come from as `file:line`."""
+    """Turns of a user and an assistant, ending with the assistant's, and their place in the input as `file:line`."""
 
     messages: tuple[Message, ...]
     where: str
@@ -31,7 +31,7 @@ def read_conversations(path: str | Path) -> list[Conversation]:
     """Read all conversations of a file (.jsonl, also .gz or .zst).
 
     Raises:
-        EloError: the file cannot be read or holds none, or a line is not a conversation (named `file:line`).
+        EloError: the file cannot be read or is empty, or a line is not a conversation. The message names `file:line`.
     """
     return [_conversation(value, where) for where, value in read_json_lines(path, "conversations")]
 
@@ -49,7 +49,7 @@ def _conversation(value: Any, where: str) -> Conversation:
         return Conversation(_checked_messages(value["messages"], where), where)
     if "instruction" in value or "output" in value:
         question, answer = _text(value, "instruction", where), _text(value, "output", where)
-        if value.get("input"):
+        if str(value.get("input") or "").strip():
             question = f"{question}\n\n{_text(value, 'input', where)}"
     elif "prompt" in value or "completion" in value:
         question, answer = _text(value, "prompt", where), _text(value, "completion", where)

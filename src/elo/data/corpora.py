@@ -25,9 +25,9 @@ UNIT_BYTES = 1 << 28
 """Bytes on disk up to which small files share a unit; each larger file is one unit."""
 SHOWN_PROBLEMS = 10
 EXAMPLES, EXAMPLE_BYTES = 3, 200
-"""Examples of what each filter dropped, and bytes shown of each."""
+"""Number of examples of what each filter dropped, and bytes kept of each."""
 EXAMPLES_WITHIN = 1 << 26
-"""Bytes of text at the start of a corpus in which examples are searched."""
+"""Bytes of kept text after which the search for examples at the start of a corpus ends."""
 FIRST_CHECKED, CHECKED_EVERY = 256, 16
 """Documents that are decoded again to measure lost text: the first ones of each unit, then one in `CHECKED_EVERY`."""
 JUDGED_FROM = 1 << 20
@@ -41,7 +41,7 @@ def text_hash(text: bytes) -> bytes:
 
 
 Repeated = dict[tuple[str, int], dict[tuple[int, int], None]]
-"""Documents that repeat an earlier one: by corpus (`CorpusTask.folder`) and unit, the file in it and the record."""
+"""Documents that repeat an earlier one: {(`CorpusTask.folder`, unit): {(file in the unit, record): None}}."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,8 @@ class Unit:
     @property
     def name(self) -> str:
         """The files, for messages."""
-        return self.files[0].location + (f" and {len(self.files) - 1} more files" if len(self.files) > 1 else "")
+        others = len(self.files) - 1
+        return self.files[0].location + (f" and {others} more file{'s' if others > 1 else ''}" if others else "")
 
 
 @dataclass
@@ -180,8 +181,8 @@ class DocumentReader:
         self._filters = filters or Filters()
         self._repeated, self._dropped = repeated, dropped
         self._task, self._files, self._on_error, self._known = task, files, on_error, known_heldout
-        self._tell = tell
-        self._told = 0
+        self._report = tell
+        self._num_reported = 0
         self._reader: FileReader | None = None
         self._before = 0
         self.counts: tuple[int, ...] = (0,) * len(READER_COUNTS)
@@ -269,19 +270,19 @@ class DocumentReader:
         problem = record.problem
         assert problem is not None
         if self._on_error != "skip":
-            raise EloError(problem if record.ends_file else f"{problem} (on_error: skip skips such documents)")
+            raise EloError(problem if record.ends_file else f"{problem} (set on_error: skip to skip such documents)")
         if record.ends_file:
             if record.loses_file:
-                raise EloError(f"{problem} (on_error: skip skips documents, not whole files)")
+                raise EloError(f"{problem} (on_error: skip applies to documents, not to whole files)")
             self._count("cut_files")
-            self._tell(f"warning: {problem}")
+            self._report(f"warning: {problem}")
             return
         self._count("skipped")
-        self._told += 1
-        if self._told <= SHOWN_PROBLEMS:
-            self._tell(f"skipped: {problem}")
-        if self._told == SHOWN_PROBLEMS:
-            self._tell("further skipped documents are counted but not listed")
+        self._num_reported += 1
+        if self._num_reported <= SHOWN_PROBLEMS:
+            self._report(f"skipped: {problem}")
+        if self._num_reported == SHOWN_PROBLEMS:
+            self._report("further skipped documents are counted but not listed")
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,7 @@ class Preparation:
         return task.plan(self.tokenizer, self.shard_tokens, self.known_heldout, self.filters, self.repeated)
 
     def pool(self, workers: int) -> TokenizerPool:
-        """Return a pool of as many tokenising processes."""
+        """Return a pool of `workers` tokenising processes."""
         own = self.tokenizer
         return TokenizerPool(own.encoder, own.prefix_token_id, own.eos_token_id, own.dtype, workers, own.checker)
 
@@ -328,7 +329,10 @@ class Preparation:
         write_json(folder / PLAN, plan)
 
     def state(self, unit: Unit, *, look: bool = False) -> UnitState:
-        """Return the state on disk of a unit. With `look` no file is changed: some may not be visible yet."""
+        """Return the state of a unit on disk.
+
+        Records of segments that do not count are removed, unless `look` is set: their files may not be visible yet.
+        """
         return self.writer(unit).resume(self.on_error != "skip", look=look)
 
     def run_unit(self, unit: Unit, pool: TokenizerPool) -> Iterator[tuple[int, int]]:
@@ -352,8 +356,9 @@ class Preparation:
                 counts = [(*read, *total) for read, total in zip(batch.counts, totals, strict=True)]
                 writer.append(tokens, lengths, batch.texts, np.array(batch.sides), batch.positions, counts)
                 found = np.array(totals[-1])
-                if found[1] >= JUDGED_FROM:
-                    self.judge(task, TextCounts(*totals[-1]))
+                counted = TextCounts(*totals[-1])
+                if counted.checked_bytes >= JUDGED_FROM:
+                    self.judge(task, counted)
                 yield reader.bytes_read, len(tokens)
             writer.finish((*reader.counts, *found.tolist()))
         except WorkerDied as error:
@@ -400,8 +405,8 @@ class Preparation:
 def find_repeated(tasks: list[CorpusTask], on_error: str, filters: Filters) -> Repeated:
     """Find the training documents that are equal to an earlier one of their language, in the order of `tasks`.
 
-    The text is read once more for that, so that the result does not depend on workers or on where a run resumes. It
-    takes about 100 bytes of memory per document.
+    This reads all text one additional time, so that the result depends neither on workers nor on where a run resumes.
+    It takes about 100 bytes of memory per document.
     """
     repeated: Repeated = {}
     seen: dict[str, set[bytes]] = {}
@@ -419,7 +424,7 @@ def find_repeated(tasks: list[CorpusTask], on_error: str, filters: Filters) -> R
 
 
 def dropped_examples(job: Preparation, task: CorpusTask, counts: dict[str, int]) -> dict[str, list[dict[str, str]]]:
-    """Return the first documents that each filter drops, with place and beginning, from the start of a corpus."""
+    """Return the first documents of a corpus that each filter drops: their places and first bytes, by filter."""
     wanted = {name: min(counts[name], EXAMPLES) for name in FILTERS if counts.get(name)}
     found: dict[str, list[dict[str, str]]] = {name: [] for name in wanted}
 

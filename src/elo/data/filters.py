@@ -13,7 +13,7 @@ FILTERS = ("duplicate", "too_short", "too_long", "repetitive", "other_language")
 
 
 class Filters(BaseModel):
-    """Training documents to drop before tokenising. By default none; held-out text that is given is never filtered."""
+    """Training documents to drop before tokenising; by default none. A corpus of held-out text is never filtered."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -44,7 +44,12 @@ class Filters(BaseModel):
             require_identifier("data.filters.min_language_share", languages)
 
     def reason(self, text: bytes, language: str | None) -> str | None:
-        """Return the filter that drops a document for its own text, or None. No language stands for several."""
+        """Return the name of the filter that drops a document because of its own text, or None.
+
+        Args:
+            text: document in UTF-8.
+            language: language that the document should be in; None, for text in several languages, is not checked.
+        """
         if self.min_characters or self.max_characters:
             length = len(text.decode())
             if length < self.min_characters:
@@ -58,5 +63,5 @@ class Filters(BaseModel):
         return None
 
     def plan(self) -> dict[str, Any]:
-        """Return what determines the kept documents; nothing without filters."""
+        """Return the settings that differ from their defaults; empty if nothing is filtered."""
         return self.model_dump(exclude_defaults=True)

@@ -1,4 +1,4 @@
-"""Choose the text a model is evaluated on: the first bytes of every held-out document, equal for every tokenizer."""
+"""Choose the text to evaluate on: the first bytes of each held-out document, the same for every tokenizer."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,13 +9,13 @@ from elo.data.tokenizer import TextTokenizer
 from elo.data.tokenizing import TextCounts, batched
 
 MIN_DOCUMENTS = 30
-"""Minimum documents per language. With fewer, differences between documents can pass for differences between models."""
+"""Minimum documents per language. With fewer, differences of documents can be mistaken for differences of models."""
 MIN_BYTES = 1000
 """Minimum bytes of each document. If `max_bytes` does not allow that for all documents, fewer are chosen."""
 
 
 def choose_bytes(sizes: Sequence[int] | np.ndarray, max_bytes: int | None) -> dict[int, int]:
-    """Choose how many bytes of which documents to evaluate on; return {index of the document: bytes}.
+    """Choose the documents to evaluate on, and how many bytes of each; return {index of the document: bytes}.
 
     Every document contributes its first A bytes, or all of them if it has fewer. A is the largest number that keeps
     the sum within `max_bytes`, so bytes that short documents leave unused go to longer ones. If A would be below

@@ -79,7 +79,7 @@ def _check_not_empty(languages: dict[str, Any], tasks: list[CorpusTask]) -> None
 
 
 def judge_lost_text(job: Preparation, tasks: list[CorpusTask], manifest: dict[str, Any]) -> list[str]:
-    """Return a warning for each corpus of which the tokenizer loses text.
+    """Return a warning for each corpus whose text the tokenizer loses in part.
 
     Raises:
         EloError: the tokenizer loses too much of a corpus.
@@ -93,7 +93,7 @@ def judge_lost_text(job: Preparation, tasks: list[CorpusTask], manifest: dict[st
 
 def tell_totals(manifest: dict[str, Any], tell: Callable[[str], None]) -> None:
     """Report totals by language, and warn about held-out documents that are also training documents."""
-    spelled = "tokenised as text" if manifest["tokenizer"]["split_special_tokens"] else "tokenised as special tokens"
+    treated = "tokenised as text" if manifest["tokenizer"]["split_special_tokens"] else "tokenised as special tokens"
     for language, splits in manifest["languages"].items():
         train, heldout, validation = splits["train"], splits["heldout"], splits["validation"]
 
@@ -108,14 +108,14 @@ def tell_totals(manifest: dict[str, Any], tell: Callable[[str], None]) -> None:
             + (f"; validation {total(validation, 'documents'):,} documents" if validation else "")
         )
         both = [*train, *heldout]
-        for key, said in (
+        for key, meaning in (
             ("skipped", "documents could not be read and were skipped"),
             ("cut_files", "files could not be read to the end; the rest of each was skipped"),
             ("empty", "documents contain no text"),
-            ("special_tokens", f"special tokens are spelled out in the text; they were {spelled}"),
+            ("special_tokens", f"special tokens occur in the text; they were {treated}"),
         ):
             if total(both, key):
-                tell(f"{language}: {total(both, key):,} {said}")
+                tell(f"{language}: {total(both, key):,} {meaning}")
         dropped = {name: total(train, name) for name in FILTERS if total(train, name)}
         if dropped:
             counts = ", ".join(f"{name} {number:,}" for name, number in dropped.items())
@@ -160,7 +160,7 @@ def is_whole(output: Path) -> bool:
 def reweigh(prepared: PreparedData, tasks: list[CorpusTask]) -> PreparedData:
     """Write changed names and weights into the manifest, without tokenising again."""
     changed = False
-    # The order of `make_manifest`. A corpus of which nothing is cut has no entry in the cut splits.
+    # The order of `make_manifest`. A corpus has no entry in a split for which no documents are cut out of it.
     entries = {
         (language, split): iter(corpora)
         for language, splits in prepared.manifest["languages"].items()

@@ -134,10 +134,10 @@ class Mixture:
         return dict(sorted(found.items()))
 
     def epoch_sequences(self, *languages: str) -> int:
-        """Return the number of sequences in which as much of `languages` is read as their corpora hold together.
+        """Return the number of sequences that contain as much text of `languages` as their corpora have together.
 
-        With equal weights that is one pass over their text. A corpus or language with a higher weight than its siblings
-        is then read more than once, and the others less than once.
+        With equal weights this is one pass over their text. Otherwise corpora and languages with a higher weight are
+        read more than once within it, and the others less than once.
 
         Raises:
             EloError: `languages` have no share in the mixture.
@@ -150,10 +150,11 @@ class Mixture:
 
 
 class Schedule(Mixture):
-    """Mixtures that follow one another, each for its share of `total` sequences.
+    """Mixtures that are used one after another, each for its share of `total` sequences.
 
-    A corpus that several of them read is read on, not from its beginning. Shares are exact within each mixture as in
-    `Mixture`; those of `sources` are means over the schedule. Beyond `total`, all sources go on with their mean shares.
+    A corpus in several mixtures continues where the previous one stopped reading it. Within each mixture shares are
+    as exact as in `Mixture`; those in `sources` are means over the schedule. After `total` sequences, all sources
+    continue with their mean shares.
     """
 
     def __init__(self, parts: Sequence[tuple[float, Mixture]], total: int) -> None:

@@ -1,8 +1,8 @@
 """Parallel text: rows of sentences and their translations become documents that end in one language.
 
-A document counts whole for the language it ends in, because a token shard belongs to one language and shares count
-tokens of shards. A corpus that is listed under both languages gives each pair once in each direction, so each language
-gets half of the tokens.
+A document counts entirely towards the language it ends in, because a token shard belongs to one language and shares
+count tokens of shards. A corpus that is listed under both languages gives each pair once in each direction, so each
+language gets half of the tokens.
 """
 
 import string
@@ -26,7 +26,7 @@ class Parallel:
         languages: languages of the columns. The document ends in the second.
         templates: layouts of a pair, used in turn.
         pairs: number of consecutive rows in a document.
-        code_switched: share of documents that are consecutive sentences alternating between the languages instead.
+        code_switched: share of documents that alternate between the languages from sentence to sentence instead.
     """
 
     columns: tuple[str, str]
@@ -36,13 +36,13 @@ class Parallel:
     code_switched: float = 0.0
 
     def identity(self) -> dict[str, Any]:
-        """Return all that decides about the documents, as JSON."""
+        """Return everything that determines the documents, as JSON."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def documents(self, records: Iterable[Record]) -> Iterator[Record]:
-        """Join rows to documents. Problems are passed on; a document is numbered as the last row that may be in it.
+        """Join each group of `pairs` rows into a document, and pass on problems.
 
-        Reading can therefore resume after any document, because groups of rows never straddle that row.
+        A document gets the number of the last row of its group, so that reading can resume after any document.
         """
         group: list[Record] = []
         for record in records:
@@ -87,7 +87,7 @@ def template_problem(template: str) -> str | None:
         fields = [name for _, name, form, conversion in string.Formatter().parse(template) if name is not None]
         plain = all(not form and conversion is None for _, _, form, conversion in string.Formatter().parse(template))
     except ValueError as error:
-        return f"template {template!r} has an unpaired brace ({error}); double braces that are text"
+        return f"template {template!r} has an unpaired brace ({error}); write {{{{ and }}}} for braces in the text"
     if not plain or not set(fields) <= set(FIELDS):
         return f"template {template!r} has an unknown field; use {', '.join('{' + name + '}' for name in FIELDS)}"
     if fields.count("source") != 1 or fields.count("target") != 1 or not template.endswith("{target}"):
@@ -96,7 +96,7 @@ def template_problem(template: str) -> str | None:
 
 
 def read_pairs(path: str, columns: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the pairs of a parallel file as single lines. Rows with an empty side are left out.
+    """Yield the pairs of a parallel file, each side on one line. Rows with an empty side are skipped.
 
     Raises:
         EloError: the file, or a row of it, cannot be read.

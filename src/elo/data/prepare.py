@@ -9,7 +9,7 @@ import os
 import re
 from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +33,8 @@ MIN_VALIDATION_DOCUMENTS = 30
 BYTES_PER_WORKER = 4 << 20
 """Bytes of input on disk that justify starting one more process."""
 CORES_OF_ONE_PROCESS = 8
-"""Cores up to which the tokenizer's threads are used; with more, processes (see `elo.data.tokenizing`)."""
+"""Largest number of cores on which one process with threads tokenises. With more, each core gets a process
+(see `elo.data.tokenizing.TokenizerPool`)."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,11 @@ def prepare(
         on_error: "stop" at the first document that cannot be read, or "skip" and count such documents.
         shard_tokens: tokens per shard, which is the most work that a killed run has to repeat.
         vocab_size: rows of the model's embedding. Token ids outside it raise an error.
-        ray: address of a Ray cluster whose nodes tokenise (`auto`, or host:port), for the same shards. Each unit (256
-            MiB of files, or one larger file) is a task that takes `workers` CPUs, by default one.
+        ray: address of a Ray cluster whose nodes tokenise: `auto`, or host:port. The shards are the same. Each unit
+            (256 MiB of files, or one larger file) is a task that takes `workers` CPUs, by default one.
         overwrite: replace finished data made from other inputs or settings.
-        split_special_tokens: tokenise special tokens spelled in a document as text, not as special tokens.
-        allow_lost_text: accept text of which the tokenizer loses more than 5 %. The loss is measured on the first
+        split_special_tokens: tokenise special tokens that occur in a document as text, not as special tokens.
+        allow_lost_text: accept text even if the tokenizer loses more than 5 % of it. The loss is measured on the first
             documents, then on one in 16, and on all held-out text.
         filters: training documents to drop, which are counted in the manifest with examples. Default: none.
 
@@ -237,7 +238,7 @@ def _hashes_of_heldout(tasks: list[CorpusTask], on_error: str) -> frozenset[byte
 
 
 def _texts(task: CorpusTask, on_error: str, filters: Filters | None = None) -> Iterator[bytes]:
-
+    """Yield the documents of a corpus."""
     # Skipped documents are reported later, when the text is tokenised.
     reader = DocumentReader(task, list(task.files), on_error, frozenset(), lambda line: None, filters)
     for batch in reader.batches(Position()):
@@ -271,7 +272,7 @@ def _with_thresholds(
 
 
 def _can_be_cut(task: CorpusTask) -> bool:
-    """Return whether held-out documents are cut out: not of parallel text, where half of each is another language."""
+    """Return whether documents can be held out from a corpus; half of a parallel document is in another language."""
     return task.split == "train" and task.parallel is None
 
 
@@ -284,11 +285,12 @@ def _thresholds(
     on_error: str,
     filters: Filters,
 ) -> tuple[int, int]:
-    """Return the hash below which documents are held out, and the one up to which further ones are validation text.
+    """Return the hash below which documents are held out, and the one below which further ones are validation text.
 
-    Each covers its share of all hashes, or more if needed for enough documents: one held-out document, and one in a
-    hundred as validation text (at least one, at most `MIN_VALIDATION_DOCUMENTS`). Some training text always remains.
-    Reading stops as soon as the thresholds are certain, so a large corpus adds hardly any time.
+    Each range covers its share of all hashes. It is enlarged if it would contain too few documents: one held-out
+    document, and one in a hundred as validation text (at least one, at most `MIN_VALIDATION_DOCUMENTS`). Enlarging
+    never takes the last training document. Reading stops as soon as the thresholds are certain, so a large corpus adds
+    hardly any time.
     """
     bound, span = int(heldout_share * 2**64), int(validation_share * 2**64)
     lowest, first, documents, several = 2**64, None, 0, False
@@ -330,13 +332,17 @@ def _paths(tasks: list[CorpusTask]) -> str:
     return ", ".join(dict.fromkeys(task.files[0].location for task in tasks))
 
 
+def _shard_folders(output: Path) -> list[Path]:
+    """Return the folders of all corpora, such as ko/train/0; the user may have put other files beside them."""
+    return [folder for split in SPLITS for folder in output.glob(f"*/{split}/*") if folder.name.isdecimal()]
+
+
 def _sweep(output: Path, tasks: list[CorpusTask]) -> None:
     """Remove corpora that are no longer requested, and temporary files of killed runs."""
     wanted = {output / folder for task in tasks for folder in task.own_folders}
-    for split in SPLITS:
-        for folder in output.glob(f"*/{split}/*"):
-            if folder not in wanted:
-                remove(folder)
+    for folder in _shard_folders(output):
+        if folder not in wanted:
+            remove(folder)
     for leftover in output.rglob(f"{TEMPORARY_PREFIX}*"):
         remove(leftover)
 
@@ -371,10 +377,15 @@ def _tokenize(job: Preparation, tasks: list[CorpusTask], workers: int | None, sh
 
 
 def _remove_if_nothing_finished(output: Path, existed: bool) -> None:
-    """Remove all files of a run that failed before its first shard was complete."""
+    """Remove what a run wrote that failed before its first shard was complete, and nothing else."""
     if any(output.glob("*/*/*/?????-?????.json")):
         return
-    for item in list(output.iterdir()):
-        remove(item)
-    if not existed:
-        output.rmdir()
+    for folder in _shard_folders(output):
+        remove(folder)
+    for folder in [*output.glob("*/*"), *output.glob("*")]:
+        with suppress(OSError):  # not an empty folder
+            folder.rmdir()
+    if [item.name for item in output.iterdir()] == [MARKER]:
+        remove(output / MARKER)
+        if not existed:
+            output.rmdir()

@@ -23,28 +23,28 @@ from elo.errors import EloError
 from elo.log import Progress, short
 
 RETRIES = 3
-"""Repetitions of a unit of which the node or process was lost."""
+"""Number of times that a unit is repeated after its node or process was lost."""
 CONNECT_TIMEOUT_S = 5.0
 LOOK_TIMEOUT_S = 10.0
+"""Time between checks that the cluster still has suitable nodes, and limit for cancelled tasks to end."""
 VISIBLE_TIMEOUT_S = 90.0
 """Time after which the records of other nodes must be visible. NFS clients cache folders for up to 60 s."""
 
-
 Common = tuple[str, str, InputFile]
-"""What a node must have in common with the driver: versions, the working folder, and a file in the output."""
+"""What every node must share with the driver: versions, the working folder, and a file in the output."""
 Outcome = tuple[int, list[str], str | None]
-"""Tokens of a unit, messages, and why it failed."""
+"""Result of a unit: tokens written, messages, and the reason if it failed."""
 
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Connect to the Ray cluster at `host:port`, or with `auto` to that of `RAY_ADDRESS` or of this machine.
+    """Connect to the Ray cluster at `host:port`; `auto` means the one at `RAY_ADDRESS`, or this machine's.
 
     Raises:
         EloError: Ray is not installed, or no cluster answers at the address.
     """
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # attempts to connect, of 40 s each
-    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # without end by default
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # unlimited by default
     try:
         import ray
     except ImportError:
@@ -56,7 +56,7 @@ def connected(address: str) -> Iterator[None]:
         if port.isdecimal():
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # Ray and sockets raise many types
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise EloError(
             f"--ray {address}: cannot connect to a Ray cluster ({reason}); run this command on one of its nodes and "
@@ -71,7 +71,7 @@ def connected(address: str) -> Iterator[None]:
 def tokenize_on_ray(job: Preparation, pending: list[Unit], marker: Path, cpus: int, progress: Progress) -> None:
     """Tokenise each unit as a task that takes `cpus` CPUs of a node.
 
-    A unit that fails does not stop the others. A node that cannot do the work does.
+    A unit that fails does not stop the others. A node with other versions or files stops the whole work.
 
     Args:
         marker: a file in the output, which every node must see.
@@ -97,9 +97,9 @@ def tokenize_on_ray(job: Preparation, pending: list[Unit], marker: Path, cpus: i
                 job.tell(f"no node of the Ray cluster has {cpus} CPUs; waiting for one to join")
             for reference in finished:
                 unit = waiting.pop(reference)
-                tokens, said, failure = _outcome(reference, unit)
+                tokens, messages, failure = _outcome(reference, unit)
                 total += tokens
-                for line in said:
+                for line in messages:
                     job.tell(line)
                 if failure is not None:
                     failures.append(failure)
@@ -137,15 +137,15 @@ def _run_unit(given: tuple[Preparation, list[Unit], Common, int], number: int) -
     _check_here(common, pending[number].files)  # the node may have joined after the others were checked
     if cpus == 1:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    said: list[str] = []
+    messages: list[str] = []
     tokens = 0
     try:
         with job.pool(cpus) as pool:
-            for _, new in replace(job, tell=said.append).run_unit(pending[number], pool):
+            for _, new in replace(job, tell=messages.append).run_unit(pending[number], pool):
                 tokens += new
     except EloError as error:
-        return tokens, said, str(error)
-    return tokens, said, None
+        return tokens, messages, str(error)
+    return tokens, messages, None
 
 
 def _check_nodes(common: Common, files: list[InputFile], cpus: int) -> None:
@@ -182,7 +182,7 @@ def _check_here(common: Common, files: list[InputFile]) -> None:
         if file.is_hub or file.version:
             continue
         try:
-            reason = None if _seen(Path(file.location)) == file else "another size or time of change"
+            reason = None if _seen(Path(file.location)) == file else "another size or modification time"
         except OSError as error:
             reason = error.strerror
         if reason is not None:
@@ -203,7 +203,7 @@ def _seen(path: Path) -> InputFile:
 
 
 def _nodes(cpus: int) -> list[dict]:
-    """Return the living nodes that have as many CPUs."""
+    """Return the live nodes that have at least `cpus` CPUs."""
     import ray
 
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= cpus]

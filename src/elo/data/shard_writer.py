@@ -28,14 +28,14 @@ LEFT_OUT = ("skipped", "cut_files")
 
 
 class ShardFile:
-    """One shard being written, with its text if `keeps_text`. Its files get their names in `finish`."""
+    """One shard being written, with its text if `keeps_text`. `finish` gives its files their final names."""
 
     def __init__(self, root: Path, name: str, dtype: np.dtype, *, keeps_text: bool) -> None:
         self.name = name
         self.num_tokens = 0
         self._dtype = dtype
         self._paths = shard_paths(root / name, has_text=keeps_text)
-        # Unique, because a node that the cluster has given up may still be writing the same shard.
+        # Unique, because a node that the cluster considers lost may still be writing the same shard.
         prefix = f"{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-"
         self._temporary = [path.with_name(prefix + path.name) for path in self._paths]
         self._paths[0].parent.mkdir(parents=True, exist_ok=True)
@@ -130,8 +130,8 @@ class UnitWriter:
     """Writes one unit of a corpus, one segment after another.
 
     `folders` are relative to `root`, one for each of `SPLITS`: the corpus' own, such as "ko/train/0", then those of the
-    documents cut out of it. Records are in the first folder. For a corpus given as held-out text that is its own
-    folder, and nothing is cut out of it.
+    documents cut out of it. Records are in the first folder. A corpus of held-out text writes only to its own folder,
+    such as "ko/heldout/0", which then comes first.
     """
 
     def __init__(self, root: Path, folders: tuple[str, ...], unit: int, dtype: np.dtype, shard_tokens: int) -> None:
@@ -146,9 +146,11 @@ class UnitWriter:
         self._latest = (self.position, self._counted)
 
     def resume(self, strict: bool, *, look: bool = False) -> UnitState:
-        """Find the finished segments and resume after them. `strict` ignores segments that skipped unreadable input.
+        """Find the finished segments and continue after them; return the state of the unit.
 
-        Files of later segments are overwritten. With `look` nothing is changed on disk.
+        Args:
+            strict: ignore segments that skipped unreadable input.
+            look: change nothing on disk. Otherwise the records of segments that do not count are removed.
         """
         segments: list[dict[str, Any]] = []
         while (record := read_record(self._record_path(len(segments)), "counts")) is not None:

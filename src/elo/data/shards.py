@@ -248,7 +248,7 @@ class PreparedData:
 
     @property
     def languages(self) -> list[str]:
-        """Languages with training text, in the order given."""
+        """Prepared languages: those with training text in the order given, then those with only held-out text."""
         return list(self.manifest["languages"])
 
     @property
@@ -258,7 +258,7 @@ class PreparedData:
 
     @property
     def split_special_tokens(self) -> bool:
-        """Whether special tokens spelled in the text were tokenised as text."""
+        """Whether special tokens that occur in the text were tokenised as text."""
         return bool(self.manifest["tokenizer"].get("split_special_tokens", False))
 
     @property
@@ -297,8 +297,8 @@ class PreparedData:
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
         """Return documents, tokens, text_tokens, bytes and bytes_per_token by split (`SPLITS`) and language.
 
-        If text was decoded again, also `lost_text`, the share of it that the tokenizer loses, and `special_tokens`,
-        the number of special tokens spelled out in the text.
+        If text was decoded again, also return `lost_text`, the share of it that the tokenizer loses, and
+        `special_tokens`, the number of special tokens that occur in the text.
         """
         found: dict[str, dict[str, dict[str, float]]] = {split: {} for split in SPLITS}
         for language, splits in self.manifest["languages"].items():
@@ -352,7 +352,7 @@ class PreparedData:
         Raises:
             EloError: the language was not prepared, or has no held-out text.
         """
-        corpus = self._measured(language, "heldout")
+        corpus = self._evaluation_text(language, "heldout")
         if not corpus.shards:
             raise EloError(
                 f"{self.path}: no held-out text for {language!r}; prepare again with heldout text or a heldout_share"
@@ -365,7 +365,7 @@ class PreparedData:
         Raises:
             EloError: the language was not prepared, or has no validation text.
         """
-        corpus = self._measured(language, "validation")
+        corpus = self._evaluation_text(language, "validation")
         if not corpus.shards:
             raise EloError(
                 f"{self.path}: no validation text for {language!r}; prepare again with a validation_share above 0 and "
@@ -373,7 +373,7 @@ class PreparedData:
             )
         return corpus
 
-    def _measured(self, language: str, split: str) -> TokenCorpus:
+    def _evaluation_text(self, language: str, split: str) -> TokenCorpus:
         entries = [entry for corpus in self._corpora(language, split) for entry in corpus["shards"]]
         shards = tuple(self.shards_by_name[entry["name"]] for entry in entries)
         return TokenCorpus(shards, f"{language} {split}", fingerprint=sha256_json(entries))

@@ -23,7 +23,7 @@ import zstandard
 from elo.checkpoint.local_names import looks_local, near
 from elo.data.compressed import decompressed, file_problem, wrong_kind
 from elo.data.unread import warn_of_unread
-from elo.errors import EloError
+from elo.errors import EloError, error_line
 from elo.store.remote import RemoteFile, is_remote, list_remote, open_remote
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt", ".txt.gz", ".txt.zst")
@@ -62,7 +62,7 @@ class Record(NamedTuple):
     ends_file: bool = False
     """Whether the problem affects the file, so that nothing after it can be read."""
     translation: bytes = b""
-    """Text of the second column, if two were asked for."""
+    """Text of the second column, if two are read."""
 
     @property
     def loses_file(self) -> bool:
@@ -136,7 +136,7 @@ def list_inputs(path: str) -> list[InputFile]:
 
 def _list_objects(address: str) -> list[InputFile]:
     files = list_remote(address)
-    if [file.location for file in files] != [address]:  # a single object is named by the user and has to be readable
+    if [file.location for file in files] != [address]:  # the user named a single object, so it must be readable
         start = len(address.rstrip("/")) if not glob.has_magic(address) else 0
         files = [file for file in files if "/." not in file.location[start:] and file.location.endswith(SUFFIXES)]
     if not files:
@@ -171,6 +171,7 @@ class FileReader:
     """Reads the documents of one input, and counts the bytes read from disk.
 
     Args:
+        file: input to read.
         columns: column with the text, and a second one if each row holds a sentence and its translation.
     """
 
@@ -300,7 +301,7 @@ def _json_problem(line: bytes, columns: tuple[str, ...], error: Exception) -> st
 
 
 def _layout(line: bytes) -> str | None:
-    """Return how the JSON of a file is laid out if `line`, its first, shows that it is not one document per line."""
+    """Return the layout of a JSON file if `line` shows that it does not have one document per line, otherwise None."""
     line = line.strip()
     if line.startswith(b"["):
         return "the file is a JSON array (jq -c '.[]' FILE converts it)"
@@ -337,7 +338,7 @@ def _column_problem(row: dict[str, Any], columns: tuple[str, ...]) -> str:
         names = ", ".join(map(repr, row)) or "none"
         for outer, value in row.items():
             if isinstance(value, dict) and missing[0] in value:
-                return f"no column {missing[0]!r}, but column {outer!r} has one inside; make it a column of its own"
+                return f"no column {missing[0]!r}, but column {outer!r} has one inside; make it a top-level column"
         return f"no column {missing[0]!r}; the columns are {names[:300]}; set {key} to the one with the text"
     for column in columns:
         value = row[column]
@@ -473,10 +474,9 @@ def _hub_records(location: str, columns: tuple[str, ...], start: int) -> Iterato
     except EloError:
         raise
     except Exception as error:  # datasets, fsspec and the hub client raise many types
-        reason = " ".join(str(error).split())[:300]
         raise EloError(
             f"{location}: the Hugging Face dataset cannot be read at row {number + 1} "
-            f"({type(error).__name__}: {reason}); "
+            f"({type(error).__name__}: {error_line(error)}); "
             "check its name (there is no such local file or folder), config and split, and the network, then run the "
             "same command again, it resumes"
         ) from None

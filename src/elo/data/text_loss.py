@@ -1,4 +1,4 @@
-"""Judge how much text a tokenizer may lose, and encode special tokens spelled out in documents as text."""
+"""Judge how much text a tokenizer may lose, and encode special tokens that occur in documents as text."""
 
 import json
 from collections.abc import Collection
@@ -21,6 +21,8 @@ def judge_loss(
 
     Args:
         where: name of the text for the message: file or language.
+        tokenizer: name of the tokenizer, for the message.
+        lost_bytes: UTF-8 bytes that the tokenizer loses of the `checked_bytes` that were decoded again.
         allowed: whether any loss is accepted.
         key: setting or option by which the user accepts the loss.
 
@@ -44,7 +46,10 @@ def judge_loss(
 
 
 def special_spellings(backend: Tokenizer, frame: Collection[int]) -> list[str]:
-    """Return the spellings of the tokens marked as special in the tokenizer, and of those with the ids in `frame`."""
+    """Return the text of the tokens that the tokenizer marks as special or whose ids are in `frame`.
+
+    Tokens of one character are left out.
+    """
     added = backend.get_added_tokens_decoder()
     found = {token.content for token in added.values() if token.special}
     found |= {token for index in frame if (token := backend.id_to_token(index)) is not None}
@@ -53,11 +58,11 @@ def special_spellings(backend: Tokenizer, frame: Collection[int]) -> list[str]:
 
 
 def text_encoder(backend: Tokenizer, special_tokens: Collection[str]) -> Tokenizer:
-    """Copy `backend`, with the same ids, so that it encodes `special_tokens` in a text as text.
+    """Return a copy of `backend`, with the same ids, that encodes `special_tokens` in a document as text.
 
     `Tokenizer.encode_special_tokens` does not suffice: it is not stored with the tokenizer, and Unigram models,
-    word-level models and byte-pair merges can still turn the spelling into the special token. Instead, the special
-    tokens get spellings that occur in no text.
+    word-level models and byte-pair merges can still produce the special token. Instead, the special tokens are renamed
+    to strings that occur in no text.
     """
     state: dict[str, Any] = json.loads(backend.to_str())
     # U+FDD0 is a noncharacter: Unicode excludes it from text interchange.

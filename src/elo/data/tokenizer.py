@@ -17,7 +17,7 @@ from elo.data.shards import token_dtype
 from elo.data.text_loss import special_spellings, text_encoder
 from elo.data.tokenizer_reading import one_reading, read_stored, require_sentencepiece
 from elo.data.tokenizing import TextChecker, encode_documents
-from elo.errors import EloError
+from elo.errors import EloError, error_line
 from elo.store.remote import is_remote
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -40,16 +40,16 @@ class TextTokenizer:
     sha256: str
     """SHA-256 of the tokenizer's content."""
     split_special_tokens: bool = True
-    """Whether special tokens spelled out in a text are tokenised as text, not as special tokens."""
+    """Whether special tokens that occur in a text are tokenised as text, not as special tokens."""
 
     @cached_property
     def special_tokens(self) -> list[str]:
-        """Spellings of the special tokens."""
+        """Text of the special tokens, except tokens of one character."""
         return special_spellings(self.backend, {self.prefix_token_id, self.eos_token_id})
 
     @cached_property
     def encoder(self) -> Tokenizer:
-        """Tokenizer that encodes text: `backend`, or a copy to which special tokens are text."""
+        """Tokenizer that encodes text: `backend`, or a copy that encodes special tokens as text."""
         return text_encoder(self.backend, self.special_tokens) if self.split_special_tokens else self.backend
 
     @cached_property
@@ -77,7 +77,7 @@ class TextTokenizer:
         return self._split(*self._encode(texts))
 
     def encode_and_check(self, texts: Sequence[str]) -> tuple[list[np.ndarray], np.ndarray]:
-        """Return what `encode_documents` does, and the `TextCounts` of each text, int64 [texts, 3]."""
+        """Return the result of `encode_documents`, and the `TextCounts` of each text, int64 [texts, 3]."""
         tokens, lengths = self._encode(texts)
         checked = np.ones(len(texts), np.bool_)
         return self._split(tokens, lengths), self.checker.count(self.encoder, texts, tokens, lengths, checked)
@@ -115,7 +115,8 @@ def load_tokenizer(path_or_id: str | Path, trust_remote_code: bool = False) -> T
 def load_with_settings(path_or_id: str | Path, trust_remote_code: bool = False) -> tuple[Any, TextTokenizer]:
     """Load a tokenizer as `load_tokenizer` does; return transformers' tokenizer and the `TextTokenizer`."""
     name = str(path_or_id).removeprefix("hf://")
-    folder = fetch_checkpoint(name, trust_remote_code, weights=False) if is_remote(path_or_id) else Path(name)
+    remote = is_remote(path_or_id)
+    folder = fetch_checkpoint(str(path_or_id), trust_remote_code, weights=False) if remote else Path(name)
     if folder.is_file():
         folder = folder.parent
     if folder.is_dir():
@@ -172,7 +173,7 @@ def save_with_backend(
     tokenizer = _load(str(path_or_id), trust_remote_code)
     tokenizer._tokenizer = Tokenizer.from_str(backend.to_str())
     tokenizer.save_pretrained(folder)
-    for name in ("vocab.json", "merges.txt"):  # some classes write their old ones as well
+    for name in ("vocab.json", "merges.txt"):  # some classes also write these, with the old vocabulary
         (folder / name).unlink(missing_ok=True)
     try:
         copied = Tokenizer.from_str(backend.to_str())
@@ -188,10 +189,9 @@ def _load(name: str, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=trust_remote_code)
     except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise EloError(
-            f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {reason}); to load tokenizer.json "
-            'unchanged, write "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
+            f"{name}: its tokenizer cannot be loaded ({type(error).__name__}: {error_line(error)}); to load "
+            'tokenizer.json unchanged, write "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json'
         ) from None
     except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
         if type(error) is not Exception:

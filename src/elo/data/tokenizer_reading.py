@@ -139,7 +139,8 @@ def _first_difference(stored: Tokenizer, loaded: Tokenizer, texts: list[str]) ->
     """Return the first text with different ids, and both lists of ids from where they differ; None if all agree."""
     for text, ours, theirs in zip(texts, _encode(stored, texts), _encode(loaded, texts), strict=True):
         if ours != theirs:
-            same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            same = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
             return (text if len(text) <= 40 else f"{text[:40]}..."), ours[same:][:6], theirs[same:][:6]
     return None
 
@@ -147,7 +148,7 @@ def _first_difference(stored: Tokenizer, loaded: Tokenizer, texts: list[str]) ->
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     try:
         return [each.ids for each in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-    except Exception:  # tokenizers raises bare Exception for a text that the model cannot spell
+    except Exception:  # tokenizers raises bare Exception for a text that the model cannot encode
         if len(texts) == 1:
             return [[]]
         return [ids for text in texts for ids in _encode(tokenizer, [text])]

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer, decoders
 LONG_TEXT = 1 << 19
 """Characters from which a text is tokenised in pieces, because the tokenizer needs about 200 bytes per character."""
 WINDOW = 1024
+"""Characters on each side of a cut that are tokenised to verify it."""
 FEEDING_THREADS = 2
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 1 << 20
@@ -48,7 +49,7 @@ class TextCounts(NamedTuple):
     """Counts of a text, taken while it is tokenised."""
 
     special_tokens: int
-    """Number of special tokens spelled out in the text."""
+    """Number of special tokens that occur in the text."""
     checked_bytes: int
     """UTF-8 bytes that were decoded again."""
     lost_bytes: int
@@ -56,11 +57,11 @@ class TextCounts(NamedTuple):
 
 
 class TextChecker:
-    """Counts special tokens spelled out in text, and text that is lost by encoding and decoding.
+    """Counts special tokens that occur in text, and text that is lost by encoding and decoding.
 
     Args:
         backend: the tokenizer as loaded.
-        special_tokens: spellings to search for.
+        special_tokens: strings to search for.
     """
 
     def __init__(self, backend: Tokenizer, special_tokens: Sequence[str]) -> None:
@@ -94,7 +95,7 @@ class TextChecker:
         ends = np.cumsum(lengths)
         parts, decodable = [], []
         for index, text in enumerate(texts):
-            counts[index, 0] = self._spelled(text)
+            counts[index, 0] = self._count_special_tokens(text)
             if checked[index]:
                 ids = tokens[ends[index] - lengths[index] + 1 : ends[index] - 1]
                 if len(text) > CHECKED_CHARACTERS:
@@ -108,7 +109,7 @@ class TextChecker:
             counts[index, 2] = lost_bytes(text, back, ignore_space=self._ignores_space)
         return counts
 
-    def _spelled(self, text: str) -> int:
+    def _count_special_tokens(self, text: str) -> int:
         if not any(start in text for start in self._by_start):
             return 0
         count, position = 0, 0
@@ -236,13 +237,17 @@ def write_frame(file: IO[bytes], *parts: bytes | memoryview) -> None:
 
 
 def read_frame(file: IO[bytes]) -> list[bytes]:
-    """Read a frame that `write_frame` wrote; return an empty list at the end of the stream."""
+    """Read a frame that `write_frame` wrote; return an empty list if the stream ends before the frame does."""
     header = file.read(8)
     if len(header) < 8:
         return []
     count = struct.unpack("<q", header)[0]
-    sizes = struct.unpack(f"<{count}q", file.read(8 * count))
-    return [file.read(size) for size in sizes]
+    packed = file.read(8 * count)
+    if len(packed) < 8 * count:
+        return []
+    sizes = struct.unpack(f"<{count}q", packed)
+    parts = [file.read(size) for size in sizes]
+    return parts if tuple(map(len, parts)) == sizes else []
 
 
 def serve() -> None:
@@ -274,9 +279,9 @@ class Tokenized(NamedTuple):
 class TokenizerPool:
     """Tokenises batches of UTF-8 texts in order, and collects the counts of `checker`.
 
-    With one worker this process tokenises. The library's threads use all cores, and two threads of the pool feed them
-    so that they need not wait for ids to become arrays. On 2 cores this took 15 % less CPU time than two processes.
-    On many cores the library's threads slow each other down; then `workers` processes with one thread each are faster.
+    With one worker, this process tokenises: the library's threads use all cores, and two threads of the pool keep them
+    busy while ids become arrays. On two cores this took 15 % less CPU time than two processes. On many cores the
+    library's threads slow each other down, so that `workers` processes with one thread each are faster.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +15,7 @@ _PACKAGES = ("elo-cpt", "torch", "transformers", "accelerate", "tokenizers", "sa
 
 
 def environment() -> dict[str, Any]:
-    """Return time, hardware and versions, as every file of results records them."""
+    """Return the time, hardware and package versions that every results file records."""
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return {"created": created, "hardware": hardware(), "versions": versions()}
 
@@ -41,8 +42,10 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """Return the command that started this process."""
-    return " ".join(["elo", *sys.argv[1:]]) if Path(sys.argv[0]).name in ("elo", "cli.py") else "elo.run(...)"
+    """Return the command that started this process, quoted for a shell; `elo.run(...)` if it was not `elo`."""
+    program = Path(sys.argv[0])
+    is_module = program.parent.name == "elo" and program.name in ("__main__.py", "cli.py")
+    return shlex.join(["elo", *sys.argv[1:]]) if is_module or program.name == "elo" else "elo.run(...)"
 
 
 def _cpu_name() -> str:

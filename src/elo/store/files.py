@@ -43,10 +43,10 @@ def disk_problem(error: OSError, place: Path | None = None) -> str:
 
 @contextmanager
 def readable_disk_errors(place: Path) -> Iterator[None]:
-    """Convert what libraries raise for a full or failing disk into one message about `place`.
+    """Convert the errors that libraries raise for a full or failing disk into one message that names `place`.
 
     Raises:
-        EloError: writing failed, also when safetensors or torch report that with other error types.
+        EloError: writing failed. safetensors and torch report some failures with error types of their own.
     """
     try:
         yield
@@ -82,7 +82,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the file `path` with `value` as indented JSON atomically. NaN and infinity raise ValueError."""
+    """Replace the file `path` with `value` as indented JSON atomically.
+
+    Raises:
+        ValueError: `value` contains NaN or infinity.
+    """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -114,6 +118,7 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     """Yield a temporary directory next to `target`; on success fsync it and rename it to `target`.
 
     A failure leaves nothing behind. With `overwrite` an existing `target` is replaced once the new one is complete.
+    Only one process at a time may write `target`, because temporary directories of earlier attempts are removed.
 
     Raises:
         EloError: `target` exists and is not empty (without `overwrite`), or cannot be written.

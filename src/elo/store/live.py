@@ -29,14 +29,15 @@ def live_file(path: Path) -> Iterator[None]:
 
 
 def write_live(owner: object, state: Callable[[], dict[str, Any]], *, at_once: bool = False) -> None:
-    """Replace the file of the running stage, if there is one, at most every `SECONDS_BETWEEN_WRITES`.
+    """Write the state of the running stage, if there is one, to its file, at most once per `SECONDS_BETWEEN_WRITES`.
 
     The file is not flushed to disk, because nothing depends on it.
 
     Args:
-        owner: what the state is of. Until `release_live`, other owners are ignored, so that a measurement during
-            training does not hide the training.
-        state: function that returns what to write.
+        owner: object that the state describes. Until `release_live`, calls by other owners are ignored, so that a
+            measurement during training does not replace the state of the training.
+        state: function that returns the state. It is called only if the state is written.
+        at_once: write even if the last write was less than `SECONDS_BETWEEN_WRITES` ago.
     """
     path, now = _file.get(), time.time()
     if path is None:
@@ -53,7 +54,7 @@ def write_live(owner: object, state: Callable[[], dict[str, Any]], *, at_once: b
         temporary.write_text(json.dumps({"time": now, "process": os.getpid(), **state()}), encoding="utf-8")
         temporary.replace(path)
     except OSError:
-        pass  # a full disk must not stop the work that is shown
+        pass  # a full disk must not stop the work itself
 
 
 def release_live(owner: object) -> None:

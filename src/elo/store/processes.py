@@ -1,4 +1,4 @@
-"""Coordinate the processes of one launch (torchrun, accelerate launch): the main one writes files, all train."""
+"""Coordinate the processes of one launch (torchrun, accelerate launch): all train, and the main one writes files."""
 
 import os
 import time
@@ -8,17 +8,19 @@ from typing import Any, TypeVar
 from elo.errors import EloError
 
 T = TypeVar("T")
-SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_INTERVAL_S = 0.2
 _NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 _LAUNCH = (*_NUMBERS, "MASTER_ADDR")
-"""Variables that a launcher of several processes sets."""
+"""Environment variables that a launcher of several processes sets."""
 
 
 def check_launch() -> None:
-    """Raise EloError if only a part of what a launcher sets is set, or it does not fit together."""
-    remedy = "launch with torchrun, or set what it sets (docs/launching.md)"
+    """Raise EloError if the environment variables that a launcher sets are incomplete or inconsistent."""
+    remedy = "launch with torchrun, or set all variables that it sets (docs/launching.md)"
     given = {name: os.environ[name] for name in _LAUNCH if os.environ.get(name)}
-    if not given.keys() & {"RANK", "WORLD_SIZE"} or given.get("WORLD_SIZE") == "1":
+    if not given.keys() & {"RANK", "WORLD_SIZE"}:
+        return
+    if given.get("WORLD_SIZE") == "1" and given.get("RANK", "0") == "0":
         return
     if missing := [name for name in _LAUNCH if name not in given]:
         raise EloError(f"launch: {', '.join(given)} set without {', '.join(missing)}; {remedy}")
@@ -30,12 +32,12 @@ def check_launch() -> None:
 
 def world_size() -> int:
     """Return the number of processes; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or "1")
 
 
 def is_main() -> bool:
     """Return whether this is the main process (rank 0), which writes records and does work that is done once."""
-    return os.environ.get("RANK", "0") == "0"
+    return (os.environ.get("RANK") or "0") == "0"
 
 
 def from_main(make: Callable[[], T]) -> T:
@@ -67,6 +69,9 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def wait_until(ready: Callable[[], bool]) -> None:
-    """Poll until `ready()`. A collective would time out after hours; the launcher kills processes that wait in vain."""
+    """Poll until `ready()` returns true.
+
+    A collective would time out after hours. If the main process fails, the launcher kills those that wait for it.
+    """
     while not ready():
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(_POLL_INTERVAL_S)

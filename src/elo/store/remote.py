@@ -1,6 +1,6 @@
 """Read and write object storage (s3://, gs://, hf://) through fsspec, with retries and one message per problem.
 
-Credentials come from the environment and the providers' own files alone. No message contains one.
+Credentials come only from the environment and the providers' own files, and never appear in a message.
 """
 
 import glob
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One object, as listed."""
+    """One object in storage, as it was when it was listed."""
 
     location: str
     size: int
@@ -62,24 +62,33 @@ def is_remote(path: str | Path) -> bool:
 def require_local(
     path: str | Path,
     key: str,
-    remedy: str = "outputs are written to a local folder; write a local folder here, and copy the finished model with "
-    "elo push",
+    remedy: str = "outputs are written to a local folder; give one, and upload the finished model with elo push",
 ) -> None:
-    """Raise EloError if `path` is an address. Outputs never are, because object storage cannot rename atomically."""
+    """Raise EloError if `path` is in object storage.
+
+    Outputs are always local, because object storage cannot rename atomically.
+
+    Args:
+        path: path or address to check.
+        key: setting, option or content that the message names.
+        remedy: what to do, for the message.
+    """
     if re.match(r"(s3|gs|hf):/", str(path)):  # a Path has lost the second slash
         raise EloError(f"{key}: {path}: is in object storage; {remedy}")
 
 
 def output_file(output: str | Path | None) -> Path | None:
-    """Return the path of a results file after creating its folder, before work that it would lose; None for no file.
+    """Return the path of a results file and create its folder; return None for no file.
+
+    Call it before the work whose results are written, so that a bad path does not lose them.
 
     Raises:
-        EloError: it is in object storage, is a folder, or its folder cannot be created.
+        EloError: the path is in object storage or is a folder, or its folder cannot be created.
     """
     if output is None:
         return None
     target = Path(output)
-    require_local(output, "--output", "results are written to a local file; give a local file, and copy it afterwards")
+    require_local(output, "--output", "results are written to a local file; give a local file, and upload it later")
     if target.is_dir():
         raise EloError(f"--output {target}: is a folder; name the file to write, for example {target / 'results.json'}")
     try:
@@ -90,10 +99,10 @@ def output_file(output: str | Path | None) -> Path | None:
 
 
 def list_remote(address: str) -> list[RemoteFile]:
-    """List the objects at `address`: one object, all below a prefix, or those that a glob matches; in a fixed order.
+    """List the objects at `address` in a fixed order: one object, all below a prefix, or those that a glob matches.
 
     Raises:
-        EloError: nothing is there, or the storage cannot be read.
+        EloError: there is no object, or the storage cannot be read.
     """
     system, path = _open_storage(address)
 
@@ -118,7 +127,7 @@ def list_remote(address: str) -> list[RemoteFile]:
 
 
 def open_remote(file: RemoteFile) -> BinaryIO:
-    """Open an object for reading. A read that is interrupted goes on at the same byte."""
+    """Open an object for reading. An interrupted read resumes at the same byte."""
     return io.BufferedReader(_Object(file), BUFFER)
 
 
@@ -128,8 +137,13 @@ def fetch_folder(address: str, allow: Sequence[str], ignore: Sequence[str] = ())
     Files are kept in the Hugging Face cache, in a folder for this state of the objects. Complete files are not
     downloaded again.
 
+    Args:
+        address: prefix of the objects.
+        allow: globs of names relative to `address`.
+        ignore: globs of names to leave out.
+
     Raises:
-        EloError: nothing is there, or the storage cannot be read.
+        EloError: no object matches, or the storage cannot be read.
     """
     address = address.rstrip("/")
     files = list_remote(address)
@@ -148,7 +162,7 @@ def upload_files(folder: Path, names: Sequence[str], address: str) -> None:
     """Copy these files of `folder` to `address`, in this order.
 
     Raises:
-        EloError: other objects are there, or the storage cannot be written.
+        EloError: `address` contains other objects, or the storage cannot be written.
     """
     address = address.rstrip("/")
     system, path = _open_storage(address)
@@ -177,7 +191,7 @@ def _download(file: RemoteFile, target: Path) -> None:
 
 
 class _Object(io.RawIOBase):
-    """Bytes of an object. Opens it again after an error, and refuses one that has changed since it was listed."""
+    """An object as a file. It is reopened after an error, and rejected if it has changed since it was listed."""
 
     def __init__(self, file: RemoteFile) -> None:
         self._listed = file
@@ -214,7 +228,7 @@ class _Object(io.RawIOBase):
                 self._file = system.open(path, "rb", block_size=BLOCK, cache_type="readahead")
                 if _version(self._file.details) != self._listed.version:
                     raise EloError(
-                        f"{self._listed.location}: was changed while it was read; run the same command again"
+                        f"{self._listed.location}: changed while it was being read; run the same command again"
                     )
             self._file.seek(self._position)
             data = bytes(self._file.read(size))
@@ -245,7 +259,7 @@ def _open_storage(address: str) -> tuple[Any, str]:
 
 
 def _retried(action: Callable[[], T], location: str) -> T:
-    """Return the result of `action`, trying again after errors that may pass."""
+    """Return the result of `action`, retrying after errors that may be temporary."""
     for wait in (*WAITS_S, None):
         try:
             return action()
@@ -266,7 +280,7 @@ def _raise_problem(error: Exception, location: str) -> NoReturn:
     if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
         raise EloError(
             f"{location}: access denied ({reason}); set valid credentials in the environment (they may have expired), "
-            "check that they may use the bucket, then run the same command again, it resumes"
+            "check that they give access to the bucket, then run the same command again, it resumes"
         ) from None
     raise EloError(
         f"{location}: the storage cannot be reached ({type(error).__name__}: {reason}); check the network and the "

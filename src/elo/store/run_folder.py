@@ -4,7 +4,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +41,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class _Stage:
-    """A stage that is asked for.
+    """A requested stage.
 
     Attributes:
         inputs: identity of each argument.
@@ -106,8 +106,9 @@ class RunFolder:
             except EloError:
                 if made and self._nothing_done():
                     remove(self.root)
-                    for folder in made[1:]:
-                        folder.rmdir()
+                    with suppress(OSError):  # another run may have started beside this one
+                        for folder in made[1:]:
+                            folder.rmdir()
                 raise
 
     def _nothing_done(self) -> bool:
@@ -120,7 +121,7 @@ class RunFolder:
         return self.root.joinpath(*parts)
 
     def link(self, name: str, target: Path) -> None:
-        """Link `name` in the run folder to one of its outputs, in place of an earlier link."""
+        """Link `name` in the run folder to one of its outputs, replacing an earlier link."""
         if is_main():
             link = self.path(name)
             link.unlink(missing_ok=True)
@@ -176,11 +177,11 @@ class RunFolder:
                     self._finish(stage, record)
         elif is_main() and not self._is_done(stage):
             self._finish(stage, work())
-        wait_until(lambda: self._has_record(stage))
+        wait_until(lambda: self._is_complete(stage))
         return Artifact(output, stage.fingerprint, read_json(self.stage_file(name))["record"])
 
     def _is_done(self, stage: _Stage) -> bool:
-        """Return whether the stage is complete with these inputs; if not, remove what other inputs left."""
+        """Return whether the stage is complete with these inputs; if not, remove the output of other inputs."""
         done_path, begun_path = self.stage_file(stage.name), self.stage_file(stage.name, "begun")
         done = read_record(done_path, "fingerprint", "inputs", "outputs", "record")
         if done is not None:
@@ -236,9 +237,10 @@ class RunFolder:
         for path in stage.scratch:
             remove(path)
 
-    def _has_record(self, stage: _Stage) -> bool:
-        record = read_record(self.stage_file(stage.name), "fingerprint")
-        return record is not None and record["fingerprint"] == stage.fingerprint
+    def _is_complete(self, stage: _Stage) -> bool:
+        """Return whether the stage has a record and intact outputs; the main process may be replacing damaged ones."""
+        done = read_record(self.stage_file(stage.name), "fingerprint", "outputs")
+        return done is not None and done["fingerprint"] == stage.fingerprint and _intact(self.root, done["outputs"])
 
     def sweep(self) -> None:
         """Remove temporary files that killed processes left."""
@@ -255,7 +257,7 @@ def identity(value: Any) -> Any:
     """Return what identifies `value` between runs, as JSON.
 
     Raises:
-        TypeError: `value` cannot be compared.
+        TypeError: `value` is of a type that has no identity.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -299,7 +301,7 @@ def _intact(root: Path, sizes: dict[str, int]) -> bool:
     return all((root / name).is_file() and (root / name).stat().st_size == size for name, size in sizes.items())
 
 
-def _difference(before: Any, now: Any, path: str = "") -> str:
+def _difference(before: Any, now: Any) -> str:
     """Describe the first paths at which two JSON values differ, with both values."""
     found: list[str] = []
 
@@ -310,7 +312,7 @@ def _difference(before: Any, now: Any, path: str = "") -> str:
         elif _jsonable(a) != _jsonable(b):
             found.append(at if len(str(a)) + len(str(b)) > 80 else f"{at} {a} -> {b}")
 
-    walk(before, now, path)
+    walk(before, now, "")
     return ", ".join(found[:3]) + (", ..." if len(found) > 3 else "") if found else "the code that makes it"
 
 

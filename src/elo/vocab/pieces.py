@@ -35,6 +35,7 @@ _OWN_SYMBOL = 1e-5
 _CHARACTER_COVERAGE = 0.999
 # Pairs and characters that occur less often are not learnt.
 _LEAST_TIMES = 2
+# Most times that a word is repeated in one string for the trainer, so that frequent words take few strings.
 _REPEAT = 1000
 # First words of Unicode names that identify a script; other letters (ª, µ, 々, ー) belong to several scripts.
 _SCRIPTS = frozenset(
@@ -126,9 +127,9 @@ class PieceLearner:
             for part in self._words.joinable_parts(word, forbidden_pairs):
                 written = "".join(letters.setdefault(token, chr(_FIRST_CODE_POINT + len(letters))) for token in part)
                 words[written] += times
-        spelled = {letter: token for token, letter in letters.items()}
+        tokens = {letter: token for token, letter in letters.items()}
         merges = _train(words, len(letters) + int(_SURPLUS * most) + 1000)
-        self._merges = [(_spell(left, spelled), _spell(right, spelled)) for left, right in merges]
+        self._merges = [(_as_piece(left, tokens), _as_piece(right, tokens)) for left, right in merges]
 
     def extension(self, count: int) -> Extension:
         """Build an extension of `count` pieces: missing characters (at most half), then merges in order of rank.
@@ -286,6 +287,7 @@ class _WordTokenizer:
         return self._joins(piece) or len(self.text(piece).strip()) <= 1
 
     def _joins(self, token: str, at_start: bool = True) -> bool:
+        """Return whether a token consists of letters and marks, after a space if it may be `at_start` of a piece."""
         if (token, at_start) not in self._joining:
             text = self.text(token)
             if at_start and text[:1] == " ":
@@ -355,5 +357,5 @@ def _train(words: Counter[str], size: int) -> list[tuple[str, str]]:
     return [tuple(merge) for merge in merges]
 
 
-def _spell(letters: str, spelled: dict[str, str]) -> str:
-    return "".join(spelled[letter] for letter in letters)
+def _as_piece(letters: str, tokens: dict[str, str]) -> str:
+    return "".join(tokens[letter] for letter in letters)

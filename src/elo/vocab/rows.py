@@ -235,7 +235,7 @@ def _resized(base: CheckpointFolder, hollow: PreTrainedModel) -> dict[str, str]:
     if "embedding" not in found.values():
         raise UnsupportedArchitectureError(
             f"{base.folder}: no embedding with {rows} rows can be identified by name in the weights, so the vocabulary "
-            "cannot be extended"
+            "cannot be extended; choose another base"
         )
     return found
 
@@ -274,7 +274,8 @@ def _require_loadable(
         hollow = build_hollow_causal_lm(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # configuration and model classes reject sizes with errors of any type
         raise UnsupportedArchitectureError(
-            f"model type {base.config.model_type!r}: cannot have {rows} tokens ({error_line(error)})"
+            f"model type {base.config.model_type!r}: cannot have {rows} tokens ({error_line(error)}); "
+            "choose another base"
         ) from None
     tensors = base.weights.meta_state_dict()
     for name in resized:
@@ -283,5 +284,5 @@ def _require_loadable(
     if problem := report.incomplete():
         raise UnsupportedArchitectureError(
             f"model type {base.config.model_type!r}: with {rows} tokens {problem}; more than embedding and head "
-            "depends on the size of the vocabulary, so it cannot be extended"
+            "depends on the size of the vocabulary, so it cannot be extended; choose another base"
         )

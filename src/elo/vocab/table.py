@@ -25,7 +25,7 @@ def render_vocabulary(measured: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [languages]
     for language, each in measured["languages"].items():
         if each["special_tokens"]:
-            parts.append(Text(f"{language}: {each['special_tokens']:,} special tokens are spelled out in the text"))
+            parts.append(Text(f"{language}: {each['special_tokens']:,} special tokens occur in the text"))
     parts += [Text(warning) for warning in measured["warnings"]]
     if measured["candidates"]:
         candidates = Table(title="With new pieces", title_justify="left")
@@ -49,15 +49,15 @@ def render_vocabulary(measured: Mapping[str, Any]) -> RenderableType:
 def extension_line(record: Mapping[str, Any]) -> str:
     """Summarise the record of `elo.vocab.vocabulary.extend_vocabulary` in one line."""
     start, stop = record["rows"]["start"], record["rows"]["stop"]
-    told = [f"{stop - start:,} new tokens, ids {start:,} to {stop - 1:,}"]
+    parts = [f"{stop - start:,} new tokens, ids {start:,} to {stop - 1:,}"]
     for name in ("target", "source"):
         if rates := record.get(f"{name}_bytes_per_token"):
-            told.append(f"{name} {rates[0]:.2f} -> {rates[1]:.2f} bytes per token")
+            parts.append(f"{name} {rates[0]:.2f} -> {rates[1]:.2f} bytes per token")
     if found := record.get("source_identity"):
-        told.append(f"source text {_alike(found)}")
+        parts.append(f"source text {_alike(found)}")
         if found["words"]:
-            told.append("words with other tokens: " + ", ".join(found["words"][:5]))
-    return "; ".join(told)
+            parts.append("words with other tokens: " + ", ".join(found["words"][:5]))
+    return "; ".join(parts)
 
 
 def _alike(found: Mapping[str, Any]) -> str:

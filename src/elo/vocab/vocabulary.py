@@ -37,7 +37,7 @@ _TARGET_CHARACTERS = 50_000_000
 _SOURCE_CHARACTERS = 20_000_000
 # One document in this many is used for measurement, not for learning.
 _EVERY = 10
-# An extension is worth it up to this ratio of training FLOPs per byte of target text, after to before.
+# Largest ratio, after to before, of training FLOPs per byte of target text at which an extension is worth it.
 _WORTH_IT = 0.8
 
 
@@ -66,8 +66,8 @@ def measure_vocabulary(
         text_column: key or column that holds a document's text.
         max_characters: read at most this many characters per language; None reads 50 M of a target and 20 M of every
             other language.
-        split_special_tokens: tokenise special tokens spelled out in text as text.
-        allow_lost_text: accept text of which the tokenizer loses more than 5 %.
+        split_special_tokens: tokenise special tokens that occur in text as text.
+        allow_lost_text: accept text even if the tokenizer loses more than 5 % of it.
         output: JSON file to write.
         trust_remote_code: run code that ships with the checkpoint.
 
@@ -290,7 +290,7 @@ def _read(path: str | Path, text_column: str, limit: int, label: str) -> tuple[l
     train, heldout = documents
     if not train:
         raise EloError(
-            f"{path}: has less than two documents{f' within {limit:,} characters' if heldout else ''}; give more text "
+            f"{path}: has fewer than two documents{f' within {limit:,} characters' if heldout else ''}; give more text "
             "or a larger --max-characters, because some documents are held out for measurement"
         )
     return train, heldout
@@ -344,11 +344,11 @@ def _flops_per_byte(counted: Footprint, measured: Fertility) -> float:
 def _advice(targets: Sequence[str], now: Fertility, candidates: Sequence[Mapping[str, Any]]) -> str:
     best = min(candidates, key=lambda each: each["flops_per_byte"])
     need = "needs" if len(targets) == 1 else "need"
-    told = (
+    effect = (
         f"with {best['pieces']:,} new pieces {listed(targets)} {need} {best['tokens']:.0%} of the tokens "
         f"({now.bytes_per_token:.2f} -> {best['bytes_per_token']:.2f} bytes per token) and "
         f"{best['flops_per_byte']:.0%} of the training FLOPs for the same text"
     )
     if best["flops_per_byte"] <= _WORTH_IT:
-        return f"worth it: {told}"
-    return f"not worth it: {told}, but new rows start untrained"
+        return f"worth it: {effect}"
+    return f"not worth it: {effect}, but new rows start untrained"

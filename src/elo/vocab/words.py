@@ -1,4 +1,7 @@
-"""Split text into words as a tokenizer does before it applies its vocabulary, and measure tokens per language."""
+"""Split text into words as a tokenizer does before it applies its vocabulary, and measure tokens per language.
+
+A vocabulary writes text in its own spelling: " the" is `Ġthe` in byte-level vocabularies and `▁the` in SentencePiece.
+"""
 
 import json
 import re
@@ -22,7 +25,7 @@ _SPACE_IN_TEXT = re.compile(r"(?<=\S)\s")
 
 @dataclass(frozen=True)
 class Fertility:
-    """Number of tokens of a text, beside its other sizes.
+    """Sizes of a text.
 
     Attributes:
         documents: number of documents.
@@ -40,7 +43,7 @@ class Fertility:
 
     @property
     def bytes_per_token(self) -> float:
-        """Average UTF-8 bytes per token. Higher is better: less has to be computed."""
+        """Average UTF-8 bytes per token. Higher is better, because the same text takes less compute."""
         return self.bytes / self.tokens
 
     @property
@@ -71,7 +74,7 @@ def measure_fertility(backend: Tokenizer, texts: Iterable[str]) -> Fertility:
 
 
 def split_words(backend: Tokenizer, text: str) -> Iterator[str]:
-    """Yield the words of a text in the vocabulary's spelling. No token crosses a word's borders.
+    """Yield the words of a text in the vocabulary's spelling. No token crosses a word boundary.
 
     Words are the pieces of the pre-tokenizer. If it does not split text (Llama-2, Gemma), a word begins at each
     SentencePiece space.

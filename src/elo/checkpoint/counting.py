@@ -189,7 +189,7 @@ def _scores(layer: nn.Module, config: PretrainedConfig, index: int) -> tuple[int
         )
         width = 2 * heads * int(head_width)
     types = getattr(config, "layer_types", None)
-    chunked = bool(types) and "chunked" in types[index]
+    chunked = "chunked" in types[index] if types else False
     slides = chunked or "sliding" in types[index] if types else True
     window = getattr(attention, "sliding_window", None)
     if chunked:  # an upper bound: a token attends within its chunk, on average to half of it

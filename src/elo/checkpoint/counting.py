@@ -189,8 +189,8 @@ def _scores(layer: nn.Module, config: PretrainedConfig, index: int) -> tuple[int
         )
         width = 2 * heads * int(head_width)
     types = getattr(config, "layer_types", None)
-    chunked = "chunked" in types[index] if types else False
-    slides = chunked or "sliding" in types[index] if types else True
+    chunked = types is not None and "chunked" in types[index]
+    slides = types is None or chunked or "sliding" in types[index]
     window = getattr(attention, "sliding_window", None)
     if chunked:  # an upper bound: a token attends within its chunk, on average to half of it
         window = getattr(config, "attention_chunk_size", None)

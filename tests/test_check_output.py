@@ -75,11 +75,11 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "generation eos as text": (
         lambda f: generation(f, eos_token_id="0"),
-        ("generation_config.json: eos_token_id is '0', which is no token id",),
+        ("generation_config.json: eos_token_id is '0', which is not a token id",),
     ),
     "a template that is none": (
         lambda f: tokenizer(f, with_template("{% for m in messages %}{{ m.role ")),
-        ("chat template 'default': is no valid template (line 1: ",),
+        ("chat template 'default': is not a valid template (line 1: ",),
     ),
     "tokenizer eos": (
         lambda f: tokenizer(f, lambda t: t.add_special_tokens({"eos_token": "<|end|>"})),

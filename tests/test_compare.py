@@ -120,7 +120,7 @@ def test_rates_are_chosen_on_training_text_and_reported_values_are_of_all_held_o
             assert nats / math.log(2) / size["bytes"] == pytest.approx(measured["bpb"][language], rel=1e-4)
     base = results["base_validation"]["heldout"]
     assert base["xx"]["documents"] == prepared.validation("xx").num_documents >= 1
-    assert any("30 is the least" in line for line in results["verdict"]["warnings"])
+    assert any("need at least 30" in line for line in results["verdict"]["warnings"])
 
 
 def test_missing_validation_text_is_noticed_before_anything_trains(tmp_path, monkeypatch):
@@ -294,7 +294,7 @@ def test_killed_and_started_again_ends_the_same(finished, tmp_path):
         ),
         (
             {"contestants": {"elo": {"learning_rates": {"full": [1e-3]}}}},
-            "it has no phase 'full'; write elo_pretraining or layer_alignment",
+            "the method has no phase 'full'; write elo_pretraining or layer_alignment",
         ),
         ({"contestants": {"elo": {"label": 3}}}, "contestants.elo.label"),
         ({"contestants": {}}, "contestants"),

@@ -170,9 +170,9 @@ def test_wrong_names(repo, said, model):
     [
         ("pytorch_model.bin", b"", "is a pickle"),
         ("state", pickle.dumps({}), "is a pickle"),
-        ("notes/README.md", f"x\n\ntoken: {TOKEN}".encode(), "line 3 holds what looks like a Hugging Face token"),
+        ("notes/README.md", f"x\n\ntoken: {TOKEN}".encode(), "README.md:3: looks like a Hugging Face token"),
         ("deploy.txt", b"-----BEGIN RSA PRIVATE KEY-----", "private key"),
-        ("run.yaml", b"key: sk-" + b"a1B2" * 10, "API key"),
+        ("run.yaml", b"key: sk-" + b"a1B2" * 10, "looks like an API key"),
         ("server.pem", b"", "has the name of a file with a key"),
     ],
 )
@@ -192,17 +192,25 @@ def test_a_file_of_torch_under_another_name_is_refused(model):
 def test_your_own_token_is_found_whatever_it_looks_like(model, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "a-token-of-another-kind")
     (model / "notes" / "a.txt").write_text("a-token-of-another-kind")
-    with pytest.raises(EloError, match="your Hugging Face token"):
+    with pytest.raises(EloError, match="looks like your Hugging Face token"):
         push(model, "me/model", dry_run=True)
 
 
 def test_only_whole_models(model, tmp_path):
     with pytest.raises(EloError, match="no such folder"):
         push(tmp_path / "gone", "me/model", dry_run=True)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(EloError, match="is a run; give its model"):
+    with pytest.raises(EloError, match=r"has no config\.json; give the folder of a model"):
         push(tmp_path, "me/model", dry_run=True)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "stages").mkdir()
+    with pytest.raises(EloError, match="is the folder of a run or a comparison; give its model"):
+        push(tmp_path, "me/model", dry_run=True)
+    model.rename(tmp_path / "elsewhere")
+    with pytest.raises(EloError, match="is the folder of a run or a comparison; give the folder of a model"):
+        push(tmp_path, "me/model", dry_run=True)
+    model = tmp_path / "elsewhere"
+    (model / "results.json").write_text("{}")
+    assert "results.json" in push(model, "me/model", dry_run=True)["files"], "also a benchmark's file has this name"
     (model / "model.safetensors").write_bytes(b"short")
     with pytest.raises(EloError, match="not a safetensors file"):
         push(model, "me/model", dry_run=True)

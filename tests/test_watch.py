@@ -88,9 +88,9 @@ def test_a_finished_run(watched: tuple[Path, list[list[Stage]], str], capsys: py
 
 def test_the_report_is_written_during_the_run(watched: tuple[Path, list[list[Stage]], str]) -> None:
     folder, _, report = watched
-    assert 'http-equiv="refresh"' in report and "This is not finished" in report
+    assert 'http-equiv="refresh"' in report and "This report is not finished" in report
     finished = (folder / "report.html").read_text(encoding="utf-8")
-    assert "refresh" not in finished and "This is not finished" not in finished
+    assert "refresh" not in finished and "This report is not finished" not in finished
     assert report.count("<figure>") >= 2
 
 
@@ -106,6 +106,12 @@ def test_a_stage_that_stopped_says_so(tmp_path: Path) -> None:
     (stages / "full.live.json").write_text("{half")  # not what ELO writes, but nothing to stop for
     assert read_stages(tmp_path)[0].progress == ""
     assert "running: full" in shown(tmp_path)
+
+
+def test_a_file_that_disappears_after_the_folder_is_listed_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "full.begun.json").symlink_to(tmp_path / "gone")  # listed, but cannot be read
+    assert read_stages(tmp_path) == []
 
 
 def test_another_folder_is_refused(tmp_path: Path) -> None:

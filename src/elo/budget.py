@@ -13,8 +13,8 @@ from elo.errors import EloError
 from elo.methods import Phase
 from elo.train.arguments import sequences_per_step
 
-# Limits on the tokens per language for the search of a scale, which is 1/400 of the budget. The search takes several
-# forward passes of the whole model and should cost little in comparison with training.
+# A scale is searched on 1/400 of the budget per language, within these limits in tokens. The search takes several
+# forward passes of the whole model, and should be cheap compared with training.
 _SCALE_TOKENS = (2048, 32_768)
 
 
@@ -42,11 +42,11 @@ class Sequences:
         return self.mixture.sequences(start, stop)
 
     def first(self, tokens: int) -> MixtureSequences:
-        """Return the first sequences, as many as have at least `tokens` tokens."""
+        """Return the fewest first sequences that have at least `tokens` tokens together."""
         return self.mixture.sequences(0, -(-tokens // self.mixture.sequence_length))
 
     def unseen(self) -> dict[str, list[dict[str, np.ndarray]]]:
-        """Return sequences after those of the training, by language."""
+        """Return sequences that follow those of the training, by language."""
         return self.mixture.sequences_by_language(*self.unseen_identity()["rows"])
 
     def unseen_identity(self) -> dict[str, Any]:

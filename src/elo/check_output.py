@@ -71,7 +71,7 @@ def problems(folder: Path, *, trust_remote_code: bool = False) -> Iterator[str]:
         for key in _IDS:
             value = getattr(config, key, None)
             if value is not None and not _token_ids(value):
-                yield f"{name}: {key} is {value!r}, which is no token id"
+                yield f"{name}: {key} is {value!r}, which is not a token id"
             for number in _token_ids(value):
                 if number >= rows:
                     yield f"{name}: {key} is {number}, but the embedding has {rows} rows"
@@ -137,7 +137,7 @@ def _tokenizer_problems(folder: Path, rows: int, trust_remote_code: bool) -> Ite
         try:
             written = template + _rendered(settings, name)
         except TemplateSyntaxError as error:
-            yield f"chat template {name!r}: is no valid template (line {error.lineno}: {error_line(error)})"
+            yield f"chat template {name!r}: is not a valid template (line {error.lineno}: {error_line(error)})"
             continue
         for token, number in beyond.items():
             if token in written:
@@ -157,7 +157,7 @@ def _rendered(tokenizer: Any, name: str) -> str:
         )
     except TemplateSyntaxError:
         raise
-    except Exception:  # a template can raise any type, also to refuse these messages: no fault of the folder
+    except Exception:  # a template can raise any type, also to reject these messages, which is no problem of the folder
         return ""
 
 

@@ -76,7 +76,7 @@ def config_(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL|FILE", help="Checkpoint folder or hub id, or with --from the file of the other tool."
+            metavar="MODEL|FILE", help="Checkpoint folder or hub id; with --from, the other tool's configuration file."
         ),
     ] = "MODEL",
     tool: Annotated[
@@ -134,7 +134,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Seed of the order of the conversations.")] = 42,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Make a chat model of an adapted one: chat vector, fine-tuning on conversations, measured before and after."""
+    """Make a chat model from an adapted one by chat vector and fine-tuning, and measure before and after."""
     from elo.chat.chat import chat as make_chat
 
     section = {
@@ -153,7 +153,7 @@ def report(
         Path | None, typer.Option("--output", "-o", help="Folder to write into; by default that of the results.")
     ] = None,
 ) -> None:
-    """Write report.html, report.md and charts of a run or a comparison, from its results.json alone."""
+    """Write report.html, report.md and charts of a run or a comparison from its results.json."""
     from elo.report.write import report
 
     typer.echo(report(results, output))
@@ -180,7 +180,7 @@ def plan(
     ] = False,
     price_per_hour: Annotated[float | None, typer.Option(help="Price of one device, in your currency.")] = None,
     vocabulary_rows: Annotated[
-        int | None, typer.Option(help="Rows in training, with training.vocabulary: corpus.")
+        int | None, typer.Option(help="Number of vocabulary rows in training, for training.vocabulary: corpus.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here as JSON.")] = None,
 ) -> None:
@@ -322,14 +322,14 @@ def vocab_extend(
     typer.echo(_one_line(f"{output}: {extension_line(record)}"))
 
 
-# typer brings its own copy of click from some version on, so its exception is asked of typer.
+# Newer versions of typer include a copy of click, so the exception class is taken from typer.
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; a user's mistake ends in one message and exit status 2."""
+    """Run a command. An error that the user can fix prints one message, with exit status 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Threads that spin while they wait lose several times their speed as soon as another process wants a core.
+    # If waiting threads spin, work is several times slower as soon as another process needs a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(args=arguments, standalone_mode=False)
@@ -352,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _one_line(message: Any) -> str:
-    """A message as one line: what it quotes may hold line breaks, or control characters that a terminal obeys."""
+    """Return a message on one line, with control characters escaped, because it may quote a user's text."""
     text = " ".join(str(message).split())
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 

@@ -1,4 +1,4 @@
-"""Commands that turn checkpoints into checkpoints: `detach`, `attach`, `chat-vector`, `merge`, `push`."""
+"""Commands that make or upload checkpoints: `detach`, `attach`, `chat-vector`, `merge`, `push`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,13 +62,11 @@ def attach(
     include: Annotated[
         str, typer.Option(help="Parts to attach besides the layers: embedding, norm, head, joined by commas.")
     ] = "",
-    link: Annotated[
-        bool, typer.Option("--link", help="Hard-link weight files that do not change to the base's.")
-    ] = False,
+    link: Annotated[bool, typer.Option("--link", help="Hard-link unchanged weight files to the base's.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write the base with trained layers back at their places."""
+    """Write the base with the trained layers in their original places."""
     from elo.detach_attach import attach
 
     record = attach(
@@ -100,7 +98,7 @@ def chat_vector(
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Add the weights that chat training changed, and the chat template, to an adapted model."""
+    """Add the change of chat training, and the chat template, to an adapted model."""
     from elo.chat.chat_vector import chat_vector
 
     record = chat_vector(
@@ -115,7 +113,7 @@ def chat_vector(
     )
     note = f", {record['rows_kept']:,} rows of embedding and head unchanged" if record["rows_kept"] else ""
     if record["rows_added"]:
-        note += f", {record['rows_added']:,} rows taken from the chat model, which alone has them"
+        note += f", {record['rows_added']:,} rows that only the chat model has copied from it"
     typer.echo(f"{output}: chat vector x {scale:g} added to {record['tensors']} tensors{note}")
     _note_differences(record, "adapted")
 
@@ -147,7 +145,7 @@ def merge(
         str, typer.Option(metavar="LANGUAGE", help="Target languages of --search, joined by commas.")
     ] = "",
     source_limit: Annotated[
-        float, typer.Option(help="Bits per byte that every other language may be above the base or second model.")
+        float, typer.Option(help="Bits per byte by which any other language may exceed the base or second model.")
     ] = 0.02,
     weights: Annotated[
         str, typer.Option(help="Weights that --search tries, joined by commas.")
@@ -162,7 +160,9 @@ def merge(
     from elo.merge.merge import Search, merge
 
     if search != bool(corpus):
-        raise EloError("--search: needs held-out text; give --search with --corpus LANGUAGE=FILE for every language")
+        raise EloError(
+            "--search and --corpus need each other; give both, with --corpus LANGUAGE=FILE for each language"
+        )
     record = merge(
         model,
         other,
@@ -191,7 +191,7 @@ def merge(
 
 
 def _note_differences(record: dict[str, Any], kept: str) -> None:
-    """Note in what the models' configurations differ, if they do."""
+    """Print the keys in which the models' configurations differ, if there are any."""
     if record["differs"]:
         keys = ", ".join(record["differs"])
         typer.echo(f"note: the models' configurations differ in {keys}; the {kept} model's values are kept")
@@ -208,7 +208,9 @@ def push(
         ),
     ],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list the files; no token, no network.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and list the files, without token or network.")
+    ] = False,
 ) -> None:
     """Upload a model folder to the Hugging Face hub or to object storage."""
     from elo.push import push

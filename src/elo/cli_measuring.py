@@ -54,17 +54,17 @@ def evaluate(
     batch_size: Annotated[
         str,
         typer.Option(
-            help="Sequences in a forward pass of --tasks; auto: as many as fit on a GPU; 1 on a CPU, or if padding "
-            "changes the values."
+            help="Sequences per forward pass of --tasks; auto takes as many as fit on a GPU, and 1 on a CPU or if "
+            "padding changes values."
         ),
     ] = "auto",
     include_path: Annotated[
-        Path | None, typer.Option(help="Folder with task files (.yaml) of your own for --tasks.")
+        Path | None, typer.Option(help="Folder with your own task files (.yaml) for --tasks.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
     sequence_length: Annotated[
         int | None,
-        typer.Option(min=2, help="Context in tokens; by default what the model was made for, at most 2048."),
+        typer.Option(min=2, help="Context in tokens; by default the model's number of positions, at most 2048."),
     ] = None,
     max_bytes: Annotated[
         int | None,
@@ -214,10 +214,10 @@ def fewshot(
         typer.Option(metavar="LABEL=WORD", help="Word that stands for a label; by default the label. May be repeated."),
     ] = None,
     template: Annotated[
-        str, typer.Option(help="Text in front of the label's word, with {text}; \\n is a line break.")
+        str, typer.Option(help="Text before the label's word, with {text}; \\n is a line break.")
     ] = "{text}\\nLabel:",
     instruction: Annotated[
-        str | None, typer.Option(help="Instruction; by default one that lists the words. The way sft has none.")
+        str | None, typer.Option(help="Instruction; by default one that lists the words. sft does not use it.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Predict only this many items, drawn at random.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the examples in training.")] = 10,

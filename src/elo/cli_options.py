@@ -18,7 +18,7 @@ Trust = Annotated[
 ]
 SplitSpecials = Annotated[
     bool,
-    typer.Option(help="Tokenise special tokens that are spelled in the text as text, or as the tokens they spell."),
+    typer.Option(help="Tokenise names of special tokens in the text as ordinary text, or as special tokens."),
 ]
 LostText = Annotated[
     bool, typer.Option("--allow-lost-text", help="Accept text of which the tokenizer loses more than 5 %.")

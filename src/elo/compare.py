@@ -1,8 +1,9 @@
 """Compare methods, or base models, on the same text and budget (`elo compare`).
 
-Each contestant's learning rates are tuned on validation text, with the budget or a share of it, and always with a
-complete schedule, because a run stopped in the middle of its decay is no fair comparison. Then the contestant is
-trained with every seed and measured on held-out text. A trial is a run (`elo.run`) with given rates, tokens and seed.
+Each contestant's learning rates are tuned on validation text, with the whole budget or a share of it. Then the
+contestant is trained with every seed and measured on held-out text. A trial is a run (`elo.run`) with given rates,
+tokens and seed. Every trial has a complete schedule, because a run that is stopped during its decay is worse than one
+that ends there.
 """
 
 from collections.abc import Iterator
@@ -36,8 +37,8 @@ from elo.store.processes import is_main
 from elo.store.run_folder import RunFolder
 
 # Number of updates in the first speed test of a contestant, and share of the time budget for the second.
-_FIRST_LOOK_STEPS = 6
-_SECOND_LOOK_SHARE = 0.15
+_FIRST_TEST_STEPS = 6
+_SECOND_TEST_SHARE = 0.15
 # Relative deviation of a trial from its time budget above which its tokens are computed again.
 _TOLERANCE = 0.05
 # Maximum number of rates to try beyond the grid if the best one is at its edge.
@@ -196,28 +197,31 @@ class _Comparison:
     # Budgets.
 
     def _tokens(self, name: str, budget: Budget) -> int:
-        """Return the tokens of a contestant's run, for a time budget from its measured speed."""
+        """Return the number of tokens of a contestant's run; for a time budget, computed from its speed."""
         if budget.tokens is not None:
             return budget.tokens
         if speed := self.config.contestants[name].tokens_per_second:
             seconds = budget.value - self.config.contestants[name].fixed_seconds
             if seconds <= 0:
-                raise EloError(f"contestants.{name}.fixed_seconds: leaves nothing of the budget of {budget.name}")
+                raise EloError(
+                    f"contestants.{name}.fixed_seconds: leaves nothing of the budget of {budget.name}; lower it, or "
+                    "raise the budget"
+                )
             return max(1, round(speed * seconds / self._step(name))) * self._step(name)
 
-        def look(output: Path, *, seconds: float, **decisive: Any) -> dict[str, Any]:
+        def find_tokens(output: Path, *, seconds: float, **decisive: Any) -> dict[str, Any]:
             method = self._run(name, 1).method
             step = self._step(name)
-            shortest = int(_FIRST_LOOK_STEPS * step / min(map(method.share_of, method.phases)))
+            shortest = int(_FIRST_TEST_STEPS * step / min(map(method.share_of, method.phases)))
             rates = _middle(self._grids(name))
 
-            def looked(tokens: int) -> schema.Trial:
+            def train(tokens: int) -> schema.Trial:
                 return self._train(name, rates, tokens, self.config.seeds[0], validated=self._reports_tuning(name))
 
             tokens = shortest
-            for wanted in (_SECOND_LOOK_SHARE * seconds, seconds):
-                tokens = max(shortest, _tokens_within(looked(tokens), tokens, wanted, budget.kind)) // step * step
-            whole = looked(tokens)  # tuning reuses this trial, if it filled the budget
+            for wanted in (_SECOND_TEST_SHARE * seconds, seconds):
+                tokens = max(shortest, _tokens_within(train(tokens), tokens, wanted, budget.kind)) // step * step
+            whole = train(tokens)  # tuning reuses this trial, if it filled the budget
             if abs(_spent(whole, budget.kind) / seconds - 1) > _TOLERANCE:
                 tokens = max(shortest, _tokens_within(whole, tokens, seconds, budget.kind)) // step * step
             return {"tokens": tokens}
@@ -226,7 +230,7 @@ class _Comparison:
         stage_name = f"budget-{name}-{budget.kind}-{budget.value:g}"
         stage = self.inputs.folder.once(
             stage_name,
-            look,
+            find_tokens,
             keep=False,
             collective=True,
             seconds=budget.value,
@@ -252,13 +256,14 @@ class _Comparison:
             for phase in own:
                 if phase not in phases:
                     raise EloError(
-                        f"contestants.{name}.learning_rates: it has no phase {phase!r}; write {' or '.join(phases)}"
+                        f"contestants.{name}.learning_rates: the method has no phase {phase!r}; write "
+                        f"{' or '.join(phases)}"
                     )
         chosen = own if isinstance(own, dict) else dict.fromkeys(phases, own or self.config.learning_rates)
         return {phase: sorted(set(chosen.get(phase) or self.config.learning_rates)) for phase in phases}
 
     def _reports_tuning(self, name: str) -> bool:
-        """Whether a trial that chooses a contestant's rates is also reported, so that none is trained twice."""
+        """Return whether the trial that wins the tuning of a contestant is also reported, to save a training."""
         return self.config.tuning_share == 1 and any(len(grid) > 1 for grid in self._grids(name).values())
 
     def _tune(self, name: str, tokens: int) -> tuple[Rates, dict[tuple[float, ...], schema.Trial]]:
@@ -471,7 +476,7 @@ class _Comparison:
 
 
 def _shared(run: RunConfig, key: str) -> Any:
-    """Return what contestants have in common under `key`: of the data, all but the order in which it is read."""
+    """Return the value of `key` that all contestants must share; for the data, without the schedule."""
     return run.data.model_copy(update={"schedule": []}) if key == "data" else getattr(run, key)
 
 

@@ -37,6 +37,10 @@ def detach(
 
     Returns:
         The provenance record, as written to the output's config.json.
+
+    Raises:
+        EloError: the checkpoint or the layers cannot be used, or the output exists or cannot be written.
+        UnsupportedArchitectureError: a kept layer would compute something different than in the base.
     """
     check_replaceable(Path(output), overwrite)
     folder = resolve_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
@@ -81,6 +85,10 @@ def attach(
     Returns:
         A record of what was attached: {"base", "detached", "layers", "num_base_layers", "scale", "include", "tensors",
         "files"}.
+
+    Raises:
+        EloError: an argument is invalid, `detached` was not made from `base`, or the output exists or cannot be
+            written.
     """
     check_replaceable(Path(output), overwrite)
     if not (isfinite(scale) and abs(scale) <= 100):

@@ -30,7 +30,7 @@ _EXTRAS = {
     "object storage: gs://": "gcs",
     "elo prepare --ray": "ray",
 }
-# Feature: distribution that no extra brings.
+# Feature: package that is in no extra.
 _OTHERS = {
     "report_to: tensorboard": "tensorboard",
     "report_to: wandb": "wandb",

@@ -1,24 +1,24 @@
-"""Numbers as people read them: three significant digits and a unit."""
+"""Format numbers for people: three significant digits and a unit."""
 
 from collections.abc import Sequence
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A change with its sign."""
+    """Format a change with its sign."""
     shown = f"{value:+.{digits}f}"
     zero = f"{0:.{digits}f}"
     return f"±{zero}" if shown[1:] == zero else shown.replace("-", "−")
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
+    """Format a time in seconds as seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 90 * 60 else f"{seconds / 3600:.3g} h"
 
 
 def count(value: float) -> str:
-    """A large number, such as 1.5 M."""
+    """Format a large number, such as 1.5 M."""
     for scale, suffix in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " K")):
         if value >= 0.9995 * scale:
             return f"{value / scale:.3g}{suffix}"
@@ -26,7 +26,7 @@ def count(value: float) -> str:
 
 
 def memory(value: float) -> str:
-    """Bytes in binary units."""
+    """Format a number of bytes in binary units."""
     for scale, suffix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value >= 999.5 / 1024 * scale:
             return f"{value / scale:.3g} {suffix}"
@@ -34,7 +34,7 @@ def memory(value: float) -> str:
 
 
 def flops(value: float) -> str:
-    """Floating-point operations."""
+    """Format a number of floating-point operations."""
     for scale, prefix in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G")):
         if value >= 0.9995 * scale:
             return f"{value / scale:.3g} {prefix}FLOP"
@@ -42,7 +42,7 @@ def flops(value: float) -> str:
 
 
 def learning_rate(value: float) -> str:
-    """A learning rate: 5e-4 rather than 0.0005 or 5e-04."""
+    """Format a learning rate: 5e-4 rather than 0.0005 or 5e-04."""
     if value == 0:
         return "0"
     digits, exponent = f"{value:.2e}".split("e")
@@ -50,10 +50,10 @@ def learning_rate(value: float) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names as in `A, B and C`."""
+    """Join names, as in `A, B and C`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
 
 
 def mean_of(names: Sequence[str]) -> str:
-    """What a mean over languages is called, which is the language itself if there is but one."""
+    """Return the name of a mean over languages, which is the language itself if there is only one."""
     return f"mean of {listed(names)}" if len(names) > 1 else listed(names)

@@ -1,9 +1,9 @@
 """`elo generate`: greedy generation that ends at an internal layer, with speed and quality by exit layer.
 
-A model that exits at layer N is an ordinary model of its layers 0 to N. With a confidence, the model is cut behind each
-exit layer into segments, each with a key-value cache of its own. A token leaves at the first segment that is confident.
-The hidden states that it left behind wait, and go through the next segments together when a later token needs them. So
-every cache holds what the whole model's would, and skipped layers that are never needed are never computed.
+A model that exits at layer N is an ordinary model of layers 0 to N. With a confidence, the model is cut after each exit
+layer into segments, each with its own key-value cache. A token exits at the first segment that is confident. The next
+segment keeps its hidden states, and computes them together with those of the first later token that goes on. So every
+cache has the same content as that of the whole model, and layers that no token needs are never computed.
 Shapes: B = 1 text, P positions, V vocabulary, D hidden width.
 """
 
@@ -33,7 +33,7 @@ from elo.store.remote import output_file
 from elo.surgery.in_memory import detach_layers
 
 DEFAULT_EXITS = (0.25, 0.5, 0.75)
-"""Shares of the depth after which a token may exit if a confidence is given without exit layers."""
+"""Shares of the layers after which a token may exit, if a confidence is given without exit layers."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Written:
 
     Attributes:
         tokens: token ids, with the end-of-text token if it was written.
-        exits: layer at which each of them was chosen.
+        exits: layer at which each token exited.
         layers_run: number of layers computed, summed over all positions.
     """
 
@@ -58,7 +58,7 @@ class EarlyExit:
         """Cut `model`, which is not changed.
 
         Args:
-            stops: layers at which a token may exit, ascending; at the last one it always does.
+            stops: layers at which a token may exit, ascending. At the last one it always does.
             confidence: probability of the most likely token above which a token exits.
 
         Raises:
@@ -106,7 +106,7 @@ class EarlyExit:
 
     @torch.no_grad()
     def forward(self, **inputs: Any) -> CausalLMOutput:
-        """Return at each position the logits of the layer at which it exits, without a cache."""
+        """Return, for each position, the logits of the layer at which it exits, computed without a cache."""
         chosen_BTV, done_BT, state_BTD = None, None, None
         for index in range(len(self.segments)):
             output, state_BTD = self._run(index, state_BTD, **inputs)
@@ -146,23 +146,24 @@ def generate(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Continue prompts greedily with exit at each of some layers, and measure speed and bits per byte of each.
+    """Continue prompts greedily with exits at internal layers, and measure speed and bits per byte of each exit.
 
     Args:
         model: checkpoint folder or hub id.
         prompts: texts to continue.
-        exit_layers: decoder layers to exit at, 0-based, negative from the end; the last layer is always measured too.
-        confidence: probability of the most likely token above which a token exits at the first of the exit layers that
-            reaches it; without exit layers, these are after each quarter of the depth.
+        exit_layers: decoder layers to exit at, 0-based, negative from the end. The last layer is always measured too.
+        confidence: also measure tokens that exit at different layers: each at the first exit layer whose most likely
+            token has a probability above this. Without `exit_layers`, these are after each quarter of the layers.
         corpora: text by language to measure bits per byte on.
         max_new_tokens: maximum length of a continuation, in tokens.
         max_bytes: maximum size of the text per language, in bytes.
         tokenizer: folder or hub id of the tokenizer; by default the model's.
         output: JSON file to write.
+        trust_remote_code: run code that ships with the checkpoint.
         progress: print a table and the texts.
 
     Returns:
-        The results; docs/methods.md lists the keys.
+        The results: {"schema", "kind", "model", "num_layers", "exits"}; docs/early-exit.md explains the exits.
 
     Raises:
         EloError: an argument is wrong, or the model cannot be cut at these layers.
@@ -178,11 +179,13 @@ def generate(
     last = len(layers_of(whole)) - 1
     if confidence is not None and not exit_layers:
         exit_layers = sorted({max(0, int(share * (last + 1)) - 1) for share in DEFAULT_EXITS} - {last})
-    layers = _checked(exit_layers, last)
+    layers = _exit_indices(exit_layers, last)
     ways: list[tuple[str, list[int], float]] = [(f"layer {layer}", [layer], 0.0) for layer in (*layers, last)]
     if confidence is not None:
         if is_recurrent(whole):
-            raise EloError(f"--confidence: {whole.config.model_type} has layers without attention; give --exit-layer")
+            raise EloError(
+                f"--confidence: {whole.config.model_type} has layers without attention; give --exit-layer instead"
+            )
         ways.append((f"confidence > {confidence:g}", [*layers, last], confidence))
 
     exits = []
@@ -190,7 +193,7 @@ def generate(
         early = EarlyExit(whole, stops, threshold)
         bpb: dict[str, float] = {}
         if corpora:
-            with _answering(whole, early.forward):
+            with _replaced_forward(whole, early.forward):
                 bpb = evaluate(whole, encoder, corpora=dict(corpora), max_bytes=max_bytes, progress=False)["bpb"]
         started = time.perf_counter()
         written = [early.write(each, max_new_tokens, encoder.eos_token_id) for each in ids]
@@ -222,7 +225,7 @@ def _segment(model: PreTrainedModel, start: int, stop: int) -> PreTrainedModel:
     return segment
 
 
-def _checked(exit_layers: Sequence[int], last: int) -> list[int]:
+def _exit_indices(exit_layers: Sequence[int], last: int) -> list[int]:
     found = set()
     for layer in exit_layers:
         index = layer + last + 1 if layer < 0 else layer
@@ -233,8 +236,8 @@ def _checked(exit_layers: Sequence[int], last: int) -> list[int]:
 
 
 @contextmanager
-def _answering(model: PreTrainedModel, forward: Callable[..., CausalLMOutput]) -> Iterator[None]:
-    """Compute the model's logits by `forward`, which may run the model itself."""
+def _replaced_forward(model: PreTrainedModel, forward: Callable[..., CausalLMOutput]) -> Iterator[None]:
+    """Replace the model's forward method by `forward`, within which the model has its own."""
     own = model.forward
 
     def once(**inputs: Any) -> CausalLMOutput:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from elo.checkpoint.folder import TOKENIZER_PATTERNS
 from elo.data.prepare import CorpusSource
 from elo.data.sources import list_inputs
 from elo.store.run_folder import file_identity
@@ -16,8 +17,11 @@ def checkpoint_identity(base: Path) -> dict[str, Any]:
 
 def tokenizer_identity(tokenizer: str) -> Any:
     """Identify a tokenizer by its files, or by its name if it is not a local folder."""
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    files = [Path(tokenizer) / name for name in names if (Path(tokenizer) / name).is_file()]
+    folder = Path(tokenizer)
+    names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    if not (folder / names[0]).is_file():  # transformers then converts the vocabulary from other files
+        names += sorted({path.name for pattern in TOKENIZER_PATTERNS for path in folder.glob(pattern)} - {*names})
+    files = [folder / name for name in names if (folder / name).is_file()]
     return [file_identity(file) for file in files] or tokenizer
 
 

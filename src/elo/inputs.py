@@ -1,4 +1,4 @@
-"""What a run starts from, and what its method makes of it."""
+"""The inputs of a run, and the result of its method."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ class Inputs:
         base: checkpoint to adapt.
         tokenizer: folder or hub id of the tokenizer.
         layers: decoder layers that the configuration chooses; for `layers: auto`, an estimate until `probe_layers`.
-        layers_reason: why a probe chose the layers.
+        layers_reason: why a probe chose the layers; empty without a probe.
     """
 
     config: RunConfig

@@ -32,21 +32,21 @@ class Progress:
         self.total, self.label, self.unit, self.done = total, label, unit, done
         self.curves: dict[str, list[dict[str, Any]]] = {}
         self._start_done, self._started = done, time.monotonic()
-        self._spoke_at = self._started
+        self._printed_at = self._started
         self._bar: Bar | None = None
 
     def __enter__(self) -> Self:
-        self._show_elsewhere(self._started, "")
+        self._write_live(self._started, "")
         if self.label is not None and sys.stderr.isatty():
             self._bar = Bar(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(),
-                TextColumn("{task.fields[said]}", markup=False),
+                TextColumn("{task.fields[status]}", markup=False),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task(self.label, total=self.total, said="")
+            self._task = self._bar.add_task(self.label, total=self.total, status="")
             self._bar.update(self._task, completed=self.done)
             self._bar.start()
         return self
@@ -59,21 +59,21 @@ class Progress:
         """Set the count to `done`; show `note` after the rate."""
         self.done = done
         now = time.monotonic()
-        self._show_elsewhere(now, note)
+        self._write_live(now, note)
         if self.label is None:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, said=self._said(now, note))
-        elif now - self._spoke_at > SECONDS_BETWEEN_LINES:
-            self._spoke_at = now
-            self.say(f"{self.label}: {self._said(now, note)}{self._time_left(now)}")
+            self._bar.update(self._task, completed=done, status=self._status(now, note))
+        elif now - self._printed_at > SECONDS_BETWEEN_LINES:
+            self._printed_at = now
+            self.say(f"{self.label}: {self._status(now, note)}{self._time_left(now)}")
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         if self.label is not None:
             print(line, file=sys.stderr, flush=True)
 
-    def _show_elsewhere(self, now: float, note: str) -> None:
+    def _write_live(self, now: float, note: str) -> None:
         def state() -> dict[str, Any]:
             known = {"done": self.done, "total": self.total, "unit": self.unit, "rate": self._rate(now), "note": note}
             return known | {name: thinned(points) for name, points in self.curves.items()}
@@ -83,7 +83,7 @@ class Progress:
     def _rate(self, now: float) -> float:
         return (self.done - self._start_done) / max(now - self._started, 1e-9)
 
-    def _said(self, now: float, note: str) -> str:
+    def _status(self, now: float, note: str) -> str:
         of = "" if self.total is None else f" of {short(self.total)}"
         rate = f", {short(self._rate(now))}/s" if self.done > self._start_done else ""
         return f"{short(self.done)}{of} {self.unit}{rate}" + (f", {note}" if note else "")
@@ -103,7 +103,7 @@ class Progress:
 
 
 def thinned(points: list[Any], at_most: int = 500) -> list[Any]:
-    """Return evenly spaced points of a long curve, with its last one."""
+    """Return at most `at_most` evenly spaced points of a curve, the last one included."""
     stride = max(1, -(-len(points) // at_most))
     return points[::-1][::stride][::-1]
 

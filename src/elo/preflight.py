@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Raise EloError if the configuration or an input file is wrong, without loading anything."""
+    """Raise EloError if the configuration or an input file is invalid, without loading a model."""
     for phase in config.method.phases:
         settings = config.settings(phase)
         corpus, measured = settings.vocabulary == "corpus", config.evaluation.during_training
         if settings.divides_model and (corpus or measured):
             raise EloError(
                 f"{'training.vocabulary: corpus' if corpus else 'evaluation.during_training'}: needs whole weights, "
-                f"but FSDP or DeepSpeed divides them in {phase.name}; remove it, or fsdp and deepspeed"
+                f"but FSDP or DeepSpeed shards them in {phase.name}; remove it, or fsdp and deepspeed"
             )
         check_settings(settings, config.data.sequence_length, "training")
     config.data.filters.check(config.data.corpora)
@@ -70,7 +70,7 @@ def _check_language(config: RunConfig, language: str, key: str) -> None:
 
 
 def check_processes(config: RunConfig) -> None:
-    """Raise EloError if this launch cannot shard weights over its processes as the settings of a phase say."""
+    """Raise EloError if this launch cannot shard weights over its processes as the settings of a phase require."""
     for phase in config.method.phases:
         check_sharding(config.settings(phase), config.data.sequence_length)
 
@@ -121,7 +121,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
             f"data.packing: {model_config.model_type} does not separate packed documents (it has layers other than "
             "attention, takes no position ids, or ignores where they restart); write data.packing: false"
         )
-    # Last, because it changes the model: raises EloError where no adapter can be added.
+    # Last, because it changes the model. It raises EloError if an adapter cannot be added.
     for phase in config.method.phases:
         if phase.middle == "adapted":
             config.method.prepare(model, phase, Setup(layers))

@@ -14,16 +14,15 @@ from elo.checkpoint.folder import CONFIG_FILE
 from elo.checkpoint.tensor_files import open_checkpoint
 from elo.errors import EloError, error_line
 from elo.format import memory
-from elo.report.schema import FILE_NAME
 from elo.store.remote import is_remote, upload_files
 
 _PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 _SECRET_FILES = re.compile(r"id_(rsa|dsa|ecdsa|ed25519)|credentials(\.json)?|token|.*\.(pem|key|p12|pfx)")
 _SECRETS = {
-    "Hugging Face token": rb"hf_[A-Za-z0-9]{30,}",
-    "GitHub token": rb"(gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40})",
-    "API key": rb"(\bsk-[A-Za-z0-9_-]{32}|\bAKIA[0-9A-Z]{16}\b|\bAIza[A-Za-z0-9_-]{35}|\bxox[abprs]-[A-Za-z0-9-]{20})",
-    "private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a Hugging Face token": rb"hf_[A-Za-z0-9]{30,}",
+    "a GitHub token": rb"(gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{40})",
+    "an API key": rb"\b(sk-[A-Za-z0-9_-]{32}|AKIA[0-9A-Z]{16}\b|AIza[A-Za-z0-9_-]{35}|xox[abprs]-[A-Za-z0-9-]{20})",
+    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
 
 
@@ -52,14 +51,14 @@ def push(
         {"repo", "files" (size in bytes by path), "url" (of the commit, or the address; None for a dry run)}
 
     Raises:
-        EloError: the folder is not a model or holds a pickle or a secret, the name is wrong, there is no token, or the
-            hub or the storage does not accept the upload.
+        EloError: the folder is not a model, or contains a pickle or a secret; the name is invalid; there is no token;
+            or the hub or the storage rejects the upload.
     """
     in_storage = is_remote(repo)
     if not in_storage:
         _check_name(repo)
     elif private:
-        raise EloError(f"--private: {repo}: is set by the bucket; leave the option out")
+        raise EloError(f"--private: {repo}: is an address in object storage; set access there, and remove --private")
     token = get_token()
     files = _files(Path(model), token)
     for path, size in files.items():
@@ -92,9 +91,14 @@ def _check_name(repo: str) -> None:
 
 def _files(folder: Path, token: str | None) -> dict[str, int]:
     """Return the size of each file to upload, by its path in the folder."""
-    if not (folder / CONFIG_FILE).is_file() or (folder / FILE_NAME).is_file():
-        found = f"is a run; give its model, {folder / 'model'}" if (folder / "model").is_dir() else "has no config.json"
-        raise EloError(f"{folder}: {found if folder.is_dir() else 'no such folder'}; give the folder of a model")
+    if not folder.is_dir():
+        raise EloError(f"{folder}: no such folder; give the folder of a model")
+    if (folder / "stages").is_dir():
+        model = folder / "model"
+        remedy = f"give its model, {model}" if model.is_dir() else "give the folder of a model, such as RUN/model"
+        raise EloError(f"{folder}: is the folder of a run or a comparison; {remedy}")
+    if not (folder / CONFIG_FILE).is_file():
+        raise EloError(f"{folder}: has no {CONFIG_FILE}; give the folder of a model")
     weights = open_checkpoint(folder).files
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -127,9 +131,7 @@ def _refuse_secret(path: Path, token: str | None) -> None:
     for what, pattern in patterns.items():
         if found := re.search(pattern, content):
             line = content.count(b"\n", 0, found.start()) + 1
-            raise EloError(
-                f"{path}: line {line} holds what looks like a {what}; remove it, and revoke it if it is real"
-            )
+            raise EloError(f"{path}:{line}: looks like {what}; remove it, and revoke it if it is real")
 
 
 def _upload(folder: Path, repo: str, files: dict[str, int], private: bool, token: str) -> str:

@@ -56,7 +56,7 @@ def run(
         overrides: `key.path=value`, applied to a file or dict.
         until: last stage to run: prepare, bridge, detach, attach, scale, the name of a phase, chat_vector, or sft; None
             runs all.
-        ray: address of a Ray cluster that tokenises the corpora (`auto`, or host:port); None for this machine.
+        ray: address of a Ray cluster that tokenises the corpora (`auto`, or host:port); None uses this machine.
 
     Returns:
         The results, as written to results.json (docs/results.md), or {} if `until` stopped the run earlier.
@@ -149,7 +149,8 @@ def adapt(
     """Run the phases of the method, from the base to the adapted model.
 
     Args:
-        measured: function called with what is done, the phase and the result of each measurement during training.
+        measured: function called after each measurement during training, with the stages that are done, the phase and
+            the result.
 
     Raises:
         ReachedError: the stage `until` is done.
@@ -277,7 +278,7 @@ def heldout_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus]:
 def validation_text(inputs: Inputs, data: PreparedData) -> dict[str, TokenCorpus]:
     """Return validation text by language, which is set aside from the training corpora for choosing learning rates."""
     sizes = data.summary()["validation"]
-    # Without replay a source language may have no text but the held-out one.
+    # Without replay, a source language may have held-out text only.
     sources = [language for language in inputs.config.data.sources if sizes[language]["documents"]]
     return {language: data.validation(language) for language in (*inputs.config.data.targets, *sources)}
 
@@ -333,7 +334,7 @@ def measure(
     """Measure a model as stage `name` and return the record.
 
     Args:
-        brief: measure bits per byte alone.
+        brief: measure bits per byte only.
         chat: chat ability to measure, unless the configuration has its own `evaluation.chat`.
     """
     config = inputs.config

@@ -258,8 +258,8 @@ def train(
 
     Args:
         evaluation: maximum size of held-out text per language for measurements during training, in bytes.
-        targets: those of `languages` that are taught.
-        measures: what is measured during training besides bits per byte, unless the model is detached.
+        measures: measures during training besides bits per byte, unless the model is detached.
+        targets: target languages, a part of `languages`.
         base_bpb: bits per byte of the base by language. A target language that becomes worse causes a warning.
         say: function that shows the user a line.
         measured: function called with the result of each measurement.
@@ -319,7 +319,7 @@ def measure(
     """Measure a model: bits per byte by language and, unless `brief`, every measure that is configured.
 
     Args:
-        files: identities of the files that measures read.
+        files: identities of the files that the measures read, for the fingerprint of the stage.
     """
     started = time.perf_counter()
     measured = evaluate(

@@ -31,7 +31,7 @@ _STYLES = {"done": "green", "running": "bold yellow", "planned": "dim"}
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as its files show it.
+    """The state of a stage, as read from its files.
 
     Attributes:
         record: record of a finished stage.
@@ -91,17 +91,24 @@ class Stage:
 
 
 def read_stages(folder: Path) -> list[Stage]:
-    """Read the stages of a run or a comparison: finished, running, and those of a run that are to come.
+    """Read the stages of a run or a comparison: finished, running and, for a run, planned.
 
     Raises:
         EloError: `folder` is not the folder of a run or a comparison.
     """
-    stages = folder / "stages"
-    if not stages.is_dir():
+    if not (folder / "stages").is_dir():
         raise EloError(f"{folder}: is not the folder of a run or a comparison; give the `output` of its configuration")
+    return _read_stages(folder)
+
+
+def _read_stages(folder: Path) -> list[Stage]:
     files = RunFolder(folder).stage_file
     known: dict[str, tuple[float, Stage]] = {}
-    for path in stages.glob("*.json"):
+    for path in (folder / "stages").glob("*.json"):
+        try:
+            modified = path.stat().st_mtime
+        except FileNotFoundError:
+            continue  # the stage finished or was repeated after the folder was listed
         if path.name.endswith(".begun.json"):
             name = path.name.removesuffix(".begun.json")
             live = read_record(files(name, "live")) or {}
@@ -112,20 +119,20 @@ def read_stages(folder: Path) -> list[Stage]:
             name = path.name.removesuffix(".json")
             done = read_record(path)
             if done is None:
-                continue  # being replaced at this moment
+                continue  # it is being replaced
             stage = Stage(name, "done", done.get("record") or {}, {})
         if stage.state == "done" or name not in known:
-            known[name] = (path.stat().st_mtime, stage)
+            known[name] = (modified, stage)
     found = [stage for _, stage in sorted(known.values(), key=lambda each: each[0])]
     return [each for stage in found for each in (stage, *_inside(folder, stage))] + _planned(folder, set(known))
 
 
 def _inside(folder: Path, stage: Stage) -> list[Stage]:
-    """Stages of a running trial of a comparison."""
+    """Return the stages of a running trial of a comparison."""
     trial = folder / "trials" / stage.name.removeprefix("trials-")
     if stage.state != "running" or not (trial / "stages").is_dir():
         return []
-    return [Stage(f"  {each.name}", each.state, each.record, each.live) for each in read_stages(trial)]
+    return [Stage(f"  {each.name}", each.state, each.record, each.live) for each in _read_stages(trial)]
 
 
 def _planned(folder: Path, known: set[str]) -> list[Stage]:
@@ -133,7 +140,7 @@ def _planned(folder: Path, known: set[str]) -> list[Stage]:
         config = load_config(read_json(folder / "config.json"))
     except EloError:  # a trial, or the configuration of another version
         return []
-    if known and any(name.startswith(("trials-", "budget-", "validate-")) for name in known):
+    if any(name.startswith(("trials-", "budget-", "validate-")) for name in known):
         return []  # a comparison, whose number of trials depends on their results
     names = ["evaluate-base" if name == "prepare" else name for name in stage_names(config)]
     return [Stage(name, "planned", {}, {}) for name in ["prepared", *names, "evaluate"] if name not in known]
@@ -163,7 +170,7 @@ def _summary(folder: Path, stages: list[Stage]) -> str:
 
 
 def is_finished(folder: Path, stages: list[Stage]) -> bool:
-    """Return whether results are written and nothing runs or is to come."""
+    """Return whether the results are written and no stage is running or planned."""
     if not all(stage.state == "done" for stage in stages) or not (folder / FILE_NAME).exists():
         return False
     try:

@@ -274,7 +274,7 @@ BROKEN = {"messages": [{"role": "assistant", "content": "x"}]}
         ({"training": {"tokens_per_step": 100}}, "chat.training.tokens_per_step: 100 is not a multiple"),
         (
             {"training": {"deep_supervision": {"layers": [99], "weights": [1]}}},
-            "chat.training.deep_supervision.layers: 99 is no layer",
+            "chat.training.deep_supervision.layers: 99 is not a layer",
         ),
         ({"model": "chat"}, "the chat model's base is missing"),
         ({"model": "wider", "base": "base"}, "has model.embed_tokens|is \\[|but"),

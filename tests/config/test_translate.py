@@ -161,6 +161,34 @@ def test_what_a_file_leaves_out_is_the_other_tools_default(tmp_path: Path) -> No
     assert (config.data.sequence_length, config.training.tokens_per_step) == (512, 512)
 
 
+def test_warmup_steps_win_over_warmup_ratio_as_in_transformers(tmp_path: Path) -> None:
+    _, config = translated(tmp_path, "llamafactory", FACTORY, warmup_steps=50)
+    assert config.training.warmup_steps == 50
+    _, config = translated(tmp_path, "llamafactory", FACTORY, warmup_steps=0)
+    assert config.training.warmup_steps == 0.1
+
+
+def test_lora_without_a_rank_has_the_default_of_elo(tmp_path: Path) -> None:
+    made, config = translated(tmp_path, "axolotl", AXOLOTL, adapter="lora")
+    assert config.method.model_dump()["rank"] == type(config.method)().model_dump()["rank"]
+    assert "method.rank" not in made.comments
+
+
+def test_text_for_pretraining_needs_no_type(tmp_path: Path) -> None:
+    made, config = translated(tmp_path, "axolotl", AXOLOTL, pretraining_dataset=[{"path": "owner/news"}])
+    assert [corpus.path for corpus in config.data.corpora["target"]] == ["hf://owner/news"]
+    assert "datasets" not in lost(made)
+
+
+def test_comments_name_a_default_as_a_default(tmp_path: Path) -> None:
+    made, config = translated(
+        tmp_path, "llamafactory", FACTORY, finetuning_type="freeze", output_dir="absent", freeze_extra_modules="norm"
+    )
+    assert (config.layers, config.output) == ("last:2", "runs/translated")
+    assert made.comments["layers"] == "default of LLaMA-Factory"
+    assert made.comments["output"] == "output_dir is missing"
+
+
 def test_what_cannot_be_translated_is_listed_with_the_reason(tmp_path: Path) -> None:
     made, _ = translated(
         tmp_path,

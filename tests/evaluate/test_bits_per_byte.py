@@ -141,9 +141,11 @@ def test_token_nats_in_chunks(monkeypatch):
 
 def test_mistakes_are_told():
     model = tiny_model("gpt2", len(TOKENIZER))
-    with pytest.raises(EloError, match=r"sequence_length: got 49, but the model takes 1 to 48 positions"):
+    with pytest.raises(
+        EloError, match=r"sequence_length: got 49; the model has 48 positions; write a number from 1 to 48"
+    ):
         bits_per_byte(model, CORPUS, sequence_length=49)
-    with pytest.raises(EloError, match="holds no text"):
+    with pytest.raises(EloError, match="the corpus to evaluate has no text"):
         bits_per_byte(model, memory_corpus([""], TOKENIZER), sequence_length=8)
     small = tiny_model("llama", 100)
     with pytest.raises(EloError, match=r"token id \d+ is beyond the model's embedding \(100 rows\)"):

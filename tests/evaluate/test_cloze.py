@@ -115,7 +115,7 @@ def test_prompts_longer_than_the_model_lose_their_beginning():
     model = tiny_model("gpt2", len(TOKENIZER))
     item = ClozeItem("The river runs past the mill. " * 40, (" a", " the bell"), 0)
     assert cloze_accuracy(model, TEXT_TOKENIZER, [item]).items == 1
-    with pytest.raises(EloError, match=r"choice 1 .* tokens, but the model takes 48"):
+    with pytest.raises(EloError, match=r"choice 1 .* tokens, but the model has 48 positions"):
         cloze_accuracy(model, TEXT_TOKENIZER, [ClozeItem("x", ("a", "고양이" * 60), 0)])
 
 

@@ -9,6 +9,7 @@ from elo.errors import EloError
 from elo.evaluate.base import Subject
 from elo.evaluate.evaluate import evaluate
 from elo.evaluate.in_context import InContext, ordinary_pieces
+from elo.evaluate.measures import MEASURES
 from elo.report.collect import measured
 
 TOKENIZER = text_tokenizer()
@@ -101,3 +102,8 @@ def test_too_small_a_vocabulary_is_refused():
 
 def evaluate_with_rows(tokenizer, rows):
     InContext(lengths=(64,)).measure(Subject(tiny_model("llama", rows), tokenizer))
+
+
+def test_the_order_of_measures_does_not_depend_on_what_is_imported_first():
+    """This file imports `in_context` before the measures that come before it."""
+    assert list(MEASURES) == sorted(MEASURES)

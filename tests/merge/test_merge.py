@@ -145,6 +145,11 @@ def test_two_vocabularies_are_refused(world, tmp_path):
     with pytest.raises(EloError, match="no model's tokenizer has every token"):
         merge(world / "extended", other, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    models = [world / "extended", world / "base", other, shutil.copytree(world / "base", tmp_path / "last")]
+    listed = [{"model": str(each), "parameters": {"weight": 1}} for each in models]
+    path = mergekit_file(tmp_path / "four.yaml", merge_method="linear", models=listed)
+    with pytest.raises(EloError, match=r"for example '<\|tool\|>'"):
+        merge(path, output=tmp_path / "out")
 
 
 def mergekit_file(path, **keys):
@@ -235,7 +240,7 @@ def test_a_file_of_mergekits_form_is_its_formula(tmp_path):
     [
         ({"merge_method": "ties"}, "merge_method: 'ties' is not computed by elo merge; write linear, slerp, task_ar"),
         ({"tokenizer_source": "union"}, "tokenizer_source: elo merge does not read this key"),
-        ({"parameters": {"density": 0.5}}, "'density' is no parameter of task_arithmetic"),
+        ({"parameters": {"density": 0.5}}, "'density' is not a parameter of task_arithmetic"),
         ({"parameters": {"lambda": "much"}}, "lambda: 'much' is not a number"),
         ({"base_model": None}, "base_model is missing"),
         ({"dtype": "int8"}, "dtype"),
@@ -264,9 +269,10 @@ def test_what_mergekit_would_compute_otherwise_is_refused(change, said, tmp_path
         ({"base": "base"}, "linear has no base"),
         ({"weight": math.nan}, "must be a number"),
         ({"other": "gone/gone/gone"}, "no such folder"),
-        ({"other": None}, "is no file"),
+        ({"other": None}, "is not a file"),
         ({"search": Search({}, ["ko"])}, "has no text"),
         ({"search": Search({}, [])}, "needs --target"),
+        ({"search": Search({"ko": "ko.jsonl"}, ["ko"]), "weight": 0.3}, "--weight 0.3: --search chooses the weight"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, said, tmp_path):

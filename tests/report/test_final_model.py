@@ -45,7 +45,7 @@ def test_the_card_is_one_that_the_hub_reads(finished):
         assert f"| {language}, training" in card.text
         assert f" | {sizes['documents']:,} | {sizes['tokens']:,} | {sizes['bytes']:,} |" in card.text
     assert "Tokens: 1,280" in card.text
-    assert "held-out documents; 30 is the least" in card.text
+    assert "held-out documents; conclusions need at least 30" in card.text
     assert "names other, tiny" in card.text.replace("\\", "")
     assert "LICENSE.txt" in card.text
     assert str(root) not in card.text, "a card is published; paths are private"

@@ -80,7 +80,8 @@ def test_a_clear_winner_is_supported_and_named():
     assert (elo.seeds, elo.documents, elo.is_supported) == (3, 60, True)
     assert not any(each.is_supported for each in verdict.differences if each.languages == ("en",))
     assert verdict.sentences[0] == (
-        "ko with en held to base + 0.02: the lowest is elo with 1.805 bits per byte, significantly below lora and full."
+        "ko, with en at most 0.02 above the base model: elo is lowest with 1.805 bits per byte, significantly below "
+        "lora and full."
     )
 
 
@@ -121,6 +122,7 @@ def test_a_failed_seed_is_not_paired_and_cannot_win():
     results = duel(full=[1.90, 1.91, 1.92], elo=[1.70, None, 1.72])
     verdict = verdict_of(results)
     assert verdict.ranked == ("full",)
+    assert verdict.sentences[0].endswith("1.910 bits per byte, and no other contestant is ranked.")
     assert verdict.sentences[1] == "Not ranked: elo (a failed seed)."
     assert verdict.differences[0].seeds == 2
     assert verdict.differences[0].value == pytest.approx(-0.2, abs=1e-5)
@@ -161,7 +163,7 @@ def test_several_target_languages_are_averaged():
     verdict = verdict_of(results)
     assert [each.languages for each in verdict.best_against] == [("ko", "ja")]
     assert verdict.best_against[0].value == pytest.approx(-0.1, abs=1e-5)
-    assert verdict.sentences[0].startswith("mean of ko and ja with en held")
+    assert verdict.sentences[0].startswith("mean of ko and ja, with en at most")
 
 
 def test_harm_few_documents_and_missing_trials_are_warned_of():
@@ -169,7 +171,7 @@ def test_harm_few_documents_and_missing_trials_are_warned_of():
     results["seeds"] = [1, 2, 3]
     found = warnings(read_results(results))
     assert found[0] == "Not finished: 2 of 3 trials are done."
-    assert "ko: 12 held-out documents; 30 is the least that can carry a claim." in found
+    assert "ko: 12 held-out documents; conclusions need at least 30." in found
     assert "elo: the target language ko is worse than in the base model (+0.043 bpb)." in found
 
 

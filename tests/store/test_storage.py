@@ -168,7 +168,7 @@ def test_each_problem_is_one_message_without_a_secret(
         list_inputs(upload(tmp_path / "page.html", "page.html"))
     with pytest.raises(EloError, match="is in object storage; outputs are written to a local folder"):
         detach(write_base(tmp_path / "base"), output=f"s3://{BUCKET}/small")  # type: ignore[arg-type]
-    with pytest.raises(EloError, match="is set by the bucket"):
+    with pytest.raises(EloError, match="remove --private"):
         push(tmp_path / "base", f"s3://{BUCKET}/out", private=True)
 
     storage.refuses = True

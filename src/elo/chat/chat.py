@@ -1,4 +1,4 @@
-"""`elo chat`: the chat stages of a run on a model that is adapted already."""
+"""`elo chat`: run the chat stages on a model that is already adapted."""
 
 from collections.abc import Mapping
 from pathlib import Path

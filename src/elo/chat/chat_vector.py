@@ -49,6 +49,9 @@ def chat_vector(
         {"adapted", "base", "chat", "scale", "leave_out", "tensors" (number of tensors the vector was added to),
         "rows_kept" (unchanged rows of embedding and head), "rows_added" (rows that only the chat model has), "differs"
         (keys of config.json in which the models differ; the adapted model's values are kept)}
+
+    Raises:
+        EloError: an argument is invalid, the models do not match, or the output exists or cannot be written.
     """
     if not (isfinite(scale) and abs(scale) <= 100):
         raise EloError(f"scale: must be a number from -100 to 100, got {scale}; 1 adds all that chat training changed")

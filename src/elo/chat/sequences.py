@@ -1,4 +1,4 @@
-"""Training sequences of conversations: packed whole, each with its own positions, or one to a sequence with padding."""
+"""Training sequences of whole conversations: several packed into a sequence, or one per sequence with padding."""
 
 from collections.abc import Sequence
 

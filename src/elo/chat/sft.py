@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (SFT) on conversations, by ELO's training loop: the loss is that of the answers alone."""
+"""Supervised fine-tuning (SFT) on conversations with ELO's training loop, and a loss on the answers only."""
 
 import json
 from collections.abc import Callable
@@ -50,7 +50,10 @@ def fine_tune(
         say: function that shows the user a line.
 
     Returns:
-        The record of the stage: that of the training, with counts of conversations and answer tokens.
+        The record of the training, with counts of conversations and answer tokens.
+
+    Raises:
+        EloError: no conversation fits into `sequence_length`, or training fails.
     """
     chat = ChatFormat.load(tokenizer, str(data / TEMPLATE_FILE), trust_remote_code)
     examples: list[ChatExample] = []

@@ -40,7 +40,7 @@ class ChatInputs:
     Attributes:
         base: base of the chat model; None if there is no chat model.
         model: chat model whose change is added; None adds none.
-        tokenizer: folder or hub id of the tokenizer that lays out conversations before any stage ran.
+        tokenizer: folder or hub id of the tokenizer for conversations before the first stage.
         conversations: folder with training and held-out conversations by language, and the chat template.
         fits_base: whether the model that is adapted has a row for every token of `tokenizer`.
     """
@@ -210,7 +210,8 @@ def _hold_out(
     chosen = set(shuffled(len(conversations), seed, _HELD_OUT)[:count].tolist())
     held = [each for index, each in enumerate(conversations) if index in chosen]
     known = {json.dumps(each.messages) for each in held}
-    train = [each for each in conversations if json.dumps(each.messages) not in known]  # no copy of what is measured
+    # Without copies of held-out conversations.
+    train = [each for each in conversations if json.dumps(each.messages) not in known]
     if not train:
         raise EloError(f"chat.data.{language}: {held[0].where}: all conversations are the same; give different ones")
     return train, held

@@ -160,6 +160,11 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        EloError: the file cannot be read, is not YAML, repeats a key, or is not a mapping.
+    """
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except FileNotFoundError:
@@ -213,7 +218,11 @@ def _override(value: dict[str, Any], override: str) -> None:
 
 
 def put(value: dict[str, Any], key: str, item: Any, where: str) -> None:
-    """Set `key`, a dotted path, in a nested dict."""
+    """Set `key`, a dotted path, in a nested dict.
+
+    Raises:
+        EloError: a part of the path is a value; the message starts with `where`.
+    """
     *parents, last = key.split(".")
     here: Any = value
     for parent in parents:

@@ -1,7 +1,7 @@
 """Settings of LLaMA-Factory and Axolotl, for `elo.config.translate`.
 
 They are listed under the names of LLaMA-Factory, most of which are those of transformers; `AXOLOTL` maps them to
-Axolotl's. Where a file leaves a setting out, the other tool's default is written, not ELO's.
+Axolotl's. If a file leaves a setting out, the translation has the other tool's default, not ELO's.
 """
 
 from typing import Any, Literal
@@ -49,7 +49,7 @@ SAME = {
     "ddp_timeout": "training.training_arguments.ddp_timeout",
     "adam_epsilon": "training.training_arguments.adam_epsilon",
 }
-# Defaults of both tools that are not ELO's.
+# Defaults of both tools that differ from ELO's.
 DEFAULTS: dict[Tool, dict[str, Any]] = {
     "llamafactory": {
         "cutoff_len": 2048,
@@ -63,6 +63,7 @@ DEFAULTS: dict[Tool, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "finetuning_type": "lora",
         "lora_rank": 8,
+        "freeze_trainable_layers": 2,
     },
     "axolotl": {"cutoff_len": 512, "num_train_epochs": 1, "adam_beta2": 0.999, "seed": 42},
 }
@@ -76,7 +77,7 @@ UNNEEDED = {
     *("fsdp_version", "run_name", "wandb_name", "infer_backend", "tokenizer_use_fast", "auto_resume_from_checkpoints"),
     *("pretrain_multipack_attn", "dataset_dir", "media_dir", "save_only_model", "eval_strategy", "save_strategy"),
 }
-# Reason why ELO cannot express a setting: names, of which * stands for any end.
+# Reason why ELO cannot express a setting: patterns of its names.
 WHY: dict[str, tuple[str, ...]] = {
     "ELO starts from whole models; merge the adapter into its base first": ("adapter_name_or_path", "lora_model_dir"),
     "ELO has no limit on documents; shorten the files, or write `tokens`": ("max_samples",),
@@ -100,7 +101,7 @@ WHY: dict[str, tuple[str, ...]] = {
     "ELO measures `training.evaluations` times a phase": ("eval_steps", "evals_per_epoch"),
     "ELO saves every `training.save_steps` updates": ("saves_per_epoch",),
     "ELO trains its whole budget, so that methods stay comparable": ("early_stopping_patience",),
-    "its names are not files; write `data.heldout`": ("eval_dataset",),
+    "it names datasets instead of files; write `data.heldout`": ("eval_dataset",),
     "ELO adds no noise to embeddings": ("neftune_noise_alpha",),
     "ELO reads the main revision; download the other one and give its folder": ("revision_of_model", "model_revision"),
     "ELO has its own head loss and attention (docs/performance.md)": (

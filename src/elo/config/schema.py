@@ -119,7 +119,7 @@ class CorpusConfig(Section):
 
 
 class PartConfig(Section):
-    """A part of the training with shares of its own. What it leaves out is as in `data`."""
+    """A part of the training with its own shares. Keys that it leaves out are those of `data`."""
 
     share: float = Field(gt=0, le=1e6)
     """Length of the part in training tokens, relative to the other parts."""
@@ -272,8 +272,8 @@ class _EvaluationConfig(Section):
     """Maximum size of held-out text per language, in bytes, shared among its documents; null takes all. It also applies
     to the measurements during training."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format that measurements compute in. auto is the checkpoint's on a GPU and float32 on a CPU. On a CPU that
-    multiplies bfloat16 in hardware it halves the time and changes bits per byte by some thousandths."""
+    """Number format that measurements compute in. auto is the checkpoint's on a GPU and float32 on a CPU. On a CPU with
+    bfloat16 in hardware, bfloat16 halves the time and changes bits per byte by some thousandths."""
     cloze: dict[str, str] = Field(default_factory=dict)
     """File with cloze items (.jsonl) by language."""
     prompts: dict[str, list[str]] = Field(default_factory=dict)
@@ -282,8 +282,8 @@ class _EvaluationConfig(Section):
     """Maximum length of a sample text, in tokens."""
 
     during_training: list[str] = Field(default_factory=list, json_schema_extra=EXECUTION)
-    """Sections of this one, such as tasks or in_context, that are also measured at each of training.evaluations. Adding
-    one does not repeat a training that `elo run` has done; `elo compare` trains again."""
+    """Sections of `evaluation`, such as tasks or in_context, that are also measured at each of training.evaluations.
+    After adding one, `elo run` does not repeat a finished training, but `elo compare` does."""
 
     def decisive(self) -> dict[str, Any]:
         """Return what determines the values of a measurement, for the fingerprint of its stage."""
@@ -312,7 +312,7 @@ class _EvaluationConfig(Section):
 
 
 def _measure_field(measure: type[Measure]) -> Any:
-    """The section of a registered measure, null unless it is asked for."""
+    """Return the field of a registered measure's section, by default null."""
     section = Annotated[measure | None, BeforeValidator(measure.from_short)]  # type: ignore[valid-type]
     return (section, Field(None, description=" ".join((measure.__doc__ or "").split())))
 

@@ -32,7 +32,7 @@ class Translation:
         comments: where a key comes from, by its path.
         todo: what the user has to do before the first run.
         lost: settings that ELO cannot express, with the reason.
-        unneeded: settings without an equivalent because ELO does without.
+        unneeded: settings that ELO does not need.
     """
 
     tool: Tool
@@ -45,7 +45,7 @@ class Translation:
     unneeded: list[str] = field(default_factory=list)
 
     def name(self, setting: str) -> str:
-        """Name of a setting in the file."""
+        """Return the name of a setting in the file."""
         return AXOLOTL.get(setting, setting) if self.tool == "axolotl" else setting
 
     def take(self, setting: str) -> tuple[Any, str]:
@@ -60,7 +60,7 @@ class Translation:
         self.comments[key] = origin
 
     def move(self, setting: str, key: str) -> Any:
-        """Translate a setting to a key with the same meaning."""
+        """Translate a setting to a key with the same meaning, and return its value (None if there is none)."""
         value, origin = self.take(setting)
         if value is not None:
             self.put(key, _number(value), origin)
@@ -91,7 +91,8 @@ def translate(tool: str, path: Path) -> Translation:
         )
     for setting in ("model_name_or_path", "tokenizer_config"):
         made.move(setting, SAME[setting])
-    made.put("output", made.given.pop("output_dir", "runs/translated"), "output_dir")
+    if made.move("output_dir", "output") is None:
+        made.put("output", "runs/translated", "output_dir is missing")
     _read_method(made)
     _read_data(made)
     for setting, key in SAME.items():
@@ -111,13 +112,10 @@ def _position(key: str) -> int:
 def _read_method(made: Translation) -> None:
     kind, origin = made.take("finetuning_type" if made.tool == "llamafactory" else "adapter")
     if kind in ("lora", "qlora"):
-        rank = made.take("lora_rank")
-        alpha = made.take("lora_alpha")
-        if alpha[0] is None:
-            alpha = (2 * _number(rank[0]), f"default of {TITLES[made.tool]}")
         made.put("method.name", "lora", origin)
-        made.put("method.rank", _number(rank[0]), rank[1])
-        made.put("method.alpha", _number(alpha[0]), alpha[1])
+        rank = made.move("lora_rank", "method.rank")
+        if made.move("lora_alpha", "method.alpha") is None and rank is not None:
+            made.put("method.alpha", 2 * rank, f"default of {TITLES[made.tool]}")
         made.move("lora_dropout", "method.dropout")
         _also_train(made, "additional_target")
         for setting, every in (("lora_target", "all"), ("lora_target_modules", "all-linear")):
@@ -128,9 +126,9 @@ def _read_method(made: Translation) -> None:
         if kind == "qlora":
             made.lose("adapter", "ELO does not train over quantised weights; this is LoRA instead of QLoRA")
     elif kind == "freeze":
-        number = int(made.given.pop("freeze_trainable_layers", 2))
         made.put("method.name", "frozen", origin)
-        made.put("layers", f"last:{number}" if number > 0 else f"first:{-number}", "freeze_trainable_layers")
+        layers, origin = made.take("freeze_trainable_layers")
+        made.put("layers", f"last:{int(layers)}" if int(layers) > 0 else f"first:{-int(layers)}", origin)
         _also_train(made, "freeze_extra_modules", write_empty=True)
         modules = made.given.pop("freeze_trainable_modules", "all")
         if modules != "all":
@@ -204,11 +202,12 @@ def _read_data(made: Translation) -> None:
         streamed = made.given.pop("pretraining_dataset", None)
         pretraining = streamed is not None
         found = made.given.pop("datasets", []) if streamed is None else streamed
-        for each in [{"path": found, "type": "pretrain"}] if isinstance(found, str) else found:
-            if str(each.get("type")).split(":")[0] in ("completion", "pretrain"):
+        for each in [{"path": found}] if isinstance(found, str) else found:
+            kind = each.get("type") or ("pretrain" if pretraining else None)
+            if str(kind).split(":")[0] in ("completion", "pretrain"):
                 corpora.append(_axolotl_corpus(made, each))
             else:
-                made.lose("datasets", f"{each.get('path')}: type {each.get('type')!r} {instructions}")
+                made.lose("datasets", f"{each.get('path')}: type {kind!r} {instructions}")
         if tested := made.given.pop("test_datasets", None):
             made.put("data.heldout.target", _axolotl_corpus(made, tested[0]), "test_datasets")
     made.todo.append("data.target, data.source: name the two languages, here and under corpora")
@@ -320,7 +319,7 @@ def _read_budget(made: Translation) -> None:
 def _read_training(made: Translation) -> None:
     warmup, origin = made.take("warmup_steps")
     ratio, ratio_origin = made.take("warmup_ratio")
-    if ratio is not None and not (origin in made.given and warmup):
+    if ratio is not None and not warmup:
         warmup, origin = ratio, ratio_origin
     if warmup is not None:
         made.put("training.warmup_steps", _number(warmup), origin)

@@ -1,7 +1,7 @@
-"""What a measure is: its settings, a check before any work, and the values that it gives a model.
+"""The base class of measures: settings, a check before any work, and the measurement of a model.
 
 A measure is one file in this package: a class with a `name`, settings as fields, and `measure`. Importing
-`elo.evaluate.measures` imports every file here. A registered measure is a section `evaluation.<name>` of
+`elo.evaluate.measures` imports every file here. A registered measure has a section `evaluation.<name>` in
 configurations, and its values appear in every table and report.
 """
 
@@ -27,37 +27,39 @@ class MeasureValue(BaseModel):
 
     measure: str = Field(description="Name of the benchmark, for example `cloze`.")
     name: str = Field("all", description="Subset of the items; `all` for the whole benchmark.")
-    language: str = Field("", description="Language of the items; empty where they have none.")
+    language: str = Field("", description="Language of the items; empty if they have none.")
     value: float = Field(description="Value in `unit`.")
     unit: Literal["share", "number"] = Field(
-        "share", description="`share`: between 0 and 1, shown as a percentage; `number`: shown as it is."
+        "share", description="`share`: between 0 and 1, shown as a percentage; `number`: any other value."
     )
     higher_is_better: bool = Field(True, description="Direction of improvement.")
     standard_error: float | None = Field(
-        None, ge=0, description="Standard error of `value`, with items taken as independent."
+        None, ge=0, description="Standard error of `value`, assuming that items are independent."
     )
     items: int | None = Field(None, ge=0, description="Number of items.")
     chance: float | None = Field(None, description="Expected value of guessing.")
-    is_detail: bool = Field(False, description="Whether it is listed with the details, not in the results table.")
+    is_detail: bool = Field(
+        False, description="Whether reports list it under the details instead of in the results table."
+    )
     per_item: tuple[float, ...] = Field(
         (),
-        description="Values of the items, in the order that every model has, with the mean `value`; empty if unknown.",
+        description="Value of each item, in the same order for every model, with mean `value`; empty if unknown.",
     )
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured.
+    """The model to measure.
 
     Attributes:
-        model: any causal LM; a measure leaves it as it was.
-        tokenizer: the model's; None where no measure needs one.
+        model: any causal LM; measures do not change it.
+        tokenizer: the model's tokenizer; None if no measure needs one.
         tokenizer_source: folder, hub id or object that `tokenizer` was made from.
-        batch_size: sequences in a forward pass; None: as many as keep fp32 logits within 1 GiB.
-        progress: whether progress is shown.
-        files: path and stem of files that a measure writes beside the results; None: it writes none.
-        finished: folder for finished parts of a measurement, from which the same command resumes; None: there is none.
-        identity: what identifies the model between two commands.
+        batch_size: sequences per forward pass; None takes as many as keep fp32 logits within 1 GiB.
+        progress: whether to show progress.
+        files: path, without suffix, of files that measures write next to the results; None writes none.
+        finished: folder of finished parts of a measurement, from which the same command resumes; None keeps none.
+        identity: JSON value that identifies the model across commands.
     """
 
     model: "PreTrainedModel"
@@ -72,14 +74,14 @@ class Subject:
 
     @property
     def text_tokenizer(self) -> "TextTokenizer":
-        """The tokenizer, for measures with `needs_tokenizer`."""
+        """The tokenizer; only for measures with `needs_tokenizer`."""
         assert self.tokenizer is not None
         return self.tokenizer
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a measure found: its values, and further keys of the results."""
+    """The result of a measure: values, and further keys of the results."""
 
     values: Sequence[MeasureValue] = ()
     record: dict[str, Any] = field(default_factory=dict)
@@ -95,18 +97,22 @@ class Measure(BaseModel):
     name: ClassVar[str]
     needs_tokenizer: ClassVar[bool] = True
     short_form: ClassVar[str] = "section"
-    """How the section may be written in a configuration, besides key by key."""
+    """Forms that the section may have in a configuration, for docs/configuration.md."""
 
     @classmethod
     def from_short(cls, value: Any) -> Any:
-        """The section that a short form, such as true or a list, stands for; any other value as it is."""
+        """Return the section that a short form, such as true or a list, stands for; keep any other value."""
         return value
 
     def check(self, where: str) -> None:
-        """Raise EloError for what is wrong without a model; `where` is the key or option that holds the settings."""
+        """Raise EloError for mistakes that can be found without a model.
+
+        Args:
+            where: key or option that holds the settings, for the message.
+        """
 
     def files(self) -> list[Path]:
-        """Files and folders that decide about the values, for fingerprints."""
+        """Return the files and folders that affect the values, for fingerprints."""
         return []
 
     def measure(self, subject: Subject) -> Outcome:
@@ -116,27 +122,34 @@ class Measure(BaseModel):
 
 M = TypeVar("M", bound=Measure)
 MEASURES: dict[str, type[Measure]] = {}
-"""Every measure that configurations can ask for, by name."""
+"""Measures that configurations can have, by name."""
 
 
 def register(measure: type[M]) -> type[M]:
-    """Make a measure known under its name."""
+    """Register a measure under its name."""
     MEASURES[measure.name] = measure
     return measure
 
 
 def share_error(share: float, items: int) -> float | None:
-    """Standard error of a share of independent items."""
+    """Return the standard error of a share of independent items; None without items."""
     return (share * (1 - share) / items) ** 0.5 if items else None
 
 
 def mean_error(values: Sequence[float]) -> float | None:
-    """Standard error of the mean of independent values; None of fewer than two."""
+    """Return the standard error of the mean of independent values; None for fewer than two."""
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def weighted(items: Sequence[Sequence[float]], average: float) -> tuple[float, ...]:
-    """Values of the items of all parts of a benchmark, weighted to have this mean; empty if the weights are unknown."""
+    """Return the values of all items of a benchmark, weighted so that their mean is `average`.
+
+    Either all items or all parts of the benchmark have the same weight. If neither gives `average`, the result is
+    empty.
+
+    Args:
+        items: values of the items of each part.
+    """
     total = sum(map(len, items))
     for weights in ([1.0] * len(items), [total / (len(items) * max(1, len(each))) for each in items]):
         found = [weight * item for each, weight in zip(items, weights, strict=True) for item in each]

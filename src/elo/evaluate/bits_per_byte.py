@@ -1,6 +1,6 @@
-"""Bits per byte of a token corpus under a causal LM: the measure that survives a change of tokenizer.
+"""Bits per byte of a token corpus under a causal LM, which can be compared across tokenizers.
 
-Shapes: B rows, T positions.
+Shapes: B sequences, T positions.
 """
 
 import math
@@ -35,31 +35,31 @@ from elo.log import Progress
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """How many bits a model spends on each byte of text: lower is better, 8 is guessing every byte blindly.
+    """The bits that a model needs per byte of text. Lower is better; guessing each byte at random gives 8.
 
         bits_per_byte = summed nats of the text tokens / (ln 2 x UTF-8 bytes of the text)
 
-    Every text token of the corpus is predicted exactly once, from the prefix token and the text tokens before it in
-    its own document, as far back as the sequence length reaches: a document of more than `sequence_length` text tokens
-    is cut into pieces of that many predictions, and a piece sees nothing before it but the token it starts from. The
-    prefix is never predicted, and the end-of-text token after the document is not counted, so that the sum belongs
-    to the bytes it is divided by. The value therefore depends on the model, the text and the sequence length alone,
-    not on batch size, document order or packing. Compare it across tokenizers, never across languages: a Korean
-    syllable is three bytes, an English letter is one.
+    Every text token is predicted exactly once, from the prefix token and the preceding text tokens of its document. A
+    document of more than `sequence_length` text tokens is cut into pieces of that many predictions. A piece sees
+    nothing of the pieces before it, except the last token. The prefix token and the end-of-text token are not
+    predicted, so the sum covers exactly the bytes that it is divided by.
+
+    The value depends on the model, the text and the sequence length, but not on batch size, document order or packing.
+    Compare it across tokenizers, never across languages: a Korean syllable takes three bytes, an English letter one.
     """
 
     nats: float
-    """Summed negative log-likelihood of the text tokens, natural logarithm."""
+    """Summed negative log-likelihood of the text tokens, in nats."""
     text_tokens: int
-    """Tokens predicted."""
+    """Number of text tokens, each predicted once."""
     bytes: int
-    """UTF-8 bytes of the text they spell."""
+    """Size of the text in UTF-8, in bytes."""
     documents: int
-    """Documents evaluated."""
+    """Number of documents."""
     document_nats: tuple[float, ...]
-    """`nats` by document, in the order of the corpus: for statistics over documents."""
+    """`nats` of each document, in the order of the corpus."""
     document_bytes: tuple[int, ...]
-    """`bytes` by document."""
+    """`bytes` of each document."""
 
     @property
     def bits_per_byte(self) -> float:
@@ -88,52 +88,51 @@ def bits_per_byte(
     autocast_dtype: torch.dtype | None = None,
     progress: str | None = None,
 ) -> BitsPerByte:
-    """Measure `model` on `corpus`; see `BitsPerByte` for what is measured.
+    """Measure the bits per byte of `corpus`; see `BitsPerByte` for the definition.
 
-    Documents share rows where the model keeps packed documents apart (asked of the model itself, by running it);
-    other models, such as recurrent ones, get one document a row. Where the longest sequence of a batch decides about
-    the others (`rope_regime`), it decides the same for all of them. The value is the same.
+    If the model keeps packed documents apart, which is tested by running it, several documents share a sequence. Other
+    models, such as recurrent ones, get one document per sequence. Sequences share a batch only if the longest one does
+    not change how the others are computed (`rope_regime`). None of this affects the value.
 
     Args:
-        model: any causal LM, in any mode and dtype; left as it was.
-        corpus: documents as token ids, on disk or in memory (`TokenCorpus.from_documents`); all of it is evaluated
-            (`elo.data.heldout.cut_corpus` takes the part of a larger one).
-        sequence_length: positions a row; at most what the model was made for.
-        batch_size: rows of `sequence_length` a forward pass; by default as many as keep fp32 logits within 1 GiB.
-        device: where to run; by default where the model is.
-        autocast_dtype: compute dtype, for models kept in another one.
-        progress: a label shows progress under it; None shows nothing.
+        model: any causal LM, in any mode and dtype. Mode and dtype are restored.
+        corpus: documents as token ids, on disk or in memory (`TokenCorpus.from_documents`). All of them are measured;
+            `elo.data.heldout.cut_corpus` takes a part of a larger corpus.
+        sequence_length: length of a sequence in tokens, at most the model's number of positions.
+        batch_size: sequences of `sequence_length` per forward pass; by default as many as keep fp32 logits within
+            1 GiB.
+        device: device to move the model to; by default the one that it is on.
+        autocast_dtype: compute dtype, for models with weights in another dtype.
+        progress: label of the progress bar; None shows none.
 
     Raises:
-        EloError: the corpus holds no text, a token id is beyond the embedding, or `sequence_length` is beyond the
+        EloError: the corpus has no text, a token id has no row in the embedding, or `sequence_length` is beyond the
             model's positions.
     """
     limit = longest_sequence(model)
     if sequence_length < 1 or (limit is not None and sequence_length > limit):
-        raise EloError(
-            f"sequence_length: got {sequence_length}, but the model takes 1 to {limit or 'any number of'} positions; "
-            "choose a sequence_length within"
-        )
+        allowed = f"the model has {limit} positions; write a number from 1 to {limit}" if limit else "write at least 1"
+        raise EloError(f"sequence_length: got {sequence_length}; {allowed}")
     pieces = _pieces(corpus, sequence_length)
     text_tokens, num_bytes, count = corpus.num_text_tokens, corpus.num_bytes, corpus.num_documents
     if not pieces or not num_bytes:
-        raise EloError(f"the corpus to evaluate holds no text ({count} documents, {num_bytes} bytes)")
+        raise EloError(f"the corpus to evaluate has no text ({count} documents, {num_bytes} bytes); give another one")
     tokens_per_batch = batch_size * sequence_length if batch_size else batch_tokens(model)
     document_nats = np.zeros(count)
     with evaluating(model, device, autocast_dtype) as place, Progress(text_tokens, progress, "tokens") as bar:
         packed = not rope_regime(model.config, sequence_length)
         packed = packed and isolates_documents(model, place)
-        rows = _packed_rows(pieces, sequence_length) if packed else [[piece] for piece in pieces]
-        for batch in _batches(rows, tokens_per_batch, partial(rope_regime, model.config)):
+        sequences = _pack(pieces, sequence_length) if packed else [[piece] for piece in pieces]
+        for batch in _batches(sequences, tokens_per_batch, partial(rope_regime, model.config)):
             arrays = _collate(corpus, batch)
             check_ids(int(arrays["input_ids"].max()), model, "the corpus to evaluate")
             tensors = {name: torch.from_numpy(array).to(place) for name, array in arrays.items()}
             labels_BT = tensors.pop("labels")
             tensors.pop("attention_mask" if packed else "position_ids")
             nats_BT = token_nats(forward_logits(model, **tensors), labels_BT).numpy()
-            for row, nats_T in zip(batch, nats_BT, strict=True):
+            for sequence, nats_T in zip(batch, nats_BT, strict=True):
                 at = 0
-                for piece in row:
+                for piece in sequence:
                     document_nats[piece.document] += nats_T[at : at + piece.length].sum()
                     at += piece.length
             bar.advance(int((arrays["labels"] != IGNORE_INDEX).sum()))
@@ -143,11 +142,11 @@ def bits_per_byte(
 
 
 def isolates_documents(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether packed documents, told apart by `position_ids` that restart at 0, leave each other's logits alone.
+    """Return whether packed documents, separated by `position_ids` that restart at 0, leave each other's logits alone.
 
-    Found by running two rows that differ in their first document only, and their second document by itself. Recurrent
-    layers carry state over the boundary, and some attention kernels see it only in batches of one row. Layers that pool
-    windows longer than these documents would show nothing, so the kind of layers is asked first.
+    The test runs two sequences that differ only in their first document, and their second document alone. Recurrent
+    layers carry state across the boundary, and some attention kernels find it only in batches of one sequence. Layers
+    that pool windows longer than these documents would pass, so recurrent models are excluded by their type first.
     """
     if is_recurrent(model) or not takes_position_ids(model):
         return False
@@ -159,14 +158,14 @@ def isolates_documents(model: PreTrainedModel, device: torch.device) -> bool:
     scale = float(alone_BTV.abs().max())
     computed_in = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
     rounding = max(torch.finfo(computed_in).eps, 5e-6)
-    # The two rows run through the same kernels, so that rounding excuses little; a wrong no costs only speed.
+    # Both sequences run through the same kernels, so the tolerance is small; a false negative costs only speed.
     leak = float((second_BTV[0] - second_BTV[1]).abs().max())
     shift = float((second_BTV - alone_BTV).abs().max())
     return leak <= 2 * rounding * scale and shift <= 32 * rounding * scale
 
 
 def _pieces(corpus: TokenCorpus, sequence_length: int) -> list[_Piece]:
-    """Pieces of at most `sequence_length` predictions, longest first."""
+    """Return pieces of at most `sequence_length` predictions, longest first."""
     pieces: list[_Piece] = []
     for index in range(corpus.num_documents):
         length = len(corpus.document(index)) - SPECIALS_PER_DOCUMENT
@@ -177,47 +176,46 @@ def _pieces(corpus: TokenCorpus, sequence_length: int) -> list[_Piece]:
     return pieces
 
 
-def _packed_rows(pieces: list[_Piece], sequence_length: int) -> list[list[_Piece]]:
-    """Put each piece, longest first, into the fullest row that still has room for it."""
-    rows: list[list[_Piece]] = []
-    room: list[tuple[int, int]] = []  # (free positions, row), sorted; full rows are left out
+def _pack(pieces: list[_Piece], sequence_length: int) -> list[list[_Piece]]:
+    """Put each piece, longest first, into the fullest sequence that has room for it."""
+    sequences: list[list[_Piece]] = []
+    room: list[tuple[int, int]] = []  # (free positions, index of the sequence), sorted, without full sequences
     for piece in pieces:
         at = bisect_left(room, (piece.length, 0))
-        free, row = room.pop(at) if at < len(room) else (sequence_length, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(piece)
+        free, index = room.pop(at) if at < len(room) else (sequence_length, len(sequences))
+        if index == len(sequences):
+            sequences.append([])
+        sequences[index].append(piece)
         if free > piece.length:
-            insort(room, (free - piece.length, row))
-    return rows
+            insort(room, (free - piece.length, index))
+    return sequences
 
 
 def _batches(
-    rows: list[list[_Piece]], tokens_per_batch: int, regime: Callable[[int], int]
+    sequences: list[list[_Piece]], tokens_per_batch: int, regime: Callable[[int], int]
 ) -> Iterator[list[list[_Piece]]]:
-    """Rows of like width and one regime together, the widest first, so that memory runs out at once or never."""
-    width = {id(row): sum(piece.length for piece in row) for row in rows}
-    rows = sorted(rows, key=lambda row: -width[id(row)])
+    """Yield batches of one regime, longest sequences first: if the first batch fits into memory, all do."""
+    lengths = sorted(((sum(piece.length for piece in each), each) for each in sequences), key=lambda pair: -pair[0])
     start = 0
-    while start < len(rows):
-        widest = width[id(rows[start])]
-        batch = rows[start : start + max(1, tokens_per_batch // widest)]
-        batch = list(takewhile(lambda row: regime(width[id(row)]) == regime(widest), batch))  # noqa: B023  # used here
-        yield batch
+    while start < len(lengths):
+        longest = lengths[start][0]
+        batch = lengths[start : start + max(1, tokens_per_batch // longest)]
+        batch = list(takewhile(lambda pair: regime(pair[0]) == regime(longest), batch))  # noqa: B023  # used here
+        yield [sequence for _, sequence in batch]
         start += len(batch)
 
 
-def _collate(corpus: TokenCorpus, rows: list[list[_Piece]]) -> dict[str, np.ndarray]:
-    """int64 [B, T] arrays: input_ids, position_ids (restarting with each piece), labels, attention_mask.
+def _collate(corpus: TokenCorpus, sequences: list[list[_Piece]]) -> dict[str, np.ndarray]:
+    """Return int64 [B, T] arrays: input_ids, position_ids (restarting with each piece), labels, attention_mask.
 
-    Padding at the end of a row is a document of its own to `position_ids`.
+    In `position_ids`, padding at the end of a sequence is a document of its own.
     """
-    width = max(sum(piece.length for piece in row) for row in rows)
-    input_ids, positions, attended = (np.zeros((len(rows), width), np.int64) for _ in range(3))
-    labels = np.full((len(rows), width), IGNORE_INDEX, np.int64)
-    for index, row in enumerate(rows):
+    width = max(sum(piece.length for piece in each) for each in sequences)
+    input_ids, positions, attended = (np.zeros((len(sequences), width), np.int64) for _ in range(3))
+    labels = np.full((len(sequences), width), IGNORE_INDEX, np.int64)
+    for index, sequence in enumerate(sequences):
         at = 0
-        for piece in row:
+        for piece in sequence:
             ids, end = corpus.document(piece.document), at + piece.length
             input_ids[index, at:end] = ids[piece.start : piece.stop]
             labels[index, at:end] = ids[piece.start + 1 : piece.stop + 1]

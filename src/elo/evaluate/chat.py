@@ -1,4 +1,4 @@
-"""Chat ability on held-out conversations: whether answers end, their language, and the loss of the true answers.
+"""Chat ability on held-out conversations: whether answers end, their language, and the loss on the true answers.
 
 - chat_ended: share of generated answers that end with the end-of-turn token, hold text and no other special token.
 - chat_language: share of generated answers in the language of the conversation, by py3langid (extra `chat`). The
@@ -27,17 +27,17 @@ from elo.log import Progress
 
 @register
 class Chat(Measure):
-    """Measure answers to held-out conversations: end of turn, language (extra `chat`), and loss of the true answers."""
+    """Measure answers to held-out conversations: end of turn, language (extra `chat`), and loss on the true answers."""
 
     name: ClassVar[str] = "chat"
 
     data: dict[str, str] = Field(min_length=1)
-    """File of held-out conversations (.jsonl) by language. Answers are identified by language where the key is an
+    """File of held-out conversations (.jsonl) by language. The language of answers is measured if the key is an
     ISO 639-1 code, such as ko."""
     template: str | None = None
     """Chat template: a Jinja file, `chatml` or `plain`; null is the tokenizer's own."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer that lays out the conversations; null is the model's."""
+    """Folder or hub id of the tokenizer for the conversations; null is the model's."""
     prompts: int = Field(32, ge=1)
     """Number of conversations per language whose last answer is generated, greedily."""
     max_new_tokens: int = Field(128, ge=1)
@@ -59,7 +59,7 @@ class Chat(Measure):
     def measure(self, subject: Subject) -> Outcome:
         source = self.tokenizer or subject.tokenizer_source
         if not isinstance(source, str | Path):
-            raise EloError("chat: a tokenizer in memory has no chat template; give the folder of one")
+            raise EloError("chat: a tokenizer in memory has no chat template; give the folder of a tokenizer")
         chat = ChatFormat.load(source, self.template, subject.trust_remote_code)
         values, answers = [], []
         for language, conversations in self.conversations.items():
@@ -90,7 +90,7 @@ class Chat(Measure):
     def _asked(
         self, subject: Subject, chat: ChatFormat, conversations: Sequence[Conversation]
     ) -> list[tuple[Conversation, list[int]]]:
-        """The first conversations whose prompt leaves room for an answer, with their prompts."""
+        """Return the first conversations whose prompt leaves room for an answer, and their prompts as token ids."""
         limit = longest_sequence(subject.model)
         found = []
         for each in conversations:

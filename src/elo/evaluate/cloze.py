@@ -1,4 +1,4 @@
-"""Cloze accuracy: of several continuations of a prompt, does the model find the true one most likely?"""
+"""Cloze accuracy: how often the model gives the true continuation of a prompt the highest probability."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,45 +19,45 @@ from elo.log import Progress
 
 @dataclass(frozen=True)
 class ClozeItem:
-    """One question: which of `choices` continues `prompt`; a choice brings its own leading space if it needs one."""
+    """A question: which of `choices` continues `prompt`. A choice includes a leading space if it needs one."""
 
     prompt: str
     choices: tuple[str, ...]
     answer: int
     """Index of the true choice."""
     group: str | None = None
-    """Items of one group are also counted by themselves."""
+    """Group whose accuracy is also reported; None if the item has none."""
 
 
 @dataclass(frozen=True)
 class GroupAccuracy:
-    """`ClozeAccuracy` of the items of one group."""
+    """Accuracy on the items of a group."""
 
     accuracy: float
-    """0 to 1."""
+    """Share of items answered correctly, from 0 to 1."""
     items: int
     """Number of items."""
 
 
 @dataclass(frozen=True)
 class ClozeAccuracy:
-    """Share of items whose true choice has the highest summed log-probability given the prompt.
+    """The share of items whose true choice has the highest summed log-probability given the prompt.
 
-    Log-probabilities are summed, not averaged over tokens or characters: they compare the strings as such, so choices
-    should be of like length. Every choice of an item is scored from the same token on: the first one at which any
-    choice's tokens leave the prompt's, since a choice may merge with the prompt's last token. The first of equals wins.
+    Log-probabilities are summed, not averaged over tokens or characters, so the choices of an item should have similar
+    lengths. A choice may merge with the last token of the prompt. All choices of an item are therefore scored from the
+    first token at which any of them departs from the tokens of the prompt. Of equally likely choices the first counts.
     """
 
     accuracy: float
-    """0 to 1."""
+    """Share of items answered correctly, from 0 to 1."""
     items: int
     """Number of items."""
     chance: float
     """Expected accuracy of guessing: the mean of 1 / choices."""
     predictions: tuple[int, ...]
-    """Index of the choice that the model prefers, item by item."""
+    """Index of the most likely choice of each item."""
     groups: dict[str, GroupAccuracy]
-    """By name of the group, in the order in which the items bring them; empty when no item has a group."""
+    """Accuracy by group, in the order of the items; empty if no item has a group."""
 
 
 class Cloze(Measure):
@@ -65,7 +65,7 @@ class Cloze(Measure):
 
     name: ClassVar[str] = "cloze"
     given: dict[str, Any]
-    """By language the items, or the JSON-lines file that holds them."""
+    """Items by language, or the JSON-lines file that holds them."""
 
     @cached_property
     def items(self) -> dict[str, Sequence[ClozeItem]]:
@@ -111,7 +111,7 @@ def read_cloze(path: str | Path) -> list[ClozeItem]:
     Other keys are ignored.
 
     Raises:
-        EloError: the file cannot be read or holds no item, or a line is not an item (named `file:line`).
+        EloError: the file cannot be read or has no item, or a line is not an item (the message names `file:line`).
     """
     return [_item(value, where) for where, value in read_json_lines(path, "cloze items")]
 
@@ -124,22 +124,22 @@ def cloze_accuracy(
     batch_size: int | None = None,
     progress: str | None = None,
 ) -> ClozeAccuracy:
-    """Ask `model` every item; see `ClozeAccuracy` for what is measured.
+    """Measure the cloze accuracy of `model`; see `ClozeAccuracy` for the definition.
 
-    A sequence is laid out as in training: the prefix token, then the text. Prompts too long for the model lose their
-    beginning.
+    A sequence is laid out as in training: the prefix token, then the text. A prompt that is too long for the model
+    loses its beginning.
 
     Args:
-        model: any causal LM, in any mode and dtype; left as it was.
-        items: at least one.
-        batch_size: choices a forward pass; by default as many as keep fp32 logits within 1 GiB.
-        progress: a label shows progress under it; None shows nothing.
+        model: any causal LM, in any mode and dtype; it is not changed.
+        items: items to measure on; at least one.
+        batch_size: choices per forward pass; by default as many as keep fp32 logits within 1 GiB.
+        progress: label of the progress bar; None shows none.
 
     Raises:
-        EloError: there are no items, or a choice does not fit the model's positions or its vocabulary.
+        EloError: there are no items, or a choice does not fit the model's positions or vocabulary.
     """
     if not items:
-        raise EloError("cloze: there are no items to ask")
+        raise EloError("cloze: there are no items; give at least one")
     limit = longest_sequence(model)
     choices = [choice for item in items for choice in _encoded_choices(item, tokenizer, limit)]
     check_ids(max(max(ids) for ids, _ in choices), model, "cloze items")
@@ -162,10 +162,10 @@ def _by_group(items: Sequence[ClozeItem], right: Sequence[bool]) -> dict[str, Gr
 
 
 def _encoded_choices(item: ClozeItem, tokenizer: TextTokenizer, limit: int | None) -> list[tuple[list[int], int]]:
-    """Token ids of the prompt with each choice, in the model's positions, and how many of them, at the end, count."""
+    """Return the token ids of the prompt with each choice, and how many of them, at the end, are scored."""
     texts = [item.prompt, *(item.prompt + choice for choice in item.choices)]
     prompt, *wholes = (ids.tolist() for ids in tokenizer.encode_batch(texts))
-    # A choice whose tokens all lie within the prompt's would be scored on nothing: keep one token of each.
+    # At least one token of each choice is scored, also if all of its tokens are part of the prompt's.
     shared = min(min(_common_prefix(prompt, whole), len(whole) - 1) for whole in wholes)
     found = []
     for choice, whole in enumerate(wholes):
@@ -174,8 +174,8 @@ def _encoded_choices(item: ClozeItem, tokenizer: TextTokenizer, limit: int | Non
         if limit is not None:
             if scored > limit:
                 raise EloError(
-                    f"cloze: choice {choice} of {item.prompt[:60]!r} has {scored} tokens, but the model takes {limit}; "
-                    "shorten it"
+                    f"cloze: choice {choice} of {item.prompt[:60]!r} has {scored} tokens, but the model has {limit} "
+                    "positions; shorten it"
                 )
             ids = ids[-(limit + 1) :]
         found.append((ids, scored))

@@ -1,4 +1,4 @@
-"""`elo evaluate`: bits per byte by language, and every measure that is asked for, of any Hugging Face causal LM."""
+"""`elo evaluate`: measure bits per byte by language, and other abilities, of any Hugging Face causal LM."""
 
 import math
 import time
@@ -58,40 +58,40 @@ def evaluate(
     files: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure one model in every language that is asked for.
+    """Measure a model: bits per byte, cloze accuracy and samples by language, and further measures.
 
     Args:
         model: checkpoint folder or hub id (safetensors only), or a model in memory.
-        tokenizer: folder, hub id or tokenizer; by default that of the model's folder.
-        corpora: text by language (anything `elo prepare` reads), or token shards: gives bits per byte.
-        cloze: items by language, or their JSON-lines file: gives cloze accuracy.
-        prompts: texts by language to continue greedily: gives samples.
-        measures: further ones, with their settings (`elo.evaluate.measures.MEASURES`).
-        sequence_length: context in tokens; by default what the model was made for, 2048 at most.
-        max_bytes: UTF-8 bytes a language to measure on, shared among its documents (`elo.data.heldout.choose_bytes`):
-            the same text for every tokenizer. None measures on all.
-        max_new_tokens: length of a sample, in tokens.
-        batch_size: rows a forward pass; by default as many as keep logits within 1 GiB.
-        text_column: key or column that holds a document's text.
-        split_special_tokens: tokenise special tokens spelled in text and cloze items as text; in prompts they are
-            always tokens.
-        allow_lost_text: accept text of which the tokenizer loses more than 5 %: its bits per byte are too low.
-        device: by default cuda where there is one, else cpu; a model in memory stays where it is.
-        dtype: of the loaded weights; by default the checkpoint's on a GPU, fp32 on a CPU.
+        tokenizer: folder or hub id of a tokenizer, or a tokenizer; by default the one in the model's folder.
+        corpora: text by language (anything that `elo prepare` reads) or token shards, for bits per byte.
+        cloze: items by language, or their JSON-lines file, for cloze accuracy.
+        prompts: texts to continue greedily, by language, for samples.
+        measures: further measures, with their settings (`elo.evaluate.measures.MEASURES`).
+        sequence_length: context in tokens; by default the model's number of positions, at most 2048.
+        max_bytes: maximum UTF-8 bytes of text per language, cut from all documents in the same way for every tokenizer
+            (`elo.data.heldout.choose_bytes`). None takes all text.
+        max_new_tokens: maximum length of a sample, in tokens.
+        batch_size: sequences per forward pass; by default as many as keep fp32 logits within 1 GiB.
+        text_column: field or column with the text of a document.
+        split_special_tokens: tokenise the names of special tokens in text and cloze items as ordinary text. In prompts
+            they always become special tokens.
+        allow_lost_text: accept text of which the tokenizer loses more than 5 %, although its bits per byte are too low.
+        device: device to run on; by default cuda if available, else cpu. A model in memory stays on its device.
+        dtype: dtype of the loaded weights; by default the checkpoint's on a GPU, and float32 on a CPU.
         trust_remote_code: run code that ships with the checkpoint.
         output: JSON file to write.
-        files: path and stem of the files that measures write themselves; by default that of `output`. Finished tasks
-            are kept in the folder of this name until the caller removes it; by default in OUTPUT.partial until the
-            results are written. The same call resumes from them.
-        progress: show progress and a table.
+        files: path, without suffix, of the files that measures write themselves; by default that of `output`. The
+            folder of this name keeps finished tasks until the caller removes it; by default OUTPUT.partial keeps them
+            until the results are written. The same call resumes from them.
+        progress: show progress and tables.
 
     Returns:
-        The results, key by key in docs/results.md.
+        The results; docs/results.md lists the keys.
 
     Raises:
-        EloError: something given cannot be read or does not fit the model: what, where, and what to do.
+        EloError: an input cannot be read, or does not fit the model.
     """
-    # What can be wrong without the model is found before it is loaded.
+    # Find mistakes before the model is loaded.
     target = output_file(output)
     asked: list[Measure] = []
     if cloze:
@@ -145,7 +145,8 @@ def evaluate(
         result = bits_per_byte(model, corpus, sequence_length=sequence_length, batch_size=batch_size, progress=label)
         if not math.isfinite(result.nats):
             raise EloError(
-                f"{name}: its logits on {given} are not finite; the checkpoint is damaged, or needs dtype float32"
+                f"{name}: its logits on the {language!r} text are not finite; the checkpoint is damaged, or needs "
+                "dtype float32"
             )
         measured[language] = result
         seconds[language] = time.perf_counter() - started
@@ -211,8 +212,8 @@ def evaluate(
         _print_table(results)
         for language, text in texts_read.items():
             if text.counts.special_tokens:
-                spelled = "tokenised as text" if split_special_tokens else "taken as tokens"
-                print(f"{language}: {text.counts.special_tokens:,} special tokens are spelled in the text; {spelled}")
+                used = "tokenised as text" if split_special_tokens else "kept as special tokens"
+                print(f"{language}: {text.counts.special_tokens:,} names of special tokens in the text are {used}")
             if text.warning is not None:
                 print(text.warning, flush=True)
     return results
@@ -220,7 +221,12 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Text:
-    """A corpus that was tokenised to be measured on, and what the tokenizer made of its text."""
+    """A corpus tokenised for measurement.
+
+    Attributes:
+        counts: lost text and special tokens.
+        warning: warning about lost text; None if there is none.
+    """
 
     corpus: TokenCorpus
     counts: TextCounts
@@ -238,7 +244,7 @@ def _tokenizer(given: str | Path | PreTrainedTokenizerBase | TextTokenizer, trus
         return load_tokenizer(given, trust_remote_code)
     backend: Any = getattr(given, "backend_tokenizer", None)
     if backend is None or (given.bos_token_id is None and given.eos_token_id is None):
-        raise EloError("tokenizer: needs to be a fast one with a bos or an eos token")
+        raise EloError("tokenizer: is slow, or has neither a bos nor an eos token; give a fast tokenizer with one")
     return wrap_tokenizer(backend, given.bos_token_id, given.eos_token_id, given.name_or_path or "tokenizer")
 
 
@@ -249,7 +255,7 @@ def _tokenise(
     text_column: str,
     allow_lost_text: bool,
 ) -> _Text:
-    """The documents of `path` that are measured on, as token ids in memory. It is read twice where it is cut."""
+    """Tokenise the documents of `path` into memory. If `max_bytes` is given, the file is read twice."""
     texts: Iterable[str] = read_documents(path, text_column)
     if max_bytes is not None:
         chosen = choose_bytes([len(text.encode()) for text in texts], max_bytes)
@@ -257,7 +263,7 @@ def _tokenise(
         texts = (cut_text(text, chosen[index]) for index, text in numbered if index in chosen)
     corpus, counts = tokenize_and_check(texts, encoder, str(path))
     if not corpus.num_documents:
-        raise EloError(f"{path}: holds no text to evaluate on")
+        raise EloError(f"{path}: has no text to evaluate on; give another file")
     lost, checked = counts.lost_bytes, counts.checked_bytes
     warning = judge_loss(str(path), encoder.name, lost, checked, allowed=allow_lost_text, key="--allow-lost-text")
     return _Text(corpus, counts, warning)

@@ -1,14 +1,14 @@
-"""In-context ability without data: how well a model uses what its context shows, on random pieces of its vocabulary.
+"""In-context ability: how well a model uses its context, measured without data on random vocabulary pieces.
 
 Perplexity can stay low while in-context learning collapses in continual pretraining (arXiv 2506.00288), so it is
-measured directly. No piece sequence was ever seen in training: whatever is predicted comes from the context.
+measured directly. No such sequence was seen in training, so every right prediction comes from the context.
 
 - copying: a random sequence of pieces is repeated; each piece of the repetition but the first is predicted.
 - recall: lines `key: value` with random pieces, then some keys again; their values are predicted.
 - pattern: lines `x y z: answer`, where the answer is always the first, always the second or always the third piece;
   the answers in the last quarter of the lines are predicted.
 
-Shapes: B rows, T positions, N scored positions, V vocabulary entries.
+Shapes: B sequences, T positions, N scored positions, V vocabulary entries.
 """
 
 import inspect
@@ -51,9 +51,9 @@ class InContext(Measure):
     lengths: tuple[int, ...] = (64, 256, 1024)
     """Context lengths, in tokens; those beyond the model's positions are left out."""
     tokens: int = Field(1024, ge=_MIN_CONTEXT, le=1 << 24)
-    """Tokens for each kind and length; at least one sequence of each rule is measured."""
+    """Tokens per kind and length. If they are few, each kind still has one sequence, and `pattern` three."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of everything that is drawn."""
+    """Seed of the random pieces."""
 
     @field_validator("lengths")
     @classmethod
@@ -90,11 +90,11 @@ class InContext(Measure):
                 nats, hits = _score(subject, sequences, place)
                 values += _values(f"{kind} {length}", nats, hits, 1 / len(pieces))
                 bar.advance(1)
-        # Values of items are kept once, with the mean.
+        # Only the mean keeps the values of items, so that they are stored once.
         return Outcome([*_means(values), *(value.model_copy(update={"per_item": ()}) for value in values)])
 
     def _sequences(self, kind: str, length: int, tokenizer: TextTokenizer, pieces: list[int]) -> "list[_Sequence]":
-        """Sequences of one kind and length; none where the vocabulary has too few pieces for distinct ones."""
+        """Return sequences of one kind and length; none if the vocabulary has too few pieces to draw distinct ones."""
         draw = random.Random(f"{self.seed} {kind} {length}")
         start, colon, line_end = tokenizer.prefix_token_id, tokenizer.encode(":"), tokenizer.encode("\n")
         count = max(1, self.tokens // length)
@@ -102,7 +102,7 @@ class InContext(Measure):
             made = [_copying(draw, start, pieces, length) for _ in range(count)]
         elif kind == "recall":
             made = [_recall(draw, start, pieces, length, colon, line_end) for _ in range(count)]
-        else:  # as many of each rule
+        else:  # the same number of sequences for each rule
             rules = [0, 1, 2] * max(1, count // 3)
             made = [_pattern(draw, start, pieces, length, colon, line_end, rule) for rule in rules]
         return [sequence for sequence in made if sequence is not None]
@@ -110,14 +110,14 @@ class InContext(Measure):
 
 @dataclass(frozen=True)
 class _Sequence:
-    """Token ids, and the positions among them that are predicted."""
+    """Token ids, and the positions of those that are predicted."""
 
     ids: list[int]
     scored: list[int]
 
 
 def ordinary_pieces(tokenizer: TextTokenizer, rows: int) -> list[int]:
-    """Ids below `rows` of pieces that spell letters or digits; those that begin a word, if there are enough."""
+    """Return ids below `rows` of pieces of letters or digits, only those that begin a word if there are enough."""
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=False)
     ids = sorted(index for index in vocabulary.values() if index < rows)
     spellings = {index: piece for piece, index in vocabulary.items()}
@@ -176,7 +176,11 @@ def _pattern(
 
 
 def _score(subject: Subject, sequences: list[_Sequence], place: torch.device) -> tuple[list[float], list[bool]]:
-    """Nats of each scored token, and whether it is the most likely one. All sequences score the same positions."""
+    """Return the nats of each scored token, and whether it is the most likely one.
+
+    Args:
+        sequences: sequences with the same scored positions.
+    """
     model = subject.model
     at_N = torch.tensor(sequences[0].scored)
     keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
@@ -186,7 +190,7 @@ def _score(subject: Subject, sequences: list[_Sequence], place: torch.device) ->
         ids_BT = torch.tensor([sequence.ids for sequence in batch])
         check_ids(int(ids_BT.max()), model, "in_context")
         inputs = {"input_ids": ids_BT[:, :-1].to(place)}
-        if keeps:  # the LM head at the scored positions alone
+        if keeps:  # compute the LM head at the scored positions only
             logits_BNV = forward_logits(model, **inputs, logits_to_keep=(at_N - 1).to(place))
         else:
             logits_BNV = forward_logits(model, **inputs)[:, (at_N - 1).to(place)]
@@ -227,7 +231,7 @@ def _values(name: str, nats: list[float], hits: list[bool], chance: float) -> li
 
 
 def _means(values: list[MeasureValue]) -> list[MeasureValue]:
-    """The mean over kinds and lengths, each with the same weight."""
+    """Return the mean over kinds and lengths, each with the same weight."""
     found = []
     for measure in dict.fromkeys(value.measure for value in values):
         cells = [value for value in values if value.measure == measure]

@@ -55,7 +55,7 @@ SUITES = {
     "vi": ("m_mmlu_vi", "belebele_vie_Latn", "hellaswag_vi", "arc_vi", "xcopa_vi", "xnli_vi"),
     "zh": ("cmmlu", "ceval-valid", "belebele_zho_Hans", "xcopa_zh", "xstorycloze_zh", "xwinograd_zh"),
 }
-"""Tasks of lm-eval that papers quote, by language: each has choices, and a group has one value for all its subtasks."""
+"""Tasks of lm-eval that papers report, by language. All are multiple choice; groups have one value for all subtasks."""
 
 _METRICS = ("acc", "acc_norm")
 _MAX_REASON = 200
@@ -73,13 +73,13 @@ class Tasks(Measure):
     suites: tuple[str, ...] = ()
     """Languages whose common tasks are added, such as `ko`; `korean=ko` reports them under `korean`."""
     num_fewshot: int | None = Field(None, ge=0)
-    """Examples in front of each question; null: as each task sets it."""
+    """Number of examples before each question; null takes the task's own number."""
     limit: float | None = Field(None, gt=0)
     """Use only the first questions of each task: a number of them, or a share below 1."""
     batch_size: int | Literal["auto"] = "auto"
-    """Sequences in a forward pass; `auto`: as many as fit on a GPU; 1 on a CPU, or if padding changes the values."""
+    """Sequences per forward pass. `auto` takes as many as fit on a GPU, and 1 on a CPU or if padding changes values."""
     include_path: str | None = None
-    """Folder with task files (.yaml) of your own."""
+    """Folder with your own task files (.yaml)."""
 
     @classmethod
     def from_short(cls, value: Any) -> Any:
@@ -93,7 +93,7 @@ class Tasks(Measure):
 
     @property
     def languages(self) -> dict[str, str]:
-        """Language by task; empty where none is given."""
+        """Language by task; empty if none is given."""
         suites = [suite.rpartition("=") for suite in self.suites]
         found = {task: language or suite for language, _, suite in suites for task in SUITES.get(suite, ())}
         return found | {task: language for language, _, task in (name.rpartition("=") for name in self.names)}
@@ -122,8 +122,8 @@ class Tasks(Measure):
                 self._load(task, where)
 
     def measure(self, subject: Subject) -> Outcome:
-        # lm-eval seeds the global generators, which nothing that follows may depend on.
-        with _quiet(show_progress=subject.progress), _own_random_state(), evaluating(subject.model):
+        # lm-eval seeds the global random generators, and later results must not depend on that.
+        with _quiet(show_progress=subject.progress), _restored_random_state(), evaluating(subject.model):
             finished = [self._finish(task, subject) for task in self.languages]
         if subject.files is not None:
             merged: dict[str, Any] = {}
@@ -134,7 +134,7 @@ class Tasks(Measure):
         return Outcome([MeasureValue.model_validate(value) for each in finished for value in each["values"]])
 
     def _finish(self, task: str, subject: Subject) -> dict[str, Any]:
-        """Values and lm-eval's results of a task, from `subject.finished` if it was measured before."""
+        """Return values and lm-eval's results of a task, from `subject.finished` if it was measured before."""
         if subject.finished is None:
             return self._run(task, subject)
         model = subject.model
@@ -188,19 +188,19 @@ class Tasks(Measure):
         return {"values": values, "results": json.loads(json.dumps(results, default=handle_non_serializable))}
 
     def _manager(self) -> Any:
-        """Only the tasks of `include_path` if they suffice, because lm-eval takes long to read its thousands."""
+        """Return lm-eval's task manager, without its own tasks, which load slowly, if `include_path` has all names."""
         own = _manager(self.include_path, defaults=False) if self.include_path else None
         if own is not None and all(_is_known(task, own) for task in self.languages):
             return own
         return _manager(self.include_path)
 
     def _load(self, task: str, where: str) -> list[Any]:
-        """The tasks or the group of this name, with their data."""
+        """Return the tasks or the group of this name, with their data."""
         try:
             built = self._manager()._load_spec(task)
-        except Exception as error:  # whatever a task's own code and data set raise
+        except Exception as error:  # a task's code and its data set can raise any type
             data = ", ".join(sorted(_data_sets(task, self._manager()))) or "unknown"
-            if isinstance(error, OSError):  # ConnectionError and DatasetNotFoundError are of this kind
+            if isinstance(error, OSError):  # also ConnectionError and DatasetNotFoundError
                 raise EloError(
                     f"{where}: task {task}: its data set {data} cannot be loaded ({_reason(error)}); connect to the "
                     "Hugging Face hub once, or write a task over local files (docs/evaluation.md)"
@@ -209,7 +209,7 @@ class Tasks(Measure):
         return built if isinstance(built, list) else [built]
 
     def _values(self, task: str, built: Any, results: dict[str, Any]) -> Iterator[MeasureValue]:
-        """Values of a task; of a group those of the whole, which has the items, and those of its subtasks."""
+        """Yield the values of a task; for a group, those of the whole and of each subtask. Only the whole has items."""
         is_group = hasattr(built, "get_all_tasks")
         leaves = built.get_all_tasks() if is_group else [built]
         name = built.name if is_group else built.task_name
@@ -261,7 +261,7 @@ def benchmark_tasks(
     batch_size: str,
     include_path: Path | None,
 ) -> Tasks:
-    """The measure that options of the command line ask for.
+    """Return the measure for the options of the command line.
 
     Raises:
         EloError: an option has a wrong value.
@@ -293,7 +293,7 @@ def _manager(include_path: str | None, *, defaults: bool = True) -> Any:
 
 
 def _is_known(task: str, manager: Any) -> bool:
-    """Whether `manager` has this task and, of a group, every member."""
+    """Return whether `manager` has this task and, for a group, every member."""
     entry = manager._entry(task)
     members = (entry.cfg or {}).get("task") if entry is not None else None
     inside = [member for member in members if isinstance(member, str)] if isinstance(members, list) else []
@@ -301,7 +301,7 @@ def _is_known(task: str, manager: Any) -> bool:
 
 
 def _data_sets(task: str, manager: Any) -> set[str]:
-    """Data sets that a task, or a member of a group or tag, is made from."""
+    """Return the data sets of a task, or of all members of a group or tag."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     entry = manager._entry(task)
@@ -322,14 +322,17 @@ def _data_sets(task: str, manager: Any) -> set[str]:
 
 
 def _chance(task: Any) -> float | None:
-    """Expected accuracy of guessing: the mean of 1 / choices; None where questions have no choices."""
+    """Return the expected accuracy of guessing, the mean of 1 / choices; None if questions have no choices."""
     if task.OUTPUT_TYPE != "multiple_choice" or not task.instances:
         return None
     return fmean(1 / choices for choices in Counter(instance.doc_id for instance in task.instances).values())
 
 
 def _margin(task: Any, sample: dict[str, Any]) -> float | None:
-    """Log-likelihood of the right choice less that of the most likely wrong one, in nats per byte; None if unknown."""
+    """Return the margin: log-likelihood of the right choice minus that of the most likely wrong one, in nats per byte.
+
+    None if the task has no choices or the right one is unknown.
+    """
     if task.OUTPUT_TYPE != "multiple_choice" or not hasattr(task, "doc_to_choice"):
         return None
     choices = task.doc_to_choice(sample["doc"])
@@ -357,7 +360,7 @@ def _tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
 
 
 def _write(path: Path, value: Any) -> None:
-    """Write JSON as lm-eval does, which has NaN for what it could not compute."""
+    """Write JSON as lm-eval does, with NaN for values that it could not compute."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -367,8 +370,8 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _own_random_state() -> Iterator[None]:
-    """Put the states of all global random generators back at the end."""
+def _restored_random_state() -> Iterator[None]:
+    """Restore the states of all global random generators at the end."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -380,7 +383,7 @@ def _own_random_state() -> Iterator[None]:
 
 @contextmanager
 def _quiet(*, show_progress: bool = False) -> Iterator[None]:
-    """Within, lm-eval logs errors alone and, unless `show_progress`, draws no progress bars."""
+    """Let lm-eval log errors only and, unless `show_progress`, draw no progress bars."""
     levels = {name: logging.getLogger(name).level for name in ("lm_eval", "datasets", "huggingface_hub")}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Models from disk or hub, ready to be measured."""
+"""Load models from disk or the hub for measurements."""
 
 import logging
 from collections.abc import Iterator
@@ -27,12 +27,13 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal LM to be measured: all its weights, from safetensors, each in its place.
+    """Load a causal LM from safetensors, in evaluation mode, and check that no weight is missing.
 
     Args:
         name: checkpoint folder or hub id.
-        device: by default cuda where there is one, else cpu.
-        dtype: by default the checkpoint's on a GPU, fp32 on a CPU (where half precision is slow).
+        device: device to load to; by default cuda if available, else cpu.
+        dtype: dtype of the weights; by default the checkpoint's on a GPU, and float32 on a CPU, where half precision is
+            slow.
 
     Raises:
         EloError: there is no such checkpoint, it is damaged or incomplete, or it does not fit on the device.
@@ -40,7 +41,7 @@ def load_model(
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise EloError(f"{folder}: holds no config.json, so it is not a checkpoint; give the folder of a model")
+            raise EloError(f"{folder}: has no config.json, so it is not a checkpoint; give the folder of a model")
         open_checkpoint(folder)
     elif folder.exists():
         raise EloError(f"{name}: is not a folder; give a checkpoint folder or a Hugging Face hub id")
@@ -65,21 +66,21 @@ def load_model(
     if getattr(model, "_hf_peft_config_loaded", False):
         raise EloError(
             f"{name}: transformers adds an adapter (adapter_config.json) to its weights; merge it first (peft: "
-            "model.merge_and_unload().save_pretrained(NEW_FOLDER)), or remove it where it is merged already"
+            "model.merge_and_unload().save_pretrained(NEW_FOLDER)), or remove that file if it is already merged"
         )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise EloError(
             f"{name}: {len(missing)} tensors are missing (first {missing[0]}), so part of the model would be random; "
-            "the checkpoint is incomplete, or its config is not its own"
+            "complete the checkpoint, or correct its config.json"
         )
     move(model, place)
     evaluated: PreTrainedModel = model.eval()
     return evaluated
 
 
-class _Kept(logging.Handler):
-    """Keeps the messages that it is given."""
+class _Collector(logging.Handler):
+    """Collects messages instead of showing them."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -91,13 +92,13 @@ class _Kept(logging.Handler):
 
 @contextmanager
 def _warning_of_untied_head(name: str) -> Iterator[None]:
-    """Within, transformers draws no progress bars and warns of nothing but a head that it will not tie."""
+    """Suppress progress bars and messages of transformers, and warn if it does not tie the head."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    library, kept = logging.getLogger("transformers"), _Kept()
+    library, collector = logging.getLogger("transformers"), _Collector()
     handlers, propagate = library.handlers[:], library.propagate
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_warning()
-    library.handlers, library.propagate = [kept], False
+    library.handlers, library.propagate = [collector], False
     try:
         yield
     finally:
@@ -105,16 +106,16 @@ def _warning_of_untied_head(name: str) -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-    if any("NOT tie" in message for message in kept.messages):
+    if any("NOT tie" in message for message in collector.messages):
         log.warning(
             "warning: %s: config.json ties the head to the embedding (tie_word_embeddings), but both are stored and "
-            "differ, so transformers does not tie them; set tie_word_embeddings to false if that is meant",
+            "differ, so transformers does not tie them; set tie_word_embeddings to false if this is intended",
             name,
         )
 
 
 def move(model: PreTrainedModel, device: str) -> None:
-    """Put `model` on `device`.
+    """Move `model` to `device`.
 
     Raises:
         EloError: there is no such device, or not enough memory on it.
@@ -123,5 +124,5 @@ def move(model: PreTrainedModel, device: str) -> None:
         nn.Module.to(model, device)
     except (RuntimeError, AssertionError) as error:
         raise EloError(
-            f"device: the model cannot be put on {device!r} ({' '.join(str(error).split())[:200]})"
+            f"device: the model cannot be moved to {device!r} ({' '.join(str(error).split())[:200]})"
         ) from None

@@ -1,4 +1,4 @@
-"""What a model writes after a prompt: read by people beside the numbers."""
+"""Greedy continuations of prompts, for people to read next to the numbers."""
 
 import time
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ _UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 class Samples(Measure):
-    """Greedy continuations of prompts, by language, and the speed of writing them."""
+    """Continue prompts greedily, and measure the speed."""
 
     name: ClassVar[str] = "samples"
     prompts: dict[str, Sequence[str]]
     """Texts to continue, by language."""
     max_new_tokens: int = 64
-    """Length of a sample, in tokens."""
+    """Maximum length of a sample, in tokens."""
 
     def measure(self, subject: Subject) -> Outcome:
         samples, generation = [], {}
@@ -54,12 +54,12 @@ def generate_samples(
     """Continue each prompt greedily (`write_greedily`) up to the end-of-text token.
 
     Args:
-        model: any causal LM; left as it was.
-        prompts: texts, laid out as in training (`encode_prompts`).
+        model: any causal LM; it is not changed.
+        prompts: texts to continue, laid out as in training (`encode_prompts`).
         max_new_tokens: maximum length of a continuation, in tokens.
         progress: label of the progress bar; None shows none.
-        stop: text that ends a continuation; it and what follows is cut off.
-        batch_size: prompts at once.
+        stop: text that ends a continuation, which is cut off before it.
+        batch_size: number of prompts to continue together.
 
     Returns:
         The continuations, without their prompts.

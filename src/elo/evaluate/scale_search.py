@@ -1,7 +1,7 @@
-"""How much of the trained change to keep: the scale at which the whole model predicts unseen text best.
+"""Search the share of the trained change with which the whole model predicts unseen text best.
 
-Training moves weights further than the whole model wants them when it sees a part of the model, or little text: an
-interpolation between where they were and where they went is often better than either (WiSE-FT, arXiv 2109.01903).
+Training on part of a model, or on little text, often moves weights too far for the whole model. An interpolation
+between the weights before and after is then better than either (WiSE-FT, arXiv 2109.01903).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,20 +28,21 @@ def search_scale(
     sequences: Mapping[str, Sequence[dict[str, Any]]],
     autocast_dtype: torch.dtype | None = None,
 ) -> tuple[float, dict[float, float]]:
-    """Try scales of base + scale x (trained - base), eighths above 0 up to 1, each by a forward pass.
+    """Find the scale of base + scale x (trained - base) with the lowest loss, among the eighths from 1/8 to 1.
 
     Args:
-        base: the model before training.
-        trained: the model after training, with the same parameters; its weights are changed by this function.
-        sequences: by language, packed sequences that training did not see: `input_ids`, `shift_labels` and
-            `position_ids` of [T]. Each language counts alike: what is forgotten weighs as much as what is learned.
+        base: model before training.
+        trained: model after training, with the same parameters. This function changes its weights.
+        sequences: packed sequences that training did not see, by language: `input_ids`, `shift_labels` and
+            `position_ids`, each of shape [T]. Languages have the same weight, so forgetting counts as much as learning.
         autocast_dtype: compute dtype; None is the model's own.
 
     Returns:
-        The best scale, and nats per token by scale that was tried, the mean over languages; finite ones alone.
+        The best scale, and the nats per token of each scale that was tried and has a finite loss, as the mean over
+        languages.
 
     Raises:
-        EloError: the loss is finite at no scale.
+        EloError: the loss is not finite at any scale.
     """
     before = dict(base.named_parameters())
     rows = read_new_rows(trained.config)
@@ -63,11 +64,11 @@ def search_scale(
 
 
 def lowest_scale(nats: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """A scale, in eighths above 0 and up to 1, where `nats` is low, and its value wherever it was asked for.
+    """Return an eighth from 1/8 to 1 at which `nats` is low, and all finite values that were computed.
 
-    Between where layers were and where they went the loss falls and then rises (in every search that was looked at), so
-    the quarters are walked downhill from the middle, and then the eighth on the lower side of the best is tried: four
-    values, or five where the first quarter is the best. Not a number counts as infinite.
+    From the weights before training to those after it, the loss falls and then rises (in every search so far). So the
+    quarters are searched downhill from the middle. Then the eighth next to the best quarter is tried, on the side of
+    its lower neighbour. This computes four values, or five if the first quarter is the best. NaN counts as infinite.
 
     Raises:
         EloError: no value is finite.
@@ -84,7 +85,7 @@ def lowest_scale(nats: Callable[[float], float]) -> tuple[float, dict[float, flo
     while 0 < best + step <= 1 and at(best + step) < at(best):
         best += step
     beside: tuple[float, ...] = (best + _FINE, best - _FINE)
-    # The side whose quarter is lower. Of the least quarter either: 0, the base itself, is never tried.
+    # Next to the first quarter both sides are tried, because its neighbour 0, the base itself, has no value.
     if best > _COARSE:
         lower = min((best - _COARSE, best + _COARSE), key=lambda scale: tried.get(scale, inf))
         beside = ((best + lower) / 2,)

@@ -1,6 +1,6 @@
-"""What every measure of a model shares: running it without a trace, and the nats it gives each token.
+"""Shared by all measures: run a model without changing it, and compute the nats of each token.
 
-Shapes: B rows, T positions, V vocabulary entries.
+Shapes: B sequences, T positions, V vocabulary entries.
 """
 
 import inspect
@@ -23,7 +23,7 @@ Ids: TypeAlias = Sequence[int] | np.ndarray
 """Token ids, or labels, of one sequence."""
 
 LOGITS_BYTES = 1 << 30
-"""Memory that one batch's fp32 logits may take; one row is always allowed."""
+"""Maximum memory of the fp32 logits of a batch, in bytes; one sequence is always allowed."""
 
 MAX_BATCH_TOKENS = 1 << 14
 _CHUNK_BYTES = 1 << 28
@@ -34,17 +34,18 @@ _TRAINING_ATTENTION = "elo_"
 def evaluating(
     model: PreTrainedModel, device: torch.device | str | None = None, autocast_dtype: torch.dtype | None = None
 ) -> Iterator[torch.device]:
-    """Run the body with the model in evaluation mode and without gradients; everything is put back afterwards.
+    """Put a model into evaluation mode without gradients, and restore its mode and attention afterwards.
 
-    Attention that ELO's trainer has set (`elo_...`) needs arguments that only its batches bring: SDPA stands in for it.
+    SDPA replaces the attention of ELO's training loop (`elo_...`), which needs arguments that only training batches
+    have.
 
     Args:
         model: any causal LM.
-        device: moved there, and left there, when given; otherwise the model stays where it is.
-        autocast_dtype: compute dtype for a model held in another one; None computes in the model's own.
+        device: device to move the model to, where it stays; None leaves it where it is.
+        autocast_dtype: compute dtype, for a model with weights in another dtype; None computes in the model's own.
 
     Yields:
-        The device that inputs belong on.
+        The device for inputs.
     """
     if device is not None:
         nn.Module.to(model, device)
@@ -66,31 +67,31 @@ def evaluating(
 
 
 def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
-    """Weight [V, width] of the input embedding."""
+    """Return the weight [V, width] of the input embedding."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return weight
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the input embedding: token ids must be below."""
+    """Return the number of rows of the input embedding; token ids must be smaller."""
     weight = embedding_weight(model)
     return int(getattr(weight, "ds_shape", weight.shape)[0])  # DeepSpeed's ZeRO-3 leaves an empty tensor in its place
 
 
 def longest_sequence(model: PreTrainedModel) -> int | None:
-    """Positions the model was made for (`max_position_embeddings`), or None when its config sets no limit."""
+    """Return the model's number of positions (`max_position_embeddings`); None if its configuration sets no limit."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def rope_regime(config: PreTrainedConfig, length: int) -> int:
-    """What the length of a sequence decides about its computation; only sequences of one regime share a batch.
+    """Return the regime of a sequence of this length; only sequences of the same regime may share a batch.
 
-    With `longrope` and `dynamic` rotary embeddings the longest position in a batch chooses the frequencies of all its
-    sequences: 0 up to the original number of positions; beyond, 1 where there is one other set of frequencies, and the
-    length itself where each length has its own. The latter also holds for sparse attention (`index_topk`), where the
-    place in the batch decides which of equally good tokens are attended to.
+    With `longrope` and `dynamic` rotary embeddings, the longest sequence in a batch determines the frequencies of all.
+    The regime is 0 up to the original number of positions. Beyond it, the regime is 1 if there is one other set of
+    frequencies, and the length if every length has its own. The latter also holds for sparse attention (`index_topk`),
+    where the position in the batch determines which of equally good tokens are attended to.
     """
     found = 0
     for rope, original in _ropes(config.get_text_config(decoder=True)):
@@ -100,15 +101,15 @@ def rope_regime(config: PreTrainedConfig, length: int) -> int:
 
 
 def rope_limit(config: PreTrainedConfig) -> int | None:
-    """Positions up to which a document does not depend on the others in its batch (`rope_regime`); None: always so."""
+    """Return the number of positions up to which a batch has regime 0 (`rope_regime`); None if there is no limit."""
     return min((original for _, original in _ropes(config.get_text_config(decoder=True))), default=None)
 
 
 def _ropes(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
-    """Kind and limit of each rotary embedding, or selection of tokens, that depends on the length."""
+    """Yield kind and limit of each rotary embedding, or selection of tokens, that depends on the length."""
     if isinstance(selected := getattr(config, "index_topk", None), int):
         yield "dynamic selection", selected
-    block = getattr(config, "index_block_size", None)  # MiniMax M3 counts blocks from the start of a row
+    block = getattr(config, "index_block_size", None)  # MiniMax M3 counts blocks from the start of a sequence
     if isinstance(block, int) and any("sparse" in kind for kind in getattr(config, "layer_types", None) or ()):
         yield "dynamic selection", block
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -128,31 +129,31 @@ def _ropes(config: PreTrainedConfig) -> Iterator[tuple[str, int]]:
 
 
 def batch_tokens(model: PreTrainedModel) -> int:
-    """Positions in one batch such that its fp32 logits stay within `LOGITS_BYTES`."""
+    """Return the number of positions in a batch whose fp32 logits stay within `LOGITS_BYTES`."""
     return max(1, min(MAX_BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary_size(model))))
 
 
 def takes_position_ids(model: PreTrainedModel) -> bool:
-    """Whether `position_ids` is an argument of the model's forward, by the class: a trainer may have wrapped it."""
+    """Return whether the forward method of the model's class, which a trainer may have wrapped, takes position ids."""
     return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def keeps_apart(model: PreTrainedModel, length: int) -> bool:
-    """Whether position ids and masks hide from a sequence what shares its row or pads it, up to `length` positions."""
+    """Return whether sequences can be packed or padded to `length` positions without changing their logits."""
     limit = rope_limit(model.config)
     return takes_position_ids(model) and not is_recurrent(model) and (limit is None or length <= limit)
 
 
 def forward_logits(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
-    """Logits [B, T, V] without a key-value cache; the cache would switch packed-document isolation off."""
+    """Return logits [B, T, V]. No key-value cache is used, because it would turn off the isolation of documents."""
     return model(**inputs, use_cache=False).logits
 
 
 def token_nats(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each label.
+    """Return the negative log-likelihood of each label.
 
     Args:
-        logits_BTV: [B, T, V] in any floating dtype; the softmax is computed in fp32, some positions at a time.
+        logits_BTV: [B, T, V] in any floating-point dtype; the softmax is computed in fp32, in chunks.
         labels_BT: [B, T] int64, already shifted: the token that follows position t, or `IGNORE_INDEX`.
 
     Returns:
@@ -173,7 +174,7 @@ def token_nats(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tenso
 
 
 def right_padded(rows: Sequence[tuple[Ids, Ids]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return input ids, attention mask and labels of rows of (ids, labels), int64 [B, T] each, padded at the end."""
+    """Return input ids, attention mask and labels of (ids, labels) pairs, int64 [B, T] each, padded at the end."""
     width = max(len(ids) for ids, _ in rows)
     ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
     attended_BT, labels_BT = torch.zeros_like(ids_BT), torch.full_like(ids_BT, IGNORE_INDEX)
@@ -187,14 +188,14 @@ def right_padded(rows: Sequence[tuple[Ids, Ids]]) -> tuple[torch.Tensor, torch.T
 def summed_nats(
     model: PreTrainedModel, rows: Sequence[tuple[Ids, Ids]], place: torch.device, bar: Progress, batch_size: int | None
 ) -> list[float]:
-    """Summed nats of the labels of each row.
+    """Return the summed nats of the labels of each sequence.
 
     Args:
-        model: in evaluation mode (`evaluating`).
-        rows: (ids, labels) of each; labels are already shifted, as in `token_nats`.
-        place: the device that inputs belong on.
-        bar: advanced by the rows.
-        batch_size: rows a forward pass; None: as many as keep fp32 logits within 1 GiB.
+        model: causal LM in evaluation mode (`evaluating`).
+        rows: (ids, labels) of each sequence; labels are already shifted, as in `token_nats`.
+        place: device for inputs.
+        bar: progress bar, which counts sequences.
+        batch_size: sequences per forward pass; None takes as many as keep fp32 logits within 1 GiB.
     """
     lengths = [len(ids) for ids, _ in rows]
     order = sorted(range(len(rows)), key=lambda index: -lengths[index])
@@ -215,10 +216,14 @@ def summed_nats(
 
 
 def check_ids(largest: int, model: PreTrainedModel, what: str) -> None:
-    """Refuse token ids that the model has no embedding for: on a GPU they would kill the process.
+    """Check that the model has an embedding for all token ids. On a GPU, a larger id would abort the process.
+
+    Args:
+        largest: largest token id.
+        what: name of the text, for the message.
 
     Raises:
-        EloError: `largest` is not below the embedding's rows.
+        EloError: the embedding has no row `largest`.
     """
     rows = vocabulary_size(model)
     if largest >= rows:

@@ -22,11 +22,11 @@ class Translation(Measure):
     name: ClassVar[str] = "translation"
 
     path: str = Field(min_length=1)
-    """Held-out parallel text, in a form that local corpora may have."""
+    """File, folder or glob of held-out parallel text, in any format that a corpus may have."""
     columns: dict[str, str]
     """Columns of the two languages, by language."""
     template: str = DEFAULT_TEMPLATE
-    """Layout of a pair, as in `data.corpora`. A line break after the translation ends it."""
+    """Layout of a pair, as in `data.corpora`. The first line break ends a translation."""
     shots: int = Field(4, ge=0, le=64)
     """Number of examples in the prompt: the first pairs of the file."""
     limit: int = Field(100, ge=1)
@@ -81,7 +81,7 @@ class Translation(Measure):
             )
             hypotheses = [text.strip() for text in texts]
             references = [target for _, target in asked]
-            # sacrebleu's own bootstrap fails on some scores, so the error is that of the mean over sentences.
+            # sacrebleu's bootstrap fails on some scores, so the standard error is that of the mean over sentences.
             each = [
                 float(CHRF().sentence_score(hypothesis, [reference]).score)
                 for hypothesis, reference in zip(hypotheses, references, strict=True)

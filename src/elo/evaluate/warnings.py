@@ -1,4 +1,4 @@
-"""What a reader of measurements has to be warned of, in one line each."""
+"""Warnings about measurements, one line each."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,21 +7,21 @@ from elo.data.heldout import MIN_DOCUMENTS
 
 
 def few_documents(heldout: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each language that was measured on too few documents to carry a claim.
+    """Return a warning for each language that was measured on fewer than `MIN_DOCUMENTS` documents.
 
     Args:
-        heldout: by language what was measured on; "documents" and "bytes" of it.
+        heldout: number of "documents" and "bytes" measured on, by language.
     """
     return [
         f"{language}: measured on {text['documents']} held-out documents ({text['bytes']:,} bytes), below "
-        f"{MIN_DOCUMENTS}: differences may be those of single documents; give more held-out documents"
+        f"{MIN_DOCUMENTS}: differences may come from single documents; give more held-out documents"
         for language, text in heldout.items()
         if text["documents"] < MIN_DOCUMENTS
     ]
 
 
 def worse_than_base(language: str, bpb: Mapping[str, float], base: Mapping[str, float]) -> str | None:
-    """What is wrong where the language that is taught has more bits per byte than in the base model; else None."""
+    """Return a warning if a target language has more bits per byte than in the base model; otherwise None."""
     if language not in bpb or language not in base or bpb[language] <= base[language]:
         return None
     return (

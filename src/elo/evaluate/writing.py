@@ -1,6 +1,6 @@
 """Greedy generation on token ids, for samples, translations and answers to conversations.
 
-Shapes: B rows, T positions.
+Shapes: B sequences, T positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,26 +16,26 @@ from elo.evaluate.scoring import check_ids, evaluating, keeps_apart, longest_seq
 from elo.log import Progress
 
 BATCH_SIZE = 16
-"""Prompts at once where a measure is given no batch size."""
+"""Number of prompts to continue together, if a measure is given no batch size."""
 
 
 def encode_prompts(
     model: PreTrainedModel, tokenizer: TextTokenizer, prompts: Sequence[str], max_new_tokens: int
 ) -> list[list[int]]:
-    """Return the token ids of each prompt as in training, after the prefix token; one too long loses its beginning.
+    """Return the token ids of each prompt, laid out as in training: the prefix token, then the text.
+
+    A prompt that is too long for the model loses its beginning.
 
     Raises:
         EloError: `max_new_tokens` is not positive or leaves no room for a prompt, or the model has no row for a token.
     """
     limit = longest_sequence(model)
     if max_new_tokens < 1 or (limit is not None and max_new_tokens >= limit):
-        raise EloError(
-            f"max_new_tokens: got {max_new_tokens}; with this model's {limit or 'unlimited'} positions give "
-            f"1{f' to {limit - 1}' if limit else ' or more'}"
-        )
+        allowed = f"the model has {limit} positions; write 1 to {limit - 1}" if limit else "write at least 1"
+        raise EloError(f"max_new_tokens: got {max_new_tokens}; {allowed}")
     encoded = []
     for prompt in prompts:
-        # A prompt may frame a chat turn, so special tokens in it are tokens.
+        # A prompt may contain the markup of a chat, so names of special tokens become special tokens.
         ids = [tokenizer.prefix_token_id, *tokenizer.backend.encode(prompt, add_special_tokens=False).ids]
         check_ids(max(ids), model, f"prompt {prompt[:60]!r}")
         encoded.append(ids if limit is None else ids[-(limit - max_new_tokens) :])
@@ -53,16 +53,16 @@ def write_greedily(
     progress: str | None = None,
     unit: str = "samples",
 ) -> list[list[int]]:
-    """Continue each prompt with the most likely token at each position: the same tokens every time.
+    """Continue each prompt with the most likely token at each position.
 
     Args:
-        model: any causal LM; left as it was.
-        prompts: token ids, each leaving room for `max_new_tokens` in the model's positions.
-        stops: tokens that end a continuation, which keeps them.
+        model: any causal LM; it is not changed.
+        prompts: token ids of each prompt, which leave room for `max_new_tokens` in the model's positions.
+        stops: token ids that end a continuation and are part of it.
         max_new_tokens: maximum length of a continuation, in tokens.
-        batch_size: prompts at once. More than one is faster and rounds differently; a model whose text would depend on
-            the padding gets one at a time.
-        ended: called with the tokens of a continuation so far; returns whether it ends here too.
+        batch_size: number of prompts to continue together. More than one is faster and rounds differently. A model
+            whose text would depend on padding always gets one.
+        ended: function called with the tokens of a continuation so far; returns whether it ends here.
         progress: label of the progress bar; None shows none.
         unit: what the progress bar counts.
 
@@ -75,7 +75,7 @@ def write_greedily(
     # Prompts of several lengths need left padding, which only positions and an attention mask can hide.
     together = keeps_apart(model, max(map(len, prompts), default=0) + max_new_tokens)
     size = batch_size if together else 1
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # for little padding
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # so that padding is short
     written: dict[int, list[int]] = {}
     with (
         evaluating(model) as place,
@@ -104,7 +104,7 @@ def write_greedily(
 
 
 class _Ended(StoppingCriteria):
-    """Ends each row for which `ended` holds. Tokens before `start` are the prompt."""
+    """Ends each sequence for which `ended` returns true. Tokens before `start` are the prompt."""
 
     def __init__(self, ended: Callable[[list[int]], bool], start: int) -> None:
         self._ended, self._start = ended, start
@@ -116,7 +116,7 @@ class _Ended(StoppingCriteria):
 
 @contextmanager
 def _generating_with(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Put `config` in the place of the checkpoint's own, which would fill in whatever an argument leaves open."""
+    """Replace the checkpoint's generation config, which would fill in every setting that an argument leaves open."""
     own = model.generation_config
     model.generation_config = config
     try:

@@ -122,7 +122,7 @@ def merge(
     check_replaceable(target, overwrite)
     if other is None:
         if not Path(model).is_file():
-            raise EloError(f"{model}: is no file; give a YAML file, or the second model with --with MODEL")
+            raise EloError(f"{model}: is not a file; give a YAML file, or the second model with --with MODEL")
         if any(given is not None for given in (method, weight, base, search)):
             raise EloError(
                 f"{model}: a YAML file has its own method, weights and base; remove --method, --weight, --base and "
@@ -133,6 +133,8 @@ def merge(
         models = tuple(str(each) for each in (model, other, base) if each is not None)
         recipe = two_models(method or "linear", models, 0.5 if weight is None else weight)
     if search is not None:
+        if weight is not None:
+            raise EloError(f"--weight {weight:g}: --search chooses the weight; remove one of the two")
         search.check()
     folders = [resolve_checkpoint(each, trust_remote_code=trust_remote_code) for each in recipe.models]
     with readable_disk_errors(target):
@@ -220,7 +222,7 @@ def _tokenizer_folder(folders: Sequence[Path], trust_remote_code: bool) -> Path 
             return folder
     if not found:
         return None
-    token, number = min(tokens[1].items() - tokens[0].items() or tokens[-1].items() - tokens[0].items())
+    token, number = next(min(extra) for other in tokens[1:] if (extra := other.items() - tokens[0].items()))
     raise EloError(
         f"{found[0]}: no model's tokenizer has every token of the others at the same id (for example {token!r} at "
         f"{number}, which this one does not have); give models with one vocabulary, or one that extends the others'"

@@ -108,7 +108,7 @@ def _check_parameters(path: Path, config: _Config, inputs: Sequence[_Input]) -> 
     for where, parameters, known in allowed:
         for name in parameters.keys() - known:
             raise EloError(
-                f"{path}: {where}: {name!r} is no parameter of {config.merge_method} there; elo merge reads "
+                f"{path}: {where}: {name!r} is not a parameter of {config.merge_method} here; elo merge reads "
                 f"{', '.join(sorted(known)) or 'none'}, for others use mergekit"
             )
 

@@ -35,7 +35,7 @@ from elo.surgery.matching import match_names, redundant, tensor_bytes
 from elo.surgery.provenance import PROVENANCE_KEY
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_SAYS_NOTHING = {
+_NEUTRAL_KEYS = {
     *_TOKEN_IDS, "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
     "vocab_size", VOCABULARY_KEY,
 }  # fmt: skip
@@ -129,7 +129,7 @@ def merge_weights(
                 key
                 for each in models[1:]
                 for key in ours.config_json.keys() | each.config_json.keys()
-                if key not in _SAYS_NOTHING and ours.config_json.get(key) != each.config_json.get(key)
+                if key not in _NEUTRAL_KEYS and ours.config_json.get(key) != each.config_json.get(key)
             }
         ),
     }
@@ -168,7 +168,10 @@ def _read(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
 
 @dataclass
 class _Sum:
-    """A tensor to write: a sum of the elements that all models share, `inner` up to `inner_stop`, then `owner`."""
+    """A tensor to write, in three parts.
+
+    The first `elements` are a sum over all models. Those up to `inner_stop` come from `inner`, the rest from `owner`.
+    """
 
     place: Place
     tensors: Sequence[StoredTensor]

@@ -1,4 +1,4 @@
-"""The model card: what a final model is made of, what it cost, how good it is, and what is not known."""
+"""The model card: origin, data, cost, results and limits of a final model."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ def model_card(results: Results, base: Path, config_file: str) -> str:
 
     Args:
         base: folder of the base, whose README.md may name a licence.
-        config_file: name of the file that holds the resolved configuration.
+        config_file: name of the file with the resolved configuration.
     """
     contestant, budget, verdict = results.contestants[0], results.budgets[0], judge(results)
     (trial,) = results.finished(contestant.name, budget.name)[:1]
@@ -82,7 +82,7 @@ def base_licence(base: Path) -> dict[str, Any]:
     """Return the licence that the metadata of the base's README.md names; empty if it names none."""
     try:
         data = ModelCard.load(base / "README.md").data.to_dict()
-    except Exception:  # no such file, or metadata that the hub would not accept either
+    except Exception:  # no such file, or metadata that the hub would reject too
         return {}
     return {key: str(data[key]) for key in _LICENCE_KEYS if data.get(key)}
 

@@ -1,4 +1,4 @@
-"""Charts of a results file: what the cost bought, retention, training curves."""
+"""Draw the charts of a report: gain over cost, retention, and training curves."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ from elo.report.schema import Budget, EvaluationPoint, Measured, Results, Trial,
 _LABEL_CHARACTERS = 40
 _END = 0.995
 """Share of a trial's time after which a measurement during training is that of the final model."""
-_DASHED = " Dashed: the detached model by itself, where it is on the chart."
+_DASHED = " Dashed: the detached model alone, if it is within the chart."
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a curve; `detached` if it is of the detached model."""
+    """A part of a curve; `detached` if it shows the detached model."""
 
     points: tuple[Point, ...]
     detached: bool
@@ -54,7 +54,7 @@ class _Group:
 
 
 def draw_charts(results: Results) -> list[Chart]:
-    """Every chart that the results have points for, in reading order."""
+    """Return all charts that the results have points for, in reading order."""
     charts: list[Chart | None] = []
     with matplotlib.rc_context(STYLE):
         charts.append(_cost_chart(results))
@@ -66,7 +66,7 @@ def draw_charts(results: Results) -> list[Chart]:
 
 
 def contestant_styles(results: Results) -> dict[str, Style]:
-    """Colour and marker of each contestant throughout the report."""
+    """Return the style of each contestant, which is the same throughout the report."""
     names = [contestant.name for contestant in results.contestants]
     spare = [colour for name, colour in COLOURS.items() if name not in names] + list(SPARE_COLOURS)
     others = [name for name in names if name not in COLOURS]
@@ -81,7 +81,7 @@ def contestant_styles(results: Results) -> dict[str, Style]:
 
 
 def cost_of(results: Results) -> tuple[str, Callable[[Trial], float | None]]:
-    """CPU time if every trial has it, else wall time: its name and how to read it from a trial."""
+    """Return the name of a trial's cost, and a function that reads it: CPU time if all trials have it, or wall time."""
     finished = [trial for trial in results.trials if not trial.tuning and trial.failed is None]
     if finished and all(trial.cpu_seconds is not None for trial in finished):
         return "CPU time", lambda trial: trial.cpu_seconds
@@ -105,7 +105,7 @@ def _groups(
 
 
 def _cost_chart(results: Results) -> Chart | None:
-    """Target bits per byte over cost, all budgets."""
+    """Draw target bits per byte over cost, for all budgets."""
     name, cost = cost_of(results)
     groups = _groups(results, cost, lambda trial: mean_bpb(trial.measured, results.languages.targets), results.budgets)
     if len(groups) < 2:
@@ -134,7 +134,7 @@ def _targets(results: Results) -> str:
 
 
 def _draw_base(axes: Axes, base: float | None, values: Sequence[float]) -> str:
-    """Limits with room for the values, and the base's line where it does not flatten them; addition to the caption."""
+    """Set limits that fit the values, and draw the base's line if it is near. Return an addition to the caption."""
     low, high = min(values), max(values)
     span = max(high - low, 0.02)
     near = base is not None and low - 1.5 * span <= base <= high + 1.5 * span
@@ -170,12 +170,12 @@ def _draw_groups(axes: Axes, results: Results, groups: Sequence[_Group], *, join
 
 
 def _change(before: tuple[float, float], after: tuple[float, float]) -> tuple[float, float]:
-    """Source loss and target gain."""
+    """Return source loss and target gain."""
     return after[0] - before[0], before[1] - after[1]
 
 
 def _retention_chart(results: Results, budget: Budget, number: int) -> Chart | None:
-    """Target gain over source loss at one budget."""
+    """Draw target gain over source loss at one budget."""
     sources, targets = results.languages.sources, results.languages.targets
     before = {}
     for each in results.contestants:
@@ -216,7 +216,7 @@ def _retention_chart(results: Results, budget: Budget, number: int) -> Chart | N
 
 
 def last_trials(results: Results) -> list[Trial]:
-    """Each contestant's first finished trial at the last budget that it finished one at."""
+    """Return each contestant's first finished trial at the last budget with one."""
     found = []
     for contestant in results.contestants:
         trials = [trial for budget in results.budgets for trial in results.finished(contestant.name, budget.name)[:1]]
@@ -225,9 +225,10 @@ def last_trials(results: Results) -> list[Trial]:
 
 
 def bpb_segments(results: Results, trial: Trial, language: str) -> list[Segment]:
-    """A trial's bits per byte over its seconds: the detached model's stretch, if any, then the whole model's.
+    """Return a trial's bits per byte over its seconds, for the detached model, if there is one, and the whole model.
 
-    The whole model starts from the base, or from the attached model before alignment; it ends at the final model.
+    The curve of the whole model starts at the base, or at the attached model before alignment, and ends at the final
+    model.
     """
     detached_stages = {stage.name for stage in trial.stages if stage.detached}
     measured = [(each.seconds, each.bpb[language], each.stage) for each in trial.evaluations if language in each.bpb]
@@ -264,7 +265,7 @@ def _curve_chart(results: Results, language: str) -> Chart | None:
         for segment in segments:
             points = tuple((at / scale, bpb) for at, bpb in segment.points)
             _plot(axes, Segment(points, segment.detached), styles[trial.contestant], marked=True)
-    # The detached model is another model, often far above: it does not get to set the scale.
+    # The detached model alone is often far worse, so it does not affect the scale.
     shown = [bpb for _, segments in curves for each in segments if not each.detached for _, bpb in each.points]
     shown += [base] if base is not None else []
     if not shown:
@@ -280,7 +281,7 @@ def _curve_chart(results: Results, language: str) -> Chart | None:
 
 
 def _measure_charts(results: Results) -> list[Chart]:
-    """Values that were measured during training, from the base's to the final one: a chart for each whole benchmark."""
+    """Draw a chart of each whole benchmark measured during training, from the base's value to the final one."""
     trials = [trial for trial in last_trials(results) if any(each.measures for each in trial.evaluations)]
     shown = {key: value for trial in trials for each in trial.evaluations for key, value in whole_values(each).items()}
     unit, scale = time_axis(trial.seconds for trial in trials)
@@ -315,12 +316,12 @@ def _loss_chart(results: Results) -> Chart | None:
             points = tuple((float(loss.tokens), loss.loss) for loss in trial.losses if loss.stage == stage)
             _plot(axes, Segment(points, stage in detached), styles[trial.contestant], marked=False)
     values = sorted(loss.loss for trial in trials for loss in trial.losses)
-    low, high = values[0], values[int(0.98 * (len(values) - 1))]  # not stretched by the first steps
+    low, high = values[0], values[int(0.98 * (len(values) - 1))]  # the first steps may be far above
     axes.set_ylim(low - 0.06 * (high - low or 1), high + 0.08 * (high - low or 1))
     axes.set_xlabel("training tokens")
     axes.set_ylabel("nats per token")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
-    return finish(figure, "loss", "Training loss", f"On the training mix, not comparable with bpb.{_DASHED}")
+    return finish(figure, "loss", "Training loss", f"On the training text, not comparable with bpb.{_DASHED}")
 
 
 def _plot(axes: Axes, segment: Segment, style: Style, *, marked: bool) -> None:

@@ -1,4 +1,4 @@
-"""From the records of stages and evaluations, as the pipeline keeps them, to the schema."""
+"""Convert the records of stages and evaluations to the results schema."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,13 +21,13 @@ Stages = Mapping[str, Mapping[str, Any]]
 
 
 def measured(record: Mapping[str, Any]) -> Measured:
-    """What an evaluation record (the output of `elo.evaluate`) holds."""
+    """Return what an evaluation record (the output of `elo.evaluate`) contains."""
     nats, sizes = record.get("documents_nats", {}), record.get("documents_bytes", {})
     heldout = record.get("heldout") or record.get("corpora", {})
     return Measured(
         bpb=record["bpb"],
         heldout={language: _text_size(size) for language, size in heldout.items()},
-        # A ten-thousandth of a nat is a millionth of a short document.
+        # Four digits keep a relative precision of 1e-6 even for a short document.
         document_nats={language: tuple(round(each, 4) for each in values) for language, values in nats.items()},
         document_bytes={language: tuple(sizes[language]) for language in nats},
         measures=tuple(MeasureValue.model_validate(value) for value in record.get("measures", [])),
@@ -50,13 +50,13 @@ def trial(
     validation: Mapping[str, Any] | None = None,
     flops: Mapping[str, float] | None = None,
 ) -> Trial:
-    """A finished trial.
+    """Return a finished trial.
 
     Args:
-        stages: records of the stages that cost time.
+        stages: records of the stages whose cost counts.
         final: evaluation record of the final model on held-out text; None if only `validation` was measured.
         before_alignment: evaluation record of the attached model before layer alignment.
-        learning_rates: peak learning rate by training section.
+        learning_rates: peak learning rate by phase.
         validation: evaluation record on validation text.
         flops: training FLOPs by stage.
     """
@@ -78,13 +78,13 @@ def trial(
 
 
 def chat_model(name: str, stage: Mapping[str, Any], evaluation: Mapping[str, Any]) -> ChatModel:
-    """A chat model, from the record of the stage that made it (empty if none did) and its evaluation record."""
+    """Return a chat model, from the record of its stage (empty if none made it) and its evaluation record."""
     cost = stage_costs({name: stage}, {})[0] if stage else None
     return ChatModel(name=name, stage=cost, measured=measured(evaluation))
 
 
 def stage_costs(stages: Stages, flops: Mapping[str, float]) -> tuple[StageCost, ...]:
-    """Costs of the stages; what trains between `detach` and `attach` is a detached model."""
+    """Return the costs of the stages. Training between `detach` and `attach` is that of a detached model."""
     found = []
     detached = False
     for name, record in stages.items():
@@ -99,7 +99,7 @@ _COSTS = ("seconds", "cpu_seconds", "tokens", "tokens_per_second", "peak_memory_
 
 
 def curves(stages: Stages) -> tuple[tuple[LossPoint, ...], tuple[EvaluationPoint, ...]]:
-    """Loss and evaluation points; tokens and seconds, which a stage counts from its start, add up over the stages."""
+    """Return loss and evaluation points, with tokens and seconds counted from the start of the trial."""
     losses, evaluations = [], []
     tokens, seconds = 0, 0.0
     for stage, record in stages.items():

@@ -1,4 +1,4 @@
-"""The look of every chart: palette, fonts, axes. Each chart is drawn once and saved as SVG for the page and as PNG.
+"""Palette, fonts and axes of all charts. Each chart is drawn once, and saved as SVG for the page and as PNG.
 
 Matplotlib's own font has no Hangul, kana or kanji; `drawable` replaces labels that it cannot draw.
 """
@@ -15,7 +15,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's palette, told apart with any colour vision.
+# Okabe and Ito's palette, distinguishable with any colour vision.
 COLOURS = {"elo": "#0072B2", "full": "#D55E00", "lora": "#009E73", "lisa": "#CC79A7", "frozen": "#E69F00"}
 SPARE_COLOURS = ("#56B4E9", "#000000", "#8C6D31", "#7B4FA3", "#5D6B7A")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
@@ -45,7 +45,7 @@ STYLE: Any = {
 }
 _SIZE_INCHES = (5.8, 3.9)
 _LEGEND_CHARACTERS = 90
-"""Characters of legend text that fit side by side; each label's line counts as eight."""
+"""Characters of legend text that fit on a line; the symbol of each label counts as eight."""
 _PNG_DPI = 200
 
 Point = tuple[float, float]
@@ -73,13 +73,13 @@ class Style:
 
 
 def lighter(colour: str, share: float) -> str:
-    """`colour` with that share of white."""
+    """Return `colour` mixed with this share of white."""
     channels = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
     return "#" + "".join(f"{round(channel + (255 - channel) * share):02x}" for channel in channels)
 
 
 def time_axis(seconds: Iterable[float]) -> tuple[str, float]:
-    """Unit of a time axis, and the seconds in it."""
+    """Return the unit of a time axis, and its length in seconds."""
     longest = max(seconds, default=0.0)
     if longest <= 240:
         return "s", 1.0
@@ -87,13 +87,13 @@ def time_axis(seconds: Iterable[float]) -> tuple[str, float]:
 
 
 def drawable(text: str, otherwise: str) -> str:
-    """`text` if the font has all of its characters."""
+    """Return `text` if the font has all of its characters, else `otherwise`."""
     known = get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap()
     return text if text and all(ord(character) in known for character in text) else otherwise
 
 
 def new_figure() -> tuple[Figure, Axes]:
-    """An empty figure with one pair of axes."""
+    """Return an empty figure with one pair of axes."""
     figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
     axes = figure.add_subplot()
     axes.xaxis.set_major_locator(MaxNLocator(7))
@@ -113,7 +113,7 @@ def finish(figure: Figure, name: str, title: str, caption: str) -> Chart:
         columns = max(1, min(3, _LEGEND_CHARACTERS // (max(len(label) for label in labels) + 8)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.8)
     svg, png = io.BytesIO(), io.BytesIO()
-    # No date and no version inside: the same results give the same bytes.
+    # Without date and version, the same results give the same bytes.
     figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", dpi=_PNG_DPI, metadata={"Software": None})
     return Chart(name, title, caption, svg.getvalue(), png.getvalue())

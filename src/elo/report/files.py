@@ -1,4 +1,4 @@
-"""Reading and writing results.json."""
+"""Read and write results.json."""
 
 import json
 import re
@@ -16,7 +16,7 @@ _NUMBERS = re.compile(r"\[\n[\s\d.,eE+-]+\]")
 
 
 def judged(results: Results) -> Results:
-    """The results with their verdict."""
+    """Return the results with their verdict."""
     return results.model_copy(update={"verdict": judge(results)})
 
 
@@ -51,11 +51,11 @@ def read_results(source: dict[str, Any] | str | Path) -> Results:
         raise EloError(f"{name}: is an evaluation of one model; give the {FILE_NAME} of `elo run` or `elo compare`")
     version = (value.get("schema_version") or value.get("schema")) if isinstance(value, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise EloError(f"{name}: schema version {version} is newer than this version of elo reads; update elo")
+        raise EloError(f"{name}: schema version {version} is newer than this version of elo supports; update elo")
     if isinstance(version, int) and 0 < version < SCHEMA_VERSION:
         raise EloError(
             f"{name}: schema version {version} was written by an earlier version of elo; run `elo run` or "
-            "`elo compare` again to write it anew"
+            "`elo compare` again"
         )
     try:
         return Results.model_validate(value)

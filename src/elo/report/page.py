@@ -1,4 +1,4 @@
-"""One report for runs and comparisons: HTML, Markdown and terminal, from the same sections.
+"""Render the report of a run or a comparison as HTML, as Markdown and on the terminal, from the same sections.
 
 Text from corpora, models and configurations is escaped: in HTML by jinja's autoescape, in Markdown by `escaped`.
 """
@@ -43,7 +43,7 @@ CHART_FOLDER = "charts"
 _HERE = Path(__file__).parent
 _SAMPLES_BY = 3
 _REFRESH_S = 30
-_UNFINISHED = "This is not finished: values of what is in progress are those of its last measurement."
+_UNFINISHED = "This report is not finished: trainings in progress are shown with their last measurement."
 _BPB = (
     "Bits per byte (bpb) is the summed negative log-likelihood of the text tokens, in nats, divided by ln 2 times the "
     "UTF-8 bytes of the text. Each text token is predicted once, from the tokens before it in its own document. Values "
@@ -53,7 +53,7 @@ _BPB = (
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and who continued it how."""
+    """A prompt, and its continuations as pairs of model and text."""
 
     language: str
     prompt: str
@@ -62,7 +62,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is under it; whatever is empty is left out."""
+    """A heading and its content; empty parts are left out."""
 
     title: str
     paragraphs: tuple[str, ...] = ()
@@ -74,12 +74,12 @@ class Section:
 
 
 def html_page(results: Results, charts: Sequence[Chart]) -> str:
-    """A self-contained page: style and charts inside, no script, nothing fetched."""
+    """Return the report as a self-contained page: style and charts inside, no scripts, nothing to fetch."""
     return _rendered("report.html.j2", _context(results, charts))
 
 
 def markdown_page(results: Results, charts: Sequence[Chart]) -> str:
-    """The same as Markdown; its charts are the PNG files in `CHART_FOLDER`."""
+    """Return the report as Markdown, with links to the PNG files of the charts in `CHART_FOLDER`."""
     return render_markdown("report.md.j2", _context(results, charts))
 
 
@@ -90,11 +90,11 @@ def render_markdown(template: str, context: dict[str, Any]) -> str:
 
 def _rendered(template: str, context: dict[str, Any]) -> str:
     page = _environment().get_template(template).render(context)
-    return page.encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair, UTF-8 cannot
+    return page.encode("utf-8", "replace").decode()  # JSON can contain half a surrogate pair, UTF-8 cannot
 
 
 def terminal(results: Results) -> RenderableType:
-    """Verdict, warnings and results tables."""
+    """Return warnings, results tables and verdict for the terminal."""
     verdict = judge(results)
     shown: list[RenderableType] = [Text(f"warning: {warning}", style="yellow") for warning in verdict.warnings]
     for budget, judged in zip(results.budgets, verdict.budgets, strict=True):
@@ -109,7 +109,7 @@ def terminal(results: Results) -> RenderableType:
 
 
 def rich_table(made: Table, title: str) -> RichTable:
-    """A table for the terminal, without the columns that only reports show."""
+    """Return a table for the terminal, without the columns that only reports show."""
     table = RichTable(title=Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     kept = [index for index, column in enumerate(made.columns) if column.is_brief]
     for index in kept:
@@ -226,7 +226,7 @@ def _compared(results: Results) -> list[tuple[str, str]]:
 
 
 def changes_text(changes: dict[str, Any]) -> str:
-    """Changed keys, nested or dotted, as `key.path=value`."""
+    """Return changed keys, nested or dotted, as `key.path=value`."""
 
     def walk(value: Any, path: str) -> list[str]:
         if isinstance(value, dict) and value:
@@ -254,7 +254,7 @@ def setting_facts(results: Results) -> list[tuple[str, str]]:
 
 
 def _samples(results: Results, trials: Sequence[Trial]) -> list[Sample]:
-    """The base model and the first contestants side by side, target languages first."""
+    """Return the samples of the base model and the first contestants, target languages first."""
     written: dict[tuple[str, str], list[tuple[str, str]]] = {}
     adapted = [(title_of(results, t.contestant), t.measured) for t in trials if t.measured.samples][:_SAMPLES_BY]
     for who, measured in (("Base model", results.base), *adapted):
@@ -270,7 +270,7 @@ def _samples(results: Results, trials: Sequence[Trial]) -> list[Sample]:
 def _writing(results: Results, trials: Sequence[Trial]) -> list[str]:
     if not any(trial.measured.samples for trial in trials):
         return []
-    found = ["Greedy continuations: they illustrate the numbers and prove nothing."]
+    found = ["Greedy continuations illustrate the numbers, but prove nothing."]
     for language, base in results.base.generation.items() if trials else ():
         adapted = trials[0].measured.generation.get(language)
         if adapted and adapted.seconds and base.seconds:
@@ -282,7 +282,7 @@ def _writing(results: Results, trials: Sequence[Trial]) -> list[str]:
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows unchanged, on one line."""
+    """Escape text so that Markdown shows it unchanged, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", " ⏎ ".join(text.splitlines()))
 
 
@@ -301,6 +301,6 @@ def _markdown_table(table: Table) -> str:
 
 
 def _fenced(text: str) -> str:
-    """Text as a Markdown code block."""
+    """Return text as a Markdown code block."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"{fence}\n{text.rstrip()}\n{fence}"

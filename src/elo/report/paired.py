@@ -1,7 +1,7 @@
-"""Paired differences in benchmark values: two models answered the same items.
+"""Paired differences in benchmark values of two models on the same items.
 
-An interval counts items and seeds, as for bits per byte: the mean over items has Student's t distribution, and so has
-the mean over seeds. With one seed and right-or-wrong items, the p-value is that of McNemar's exact test.
+Intervals cover items and seeds, as for bits per byte: the errors of the mean over items and of the mean over seeds have
+Student's t distribution. With one seed and right-or-wrong items, the p-value is that of McNemar's exact test.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ BASE = "base"
 
 
 def whole_values(measured: Measured | EvaluationPoint) -> dict[tuple[str, str], MeasureValue]:
-    """Values of whole benchmarks by measure and language."""
+    """Return the values of whole benchmarks by measure and language."""
     return {(value.measure, value.language): value for value in measured.measures if value.name == "all"}
 
 
 def compare_measures(results: Results, budget: str, pairs: Sequence[tuple[str, str]]) -> tuple[MeasureDifference, ...]:
-    """Differences of (contestant, reference) in every benchmark, with Holm's correction over all of them.
+    """Return the differences of (contestant, reference) in every benchmark, with Holm's correction over all of them.
 
     Benchmarks without values of items, and pairs without a common seed, are left out.
     """
@@ -58,7 +58,7 @@ def compare_measures(results: Results, budget: str, pairs: Sequence[tuple[str, s
 
 
 def corrected(found: Sequence[Paired]) -> tuple[Paired, ...]:
-    """The differences with p-values adjusted by Holm's method over all of them."""
+    """Return the differences with p-values adjusted by Holm's method over all of them."""
     adjusted = holm([each.p_value for each in found])
     return tuple(
         each.model_copy(update={"adjusted_p_value": value}) for each, value in zip(found, adjusted, strict=True)
@@ -66,7 +66,7 @@ def corrected(found: Sequence[Paired]) -> tuple[Paired, ...]:
 
 
 def measured_pairs(results: Results, budget: str, contestant: str, reference: str) -> list[tuple[Measured, Measured]]:
-    """What was measured of a contestant and of its reference, for each seed that both have."""
+    """Return what was measured of a contestant and of its reference, for each seed that both have."""
     ours = {trial.seed: trial.measured for trial in results.finished(contestant, budget)}
     theirs = {trial.seed: trial.measured for trial in results.finished(reference, budget)}
     if reference == BASE:
@@ -77,7 +77,7 @@ def measured_pairs(results: Results, budget: str, contestant: str, reference: st
 def _paired_items(
     results: Results, budget: str, contestant: str, reference: str, key: tuple[str, str]
 ) -> tuple[Floats, Floats] | None:
-    """Values of the items [seeds, items] of both; None if they cannot be paired."""
+    """Return the values of the items [seeds, items] of both; None if they cannot be paired."""
     pairs = measured_pairs(results, budget, contestant, reference)
     items = [[value.per_item if (value := whole_values(each).get(key)) else () for each in pair] for pair in pairs]
     lengths = {len(each) for pair in items for each in pair}

@@ -1,4 +1,4 @@
-"""What became of what the base model could do besides the target languages: kept, lost, or undecided."""
+"""Retention: whether the base model's abilities outside the target languages were kept or lost."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,18 @@ from elo.report.paired import BASE, compare_measures, whole_values
 from elo.report.schema import Difference, Results, Retained, Retention
 
 RULE = (
-    "Retention compares each contestant with the base model in everything but the target languages. It is called "
-    "improved if the 95 % interval of the change holds gains only, kept if the interval stays within the limit, lost "
-    "if it holds losses only, and undecided otherwise. These intervals are not corrected for their number."
+    "Retention compares each contestant with the base model in everything but the target languages. A measure is "
+    "improved if the 95 % interval of its change contains only gains, kept if the interval stays within the limit, "
+    "lost if it contains only losses, and otherwise undecided. These intervals are not corrected for multiple "
+    "comparisons."
 )
 
 
 def retention(results: Results, budget: str, contestant: str, in_bpb: Sequence[Difference]) -> Retention | None:
-    """Retention of a contestant; None if nothing can be compared.
+    """Return the retention of a contestant; None if nothing can be compared.
 
     Args:
-        in_bpb: its differences from the base model in bits per byte, one for each source language.
+        in_bpb: differences from the base model in bits per byte, one for each source language.
     """
     limits = results.endpoint
     found = [
@@ -55,7 +56,7 @@ def retention(results: Results, budget: str, contestant: str, in_bpb: Sequence[D
 
 
 def _outcome(low: float, high: float, limit: float) -> str:
-    """What an interval of a change means, where higher is better."""
+    """Return the outcome for the interval of a change, where higher is better."""
     if low > 0:
         return "improved"
     if low >= -limit:
@@ -64,7 +65,7 @@ def _outcome(low: float, high: float, limit: float) -> str:
 
 
 def sentence(title: str, kept: Retention) -> str:
-    """The verdict of a contestant in words."""
+    """Return the retention of a contestant in words."""
     names = {
         outcome: [
             f"{part.measure.replace('_', ' ')} {part.language}".strip()

@@ -13,7 +13,7 @@ from elo.evaluate.base import MeasureValue
 FILE_NAME = "results.json"
 SCHEMA_VERSION = 2
 MIN_DOCUMENTS = 30
-"""Held-out documents below which a difference supports nothing."""
+"""Number of held-out documents, or of items, below which no difference counts as supported."""
 
 Count = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -112,7 +112,7 @@ class LossPoint(Record):
     tokens: Count = Field(description="Tokens trained on since the start of the trial.")
     seconds: NonNegative = Field(description="Wall time since the start of the trial without evaluation, in seconds.")
     loss: Finite = Field(description="Mean training loss since the previous point, in nats per token.")
-    internal: dict[str, Finite] = Field({}, description="The same of each supervised internal layer, unweighted.")
+    internal: dict[str, Finite] = Field({}, description="Mean loss at each supervised internal layer, unweighted.")
 
 
 class EvaluationPoint(Record):
@@ -131,7 +131,7 @@ class Trial(Record):
     contestant: str = Field(description="Name of the contestant.")
     budget: str = Field(description="Name of the budget.")
     seed: int = Field(description="Seed of data order, initialisation and everything else that is random.")
-    learning_rates: dict[str, Positive] = Field({}, description="Peak learning rate by training section.")
+    learning_rates: dict[str, Positive] = Field({}, description="Peak learning rate by phase.")
     tuning: bool = Field(
         False, description="Whether the trial only served to choose learning rates and is not in the results table."
     )
@@ -143,7 +143,7 @@ class Trial(Record):
         None, description="The attached model before layer alignment, on held-out text."
     )
     validation: Measured | None = Field(
-        None, description="The final model on validation text, which chooses learning rates and is never reported."
+        None, description="The final model on validation text, used to choose learning rates and never reported."
     )
     attach_scale: NonNegative | None = Field(
         None, description="Factor on the trained change when the layers were attached."
@@ -182,7 +182,7 @@ def _total(values: list[float | None]) -> float | None:
 class Budget(Record):
     """What each contestant may spend."""
 
-    name: str = Field(description="Unique name for people.")
+    name: str = Field(description="Unique display name.")
     kind: Literal["tokens", "seconds", "cpu_seconds"] = Field(
         description="Unit of `value`: training tokens, seconds of wall time or seconds of CPU time, without evaluation."
     )
@@ -226,7 +226,7 @@ class Contestant(Record):
     """One way of training."""
 
     name: str = Field(description="Unique name.")
-    label: str | None = Field(None, description="Name for people; by default `name`.")
+    label: str | None = Field(None, description="Display name; by default `name`.")
     method: str = Field(description="Method, for example `elo`, `full`, `lora`.")
     layers: tuple[int, ...] = Field((), description="0-based decoder layers to train; empty if the method chooses.")
     layers_reason: str = Field("", description="Why `layers: auto` chose these layers.")
@@ -274,8 +274,8 @@ class Endpoint(Record):
     )
     source_weight: NonNegative = Field(
         0.0,
-        description="Learning rates were chosen by target + this times source bits per byte of validation text, each "
-        "the mean over its languages.",
+        description="Weight w with which learning rates were chosen: those with the lowest target + w x source bits "
+        "per byte on validation text, each the mean over its languages.",
     )
 
 
@@ -298,7 +298,7 @@ class Difference(PairedDifference):
     """A paired difference in bits per byte: `contestant` minus `reference`; negative is better."""
 
     languages: tuple[str, ...] = Field(description="Languages over which the difference is averaged.")
-    documents: Count = Field(description="Held-out documents, of the language with the fewest.")
+    documents: Count = Field(description="Number of held-out documents in the language with the fewest.")
 
     @property
     def is_supported(self) -> bool:
@@ -336,8 +336,8 @@ class Retained(Record):
     high: Finite = Field(description="Upper end of the 95 % confidence interval of the change.")
     limit: NonNegative = Field(description="Loss up to which it counts as kept.")
     outcome: Literal["improved", "kept", "lost", "undecided"] = Field(
-        description="`improved`: the interval holds gains only; `kept`: it is within the limit; `lost`: it holds "
-        "losses only; `undecided`: any other."
+        description="`improved`: the interval contains only gains; `kept`: it stays within the limit; `lost`: it "
+        "contains only losses; `undecided`: otherwise."
     )
 
 
@@ -404,9 +404,7 @@ class Results(Record):
     command: str | None = Field(None, description="Command that produced the results.")
     model: Model = Field(description="The base model; the first contestant's if base models are compared.")
     languages: Languages = Field(description="Target and source languages.")
-    hardware: dict[str, Any] = Field(
-        {}, description="`cpu`, `cores`, `memory_bytes`, `gpu`, `gpus`: what is known of them."
-    )
+    hardware: dict[str, Any] = Field({}, description="`cpu`, `cores`, `memory_bytes`, `gpu`, `gpus`, as far as known.")
     versions: dict[str, Any] = Field({}, description="Version by package.")
     data: Data = Field(Data(), description="What was trained and measured on.")
     config: dict[str, Any] = Field({}, description="The resolved configuration.")
@@ -419,13 +417,13 @@ class Results(Record):
     budgets: tuple[Budget, ...] = Field(min_length=1, description="Budgets within which each contestant trains.")
     seeds: tuple[int, ...] = Field((), description="Seeds that each contestant trains with at each budget.")
     trials: tuple[Trial, ...] = Field(
-        (), description="All trainings, tuning trials included; planned trials that are missing have not run yet."
+        (), description="All trainings, including tuning trials; planned trials that are missing have not run yet."
     )
     in_progress: bool = Field(
         False, description="Whether the run or comparison is unfinished; an unfinished trial has its last measurement."
     )
     chat: tuple[ChatModel, ...] = Field((), description="Chat models of the section `chat`, in order.")
-    verdict: Verdict | None = Field(None, description="What the statistics support; `elo report` computes it anew.")
+    verdict: Verdict | None = Field(None, description="What the statistics support; `elo report` computes it again.")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Results":
@@ -461,11 +459,11 @@ class Results(Record):
         return self
 
     def base_of(self, contestant: str) -> Measured:
-        """The base model that a contestant started from, on held-out text."""
+        """Return what was measured of a contestant's base model on held-out text."""
         return next((each.base for each in self.contestants if each.name == contestant and each.base), self.base)
 
     def reported(self, contestant: str, budget: str) -> list[Trial]:
-        """Trials of the results table, failed ones included."""
+        """Return the trials of the results table, including failed ones."""
         return [
             trial
             for trial in self.trials
@@ -473,26 +471,26 @@ class Results(Record):
         ]
 
     def finished(self, contestant: str, budget: str) -> list[Trial]:
-        """Trials of the results table that have a result."""
+        """Return the trials of the results table that did not fail."""
         return [trial for trial in self.reported(contestant, budget) if trial.failed is None]
 
     def mean_bpb(self, contestant: str, budget: str, languages: tuple[str, ...]) -> float | None:
-        """Mean bits per byte over the contestant's finished trials, and over `languages`."""
+        """Return the mean bits per byte over a contestant's finished trials and over `languages`; None if unknown."""
         values = [mean_bpb(trial.measured, languages) for trial in self.finished(contestant, budget)]
         return mean([value for value in values if value is not None])
 
     def change(self, contestant: str, budget: str, *languages: str) -> float | None:
-        """Mean bits per byte over `languages` less those of the contestant's base model."""
+        """Return the change of mean bits per byte over `languages` from a contestant's base model; None if unknown."""
         before, after = mean_bpb(self.base_of(contestant), languages), self.mean_bpb(contestant, budget, languages)
         return None if before is None or after is None else after - before
 
 
 def mean_bpb(measured: Measured, languages: tuple[str, ...]) -> float | None:
-    """Mean bits per byte over `languages`; None if one of them was not measured."""
+    """Return the mean bits per byte over `languages`; None if one of them was not measured."""
     values = [measured.bpb[language] for language in languages if language in measured.bpb]
     return sum(values) / len(values) if values and len(values) == len(languages) else None
 
 
 def mean(values: list[float]) -> float | None:
-    """Arithmetic mean; None of nothing."""
+    """Return the arithmetic mean; None without values."""
     return sum(values) / len(values) if values else None

@@ -24,13 +24,13 @@ document of more than `sequence_length` text tokens is cut into pieces. Values c
 across languages. Lower is better.
 
 `elo evaluate --output FILE` writes a file of its own (`"kind": "evaluation"`), which `elo report` does not read. By
-language: `bpb`, `heldout`, `documents_nats`, `documents_bytes`, `corpora`, `cloze` and `generation`. Besides:
-`samples`, `warnings`, `model`, `sequence_length`, `created`, `hardware` and `versions`.
+language: `bpb`, `heldout`, `documents_nats`, `documents_bytes`, `corpora`, `cloze` and `generation`. Other keys:
+`measures`, `samples`, `warnings`, `model`, `sequence_length`, `created`, `hardware` and `versions`.
 """
 
 
 def results_schema_markdown() -> str:
-    """docs/results.md: one table per object, the top level first."""
+    """Return the text of docs/results.md: one table per object, the top level first."""
     parts = [_HEAD]
     for model in _reachable(Results):
         parts.append(f"## {model.__name__}\n\n{(model.__doc__ or '').strip()}\n")
@@ -39,7 +39,7 @@ def results_schema_markdown() -> str:
 
 
 def _reachable(root: type[BaseModel]) -> list[type[BaseModel]]:
-    """`root` and the models inside it, in reading order."""
+    """Return `root` and the models inside it, in reading order."""
     found = [root]
     for model in found:
         for field in model.model_fields.values():

@@ -1,13 +1,15 @@
-"""Paired differences in bits per byte, with intervals that count both sources of chance: documents and seeds.
+"""Paired differences in bits per byte, with intervals that cover both sources of randomness: documents and seeds.
 
 Two models are compared on the same documents and, seed by seed, on the same training data, so that only differences
 matter. Bits per byte is a ratio of sums, so a document weighs as much as it has bytes.
 
-Documents are resampled (bootstrap): a resample draws them once for all seeds and all pairs, because all models were
-measured on the same ones. Seeds are two to five, and resampling so few makes intervals far too narrow: of three
-seeds that scatter around zero, all have the same sign in one case of four, and then so has every resample. The error
-of the mean over seeds is therefore drawn from Student's t distribution, scaled by the standard error over seeds. With
-one seed only the documents vary; a caller has to mention it.
+Documents are resampled (bootstrap). A resample is the same for all seeds and all pairs, because all models were
+measured on the same documents.
+
+Seeds are not resampled: there are two to five, which would make intervals far too narrow. Three seeds that scatter
+around zero have the same sign in one case of four, and then so has every resample. The error of the mean over seeds is
+therefore drawn from Student's t distribution, scaled by the standard error over seeds. With one seed, intervals cover
+documents only, and callers have to report that.
 """
 
 import math
@@ -36,7 +38,7 @@ class Estimate:
 
 
 def resampled_documents(nats_D: Floats, bytes_D: Floats, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
-    """Bits per byte [resamples] on resampled documents: the same ones for every call with as many documents.
+    """Return bits per byte [resamples] on resampled documents, the same for every call with this number of documents.
 
     Args:
         nats_D: nats, or differences of nats, of D documents.
@@ -52,7 +54,7 @@ def resampled_documents(nats_D: Floats, bytes_D: Floats, resamples: int = RESAMP
 
 @lru_cache(maxsize=4)
 def _times_drawn(documents: int, resamples: int, seed: int) -> NDArray[np.uint8]:
-    """How often [resamples, documents] each document is drawn."""
+    """Return how often each document is drawn, [resamples, documents]."""
     generator = np.random.default_rng(seed)
     times_RD = np.empty((resamples, documents), np.uint8)
     for row in times_RD:
@@ -61,7 +63,7 @@ def _times_drawn(documents: int, resamples: int, seed: int) -> NDArray[np.uint8]
 
 
 def estimate(per_seed: Sequence[float], documents_R: Floats, seed: int = 0) -> Estimate:
-    """Combine the error over seeds with that over documents.
+    """Estimate a mean difference, combining the error over seeds with that over documents.
 
     Args:
         per_seed: difference in bits per byte on all documents, seed by seed.
@@ -81,7 +83,11 @@ def estimate(per_seed: Sequence[float], documents_R: Floats, seed: int = 0) -> E
 
 
 def estimate_items(differences_SN: Floats) -> Estimate:
-    """Combine the error over items, which is drawn from Student's t distribution, with that over seeds."""
+    """Estimate a mean difference over items, whose error is drawn from Student's t distribution, and over seeds.
+
+    Args:
+        differences_SN: differences of S seeds on N items.
+    """
     means_N = differences_SN.mean(axis=0)
     error = float(means_N.std(ddof=1)) / math.sqrt(means_N.size)
     drawn_R = means_N.mean() + error * np.random.default_rng(means_N.size).standard_t(means_N.size - 1, RESAMPLES)
@@ -89,19 +95,22 @@ def estimate_items(differences_SN: Floats) -> Estimate:
 
 
 def mcnemar(ours_N: Floats, theirs_N: Floats) -> float:
-    """Exact two-sided p-value of McNemar's test: of the items that one model alone has right, each has as many."""
+    """Return the exact two-sided p-value of McNemar's test.
+
+    Its null hypothesis: among the items that only one of the models gets right, each model gets as many.
+    """
     alone = [int((ours_N > theirs_N).sum()), int((ours_N < theirs_N).sum())]
     total = sum(alone)
     return min(1.0, 2 * sum(math.comb(total, count) for count in range(min(alone) + 1)) / 2**total)
 
 
 def bits_per_byte(nats_SD: Floats, bytes_D: Floats) -> Floats:
-    """Bits per byte [S] of each row."""
+    """Return the bits per byte [S] of each seed."""
     return np.asarray(nats_SD.sum(axis=1) / (math.log(2) * bytes_D.sum()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values after Holm's step-down correction, in the given order."""
+    """Return p-values after Holm's step-down correction, in the given order."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted = [0.0] * len(p_values)
     largest = 0.0

@@ -1,4 +1,4 @@
-"""The report's tables, built once and rendered as HTML, Markdown and on the terminal."""
+"""Build the report's tables, which are rendered as HTML, as Markdown and on the terminal."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,15 +24,20 @@ NOTHING = "–"
 
 @dataclass(frozen=True)
 class Cell:
-    """A value, smaller print below it, and whether the statistics support it."""
+    """A cell of a table.
+
+    Attributes:
+        detail: small print below the text.
+        bold: whether the statistics support the value.
+        swatch: contestant whose colour is shown.
+        tone: `good`, `bad` or empty.
+    """
 
     text: str = NOTHING
     detail: str = ""
     bold: bool = False
     swatch: str = ""
-    """Contestant whose colour is shown."""
     tone: str = ""
-    """`good` or `bad`."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of as many cells as there are columns; the first column is text."""
+    """Rows with one cell per column; the first column is text."""
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
@@ -60,7 +65,7 @@ _Parts = tuple[Column, Cell, list[Cell]]
 
 
 def results_table(results: Results, budget: Budget, verdict: BudgetVerdict) -> Table:
-    """The base model, then every contestant, lowest target bits per byte first."""
+    """Return the table of results: the base model, then all contestants, lowest target bits per byte first."""
     trials = {each.name: results.finished(each.name, budget.name) for each in results.contestants}
     bpb = {name: results.mean_bpb(name, budget.name, results.languages.targets) for name in trials}
     order = sorted(results.contestants, key=lambda each: (bpb[each.name] is None, bpb[each.name]))
@@ -87,7 +92,7 @@ _COSTS: tuple[tuple[str, Callable[[Trial], float | None], Callable[[float], str]
 
 
 def _table(columns: Sequence[_Parts], note: str) -> Table:
-    """Columns side by side; those in which contestants have nothing are left out."""
+    """Return the table of these columns, without those in which no contestant has a value."""
     shown = [each for each in columns if any(cell.text != NOTHING for cell in each[2])] or list(columns[:1])
     rows = zip(*([base, *cells] for _, base, cells in shown), strict=True)
     return Table(tuple(column for column, _, _ in shown), tuple(rows), note)
@@ -111,7 +116,7 @@ def _names(results: Results, budget: Budget, order: Sequence[Contestant]) -> _Pa
 def _bpb_columns(
     results: Results, languages: tuple[str, ...], order: Sequence[Contestant], verdict: BudgetVerdict
 ) -> list[_Parts]:
-    """The mean over `languages`, and its difference from the reference where there is one."""
+    """Return columns of the mean over `languages` and, if there is a reference, of the difference from it."""
     differences = {each.contestant: each for each in verdict.differences if each.languages == languages}
     values, against = [], []
     for contestant in order:
@@ -143,7 +148,7 @@ def _mean_cell(trials: Sequence[Trial], value: Callable[[Trial], float | None], 
 def _measure_columns(
     results: Results, order: Sequence[Contestant], trials: dict[str, list[Trial]], *, subsets: bool = False
 ) -> list[_Parts]:
-    """One column per benchmark, language and, with `subsets`, subset of its items."""
+    """Return one column per benchmark, language and, with `subsets`, subset of its items."""
     measured = [results.base, *(trial.measured for each in trials.values() for trial in each)]
     keys = dict.fromkeys(
         (value.language, value.measure, value.name)
@@ -191,7 +196,7 @@ def _note(results: Results, verdict: BudgetVerdict) -> str:
 
 
 def bases_table(results: Results, budget: Budget) -> Table | None:
-    """What each base model brings and what training makes of it; None if all contestants start from the same one."""
+    """Return a table of the base models before and after training; None if all contestants share one."""
     if not any(each.model for each in results.contestants):
         return None
     rows = []
@@ -213,26 +218,26 @@ def bases_table(results: Results, budget: Budget) -> Table | None:
         columns.append(Column(language, "bytes per token ↑"))
         columns += [Column(f"{language} before", "bpb ↓"), Column(f"{language} after", "bpb ↓, change")]
     columns += [Column(title) for title, _, _ in _COSTS]
-    note = "All columns are of the same held-out bytes, so they can be compared across tokenizers."
+    note = "All values are measured on the same held-out bytes, so they can be compared across tokenizers."
     return Table(tuple(columns), tuple(rows), note)
 
 
 def measures_table(results: Results, budget: Budget) -> Table | None:
-    """Benchmark values by subset of the items; None without subsets."""
+    """Return the table of benchmark values by subset of the items; None without subsets."""
     trials = {each.name: results.finished(each.name, budget.name) for each in results.contestants}
     columns = _measure_columns(results, results.contestants, trials, subsets=True)
     if all(cell.text == NOTHING for _, _, cells in columns for cell in cells):
         return None
     rows = tuple((Cell(column.title, column.unit), base, *cells) for column, base, cells in columns)
     heads = (Column("Benchmark", is_text=True), Column("Base model"), *(Column(c.title) for c in results.contestants))
-    note = "±: one standard error, of shares in percentage points, with items taken as independent."
+    note = "±: one standard error, of shares in percentage points, assuming that items are independent."
     if any("margin" in column.title for column, _, _ in columns):
-        note += " Margin: log-likelihood of the right choice less that of the most likely wrong one, in nats per byte."
+        note += " Margin: log-likelihood of the right choice minus that of the most likely wrong one, in nats per byte."
     return Table(heads, rows, note)
 
 
 def paired_table(results: Results, verdict: BudgetVerdict) -> Table | None:
-    """Each contestant against the reference in each benchmark, over the same items."""
+    """Return the table of differences from the reference in each benchmark, over the same items; None if empty."""
     rows = [
         (
             Cell(title_of(results, each.contestant), swatch=each.contestant),
@@ -260,7 +265,7 @@ def paired_table(results: Results, verdict: BudgetVerdict) -> Table | None:
 
 
 def retention_table(results: Results, verdict: BudgetVerdict) -> Table | None:
-    """What each contestant kept of what the base model could do besides the target languages."""
+    """Return the table of retention: each contestant against the base outside the target languages; None if empty."""
     rows = [
         (
             Cell(title_of(results, kept.contestant), swatch=kept.contestant),
@@ -294,11 +299,11 @@ def _change(value: float, unit: str) -> str:
 
 
 Measurement = tuple[str, Measured, StageCost | None]
-"""A model's name for people, what was measured of it, and what it cost."""
+"""Display name of a model, what was measured of it, and what it cost."""
 
 
 def chat_measurements(results: Results, trials: Sequence[Trial]) -> list[Measurement]:
-    """The base, the adapted model and the chat models of a run; empty without chat models."""
+    """Return what was measured of the base, the adapted model and the chat models; empty without chat models."""
     if not results.chat:
         return []
     adapted = [("Adapted model", trial.measured, None) for trial in trials if trial.failed is None]
@@ -306,12 +311,12 @@ def chat_measurements(results: Results, trials: Sequence[Trial]) -> list[Measure
 
 
 def named_chat_models(models: Sequence[ChatModel]) -> list[Measurement]:
-    """Chat models with names for people."""
+    """Return what was measured of chat models, with display names."""
     return [(_CHAT_TITLES.get(each.name, each.name), each.measured, each.stage) for each in models]
 
 
 def chat_table(named: Sequence[Measurement]) -> Table | None:
-    """Bits per byte and chat ability, one model a row; None without models."""
+    """Return the table of bits per byte and chat ability, one row per model; None without models."""
     if not named:
         return None
     columns: list[_Parts] = []
@@ -345,7 +350,7 @@ _CHAT_NOTE = (
 
 
 def stages_table(results: Results, trials: Sequence[Trial]) -> Table | None:
-    """What each stage of the given trials cost."""
+    """Return the table of the costs of each stage of the given trials; None without stages."""
     columns = ("Contestant", "Stage", "Wall time", "CPU time", "Tokens", "Tokens/s", "Compute", "Peak memory")
     titles = {each.name: each.title for each in results.contestants}
     rows = []
@@ -372,7 +377,7 @@ def stages_table(results: Results, trials: Sequence[Trial]) -> Table | None:
 
 
 def tuning_table(results: Results) -> Table | None:
-    """Learning rates of the reported trials, and every setting that was tried with its validation score."""
+    """Return the table of the learning rates used, and of all that were tried with their validation score."""
     parts: list[tuple[Cell, Cell, Cell, Cell]] = []
     for budget in results.budgets:
         for contestant in results.contestants:
@@ -408,7 +413,7 @@ def _score(results: Results, trial: Trial) -> str:
 
 
 def data_table(data: Data, base: Measured) -> Table | None:
-    """Amounts of text: training, held out, and measured on."""
+    """Return the table of amounts of text: for training, held out, and measured on."""
     shares = {language: f"{share:.3g} of training tokens" for language, share in data.shares.items()}
     parts = (("training", data.train), ("held out", data.heldout), ("measured on", base.heldout))
     rows = [

@@ -1,4 +1,4 @@
-"""What the statistics support, budget by budget, and what a reader should be warned of."""
+"""Judge what the statistics support at each budget, and collect warnings for the reader."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,7 +25,7 @@ from elo.report.statistics import Floats, bits_per_byte, estimate, resampled_doc
 Pair = tuple[str, str, tuple[str, ...]]
 """Contestant, reference, languages."""
 OFF_BUDGET = 0.1
-"""Relative distance from a budget above which a trial is reported."""
+"""Relative distance from a budget above which there is a warning."""
 RULE = (
     "Differences are paired by seed and document. Intervals cover 95 %: documents are resampled 10,000 times, and the "
     "error over seeds is drawn from Student's t distribution. p-values are two-sided and corrected by Holm's method "
@@ -36,27 +36,27 @@ RULE = (
 
 
 def judge(results: Results) -> Verdict:
-    """Apply the rule to every budget."""
+    """Return the verdict on every budget, and all warnings."""
     return Verdict(
         rule=RULE, budgets=tuple(_judge(results, budget.name) for budget in results.budgets), warnings=warnings(results)
     )
 
 
 def reference_of(results: Results) -> str:
-    """What contestants are compared with: full CPT, else the first contestant; the base model if there is but one."""
+    """Return what contestants are compared with: full CPT, else the first one; the base if there is only one."""
     if len(results.contestants) == 1:
         return BASE
     return next((each.name for each in results.contestants if each.method == "full"), results.contestants[0].name)
 
 
 def title_of(results: Results, name: str) -> str:
-    """A contestant's name for people, in quotes where a comma in it would break a list."""
+    """Return a contestant's display name, in quotes if it contains a comma."""
     title = next((each.title for each in results.contestants if each.name == name), "base model")
     return f"“{title}”" if "," in title else title
 
 
 def holds_source(results: Results, contestant: str, budget: str) -> bool:
-    """Whether the mean over seeds stays within the limit in every source language that was measured."""
+    """Return whether the mean over seeds stays within the limit in every source language that was measured."""
     changes = [results.change(contestant, budget, language) for language in results.languages.sources]
     return all(change is None or change <= results.endpoint.source_limit_bpb for change in changes)
 
@@ -101,7 +101,7 @@ def _judge(results: Results, budget: str) -> BudgetVerdict:
 
 
 def compare(results: Results, budget: str, pairs: Sequence[Pair]) -> tuple[Difference, ...]:
-    """Paired differences of (contestant, reference, languages), with Holm's correction over all of them.
+    """Return paired differences of (contestant, reference, languages), with Holm's correction over all of them.
 
     Pairs without per-document values, or without a common seed, are left out.
     """
@@ -131,7 +131,7 @@ def compare(results: Results, budget: str, pairs: Sequence[Pair]) -> tuple[Diffe
 def _paired_nats(
     results: Results, budget: str, contestant: str, reference: str, language: str
 ) -> tuple[Floats, Floats] | None:
-    """Differences of nats [seeds, documents] and bytes [documents]; None if the two cannot be paired."""
+    """Return differences of nats [seeds, documents] and bytes [documents]; None if the two cannot be paired."""
     both = measured_pairs(results, budget, contestant, reference)
     if not both or any(not each.document_nats.get(language) for pair in both for each in pair):
         return None
@@ -143,7 +143,7 @@ def _paired_nats(
 
 
 def _sentences(results: Results, verdict: BudgetVerdict) -> list[str]:
-    """At most three sentences."""
+    """Return the ranking and the differences in words, with at most three entries."""
     names = [each.name for each in results.contestants if results.reported(each.name, verdict.budget)]
     if not any(results.finished(name, verdict.budget) for name in names):
         return ["Every trial failed." if names else "No trial has finished yet."]
@@ -152,15 +152,16 @@ def _sentences(results: Results, verdict: BudgetVerdict) -> list[str]:
         found = _against_base(results, verdict)
         return [*found, one_seed] if all(each.seeds == 1 for each in verdict.differences) else found
     targets, sources = mean_of(results.languages.targets), listed(results.languages.sources)
-    condition = f" with {sources} held to base + {results.endpoint.source_limit_bpb:g}" if sources else ""
+    limit = results.endpoint.source_limit_bpb
+    condition = f", with {sources} at most {limit:g} above the base model" if sources else ""
     found = []
     if verdict.ranked:
         best, *others = verdict.ranked
         value = results.mean_bpb(best, verdict.budget, results.languages.targets) or 0.0
-        lead = f"{targets}{condition}: the lowest is {title_of(results, best)} with {value:.3f} bits per byte"
+        lead = f"{targets}{condition}: {title_of(results, best)} is lowest with {value:.3f} bits per byte"
         alike = [each.reference for each in verdict.best_against if not (each.is_supported and each.value < 0)]
         if not others:
-            found.append(f"{lead}, and no other contestant meets the condition.")
+            found.append(f"{lead}, and no other contestant is ranked.")
         elif verdict.best_is_supported:
             found.append(f"{lead}, significantly below {_all(results, others)}.")
         elif len(verdict.best_against) < len(others):
@@ -177,7 +178,7 @@ def _sentences(results: Results, verdict: BudgetVerdict) -> list[str]:
 
 
 def _against_base(results: Results, verdict: BudgetVerdict) -> list[str]:
-    """What a single contestant did to the languages, in one sentence for each role."""
+    """Return how bits per byte changed in a single contestant's languages, in one sentence for each role."""
     contestant, found = results.contestants[0], []
     for languages in (results.languages.targets, results.languages.sources):
         parts = []
@@ -201,7 +202,7 @@ def _all(results: Results, names: Sequence[str]) -> str:
 
 
 def warnings(results: Results) -> tuple[str, ...]:
-    """What a reader has to know before using the results."""
+    """Return what a reader has to know before using the results."""
     found = [*_heldout_warnings(results)]
     for budget in results.budgets:
         at = f" ({budget.name})" if len(results.budgets) > 1 else ""
@@ -216,7 +217,7 @@ def warnings(results: Results) -> tuple[str, ...]:
 
 
 def contestant_warnings(results: Results, contestant: Contestant, budget: Budget) -> list[str]:
-    """What a reader has to know of one contestant at one budget."""
+    """Return what a reader has to know about one contestant at one budget."""
     trials = results.reported(contestant.name, budget.name)
     return [
         *_harm(results, contestant, budget),
@@ -232,9 +233,7 @@ def _heldout_warnings(results: Results) -> list[str]:
     for language in results.languages.all:
         size = results.base.heldout.get(language) or results.data.heldout.get(language)
         if size is not None and size.documents is not None and size.documents < MIN_DOCUMENTS:
-            found.append(
-                f"{language}: {size.documents} held-out documents; {MIN_DOCUMENTS} is the least that can carry a claim."
-            )
+            found.append(f"{language}: {size.documents} held-out documents; conclusions need at least {MIN_DOCUMENTS}.")
     if not any(trial.measured.document_nats for trial in results.trials) and results.trials:
         found.append("No values per document: differences have no intervals, and nothing is marked as significant.")
     return found
@@ -264,7 +263,7 @@ def _off_budget(budget: Budget, trials: Sequence[Trial]) -> list[str]:
 
 
 def tuned(results: Results, contestant: str, budget: str) -> list[Trial]:
-    """Trials among which the learning rates were chosen: tuning trials, and the reported one that won if it is one."""
+    """Return the trials from which learning rates were chosen: tuning trials, and reported trials that also tuned."""
     own = [trial for trial in results.trials if (trial.contestant, trial.budget) == (contestant, budget)]
     seeds = {trial.seed for trial in own if trial.tuning}
     return [trial for trial in own if trial.seed in seeds and (trial.tuning or trial.validation or trial.failed)]
@@ -273,7 +272,10 @@ def tuned(results: Results, contestant: str, budget: str) -> list[Trial]:
 def score(
     measured: Measured | None, targets: tuple[str, ...], sources: tuple[str, ...], source_weight: float
 ) -> float | None:
-    """What tuning minimises: target + source_weight times source bits per byte, each the mean over its languages."""
+    """Return the score that tuning minimises; None if the target languages were not measured.
+
+    It is target + source_weight x source bits per byte, each the mean over its languages.
+    """
     target = mean_bpb(measured, targets) if measured else None
     if measured is None or target is None or not source_weight:
         return target
@@ -282,7 +284,7 @@ def score(
 
 
 def _edges(results: Results, contestant: Contestant, budget: Budget) -> list[str]:
-    """Chosen learning rates beyond which nothing was tried."""
+    """Return a warning for each chosen learning rate that is the highest or lowest tried."""
     trials = tuned(results, contestant.name, budget.name)
     if trials and all(trial.failed for trial in trials):
         return ["every learning rate that was tried failed"]

@@ -1,4 +1,4 @@
-"""`elo report`: the report of a run or a comparison, from its results file alone."""
+"""`elo report`: write the report of a run or a comparison from its results file."""
 
 from pathlib import Path
 from typing import Any

@@ -264,6 +264,17 @@ def test_a_trial_that_was_killed_goes_on_from_its_checkpoint(tmp_path, monkeypat
         assert one["measured"]["document_nats"] == other["measured"]["document_nats"]
 
 
+def test_tuning_runs_as_long_as_the_reported_one_are_kept_too(tmp_path, monkeypatch):
+    config = _world(tmp_path)
+    config |= {"contestants": {"full": {"learning_rates": [1e-3, 3e-3]}}, "seeds": [1]}
+    config |= {"budgets": [{"tokens": 64}], "tuning_share": 0.9}
+    first = compare(config)
+    trained = []
+    monkeypatch.setattr(compare_module, "adapt", lambda *arguments: trained.append(arguments))
+    assert compare(config)["trials"] == first["trials"]
+    assert not trained
+
+
 @pytest.mark.slow
 def test_killed_and_started_again_ends_the_same(finished, tmp_path):
     _, _, results = finished

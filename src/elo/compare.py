@@ -328,7 +328,7 @@ class _Comparison:
                 both for tuning and in the report.
         """
         trial = self._train(name, rates, tokens, seed, validated=validated, reported=reported)
-        self.seconds[_identity(name, rates, tokens, seed)] = trial.seconds
+        self.seconds[_identity(name, rates, tokens, seed, reported=reported)] = trial.seconds
         done = len(self.seconds)
         bpb = (trial.measured if reported else trial.validation or trial.measured).bpb
         shown = trial.failed or ", ".join(f"{language} {value:.4f}" for language, value in bpb.items())
@@ -345,7 +345,7 @@ class _Comparison:
         self, name: str, rates: Rates, tokens: int, seed: int, *, validated: bool, reported: bool = True
     ) -> schema.Trial:
         """Train and measure a contestant, or return the finished trial. For the arguments see `_trial`."""
-        identity = _identity(name, rates, tokens, seed)
+        identity = _identity(name, rates, tokens, seed, reported=reported)
         run = self._run(name, tokens, rates, seed)
 
         def work(output: Path, *, measured_on: list[str], **decisive: Any) -> dict[str, Any]:
@@ -480,8 +480,9 @@ def _shared(run: RunConfig, key: str) -> Any:
     return run.data.model_copy(update={"schedule": []}) if key == "data" else getattr(run, key)
 
 
-def _identity(name: str, rates: Rates, tokens: int, seed: int) -> str:
-    return f"{name}-{tokens}-{seed}-" + "-".join(f"{rate:g}" for rate in rates.values())
+def _identity(name: str, rates: Rates, tokens: int, seed: int, *, reported: bool) -> str:
+    parts = [name, tokens, seed, *(f"{rate:g}" for rate in rates.values()), *(["tuning"] if not reported else [])]
+    return "-".join(map(str, parts))
 
 
 def _middle(grids: dict[str, list[float]]) -> Rates:

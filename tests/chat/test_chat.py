@@ -96,7 +96,8 @@ def test_what_comes_out_is_a_chat_checkpoint(done):
 def test_held_out_conversations_are_not_trained_on(done):
     folder, _ = done
     counts = json.loads((folder / "stages" / "conversations.json").read_text())["record"]["conversations"]
-    assert counts == {"ko": {"training": 36, "heldout": 4}, "en": {"training": 36, "heldout": 4}}
+    divided = {"training": 36, "heldout": 4, "also_in_training": 0}
+    assert counts == {"ko": divided, "en": divided}
     record = json.loads((folder / "stages" / "sft.json").read_text())["record"]
     assert record["conversations"] == 72 and record["packing"] and 0 < record["padding"] < 0.5
 
@@ -130,10 +131,11 @@ def section(root, **changes):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_killed_and_resumed_gives_the_same_weights(method, world, tmp_path):
+def test_killed_and_resumed_gives_the_same_weights(method, world, tmp_path, capsys):
     root, _ = world
     chosen = section(root, method=method, heldout={"en": str(root / "chat-en.jsonl")}, prompts=1)
     chat(root / "base", chosen, output=tmp_path / "whole")
+    assert "chat.heldout.en: 40 of 40 held-out conversations are also in chat.data" in capsys.readouterr().out
     killed = tmp_path / "killed"
     process = forked(lambda: chat(root / "base", chosen, output=killed), tmp_path / "log.txt")
     deadline = time.monotonic() + 60

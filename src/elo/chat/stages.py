@@ -115,6 +115,12 @@ def open_chat(
         seed=seed,
         execution={"tokenizer": tokenizer, "trust_remote_code": trust_remote_code},
     )
+    for language, count in stage.record["conversations"].items():
+        if copies := count.get("also_in_training"):
+            folder.say(
+                f"warning: chat.heldout.{language}: {copies} of {count['heldout']} held-out conversations are also in "
+                "chat.data, so their measured loss is too low"
+            )
     fits = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code).vocab_size <= decoder.vocab_size
     return ChatInputs(config, folder, base, chat, tokenizer, stage, fits, seed, trust_remote_code)
 
@@ -196,7 +202,9 @@ def _divide(
             if train:
                 write_conversations(folder / TRAINING_FILES.format(language), train)
             write_conversations(folder / HELDOUT_FILES.format(language), held)
-            counts[language] = {"training": len(train), "heldout": len(held)}
+            known = {json.dumps(each.messages) for each in train}
+            copies = sum(json.dumps(each.messages) in known for each in held)
+            counts[language] = {"training": len(train), "heldout": len(held), "also_in_training": copies}
         (folder / TEMPLATE_FILE).write_text(chat.template, encoding="utf-8")
     return {"conversations": counts}
 

@@ -241,7 +241,7 @@ DETACHED: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "record count missing": (lambda f: record(f, num_base_layers=...), ("record is damaged",)),
     "record count text": (lambda f: record(f, num_base_layers="4"), ("record is damaged",)),
     "record count true": (lambda f: record(f, num_base_layers=True, layers=[0]), ("record is damaged",)),
-    "record count other": (lambda f: record(f, num_base_layers=6), ("has 4 decoder layers", "model of 6")),
+    "record count other": (lambda f: record(f, num_base_layers=6), ("has 4 decoder layers", "model with 6")),
     "record frozen a list": (lambda f: record(f, frozen=[]), ("record is damaged",)),
     "record frozen of numbers": (lambda f: record(f, frozen={NORM: 7}), ("not the base", NORM)),
     "record frozen of another": (lambda f: record(f, frozen={NORM: "0" * 64}), ("not the base", NORM)),

@@ -238,7 +238,7 @@ def test_in_memory_mistakes() -> None:
         detach_layers(detached, "0")
     with pytest.raises(EloError, match="differs from the base's"):
         attach_layers(other, detached)
-    with pytest.raises(EloError, match="is a llama of 5"):
+    with pytest.raises(EloError, match="is a llama model with 5"):
         attach_layers(llama(layers=5), detached)
     with pytest.raises(EloError, match="was not detached by elo"):
         attach_layers(model, other)

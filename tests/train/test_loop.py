@@ -92,7 +92,7 @@ def test_8_bit_state_is_what_the_plan_counts_whatever_was_trained_before(tmp_pat
         ({"optim": "adamw_8bit"}, {"fsdp": True}, "adamw_8bit does not support weights"),
         ({}, {"fsdp": True, "fsdp_config": {"fsdp_version": 1}}, "version: got 1; only FSDP2"),
         ({}, {"fsdp": True, "fsdp_config": {"state_dict_type": "FULL_STATE_DICT"}}, "state_dict_type: is set by ELO"),
-        ({}, {"fsdp": True, "fsdp_config": "fsdp.json"}, "fsdp_config: got 'fsdp.json'; write its keys"),
+        ({}, {"fsdp": True, "fsdp_config": "fsdp.json"}, "fsdp_config: got 'fsdp.json'; write a mapping"),
         (
             {"activation_checkpointing": True},
             {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},

@@ -236,12 +236,13 @@ def test_a_failure_before_the_first_shard_removes_nothing_else(tmp_path: Path, i
     for name in ("notes.txt", "ko/notes.txt", "raw/train/text.txt"):
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text("mine")
+    (output / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text("{\n")
     with pytest.raises(EloError, match=r"bad\.jsonl:1"):
         run(output, inputs, corpora={"ko": str(tmp_path / "bad.jsonl")}, heldout_share=0, overwrite=True)
     left = sorted(str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
     assert left == ["ko/notes.txt", "notes.txt", "prepare.json", "raw/train/text.txt"]
-    assert not (output / "en").exists()
+    assert not (output / "en").exists() and (output / "empty").is_dir()
     run(output, inputs)
 
 

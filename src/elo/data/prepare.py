@@ -9,7 +9,7 @@ import os
 import re
 from bisect import insort
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -380,10 +380,12 @@ def _remove_if_nothing_finished(output: Path, existed: bool) -> None:
     """Remove what a run wrote that failed before its first shard was complete, and nothing else."""
     if any(output.glob("*/*/*/?????-?????.json")):
         return
-    for folder in _shard_folders(output):
+    shards = _shard_folders(output)
+    for folder in shards:
         remove(folder)
-    for folder in [*output.glob("*/*"), *output.glob("*")]:
-        with suppress(OSError):  # not an empty folder
+    splits = {folder.parent for folder in shards}
+    for folder in [*splits, *{split.parent for split in splits}]:
+        if not any(folder.iterdir()):
             folder.rmdir()
     if [item.name for item in output.iterdir()] == [MARKER]:
         remove(output / MARKER)

@@ -202,9 +202,11 @@ def _divide(
             if train:
                 write_conversations(folder / TRAINING_FILES.format(language), train)
             write_conversations(folder / HELDOUT_FILES.format(language), held)
-            known = {json.dumps(each.messages) for each in train}
-            copies = sum(json.dumps(each.messages) in known for each in held)
-            counts[language] = {"training": len(train), "heldout": len(held), "also_in_training": copies}
+            counts[language] = {
+                "training": len(train),
+                "heldout": len(held),
+                "also_in_training": len(held) - len(_without(held, train)),
+            }
         (folder / TEMPLATE_FILE).write_text(chat.template, encoding="utf-8")
     return {"conversations": counts}
 
@@ -217,12 +219,16 @@ def _hold_out(
     count = max(1, round(share * len(conversations)))
     chosen = set(shuffled(len(conversations), seed, _HELD_OUT)[:count].tolist())
     held = [each for index, each in enumerate(conversations) if index in chosen]
-    known = {json.dumps(each.messages) for each in held}
-    # Without copies of held-out conversations.
-    train = [each for each in conversations if json.dumps(each.messages) not in known]
+    train = _without(conversations, held)
     if not train:
         raise EloError(f"chat.data.{language}: {held[0].where}: all conversations are the same; give different ones")
     return train, held
+
+
+def _without(conversations: list[Conversation], others: list[Conversation]) -> list[Conversation]:
+    """Return the conversations whose messages differ from those of all `others`."""
+    known = {json.dumps(each.messages) for each in others}
+    return [each for each in conversations if json.dumps(each.messages) not in known]
 
 
 def _check_training(config: ChatConfig, decoder: PretrainedConfig, model: Path) -> None:

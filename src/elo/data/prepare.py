@@ -337,12 +337,20 @@ def _shard_folders(output: Path) -> list[Path]:
     return [folder for split in SPLITS for folder in output.glob(f"*/{split}/*") if folder.name.isdecimal()]
 
 
+def _remove_shards(folders: Sequence[Path]) -> None:
+    """Remove folders of shards, and the folders of their splits and languages if nothing is left in them."""
+    for folder in folders:
+        remove(folder)
+    splits = {folder.parent for folder in folders}
+    for parent in [*splits, *{split.parent for split in splits}]:
+        if not any(parent.iterdir()):
+            parent.rmdir()
+
+
 def _sweep(output: Path, tasks: list[CorpusTask]) -> None:
     """Remove corpora that are no longer requested, and temporary files of killed runs."""
     wanted = {output / folder for task in tasks for folder in task.own_folders}
-    for folder in _shard_folders(output):
-        if folder not in wanted:
-            remove(folder)
+    _remove_shards([folder for folder in _shard_folders(output) if folder not in wanted])
     for leftover in output.rglob(f"{TEMPORARY_PREFIX}*"):
         remove(leftover)
 
@@ -380,13 +388,7 @@ def _remove_if_nothing_finished(output: Path, existed: bool) -> None:
     """Remove what a run wrote that failed before its first shard was complete, and nothing else."""
     if any(output.glob("*/*/*/?????-?????.json")):
         return
-    shards = _shard_folders(output)
-    for folder in shards:
-        remove(folder)
-    splits = {folder.parent for folder in shards}
-    for folder in [*splits, *{split.parent for split in splits}]:
-        if not any(folder.iterdir()):
-            folder.rmdir()
+    _remove_shards(_shard_folders(output))
     if [item.name for item in output.iterdir()] == [MARKER]:
         remove(output / MARKER)
         if not existed:

@@ -202,6 +202,7 @@ def test_what_cannot_be_translated_is_listed_with_the_reason(tmp_path: Path) -> 
         load_in_4bit=True,
         pretraining_dataset="absent",
         datasets=[{"path": "owner/chat", "type": "alpaca"}, {"path": "text.json", "type": "completion"}],
+        test_datasets=[{"path": "held.json", "type": "completion"}, {"path": "more.json", "type": "completion"}],
         max_steps="absent",
         num_epochs=2,
         optimizer="muon",
@@ -211,6 +212,7 @@ def test_what_cannot_be_translated_is_listed_with_the_reason(tmp_path: Path) -> 
     )
     found = lost(made)
     assert "q_proj" in found["lora_target_modules"] and "alpaca" in found["datasets"]
+    assert found["test_datasets"].startswith("more.json: ")
     assert {"adapter", "load_in_4bit", "peft_use_dora", "optimizer", "saves_per_epoch", "num_epochs"} <= set(found)
     assert found["some_new_key"] == "no counterpart in ELO"
     assert any("text.json: if it is one JSON array" in line for line in made.todo)

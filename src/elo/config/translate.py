@@ -210,6 +210,8 @@ def _read_data(made: Translation) -> None:
                 made.lose("datasets", f"{each.get('path')}: type {kind!r} {instructions}")
         if tested := made.given.pop("test_datasets", None):
             made.put("data.heldout.target", _axolotl_corpus(made, tested[0]), "test_datasets")
+            for each in tested[1:]:
+                made.lose("test_datasets", f"{each.get('path')}: ELO measures each language on one held-out text")
     made.todo.append("data.target, data.source: name the two languages, here and under corpora")
     made.put("data.target", "target", "TODO: language to teach")
     made.put("data.source", "source", "TODO: language to keep")

@@ -6,6 +6,7 @@ configurations, and its values appear in every table and report.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,9 +116,9 @@ class Measure(BaseModel):
         """Return the files and folders that affect the values, for fingerprints."""
         return []
 
+    @abstractmethod
     def measure(self, subject: Subject) -> Outcome:
         """Measure a model."""
-        raise NotImplementedError
 
 
 M = TypeVar("M", bound=Measure)

@@ -4,6 +4,7 @@ A method is one file in this package: a class with a `name`, settings as fields,
 imports every file here. The configuration, the plan, the report and the tests read `METHODS`.
 """
 
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -105,9 +106,9 @@ class Method(BaseModel):
         return self.model_dump(mode="json", exclude={"scale"})
 
     @property
+    @abstractmethod
     def phases(self) -> tuple[Phase, ...]:
         """The phases of the method, in order."""
-        raise NotImplementedError
 
     @property
     def alignment_share(self) -> float:

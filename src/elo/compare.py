@@ -481,8 +481,8 @@ def _shared(run: RunConfig, key: str) -> Any:
 
 
 def _identity(name: str, rates: Rates, tokens: int, seed: int, *, reported: bool) -> str:
-    parts = [name, tokens, seed, *(f"{rate:g}" for rate in rates.values()), *(["tuning"] if not reported else [])]
-    return "-".join(map(str, parts))
+    at = "-".join(f"{rate:g}" for rate in rates.values())
+    return f"{name}-{tokens}-{seed}-{at}" + ("" if reported else "-tuning")
 
 
 def _middle(grids: dict[str, list[float]]) -> Rates:

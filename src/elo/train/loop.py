@@ -193,7 +193,7 @@ def train(
             schedule.step()
             wrapped.zero_grad()
 
-            # Read once: a signal that arrives later in this step stops the next one, so that no stop lacks a checkpoint.
+            # Read once: a signal that arrives later in this step stops the next one, so every stop has a checkpoint.
             stopped_by = stop.agree(accelerator)
             evaluates = bool(evaluation_steps) and (step % evaluation_steps == 0 or step == steps)
             saves = step % settings.save_steps == 0 or step == steps or stopped_by is not None

@@ -8,8 +8,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
+import yaml
 from evaluation_fixtures import text_tokenizer, tiny_model, tiny_tokenizer
 
+from elo.cli import main
 from elo.config import load_config
 from elo.errors import EloError
 from elo.evaluate import lm_eval as measure_file
@@ -30,6 +32,8 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
+Tagged = type("Tagged", (yaml.SafeLoader,), {})
+Tagged.add_constructor("!function", lambda loader, node: node.value)
 DATA = {"target": "ko", "source": "en", "corpora": {"ko": "a.txt", "en": "b.txt"}}
 WORDS = ["river", "mill", "grain", "lamp", "bread", "salt", "bell", "ferryman"]
 
@@ -189,13 +193,79 @@ def test_mistakes_get_one_message(world, tmp_path, monkeypatch):
     assert "task unreachable: its data set elo-tests/none cannot be loaded" in message(
         "unreachable", include_path=str(bad)
     )
-    model = tiny_model("llama", len(tiny_tokenizer()))
-    with pytest.raises(EloError, match=r"fieldless.*passage"):
-        evaluate(
-            model, text_tokenizer(), measures=[Tasks(names=("fieldless",), include_path=str(bad))],
-            output=tmp_path / "out.json", progress=False,
-        )  # fmt: skip
-    assert not list(tmp_path.glob("out*"))
+    fieldless = message("fieldless", include_path=str(bad))
+    assert fieldless.startswith(f"--tasks: task fieldless: {world}/dev.jsonl:1: has no field 'passage', which the task")
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_item_without_a_field_is_named_before_anything_is_measured(world, tmp_path, capsys):
+    """`datasets` would fill the field with null, and the template would ask about None."""
+    items = [{"question": "Who?", "choices": ["a", "b"], "answer": 0}, {"choices": ["a", "b"], "answer": 1}]
+    for name, lines in (("dev", items[:1]), ("test", items)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines))
+    (tmp_path / "tasks").mkdir()
+    task = TASK.format(name="short", folder=tmp_path, field="{{question}}{% for i in range(2) %}?{% endfor %}")
+    (tmp_path / "tasks" / "short.yaml").write_text(task)
+    with pytest.raises(SystemExit) as stopped:
+        main([
+            "evaluate", str(world / "model"), "--tasks", "short", "--include-path", str(tmp_path / "tasks"),
+            "-o", str(tmp_path / "out.json"),
+        ])  # fmt: skip
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/test.jsonl:2: has no field 'question', which the task file uses; it has choices, answer" in said
+    assert said.count("\n") == 1 and not list(tmp_path.glob("out*"))
+
+
+SHIPPED = {
+    "boolq": {"Text": "비가 온다.", "Question": "비가 오나?", "Answer": "TRUE"},
+    "copa": {"sentence": "비가 왔다.", "question": "결과", "1": "땅이 젖었다.", "2": "해가 떴다.", "Answer": "1"},
+    "hellaswag_ko": {"context": "비가 온다.", **{f"choice{i}": f"강 {i}" for i in range(1, 5)}, "label": "3"},
+    "sentineg": {"Text": "좋은 우물", "Label": "1"},
+    "wic_ko": {"Target": "물", "SENTENCE1": "[물]이 달다.", "SENTENCE2": "[물]이 차다.", "ANSWER": "False"},
+    "belebele_kor": {
+        "flores_passage": "비가 온다.", "question": "무엇이 오나? ", "correct_answer_num": "2",
+        **{f"mc_answer{i}": f"답 {i}" for i in range(1, 5)},
+    },
+    "sib_kor": {"text": "강과 산", "category": "geography"},
+    "sib_eng": {"text": "Rivers and hills", "category": "geography"},
+}  # fmt: skip
+"""An invented item for each task in benchmarks/tasks."""
+
+
+@pytest.mark.usefixtures("installed")
+def test_tasks_for_kobest_belebele_and_sib_200(tmp_path):
+    folder = Path(__file__).parents[2] / "benchmarks" / "tasks"
+    files, prompts, right = {}, {}, {}
+    for path in folder.iterdir():
+        text = path.read_text().replace("DATA", str(tmp_path))
+        (tmp_path / path.name).write_text(text)
+        if path.suffix == ".yaml":
+            config = yaml.load(text, Tagged)
+            files[config["task"]] = config["dataset_kwargs"]["data_files"]
+    assert files.keys() == SHIPPED.keys()
+    (tmp_path / "eval").mkdir()
+    for name, paths in files.items():
+        for path in paths.values():
+            Path(path).write_text(json.dumps(SHIPPED[name], ensure_ascii=False) + "\n")
+    asked = Tasks(names=tuple(SHIPPED), include_path=str(tmp_path), num_fewshot=0)
+    asked.check("--tasks")
+    for name in SHIPPED:
+        (task,) = asked._load(name, "--tasks")
+        (item,) = task.test_docs()
+        choices, gold = task.doc_to_choice(item), task.doc_to_target(item)
+        prompts[name], right[name] = task.doc_to_text(item), gold if gold in choices else choices[int(gold)]
+    assert right == {
+        "boolq": "예", "copa": "땅이 젖었다.", "hellaswag_ko": "강 4", "sentineg": "긍정", "wic_ko": "아니오",
+        "belebele_kor": "B", "sib_kor": "geography", "sib_eng": "geography",
+    }  # fmt: skip
+    from lm_eval.tasks.kobest.utils import wic_doc_to_text
+
+    wic = SHIPPED["wic_ko"]
+    theirs = {"context_1": wic["SENTENCE1"], "context_2": wic["SENTENCE2"], "word": wic["Target"]}
+    assert prompts["wic_ko"] == wic_doc_to_text(theirs)
+    assert prompts["boolq"] == "비가 온다. 질문: 비가 오나? 답변: "
+    assert prompts["copa"] == "비가 왔다 그래서"
 
 
 def test_without_the_extra_there_is_one_message(monkeypatch):

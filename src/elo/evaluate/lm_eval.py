@@ -20,9 +20,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from jinja2 import Environment, TemplateError, meta
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from elo.data.json_lines import read_json_lines
 from elo.data.tokenizer import TextTokenizer, load_with_settings
 from elo.errors import EloError
 from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, mean_error, register, weighted
@@ -119,6 +121,8 @@ class Tasks(Measure):
                     hint = f"did you mean {' or '.join(close)}?" if close else "lm-eval ls tasks lists all"
                     raise EloError(f"{where}: there is no task {task!r}; {hint}")
             for task in self.languages:
+                for config in _task_files(task, self._manager()):
+                    _check_items(config, f"{where}: task {config.get('task')}")
                 self._load(task, where)
 
     def measure(self, subject: Subject) -> Outcome:
@@ -199,7 +203,7 @@ class Tasks(Measure):
         try:
             built = self._manager()._load_spec(task)
         except Exception as error:  # a task's code and its data set can raise any type
-            data = ", ".join(sorted(_data_sets(task, self._manager()))) or "unknown"
+            data = _data_sets(task, self._manager())
             if isinstance(error, OSError):  # also ConnectionError and DatasetNotFoundError
                 raise EloError(
                     f"{where}: task {task}: its data set {data} cannot be loaded ({_reason(error)}); connect to the "
@@ -300,25 +304,64 @@ def _is_known(task: str, manager: Any) -> bool:
     return entry is not None and all(_is_known(member, manager) for member in inside)
 
 
-def _data_sets(task: str, manager: Any) -> set[str]:
-    """Return the data sets of a task, or of all members of a group or tag."""
+def _task_files(task: str, manager: Any) -> Iterator[dict[str, Any]]:
+    """Yield the content of the YAML file of a task, or of all members of a group or tag."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     entry = manager._entry(task)
     if entry is None:
-        return set()
-    found = {each for member in entry.tags if entry.yaml_path is None for each in _data_sets(member, manager)}
-    if entry.yaml_path is not None:
-        config = load_yaml(entry.yaml_path, resolve_func=False)
-        if "dataset_path" in config:
-            files = (config.get("dataset_kwargs") or {}).get("data_files")
-            found.add(
-                f"{config['dataset_path']} {json.dumps(files, ensure_ascii=False)}" if files else config["dataset_path"]
-            )
-        members = config.get("task")
-        for member in members if isinstance(members, list) else []:
-            found |= _data_sets(member if isinstance(member, str) else str(member.get("task")), manager)
-    return found
+        return
+    if entry.yaml_path is None:
+        for member in entry.tags:
+            yield from _task_files(member, manager)
+        return
+    config = load_yaml(entry.yaml_path, resolve_func=False)
+    yield config
+    members = config.get("task")
+    for member in members if isinstance(members, list) else []:
+        yield from _task_files(member if isinstance(member, str) else str(member.get("task")), manager)
+
+
+def _data_sets(task: str, manager: Any) -> str:
+    """Return the data sets of a task, or of all members of a group or tag, for messages."""
+    found = set()
+    for config in _task_files(task, manager):
+        files = (config.get("dataset_kwargs") or {}).get("data_files")
+        if name := config.get("dataset_path"):
+            found.add(f"{name} {json.dumps(files, ensure_ascii=False)}" if files else str(name))
+    return ", ".join(sorted(found)) or "unknown"
+
+
+def _check_items(config: dict[str, Any], where: str) -> None:
+    """Raise EloError for the first item of a task's local JSON lines that lacks a field which its templates use.
+
+    `datasets` fills a field that other items have with null, which a template would spell as None.
+    """
+    if config.get("dataset_path") != "json" or "process_docs" in config:  # which may add fields
+        return
+    templates = (config.get(key) for key in ("doc_to_text", "doc_to_choice", "doc_to_target"))
+    fields = {field for each in templates if isinstance(each, str) for field in _fields(each)}
+    files = (config.get("dataset_kwargs") or {}).get("data_files") or ()
+    given = files.values() if isinstance(files, dict) else [files]
+    for path in (path for each in given for path in (each if isinstance(each, list | tuple) else [each])):
+        if not str(path).endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")) or not Path(path).is_file():
+            continue
+        for at, item in read_json_lines(path, "items"):
+            if not isinstance(item, dict):
+                raise EloError(f"{where}: {at}: is no object; write an object with the fields of the task file")
+            if missing := sorted(fields - item.keys()):
+                raise EloError(
+                    f"{where}: {at}: has no field {missing[0]!r}, which the task file uses; it has {', '.join(item)}"
+                )
+
+
+def _fields(template: str) -> set[str]:
+    """Return the fields of an item that a Jinja template uses."""
+    environment = Environment()
+    try:
+        return meta.find_undeclared_variables(environment.parse(template)) - environment.globals.keys()
+    except TemplateError:
+        return set()  # lm-eval reports it
 
 
 def _chance(task: Any) -> float | None:

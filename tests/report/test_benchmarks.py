@@ -132,3 +132,17 @@ def test_bits_per_byte_above_the_limit_are_lost():
     full, lora = judge(read_results(results)).budgets[0].retention
     assert (full.parts[0].outcome, lora.parts[0].outcome) == ("kept", "lost")
     assert lora.parts[0].change == pytest.approx(0.05, abs=0.01)
+
+
+def test_benchmarks_of_chat_models_are_beside_their_chat_ability():
+    nats = {"measure": "chat_nats", "language": "ko", "value": 1.0, "unit": "number", "higher_is_better": False}
+    values = [benchmark(answered(0.5, 0)) | {"chance": 0.25}, nats]
+    values.append({"measure": "mill margin", "language": "en", "unit": "number", "is_detail": True, "value": 0.1})
+    results = duel(full=[2.0])
+    results["base"]["measures"] = values
+    results["chat"] = [{"name": "sft", "measured": {**results["base"], "measures": values}}]
+    table = markdown_page(read_results(results), []).split("## Chat models")[1].split("\n## ")[0]
+    heads = table.split("| ---")[0]
+    assert heads.index("chat nats ko (↓)") < heads.index("mill acc en (↑, chance 25%)")
+    assert "margin" not in heads
+    assert "| SFT |" in table

@@ -159,15 +159,21 @@ def _measure_columns(
     )
     found = []
     for key in sorted(keys, key=lambda key: (key[0] not in results.languages.targets, not key[0], key[0])):
-        arrow = "↓" if any(_is(v, key) and not v.higher_is_better for m in measured for v in m.measures) else "↑"
         base = _measure_cell([results.base], key)
         cells = [_measure_cell([trial.measured for trial in trials[each.name]], key) for each in order]
-        title = f"{key[1]} {key[0]}".strip() + (f": {key[2]}" if subsets and key[2] != "all" else "")
-        title = title.replace("_", " ")
-        chance = next((v.chance for m in measured for v in m.measures if _is(v, key) and v.chance is not None), None)
-        unit = arrow if chance is None else f"{arrow}, chance {chance:.{0 if chance >= 0.01 else 2}%}"
-        found.append((Column(title, unit), base, cells))
+        found.append((_measure_column(measured, key), base, cells))
     return found
+
+
+def _measure_column(measured: Sequence[Measured], key: tuple[str, str, str]) -> Column:
+    """Return the heading of a benchmark, with its direction and the value of guessing."""
+    language, measure, name = key
+    values = [value for each in measured for value in each.measures if _is(value, key)]
+    arrow = "↑" if values[0].higher_is_better else "↓"
+    chance = next((value.chance for value in values if value.chance is not None), None)
+    unit = arrow if chance is None else f"{arrow}, chance {chance:.{0 if chance >= 0.01 else 2}%}"
+    title = f"{measure} {language}".strip() + ("" if name == "all" else f": {name}")
+    return Column(title.replace("_", " "), unit)
 
 
 def _is(value: object, key: tuple[str, str, str]) -> bool:
@@ -316,20 +322,23 @@ def named_chat_models(models: Sequence[ChatModel]) -> list[Measurement]:
 
 
 def chat_table(named: Sequence[Measurement]) -> Table | None:
-    """Return the table of bits per byte and chat ability, one row per model; None without models."""
+    """Return the table of bits per byte, chat ability and benchmarks, one row per model; None without models."""
     if not named:
         return None
     columns: list[_Parts] = []
     for language in dict.fromkeys(each for _, measured, _ in named for each in measured.bpb):
         cells = [_cell(measured.bpb.get(language), lambda value: f"{value:.3f}") for _, measured, _ in named]
         columns.append((Column(language, "bpb ↓"), cells[0], cells[1:]))
-    values = [value for _, measured, _ in named for value in measured.measures if value.measure.startswith("chat_")]
-    for measure, language, name in sorted({(v.measure, v.language, v.name) for v in values}):
-        key = (language, measure, name)
-        higher = next(value.higher_is_better for value in values if _is(value, key))
-        cells = [_measure_cell([measured], key) for _, measured, _ in named]
-        title = f"{measure} {language}".replace("_", " ") + ("" if name == "all" else f": {name}")
-        columns.append((Column(title, "↑" if higher else "↓"), cells[0], cells[1:]))
+    models = [measured for _, measured, _ in named]
+    keys = {
+        (value.measure.startswith("chat_"), value.measure, value.language, value.name)
+        for measured in models
+        for value in measured.measures
+        if value.measure.startswith("chat_") or (value.name == "all" and not value.is_detail)
+    }
+    for _, measure, language, name in sorted(keys, key=lambda key: (not key[0], *key[1:])):
+        cells = [_measure_cell([measured], (language, measure, name)) for measured in models]
+        columns.append((_measure_column(models, (language, measure, name)), cells[0], cells[1:]))
     times = [_cell(stage.seconds if stage else None, duration) for _, _, stage in named]
     columns.append((Column("Wall time"), times[0], times[1:]))
     names = [Cell(title) for title, _, _ in named]
@@ -343,7 +352,7 @@ _CHAT_TITLES = {
     "sft": "SFT",
 }
 _CHAT_NOTE = (
-    "On held-out conversations. chat ended: generated answers that end the turn as the template does; chat language: "
+    "chat ended: generated answers to held-out conversations that end the turn as the template does; chat language: "
     "generated answers in the language of the conversation (reference: the true answers); chat nats: loss per token of "
     "the true answers. ±: one standard error, of shares in percentage points."
 )

@@ -61,6 +61,15 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with your own task files (.yaml) for --tasks.")
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="MEASURE.KEY=VALUE",
+            help="Configure any measure as in the section evaluation (docs/configuration.md), such as "
+            "translation.path=FILE; may be repeated.",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results here as JSON.")] = None,
     sequence_length: Annotated[
         int | None,
@@ -77,6 +86,7 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure bits per byte, cloze accuracy, in-context ability and benchmarks of any Hugging Face causal LM."""
+    from elo.config import load_measures
     from elo.evaluate.chat import Chat
     from elo.evaluate.evaluate import evaluate
     from elo.evaluate.in_context import InContext
@@ -93,10 +103,14 @@ def evaluate(
         measures.append(benchmark_tasks(tasks, suite, num_fewshot, limit, batch_size, include_path))
     elif num_fewshot is not None or limit is not None or include_path is not None:
         raise EloError("evaluate: --num-fewshot, --limit and --include-path belong to --tasks; give --tasks TASK")
+    for measure in load_measures(set_ or []):
+        if any(type(measure) is type(each) for each in measures):
+            raise EloError(f"--set {measure.name}: the measure also has an option of its own here; use one of the two")
+        measures.append(measure)
     if not corpora and not items and not prompts and not measures:
         raise EloError(
             "evaluate: nothing to measure; give --corpus LANGUAGE=FILE, --cloze LANGUAGE=FILE, --in-context, "
-            "--chat LANGUAGE=FILE, --tasks TASK or --suite LANGUAGE"
+            "--chat LANGUAGE=FILE, --tasks TASK, --suite LANGUAGE or --set MEASURE.KEY=VALUE"
         )
     evaluate(
         model,

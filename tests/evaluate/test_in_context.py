@@ -1,10 +1,13 @@
 """In-context ability: chance for a random model, high for one that learnt to copy, the same values every time."""
 
+import json
+
 import pytest
 import torch
 from evaluation_fixtures import text_tokenizer, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from elo.cli import main
 from elo.errors import EloError
 from elo.evaluate.base import Subject
 from elo.evaluate.evaluate import evaluate
@@ -93,6 +96,25 @@ def test_evaluate_carries_the_values_to_the_report(tmp_path, capsys):
     assert carried["in_context", "all"].language == ""
     assert len(carried) == 8
     assert "pattern 48" in capsys.readouterr().out
+
+
+def test_the_command_configures_any_measure(tmp_path, capsys):
+    model, output = tmp_path / "model", tmp_path / "out.json"
+    tiny_model("gpt2", TOKENIZER.vocab_size).save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    settings = ["--set", "in_context.lengths=[24]", "--set", "in_context.tokens=64"]
+    main(["evaluate", str(model), *settings, "-o", str(output)])
+    names = {each["name"] for each in json.loads(output.read_text())["measures"]}
+    assert names == {"all", "copying 24", "recall 24", "pattern 24"}
+    for options, said in (
+        (["--set", "translatoin.path=a"], "unknown key 'translatoin'; did you mean 'translation'"),
+        (["--set", "translation.path=a"], "missing key 'translation.columns'"),
+        (["--set", "max_bytes=2000"], "--set max_bytes: is not a measure; choose among chat, in_context, tasks"),
+        (["--in-context", "--set", "in_context.tokens=64"], "--set in_context: the measure also has an option"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["evaluate", str(model), *options])
+        assert said in capsys.readouterr().err
 
 
 def test_too_small_a_vocabulary_is_refused():

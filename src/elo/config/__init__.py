@@ -2,7 +2,7 @@
 
 from elo.config.chat import ChatConfig
 from elo.config.comparison import Budget, CompareConfig, Contestant
-from elo.config.load import contestant_run, load_chat, load_comparison, load_config
+from elo.config.load import contestant_run, load_chat, load_comparison, load_config, load_measures
 from elo.config.schema import CorpusConfig, DataConfig, EvaluationConfig, RunConfig
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "load_chat",
     "load_comparison",
     "load_config",
+    "load_measures",
 ]

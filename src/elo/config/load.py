@@ -11,8 +11,9 @@ from pydantic import BaseModel, ValidationError
 from elo.config.chat import ChatConfig
 from elo.config.comparison import CompareConfig
 from elo.config.other_tools import AXOLOTL, SAME
-from elo.config.schema import RunConfig
+from elo.config.schema import EvaluationConfig, RunConfig
 from elo.errors import EloError
+from elo.evaluate.measures import MEASURES, Measure
 from elo.methods import METHODS, Method
 
 M = TypeVar("M", bound=BaseModel)
@@ -119,6 +120,18 @@ def load_chat(value: dict[str, Any], overrides: list[str] | None = None) -> Chat
         EloError: for the same reasons as `load_config`.
     """
     return _load(ChatConfig, value, overrides)
+
+
+def load_measures(overrides: list[str]) -> list[Measure]:
+    """Return the measures that `key.path=value` overrides of an empty section `evaluation` configure.
+
+    Raises:
+        EloError: a key is not that of a measure, or for the same reasons as `load_config`.
+    """
+    config = _load(EvaluationConfig, {}, overrides)
+    for key in sorted(config.model_fields_set - MEASURES.keys()):
+        raise EloError(f"--set {key}: is not a measure; choose among {', '.join(MEASURES)}, or use the other options")
+    return config.measures
 
 
 def _load(model: type[M], path: str | Path | dict[str, Any], overrides: list[str] | None) -> M:

@@ -1,11 +1,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from evaluation_fixtures import TEXTS, memory_corpus, text_tokenizer, tiny_model, tiny_tokenizer
 
 from elo.errors import EloError
+from elo.evaluate.base import mean_error, ratio_error
 from elo.evaluate.bits_per_byte import bits_per_byte
 from elo.evaluate.evaluate import evaluate
 from elo.report.collect import measured
@@ -50,6 +52,8 @@ def test_everything_of_a_checkpoint(checkpoint, corpus, cloze, tmp_path, capsys)
     expected = bits_per_byte(model, memory_corpus(TEXTS, TOKENIZER), sequence_length=32)
     assert results["bpb"]["en"] == pytest.approx(expected.bits_per_byte, rel=1e-6)
     assert results["corpora"]["en"]["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    nats, sizes = results["documents_nats"]["en"], results["documents_bytes"]["en"]
+    assert results["corpora"]["en"]["standard_error"] * math.log(2) == pytest.approx(ratio_error(nats, sizes))
     assert results["cloze"]["en"]["items"] == 1
     assert results["cloze"]["en"]["chance"] == pytest.approx(1 / 3)
     assert [sample["prompt"] for sample in results["samples"]] == ["산 너머"]
@@ -57,6 +61,17 @@ def test_everything_of_a_checkpoint(checkpoint, corpus, cloze, tmp_path, capsys)
     shown = capsys.readouterr().out
     assert f"{results['bpb']['en']:.4f}" in shown
     assert "33.3%" in shown
+
+
+def test_the_standard_error_of_a_ratio_is_that_of_resampled_documents():
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(100, 3000, 60)
+    nats = sizes * generator.normal(1.0, 0.1, 60) + generator.normal(0, 20, 60)
+    drawn = generator.integers(0, 60, (4000, 60))
+    resampled = (nats[drawn].sum(1) / sizes[drawn].sum(1)).std()
+    assert ratio_error(nats.tolist(), sizes.tolist()) == pytest.approx(resampled, rel=0.06)
+    assert ratio_error([1.0, 2.0, 6.0], [2, 2, 2]) == pytest.approx(mean_error([0.5, 1.0, 3.0]))
+    assert ratio_error([1.0], [2]) is None
 
 
 def test_cloze_accuracy_by_group(checkpoint, tmp_path):

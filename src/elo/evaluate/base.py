@@ -142,6 +142,16 @@ def mean_error(values: Sequence[float]) -> float | None:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
+def ratio_error(values: Sequence[float], sizes: Sequence[float]) -> float | None:
+    """Return the standard error of sum(values) / sum(sizes) over independent items; None for fewer than two."""
+    items, total = len(values), sum(sizes)
+    if items < 2 or not total:
+        return None
+    ratio = sum(values) / total
+    spread = sum((value - ratio * size) ** 2 for value, size in zip(values, sizes, strict=True))
+    return float((spread * items / (items - 1)) ** 0.5 / total)
+
+
 def weighted(items: Sequence[Sequence[float]], average: float) -> tuple[float, ...]:
     """Return the values of all items of a benchmark, weighted so that their mean is `average`.
 

@@ -12,14 +12,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from elo.data.chat_template import TEMPLATES, ChatFormat
 from elo.data.conversations import Conversation, read_conversations
 from elo.data.language import is_identifiable, is_in, require_identifier
 from elo.errors import EloError
-from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, register, share_error
+from elo.evaluate.base import Measure, MeasureValue, Outcome, Subject, ratio_error, register, share_error
 from elo.evaluate.scoring import check_ids, evaluating, longest_sequence, summed_nats
 from elo.evaluate.writing import BATCH_SIZE, write_greedily
 from elo.log import Progress
@@ -120,22 +119,16 @@ class Chat(Measure):
         label = f"chat {language}: true answers" if subject.progress else None
         with evaluating(model) as place, Progress(len(examples), label, "conversations") as bar:
             rows = [(each.ids, each.labels) for each in examples]
-            nats = np.array(summed_nats(model, rows, place, bar, subject.batch_size))
-        tokens = np.array([each.answer_tokens for each in examples])
-        mean = float(nats.sum() / tokens.sum())
-        # Standard error of a ratio: conversations are independent, tokens of one conversation are not.
-        error = None
-        if len(examples) > 1:
-            spread = ((nats - mean * tokens) ** 2).sum() * len(examples) / (len(examples) - 1)
-            error = float(spread**0.5 / tokens.sum())
+            nats = summed_nats(model, rows, place, bar, subject.batch_size)
+        tokens = [each.answer_tokens for each in examples]
         return [
             MeasureValue(
                 measure="chat_nats",
                 language=language,
-                value=mean,
+                value=sum(nats) / sum(tokens),
                 unit="number",
                 higher_is_better=False,
-                standard_error=error,
+                standard_error=ratio_error(nats, tokens),
                 items=len(examples),
             )
         ]

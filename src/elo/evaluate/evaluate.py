@@ -20,7 +20,7 @@ from elo.data.text_loss import judge_loss
 from elo.data.tokenizer import TextTokenizer, load_tokenizer, wrap_tokenizer
 from elo.data.tokenizing import TextCounts
 from elo.errors import EloError
-from elo.evaluate.base import Measure, MeasureValue, Subject
+from elo.evaluate.base import Measure, MeasureValue, Subject, ratio_error
 from elo.evaluate.bits_per_byte import BitsPerByte, bits_per_byte
 from elo.evaluate.cloze import Cloze, ClozeItem
 from elo.evaluate.loading import load_model, move
@@ -193,6 +193,7 @@ def evaluate(
         "corpora": {
             language: {
                 "bits_per_byte": result.bits_per_byte,
+                "standard_error": _standard_error(result),
                 "nats": result.nats,
                 "text_tokens": result.text_tokens,
                 "bytes": result.bytes,
@@ -269,17 +270,24 @@ def _tokenise(
     return _Text(corpus, counts, warning)
 
 
+def _standard_error(result: BitsPerByte) -> float | None:
+    """Return the standard error of the bits per byte over documents; None for one document."""
+    error = ratio_error(result.document_nats, result.document_bytes)
+    return None if error is None else error / math.log(2)
+
+
 def _print_table(results: dict[str, Any]) -> None:
     console = Console()
     if corpora := results["corpora"]:
         table = Table(title=results["model"]["name"], title_justify="left")
         table.add_column("language")
-        for heading in ("bits per byte", "documents", "text tokens", "bytes", "text lost"):
+        for heading in ("bits per byte", "standard error", "documents", "text tokens", "bytes", "text lost"):
             table.add_column(heading, justify="right")
         for language, text in corpora.items():
             table.add_row(
                 language,
                 f"{text['bits_per_byte']:.4f}",
+                "" if text["standard_error"] is None else f"{text['standard_error']:.4f}",
                 f"{text['documents']:,}",
                 f"{text['text_tokens']:,}",
                 count(text["bytes"]),

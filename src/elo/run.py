@@ -300,7 +300,7 @@ def _open_chat(inputs: Inputs) -> ChatInputs | None:
 def make_chat(
     inputs: Inputs, chat: ChatInputs, adapted: Artifact, text: dict[str, TokenCorpus], *, until: str | None = None
 ) -> list[schema.ChatModel]:
-    """Run the chat stages, measure the given chat model and each stage's, and link RUN/chat to the last one.
+    """Run the chat stages, and measure the given chat model and each stage's.
 
     Raises:
         ReachedError: the stage `until` is done.
@@ -318,7 +318,6 @@ def make_chat(
             raise ReachedError
         record = measure(inputs, f"evaluate-{name}", model, text, chat=chat.measure(model.path))
         found.append(collect.chat_model(name, model.record, record))
-        inputs.folder.link("chat", model.path)
     return found
 
 

@@ -8,10 +8,12 @@ from typing import Any
 from elo.checkpoint.counting import footprint, read_config
 from elo.circumstances import circumstances
 from elo.data.shards import PreparedData
-from elo.final_model import write_final_model
+from elo.detach_attach import resolve_checkpoint
+from elo.final_model import CONFIG_FILE, write_final_model
 from elo.format import listed
 from elo.inputs import Adapted, Inputs
 from elo.report import collect, schema
+from elo.report.card import model_card, run_chat_card
 from elo.report.files import judged, write_results
 from elo.report.write import report, show
 from elo.store.files import read_record
@@ -26,13 +28,20 @@ def write_report(
     final: dict[str, Any],
     chats: Sequence[schema.ChatModel] = (),
 ) -> dict[str, Any]:
-    """Write results.json, the report and the folder of the final model, and show the table."""
+    """Write results.json, the report and the folders of the final models, and show the table."""
     folder = inputs.folder
     results = _results(inputs, data, base, adapted, final, flops=training_flops(inputs, adapted), chats=chats)
     if is_main():
         write_results(folder.path(schema.FILE_NAME), results)
         report(results, folder.root)
-        write_final_model(folder.path("model"), adapted.model.path, inputs.base.path, inputs.config, results)
+        config = inputs.config.model_dump(mode="json")
+        card = model_card(results, inputs.base.path, CONFIG_FILE)
+        write_final_model(folder.path("model"), adapted.model.path, card, config, CONFIG_FILE)
+        if chat := inputs.config.chat:
+            trust = inputs.config.trust_remote_code
+            given = resolve_checkpoint(chat.model, trust_remote_code=trust) if chat.model else None
+            card = run_chat_card(results, chat, inputs.base.path, given, CONFIG_FILE)
+            write_final_model(folder.path("chat"), folder.path(chats[-1].name), card, config, CONFIG_FILE)
         show(results)
         folder.say(f"report: {folder.path('report.html')}")
         folder.say(f"model: {folder.path('model')}")

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from chat_fixtures import write_chat_world, write_conversations
 from fork_fixtures import finish, forked
+from huggingface_hub import ModelCard
 from run_fixtures import SOURCE
 from surgery_fixtures import edit_config, stored
 from torch.nn.functional import cross_entropy
@@ -34,16 +36,22 @@ from elo.evaluate.chat import Chat
 from elo.evaluate.evaluate import evaluate
 from elo.evaluate.loading import load_model
 from elo.evaluate.scoring import keeps_apart
+from elo.push import push
 from elo.report.files import read_results
 from elo.run import run, stage_names
 from elo.surgery.equivalence import build_hollow_causal_lm
 from elo.vocab.vocabulary import extend_vocabulary
 
+CARD = "---\nlicense: apache-2.0\n---\n\n# {}\n"
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("chat")
-    return root, write_chat_world(root)
+    config = write_chat_world(root)
+    for name in ("base", "chat"):
+        (root / name / "README.md").write_text(CARD.format(name))
+    return root, config
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,7 @@ def test_the_stages_of_a_run(done, world, capsys):
     assert names == ["chat_model", "chat_vector", "sft"]
     records = {path.stem for path in (folder / "stages").glob("*.json")}
     assert {"conversations", "chat_vector", "sft", "evaluate-chat_vector", "evaluate-sft"} <= records
-    assert (folder / "chat").resolve() == folder / "sft"
+    assert (folder / "chat" / "model.safetensors").samefile(folder / "sft" / "model.safetensors")
     assert sha(folder / "model") == sha(folder / "full")
     assert "## Chat models" in (folder / "report.md").read_text()
     assert "chat ended ko" in (folder / "report.html").read_text()
@@ -91,6 +99,25 @@ def test_what_comes_out_is_a_chat_checkpoint(done):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed, "adapters are merged"
     assert all("layers" in name for name in changed), "LoRA leaves embedding, norm and head as they are"
+
+
+def test_the_chat_models_card_says_what_it_is(done, world):
+    folder, _ = done
+    card = ModelCard.load(folder / "chat" / "README.md")
+    data = card.data.to_dict()
+    assert {"chat", "chat_vector", "sft", "elo"} <= set(data["tags"])
+    assert data["license"] == "apache-2.0", "both name it"
+    for heading in ("Use", "Base", "Data", "Method", "Cost", "Chat", "Results", "Limits", "Licence"):
+        assert f"\n## {heading}\n" in card.text, heading
+    text = card.text.replace("\\", "")
+    assert "Conversations, ko: chat-ko.jsonl" in text and "apply_chat_template" in text
+    assert "| SFT |" in text and "not trained to follow instructions" not in text
+    assert "The chat model's card (README_base.md) names apache-2.0." in text
+    assert str(world[0]) not in card.text, "a card is published; paths are private"
+    assert (folder / "chat" / "README_base.md").read_text() == CARD.format("chat")
+    assert load_config(folder / "chat" / "elo_run.yaml") == load_config(world[1])
+    assert "README.md" in push(folder / "chat", "owner/chat", dry_run=True)["files"]
+    assert (folder / "sft" / "README.md").read_text() == CARD.format("chat"), "the stage stays as it is"
 
 
 def test_held_out_conversations_are_not_trained_on(done):
@@ -256,6 +283,10 @@ def test_command_line(world, tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "chat.json").read_text())
     assert [each["name"] for each in results["models"]] == ["adapted", "chat_model", "chat_vector", "sft"]
     assert "chat model:" in capsys.readouterr().out
+    text = (tmp_path / "out" / "chat" / "README.md").read_text().replace("\\", "")
+    assert "base with the chat vector of chat and supervised fine-tuning." in text and "| Adapted model |" in text
+    section = yaml.safe_load((tmp_path / "out" / "chat" / "elo_chat.yaml").read_text())["chat"]
+    assert load_chat(section) == load_chat(results["config"])
     main(["evaluate", str(tmp_path / "out" / "chat"), "--chat", *data])
     assert "chat_ended" in capsys.readouterr().out
 
@@ -295,6 +326,18 @@ def test_mistakes_are_found_before_anything_is_trained(changes, said, world, tmp
     with pytest.raises(EloError, match=said):
         chat("base", section(root) | changes, output="out")
     assert not Path("out").exists(), "nothing half-written"
+
+
+def test_a_chat_vector_alone_needs_a_template(world, tmp_path):
+    root, _ = world
+    bare = shutil.copytree(root / "chat", tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    chosen = {"model": str(bare), "base": str(root / "base")}
+    with pytest.raises(EloError, match="bare: its tokenizer has no chat template; give a template"):
+        chat(root / "base", chosen, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    chat(root / "base", chosen | {"template": "chatml"}, output=tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "chat").chat_template == TEMPLATES["chatml"]
 
 
 def test_no_conversation_that_fits(world, tmp_path):

@@ -194,6 +194,8 @@ def rendered(folder):
 
 
 def test_the_sum_talks_with_the_chat_models_template(talking, tmp_path, capsys):
+    chat = shutil.copytree(talking / "chat", tmp_path / "chat")
+    (chat / "README.md").write_text("I am the chat model.")
     main(
         [
             "chat-vector",
@@ -201,7 +203,7 @@ def test_the_sum_talks_with_the_chat_models_template(talking, tmp_path, capsys):
             "--base",
             str(talking / "base"),
             "--chat",
-            str(talking / "chat"),
+            str(chat),
             "-o",
             str(tmp_path / "sum"),
         ]
@@ -211,6 +213,9 @@ def test_the_sum_talks_with_the_chat_models_template(talking, tmp_path, capsys):
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer(prompt)["input_ids"] == AutoTokenizer.from_pretrained(talking / "chat")(prompt)["input_ids"]
     assert "added to" in capsys.readouterr().out
+    assert (tmp_path / "sum" / "README_base.md").read_text() == "I am the chat model."
+    card = (tmp_path / "sum" / "README.md").read_text()
+    assert "adapted with the chat vector of chat." in card and str(tmp_path) not in card
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["by elo vocab", "by another tool"])

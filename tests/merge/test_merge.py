@@ -67,12 +67,17 @@ def test_names_dtypes_and_files_are_the_first_models(tmp_path):
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).save_pretrained(base, max_shard_size="20KB")
     (base / "model.safetensors").unlink()
     (adapted / "LICENSE").write_text("adapted")
+    (adapted / "README.md").write_text("I am the adapted model.")
     (adapted / "notes").mkdir()
     (adapted / "notes" / "x.txt").write_text("x")
     (base / "LICENSE").write_text("base")
     merge(adapted, base, output=tmp_path / "out", weight=0.5)
     assert (tmp_path / "out" / "LICENSE").read_text() == "adapted"
     assert (tmp_path / "out" / "notes" / "x.txt").read_text() == "x"
+    assert (tmp_path / "out" / "README_base.md").read_text() == "I am the adapted model."
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# Merge of adapted and base" in card and "Weight: 0.5, of base" in card and str(tmp_path) not in card
+    assert "adapted's card (README\\_base.md) names no licence. Its terms are in LICENSE." in card
     merged, ours = stored(tmp_path / "out"), stored(adapted)
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in merged.items()} == {
         name: (tensor.dtype, tensor.shape) for name, tensor in ours.items()
@@ -335,6 +340,8 @@ def test_the_weight_with_the_best_target_within_the_limit_is_taken(languages, tm
     assert record["weight"] == min(tried, key=lambda weight: tried[weight]["xx"])
     assert tried[1] == record["search"]["reference"]["bpb"]
     assert "weight 0.5: bits per byte xx" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| **{record['weight']:g}** | **{tried[record['weight']]['xx']:.3f}** |" in card
     assert tried[0]["en"] > tried[1]["en"]
     main([str(each) for each in [*command, "--weights", "0,1", "--source-limit", "0", "--overwrite"]])
     assert json.loads((tmp_path / "out" / RECORD_FILE).read_text())["weight"] == 1

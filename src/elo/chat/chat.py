@@ -10,8 +10,10 @@ from elo.chat.stages import ChatInputs, chat_models, open_chat
 from elo.config import EvaluationConfig, load_chat
 from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
+from elo.final_model import write_final_model
 from elo.identities import checkpoint_identity
 from elo.report import collect, schema
+from elo.report.card import chat_card
 from elo.report.page import rich_table
 from elo.report.tables import chat_table, named_chat_models
 from elo.stages import measure
@@ -20,6 +22,7 @@ from elo.store.processes import is_main
 from elo.store.run_folder import Artifact, RunFolder, file_identity
 
 RESULTS_FILE = "chat.json"
+CONFIG_FILE = "elo_chat.yaml"
 
 
 def chat(
@@ -36,7 +39,7 @@ def chat(
     Args:
         model: checkpoint folder or hub id of the adapted model.
         section: section `chat` of a run's configuration, with `base` if it has a `model`.
-        output: run folder. OUTPUT/chat links to the chat model, OUTPUT/chat.json holds the results.
+        output: run folder. OUTPUT/chat is the chat model, OUTPUT/chat.json holds the results.
         overrides: `key.path=value`, applied to the section.
         seed: seed of the order of the conversations and all other random choices.
         trust_remote_code: run Python code that ships with the checkpoints.
@@ -74,7 +77,6 @@ def chat(
             models.append(_measured(inputs, "chat_model", inputs.model, str(inputs.model.path)))
         for name, artifact in chat_models(inputs, adapted, str(source)):
             models.append(_measured(inputs, name, artifact, str(artifact.path)))
-            folder.link("chat", artifact.path)
         results = {
             "schema": 1,
             "kind": "chat",
@@ -84,7 +86,11 @@ def chat(
         }
         if is_main():
             write_json(folder.path(RESULTS_FILE), results)
-            table = chat_table(named_chat_models(models))
+            measured, given = named_chat_models(models), inputs.model.path if inputs.model else None
+            card = chat_card(str(model), config, measured, source, given)
+            last = folder.path(config.stages[-1])
+            write_final_model(folder.path("chat"), last, card, {"chat": results["config"]}, CONFIG_FILE)
+            table = chat_table(measured)
             if table is not None and any(each.measured.measures for each in models):
                 Console().print(rich_table(table, "Chat models"))
             folder.say(f"chat model: {folder.path('chat')}")

@@ -8,13 +8,21 @@ from typing import Any
 
 from elo.check_output import check_output
 from elo.checkpoint.counting import read_config
-from elo.checkpoint.folder import TEMPLATE_PATTERNS, TOKENIZER_PATTERNS, copy_side_files, copy_tokenizer
+from elo.checkpoint.folder import (
+    CARD_FILE,
+    TEMPLATE_PATTERNS,
+    TOKENIZER_PATTERNS,
+    copy_side_files,
+    copy_tokenizer,
+    put_first,
+)
 from elo.checkpoint.new_rows import read_new_rows
 from elo.checkpoint.tensor_files import StoredTensor
 from elo.data.tokenizer import load_tokenizer, save_with_backend
 from elo.detach_attach import check_replaceable, resolve_checkpoint
 from elo.errors import EloError
 from elo.merge.weights import Place, check_models, merge_weights
+from elo.report.card import chat_vector_card
 from elo.store.files import readable_disk_errors
 from elo.surgery.in_memory import INCLUDABLE
 
@@ -27,6 +35,7 @@ def chat_vector(
     output: str | Path,
     scale: float = 1.0,
     leave_out: Sequence[str] = (),
+    with_card: bool = True,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -42,6 +51,8 @@ def chat_vector(
         output: folder to write. It appears only when complete.
         scale: factor for the change of chat training; 1 adds all of it.
         leave_out: parts to which nothing is added, among "embedding", "norm" and "head".
+        with_card: write a model card as README.md, and keep that of the chat model, or else of the adapted model, as
+            README_base.md.
         overwrite: replace an existing output.
         trust_remote_code: allow the checkpoints' own Python code to define the model.
 
@@ -59,6 +70,9 @@ def chat_vector(
     ours, theirs, chats = (
         resolve_checkpoint(each, trust_remote_code=trust_remote_code) for each in (adapted, base, chat)
     )
+    card = None
+    if with_card:
+        card = chat_vector_card(str(adapted), str(base), str(chat), ours, chats, scale, leave_out)
     with readable_disk_errors(Path(output)):
         return add_chat_vector(
             ours,
@@ -72,6 +86,7 @@ def chat_vector(
                 trust_remote_code=trust_remote_code,
             ),
             num_chat_tokens=lambda: load_tokenizer(chats, trust_remote_code).vocab_size,
+            card=card,
             scale=scale,
             leave_out=leave_out,
             overwrite=overwrite,
@@ -123,6 +138,7 @@ def add_chat_vector(
     save_tokenizer: Callable[[Path], None],
     check: Callable[[Path], None] = lambda folder: None,
     num_chat_tokens: Callable[[], int] | None = None,
+    card: str | None = None,
     scale: float = 1.0,
     leave_out: Sequence[str] = (),
     overwrite: bool = False,
@@ -147,6 +163,7 @@ def add_chat_vector(
         check: called with the complete folder before it is renamed to `output`; raises EloError to reject it.
         num_chat_tokens: returns the highest id of the chat model's tokenizer plus one. The adapted model's tokenizer
             needs the same tokens at these ids. None copies no row of the chat model before rows of the adapted model.
+        card: content of README.md; None keeps that of the chat model, or else of the adapted model.
         leave_out: parts to which nothing is added, among "embedding", "norm" and "head". If embedding and head are
             tied, either name covers both.
 
@@ -170,6 +187,8 @@ def add_chat_vector(
         copy_side_files(chat, folder, python=trust_remote_code, leave_out=TOKENIZER_PATTERNS)
         without = (*TOKENIZER_PATTERNS, *TEMPLATE_PATTERNS, "generation_config.json")
         copy_side_files(adapted, folder, python=trust_remote_code, leave_out=without)
+        if card is not None:
+            put_first(folder / CARD_FILE, card)
 
     record = merge_weights(
         (adapted, base, chat),

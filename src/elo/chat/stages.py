@@ -143,6 +143,7 @@ def chat_models(inputs: ChatInputs, adapted: Artifact, adapted_tokenizer: str) -
             chat=inputs.model,
             scale=config.scale,
             leave_out=config.leave_out,
+            template=(inputs.conversations.path / TEMPLATE_FILE).read_text("utf-8") if config.template else None,
             execution=trust,
         )
         tokenizer = str(model.path)
@@ -185,9 +186,6 @@ def _divide(
     Args:
         tokenizer_identity, files: identities of the files that are read.
     """
-    if not data and not heldout:  # a chat vector alone
-        with atomic_directory(output, overwrite=True):
-            return {"conversations": {}}
     chat = ChatFormat.load(tokenizer, template, trust_remote_code)
     counts = {}
     with atomic_directory(output, overwrite=True) as folder:
@@ -252,18 +250,23 @@ def _add_chat_vector(
     chat: Artifact,
     scale: float,
     leave_out: tuple[str, ...],
+    template: str | None,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    return chat_vector(
+    record = chat_vector(
         adapted.path,
         base.path,
         chat.path,
         output=output,
         scale=scale,
         leave_out=leave_out,
+        with_card=False,
         overwrite=True,
         trust_remote_code=trust_remote_code,
     )
+    if template is not None:
+        (output / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    return record
 
 
 @checked("checkpoint", collective=True)

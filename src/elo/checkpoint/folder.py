@@ -18,6 +18,7 @@ from elo.errors import EloError, UnfinishedError, UnsupportedArchitectureError, 
 from elo.store.files import read_json
 
 CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
 TOKENIZER_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
 )  # fmt: skip
@@ -79,6 +80,19 @@ def write_config(folder: Path, config_json: dict[str, Any]) -> None:
     """Write a folder's config.json."""
     # Escape to ASCII, as transformers does: JSON can hold an unpaired surrogate, UTF-8 cannot.
     (folder / CONFIG_FILE).write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
+
+
+def put_first(path: Path, text: str) -> None:
+    """Write a file; an existing one is renamed, README.md to README_base.md, and that one to README_base_base.md."""
+
+    def set_aside(existing: Path) -> None:
+        if existing.exists():
+            kept = existing.with_stem(f"{existing.stem}_base")
+            set_aside(kept)
+            existing.rename(kept)
+
+    set_aside(path)
+    path.write_text(text, encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from elo.check_output import check_output
-from elo.checkpoint.folder import TEMPLATE_PATTERNS, TOKENIZER_PATTERNS, copy_side_files, copy_tokenizer
+from elo.checkpoint.folder import (
+    CARD_FILE,
+    TEMPLATE_PATTERNS,
+    TOKENIZER_PATTERNS,
+    copy_side_files,
+    copy_tokenizer,
+    put_first,
+)
 from elo.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from elo.detach_attach import check_replaceable, resolve_checkpoint
 from elo.errors import EloError
@@ -16,6 +23,7 @@ from elo.evaluate.evaluate import evaluate
 from elo.merge.mergekit import read_mergekit
 from elo.merge.recipe import Recipe, two_models
 from elo.merge.weights import merge_weights
+from elo.report.card import merge_card
 from elo.store.files import TEMPORARY_PREFIX, readable_disk_errors, write_json
 
 RECORD_FILE = "elo_merge.json"
@@ -153,6 +161,7 @@ def merge(
             else:
                 without = ()
             copy_side_files(folders[0], folder, python=trust_remote_code, leave_out=without)
+            put_first(folder / CARD_FILE, merge_card(given, folders))
 
         record = merge_weights(
             folders,

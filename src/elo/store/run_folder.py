@@ -120,13 +120,6 @@ class RunFolder:
         """Return a path inside the run folder."""
         return self.root.joinpath(*parts)
 
-    def link(self, name: str, target: Path) -> None:
-        """Link `name` in the run folder to one of its outputs, replacing an earlier link."""
-        if is_main():
-            link = self.path(name)
-            link.unlink(missing_ok=True)
-            link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
-
     def once(
         self,
         name: str,

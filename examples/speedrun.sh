@@ -49,7 +49,7 @@ data:
   heldout_share: $HELDOUT_SHARE  # at least 30 documents a language
   sequence_length: $LENGTH
 training: {tokens_per_step: $STEP}
-evaluation: {max_bytes: $HELDOUT_BYTES}
+evaluation: {max_bytes: $HELDOUT_BYTES, in_context: true}
 chat:
   model: $CHAT
   data: {$TARGET_LANGUAGE: "$TALK_TARGET", $SOURCE_LANGUAGE: "$TALK_SOURCE"}

@@ -351,7 +351,8 @@ def _check_items(config: dict[str, Any], where: str) -> None:
                 raise EloError(f"{where}: {at}: is no object; write an object with the fields of the task file")
             if missing := sorted(fields - item.keys()):
                 raise EloError(
-                    f"{where}: {at}: has no field {missing[0]!r}, which the task file uses; it has {', '.join(item)}"
+                    f"{where}: {at}: has no field {missing[0]!r}, which the task file uses; it has {', '.join(item)}; "
+                    "add the field, with null if the item has none"
                 )
 
 

@@ -177,7 +177,13 @@ class Tasks(Measure):
         limit = int(self.limit) if self.limit is not None and self.limit >= 1 else self.limit
         try:
             results: Any = simple_evaluate(
-                lm, tasks=built, num_fewshot=self.num_fewshot, batch_size=batch_size, limit=limit, log_samples=True
+                lm,
+                tasks=built,
+                num_fewshot=self.num_fewshot,
+                batch_size=batch_size,
+                limit=limit,
+                log_samples=True,
+                task_manager=self._manager(),  # otherwise lm-eval reads the files of all its tasks again
             )
         except (KeyError, ValueError, IndexError, TypeError, AttributeError, AssertionError) as error:
             raise EloError(f"{self.name}: {task}: lm-eval stopped ({_reason(error)})") from None

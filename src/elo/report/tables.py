@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isinf
 
 from elo.format import count, duration, flops, learning_rate, mean_of, memory, signed
 from elo.report.schema import (
@@ -394,11 +395,10 @@ def tuning_table(results: Results) -> Table | None:
             ))  # fmt: skip
     if not parts:
         return None
-    weight = results.endpoint.source_weight
-    unit = "validation bpb ↓" + (f", target + {weight:g} × source" if weight else "")
     columns = (Column("Contestant", is_text=True), Column("Learning rate of", is_text=True), Column("Used"))
     if all(row[3].text == NOTHING for row in parts):
         return Table(columns, tuple(row[:3] for row in parts))
+    unit = "validation bpb ↓; in brackets: a source language's excess over the limit"
     return Table((*columns, Column("Tried", unit, is_text=True)), tuple(parts))
 
 
@@ -407,9 +407,10 @@ def _rates(trial: Trial) -> str:
 
 
 def _score(results: Results, trial: Trial) -> str:
-    languages, weight = results.languages, results.endpoint.source_weight
-    value = score(trial.validation, languages.targets, languages.sources, weight)
-    return "failed" if value is None or trial.failed else f"{value:.3f}"
+    excess, target = score(trial, results.languages.targets)
+    if isinf(target):
+        return "failed"
+    return f"{target:.3f}" + (f" ({signed(excess)})" if excess else "")
 
 
 def data_table(data: Data, base: Measured) -> Table | None:

@@ -124,6 +124,18 @@ def test_adaptability_is_measured_on_text_that_was_not_learnt():
         assert again[which]["xx"] == pytest.approx(scores[which]["xx"], abs=1e-5)
 
 
+def test_batches_of_unequal_size_give_the_scores_of_one(monkeypatch):
+    monkeypatch.setattr(adaptability, "STEP", 0.02)
+    of = subject(sequences=5)  # batches of 2, 2 and 1 sequences; adaptability learns from 2 and 1
+    whole = {name: each.score(of) for name, each in CRITERIA.items()}
+    monkeypatch.setattr("elo.probe.base.BATCH_TOKENS", 30)
+    for name, each in CRITERIA.items():
+        scores = each.score(of)
+        for which in MODULES:
+            for language, values in scores[which].items():
+                assert values == pytest.approx(whole[name][which][language], rel=1e-3, abs=1e-5), f"{name}: {which}"
+
+
 def test_parallel_sees_the_same_sentences_as_the_same():
     of = subject()
     scores = CRITERIA["parallel"].score(of)
@@ -253,7 +265,13 @@ def test_a_probe_writes_scores_and_charts_and_resumes(tmp_path, capsys, monkeypa
     for name in names:
         assert (tmp_path / "probe" / f"{name}.svg").read_bytes().startswith(b"<?xml")
         assert (tmp_path / "probe" / f"{name}.png").stat().st_size > 1000
-    assert probe(base, corpora, **arguments)["criteria"] == results["criteria"]
+    options = [f"--corpus={language}={path}" for language, path in corpora.items()]
+    options += [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
+    done = CliRunner().invoke(app, ["probe", base, *options, "--criteria", names[0]])
+    assert done.exit_code == 0, done.output
+    assert "already done" in done.output and "best first" in done.output
+    again = json.loads((tmp_path / "probe" / "probe.json").read_text())["criteria"]
+    assert again == {names[0]: results["criteria"][names[0]]}
 
 
 def test_a_smaller_model_of_the_layers_that_matter(tmp_path):

@@ -1,7 +1,10 @@
 """Probe: what each criterion measures, that the model stays as it is, and how its scores choose layers."""
 
 import copy
+import importlib
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ from elo.probe.text import make_sequences, read_sentences
 from elo.run import run
 from elo.surgery.in_memory import detach_layers
 
+ROOT = Path(__file__).parent.parent.parent
 ONE_WORD = {"layer": ("",), "attention": ("self_attn",), "mlp": ("mlp",)}
 
 
@@ -305,6 +309,19 @@ def test_a_smaller_model_is_healed_by_training_all_of_it(world, tmp_path):
     assert results["trials"][0]["measured"]["bpb"]["xx"] < results["base"]["bpb"]["xx"]
     healed = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert healed.config.num_hidden_layers == 3
+
+
+def test_the_benchmark_of_pruning_draws_quality_over_size(world, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr("sys.argv", ["pruning.py", world["model"], "--keep=3,2", f"--output={tmp_path}", "--heal=2048"])
+    for language, path in world["data"]["corpora"].items():
+        sys.argv += [f"--corpus={language}={path}", f"--heldout={language}={path}"]
+    importlib.import_module("pruning").main()
+    whole, three, two = json.loads((tmp_path / "pruning.json").read_text())["points"]
+    assert whole["parameters"] > three["parameters"] > two["parameters"]
+    assert set(two["kept"]) < set(three["kept"]) and whole["bpb"].keys() == two["bpb"].keys() == {"xx", "en"}
+    assert two["healed"]["xx"] < two["bpb"]["xx"]
+    assert (tmp_path / "pruning.svg").read_bytes().startswith(b"<?xml")
 
 
 @pytest.mark.parametrize(

@@ -71,13 +71,14 @@ def divide_budget(config: RunConfig, data: PreparedData, say: Callable[[str], No
     for language in dict.fromkeys(source.language for source in mixture.sources):
         own = [source for source in mixture.sources if source.language == language]
         passes = {each.stream.corpus.name: total * each.share / each.stream.sequences_per_epoch for each in own}
-        if max(passes.values()) > 1:
-            mean = total / mixture.epoch_sequences(language)
+        most = max(passes.values())
+        if most > 1:
             by_corpus = ", ".join(f"{name} {count:.1f}" for name, count in passes.items())
             say(
-                f"note: the budget of {total * length:,} tokens passes over the {language!r} text {mean:.1f} times"
+                f"note: the budget of {total * length:,} tokens passes over the {language!r} text "
+                f"{total / mixture.epoch_sequences(language):.1f} times"
                 + (f" ({by_corpus})" if len(own) > 1 else "")
-                + ("; passes beyond 4 lose value (docs/data.md, Little target text)" if max(passes.values()) > 4 else "")
+                + ("; passes beyond 4 lose value (docs/data.md, Little target text)" if most > 4 else "")
             )
     pretraining, alignment = divide_sequences(config, total)
     if isinstance(mixture, Schedule):

@@ -76,7 +76,7 @@ def test_passes_over_each_corpus_are_noted(tmp_path):
     text = world["data"]["corpora"]["xx"]
     few = write_documents(tmp_path / "few.jsonl", ["가나", "바사"], 20, 9)
     world["data"]["corpora"]["xx"] = [text, {"path": str(few), "weight": 8}]
-    _divided(world, "tokens=2400")
+    _divided(world, "tokens=4800")
     (line,) = (line for line in LINES if "'xx'" in line)
     mean, *by_corpus = map(float, re.findall(r"\d+\.\d", line))
     assert by_corpus[0] < mean < 1 < by_corpus[1]

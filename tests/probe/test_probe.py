@@ -313,14 +313,14 @@ def test_a_smaller_model_is_healed_by_training_all_of_it(world, tmp_path):
 
 def test_the_benchmark_of_pruning_draws_quality_over_size(world, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.setattr("sys.argv", ["pruning.py", world["model"], "--keep=3,2", f"--output={tmp_path}", "--heal=2048"])
+    monkeypatch.setattr("sys.argv", ["pruning.py", world["model"], "--keep=3", f"--output={tmp_path}", "--heal=2048"])
     for language, path in world["data"]["corpora"].items():
         sys.argv += [f"--corpus={language}={path}", f"--heldout={language}={path}"]
     importlib.import_module("pruning").main()
-    whole, three, two = json.loads((tmp_path / "pruning.json").read_text())["points"]
-    assert whole["parameters"] > three["parameters"] > two["parameters"]
-    assert set(two["kept"]) < set(three["kept"]) and whole["bpb"].keys() == two["bpb"].keys() == {"xx", "en"}
-    assert two["healed"]["xx"] < two["bpb"]["xx"]
+    whole, smaller = json.loads((tmp_path / "pruning.json").read_text())["points"]
+    assert whole["parameters"] > smaller["parameters"] and len(smaller["kept"]) == 3
+    assert whole["bpb"].keys() == smaller["bpb"].keys() == {"xx", "en"}
+    assert smaller["healed"]["xx"] < smaller["bpb"]["xx"]
     assert (tmp_path / "pruning.svg").read_bytes().startswith(b"<?xml")
 
 

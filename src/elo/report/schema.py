@@ -225,6 +225,7 @@ class Model(Record):
     name: str = Field(description="Folder or Hugging Face Hub id.")
     parameters: Count | None = Field(None, description="Number of parameters.")
     num_layers: Count | None = Field(None, description="Number of decoder layers.")
+    vocabulary_size: Count | None = Field(None, description="Number of vocabulary rows.")
     vocabulary: Vocabulary | None = Field(None, description="Vocabulary extension, if there was one.")
 
 

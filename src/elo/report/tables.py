@@ -205,6 +205,7 @@ def bases_table(results: Results, budget: Budget) -> Table | None:
         model = contestant.model or results.model
         base, trials = results.base_of(contestant.name), results.finished(contestant.name, budget.name)
         cells = [Cell(contestant.title, model.name, swatch=contestant.name), _cell(model.parameters, count)]
+        cells.append(_cell(model.vocabulary_size, lambda value: f"{value:,}"))
         for language in results.languages.all:
             size = base.heldout.get(language)
             cells.append(_cell(size.bytes_per_token if size else None, lambda value: f"{value:.2f}"))
@@ -214,7 +215,7 @@ def bases_table(results: Results, budget: Budget) -> Table | None:
             cells.append(Cell() if after is None else Cell(f"{after:.3f}", "" if change is None else signed(change)))
         cells += [_mean_cell(trials, value, shown) for _, value, shown in _COSTS]
         rows.append(tuple(cells))
-    columns = [Column("Contestant", is_text=True), Column("Parameters")]
+    columns = [Column("Contestant", is_text=True), Column("Parameters"), Column("Vocabulary", "tokens")]
     for language in results.languages.all:
         columns.append(Column(language, "bytes per token ↑"))
         columns += [Column(f"{language} before", "bpb ↓"), Column(f"{language} after", "bpb ↓, change")]

@@ -296,6 +296,7 @@ def test_a_smaller_model_is_healed_by_training_all_of_it(world, tmp_path):
         (["--layers", "auto:wrong:2", "--corpus", "xx=x.jsonl"], "there is no criterion 'wrong'"),
         (["--layers", "auto:parallel:2", "--corpus", "xx=x.jsonl"], "criterion parallel needs parallel text"),
         (["--layers", "0,1", "--corpus", "xx=x.jsonl"], "belong to --layers auto:K"),
+        (["--layers", "auto:2", "--corpus", "xx=x.jsonl", "--probe", "probe.json"], "exclude each other"),
     ],
 )
 def test_what_a_smaller_model_needs(tmp_path, arguments, said):

@@ -97,7 +97,7 @@ def _results(
                         "name": method.name,
                         "label": method.label,
                         "method": method.name,
-                        "layers": inputs.layers if method.uses_layers else (),
+                        "layers": inputs.layers,
                         "layers_reason": inputs.layers_reason,
                     }
                 ],

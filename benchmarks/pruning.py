@@ -1,7 +1,7 @@
 """Quality over size: remove layers by the scores of a probe, heal the smaller models, and measure bits per byte.
 
     python benchmarks/pruning.py MODEL --corpus ko=ko.jsonl --corpus en=en.jsonl --heldout ko=ko_heldout.jsonl \
-        --heldout en=en_heldout.jsonl --keep 28,26,24 --criteria skipping,gradient --heal 1000000 --output pruning
+        --heldout en=en_heldout.jsonl --keep 28,26,24 --criteria skipping,importance --heal 1000000 --output pruning
 
 Writes OUTPUT/pruning.json and pruning.svg, one line per criterion and language. `--heal 0` measures the models as they
 are cut. An interrupted call resumes the probe and the training of each model.
@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("--criteria", default="skipping", help="criteria of the probe, joined by commas")
     parser.add_argument("--tokens", type=int, default=256, help="tokens per language of the probe")
     parser.add_argument("--heal", type=int, default=0, help="training tokens of `method: full` for each smaller model")
+    parser.add_argument("--tokens-per-step", type=int, default=512, help="tokens per update of the healing")
     parser.add_argument("--max-bytes", type=int, default=20_000, help="held-out text per language, in bytes")
+    parser.add_argument("--dtype", default="auto", help="as in `evaluation.dtype` of a run")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     corpora, heldout = files_by_language("--corpus", given.corpus), files_by_language("--heldout", given.heldout)
@@ -40,44 +42,48 @@ def main() -> None:
     )
 
     def measure(model: str | Path) -> dict[str, Any]:
-        found = evaluate(model, corpora=heldout, max_bytes=given.max_bytes, sequence_length=512, progress=False)
+        dtype = None if given.dtype == "auto" else given.dtype
+        found = evaluate(
+            model, corpora=heldout, max_bytes=given.max_bytes, sequence_length=512, dtype=dtype, progress=False
+        )
         return {"parameters": found["model"]["parameters"], "bpb": found["bpb"]}
 
     points = [{"criterion": None, "layers": scores["num_layers"], **measure(given.model)}]
     for criterion, record in scores["criteria"].items():
         for count in numbers("--keep", given.keep):
             kept = choose(record["scores"], criterion, count, "layer", languages).layers
-            name = f"{criterion}-{count}"
-            small = given.output / name
+            small = given.output / f"{criterion}-{count}"
             detach(given.model, kept, output=small, overwrite=True)
-            point = {"criterion": criterion, "layers": count, "kept": kept, **measure(small)}
-            if given.heal:
-                point["healed"] = measure(healed(small, given, corpora, heldout))["bpb"]
-            points.append(point)
-            print(point, flush=True)
-    write_report(given.output / "pruning.json", {"model": given.model, "heal": given.heal}, points=points)
+            found = heal(small, given, corpora, heldout) if given.heal else measure(small)
+            points.append({"criterion": criterion, "layers": count, "kept": kept, **found})
+            print(points[-1], flush=True)
+    settings = {key: value for key, value in vars(given).items() if key not in ("corpus", "heldout", "output")}
+    write_report(given.output / "pruning.json", settings, points=points)
     (given.output / "pruning.svg").write_bytes(chart(points, languages))
 
 
-def healed(small: Path, given: argparse.Namespace, corpora: dict[str, str], heldout: dict[str, str]) -> Path:
-    """Train a smaller model on equal parts of all languages, and return its folder."""
+def heal(small: Path, given: argparse.Namespace, corpora: dict[str, str], heldout: dict[str, str]) -> dict[str, Any]:
+    """Train a smaller model on equal parts of all languages; return its size, and bits per byte before and after."""
     target, *sources = corpora
-    folder = given.output / f"{small.name}-healed"
     data = {"target": target, "source": sources, "corpora": corpora, "heldout": heldout, "sequence_length": 512}
     data["replay_ratio"] = len(sources) / len(corpora)
-    training = {"tokens_per_step": 4096, "per_device_train_batch_size": 1, "evaluations": 0, "save_steps": 100_000}
-    run(
+    results = run(
         {
             "model": str(small),
-            "output": str(folder),
+            "output": str(given.output / f"{small.name}-healed"),
             "method": "full",
             "tokens": given.heal,
             "data": data,
-            "training": training,
-            "evaluation": {"max_bytes": given.max_bytes},
+            "training": {"tokens_per_step": given.tokens_per_step, "evaluations": 0, "save_steps": 100_000},
+            "evaluation": {"max_bytes": given.max_bytes, "dtype": given.dtype},
         }
     )
-    return folder / "model"
+    (trial,) = results["trials"]
+    return {
+        "parameters": results["model"]["parameters"],
+        "bpb": results["base"]["bpb"],
+        "healed": trial["measured"]["bpb"],
+    }
 
 
 def chart(points: list[dict[str, Any]], languages: list[str]) -> bytes:

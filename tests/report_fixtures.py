@@ -86,6 +86,8 @@ def example_comparison(seeds: tuple[int, ...] = (1, 2, 3), **changes: Any) -> di
                 off = {language: value + 0.012 * step**2 for language, value in end.items()}
                 trial = _trial(name, budget["name"], seeds[0], off, tokens, speed, work, gib, rate * 2**step)
                 trial |= {"tuning": True, "losses": [], "evaluations": []}
+                if name == "full" and step == 1:
+                    trial["source_excess_bpb"] = 0.013
                 if name == "full" and step == 2:
                     trial |= {
                         "failed": "training diverged at step 40",

@@ -1,7 +1,9 @@
 """A token budget is divided in whole updates of the phases."""
 
+import re
+
 import pytest
-from run_fixtures import write_world
+from run_fixtures import write_documents, write_world
 
 from elo.budget import divide_budget
 from elo.config import load_config
@@ -64,8 +66,21 @@ def test_less_than_one_update_is_refused(world, method, phase, message):
 def test_text_that_is_passed_over_more_than_once_is_noted(world):
     _divided(world, "tokens=64000")
     assert any("passes over the 'xx' text" in line for line in LINES)
+    assert all("passes beyond 4 lose value" in line for line in LINES)
     _divided(world, "tokens=640")
     assert not LINES
+
+
+def test_passes_over_each_corpus_are_noted(tmp_path):
+    world = write_world(tmp_path)
+    text = world["data"]["corpora"]["xx"]
+    few = write_documents(tmp_path / "few.jsonl", ["가나", "바사"], 20, 9)
+    world["data"]["corpora"]["xx"] = [text, {"path": str(few), "weight": 8}]
+    _divided(world, "tokens=4800")
+    (line,) = (line for line in LINES if "'xx'" in line)
+    mean, *by_corpus = map(float, re.findall(r"\d+\.\d", line))
+    assert by_corpus[0] < mean < 1 < by_corpus[1]
+    assert "few " in line and "beyond 4" not in line
 
 
 def test_a_scale_is_searched_on_sequences_that_nothing_trains_on(world):

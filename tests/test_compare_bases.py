@@ -1,5 +1,8 @@
 """`elo compare` over several base models: the same bytes, each base in its own tokens, changes against its own base."""
 
+import json
+from pathlib import Path
+
 import pytest
 from run_fixtures import SOURCE, write_base, write_world
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -91,7 +94,8 @@ def test_the_report_has_a_table_of_the_bases(finished):
             line for line in table.splitlines() if line.startswith(f"| {contestant.title.replace('_', chr(92) + '_')} ")
         )
         after = known.mean_bpb(contestant.name, BUDGET, ("xx",))
-        for value in (f"{size.bytes_per_token:.2f}", f"{base.bpb['xx']:.3f}", f"{after:.3f}"):
+        rows = json.loads((Path(contestant.model.name) / "config.json").read_text())["vocab_size"]
+        for value in (f"{rows:,}", f"{size.bytes_per_token:.2f}", f"{base.bpb['xx']:.3f}", f"{after:.3f}"):
             assert value in row
     assert "Base model of one" in page and "base models compared" in page
 

@@ -14,6 +14,7 @@ from elo.report.page import markdown_page
 from elo.run import run
 
 LANGUAGES = ("xx", "yy", "en", "de")
+LIMIT = 0.0
 
 
 def _world(root):
@@ -115,13 +116,15 @@ def test_a_comparison_tunes_and_ranks_by_the_mean_over_the_target_languages(tmp_
         "budgets": [{"tokens": 640}],
         "seeds": [1],
         "learning_rates": [1e-3],
-        "source_weight": 0.5,
+        "source_limit": LIMIT,
     })  # fmt: skip
     assert results["languages"] == {"targets": ["xx", "yy"], "sources": ["en", "de"]}
 
     def score(trial):
-        bpb = trial["validation"]["bpb"]
-        return (bpb["xx"] + bpb["yy"]) / 2 + 0.5 * (bpb["en"] + bpb["de"]) / 2
+        bpb, before = trial["validation"]["bpb"], results["base_validation"]["bpb"]
+        excess = max(bpb[each] - before[each] - LIMIT for each in ("en", "de"))
+        assert trial["source_excess_bpb"] == pytest.approx(max(0, excess))
+        return max(0, excess), (bpb["xx"] + bpb["yy"]) / 2
 
     full = [trial for trial in results["trials"] if trial["contestant"] == "full"]
     assert min(full, key=score)["tuning"] is False
@@ -137,13 +140,3 @@ def test_a_comparison_tunes_and_ranks_by_the_mean_over_the_target_languages(tmp_
     ]
     page = markdown_page(read_results(results), [])
     assert "mean of xx and yy, target" in page and "yy, target" in page and "de, source" in page
-
-
-def test_each_source_language_needs_validation_text_only_if_it_counts(tmp_path):
-    config = _world(tmp_path)
-    data = config["data"]
-    data |= {"replay_ratio": 0, "heldout": {"de": data["corpora"].pop("de")}}
-    assert load_config(config).data.sources == ("en", "de")
-    comparison = {"run": config, "output": str(tmp_path / "c"), "contestants": ["full"], "budgets": [{"tokens": 64}]}
-    with pytest.raises(EloError, match="source_weight: 1 needs validation text of 'de'"):
-        compare({**comparison, "source_weight": 1})

@@ -69,11 +69,16 @@ def divide_budget(config: RunConfig, data: PreparedData, say: Callable[[str], No
     mixture = _mixture(config, data)
     total = mixture.epoch_sequences(*config.data.targets) if config.tokens is None else config.tokens // length
     for language in dict.fromkeys(source.language for source in mixture.sources):
-        once = mixture.epoch_sequences(language)
-        if total > once:
+        own = [source for source in mixture.sources if source.language == language]
+        passes = {each.stream.corpus.name: total * each.share / each.stream.sequences_per_epoch for each in own}
+        most = max(passes.values())
+        if most > 1:
+            by_corpus = ", ".join(f"{name} {count:.1f}" for name, count in passes.items())
             say(
                 f"note: the budget of {total * length:,} tokens passes over the {language!r} text "
-                f"{total / once:.1f} times"
+                f"{total / mixture.epoch_sequences(language):.1f} times"
+                + (f" ({by_corpus})" if len(own) > 1 else "")
+                + ("; passes beyond 4 lose value (docs/data.md, Little target text)" if most > 4 else "")
             )
     pretraining, alignment = divide_sequences(config, total)
     if isinstance(mixture, Schedule):

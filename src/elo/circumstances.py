@@ -38,5 +38,6 @@ def model_record(config: RunConfig, base: Path) -> dict[str, Any]:
         "name": config.model,
         "parameters": counted.total,
         "num_layers": counted.num_layers,
+        "vocabulary_size": counted.vocab_size,
         **({"vocabulary": record_of(model_config)} if extended else {}),
     }

@@ -151,7 +151,6 @@ class _Comparison:
             self.bases[name] = by_folder[folder]
             self._probe_layers(name)
         self.base = self.bases[next(iter(opened))]
-        self._check_source_weight()
         for line in self.base.measured["warnings"]:
             self.say(f"warning: {line}")
         self.seconds: dict[str, float] = {}  # by trial
@@ -267,7 +266,9 @@ class _Comparison:
         return self.config.tuning_share == 1 and any(len(grid) > 1 for grid in self._grids(name).values())
 
     def _tune(self, name: str, tokens: int) -> tuple[Rates, dict[tuple[float, ...], schema.Trial]]:
-        """Choose the learning rates with the lowest score on validation text, one phase after another.
+        """Choose the best learning rates on validation text, one phase after another.
+
+        The rates are ranked as contestants are: source languages within the limit first, then by the target languages.
 
         Returns:
             The chosen rates, and all trials by their rates.
@@ -276,16 +277,14 @@ class _Comparison:
         rates = _middle(grids)
         tried: dict[tuple[float, ...], schema.Trial] = {}
 
-        def score(phase: str, rate: float) -> float:
+        def score(phase: str, rate: float) -> tuple[float, float]:
             attempt = {**rates, phase: rate}
             key = tuple(attempt.values())
             if key not in tried:
                 tried[key] = self._trial(
                     name, attempt, tokens, self.config.seeds[0], validated=True, reported=self.config.tuning_share == 1
                 )
-            data, weight = self.inputs.config.data, self.config.source_weight
-            value = verdict.score(tried[key].validation, data.targets, data.sources, weight)
-            return float("inf") if value is None else value
+            return verdict.score(tried[key], self.inputs.config.data.targets)
 
         for phase, grid in grids.items():
             if len(grid) == 1:
@@ -305,15 +304,6 @@ class _Comparison:
                 scores[float(f"{beyond:.3g}")] = score(phase, float(f"{beyond:.3g}"))
             rates[phase] = min(scores, key=scores.__getitem__)
         return rates, tried
-
-    def _check_source_weight(self) -> None:
-        for source in self.inputs.config.data.sources:
-            if self.config.source_weight and source not in self.base.validation["bpb"]:
-                raise EloError(
-                    f"source_weight: {self.config.source_weight:g} needs validation text of {source!r}, and there is "
-                    "none; add its text to data.corpora and set data.validation_share above 0, or set source_weight "
-                    "to 0"
-                )
 
     # Trials.
 
@@ -363,7 +353,12 @@ class _Comparison:
             run=run.model_dump(mode="json", exclude={"output", "title"}),
             layers=self.opened[name].layers,
         ).record
-        return schema.Trial.model_validate(record["trial"])
+        trial = schema.Trial.model_validate(record["trial"])
+        if trial.validation is None:
+            return trial
+        before, sources = collect.measured(self.bases[name].validation), self.inputs.config.data.sources
+        excess = verdict.source_excess(trial.validation, before, sources, self.config.source_limit)
+        return trial.model_copy(update={"source_excess_bpb": excess})
 
     def _run_trial(self, name: str, inputs: Inputs, output: Path, measured_on: list[str]) -> dict[str, Any]:
         folder = RunFolder(output, lambda _: None)
@@ -441,7 +436,7 @@ class _Comparison:
                 "kind": "comparison",
                 "title": config.title or self._title(),
                 "config": config.model_dump(mode="json"),
-                "endpoint": {"source_weight": config.source_weight},
+                "endpoint": {"source_limit_bpb": config.source_limit},
                 "base": collect.measured(self.base.measured),
                 "base_validation": collect.measured(self.base.validation),
                 "contestants": contestants,

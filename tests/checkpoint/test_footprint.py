@@ -1,5 +1,7 @@
 """Parameter counts and FLOPs from a config alone, against real models and against PyTorch's own FLOP counter."""
 
+from typing import Any
+
 import pytest
 import torch
 from plan_fixtures import known_configs, tiny_gpt2, tiny_llama
@@ -10,13 +12,14 @@ from transformers import (
     CLIPTextConfig,
     Olmo2Config,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen3MoeConfig,
 )
 from zoo import tiny_config
 
 from elo.checkpoint.counting import footprint, read_config
 from elo.errors import EloError
-from elo.methods import METHODS
+from elo.methods import METHODS, Setup
 from elo.train.loss import install_head_loss
 
 # ELO pretraining over full CPT per token, the same when full CPT recomputes, LM head's share, whole run both ways.
@@ -106,6 +109,11 @@ def measured_flops(
             )
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    return measured_flops_of(model, supervised)
+
+
+def measured_flops_of(model: PreTrainedModel, supervised: tuple[int, ...] = ()) -> float:
+    """The same for a model of which some parameters require gradients."""
     ids = torch.arange(48).unsqueeze(0)
     if supervised:
         install_head_loss(model, "plain", supervised=dict.fromkeys(supervised, 0.5))
@@ -210,6 +218,27 @@ def test_adapters_cost_six_flops_a_parameter_and_save_the_weight_gradient() -> N
     assert lora.total == 4 * weights + 6 * counted.trainable("adapted", lora_rank=4) + 4 * counted.head_matmul
     shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 160), (64, 160), (160, 64)]
     assert counted.lora_parameters(4) == 5 * 4 * sum(rows + columns for rows, columns in shapes)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "slam"},
+        {"name": "frozen", "module": "attention", "also_train": ()},
+        {"name": "lora", "rank": 4, "module": "mlp"},
+        {"name": "depth_lora", "profile": (0, 8, 0, 2, 4)},
+    ],
+    ids=lambda fields: " ".join(map(str, fields.values())),
+)
+def test_parts_of_layers_and_ranks_by_depth_cost_what_training_computes(fields: dict[str, Any]) -> None:
+    """The count has all of the lowest trained layer's input gradient, of which training computes what is needed."""
+    counted, method = footprint(tiny_llama()), METHODS[fields["name"]].model_validate(fields)
+    (phase,), model = method.phases, AutoModelForCausalLM.from_config(tiny_llama()).train()
+    method.prepare(model, phase, Setup((1, 3)))
+    planned, lowest = method.flops_per_token(phase, counted, (1, 3), 0).total, counted.layers[1]
+    unneeded = planned - measured_flops_of(model)
+    assert 0 <= unneeded <= 2 * lowest.active_matmul + 2 * 8 * lowest.lora_width
+    assert unneeded < 0.1 * planned
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 100])

@@ -213,7 +213,9 @@ def allocated_at_peak(config: PretrainedConfig, case: Case, layers: Sequence[int
 
 def planned_and_measured(config: PretrainedConfig, name: str, **arguments: Any) -> tuple[Memory, int]:
     """Planned memory of a method's first phase, and what two updates take."""
-    fields = {key: arguments.pop(key) for key in ("also_train", "middle", "rank", "layers") if key in arguments}
+    fields = {
+        key: arguments.pop(key) for key in ("also_train", "middle", "module", "rank", "layers") if key in arguments
+    }
     case = Case(METHODS[name].model_validate({"name": name, **fields}), **arguments)
     ends = (0, config.num_hidden_layers - 1)
     counted, phase = footprint(config), case.phase
@@ -265,6 +267,10 @@ def assert_within_a_tenth(planned: Memory, measured: int) -> None:
         ("frozen", {"supervised": 3, "micro_steps": 2}),
         ("lora", {"rank": 8}),
         ("lora", {"rank": 8, "also_train": ("embedding", "head"), "micro_steps": 2}),
+        ("lora", {"rank": 8, "module": "mlp"}),
+        ("depth_lora", {"rank": 8}),
+        ("slam", {"micro_steps": 2}),
+        ("frozen", {"module": "attention"}),
     ],
     ids=str,
 )

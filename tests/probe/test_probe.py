@@ -1,7 +1,10 @@
 """Probe: what each criterion measures, that the model stays as it is, and how its scores choose layers."""
 
 import copy
+import importlib
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ from elo.probe.text import make_sequences, read_sentences
 from elo.run import run
 from elo.surgery.in_memory import detach_layers
 
+ROOT = Path(__file__).parent.parent.parent
 ONE_WORD = {"layer": ("",), "attention": ("self_attn",), "mlp": ("mlp",)}
 
 
@@ -122,6 +126,18 @@ def test_adaptability_is_measured_on_text_that_was_not_learnt():
     scores, again = (CRITERIA["adaptability"].score(each) for each in (of, swapped))
     for which in MODULES:
         assert again[which]["xx"] == pytest.approx(scores[which]["xx"], abs=1e-5)
+
+
+def test_batches_of_unequal_size_give_the_scores_of_one(monkeypatch):
+    monkeypatch.setattr(adaptability, "STEP", 0.02)
+    of = subject(sequences=5)  # batches of 2, 2 and 1 sequences; adaptability learns from 2 and 1
+    whole = {name: each.score(of) for name, each in CRITERIA.items()}
+    monkeypatch.setattr("elo.probe.base.BATCH_TOKENS", 30)
+    for name, each in CRITERIA.items():
+        scores = each.score(of)
+        for which in MODULES:
+            for language, values in scores[which].items():
+                assert values == pytest.approx(whole[name][which][language], rel=1e-3, abs=1e-5), f"{name}: {which}"
 
 
 def test_parallel_sees_the_same_sentences_as_the_same():
@@ -253,7 +269,13 @@ def test_a_probe_writes_scores_and_charts_and_resumes(tmp_path, capsys, monkeypa
     for name in names:
         assert (tmp_path / "probe" / f"{name}.svg").read_bytes().startswith(b"<?xml")
         assert (tmp_path / "probe" / f"{name}.png").stat().st_size > 1000
-    assert probe(base, corpora, **arguments)["criteria"] == results["criteria"]
+    options = [f"--corpus={language}={path}" for language, path in corpora.items()]
+    options += [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
+    done = CliRunner().invoke(app, ["probe", base, *options, "--criteria", names[0]])
+    assert done.exit_code == 0, done.output
+    assert "already done" in done.output and "best first" in done.output
+    again = json.loads((tmp_path / "probe" / "probe.json").read_text())["criteria"]
+    assert again == {names[0]: results["criteria"][names[0]]}
 
 
 def test_a_smaller_model_of_the_layers_that_matter(tmp_path):
@@ -287,6 +309,19 @@ def test_a_smaller_model_is_healed_by_training_all_of_it(world, tmp_path):
     assert results["trials"][0]["measured"]["bpb"]["xx"] < results["base"]["bpb"]["xx"]
     healed = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert healed.config.num_hidden_layers == 3
+
+
+def test_the_benchmark_of_pruning_draws_quality_over_size(world, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr("sys.argv", ["pruning.py", world["model"], "--keep=3", f"--output={tmp_path}", "--heal=2048"])
+    for language, path in world["data"]["corpora"].items():
+        sys.argv += [f"--corpus={language}={path}", f"--heldout={language}={path}"]
+    importlib.import_module("pruning").main()
+    whole, smaller = json.loads((tmp_path / "pruning.json").read_text())["points"]
+    assert whole["parameters"] > smaller["parameters"] and len(smaller["kept"]) == 3
+    assert whole["bpb"].keys() == smaller["bpb"].keys() == {"xx", "en"}
+    assert smaller["healed"]["xx"] < smaller["bpb"]["xx"]
+    assert (tmp_path / "pruning.svg").read_bytes().startswith(b"<?xml")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from elo.report.files import judged, read_results, write_results
 from elo.report.page import CHART_FOLDER, changes_text, html_page, markdown_page, terminal
 from elo.report.schema_markdown import results_schema_markdown
 from elo.report.tables import results_table
-from elo.report.verdict import judge
+from elo.report.verdict import judge, score, source_excess
 from elo.report.write import report
 from elo.store.files import scratch_directory
 from elo.store.run_folder import Artifact, RunFolder
@@ -158,9 +158,26 @@ def test_every_setting_that_was_tried_is_shown_with_its_score():
     line = next(line for line in markdown.splitlines() if "| 1.25e-4: " in line)
     assert line == (
         "| Full CPT (500,000 tokens) | full | 5e-4 "
-        "| 1.25e-4: 2.054, 2.5e-4: 2.018, 5e-4: 2.002, 1e-3: 2.018, 2e-3: failed |"
+        "| 1.25e-4: 2.054, 2.5e-4: 2.018, 5e-4: 2.002, 1e-3: 2.018 (+0.013), 2e-3: failed |"
     )
     assert "| ELO (500,000 tokens) | elo pretraining / layer alignment | 1e-3 / 5e-4 |" in markdown
+
+
+def test_rates_that_keep_the_source_languages_come_first():
+    def trial(target, excess=None, failed=None):
+        validation = schema.Measured(bpb={"xx": target, "en": 1.0})
+        return schema.Trial(
+            contestant="full", budget="", seed=1, validation=validation, source_excess_bpb=excess, failed=failed
+        )
+
+    tried = [trial(1.9, 0.01), trial(2.1, 0.0), trial(2.0, 0.0), trial(1.8, 0.03), trial(1.0, 0.0, "diverged")]
+    ordered = sorted(tried, key=lambda each: score(each, ("xx",)))
+    assert [tried.index(each) for each in ordered] == [2, 1, 0, 3, 4]
+    assert score(trial(1.9), ("xx",)) < score(trial(2.0), ("xx",)), "older results have no excess"
+    before = schema.Measured(bpb={"xx": 3.0, "en": 1.0, "de": 1.0})
+    after = schema.Measured(bpb={"xx": 4.0, "en": 0.5, "de": 1.05})
+    assert source_excess(after, before, ("en", "de"), 0.02) == pytest.approx(0.03)
+    assert source_excess(after, before, ("en", "fr"), 0.02) == 0.0
 
 
 def test_samples_stand_side_by_side():

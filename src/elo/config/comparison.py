@@ -85,9 +85,9 @@ class CompareConfig(Section):
     tuning_share: float = Field(1.0, gt=0, le=1)
     """Length of a tuning run as a share of the budget. 1 is the most faithful, since the best rate depends on the
     length of the training."""
-    source_weight: float = Field(0.0, ge=0, le=10)
-    """Weight of the source languages when learning rates are chosen. The rates with the lowest target bits per byte
-    + `source_weight` x source bits per byte on validation text are taken, each the mean over its languages."""
+    source_limit: float = Field(0.02, ge=0)
+    """Bits per byte that each source language may lose. A contestant that loses more is not ranked, and learning rates
+    are chosen among those that lose no more on validation text, if there are any."""
     title: str | None = None
 
     @field_validator("contestants", mode="before")

@@ -1,13 +1,14 @@
 """Adaptability (after DAMA, arXiv 2602.01008): how much the loss falls in a few updates of one module alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from elo.checkpoint.architecture import LayerModule, modules_in
-from elo.probe.base import Scores, Subject, Trace, by_module, criterion, gradients, score_each
+from elo.probe.base import Scores, Subject, Trace, by_module, criterion, gradients, score_each, traces
 
 UPDATES = 2
 """Number of updates of each module."""
@@ -26,29 +27,32 @@ def score(subject: Subject) -> Scores:
     found = {}
     for language, ids_NT in subject.sequences.items():
         half = (len(ids_NT) + 1) // 2
-        learned, measured = Trace(subject, ids_NT[:half]), Trace(subject, ids_NT[half:])
+        learned, measured = (list(traces(subject, each)) for each in (ids_NT[:half], ids_NT[half:]))
         with gradients(subject), torch.enable_grad():
-            subject.loss(ids_NT[:half]).backward()
+            for trace in learned:
+                (trace.share * subject.loss(trace.ids)).backward()
             first = {id(each): each.grad for each in subject.layers.parameters()}
-
-        def decrease(
-            index: int,
-            which: LayerModule,
-            learned: Trace = learned,
-            measured: Trace = measured,
-            first: dict[int, Tensor | None] = first,
-        ) -> float:
-            modules = modules_in(subject.layers[index], which)
-            with _restored(parameters := [each for module in modules for each in module.parameters()]):
-                _update(parameters, [first[id(each)] for each in parameters])
-                for _ in range(UPDATES - 1):
-                    with _training(parameters), torch.enable_grad():
-                        _update(parameters, torch.autograd.grad(learned.loss(index), parameters, allow_unused=True))
-                with torch.no_grad():
-                    return measured.base - float(measured.loss(index))
-
-        found[language] = score_each(subject, decrease)
+        found[language] = score_each(subject, partial(_decrease, learned, measured, first))
     return by_module(found)
+
+
+def _decrease(
+    learned: Sequence[Trace],
+    measured: Sequence[Trace],
+    first: Mapping[int, Tensor | None],
+    index: int,
+    which: LayerModule,
+) -> float:
+    modules = modules_in(measured[0].subject.layers[index], which)
+    with _restored(parameters := [each for module in modules for each in module.parameters()]):
+        _update(parameters, [first[id(each)] for each in parameters])
+        for _ in range(UPDATES - 1):
+            with _training(parameters), torch.enable_grad():
+                for trace in learned:
+                    (trace.share * trace.loss(index)).backward()
+                _update(parameters, [each.grad for each in parameters])
+        with torch.no_grad():
+            return sum((trace.share * (trace.base - float(trace.loss(index))) for trace in measured), 0.0)
 
 
 def _update(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
@@ -72,7 +76,7 @@ def _restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Require gradients of these parameters within the context, and freeze them on exit."""
+    """Require gradients of these parameters within the context; freeze them and clear their gradients on exit."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -80,3 +84,4 @@ def _training(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
+            parameter.grad = None

@@ -7,7 +7,7 @@ imports all of these files. For every criterion, a higher score means more impor
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from elo.checkpoint.layer_outputs import entering, leaving, with_leaving
 from elo.evaluate.scoring import forward_logits
 
 MODULES: tuple[LayerModule, ...] = ("layer", "attention", "mlp")
+BATCH_TOKENS = 4096
+"""Maximum number of tokens that go through the model together."""
 
 Scores = dict[LayerModule, dict[str, list[float]]]
 """Module, then language (or pair of languages), then one score per decoder layer."""
@@ -109,14 +111,15 @@ def by_module(by_language: Mapping[str, Mapping[LayerModule, list[float]]]) -> S
 
 
 class Trace:
-    """The inputs and outputs of each layer for some text, so that a changed layer and those above it can be recomputed.
+    """The inputs and outputs of each layer for a batch, so that a changed layer and those above it can be recomputed.
 
     Attributes:
+        share: share of the batch among the sequences of the text.
         base: loss of the unchanged model, in nats per predicted token.
     """
 
-    def __init__(self, subject: Subject, ids_NT: Tensor) -> None:
-        self.subject, self.ids = subject, ids_NT
+    def __init__(self, subject: Subject, ids_NT: Tensor, share: float) -> None:
+        self.subject, self.ids, self.share = subject, ids_NT, share
         self._calls: list[tuple[Any, Any]] = []
         self._outputs: list[Any] = []
         with torch.no_grad(), ExitStack() as hooks:
@@ -177,6 +180,28 @@ class Trace:
             yield
 
 
+def batches(ids_NT: Tensor) -> Sequence[Tensor]:
+    """Divide sequences into batches of at most `BATCH_TOKENS` tokens, with at least one sequence each."""
+    return ids_NT.split(max(1, BATCH_TOKENS // ids_NT.shape[1]))
+
+
+def traces(subject: Subject, ids_NT: Tensor) -> Iterator[Trace]:
+    """Yield the trace of each batch of the sequences."""
+    for batch in batches(ids_NT):
+        yield Trace(subject, batch, len(batch) / len(ids_NT))
+
+
+def score_traces(
+    subject: Subject, ids_NT: Tensor, score: Callable[[Trace, int, LayerModule], float]
+) -> dict[LayerModule, list[float]]:
+    """Call `score` for every batch and every module of every layer, and return the means over the sequences."""
+    found = {which: [0.0] * len(subject.layers) for which in MODULES}
+    for trace in traces(subject, ids_NT):
+        for which, values in score_each(subject, partial(score, trace)).items():
+            found[which] = [total + trace.share * value for total, value in zip(found[which], values, strict=True)]
+    return found
+
+
 def _zero_output(module: nn.Module, args: Any, output: Any) -> Any:
     return with_leaving(output, torch.zeros_like(leaving(output)))
 
@@ -197,7 +222,7 @@ def sums_of_gradients(
 ) -> dict[LayerModule, list[float]]:
     """Return the sum of `measure(weight, gradient)` over the parameters of every module of every layer.
 
-    The gradients are those of the loss on `ids_NT`. Each one is freed as soon as it is measured.
+    The gradients are those of the loss on `ids_NT`. Each one is freed as soon as it is measured, with the last batch.
     """
     found: dict[int, float] = {}
 
@@ -206,10 +231,19 @@ def sums_of_gradients(
         found[id(parameter)] = float(measure(parameter, parameter.grad))
         parameter.grad = None
 
+    def backward(batch: Tensor) -> None:
+        (subject.loss(batch) * (len(batch) / len(ids_NT))).backward()
+
+    *earlier, last = batches(ids_NT)
     with gradients(subject), torch.enable_grad(), ExitStack() as hooks:
+        for batch in earlier:
+            backward(batch)
         for parameter in subject.layers.parameters():
             hooks.callback(parameter.register_post_accumulate_grad_hook(take).remove)
-        subject.loss(ids_NT).backward()
+        backward(last)
+        for parameter in subject.layers.parameters():
+            if parameter.grad is not None:  # such as an expert that no token of the last batch is sent to
+                take(parameter)
     return {
         which: [
             sum((found.get(id(each), 0.0) for part in modules_in(layer, which) for each in part.parameters()), 0.0)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from elo.checkpoint.architecture import LayerModule
-from elo.probe.base import Scores, Subject, Trace, by_module, criterion, score_each
+from elo.probe.base import Scores, Subject, Trace, by_module, criterion, score_traces
 
 
 @criterion("block_influence", "1 - cosine of hidden states with and without it")
@@ -13,15 +13,13 @@ def score(subject: Subject) -> Scores:
 
     Without the whole layer, the output is the layer's input.
     """
-    found = {}
-    for language, ids_NT in subject.sequences.items():
-        trace = Trace(subject, ids_NT)
+    return by_module(
+        {language: score_traces(subject, ids_NT, _influence) for language, ids_NT in subject.sequences.items()}
+    )
 
-        def influence(index: int, which: LayerModule, trace: Trace = trace) -> float:
-            with torch.no_grad(), trace.skipped(index, which):
-                without_NTD = trace.output_again(index).float()
-            cosine_NT = nn.functional.cosine_similarity(without_NTD, trace.output(index).float(), dim=-1)
-            return float(1 - cosine_NT.mean())
 
-        found[language] = score_each(subject, influence)
-    return by_module(found)
+def _influence(trace: Trace, index: int, which: LayerModule) -> float:
+    with torch.no_grad(), trace.skipped(index, which):
+        without_NTD = trace.output_again(index).float()
+    cosine_NT = nn.functional.cosine_similarity(without_NTD, trace.output(index).float(), dim=-1)
+    return float(1 - cosine_NT.mean())

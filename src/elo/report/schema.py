@@ -145,6 +145,12 @@ class Trial(Record):
     validation: Measured | None = Field(
         None, description="The final model on validation text, used to choose learning rates and never reported."
     )
+    source_excess_bpb: NonNegative | None = Field(
+        None,
+        description="How far the source language that lost most on validation text is above "
+        "`endpoint.source_limit_bpb`; 0 if all are within it. Learning rates are chosen by the lowest excess, then by "
+        "the lowest target bits per byte. null: by the latter alone.",
+    )
     attach_scale: NonNegative | None = Field(
         None, description="Factor on the trained change when the layers were attached."
     )
@@ -219,6 +225,7 @@ class Model(Record):
     name: str = Field(description="Folder or Hugging Face Hub id.")
     parameters: Count | None = Field(None, description="Number of parameters.")
     num_layers: Count | None = Field(None, description="Number of decoder layers.")
+    vocabulary_size: Count | None = Field(None, description="Number of vocabulary rows.")
     vocabulary: Vocabulary | None = Field(None, description="Vocabulary extension, if there was one.")
 
 
@@ -271,11 +278,6 @@ class Endpoint(Record):
     )
     source_limit_share: NonNegative = Field(
         0.02, description="Loss of accuracy against the base model up to which a benchmark counts as kept."
-    )
-    source_weight: NonNegative = Field(
-        0.0,
-        description="Weight w with which learning rates were chosen: those with the lowest target + w x source bits "
-        "per byte on validation text, each the mean over its languages.",
     )
 
 

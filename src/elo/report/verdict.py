@@ -269,18 +269,24 @@ def tuned(results: Results, contestant: str, budget: str) -> list[Trial]:
     return [trial for trial in own if trial.seed in seeds and (trial.tuning or trial.validation or trial.failed)]
 
 
-def score(
-    measured: Measured | None, targets: tuple[str, ...], sources: tuple[str, ...], source_weight: float
-) -> float | None:
-    """Return the score that tuning minimises; None if the target languages were not measured.
+def source_excess(after: Measured, before: Measured, sources: tuple[str, ...], limit: float) -> float:
+    """Return how far the source language that lost most is above the limit, in bits per byte; 0 if all are within it.
 
-    It is target + source_weight x source bits per byte, each the mean over its languages.
+    Languages without text are left out.
     """
-    target = mean_bpb(measured, targets) if measured else None
-    if measured is None or target is None or not source_weight:
-        return target
-    source = mean_bpb(measured, sources)
-    return target if source is None else target + source_weight * source
+    changes = [after.bpb[each] - before.bpb[each] for each in sources if each in after.bpb and each in before.bpb]
+    return max([0.0, *(change - limit for change in changes)])
+
+
+def score(trial: Trial, targets: tuple[str, ...]) -> tuple[float, float]:
+    """Return what tuning minimises: the source languages' excess over the limit, then mean target bits per byte.
+
+    Both are infinite if the trial failed.
+    """
+    target = mean_bpb(trial.validation, targets) if trial.validation else None
+    if trial.failed or target is None:
+        return float("inf"), float("inf")
+    return trial.source_excess_bpb or 0.0, target
 
 
 def _edges(results: Results, contestant: Contestant, budget: Budget) -> list[str]:

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,12 @@ def finished(code: str, *, env: dict[str, str] | None = None, python: str = sys.
     if "failed" in found:
         raise SystemExit(found["failed"])
     return found
+
+
+def largest_resident_bytes(who: int = resource.RUSAGE_SELF) -> int:
+    """Largest resident memory so far of this process, or of its children that have ended, in bytes."""
+    largest = resource.getrusage(who).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
 def _high_water_mark(process: int) -> int:

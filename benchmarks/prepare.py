@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from measuring import largest_resident_bytes
 
 from elo.data.prepare import prepare
 from elo.data.sources import read_documents
@@ -63,7 +64,7 @@ def measure_prepare(tokenizer: str, files: list[str], output: str, workers: int 
     """Prepare the same documents from compressed files to finished shards."""
     loaded = load_tokenizer(tokenizer)
     corpora = {f"language{number}": file for number, file in enumerate(files)}
-    before, started, cpu = max_rss(), time.perf_counter(), cpu_seconds()
+    before, started, cpu = largest_resident_bytes(), time.perf_counter(), cpu_seconds()
     prepared = prepare(loaded, corpora, output, heldout_share=0, workers=workers, progress=False)
     seconds, used = time.perf_counter() - started, cpu_seconds() - cpu
     summary = prepared.summary()["train"]
@@ -71,15 +72,10 @@ def measure_prepare(tokenizer: str, files: list[str], output: str, workers: int 
         "seconds": seconds,
         "cpu_seconds": used,
         "tokens": sum(totals["text_tokens"] for totals in summary.values()),
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_rss_added": max_rss() - before,
-        "largest_worker_rss": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        "peak_rss": largest_resident_bytes(),
+        "peak_rss_added": largest_resident_bytes() - before,
+        "largest_worker_rss": largest_resident_bytes(resource.RUSAGE_CHILDREN),
     }
-
-
-def max_rss() -> int:
-    """Highest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cpu_seconds() -> float:

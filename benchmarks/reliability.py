@@ -13,7 +13,6 @@ import os
 import platform
 import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from measuring import in_process, weights_size
+from measuring import in_process, largest_resident_bytes, weights_size
 from surgery import make_checkpoint
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ELO_FUZZ="1", TRANSFORMERS_VERBOSITY="error")
@@ -195,7 +194,7 @@ def main() -> None:
             keep("large", large(options.large_mb, options.corpus_mb, scratch / "large"))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    found["peak_rss_of_this_process_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    found["peak_rss_of_this_process_mib"] = largest_resident_bytes() >> 20
     keep("done", True)
     print(json.dumps(found, indent=2))
 

@@ -126,8 +126,28 @@ MISTAKES = {
     "plan without an end": (["plan", "{world}/base", "--tokens", "inf"], "--tokens: got inf"),
     "plan of a run for no number": (["plan", "{world}/config.yaml", "--tokens", "nan"], "--tokens: got nan"),
     "too many pieces": (
-        ["vocab", "measure", "{world}/base", "--corpus", "en={world}/en.jsonl", "--pieces", "1" + "0" * 20],
+        ["vocab", "measure", "{world}/base", "--corpus=en={world}/en.jsonl", "--target=en", "--pieces", "1" + "0" * 20],
         "each from 1 to 10,000,000",
+    ),
+    "pieces without a target": (
+        ["vocab", "measure", "{world}/base", "--corpus", "en={world}/en.jsonl", "--pieces", "100"],
+        "--pieces belongs to --target",
+    ),
+    "benchmark options without tasks": (
+        ["evaluate", "{world}/base", "--corpus", "en={world}/en.jsonl", "--batch-size", "4", "--limit", "9"],
+        "--limit, --batch-size belong to --tasks",
+    ),
+    "search options without a search": (
+        ["merge", "{world}/base", "--with", "{world}/base", "-o", "{tmp}/out", "--target=xx", "--source-limit=0.02"],
+        "merge: --target, --source-limit belong to --search; add --search, or remove them",
+    ),
+    "other search options without a search": (
+        ["merge", "{world}/base", "--with", "{world}/base", "-o", "{tmp}/out", "--weights=1", "--max-bytes=2000"],
+        "merge: --weights, --max-bytes belong to --search",
+    ),
+    "search without text": (
+        ["merge", "{world}/base", "--with", "{world}/base", "-o", "{tmp}/out", "--search", "--target", "xx"],
+        "merge: --search needs text; give --corpus LANGUAGE=FILE",
     ),
     "a folder that is not there": (
         ["evaluate", "{world}/base", "--corpus", "en=data/train"],

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from elo import doctor
 from elo.cli import main
 from elo.doctor import examine, render
+from elo.plan.devices import this_machine
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,17 @@ def test_json_is_what_was_examined(capsys: pytest.CaptureFixture[str], found: di
     assert printed["cuda"]["usable"] is torch.cuda.is_available()
     assert 0 < printed["hardware"]["available_memory_bytes"] <= printed["hardware"]["memory_bytes"]
     assert all(at["free_bytes"] > 0 for at in printed["disk"].values())
+
+
+def test_memory_needs_no_names_that_only_linux_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has no SC_AVPHYS_PAGES, and Python of conda there no SC_PHYS_PAGES either."""
+
+    def refuse(name: str) -> int:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(os, "sysconf", refuse)
+    assert examine()["hardware"]["memory_bytes"] > 0
+    assert this_machine().memory_bytes > 0
 
 
 def test_versions_are_compared_with_the_requirements(found: dict) -> None:

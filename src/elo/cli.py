@@ -11,7 +11,7 @@ from elo.cli_checkpoints import checkpoints
 from elo.cli_measuring import measuring
 from elo.cli_observing import observing
 from elo.cli_options import Config, LostText, Overwrite, Set, SplitSpecials, Trust
-from elo.cli_values import files_by_language, numbers
+from elo.cli_values import files_by_language, given, numbers
 from elo.errors import EloError, StoppedBySignalError
 from elo.store.files import disk_problem
 
@@ -234,6 +234,7 @@ def quickstart(
 
 @vocab.command("measure")
 def vocab_measure(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; no weights are read.")],
     corpus: Annotated[list[str], typer.Option(metavar="LANGUAGE=FILE", help="Text of a language; may be repeated.")],
     target: Annotated[list[str] | None, typer.Option(help="Language to try new pieces for; may be repeated.")] = None,
@@ -256,6 +257,8 @@ def vocab_measure(
     from elo.vocab.table import render_vocabulary
     from elo.vocab.vocabulary import measure_vocabulary
 
+    if not target and given(context, "pieces"):
+        raise EloError("vocab measure: --pieces belongs to --target; give --target LANGUAGE, or remove it")
     measured = measure_vocabulary(
         model,
         files_by_language("--corpus", corpus),

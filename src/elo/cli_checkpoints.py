@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from elo.cli_options import Overwrite, Trust
-from elo.cli_values import decimals, files_by_language, names
+from elo.cli_values import decimals, files_by_language, given, names
 from elo.errors import EloError
 
 checkpoints = typer.Typer(rich_markup_mode=None)
@@ -36,6 +36,8 @@ def detach(
 
     chosen: Any = layers
     if parse_auto(layers):
+        if corpus and probe is not None:
+            raise EloError("detach: --corpus and --probe exclude each other; give one of them")
         from elo.probe.probe import layers_to_keep
 
         chosen, reason = layers_to_keep(
@@ -120,6 +122,7 @@ def chat_vector(
 
 @checkpoints.command()
 def merge(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; or a mergekit YAML file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     other: Annotated[
@@ -159,10 +162,10 @@ def merge(
     """Merge an adapted model with its base or another model, tensor by tensor."""
     from elo.merge.merge import Search, merge
 
-    if search != bool(corpus):
-        raise EloError(
-            "--search and --corpus need each other; give both, with --corpus LANGUAGE=FILE for each language"
-        )
+    if not search and (unused := given(context, "corpus", "target", "source_limit", "weights", "max_bytes")):
+        raise EloError(f"merge: {', '.join(unused)} belong to --search; add --search, or remove them")
+    if search and not corpus:
+        raise EloError("merge: --search needs text; give --corpus LANGUAGE=FILE for each language")
     record = merge(
         model,
         other,

@@ -7,7 +7,7 @@ import typer
 
 from elo.checkpoint.layers import PROBE_LENGTH, PROBE_TOKENS
 from elo.cli_options import LostText, SplitSpecials, Trust
-from elo.cli_values import files_by_language, names, numbers, texts_by_language, words_by_label
+from elo.cli_values import files_by_language, given, names, numbers, texts_by_language, words_by_label
 from elo.errors import EloError
 
 measuring = typer.Typer(rich_markup_mode=None)
@@ -15,6 +15,7 @@ measuring = typer.Typer(rich_markup_mode=None)
 
 @measuring.command()
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id of any causal LM.")],
     corpus: Annotated[
         list[str] | None,
@@ -101,8 +102,8 @@ def evaluate(
         raise EloError("evaluate: --template belongs to --chat; give --chat LANGUAGE=FILE")
     if tasks is not None or suite is not None:
         measures.append(benchmark_tasks(tasks, suite, num_fewshot, limit, batch_size, include_path))
-    elif num_fewshot is not None or limit is not None or include_path is not None:
-        raise EloError("evaluate: --num-fewshot, --limit and --include-path belong to --tasks; give --tasks TASK")
+    elif unused := given(context, "num_fewshot", "limit", "batch_size", "include_path"):
+        raise EloError(f"evaluate: {', '.join(unused)} belong to --tasks; give --tasks TASK, or remove them")
     for measure in load_measures(set_ or []):
         if any(type(measure) is type(each) for each in measures):
             raise EloError(f"--set {measure.name}: the measure also has an option of its own here; use one of the two")

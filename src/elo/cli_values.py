@@ -1,11 +1,19 @@
-"""Parse values of command-line options: names, numbers, texts or files by language."""
+"""Read values of command-line options: names, numbers, texts or files by language, and which options are given."""
 
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+import typer
+
 from elo.errors import EloError
 
 _Number = TypeVar("_Number", int, float)
+
+
+def given(context: typer.Context, *parameters: str) -> list[str]:
+    """Return the options among `parameters` that are on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in parameters}
+    return [f"--{name.replace('_', '-')}" for name, source in sources.items() if source and source.name != "DEFAULT"]
 
 
 def names(joined: str) -> list[str]:

@@ -236,7 +236,7 @@ class _Comparison:
             run=described,
             base=self.opened[name].base,
             data=self.bases[name].data.fingerprint,
-            layers=self._layers(name),
+            layers=self.opened[name].layers,
         )
         self.say(f"{name}: {stage.record['tokens']:,} tokens within {budget.name}")
         return int(stage.record["tokens"])
@@ -351,7 +351,7 @@ class _Comparison:
             data=self.bases[name].data.fingerprint,
             measured_on=["heldout"] * reported + ["validation"] * validated,
             run=run.model_dump(mode="json", exclude={"output", "title"}),
-            layers=self._layers(name),
+            layers=self.opened[name].layers,
         ).record
         trial = schema.Trial.model_validate(record["trial"])
         if trial.validation is None:
@@ -406,9 +406,6 @@ class _Comparison:
             seed=self.config.seeds[0] if seed is None else seed,
         )
 
-    def _layers(self, name: str) -> tuple[int, ...]:
-        return self.opened[name].layers if self.config.method(name).uses_layers else ()
-
     # Results.
 
     def _results(self, trials: list[schema.Trial]) -> schema.Results:
@@ -422,7 +419,7 @@ class _Comparison:
                     "name": name,
                     "label": label,
                     "method": method.name,
-                    "layers": self._layers(name),
+                    "layers": self.opened[name].layers,
                     **self._base(name),
                     "layers_reason": self.reasons[name],
                     "changes": each.changes | method.model_dump(mode="json", exclude_defaults=True, exclude={"name"}),

@@ -1,13 +1,13 @@
 """`elo doctor`: this machine and installation, and what each feature lacks."""
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub.constants import HF_HOME
 from packaging.requirements import Requirement
@@ -48,7 +48,8 @@ def examine() -> dict[str, Any]:
         "elo": _version(PACKAGE),
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "system": platform.platform(),
-        "hardware": hardware() | {"available_memory_bytes": _available_memory(), "bf16": bf16_pays(_device())},
+        "hardware": hardware()
+        | {"available_memory_bytes": psutil.virtual_memory().available, "bf16": bf16_pays(_device())},
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "cuda": {"torch": torch.version.cuda, "usable": torch.cuda.is_available()},
         "disk": {name: _free(path) for name, path in (("working folder", Path()), ("model cache", Path(HF_HOME)))},
@@ -110,15 +111,6 @@ def _gpu(index: int) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info(index)
     capability = f"{properties.major}.{properties.minor}"
     return {"name": properties.name, "capability": capability, "memory_bytes": total, "free_memory_bytes": free}
-
-
-def _available_memory() -> int:
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _free(path: Path) -> dict[str, Any]:

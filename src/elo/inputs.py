@@ -14,7 +14,8 @@ class Inputs:
     Attributes:
         base: checkpoint to adapt.
         tokenizer: folder or hub id of the tokenizer.
-        layers: decoder layers that the configuration chooses; for `layers: auto`, an estimate until `probe_layers`.
+        layers: decoder layers that the configuration chooses, if the method uses them; for `layers: auto`, an estimate
+            until `probe_layers`.
         layers_reason: why a probe chose the layers; empty without a probe.
     """
 

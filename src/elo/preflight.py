@@ -79,7 +79,7 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     """Check that the model supports the run's layers, vocabulary rows and sequence length, without reading weights.
 
     Returns:
-        Indices of the decoder layers to train; for `layers: auto`, an estimate until the probe.
+        Indices of the decoder layers to train, for a method that uses them; for `layers: auto`, an estimate.
 
     Raises:
         EloError: the model does not support a setting.
@@ -96,9 +96,11 @@ def check_model(config: RunConfig, base: Path) -> tuple[int, ...]:
     _check_weights(weights, model)
     _check_attention(config, model)
     num_layers = find_architecture(model).num_layers
-    if auto := parse_auto(config.layers):
-        check_auto(auto, num_layers, has_parallel=config.probe.parallel is not None, where=str(config.layers))
-    layers = assumed_layers(config.layers, num_layers)
+    layers: tuple[int, ...] = ()
+    if config.method.uses_layers:
+        if auto := parse_auto(config.layers):
+            check_auto(auto, num_layers, has_parallel=config.probe.parallel is not None, where=str(config.layers))
+        layers = assumed_layers(config.layers, num_layers)
     require_module(model, config.method.module, "method.module")
     for phase in config.method.phases:
         config.method.lora_ranks(phase, num_layers)

@@ -156,7 +156,7 @@ def adapt(
         ReachedError: the stage `until` is done.
     """
     config, folder, method, base = inputs.config, inputs.folder, inputs.config.method, inputs.base
-    layers = inputs.layers if method.uses_layers else ()
+    layers = inputs.layers
     trust = {"trust_remote_code": config.trust_remote_code}
     shards = Artifact(data.path, data.fingerprint)
     adapted = Adapted(base)

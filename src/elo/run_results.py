@@ -9,6 +9,7 @@ from elo.checkpoint.counting import footprint, read_config
 from elo.circumstances import circumstances
 from elo.data.shards import PreparedData
 from elo.detach_attach import resolve_checkpoint
+from elo.errors import EloError
 from elo.final_model import CONFIG_FILE, write_final_model
 from elo.format import listed
 from elo.inputs import Adapted, Inputs
@@ -64,7 +65,10 @@ def report_progress(
     now = {"tokens": int(live.get("done") or 0), "seconds": losses[-1]["seconds"] if losses else 0.0}
     record = now | {"losses": losses, "evaluations": [*evaluations, now | point]}
     so_far = replace(adapted, records={**adapted.records, phase: record})
-    report(_results(inputs, data, base, so_far, {"bpb": point["bpb"]}, in_progress=True), inputs.folder.root)
+    try:
+        report(_results(inputs, data, base, so_far, {"bpb": point["bpb"]}, in_progress=True), inputs.folder.root)
+    except EloError as error:  # such as `elo report` at the same time; training goes on
+        inputs.folder.say(f"warning: no report of the unfinished run: {error}")
 
 
 def _results(
@@ -106,7 +110,7 @@ def _results(
                         "name": method.name,
                         "label": method.label,
                         "method": method.name,
-                        "layers": inputs.layers if method.uses_layers else (),
+                        "layers": inputs.layers,
                         "layers_reason": inputs.layers_reason,
                     }
                 ],

@@ -1,6 +1,7 @@
 """Detaching from and attaching to checkpoints on disk: what is written, what is kept, what is put back."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from zoo import logits_of, tiny_config, tiny_model
 
 from elo.api import attach, chat_vector, detach
 from elo.checkpoint.shared_files import copy_shared
+from elo.checkpoint.tensor_files import open_checkpoint
 from elo.surgery.in_memory import attach_layers, detach_layers
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
@@ -50,6 +52,21 @@ def test_detached_checkpoint_is_an_ordinary_one(base: Path, tmp_path: Path, monk
     whole, small = stored_without_consolidated(base), stored(tmp_path / "detached")
     for name, tensor in small.items():
         assert torch.equal(tensor, whole[name.replace("layers.1.", "layers.3.")]), name
+
+
+def test_a_tensor_is_read_in_pieces_that_every_system_accepts(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS refuses to read 2 GiB at once."""
+    tensor = open_checkpoint(base).tensors["lm_head.weight"]
+    whole, pread, sizes = tensor.read(), os.pread, []
+
+    def read(descriptor: int, size: int, offset: int) -> bytes:
+        sizes.append(size)
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr("elo.checkpoint.tensor_files.READ_BYTES", 1000)
+    monkeypatch.setattr(os, "pread", read)
+    assert tensor.read() == whole and len(whole) > 1000
+    assert max(sizes) == 1000
 
 
 def stored_without_consolidated(folder: Path) -> dict[str, torch.Tensor]:

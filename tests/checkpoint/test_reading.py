@@ -24,6 +24,7 @@ from elo.errors import EloError
 from elo.evaluate.bits_per_byte import isolates_documents
 from elo.evaluate.loading import load_model
 from elo.evaluate.scoring import evaluating
+from elo.methods import METHODS
 from elo.preflight import check_model
 from elo.surgery.on_disk import attach_checkpoint, detach_checkpoint
 
@@ -144,7 +145,9 @@ def test_only_what_changed_in_a_wrapper_is_attached_and_added(family: str, tmp_p
 @pytest.mark.parametrize("family", ["llama4", "mistral3"])
 def test_a_run_checks_the_wrapper_that_it_trains_before_tokenising(family: str, tmp_path: Path) -> None:
     wrapper(family).save_pretrained(tmp_path / "base")
-    config = load_config({"model": str(tmp_path / "base"), "output": str(tmp_path / "run"), **DATA, "layers": "0,-1"})
+    config = load_config(
+        {"model": str(tmp_path / "base"), "output": str(tmp_path / "run"), **DATA, "layers": "0,-1", "method": "frozen"}
+    )
     assert check_model(config, tmp_path / "base") == (0, 3)
     edit_config(tmp_path / "base", model_type="voxtral", architectures=None)  # of which transformers has no causal LM
     with pytest.raises(EloError, match=r"causal language model|cannot be read"):
@@ -155,7 +158,9 @@ def test_a_run_checks_the_wrapper_that_it_trains_before_tokenising(family: str, 
 def test_packing_is_refused_before_tokenising_where_training_would_refuse_it(family: str, tmp_path: Path) -> None:
     model = wrapper(family)
     model.save_pretrained(tmp_path / "base")
-    config = load_config({"model": str(tmp_path / "base"), "output": str(tmp_path / "run"), **DATA, "layers": "0,-1"})
+    config = load_config(
+        {"model": str(tmp_path / "base"), "output": str(tmp_path / "run"), **DATA, "layers": "0,-1", "method": "frozen"}
+    )
     with evaluating(model) as device:
         separates = isolates_documents(model, device)
     assert separates == (family not in ("qwen2_5_vl", "glm4v", "lfm2_vl"))
@@ -176,6 +181,18 @@ def test_a_head_loss_without_the_transform_of_the_logits_is_refused_before_token
         check_model(config, tmp_path / "base")
     write_base(tmp_path / "plain")
     check_model(config, tmp_path / "plain")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_methods_that_use_layers_need_a_choice_of_them(method: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", layers=2)  # the default, first:1,last:1, is all of them
+    config = load_config({"model": str(base), "output": str(tmp_path / "run"), **DATA, "method": method})
+    if not METHODS[method].uses_layers:
+        assert check_model(config, base) == ()
+        return
+    with pytest.raises(EloError, match="selects all 2 layers"):
+        check_model(config, base)
+    assert check_model(config.model_copy(update={"layers": "last:1"}), base) == (1,)
 
 
 def test_adapters_are_refused_before_tokenising_where_training_would_refuse_them(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 import gzip
 import json
 import re
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -11,7 +14,8 @@ import pytest
 import zstandard
 from data_fixtures import make_texts, write_jsonl
 
-from elo.data import compressed, sources
+from elo.data import compressed, json_lines, sources
+from elo.data.json_lines import read_json_lines
 from elo.data.sources import TEXT_LIMIT, FileReader, InputFile, list_inputs, read_documents
 from elo.errors import EloError
 
@@ -335,6 +339,35 @@ def test_a_last_line_cut_within_a_character_is_called_that_and_other_faults_are_
     for wrong in (b"hello", b"{'text': 'a'}", b'{"text": "a} ', b'{"a": nil}', '{"text": "é"}'.encode("latin-1")):
         path.write_bytes(lines(TEXTS[:2]) + wrong)
         assert "the last line is cut" not in refusal(path)
+
+
+def bomb(blocks: int) -> bytes:
+    """A Zstandard frame of blocks of four bytes, each a space 128 Ki times."""
+    return b"\x28\xb5\x2f\xfd\x00\x38" + b"\x02\x00\x10 " * blocks
+
+
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        (lambda path: list(read_documents(path)), ":2: the line is longer than 4 MiB; write one document per line"),
+        (lambda path: read_json_lines(path, "items"), ": line 2 is longer than 4 MiB; write one JSON value per line"),
+    ],
+    ids=["corpus", "small file"],
+)
+def test_a_line_of_gigabytes_in_kilobytes_is_named_within_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], Any], said: str
+) -> None:
+    path = tmp_path / "bomb.jsonl.zst"
+    path.write_bytes(zstandard.compress(lines(TEXTS[:1])) + bomb(8000))
+    for module in (sources, json_lines):
+        monkeypatch.setattr(module, "LINE_LIMIT", 1 << 22)
+    tracemalloc.start()
+    try:
+        with pytest.raises(EloError, match=said):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_long_integers_and_long_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

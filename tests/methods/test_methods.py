@@ -19,6 +19,7 @@ from elo.methods import METHODS, Phase, Setup, base
 from elo.methods.base import select_layers
 from elo.methods.frozen import topmost_block
 from elo.methods.gradient_floor import GradientFloor
+from elo.train.loss import install_head_loss
 from elo.train.settings import TrainingSettings
 
 QUICK = SETTINGS.model_copy(update={"save_steps": 100})
@@ -189,6 +190,34 @@ def test_the_mean_of_a_share_of_backward_passes_is_the_exact_gradient(tie):
     name = "model.embed_tokens.weight"  # tied, it has the head's part in every update
     error = (total[name] / updates - exact[name]).norm() / exact[name].norm()
     assert error < 3 * standard_error, f"embedding: {error:.3f}"
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+def test_the_mean_is_exact_with_losses_of_internal_layers_too(tie):
+    """The share times the gradient of a whole update, plus the rest times that of another, is the gradient."""
+    share, supervised = 0.25, {0: 0.5, 1: 0.7, 2: 0.9}
+    case = Case("frozen", chosen := method("frozen", backward_share=share), chosen.phases[0])
+    batch = {name: torch.from_numpy(value).unsqueeze(0) for name, value in rows(1)[0].items()}
+
+    def gradients(model):
+        model.zero_grad()
+        model(**batch).loss.backward()
+        return {
+            name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in model.named_parameters()
+        }
+
+    whole = case.start(tie=tie)
+    install_head_loss(whole, supervised=supervised)
+    exact = gradients(whole)
+    model, prepared = case.ready(tie=tie)
+    install_head_loss(model, supervised=supervised, internal=prepared.internal)
+    found = {}
+    for step in range(20):
+        prepared.before_step(step, _forget)
+        found[model.model.layers[0].mlp.up_proj.weight.requires_grad] = gradients(model)
+    for name in case.may_change(model) & exact.keys():
+        mean = share * found[True][name] + (1 - share) * found[False][name]
+        torch.testing.assert_close(mean, exact[name], rtol=1e-3, atol=1e-4 * float(exact[name].abs().max()), msg=name)
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])

@@ -219,6 +219,14 @@ def test_notes_say_what_the_numbers_assume(tiny: Path, tmp_path: Path) -> None:
     assert "max_position_embeddings 64" in shown(planned(short))
 
 
+def test_layers_are_chosen_only_for_methods_that_use_them(tmp_path: Path) -> None:
+    two = saved(tmp_path, num_hidden_layers=2)  # the default, first:1,last:1, is all of them
+    result = planned(two, method="lora", compare_with=("full",))
+    assert result.model.layers == [] and "selected layers" not in shown(result)
+    with pytest.raises(EloError, match="selects all 2 layers"):
+        planned(two, method="lora", compare_with=("elo",))
+
+
 # Mistakes.
 
 MISTAKES: list[tuple[list[str], dict[str, Any], str]] = [

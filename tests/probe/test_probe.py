@@ -331,6 +331,7 @@ def test_the_benchmark_of_pruning_draws_quality_over_size(world, tmp_path, monke
         (["--layers", "auto:wrong:2", "--corpus", "xx=x.jsonl"], "there is no criterion 'wrong'"),
         (["--layers", "auto:parallel:2", "--corpus", "xx=x.jsonl"], "criterion parallel needs parallel text"),
         (["--layers", "0,1", "--corpus", "xx=x.jsonl"], "belong to --layers auto:K"),
+        (["--layers", "auto:2", "--corpus", "xx=x.jsonl", "--probe", "probe.json"], "exclude each other"),
     ],
 )
 def test_what_a_smaller_model_needs(tmp_path, arguments, said):

@@ -6,21 +6,26 @@ import json
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from report_fixtures import SAMPLES, TITLE, Page, duel, example_comparison, example_run
 from rich.console import Console
 
+from elo import run_results
 from elo.errors import EloError, UnfinishedError
 from elo.format import count, duration, flops, learning_rate, memory, signed
+from elo.inputs import Adapted
 from elo.report import collect, schema
 from elo.report.charts import bpb_segments, contestant_styles, draw_charts
 from elo.report.files import judged, read_results, write_results
-from elo.report.page import changes_text, html_page, markdown_page, terminal
+from elo.report.page import CHART_FOLDER, changes_text, html_page, markdown_page, terminal
 from elo.report.schema_markdown import results_schema_markdown
 from elo.report.tables import results_table
 from elo.report.verdict import judge, score, source_excess
 from elo.report.write import report
+from elo.store.files import scratch_directory
+from elo.store.run_folder import Artifact, RunFolder
 
 ROOT = Path(__file__).parents[2]
 
@@ -407,3 +412,16 @@ def test_a_failed_contestant_keeps_its_row():
     names = {row["Contestant"].text: row["Contestant"].detail for row in rows}
     assert names == {"Base model": "", "elo": "2 seeds, 1 failed", "full": "2 seeds", "lora": "2 seeds, 2 failed"}
     assert rows[-1]["ko, target"].text == "–"
+
+
+def test_a_report_that_cannot_be_written_does_not_stop_training(tmp_path, monkeypatch):
+    """As when `elo report` writes the same charts."""
+    monkeypatch.setattr(run_results, "_results", lambda *arguments, **options: read_results(EXAMPLES["run"]))
+    said = []
+    inputs = SimpleNamespace(folder=RunFolder(tmp_path, said.append))
+    now = inputs, None, {}, Adapted(Artifact(tmp_path, "")), "full", {"bpb": {}}
+    with scratch_directory(tmp_path / CHART_FOLDER):
+        run_results.report_progress(*now)
+    assert len(said) == 1 and "another process is writing it" in said[0]
+    run_results.report_progress(*now)
+    assert len(said) == 1 and (tmp_path / "report.html").exists()

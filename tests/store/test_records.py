@@ -1,6 +1,8 @@
 """Files and folders appear whole or not at all."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,34 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
         pass
     others.rmdir()  # another output's temporary is not ours to sweep
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_second_writer_is_refused_while_the_first_is_alive(tmp_path):
+    target = tmp_path / "out"
+    command = "import sys; from pathlib import Path; from elo.store.files import atomic_directory\n"
+    command += "with atomic_directory(Path(sys.argv[1])) as folder: print(folder, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", command, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdin is not None and first.stdout is not None
+        folder = Path(first.stdout.readline().strip())
+        (folder / "file").write_text("first")
+        with pytest.raises(EloError, match="out: another process is writing it; wait for it"), atomic_directory(target):
+            pass
+        first.communicate("\n")
+    assert first.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (target / "file").read_text() == "first"
+
+
+def test_what_appeared_while_writing_is_not_replaced(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(EloError, match="already exists"), atomic_directory(target) as folder:
+        (folder / "file").write_text("ours")
+        target.mkdir()
+        (target / "file").write_text("theirs")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (target / "file").read_text() == "theirs"
 
 
 def test_unwritable_place_is_a_users_mistake(tmp_path):

@@ -27,6 +27,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """Size of the tensors in one file, in bytes, unless a single tensor is larger."""
 CHUNK_BYTES = 16 << 20  # a multiple of every dtype's size
+READ_BYTES = 1 << 30  # macOS refuses to read 2 GiB at once
 ADAPTER_CONFIG = "adapter_config.json"
 _WRAPPERS = {
     "base_model.model.": "peft",
@@ -98,9 +99,9 @@ class StoredTensor:
                 yield self._read_from(file.fileno(), offset, min(chunk_bytes, self.size - offset))
 
     def _read_from(self, descriptor: int, offset: int, size: int) -> bytes:
-        data = os.pread(descriptor, size, self.start + offset)
+        data = b""
         while len(data) < size:
-            more = os.pread(descriptor, size - len(data), self.start + offset + len(data))
+            more = os.pread(descriptor, min(size - len(data), READ_BYTES), self.start + offset + len(data))
             if not more:
                 raise UnfinishedError(
                     f"{self.file}: ends within {self.name}; the file changed during reading, try again"

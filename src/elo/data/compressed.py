@@ -9,6 +9,10 @@ import pyarrow
 import zstandard
 
 BUFFER = 1 << 20
+ZSTD_PIECE = 1 << 11
+"""Bytes of Zstandard data that are unpacked at once. Four bytes can hold 128 KiB, so this is at most 64 MiB."""
+LINE_LIMIT = 1 << 28
+"""Bytes at which a line is too long to be a JSON document."""
 MAX_WINDOW = 1 << 31
 """Largest accepted Zstandard window, in bytes (`zstd --long=31`). A reader keeps one window in memory."""
 
@@ -104,7 +108,7 @@ class _ZstdFile(io.RawIOBase):
     def readinto(self, target: Any) -> int:
         while not self._ready:
             chunk = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            chunk = chunk or self._raw.read(1 << 17)
+            chunk = chunk or self._raw.read(ZSTD_PIECE)
             if not chunk:
                 if self._frame is not None and not self._frame.eof:
                     raise EOFError("the compressed file ends in the middle")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elo.data.compressed import decompressed, file_problem, wrong_kind
+from elo.data.compressed import LINE_LIMIT, decompressed, file_problem, wrong_kind
 from elo.errors import EloError
 from elo.store.remote import require_local
 
@@ -20,22 +20,27 @@ def read_json_lines(path: str | Path, what: str) -> list[tuple[str, Any]]:
         EloError: the file is in object storage, cannot be read or holds no value, or a line is not JSON in UTF-8.
     """
     require_local(path, what, "download it, and give the local file")
+    lines: list[tuple[str, bytes]] = []
     try:
         with Path(path).open("rb") as raw:
             problem = wrong_kind(raw.read(64), str(path))
             raw.seek(0)
-            lines = [] if problem else list(decompressed(raw, str(path)))
+            source, number = decompressed(raw, str(path)), 0
+            while not problem and (line := source.readline(LINE_LIMIT)):
+                number += 1
+                if len(line) == LINE_LIMIT and not line.endswith(b"\n"):
+                    problem = f"line {number} is longer than {LINE_LIMIT >> 20} MiB; write one JSON value per line"
+                if line.strip():
+                    lines.append((f"{path}:{number}", line))
     except (FileNotFoundError, IsADirectoryError):
         problem = f"no such file; give JSON lines of {what}"
     except Exception as error:  # each compression has its own errors
         problem = file_problem(error)
     if problem:
         raise EloError(f"{path}: {problem}")
-    places = ((f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip())
-    found = [(where, _value(line, where)) for where, line in places]
-    if not found:
+    if not lines:
         raise EloError(f"{path}: holds no {what}; give JSON lines of {what}")
-    return found
+    return [(where, _value(line, where)) for where, line in lines]
 
 
 def _value(line: bytes, where: str) -> Any:

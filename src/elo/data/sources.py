@@ -21,7 +21,7 @@ import pyarrow.parquet
 import zstandard
 
 from elo.checkpoint.local_names import looks_local, near
-from elo.data.compressed import decompressed, file_problem, wrong_kind
+from elo.data.compressed import LINE_LIMIT, decompressed, file_problem, wrong_kind
 from elo.data.unread import warn_of_unread
 from elo.errors import EloError, error_line
 from elo.store.remote import RemoteFile, is_remote, list_remote, open_remote
@@ -33,8 +33,6 @@ TEXT_PIECE = 1 << 18
 """Bytes after which a plain-text document ends at the next blank line. A smaller file is one document."""
 TEXT_LIMIT = 1 << 20
 """Bytes at which a plain-text document ends even inside a line."""
-LINE_LIMIT = 1 << 28
-"""Bytes at which a line is too long to be a JSON document."""
 PARQUET_BATCH = 1 << 24
 """Approximate bytes of text converted from parquet at once."""
 THRIFT_LIMIT = 1 << 30
@@ -244,11 +242,11 @@ class FileReader:
 def _json_records(lines: BinaryIO, name: str, columns: tuple[str, ...], start: int) -> Iterator[Record]:
     for number, line in enumerate(iter(lambda: lines.readline(LINE_LIMIT), b"")):
         if len(line) == LINE_LIMIT and not line.endswith(b"\n"):
-            while (rest := lines.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
-                pass
             if number >= start:
                 problem = f"the line is longer than {LINE_LIMIT >> 20} MiB; write one document per line"
                 yield Record(number, number + 1, b"", f"{name}:{number + 1}: {problem}")
+            while (rest := lines.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
+                pass
             continue
         if number < start or line.isspace():
             continue

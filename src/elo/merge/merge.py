@@ -1,7 +1,5 @@
 """`elo merge`: merge an adapted model with its base, or with another model of the same architecture."""
 
-import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from elo.merge.mergekit import read_mergekit
 from elo.merge.recipe import Recipe, two_models
 from elo.merge.weights import merge_weights
 from elo.report.card import merge_card
-from elo.store.files import TEMPORARY_PREFIX, readable_disk_errors, write_json
+from elo.store.files import readable_disk_errors, scratch_directory, write_json
 
 RECORD_FILE = "elo_merge.json"
 _WEIGHTS = tuple(eighth / 8 for eighth in range(9))
@@ -186,10 +184,8 @@ def _search(
     reference = search.bits_per_byte(folders[-1], trust_remote_code)
     print(f"{recipe.models[-1]}: {_shown(reference)}", flush=True)
     tried: list[dict[str, Any]] = []
-    scratch = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"  # a later merge removes it
-    scratch.mkdir(parents=True)
-    trial = scratch / "trial"
-    try:
+    with scratch_directory(target) as scratch:
+        trial = scratch / "trial"
         for weight in search.weights:
             factors = two_models(recipe.method, recipe.models, weight).factors
             merge_weights(
@@ -203,8 +199,6 @@ def _search(
             bpb = search.bits_per_byte(trial, trust_remote_code)
             tried.append({"weight": weight, "bpb": bpb})
             print(f"weight {weight:g}: {_shown(bpb)}", flush=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return {
         "weight": search.choose(reference, tried),
         "targets": list(search.targets),

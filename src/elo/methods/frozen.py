@@ -50,7 +50,7 @@ class Frozen(ChosenLayers):
             else:
                 floor.close()
 
-        return Prepared(before_step, prepared.first_row, floor.remove)
+        return Prepared(before_step, prepared.first_row, floor.internal, floor.remove)
 
     def flops_per_token(
         self, phase: Phase, footprint: Footprint, layers: Sequence[int], sequence_length: int, **counting: Any

@@ -4,10 +4,10 @@ Rates come from the manufacturers' data sheets: dense bf16 with fp32 accumulatio
 Memory sizes are those that the driver reports, which are slightly below the nominal ones.
 """
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
+import psutil
 import torch
 
 from elo.errors import EloError
@@ -84,5 +84,5 @@ def this_machine() -> Device:
         properties = torch.cuda.get_device_properties(0)
         precision: Precision = "bf16" if bf16_pays("cuda") else "fp32"
         return Device(properties.name, properties.total_memory, precision, "gpu")
-    name, memory = f"this machine's CPU ({torch.get_num_threads()} threads)", os.sysconf("SC_PAGE_SIZE")
-    return Device(name, memory * os.sysconf("SC_PHYS_PAGES"), "bf16" if bf16_pays("cpu") else "fp32", "cpu")
+    name, memory = f"this machine's CPU ({torch.get_num_threads()} threads)", psutil.virtual_memory().total
+    return Device(name, memory, "bf16" if bf16_pays("cpu") else "fp32", "cpu")

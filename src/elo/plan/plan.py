@@ -79,9 +79,10 @@ def plan(
     if any(phase.detached for each in (config, *others) for phase in each.method.phases):
         require_detachable(model_config)
     counted = footprint(model_config, trust_remote_code=config.trust_remote_code)
-    layers = assumed_layers(config.layers, counted.num_layers)
+    uses_layers = any(each.method.uses_layers for each in (config, *others))
+    layers = assumed_layers(config.layers, counted.num_layers) if uses_layers else ()
     notes: list[str] = []
-    if parse_auto(config.layers):
+    if uses_layers and parse_auto(config.layers):
         notes.append(f"layers: {config.layers}: a probe will choose; the plan assumes layers evenly spaced over depth")
     if config.method.probe_criterion:
         notes.append("method.profile: probe: a probe will decide the ranks; the plan assumes u_shaped")

@@ -47,11 +47,11 @@ def _headline(plan: Plan) -> str:
     cut = (
         "" if model.vocabulary_rows == model.vocab_size else f"; {model.vocabulary_rows:,} vocabulary rows in training"
     )
+    chosen = f"selected layers {', '.join(map(str, model.layers))}; " if model.layers else ""
     return (
         f"{model.name} ({model.model_type}): {count(model.total_parameters)} parameters{experts}\n"
         f"  embedding {count(model.embedding_parameters)}, head {head}, {model.num_layers} layers of {each}{cut}\n"
-        f"  selected layers {', '.join(map(str, model.layers))}; "
-        f"{device.count} x {device.name}, {device.memory_bytes / GIB:.1f} GiB each\n"
+        f"  {chosen}{device.count} x {device.name}, {device.memory_bytes / GIB:.1f} GiB each\n"
     )
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 _PACKAGES = ("elo-cpt", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
@@ -22,7 +23,7 @@ def environment() -> dict[str, Any]:
 
 def hardware() -> dict[str, Any]:
     """Return the hardware of this machine: CPU, cores, memory in bytes, GPUs."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = psutil.virtual_memory().total
     found: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_bytes": memory}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()

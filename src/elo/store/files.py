@@ -1,6 +1,7 @@
 """Write files atomically: under a temporary name, fsynced, then renamed."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def readable_disk_errors(place: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file `path` with `text` (UTF-8) atomically."""
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    temporary = _temporary_path(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -118,42 +119,74 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     """Yield a temporary directory next to `target`; on success fsync it and rename it to `target`.
 
     A failure leaves nothing behind. With `overwrite` an existing `target` is replaced once the new one is complete.
-    Only one process at a time may write `target`, because temporary directories of earlier attempts are removed.
 
     Raises:
-        EloError: `target` exists and is not empty (without `overwrite`), or cannot be written.
+        EloError: `target` exists and is not empty (without `overwrite`), another process is writing it, or it cannot be
+            written.
     """
     target = target.absolute()
-    if not overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise EloError(f"{target}: already exists; choose another output, remove it, or pass --overwrite")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sweep_temporaries(target)
-        temporary, replaced = (
-            target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}" for _ in range(2)
-        )
-        temporary.mkdir()
-    except OSError as error:
-        raise EloError(f"{target}: cannot be written ({error.strerror}); choose another output folder") from None
-    try:
+    _check_free(target, overwrite)
+    with scratch_directory(target) as temporary:
         yield temporary
         fsync_tree(temporary)
-        if target.is_symlink() or target.exists():
-            target.rename(replaced)  # renaming is fast; the slow removal follows once the new one is in place
-        temporary.rename(target)
-        fsync_path(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if replaced.is_symlink() or replaced.exists():
-            remove(replaced) if target.exists() else replaced.rename(target)
+        _check_free(target, overwrite)  # another program may have written it since
+        replaced = _temporary_path(target)
+        try:
+            if target.is_symlink() or target.exists():
+                target.rename(replaced)  # renaming is fast; the slow removal follows once the new one is in place
+            temporary.rename(target)
+            fsync_path(target.parent)
+        finally:
+            if replaced.is_symlink() or replaced.exists():
+                remove(replaced) if target.exists() else replaced.rename(target)
 
 
-def sweep_temporaries(target: Path) -> None:
-    """Remove temporary files that killed processes left while writing `target`."""
-    own = re.compile(re.escape(f"{TEMPORARY_PREFIX}{target.name}-") + "[0-9a-f]{8}")
-    for leftover in target.parent.glob(f"{TEMPORARY_PREFIX}*"):
-        if own.fullmatch(leftover.name):
-            remove(leftover)
+def _check_free(target: Path, overwrite: bool) -> None:
+    if not overwrite and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise EloError(f"{target}: already exists; choose another output, remove it, or pass --overwrite")
+
+
+@contextmanager
+def scratch_directory(target: Path) -> Iterator[Path]:
+    """Yield a new directory next to `target`, and remove it at the end.
+
+    It is locked, so that only one process at a time works on `target`. What killed processes left there is removed.
+
+    Raises:
+        EloError: another process is writing `target`, or it cannot be written.
+    """
+    scratch = _temporary_path(target)
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch.mkdir()
+            _lock(scratch, target, stack)
+            temporary = re.compile(re.escape(f"{TEMPORARY_PREFIX}{target.name}-") + "[0-9a-f]{8}")
+            leftovers = [path for path in target.parent.iterdir() if temporary.fullmatch(path.name) and path != scratch]
+            for path in (target, *leftovers):
+                _lock(path, target, stack)
+            for path in leftovers:
+                remove(path)
+        except OSError as error:
+            raise EloError(f"{target}: cannot be written ({error.strerror}); choose another output folder") from None
+        yield scratch
+
+
+def _temporary_path(path: Path) -> Path:
+    return path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def _lock(path: Path, target: Path, stack: ExitStack) -> None:
+    """Lock `path` until `stack` ends."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        stack.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise EloError(f"{target}: another process is writing it; wait for it, or choose another output") from None
+    except OSError:  # nothing there, a link, or a file system without locks
+        pass
 
 
 def remove(path: Path) -> None:

@@ -135,7 +135,7 @@ def train(
     reset_peak_memory()
     with (
         accelerating(settings, arguments) as accelerator,
-        _fitted(model, rows, settings, prepared.first_row, supervised, accelerator.device) as attention,
+        _fitted(model, rows, settings, prepared, supervised, accelerator.device) as attention,
         _StopOnSignal() as stop,
         Progress(steps * tokens_per_step, label if is_main() else None, "tokens", done * tokens_per_step) as progress,
     ):
@@ -255,7 +255,7 @@ def _fitted(
     model: PreTrainedModel,
     rows: Dataset,
     settings: TrainingSettings,
-    first_row: int,
+    prepared: Prepared,
     supervised: Mapping[int, float],
     device: torch.device,
 ) -> Iterator[str]:
@@ -277,7 +277,9 @@ def _fitted(
     own_attention = model.config._attn_implementation
     if packed:
         _require_isolation(model, autocast_dtype)
-    restore_forward = install_head_loss(model, settings.head_loss, autocast_dtype, first_row, supervised)
+    restore_forward = install_head_loss(
+        model, settings.head_loss, autocast_dtype, prepared.first_row, supervised, prepared.internal
+    )
     try:
         requested = settings.attn_implementation
         if requested == "auto" and torch.cuda.is_available() and settings.divides_model:

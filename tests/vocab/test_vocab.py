@@ -160,8 +160,8 @@ def _unigram(folder: Path) -> None:
 MISTAKES = {
     "no corpus": ("measure {base} --corpus xx=", "LANGUAGE=FILE"),
     "target without a corpus": ("measure {base} --corpus xx={xx} --target ko", "'ko': has no corpus"),
-    "pieces no number": ("measure {base} --corpus xx={xx} --pieces many", "not integers"),
-    "pieces zero": ("measure {base} --corpus xx={xx} --pieces 0", "each from 1 to 10,000,000"),
+    "pieces no number": ("measure {base} --corpus xx={xx} --target xx --pieces many", "not integers"),
+    "pieces zero": ("measure {base} --corpus xx={xx} --target xx --pieces 0", "each from 1 to 10,000,000"),
     "measure no model": ("measure {root}/none --corpus xx={xx}", "{root}/none"),
     "measure no file": ("measure {base} --corpus xx={root}/none.jsonl", "none.jsonl: no such file"),
     "no text": ("extend {base} -o {new}", "--target FILE"),

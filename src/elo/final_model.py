@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from elo.checkpoint.folder import CARD_FILE, put_first
+from elo.checkpoint.folder import put_first
 from elo.checkpoint.shared_files import copy_shared
 from elo.store.files import atomic_directory, readable_disk_errors
 
@@ -31,5 +31,5 @@ def write_final_model(output: Path, stage: Path, card: str, config: dict[str, An
                 copied.parent.mkdir(parents=True, exist_ok=True)
                 copy_shared(path, copied, link=True)
         settings = yaml.safe_dump(config, allow_unicode=True, sort_keys=False)
-        put_first(folder / CARD_FILE, card)
-        put_first(folder / config_file, settings)
+        put_first(folder, card)
+        put_first(folder, settings, config_file)

@@ -8,14 +8,7 @@ from typing import Any
 
 from elo.check_output import check_output
 from elo.checkpoint.counting import read_config
-from elo.checkpoint.folder import (
-    CARD_FILE,
-    TEMPLATE_PATTERNS,
-    TOKENIZER_PATTERNS,
-    copy_side_files,
-    copy_tokenizer,
-    put_first,
-)
+from elo.checkpoint.folder import TEMPLATE_PATTERNS, TOKENIZER_PATTERNS, copy_side_files, copy_tokenizer, put_first
 from elo.checkpoint.new_rows import read_new_rows
 from elo.checkpoint.tensor_files import StoredTensor
 from elo.data.tokenizer import load_tokenizer, save_with_backend
@@ -188,7 +181,7 @@ def add_chat_vector(
         without = (*TOKENIZER_PATTERNS, *TEMPLATE_PATTERNS, "generation_config.json")
         copy_side_files(adapted, folder, python=trust_remote_code, leave_out=without)
         if card is not None:
-            put_first(folder / CARD_FILE, card)
+            put_first(folder, card)
 
     record = merge_weights(
         (adapted, base, chat),

@@ -82,8 +82,12 @@ def write_config(folder: Path, config_json: dict[str, Any]) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config_json, indent=2) + "\n", encoding="utf-8")
 
 
-def put_first(path: Path, text: str) -> None:
-    """Write a file; an existing one is renamed, README.md to README_base.md, and that one to README_base_base.md."""
+def put_first(folder: Path, text: str, name: str = CARD_FILE) -> None:
+    """Write a file; an existing one is renamed, README.md to README_base.md, and that one to README_base_base.md.
+
+    Args:
+        name: name of the file in `folder`; by default that of the model card.
+    """
 
     def set_aside(existing: Path) -> None:
         if existing.exists():
@@ -91,8 +95,8 @@ def put_first(path: Path, text: str) -> None:
             set_aside(kept)
             existing.rename(kept)
 
-    set_aside(path)
-    path.write_text(text, encoding="utf-8")
+    set_aside(folder / name)
+    (folder / name).write_text(text, encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -6,14 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from elo.check_output import check_output
-from elo.checkpoint.folder import (
-    CARD_FILE,
-    TEMPLATE_PATTERNS,
-    TOKENIZER_PATTERNS,
-    copy_side_files,
-    copy_tokenizer,
-    put_first,
-)
+from elo.checkpoint.folder import TEMPLATE_PATTERNS, TOKENIZER_PATTERNS, copy_side_files, copy_tokenizer, put_first
 from elo.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from elo.detach_attach import check_replaceable, resolve_checkpoint
 from elo.errors import EloError
@@ -159,7 +152,7 @@ def merge(
             else:
                 without = ()
             copy_side_files(folders[0], folder, python=trust_remote_code, leave_out=without)
-            put_first(folder / CARD_FILE, merge_card(given, folders))
+            put_first(folder, merge_card(given, folders))
 
         record = merge_weights(
             folders,

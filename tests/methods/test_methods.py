@@ -210,7 +210,7 @@ def test_the_mean_is_exact_with_losses_of_internal_layers_too(tie):
     install_head_loss(whole, supervised=supervised)
     exact = gradients(whole)
     model, prepared = case.ready(tie=tie)
-    install_head_loss(model, supervised=supervised, internal=prepared.internal)
+    install_head_loss(model, supervised=supervised, supervised_output=prepared.supervised_output)
     found = {}
     for step in range(20):
         prepared.before_step(step, _forget)

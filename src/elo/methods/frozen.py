@@ -50,7 +50,12 @@ class Frozen(ChosenLayers):
             else:
                 floor.close()
 
-        return Prepared(before_step, prepared.first_row, floor.internal, floor.remove)
+        return Prepared(
+            before_step=before_step,
+            first_row=prepared.first_row,
+            supervised_output=floor.supervised_output,
+            fold=floor.remove,
+        )
 
     def flops_per_token(
         self, phase: Phase, footprint: Footprint, layers: Sequence[int], sequence_length: int, **counting: Any

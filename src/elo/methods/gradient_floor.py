@@ -54,7 +54,7 @@ class GradientFloor:
         self._closed, self._scale = False, None if scale == 1.0 else (layer_idx, scale)
         self._set_gradient(True)
 
-    def internal(self, layer_idx: int, hidden: Tensor) -> Tensor:
+    def supervised_output(self, layer_idx: int, hidden: Tensor) -> Tensor:
         """Return a layer's output for a loss of its own, whose gradient is scaled as if it came from above."""
         if self._scale is None or layer_idx >= self._scale[0]:
             return hidden

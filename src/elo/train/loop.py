@@ -278,7 +278,7 @@ def _fitted(
     if packed:
         _require_isolation(model, autocast_dtype)
     restore_forward = install_head_loss(
-        model, settings.head_loss, autocast_dtype, prepared.first_row, supervised, prepared.internal
+        model, settings.head_loss, autocast_dtype, prepared.first_row, supervised, prepared.supervised_output
     )
     try:
         requested = settings.attn_implementation

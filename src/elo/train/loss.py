@@ -252,7 +252,7 @@ def install_head_loss(
     autocast_dtype: torch.dtype | None = None,
     first_row: int = 0,
     supervised: Mapping[int, float] | None = None,
-    internal: Callable[[int, Tensor], Tensor] = lambda _, hidden: hidden,
+    supervised_output: Callable[[int, Tensor], Tensor] = lambda _, hidden: hidden,
 ) -> Callable[[], None]:
     """Make `model(input_ids=..., shift_labels=...)` return the summed loss without computing all logits at once.
 
@@ -266,7 +266,7 @@ def install_head_loss(
         first_row: first row of the head's weight whose gradient is needed.
         supervised: weight of the loss by supervised internal layer. The layer's output passes through the model's own
             final norm and head.
-        internal: function applied to a supervised layer's index and output before that.
+        supervised_output: function applied to a supervised layer's index and output before that.
 
     Returns:
         A function that reverts the change.
@@ -285,9 +285,9 @@ def install_head_loss(
     def forward(*args: Any, shift_labels: Tensor | None = None, **inputs: Any) -> Any:
         if shift_labels is None:
             return original(*args, **inputs)
-        with outputs.recording() as recorded:
+        with outputs.recording() as internal:
             hidden_BTD = decoder(**inputs, use_cache=False)[0]
-        hiddens = [hidden_BTD, *(norm(internal(index, recorded[index])) for index in supervised)]
+        hiddens = [hidden_BTD, *(norm(supervised_output(index, internal[index])) for index in supervised)]
         weights = (1.0, *supervised.values())
         loss, nats_S = _eager_head_loss(hiddens, weights, head, shift_labels, transform, implementation, first_row)
         return HeadLossOutput(loss=loss, nats=nats_S)

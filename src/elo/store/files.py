@@ -16,6 +16,11 @@ from typing import Any
 from elo.errors import EloError, UnfinishedError
 
 TEMPORARY_PREFIX = ".tmp-"
+_NOT_LOCKABLE = {
+    *(errno.ENOENT, errno.ELOOP, errno.ENXIO),  # nothing there, a symbolic link, a socket
+    *(errno.EACCES, errno.EPERM),  # a file that may be replaced and not read
+    *(errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP),  # file systems without locks
+}
 
 
 def fsync_path(path: Path) -> None:
@@ -178,15 +183,16 @@ def _temporary_path(path: Path) -> Path:
 
 
 def _lock(path: Path, target: Path, stack: ExitStack) -> None:
-    """Lock `path` until `stack` ends."""
+    """Lock `path` until `stack` ends, if something is there that can be locked."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         stack.callback(os.close, descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise EloError(f"{target}: another process is writing it; wait for it, or choose another output") from None
-    except OSError:  # nothing there, a link, or a file system without locks
-        pass
+    except OSError as error:
+        if error.errno not in _NOT_LOCKABLE:
+            raise
 
 
 def remove(path: Path) -> None:

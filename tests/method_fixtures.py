@@ -24,7 +24,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "elo-removed": {"name": "elo", "middle": "removed"},
     "elo-aligned by adapters": {"name": "elo", "alignment": "lora", "alignment_rank": 2},
     "elo-layers alone": {"name": "elo", "also_train": []},
-    "elo-new rows": {"name": "elo", "embedding_rows": "new", "alignment": "none"},
+    "elo-new rows": {"name": "elo", "embedding_rows": "new", "alignment": "lora", "alignment_rank": 2},
     "frozen-half": {"name": "frozen", "backward_share": 0.5},
     "frozen-top alone": {"name": "frozen", "backward_share": 0.0},
     "frozen-new rows": {"name": "frozen", "embedding_rows": "new"},

@@ -42,6 +42,7 @@ VARIANTS = {
         {"middle": "removed", "also_train": ("norm",)},
         {"middle": "bridged", "embedding_rows": "new"},
         {"middle": "bridged", "alignment": "lora", "alignment_rank": 2},
+        {"middle": "bridged", "alignment": "lora", "alignment_rank": 2, "embedding_rows": "new"},
     ],
     "frozen": [{"backward_share": 0.5}, {"module": "attention"}],
     "full": [{}, {"module": "mlp"}],

@@ -1,5 +1,6 @@
 """ELO (arXiv 2601.03648): detach layers, train them on the target language, attach them, align the whole model."""
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -28,8 +29,8 @@ class Elo(ChosenLayers):
     """Factor of the detached model's change when it is attached. `search` tries several scales and takes the one with
     the lowest loss over all languages."""
     alignment: Literal["full", "lora", "none"] = "full"
-    """Training in layer alignment: every parameter (`full`), low-rank adapters on every layer (`lora`), or no layer
-    alignment (`none`)."""
+    """Training in layer alignment: every parameter (`full`), low-rank adapters on every layer (`lora`), with the new
+    rows if `embedding_rows` is `new`, or no layer alignment (`none`)."""
     alignment_rank: int = Field(32, gt=0)
     """Rank of the adapters with `alignment: lora`."""
     share: float = Field(0.5, gt=0, lt=1)
@@ -47,13 +48,16 @@ class Elo(ChosenLayers):
             return (pretraining,)
         if self.alignment == "full":
             return pretraining, Phase("layer_alignment", "trained", "alignment")
+        # New rows keep training: attached to the whole model, they are no longer what they were trained for.
+        parts = self.also_train if self.needs_new_rows else ()
         rank = self.alignment_rank
-        return pretraining, Phase("layer_alignment", "adapted", "alignment", (), rank, learning_rate=5e-4)
+        return pretraining, Phase("layer_alignment", "adapted", "alignment", parts, rank, learning_rate=5e-4)
 
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         if phase.middle == "adapted":
             ranks = self.lora_ranks(phase, len(layers_of(model)))
-            return add_adapters(model, phase, setup.seed, ranks, 2.0, module=self.module)
+            prepared = add_adapters(model, phase, setup.seed, ranks, 2.0, module=self.module)
+            return replace(prepared, first_row=self.first_row(model))
         return super().prepare(model, phase, setup)
 
 

@@ -165,14 +165,17 @@ def test_a_model_without_new_rows_is_refused():
         prepared(new_rows(), tiny_llama())
 
 
-def test_old_rows_stay_through_a_full_alignment_too(tmp_path):
-    method = new_rows("bridged")
-    assert [phase.middle for phase in method.phases] == ["bridged", "trained"]
+@pytest.mark.parametrize(("alignment", "middle"), [("full", "trained"), ("lora", "adapted")])
+def test_old_rows_stay_and_new_ones_learn_in_alignment_too(tmp_path, alignment, middle):
+    method = new_rows("bridged", alignment=alignment)
+    assert [phase.middle for phase in method.phases] == ["bridged", middle]
     model = extended_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    run(model, method.prepare(model, method.phases[1], Setup(KEPT)), tmp_path)
+    ready = method.prepare(model, method.phases[1], Setup(KEPT))
+    run(model, ready, tmp_path)
+    ready.fold()
     for name, tensor in model.state_dict().items():
-        assert not torch.equal(tensor, before[name]), name
+        assert torch.equal(tensor, before[name]) == (middle == "adapted" and "norm" in name), name
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(model.state_dict()[name][:FIRST], before[name][:FIRST])
 

@@ -37,8 +37,11 @@ _TARGET_CHARACTERS = 50_000_000
 _SOURCE_CHARACTERS = 20_000_000
 # One document in this many is used for measurement, not for learning.
 _EVERY = 10
-# Largest ratio, after to before, of training FLOPs per byte of target text at which an extension is worth it.
+# Largest ratio, after to before, of training FLOPs per byte of target text at which an extension is worth it in long
+# training.
 _WORTH_IT = 0.8
+# What was measured of "long training": benchmarks/vocabulary_smollm2_40min.yaml.
+_TOO_FEW = "45 occurrences of each were too few to make up for that in SmolLM2-135M"
 
 
 def measure_vocabulary(
@@ -350,5 +353,5 @@ def _advice(targets: Sequence[str], now: Fertility, candidates: Sequence[Mapping
         f"{best['flops_per_byte']:.0%} of the training FLOPs for the same text"
     )
     if best["flops_per_byte"] <= _WORTH_IT:
-        return f"worth it: {effect}"
+        return f"worth it for long training: {effect}, but new rows start untrained ({_TOO_FEW})"
     return f"not worth it: {effect}, but new rows start untrained"

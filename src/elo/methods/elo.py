@@ -48,7 +48,7 @@ class Elo(ChosenLayers):
             return (pretraining,)
         if self.alignment == "full":
             return pretraining, Phase("layer_alignment", "trained", "alignment")
-        # New rows keep training: attached to the whole model, they are no longer what they were trained for.
+        # The new rows have learnt in the detached model, and go on in the whole one.
         parts = self.also_train if self.needs_new_rows else ()
         rank = self.alignment_rank
         return pretraining, Phase("layer_alignment", "adapted", "alignment", parts, rank, learning_rate=5e-4)

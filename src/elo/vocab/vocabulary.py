@@ -40,8 +40,6 @@ _EVERY = 10
 # Largest ratio, after to before, of training FLOPs per byte of target text at which an extension is worth it in long
 # training.
 _WORTH_IT = 0.8
-# What was measured of "long training": benchmarks/vocabulary_smollm2_40min.yaml.
-_TOO_FEW = "45 occurrences of each were too few to make up for that in SmolLM2-135M"
 
 
 def measure_vocabulary(
@@ -353,5 +351,7 @@ def _advice(targets: Sequence[str], now: Fertility, candidates: Sequence[Mapping
         f"{best['flops_per_byte']:.0%} of the training FLOPs for the same text"
     )
     if best["flops_per_byte"] <= _WORTH_IT:
-        return f"worth it for long training: {effect}, but new rows start untrained ({_TOO_FEW})"
+        # benchmarks/vocabulary_smollm2_40min.yaml
+        too_few = "31 occurrences of each, on average, were too few for SmolLM2-135M"
+        return f"worth it for long training: {effect}, but new rows start untrained ({too_few})"
     return f"not worth it: {effect}, but new rows start untrained"

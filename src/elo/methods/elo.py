@@ -1,6 +1,5 @@
 """ELO (arXiv 2601.03648): detach layers, train them on the target language, attach them, align the whole model."""
 
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -56,8 +55,8 @@ class Elo(ChosenLayers):
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         if phase.middle == "adapted":
             ranks = self.lora_ranks(phase, len(layers_of(model)))
-            prepared = add_adapters(model, phase, setup.seed, ranks, 2.0, module=self.module)
-            return replace(prepared, first_row=self.first_row(model))
+            first_row = self.first_row(model)
+            return add_adapters(model, phase, setup.seed, ranks, 2.0, module=self.module, first_row=first_row)
         return super().prepare(model, phase, setup)
 
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -40,8 +39,10 @@ class Lora(TrainedParts):
     def prepare(self, model: PreTrainedModel, phase: Phase, setup: Setup) -> Prepared:
         ranks = self.lora_ranks(phase, len(layers_of(model)))
         scale = self.alpha / self.rank
-        prepared = add_adapters(model, phase, setup.seed, ranks, scale, module=self.module, dropout=self.dropout)
-        return replace(prepared, first_row=self.first_row(model))
+        first_row = self.first_row(model)
+        return add_adapters(
+            model, phase, setup.seed, ranks, scale, module=self.module, dropout=self.dropout, first_row=first_row
+        )
 
 
 def add_adapters(
@@ -53,6 +54,7 @@ def add_adapters(
     *,
     module: LayerModule = "layer",
     dropout: float = 0.0,
+    first_row: int = 0,
 ) -> Prepared:
     """Freeze `model`, add trainable adapters and unfreeze `phase.also_train`. `fold` merges the adapters.
 
@@ -60,6 +62,8 @@ def add_adapters(
         ranks: rank of the adapters of each decoder layer; 0 for none.
         scale: factor of the adapters' output, the same for all ranks.
         module: part of the layers that gets adapters.
+        dropout: dropout probability of the adapters' inputs.
+        first_row: first row of embedding and head to train, if `phase.also_train` names them.
     """
     from peft import LoraConfig, LoraModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -108,7 +112,7 @@ def add_adapters(
         tuner.unload()
         return lambda part: _merged(part, adapted)
 
-    return Prepared(fold=fold, fold_parts=fold_parts)
+    return Prepared(first_row=first_row, fold=fold, fold_parts=fold_parts)
 
 
 def _merged(part: dict[str, Tensor], adapted: Mapping[str, Any]) -> dict[str, Tensor]:

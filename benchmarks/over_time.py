@@ -2,7 +2,8 @@
 
     cd benchmarks/results
     python ../over_time.py real_smollm2_seeds.json neighbours_smollm2.json:elo_lora smollm2_10min.json \
-        smollm2_40min.json --contestants elo_lora,full,lora --output ../../docs/images/smollm2_over_time.png
+        smollm2_40min.json:elo_lora,lora_low smollm2_40min_seeds.json:full,lora \
+        --contestants elo_lora,full,lora,lora_low --output ../../docs/images/smollm2_over_time.png
 
 Each contestant is a line through its mean over seeds in each file. After a colon stand the contestants to take from a
 file, all of --contestants by default. The dashed line is the base model.

@@ -1,5 +1,6 @@
 """The command line: each command parses its arguments and calls one function."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -334,6 +335,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # If waiting threads spin, work is several times slower as soon as another process needs a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # peft imports bitsandbytes, which warns that a package for 4-bit kernels is missing. Nothing here uses them.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(args=arguments, standalone_mode=False)
     except _UsageError as error:

@@ -51,6 +51,7 @@ CONTESTANTS = {
     "LISA": Contestant({"name": "lisa"}),
     "frozen middle": Contestant({"name": "frozen"}),
     "LoRA, rank 16": Contestant({"name": "lora", "rank": 16}),
+    "LoRA, rank 16, checkpointing": Contestant({"name": "lora", "rank": 16}, CHECKPOINTING),
     "detached, bridge": Contestant({"name": "elo"}),
     "detached, bridge, 8-bit AdamW": Contestant({"name": "elo"}, EIGHT_BIT),
     "detached, as published": Contestant({"name": "elo_paper"}),

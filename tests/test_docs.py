@@ -1,6 +1,7 @@
 """Links between the Markdown files lead somewhere, and the site has every page."""
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_named_evidence_exists(page: Path) -> None:
     names = set(re.findall(r"`(test_\w+\.py)", text)) - {path.name for path in (ROOT / "tests").rglob("*.py")}
     paths = {path for path in re.findall(r"`((?:benchmarks|tests)/[\w./-]+\.\w+)", text) if not (ROOT / path).exists()}
     assert not names | paths
+
+
+def test_every_result_is_named_and_every_named_result_exists() -> None:
+    files = {path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    evidence = set(re.findall(r"results/(\w+\.json)", text))
+    assert evidence <= files
+    in_groups = {name for group in re.findall(r"results/(\w+\*\.json)", text) for name in files if fnmatch(name, group)}
+    assert files - in_groups <= set(re.findall(r"\w+\.json", text))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

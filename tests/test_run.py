@@ -19,6 +19,7 @@ from run_fixtures import write_world
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from elo import stages
 from elo.config import load_config
 from elo.data.shards import PreparedData
 from elo.errors import EloError
@@ -367,6 +368,15 @@ def test_budget_below_one_step_is_refused(tmp_path):
     config["tokens"] = 64
     with pytest.raises(EloError, match="tokens: the budget of 64 tokens is less than one update"):
         run(config)
+
+
+def test_a_bridge_that_explains_too_little_stops_the_run_before_it_detaches(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "MIN_EXPLAINED", 1.01)
+    config = write_world(tmp_path)
+    config["method"] = {"name": "elo", "middle": "bridged"}
+    with pytest.raises(EloError, match=r"explains .* on held-out text \(cosine .*\), less than 101%; choose more"):
+        run(config)
+    assert not [name for name in ("bridge", "detach") if (tmp_path / "run" / "stages" / f"{name}.json").exists()]
 
 
 def test_a_target_language_worse_than_the_base_is_warned_of(tmp_path, capsys):

@@ -34,7 +34,7 @@ from elo.store.processes import check_launch, is_main
 from elo.store.remote import is_remote
 from elo.store.run_folder import Artifact, RunFolder, file_identity
 
-# Minimum number of tokens to fit a bridge on, besides 16 per hidden dimension.
+# Minimum number of tokens to fit and measure a bridge on, besides 16 per hidden dimension and two sequences.
 _BRIDGE_TOKENS = 8192
 
 
@@ -173,7 +173,8 @@ def adapt(
         bridge = vocabulary = None
         start = adapted.model
         if phase.middle == "bridged":
-            rows = sequences.first(max(_BRIDGE_TOKENS, 16 * _decoder_config(inputs, base).hidden_size))
+            hidden_size = _decoder_config(inputs, base).hidden_size
+            rows = sequences.first(bridge_tokens(hidden_size, config.data.sequence_length))
             bridge = done(
                 folder.once("bridge", stages.fit_middle, base=base, layers=layers, rows=rows, execution=trust),
                 "bridge",
@@ -249,6 +250,11 @@ def adapt(
             text = heldout_text(inputs, data)
             adapted.before_alignment = measure(inputs, "evaluate-attached", adapted.model, text, brief=True)
     return adapted
+
+
+def bridge_tokens(hidden_size: int, sequence_length: int) -> int:
+    """Return the number of tokens to fit a bridge on, and to measure it on others."""
+    return max(_BRIDGE_TOKENS, 16 * hidden_size, 2 * sequence_length)
 
 
 def _keep_share(inputs: Inputs, trained: Artifact, sequences: Sequences) -> Artifact:

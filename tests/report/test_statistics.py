@@ -175,6 +175,13 @@ def test_harm_few_documents_and_missing_trials_are_warned_of():
     assert "elo: the target language ko is worse than in the base model (+0.043 bpb)." in found
 
 
+def test_a_best_contestant_that_is_worse_than_the_base_is_called_that():
+    lead, harm, *_ = verdict_of(duel(full=[2.45, 2.46], elo=[2.42, 2.43])).sentences
+    assert "elo is lowest with 2.425 bits per byte" in lead
+    assert harm == "elo is worse than the base model in ko (+0.013 bpb)."
+    assert not any("worse" in each for each in verdict_of(duel(full=[2.45, 2.46], elo=[2.40, 2.41])).sentences)
+
+
 @pytest.mark.parametrize(("seconds", "off"), [(65.9, False), (66.1, True), (54.1, False), (48.0, True)])
 def test_trials_off_their_budget_are_warned_of(seconds, off):
     results = duel(elo=[1.8])

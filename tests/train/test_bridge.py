@@ -13,6 +13,7 @@ from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.layers import Gap, gaps_between
 from elo.errors import EloError
 from elo.methods.base import select_layers
+from elo.run import bridge_tokens
 from elo.surgery.in_memory import detach_layers
 from elo.train import bridge as train_bridge
 from elo.train.bridge import RIDGES, Bridge, fit_bridge, install_bridge
@@ -183,6 +184,13 @@ def test_explained_is_that_of_the_tokens_it_was_not_fitted_on(monkeypatch):
     assert bridge.explained[0] == pytest.approx(float(explained), abs=1e-3)
     cosine = torch.nn.functional.cosine_similarity(change.flatten(), found.flatten(), dim=0)
     assert bridge.cosine[0] == pytest.approx(float(cosine), abs=1e-3)
+
+
+@pytest.mark.parametrize("length", [16, 4096, 8192, 32768])
+def test_a_run_measures_a_bridge_on_tokens_that_it_does_not_fit(length):
+    row = {"input_ids": torch.zeros(length, dtype=torch.int64)}
+    rows = [row] * -(-bridge_tokens(64, length) // length)
+    assert len(list(train_bridge._batches(rows, tiny_llama().config))) > 1
 
 
 def test_a_bridge_that_explains_little_is_refused():

@@ -168,6 +168,9 @@ def _sentences(results: Results, verdict: BudgetVerdict) -> list[str]:
             found.append(f"{lead}. Without values per document and seed it cannot be tested against the others.")
         else:
             found.append(f"{lead}. The data do not separate it from {_all(results, alike)}.")
+        change = results.change(best, verdict.budget, *results.languages.targets)
+        if change is not None and change > 0:
+            found.append(f"{title_of(results, best)} is worse than the base model in {targets} ({signed(change)} bpb).")
     out = []
     for name in names:
         if name not in verdict.ranked:

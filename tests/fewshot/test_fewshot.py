@@ -57,6 +57,7 @@ def test_rows_costs_and_differences(world, tmp_path):
     assert results["differences"][0]["value"] == pytest.approx(sft["accuracy"] - six["accuracy"])
     assert json.loads((tmp_path / "out.json").read_text())["rows"] == results["rows"]
     assert render(results).row_count == 4
+    assert render(results).caption is None
 
 
 def test_training_learns_and_leaves_no_trace(world):
@@ -169,4 +170,6 @@ def test_the_command(world, tmp_path, capsys):
     written = json.loads(output.read_text())
     assert written["task"]["template"] == "{text}\nTopic:"
     assert written["task"]["items"] == 4
-    assert "sft" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "sft" in shown
+    assert "With one seed, intervals cover test items alone and support no difference." in shown

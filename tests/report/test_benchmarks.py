@@ -60,17 +60,29 @@ def test_contestants_are_compared_item_by_item():
     assert (accuracy.contestant, accuracy.reference, accuracy.test, accuracy.items) == ("lora", "full", "McNemar", 400)
     assert accuracy.value == pytest.approx(better.mean() - base.mean())
     assert accuracy.low < accuracy.value < accuracy.high
-    assert accuracy.is_supported
-    assert accuracy.p_value == mcnemar(better, base) < accuracy.adjusted_p_value
+    assert accuracy.p_value == mcnemar(better, base) < accuracy.adjusted_p_value < 0.001
+    assert not accuracy.is_supported, "one seed, however small the p-value"
     assert (nats.test, nats.unit) == ("t", "number")
     assert nats.value == pytest.approx(0.2)
     page = markdown_page(results, [])
-    assert "## Benchmarks compared" in page
+    assert "**" not in page.split("## Benchmarks compared")[1].split("\n## ")[0]
     assert "mill acc en" in page
     results_section = page.split("## Results")[1].split("##")[0]
     assert "mill acc" in results_section
     assert "mill margin" not in results_section, "margins are details"
     assert "mill margin en" in page.split("## Benchmarks in detail")[1]
+
+
+def test_two_seeds_support_a_difference_in_a_benchmark():
+    base = answered(0.5, 0)
+    better = [np.where(answered(0.2, seed) == 1, 1.0, base) for seed in (1, 2)]
+    values = [benchmark(base)]
+    results = compared(values, full=[values, values], lora=[[benchmark(each)] for each in better])
+    (found,) = judge(results).budgets[0].measure_differences
+    assert (found.seeds, found.test, found.is_supported) == (2, "t", True)
+    section = markdown_page(results, []).split("## Benchmarks compared")[1].split("\n## ")[0]
+    assert section.count("**") == 2
+    assert "Bold: significant at 5 %" in section
 
 
 def test_seeds_widen_the_interval():
@@ -109,12 +121,12 @@ def test_retention_says_what_was_kept():
     outcomes = {(part.measure, part.language): part.outcome for part in lora.parts}
     assert outcomes == {("bits per byte", "en"): "kept", ("mill acc", "en"): "lost", ("in_context", ""): "kept"}
     assert verdict.retention_sentences == (
-        "full, retention: nothing was lost. Kept: bits per byte en, mill acc en and in context.",
-        "lora, retention: something was lost. Lost: mill acc en; kept: bits per byte en and in context.",
+        "full, retention over one seed: nothing was lost. Kept: bits per byte en, mill acc en and in context.",
+        "lora, retention over one seed: something was lost. Lost: mill acc en; kept: bits per byte en and in context.",
     )
     page = markdown_page(results, [])
     section = page.split("## Retention")[1].split("\n## ")[0]
-    assert "lora, retention: something was lost." in section
+    assert "lora, retention over one seed: something was lost." in section
     assert "mill acc en" in section
     assert "2 points" in section
 
@@ -129,7 +141,9 @@ def test_bits_per_byte_above_the_limit_are_lost():
                 nat + 0.05 * math.log(2) * size for nat, size in zip(nats, sizes, strict=True)
             ]
             trial["measured"]["bpb"]["en"] += 0.05
-    full, lora = judge(read_results(results)).budgets[0].retention
+    verdict = judge(read_results(results)).budgets[0]
+    assert verdict.retention_sentences[1] == "lora, retention: something was lost. Lost: bits per byte en."
+    full, lora = verdict.retention
     assert (full.parts[0].outcome, lora.parts[0].outcome) == ("kept", "lost")
     assert lora.parts[0].change == pytest.approx(0.05, abs=0.01)
 

@@ -9,6 +9,7 @@ from report_fixtures import duel, measured
 
 from elo.report.files import read_results
 from elo.report.statistics import bits_per_byte, estimate, holm, resampled_documents
+from elo.report.tables import results_table
 from elo.report.verdict import judge, warnings
 
 
@@ -85,6 +86,41 @@ def test_a_clear_winner_is_supported_and_named():
     )
 
 
+def test_one_seed_supports_no_difference():
+    """Documents agree, which says nothing about another seed: a comparison names the lowest and claims no more."""
+    values = {"full": [1.90, 1.91], "elo": [1.80, 1.81]}
+    results = duel(**{name: seeds[:1] for name, seeds in values.items()})
+    one, two = verdict_of(results), verdict_of(duel(**values))
+    for verdict, supported in ((one, False), (two, True)):
+        for each in (verdict.differences[0], *verdict.best_against):
+            assert each.value == pytest.approx(-0.1, abs=1e-5)
+            assert each.adjusted_p_value < 0.01
+            assert each.is_supported is supported
+        assert verdict.best_is_supported is supported
+    condition = "ko, with en at most 0.02 above the base model"
+    assert one.sentences == (
+        f"{condition}: elo is lowest with 1.800 bits per byte.",
+        "With one seed, intervals cover the choice of documents alone, so no difference is supported or bold; run at "
+        "least two.",
+    )
+    assert two.sentences == (f"{condition}: elo is lowest with 1.805 bits per byte, significantly below full.",)
+    known = read_results(results)
+    table = results_table(known, known.budgets[0], one)
+    assert not any(cell.bold for row in table.rows for cell in row)
+    assert "Bold" not in table.note
+
+
+def test_seeds_that_two_contestants_share_are_counted_and_not_those_planned():
+    """In the midst of a comparison, or where a seed failed."""
+    results = duel(full=[1.90, 1.91, 1.92], elo=[1.80, 1.81, 1.82], lora=[1.70, 1.71, 1.72])
+    results["trials"] = [each for each in results["trials"] if each["contestant"] != "lora" or each["seed"] == 1]
+    verdict = verdict_of(results)
+    supported = {each.contestant: each.is_supported for each in verdict.differences if each.languages == ("ko",)}
+    assert supported == {"elo": True, "lora": False}
+    assert verdict.sentences[0].endswith("lora is lowest with 1.700 bits per byte.")
+    assert verdict.sentences[1].startswith("With one seed,")
+
+
 def test_a_true_null_is_not_bold():
     """Three seeds on the same side of the other's are no evidence, though each by itself looks clear."""
     verdict = verdict_of(duel(full=[1.90, 1.90, 1.90], elo=[1.899, 1.88, 1.85]))
@@ -136,7 +172,9 @@ def test_one_contestant_is_compared_with_the_base():
     assert verdict.reference == "base"
     assert [each.value for each in verdict.differences] == pytest.approx([1.80 - 2.412, 0.0], abs=1e-5)
     assert verdict.sentences[0].startswith("elo, ko: 2.412 to 1.800 bits per byte (−0.612, 95 % interval −0.6")
-    assert "the choice of documents alone" in verdict.sentences[-1]
+    assert not any(each.is_supported for each in verdict.differences)
+    assert verdict.sentences[-1].startswith("With one seed, intervals cover the choice of documents alone")
+    assert not any("With one seed" in each for each in verdict_of(duel(elo=[1.80, 1.81])).sentences)
 
 
 def test_without_values_per_document_nothing_is_tested():

@@ -78,7 +78,7 @@ class CompareConfig(Section):
     contestants: dict[str, Contestant] = Field(min_length=1)
     budgets: list[Budget] = Field(min_length=1)
     seeds: list[int] = Field([1, 2, 3], min_length=1)
-    """Seeds, one training per seed. Learning rates are tuned with the first."""
+    """Seeds, one training per seed. Learning rates are tuned with the first. One seed supports no difference."""
     learning_rates: list[Rate] = Field([1e-4, 3e-4, 1e-3], min_length=1)
     """Learning rates to try for each phase of each contestant, with `tuning_share` of the budget. If the lowest or
     highest is best, up to two more beyond it are tried."""

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from elo.format import duration, flops, signed
+from elo.report.schema import MIN_SEEDS
 
 
 def render(results: dict[str, Any]) -> Table:
@@ -13,6 +14,8 @@ def render(results: dict[str, Any]) -> Table:
     seeds, items = len(results["seeds"]), results["task"]["items"]
     title = f"{results['model']}: {items} items, {seeds} seed{'s' * (seeds != 1)}, "
     table = Table(title=f"{title}largest class {results['task']['majority']:.1%}", title_justify="left")
+    if seeds < MIN_SEEDS and any(row["examples"] for row in results["rows"]):
+        table.caption = "With one seed, intervals cover test items alone and support no difference."
     table.add_column("way")
     for heading in (
         "examples",

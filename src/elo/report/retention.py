@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from elo.format import listed
 from elo.report.paired import BASE, compare_measures, whole_values
-from elo.report.schema import Difference, Results, Retained, Retention
+from elo.report.schema import MIN_SEEDS, Difference, Results, Retained, Retention
 
 RULE = (
     "Retention compares each contestant with the base model in everything but the target languages. A measure is "
     "improved if the 95 % interval of its change contains only gains, kept if the interval stays within the limit, "
     "lost if it contains only losses, and otherwise undecided. These intervals are not corrected for multiple "
-    "comparisons."
+    "comparisons. With one seed, interval and outcome cover documents or items alone."
 )
 
 
@@ -64,7 +64,7 @@ def _outcome(low: float, high: float, limit: float) -> str:
     return "lost" if high < 0 else "undecided"
 
 
-def sentence(title: str, kept: Retention) -> str:
+def sentence(title: str, kept: Retention, seeds: int) -> str:
     """Return the retention of a contestant in words."""
     names = {
         outcome: [
@@ -76,4 +76,5 @@ def sentence(title: str, kept: Retention) -> str:
     }
     verdict = "something was lost" if names["lost"] else "undecided" if names["undecided"] else "nothing was lost"
     parts = "; ".join(f"{outcome}: {listed(of_outcome)}" for outcome, of_outcome in names.items() if of_outcome)
-    return f"{title}, retention: {verdict}. {parts[:1].upper()}{parts[1:]}."
+    over = "retention over one seed" if seeds < MIN_SEEDS else "retention"
+    return f"{title}, {over}: {verdict}. {parts[:1].upper()}{parts[1:]}."

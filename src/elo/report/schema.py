@@ -14,6 +14,8 @@ FILE_NAME = "results.json"
 SCHEMA_VERSION = 2
 MIN_DOCUMENTS = 30
 """Number of held-out documents, or of items, below which no difference counts as supported."""
+MIN_SEEDS = 2
+"""Number of seeds below which no difference counts as supported: with one, the spread over seeds is unknown."""
 
 Count = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -292,7 +294,8 @@ class PairedDifference(Record):
     p_value: Share = Field(description="Two-sided p-value.")
     adjusted_p_value: Share = Field(description="p-value after Holm's correction within its family of comparisons.")
     seeds: Count = Field(
-        description="Seeds that both have in common; with one seed the interval does not cover the spread over seeds."
+        description="Seeds that both have in common; with one, the interval does not cover the spread over seeds, and "
+        "the difference is not supported."
     )
 
 
@@ -304,8 +307,8 @@ class Difference(PairedDifference):
 
     @property
     def is_supported(self) -> bool:
-        """Whether the difference is significant at 5 % after correction, on enough documents."""
-        return self.adjusted_p_value < 0.05 and self.documents >= MIN_DOCUMENTS
+        """Whether the difference is significant at 5 % after correction, over enough seeds and documents."""
+        return self.adjusted_p_value < 0.05 and self.seeds >= MIN_SEEDS and self.documents >= MIN_DOCUMENTS
 
 
 class MeasureDifference(PairedDifference):
@@ -322,8 +325,8 @@ class MeasureDifference(PairedDifference):
 
     @property
     def is_supported(self) -> bool:
-        """Whether the difference is significant at 5 % after correction, on enough items."""
-        return self.adjusted_p_value < 0.05 and self.items >= MIN_DOCUMENTS
+        """Whether the difference is significant at 5 % after correction, over enough seeds and items."""
+        return self.adjusted_p_value < 0.05 and self.seeds >= MIN_SEEDS and self.items >= MIN_DOCUMENTS
 
 
 class Retained(Record):
@@ -370,7 +373,8 @@ class BudgetVerdict(Record):
         (), description="The first of `ranked` against each other one, in the target languages; one family."
     )
     best_is_supported: bool = Field(
-        False, description="Whether the first of `ranked` is significantly below every other one."
+        False,
+        description="Whether the first of `ranked` is significantly below every other one, over at least two seeds.",
     )
     measure_differences: tuple[MeasureDifference, ...] = Field(
         (), description="Each contestant against the reference in each benchmark; one family for Holm's correction."

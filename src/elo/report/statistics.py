@@ -9,7 +9,7 @@ measured on the same documents.
 Seeds are not resampled: there are two to five, which would make intervals far too narrow. Three seeds that scatter
 around zero have the same sign in one case of four, and then so has every resample. The error of the mean over seeds is
 therefore drawn from Student's t distribution, scaled by the standard error over seeds. With one seed, intervals cover
-documents only, and callers have to report that.
+documents only: callers have to report that, and to call no such difference supported.
 """
 
 import math

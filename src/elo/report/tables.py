@@ -6,12 +6,14 @@ from math import isinf
 
 from elo.format import count, duration, flops, learning_rate, mean_of, memory, signed
 from elo.report.schema import (
+    MIN_SEEDS,
     Budget,
     BudgetVerdict,
     ChatModel,
     Contestant,
     Data,
     Measured,
+    PairedDifference,
     Results,
     StageCost,
     Trial,
@@ -192,14 +194,19 @@ def _measure_cell(measured: Sequence[Measured], key: tuple[str, str, str]) -> Ce
 
 
 def _note(results: Results, verdict: BudgetVerdict) -> str:
-    several = len(results.seeds) > 1
-    notes = ["Means over seeds." if several else "One seed: intervals cover the choice of documents alone."]
+    notes = ["Means over seeds." if len(results.seeds) > 1 else "One seed."]
     notes.append("bpb: bits per byte of held-out text, lower is better; small: change from the base model.")
     notes.append("Costs are of training, without evaluation.")
-    if verdict.differences:
-        tests = len(verdict.differences)
-        notes.append(f"Bold: significant at 5 % after Holm's correction over {tests} comparison{'s' * (tests != 1)}.")
-    return " ".join(notes)
+    tests = len(verdict.differences)
+    correction = f" over {tests} comparison{'s' * (tests != 1)}"
+    return " ".join(notes) + _bold(verdict.differences, correction)
+
+
+def _bold(differences: Sequence[PairedDifference], correction: str = "") -> str:
+    """Return what bold means, to be added to a note; empty if nothing can be bold."""
+    if all(each.seeds < MIN_SEEDS for each in differences):
+        return ""
+    return f" Bold: significant at 5 % after Holm's correction{correction}."
 
 
 def bases_table(results: Results, budget: Budget) -> Table | None:
@@ -268,7 +275,7 @@ def paired_table(results: Results, verdict: BudgetVerdict) -> Table | None:
         Column("p, corrected", "test"),
         Column("Items"),
     )
-    note = "Shares in percentage points, margins in nats per byte. Bold: significant at 5 % after Holm's correction."
+    note = "Shares in percentage points, margins in nats per byte." + _bold(verdict.measure_differences)
     return Table(columns, tuple(rows), note) if rows else None
 
 

@@ -10,6 +10,7 @@ from elo.report import retention
 from elo.report.paired import BASE, compare_measures, corrected, measured_pairs
 from elo.report.schema import (
     MIN_DOCUMENTS,
+    MIN_SEEDS,
     Budget,
     BudgetVerdict,
     Contestant,
@@ -29,9 +30,9 @@ OFF_BUDGET = 0.1
 RULE = (
     "Differences are paired by seed and document. Intervals cover 95 %: documents are resampled 10,000 times, and the "
     "error over seeds is drawn from Student's t distribution. p-values are two-sided and corrected by Holm's method "
-    "over contestants and languages, budget by budget. Bold: significant at 5 % after correction, on at least "
-    f"{MIN_DOCUMENTS} documents. Benchmarks are compared in the same way, item by item, as a family of their own; with "
-    f"one seed, accuracies by McNemar's exact test. {retention.RULE}"
+    "over contestants and languages, budget by budget. Bold: significant at 5 % after correction, over at least "
+    f"{MIN_SEEDS} seeds and {MIN_DOCUMENTS} documents. Benchmarks are compared in the same way, item by item, as a "
+    f"family of their own; with one seed, accuracies by McNemar's exact test. {retention.RULE}"
 )
 
 
@@ -94,7 +95,9 @@ def _judge(results: Results, budget: str) -> BudgetVerdict:
         ),
         retention=tuple(each for each in retained.values() if each is not None),
         retention_sentences=tuple(
-            retention.sentence(title_of(results, name), each) for name, each in retained.items() if each is not None
+            retention.sentence(title_of(results, name), each, len(results.finished(name, budget)))
+            for name, each in retained.items()
+            if each is not None
         ),
     )
     return verdict.model_copy(update={"sentences": tuple(_sentences(results, verdict))})
@@ -143,14 +146,12 @@ def _paired_nats(
 
 
 def _sentences(results: Results, verdict: BudgetVerdict) -> list[str]:
-    """Return the ranking and the differences in words, with at most three entries."""
+    """Return the ranking and the differences in words."""
     names = [each.name for each in results.contestants if results.reported(each.name, verdict.budget)]
     if not any(results.finished(name, verdict.budget) for name in names):
         return ["Every trial failed." if names else "No trial has finished yet."]
-    one_seed = "One seed: intervals and tests cover the choice of documents alone, not the seed."
     if len(results.contestants) == 1:
-        found = _against_base(results, verdict)
-        return [*found, one_seed] if all(each.seeds == 1 for each in verdict.differences) else found
+        return [*_against_base(results, verdict), *_one_seed(results, verdict)]
     targets, sources = mean_of(results.languages.targets), listed(results.languages.sources)
     limit = results.endpoint.source_limit_bpb
     condition = f", with {sources} at most {limit:g} above the base model" if sources else ""
@@ -166,8 +167,11 @@ def _sentences(results: Results, verdict: BudgetVerdict) -> list[str]:
             found.append(f"{lead}, significantly below {_all(results, others)}.")
         elif len(verdict.best_against) < len(others):
             found.append(f"{lead}. Without values per document and seed it cannot be tested against the others.")
+        elif all(each.seeds < MIN_SEEDS for each in verdict.best_against):
+            found.append(f"{lead}.")
         else:
             found.append(f"{lead}. The data do not separate it from {_all(results, alike)}.")
+        found += _one_seed(results, verdict)
         change = results.change(best, verdict.budget, *results.languages.targets)
         if change is not None and change > 0:
             found.append(f"{title_of(results, best)} is worse than the base model in {targets} ({signed(change)} bpb).")
@@ -177,7 +181,18 @@ def _sentences(results: Results, verdict: BudgetVerdict) -> list[str]:
             held = holds_source(results, name, verdict.budget)
             out.append(f"{title_of(results, name)} ({'a failed seed' if held else f'{sources} above the limit'})")
     found += [f"Not ranked: {listed(out)}."] if out else []
-    return [*found, one_seed] if len(results.seeds) < 2 else found
+    return found
+
+
+def _one_seed(results: Results, verdict: BudgetVerdict) -> list[str]:
+    """Return what a difference over one seed cannot show, in one sentence; empty if all are over more."""
+    differences = (*verdict.differences, *verdict.best_against, *verdict.measure_differences)
+    if all(each.seeds >= MIN_SEEDS for each in differences):
+        return []
+    advice = "; run at least two" if results.kind == "comparison" else ""
+    return [
+        f"With one seed, intervals cover the choice of documents alone, so no difference is supported or bold{advice}."
+    ]
 
 
 def _against_base(results: Results, verdict: BudgetVerdict) -> list[str]:

@@ -402,6 +402,26 @@ def test_a_target_language_worse_than_the_base_is_warned_of(tmp_path, capsys):
         assert "worse than in the base model" in (tmp_path / "run" / name).read_text()
 
 
+def test_a_detached_training_that_does_harm_is_discarded_by_the_scale_search(tmp_path, capsys):
+    config = write_world(tmp_path)
+    config |= {"method": {"name": "elo", "middle": "removed", "share": 0.2}, "tokens": 512}
+    harmful = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "max_loss_spike_nats": 1000}
+    config["training"]["phases"] = {"elo_pretraining": harmful}
+    results = run(config)
+    said = capsys.readouterr().out
+    record = _stage(tmp_path, "scale")["record"]
+    tried = record["scales_tried"]
+    assert record["scale"] == 0 and len(tried) > 1
+    assert all(tried["0"] < nats for scale, nats in tried.items() if scale != "0")
+    (line,) = record["warnings"]
+    assert f"{tried['0']:.4f} nats per token" in line and said.count(f"\nwarning: {line}") == 1
+    assert any(line in warning for warning in results["verdict"]["warnings"])
+    assert "keeps nothing of the trained change" in (tmp_path / "run" / "report.md").read_text()
+    _same(tmp_path / "base", tmp_path / "run" / "scale")
+    aligned = _stage(tmp_path, "layer_alignment")["inputs"]["checkpoint"]
+    assert aligned == _stage(tmp_path, "scale")["fingerprint"], "alignment starts from the base"
+
+
 def test_every_value_has_what_it_was_measured_on(finished):
     _, _, results = finished
     for measured in (results["base"], results["trials"][0]["measured"]):

@@ -273,6 +273,8 @@ def _keep_share(inputs: Inputs, trained: Artifact, sequences: Sequences) -> Arti
         },
     )
     inputs.folder.say(f"scale: the trained change is multiplied by {stage.record['scale']:g}")
+    for line in stage.record.get("warnings", []):
+        inputs.folder.say(f"warning: {line}")
     return stage
 
 

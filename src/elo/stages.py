@@ -22,7 +22,7 @@ from elo.evaluate.base import Measure
 from elo.evaluate.evaluate import evaluate
 from elo.evaluate.loading import load_model
 from elo.evaluate.scale_search import search_scale
-from elo.evaluate.warnings import worse_than_base
+from elo.evaluate.warnings import harmful_change, worse_than_base
 from elo.methods import Method, Phase, Setup
 from elo.store.files import atomic_directory, write_json
 from elo.store.processes import from_main
@@ -205,7 +205,10 @@ def keep_share(
     rows_identity: Any,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """Write base + scale x (trained - base). Scale `search` takes the scale with the lowest loss on `rows`."""
+    """Write base + scale x (trained - base). Scale `search` takes the scale with the lowest loss on `rows`.
+
+    That may be 0, which writes the base, with a warning in the record.
+    """
     tried: dict[float, float] = {}
     if isinstance(scale, str):
         before, after = (load_model(str(each.path), trust_remote_code=trust_remote_code) for each in (base, trained))
@@ -213,7 +216,8 @@ def keep_share(
         scale, tried = search_scale(before, after, rows, _fast_dtype(after))
         del before, after
     scale_change(base.path, trained.path, output, scale, overwrite=True, trust_remote_code=trust_remote_code)
-    return {"scale": scale, "scales_tried": {f"{each:g}": nats for each, nats in tried.items()}}
+    record = {"scale": scale, "scales_tried": {f"{each:g}": nats for each, nats in tried.items()}}
+    return record | {"warnings": [harmful_change(tried)]} if scale == 0 else record
 
 
 @measured

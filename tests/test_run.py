@@ -19,7 +19,7 @@ from run_fixtures import write_world
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from elo import stages
+from elo import run as run_module
 from elo.config import load_config
 from elo.data.shards import PreparedData
 from elo.errors import EloError
@@ -371,12 +371,14 @@ def test_budget_below_one_step_is_refused(tmp_path):
 
 
 def test_a_bridge_that_explains_too_little_stops_the_run_before_it_detaches(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "MIN_EXPLAINED", 1.01)
+    monkeypatch.setattr(run_module, "_MIN_EXPLAINED", 1.01)
     config = write_world(tmp_path)
     config["method"] = {"name": "elo", "middle": "bridged"}
     with pytest.raises(EloError, match=r"explains .* on held-out text \(cosine .*\), less than 101%; choose more"):
         run(config)
-    assert not [name for name in ("bridge", "detach") if (tmp_path / "run" / "stages" / f"{name}.json").exists()]
+    with pytest.raises(EloError, match="less than 101%"):  # from the record
+        run(config, until="bridge")
+    assert not (tmp_path / "run" / "stages" / "detach.json").exists()
 
 
 def test_a_target_language_worse_than_the_base_is_warned_of(tmp_path, capsys):

@@ -36,9 +36,6 @@ from elo.train.phase import evaluator, train_checkpoint
 from elo.train.settings import TrainingSettings
 from elo.train.vocabulary_cut import choose_rows
 
-MIN_EXPLAINED = 0.05
-"""Minimum share of the middle layers' effect on the hidden states that a bridge has to explain."""
-
 
 def measured(stage: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """Add time and peak memory to the record of a stage without training."""
@@ -143,15 +140,10 @@ def prepare_data(
 def fit_middle(
     output: Path, *, base: Artifact, layers: Sequence[int], rows: MixtureSequences, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """Fit a linear bridge over the removed layers, with the ridge penalty that is best on unseen tokens.
-
-    Raises:
-        EloError: the bridge explains less than `MIN_EXPLAINED` of the removed layers' effect.
-    """
+    """Fit a linear bridge over the removed layers, with the ridge penalty that is best on unseen tokens."""
     model = load_model(str(base.path), trust_remote_code=trust_remote_code)
     sequences = (rows[index] for index in range(len(rows)))
     bridge = fit_bridge(model, layers, sequences, autocast_dtype=_fast_dtype(model))
-    bridge.require(MIN_EXPLAINED)
     with atomic_directory(output, overwrite=True) as folder:
         bridge.save(folder / BRIDGE_FILE)
     return {

@@ -70,7 +70,7 @@ def test_it_is_tried_on_the_whole_model_and_the_base_stays(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [0.25, 1.0, 1.5])
+@pytest.mark.parametrize("scale", [0.0, 0.25, 1.0, 1.5])
 def test_what_is_written_is_base_and_a_share_of_the_change(tmp_path, scale, dtype):
     _, trained = _moved(tmp_path / "base", dtype=dtype)
     setattr(trained.config, VOCABULARY_KEY, {"rows": {"start": 300, "stop": trained.config.vocab_size}})

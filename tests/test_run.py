@@ -39,6 +39,7 @@ def _same(left: Path, right: Path) -> None:
         assert tensor.equal(theirs[name]), name
 
 
+_HARMFUL = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "max_loss_spike_nats": 1000}
 _STAGES = ("prepare", "bridge", "detach", "elo_pretraining", "attach", "scale", "layer_alignment")
 
 
@@ -384,7 +385,7 @@ def test_a_bridge_that_explains_too_little_stops_the_run_before_it_detaches(tmp_
 def test_a_target_language_worse_than_the_base_is_warned_of(tmp_path, capsys):
     config = write_world(tmp_path)
     config |= {"method": "full", "tokens": 512}
-    config["training"] |= {"learning_rate": 1.0, "lr_scheduler_type": "constant", "max_loss_spike_nats": 1000}
+    config["training"] |= _HARMFUL
     results = run(config)
     (trial,) = results["trials"]
     base, after = results["base"]["bpb"]["xx"], trial["measured"]["bpb"]["xx"]
@@ -404,11 +405,25 @@ def test_a_target_language_worse_than_the_base_is_warned_of(tmp_path, capsys):
         assert "worse than in the base model" in (tmp_path / "run" / name).read_text()
 
 
+def test_a_detached_training_that_does_harm_is_warned_of_once_attached(tmp_path, capsys):
+    config = write_world(tmp_path)
+    method = {"name": "elo", "middle": "removed", "scale": 1.0}
+    config |= {"method": method | {"alignment": "none"}, "tokens": 256}
+    config["training"]["phases"] = {"elo_pretraining": _HARMFUL}
+    results = run(config)
+    said = capsys.readouterr().out
+    (trial,) = results["trials"]
+    assert trial["measured"]["bpb"]["xx"] > results["base"]["bpb"]["xx"]
+    assert said.count("warning: ELO: the target language xx is worse than in the base model") == 1
+    assert said.count("worse than") == 1, "not of the detached model"
+    run(config | {"method": method | {"share": 0.2}}, until="layer_alignment")
+    assert "warning: evaluate-attached: xx is worse than the base model" in capsys.readouterr().out
+
+
 def test_a_detached_training_that_does_harm_is_discarded_by_the_scale_search(tmp_path, capsys):
     config = write_world(tmp_path)
     config |= {"method": {"name": "elo", "middle": "removed", "share": 0.2}, "tokens": 512}
-    harmful = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "max_loss_spike_nats": 1000}
-    config["training"]["phases"] = {"elo_pretraining": harmful}
+    config["training"]["phases"] = {"elo_pretraining": _HARMFUL}
     results = run(config)
     said = capsys.readouterr().out
     record = _stage(tmp_path, "scale")["record"]

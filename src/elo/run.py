@@ -23,6 +23,7 @@ from elo.data.shards import PreparedData, TokenCorpus
 from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
 from elo.evaluate.chat import Chat
+from elo.evaluate.warnings import worse_than_base
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.inputs import Adapted, Inputs
 from elo.preflight import check_inputs, check_model, check_processes
@@ -253,6 +254,9 @@ def adapt(
         if phase.detached and not last:
             text = heldout_text(inputs, data)
             adapted.before_alignment = measure(inputs, "evaluate-attached", adapted.model, text, brief=True)
+            for language in config.data.targets:
+                if line := worse_than_base(language, adapted.before_alignment["bpb"], base_bpb):
+                    folder.say(f"warning: evaluate-attached: {line}")
     return adapted
 
 

@@ -53,7 +53,10 @@ CONTESTANTS = {
     "LoRA, rank 16": Contestant({"name": "lora", "rank": 16}),
     "LoRA, rank 16, checkpointing": Contestant({"name": "lora", "rank": 16}, CHECKPOINTING),
     "detached, bridge": Contestant({"name": "elo"}),
+    "detached, bridge, checkpointing": Contestant({"name": "elo"}, CHECKPOINTING),
     "detached, bridge, 8-bit AdamW": Contestant({"name": "elo"}, EIGHT_BIT),
+    "detached, bridge, layers alone": Contestant({"name": "elo", "also_train": []}),
+    "detached, bridge, layers alone, checkpointing": Contestant({"name": "elo", "also_train": []}, CHECKPOINTING),
     "detached, as published": Contestant({"name": "elo_paper"}),
 }
 

@@ -2,7 +2,7 @@
 
     cd benchmarks/results
     python ../over_time.py real_smollm2_seeds.json neighbours_smollm2.json:elo_lora smollm2_10min.json \
-        smollm2_40min.json:elo_lora,lora_low smollm2_40min_seeds.json:full,lora \
+        smollm2_40min.json:lora_low smollm2_40min_seeds.json \
         --contestants elo_lora,full,lora,lora_low --output ../../docs/images/smollm2_over_time.png
 
 Each contestant is a line through its mean over seeds in each file. After a colon stand the contestants to take from a

@@ -179,7 +179,7 @@ def test_vocabulary_rows_are_counted_in_text_that_is_prepared_for_this_run(tmp_p
     config["training"] |= {"vocabulary": "corpus", "vocabulary_sample": 5}
     assert "--vocabulary-rows" in shown(plan(config, compare_with=()))
     run(config, until="prepare")
-    counted = plan(change(config, data__sequence_length=64), compare_with=())
+    counted = plan(change(config, data__sequence_length=16), compare_with=())
     rows = choose_rows(PreparedData.open(tmp_path / "run" / "prepared"), tmp_path / "base", sample=5, seed=0)
     assert counted.model.vocabulary_rows == len(rows) < counted.model.vocab_size
     assert "--vocabulary-rows" not in shown(counted)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import yaml
 from run_fixtures import write_world
 
 from elo import compare as compare_module
+from elo import run as run_module
 from elo.compare import _Comparison, compare
 from elo.data.shards import PreparedData
 from elo.errors import EloError, TrainingDivergedError
@@ -237,6 +239,17 @@ def test_a_diverged_trial_is_a_result(tmp_path, monkeypatch):
     assert reported(results, "full")[0]["learning_rates"]["full"] <= 1e-3
     failed = [trial for trial in results["trials"] if trial["failed"]]
     assert [trial["learning_rates"] for trial in failed] == [{"full": 2e-3}]
+
+
+def test_a_refused_bridge_is_the_failure_of_its_contestant_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "_MIN_EXPLAINED", 1.01)
+    config = _world(tmp_path)
+    config |= {"contestants": {"bridge": {"method": "elo"}, "full": {}}, "seeds": [1], "budgets": [{"tokens": 256}]}
+    results = compare(config)
+    (bridge,), (full,) = (reported(results, name) for name in ("bridge", "full"))
+    assert re.search(r"explains .* of their effect .*, less than 101%", bridge["failed"])
+    assert full["failed"] is None and full["measured"]["bpb"]["xx"] > 0
+    assert any(bridge["failed"] in line for line in results["verdict"]["warnings"])
 
 
 def test_a_trial_that_was_killed_goes_on_from_its_checkpoint(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from run_fixtures import write_world
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from elo import stages
+from elo import run as run_module
 from elo.config import load_config
 from elo.data.shards import PreparedData
 from elo.errors import EloError
@@ -39,6 +39,7 @@ def _same(left: Path, right: Path) -> None:
         assert tensor.equal(theirs[name]), name
 
 
+_HARMFUL = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "max_loss_spike_nats": 1000}
 _STAGES = ("prepare", "bridge", "detach", "elo_pretraining", "attach", "scale", "layer_alignment")
 
 
@@ -371,18 +372,20 @@ def test_budget_below_one_step_is_refused(tmp_path):
 
 
 def test_a_bridge_that_explains_too_little_stops_the_run_before_it_detaches(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "MIN_EXPLAINED", 1.01)
+    monkeypatch.setattr(run_module, "_MIN_EXPLAINED", 1.01)
     config = write_world(tmp_path)
     config["method"] = {"name": "elo", "middle": "bridged"}
     with pytest.raises(EloError, match=r"explains .* on held-out text \(cosine .*\), less than 101%; choose more"):
         run(config)
-    assert not [name for name in ("bridge", "detach") if (tmp_path / "run" / "stages" / f"{name}.json").exists()]
+    with pytest.raises(EloError, match="less than 101%"):  # from the record
+        run(config, until="bridge")
+    assert not (tmp_path / "run" / "stages" / "detach.json").exists()
 
 
 def test_a_target_language_worse_than_the_base_is_warned_of(tmp_path, capsys):
     config = write_world(tmp_path)
     config |= {"method": "full", "tokens": 512}
-    config["training"] |= {"learning_rate": 1.0, "lr_scheduler_type": "constant", "max_loss_spike_nats": 1000}
+    config["training"] |= _HARMFUL
     results = run(config)
     (trial,) = results["trials"]
     base, after = results["base"]["bpb"]["xx"], trial["measured"]["bpb"]["xx"]
@@ -400,6 +403,40 @@ def test_a_target_language_worse_than_the_base_is_warned_of(tmp_path, capsys):
     )
     for name in ("report.md", "report.html"):
         assert "worse than in the base model" in (tmp_path / "run" / name).read_text()
+
+
+def test_a_detached_training_that_does_harm_is_warned_of_once_attached(tmp_path, capsys):
+    config = write_world(tmp_path)
+    method = {"name": "elo", "middle": "removed", "scale": 1.0}
+    config |= {"method": method | {"alignment": "none"}, "tokens": 256}
+    config["training"]["phases"] = {"elo_pretraining": _HARMFUL}
+    results = run(config)
+    said = capsys.readouterr().out
+    (trial,) = results["trials"]
+    assert trial["measured"]["bpb"]["xx"] > results["base"]["bpb"]["xx"]
+    assert said.count("warning: ELO: the target language xx is worse than in the base model") == 1
+    assert said.count("worse than") == 1, "not of the detached model"
+    run(config | {"method": method | {"share": 0.2}}, until="layer_alignment")
+    assert "warning: evaluate-attached: xx is worse than the base model" in capsys.readouterr().out
+
+
+def test_a_detached_training_that_does_harm_is_discarded_by_the_scale_search(tmp_path, capsys):
+    config = write_world(tmp_path)
+    config |= {"method": {"name": "elo", "middle": "removed", "share": 0.2}, "tokens": 512}
+    config["training"]["phases"] = {"elo_pretraining": _HARMFUL}
+    results = run(config)
+    said = capsys.readouterr().out
+    record = _stage(tmp_path, "scale")["record"]
+    tried = record["scales_tried"]
+    assert record["scale"] == 0 and len(tried) > 1
+    assert all(tried["0"] < nats for scale, nats in tried.items() if scale != "0")
+    (line,) = record["warnings"]
+    assert f"{tried['0']:.4f} nats per token" in line and said.count(f"\nwarning: {line}") == 1
+    assert any(line in warning for warning in results["verdict"]["warnings"])
+    assert "keeps nothing of the trained change" in (tmp_path / "run" / "report.md").read_text()
+    _same(tmp_path / "base", tmp_path / "run" / "scale")
+    aligned = _stage(tmp_path, "layer_alignment")["inputs"]["checkpoint"]
+    assert aligned == _stage(tmp_path, "scale")["fingerprint"], "alignment starts from the base"
 
 
 def test_every_value_has_what_it_was_measured_on(finished):

@@ -16,7 +16,7 @@ from elo.budget import divide_budget
 from elo.circumstances import circumstances, model_record
 from elo.config import Budget, CompareConfig, RunConfig, contestant_run, load_comparison
 from elo.data.shards import PreparedData
-from elo.errors import EloError, TrainingDivergedError
+from elo.errors import EloError, MethodFailedError
 from elo.format import duration, listed
 from elo.inputs import Inputs
 from elo.preflight import check_inputs, check_model, check_processes
@@ -370,7 +370,7 @@ class _Comparison:
             base = self.bases[name]
             sequences = divide_budget(inputs.config, base.data, folder.say)
             adapted = adapt(inputs, base.data, sequences, base.measured["bpb"])
-        except TrainingDivergedError as error:
+        except MethodFailedError as error:
             return {"trial": schema.Trial(**described, failed=str(error)).model_dump(mode="json")}
         trial = collect.trial(
             name,

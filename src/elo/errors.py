@@ -15,7 +15,14 @@ class UnfinishedError(EloError):
     """A file or folder that should be complete is missing, incomplete or damaged."""
 
 
-class TrainingDivergedError(EloError):
+class MethodFailedError(EloError):
+    """The method cannot train this model on this text, although the configuration is valid.
+
+    Raise it in every process of a launch: a comparison records it as the result of the contestant and continues.
+    """
+
+
+class TrainingDivergedError(MethodFailedError):
     """The loss is not finite, or it jumped and did not recover."""
 
 

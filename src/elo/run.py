@@ -23,6 +23,7 @@ from elo.data.shards import PreparedData, TokenCorpus
 from elo.detach_attach import resolve_checkpoint
 from elo.errors import EloError
 from elo.evaluate.chat import Chat
+from elo.evaluate.warnings import worse_than_base
 from elo.identities import checkpoint_identity, corpus_identity, tokenizer_identity
 from elo.inputs import Adapted, Inputs
 from elo.preflight import check_inputs, check_model, check_processes
@@ -33,9 +34,12 @@ from elo.store.files import write_json
 from elo.store.processes import check_launch, is_main
 from elo.store.remote import is_remote
 from elo.store.run_folder import Artifact, RunFolder, file_identity
+from elo.train.bridge import BRIDGE_FILE, Bridge
 
 # Minimum number of tokens to fit and measure a bridge on, besides 16 per hidden dimension and two sequences.
 _BRIDGE_TOKENS = 8192
+# Minimum share of the middle layers' effect on the hidden states that a bridge has to explain.
+_MIN_EXPLAINED = 0.05
 
 
 class ReachedError(Exception):
@@ -154,6 +158,7 @@ def adapt(
 
     Raises:
         ReachedError: the stage `until` is done.
+        MethodFailedError: a bridge explains too little of the removed layers' effect, or training diverged.
     """
     config, folder, method, base = inputs.config, inputs.folder, inputs.config.method, inputs.base
     layers = inputs.layers
@@ -175,10 +180,10 @@ def adapt(
         if phase.middle == "bridged":
             hidden_size = _decoder_config(inputs, base).hidden_size
             rows = sequences.first(bridge_tokens(hidden_size, config.data.sequence_length))
-            bridge = done(
-                folder.once("bridge", stages.fit_middle, base=base, layers=layers, rows=rows, execution=trust),
-                "bridge",
-            )
+            bridge = folder.once("bridge", stages.fit_middle, base=base, layers=layers, rows=rows, execution=trust)
+            # Not in the stage, which only the main process runs: every process has to raise the error.
+            Bridge.load(bridge.path / BRIDGE_FILE).require(_MIN_EXPLAINED)
+            done(bridge, "bridge")
             shown = ", ".join(f"{share:.0%}" for share in bridge.record["explained"])
             folder.say(f"bridge: explains {shown} of the removed layers' effect on hidden states of unseen tokens")
         if phase.detached:
@@ -249,6 +254,9 @@ def adapt(
         if phase.detached and not last:
             text = heldout_text(inputs, data)
             adapted.before_alignment = measure(inputs, "evaluate-attached", adapted.model, text, brief=True)
+            for language in config.data.targets:
+                if line := worse_than_base(language, adapted.before_alignment["bpb"], base_bpb):
+                    folder.say(f"warning: evaluate-attached: {line}")
     return adapted
 
 
@@ -273,6 +281,8 @@ def _keep_share(inputs: Inputs, trained: Artifact, sequences: Sequences) -> Arti
         },
     )
     inputs.folder.say(f"scale: the trained change is multiplied by {stage.record['scale']:g}")
+    for line in stage.record.get("warnings", []):
+        inputs.folder.say(f"warning: {line}")
     return stage
 
 

@@ -22,7 +22,7 @@ from elo.evaluate.base import Measure
 from elo.evaluate.evaluate import evaluate
 from elo.evaluate.loading import load_model
 from elo.evaluate.scale_search import search_scale
-from elo.evaluate.warnings import worse_than_base
+from elo.evaluate.warnings import harmful_change, worse_than_base
 from elo.methods import Method, Phase, Setup
 from elo.store.files import atomic_directory, write_json
 from elo.store.processes import from_main
@@ -35,9 +35,6 @@ from elo.train.peak_memory import peak_memory_bytes, reset_peak_memory
 from elo.train.phase import evaluator, train_checkpoint
 from elo.train.settings import TrainingSettings
 from elo.train.vocabulary_cut import choose_rows
-
-MIN_EXPLAINED = 0.05
-"""Minimum share of the middle layers' effect on the hidden states that a bridge has to explain."""
 
 
 def measured(stage: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -143,15 +140,10 @@ def prepare_data(
 def fit_middle(
     output: Path, *, base: Artifact, layers: Sequence[int], rows: MixtureSequences, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """Fit a linear bridge over the removed layers, with the ridge penalty that is best on unseen tokens.
-
-    Raises:
-        EloError: the bridge explains less than `MIN_EXPLAINED` of the removed layers' effect.
-    """
+    """Fit a linear bridge over the removed layers, with the ridge penalty that is best on unseen tokens."""
     model = load_model(str(base.path), trust_remote_code=trust_remote_code)
     sequences = (rows[index] for index in range(len(rows)))
     bridge = fit_bridge(model, layers, sequences, autocast_dtype=_fast_dtype(model))
-    bridge.require(MIN_EXPLAINED)
     with atomic_directory(output, overwrite=True) as folder:
         bridge.save(folder / BRIDGE_FILE)
     return {
@@ -205,7 +197,10 @@ def keep_share(
     rows_identity: Any,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """Write base + scale x (trained - base). Scale `search` takes the scale with the lowest loss on `rows`."""
+    """Write base + scale x (trained - base). Scale `search` takes the scale with the lowest loss on `rows`.
+
+    That may be 0, which writes the base, with a warning in the record.
+    """
     tried: dict[float, float] = {}
     if isinstance(scale, str):
         before, after = (load_model(str(each.path), trust_remote_code=trust_remote_code) for each in (base, trained))
@@ -213,7 +208,8 @@ def keep_share(
         scale, tried = search_scale(before, after, rows, _fast_dtype(after))
         del before, after
     scale_change(base.path, trained.path, output, scale, overwrite=True, trust_remote_code=trust_remote_code)
-    return {"scale": scale, "scales_tried": {f"{each:g}": nats for each, nats in tried.items()}}
+    record = {"scale": scale, "scales_tried": {f"{each:g}": nats for each, nats in tried.items()}}
+    return record | {"warnings": [harmful_change(tried)]} if scale == 0 else record
 
 
 @measured

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from bad_input_fixtures import change
 from plan_fixtures import LLAMA_8B, tiny_llama
 from rich.console import Console
+from run_fixtures import write_world
 
 import elo.plan.plan
 from elo.budget import divide_sequences
 from elo.checkpoint.counting import footprint, read_config
 from elo.cli import main
 from elo.config import load_config
+from elo.data.shards import PreparedData
 from elo.errors import EloError, UnsupportedArchitectureError
 from elo.methods import METHODS
 from elo.plan import measure
@@ -25,9 +28,11 @@ from elo.plan.phase import USABLE_MEMORY, Timing
 from elo.plan.plan import COMMON_METHODS, plan, planned_run
 from elo.plan.schema import Plan
 from elo.plan.table import render_plan
+from elo.run import run
 from elo.train.arguments import wants_bf16
 from elo.train.loop import TrainingResult, train
 from elo.train.settings import TrainingSettings
+from elo.train.vocabulary_cut import choose_rows
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +172,19 @@ def test_vocabulary_rows_are_the_runs_or_the_option_or_all(tiny: Path, tmp_path:
     # The whole embedding and head stay in memory, in fp32, to be put back.
     plain = planned(tiny).run.phases[0].memory.parts["weights"]
     assert first.memory.parts["weights"] == plain - 4 * 2 * 412 * 64 + 4 * 2 * 512 * 64
+
+
+def test_vocabulary_rows_are_counted_in_text_that_is_prepared_for_this_run(tmp_path: Path) -> None:
+    config = write_world(tmp_path) | {"method": "full"}
+    config["training"] |= {"vocabulary": "corpus", "vocabulary_sample": 5}
+    assert "--vocabulary-rows" in shown(plan(config, compare_with=()))
+    run(config, until="prepare")
+    counted = plan(change(config, data__sequence_length=16), compare_with=())
+    rows = choose_rows(PreparedData.open(tmp_path / "run" / "prepared"), tmp_path / "base", sample=5, seed=0)
+    assert counted.model.vocabulary_rows == len(rows) < counted.model.vocab_size
+    assert "--vocabulary-rows" not in shown(counted)
+    other = plan(change(config, data__heldout_share=0.2), compare_with=())
+    assert other.model.vocabulary_rows == other.model.vocab_size and "--vocabulary-rows" in shown(other)
 
 
 # What does not fit.

@@ -15,19 +15,24 @@ from elo.evaluate.scale_search import lowest_scale, search_scale
 from elo.surgery.scale_change import scale_change
 
 
-@pytest.mark.parametrize("lowest", [0.02, 0.1, 0.2, 0.3, 0.36, 0.45, 0.55, 0.6, 0.7, 0.8, 0.9, 0.96, 1.0, 1.3])
+@pytest.mark.parametrize("lowest", [-0.3, 0.02, 0.1, 0.2, 0.3, 0.36, 0.45, 0.55, 0.6, 0.7, 0.8, 0.9, 0.96, 1.0, 1.3])
 def test_the_lowest_eighth_is_found(lowest):
     best, tried = lowest_scale(lambda scale: (scale - lowest) ** 2)
-    eighths = [index / 8 for index in range(1, 9)]
+    eighths = [index / 8 for index in range(9)]
     assert best == min(eighths, key=lambda scale: (scale - lowest) ** 2)
     assert set(tried) <= set(eighths)
-    assert len(tried) <= (5 if best < 0.5 else 4)
+    assert len(tried) == 5 and 0 in tried
+
+
+def test_the_base_is_kept_where_it_is_best_though_the_search_ends_elsewhere():
+    best, tried = lowest_scale({0.0: 1.0, 0.25: 3.0, 0.5: 2.5, 0.75: 2.0, 0.875: 1.8, 1.0: 1.5}.__getitem__)
+    assert best == 0 and 1.0 in tried
 
 
 def test_what_is_not_a_number_is_never_the_lowest_and_not_recorded():
     best, tried = lowest_scale(lambda scale: scale if scale < 0.6 else float("nan"))
-    assert best == 0.125 and max(tried) == 0.5
-    with pytest.raises(EloError, match=r"not finite at any of the scales 0\.25, 0\.375, 0\.5, 0\.75; lower"):
+    assert best == 0 and max(tried) == 0.5
+    with pytest.raises(EloError, match=r"not finite at any of the scales 0, 0\.25, 0\.375, 0\.5, 0\.75; lower"):
         lowest_scale(lambda _: float("nan"))
 
 
@@ -65,7 +70,7 @@ def test_it_is_tried_on_the_whole_model_and_the_base_stays(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [0.25, 1.0, 1.5])
+@pytest.mark.parametrize("scale", [0.0, 0.25, 1.0, 1.5])
 def test_what_is_written_is_base_and_a_share_of_the_change(tmp_path, scale, dtype):
     _, trained = _moved(tmp_path / "base", dtype=dtype)
     setattr(trained.config, VOCABULARY_KEY, {"rows": {"start": 300, "stop": trained.config.vocab_size}})

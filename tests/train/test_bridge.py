@@ -11,7 +11,7 @@ from zoo import FAMILIES, tiny_config, tiny_model
 
 from elo.checkpoint.architecture import layers_of
 from elo.checkpoint.layers import Gap, gaps_between
-from elo.errors import EloError
+from elo.errors import EloError, MethodFailedError
 from elo.methods.base import select_layers
 from elo.run import bridge_tokens
 from elo.surgery.in_memory import detach_layers
@@ -196,7 +196,9 @@ def test_a_run_measures_a_bridge_on_tokens_that_it_does_not_fit(length):
 def test_a_bridge_that_explains_little_is_refused():
     bridge = fit_bridge(_active_middle(), [0, 3], _rows())
     bridge.require(min(0.0, bridge.explained[0]))
-    with pytest.raises(EloError, match=r"layers 1 to 2 explains .*cosine .*less than 100%; choose more layers"):
+    with pytest.raises(
+        MethodFailedError, match=r"layers 1 to 2 explains .*cosine .*less than 100%; choose more layers"
+    ):
         bridge.require(1.0)
 
 

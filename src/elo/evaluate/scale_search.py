@@ -18,7 +18,7 @@ from elo.errors import EloError
 from elo.evaluate.scoring import batch_tokens, evaluating, forward_logits, rope_regime, takes_position_ids, token_nats
 from elo.surgery.in_memory import blend
 
-_COARSE, _FINE = 0.25, 0.125
+_COARSE = 0.25
 _BATCH_TOKENS = 2048
 
 
@@ -28,7 +28,7 @@ def search_scale(
     sequences: Mapping[str, Sequence[dict[str, Any]]],
     autocast_dtype: torch.dtype | None = None,
 ) -> tuple[float, dict[float, float]]:
-    """Find the scale of base + scale x (trained - base) with the lowest loss, among the eighths from 1/8 to 1.
+    """Find the scale of base + scale x (trained - base) with the lowest loss, among the eighths from 0 to 1.
 
     Args:
         base: model before training.
@@ -64,11 +64,12 @@ def search_scale(
 
 
 def lowest_scale(nats: Callable[[float], float]) -> tuple[float, dict[float, float]]:
-    """Return an eighth from 1/8 to 1 at which `nats` is low, and all finite values that were computed.
+    """Return an eighth from 0 to 1 at which `nats` is low, and all finite values that were computed.
 
     From the weights before training to those after it, the loss falls and then rises (in every search so far). So the
     quarters are searched downhill from the middle. Then the eighth next to the best quarter is tried, on the side of
-    its lower neighbour. This computes four values, or five if the first quarter is the best. NaN counts as infinite.
+    its lower neighbour. 0, the model before training, is always tried: where it is best, training does harm. This
+    computes five values. NaN counts as infinite.
 
     Raises:
         EloError: no value is finite.
@@ -81,17 +82,12 @@ def lowest_scale(nats: Callable[[float], float]) -> tuple[float, dict[float, flo
             tried[scale] = inf if isnan(value) else value
         return tried[scale]
 
+    at(0.0)
     best, step = (0.75, _COARSE) if at(0.75) < at(0.5) else (0.5, -_COARSE)
-    while 0 < best + step <= 1 and at(best + step) < at(best):
+    while 0 <= best + step <= 1 and at(best + step) < at(best):
         best += step
-    beside: tuple[float, ...] = (best + _FINE, best - _FINE)
-    # Next to the first quarter both sides are tried, because its neighbour 0, the base itself, has no value.
-    if best > _COARSE:
-        lower = min((best - _COARSE, best + _COARSE), key=lambda scale: tried.get(scale, inf))
-        beside = ((best + lower) / 2,)
-    for scale in beside:
-        if at(scale) < at(best):
-            break
+    lower = min((best - _COARSE, best + _COARSE), key=lambda scale: tried.get(scale, inf))
+    at((best + lower) / 2)
     finite = {scale: value for scale, value in sorted(tried.items()) if value < inf}
     if not finite:
         raise EloError(

@@ -28,3 +28,17 @@ def worse_than_base(language: str, bpb: Mapping[str, float], base: Mapping[str, 
         f"{language} is worse than the base model ({bpb[language]:.4f} bits per byte, base {base[language]:.4f}); "
         "try a lower learning rate or another method"
     )
+
+
+def harmful_change(tried: Mapping[float, float]) -> str:
+    """Return a warning that the search of a scale found the model before training to be best.
+
+    Args:
+        tried: nats per token by scale, with 0.
+    """
+    others = ", ".join(f"{nats:.4f} at scale {scale:g}" for scale, nats in tried.items() if scale != 0)
+    return (
+        "scale: search keeps nothing of the trained change: on unseen text of all languages, the model before training "
+        f"has {tried[0]:.4f} nats per token, and with the change {others or 'no finite loss'}; try a lower learning "
+        "rate, more text or another method"
+    )

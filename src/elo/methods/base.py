@@ -89,7 +89,7 @@ class Method(BaseModel):
     name: str
     scale: Scale = 1.0
     """Factor of the trained change: the result is base + scale x (trained - base). `search` tries several scales on
-    text that was not trained on, and takes the one with the lowest loss over all languages."""
+    text that was not trained on, 0 (the base) among them, and takes the one with the lowest loss over all languages."""
     module: LayerModule = "layer"
     """Part of each trained decoder layer that trains: all of the `layer`, its `attention`, or its feed-forward part
     (`mlp`). With the last two, the layers' norms are frozen."""

@@ -25,8 +25,8 @@ class Elo(ChosenLayers):
     """Replacement for the other layers in the detached model: `bridged` is a frozen linear map fitted on the base,
     `removed` is none."""
     scale: Scale = "search"
-    """Factor of the detached model's change when it is attached. `search` tries several scales and takes the one with
-    the lowest loss over all languages."""
+    """Factor of the detached model's change when it is attached. `search` tries several scales, 0 (the base) among
+    them, and takes the one with the lowest loss over all languages."""
     alignment: Literal["full", "lora", "none"] = "full"
     """Training in layer alignment: every parameter (`full`), low-rank adapters on every layer (`lora`), with the new
     rows if `embedding_rows` is `new`, or no layer alignment (`none`)."""

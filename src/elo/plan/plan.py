@@ -13,21 +13,24 @@ from elo.checkpoint.layers import assumed_layers, parse_auto
 from elo.checkpoint.model_config import text_config_of
 from elo.checkpoint.refusals import require_detachable
 from elo.config import RunConfig, load_config
-from elo.errors import EloError
+from elo.data.shards import PreparedData
+from elo.errors import EloError, UnfinishedError
 from elo.methods import METHODS
 from elo.plan.devices import find_device, this_machine
 from elo.plan.measure import measure_phases
 from elo.plan.memory import OPTIMIZER_BYTES
 from elo.plan.phase import USABLE_MEMORY, Machine, Model, plan_phase
 from elo.plan.schema import MethodPlan, Plan, PlannedDevice, PlannedModel, SpeedUp
-from elo.store.files import read_json
+from elo.store.files import read_json, read_record
 from elo.train.settings import check_also_train
+from elo.train.vocabulary_cut import choose_rows
 
 DEFAULT_DEVICE = "H100"
 DEFAULT_TOKENS = 1_000_000_000
 COMMON_METHODS = ("elo", "elo_paper", "frozen", "lisa", "full")
 """Methods compared with the default method when a model is planned without the name of a method."""
 DEFAULT_BASELINES = ("full", "lora")
+_COUNTED_TOKENS = 1 << 27  # counting the vocabulary rows of this text takes seconds
 UTILISATION = 0.40
 """Assumed share of the data sheet's rate that training reaches. torchtitan reports 33 to 39 % (8B model, H100)."""
 
@@ -52,7 +55,7 @@ def plan(
         measure: train each phase for a few updates on this machine, and plan for this machine instead of a `device`.
         price_per_hour: price of one device per hour, in any currency.
         vocabulary_rows: number of rows of embedding and head under `training.vocabulary: corpus`. By default, the
-            number that the run folder records, otherwise all rows.
+            number that the run folder records, or that its prepared text uses, otherwise all rows.
         compare_with: methods to compare with, with their default settings.
 
     Raises:
@@ -220,7 +223,7 @@ def _full_recomputing(full: RunConfig) -> list[tuple[RunConfig, dict[str, str]]]
 
 
 def _vocabulary_rows(config: RunConfig, counted: Footprint, requested: int | None, notes: list[str]) -> int:
-    cut = [phase.name for phase in config.method.phases if config.settings(phase).vocabulary == "corpus"]
+    cut = [phase for phase in config.method.phases if config.settings(phase).vocabulary == "corpus"]
     if requested is not None:
         if not cut:
             raise EloError("vocabulary_rows: training.vocabulary is all; write training.vocabulary: corpus too")
@@ -229,16 +232,40 @@ def _vocabulary_rows(config: RunConfig, counted: Footprint, requested: int | Non
                 f"vocabulary_rows: got {requested}; write a number from 1 to the model's {counted.vocab_size}"
             )
         return requested
-    for name in cut:
-        record = Path(config.output) / "stages" / f"vocabulary-{name}.json"
+    for phase in cut:
+        record = Path(config.output) / "stages" / f"vocabulary-{phase.name}.json"
         if record.is_file():
             return int(read_json(record)["record"]["rows"])
+    data = _prepared(config) if cut else None
+    if data is not None:
+        sample, trust = config.settings(cut[0]).vocabulary_sample, config.trust_remote_code
+        return len(choose_rows(data, config.model, sample=sample, seed=config.seed, trust_remote_code=trust))
     if cut:
         notes.append(
             "vocabulary: corpus: the run has not counted its vocabulary rows yet, so the plan assumes all rows; "
             "set another number with --vocabulary-rows"
         )
     return counted.vocab_size
+
+
+def _prepared(config: RunConfig) -> PreparedData | None:
+    """Return the run folder's prepared data, if it was made for this configuration and is quickly counted."""
+    folder, now = Path(config.output), config.model_dump(mode="json")
+    if not (folder / "stages" / "prepared.json").is_file():
+        return None
+    of = read_record(folder / "config.json", "model", "tokenizer", "data")
+    if of is None:
+        return None
+    keys = {"corpora", "heldout", "filters", *config.data.decisive()}
+    same = all(of[key] == now[key] for key in ("model", "tokenizer"))
+    if not same or any(of["data"].get(key) != now["data"][key] for key in keys):
+        return None
+    try:
+        data = PreparedData.open(folder / "prepared")
+    except UnfinishedError:
+        return None
+    num_tokens = sum(corpus.num_tokens for language in data.languages for corpus in data.train(language))
+    return data if num_tokens <= _COUNTED_TOKENS else None
 
 
 def _notes(model: Model, machine: Machine, config: RunConfig, methods: Sequence[MethodPlan]) -> list[str]:

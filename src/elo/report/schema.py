@@ -154,7 +154,7 @@ class Trial(Record):
         "the lowest target bits per byte. null: by the latter alone.",
     )
     attach_scale: NonNegative | None = Field(
-        None, description="Factor on the trained change when the layers were attached."
+        None, description="Factor on the trained change when the layers were attached; 0 is the base."
     )
     stages: tuple[StageCost, ...] = Field((), description="Stages in the order in which they ran.")
     losses: tuple[LossPoint, ...] = Field((), description="Training loss.")

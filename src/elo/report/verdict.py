@@ -264,7 +264,8 @@ def _harm(results: Results, contestant: Contestant, budget: Budget) -> list[str]
         if change is None:
             continue
         if language in results.languages.targets and change >= 0:
-            found.append(f"the target language {language} is worse than in the base model ({signed(change)} bpb)")
+            how = "worse than" if change > 0 else "no better than"
+            found.append(f"the target language {language} is {how} in the base model ({signed(change)} bpb)")
         if language in results.languages.sources and change > limit:
             found.append(f"the source language {language} is {change:.3f} bpb above the base model, limit {limit:g}")
     return found

@@ -138,14 +138,15 @@ def check_include(include: Sequence[str]) -> None:
 def blend(base: torch.Tensor, trained: torch.Tensor, scale: float, whole_from: int | None = None) -> torch.Tensor:
     """Compute theta0 + scale * (theta - theta0) in float32 or wider, rounded to the base's dtype.
 
-    Elements that training did not change keep their bits. Integers and rows from `whole_from` on are taken as trained,
-    because theta0 has no meaning for a new token.
+    Elements that training did not change keep their bits, and at scale 0 all do. Integers and rows from `whole_from` on
+    are taken as trained, because theta0 has no meaning for a new token.
     """
     if scale == 1.0 or not base.is_floating_point():
         return trained.to(base.dtype)
     wide = torch.promote_types(base.dtype, torch.float32)
     blended = (base.to(wide) + scale * (trained.to(wide) - base.to(wide))).to(base.dtype)
-    blended = torch.where(base.to(wide) == trained.to(wide), base, blended)  # keeps the sign of a negative zero
+    # Keeps the sign of a negative zero, and at scale 0 the base where the trained value is not finite.
+    blended = torch.where((base.to(wide) == trained.to(wide)) | (scale == 0.0), base, blended)
     if whole_from is not None:
         blended[whole_from:] = trained[whole_from:].to(base.dtype)
     return blended

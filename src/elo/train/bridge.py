@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from elo.checkpoint.architecture import find_architecture, layers_of
 from elo.checkpoint.layer_outputs import entering, with_entering
 from elo.checkpoint.layers import Gap, gaps_between
-from elo.errors import EloError
+from elo.errors import EloError, MethodFailedError
 from elo.evaluate.scoring import evaluating, rope_regime, takes_position_ids
 
 BRIDGE_FILE = "elo_bridge.safetensors"
@@ -55,10 +55,10 @@ class Bridge:
     """Ridge penalty of each map, chosen for the largest `explained`."""
 
     def require(self, share: float) -> None:
-        """Raise EloError if a map explains less than `share` of the variance on held-out tokens."""
+        """Raise MethodFailedError if a map explains less than `share` of the variance on held-out tokens."""
         for gap, explained, cosine in zip(self.gaps, self.explained, self.cosine, strict=True):
             if explained < share:
-                raise EloError(
+                raise MethodFailedError(
                     f"method.middle: bridged: the map over layers {gap.start} to {gap.stop - 1} explains "
                     f"{explained:.1%} of their effect on held-out text (cosine {cosine:.2f}), less than {share:.0%}; "
                     "choose more layers, write method.middle: removed, or choose another method"

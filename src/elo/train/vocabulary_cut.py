@@ -29,7 +29,7 @@ _TOKENS_AT_A_TIME = 1 << 24
 
 
 def choose_rows(
-    data: PreparedData, base: Path, *, sample: int, seed: int, trust_remote_code: bool = False
+    data: PreparedData, base: Path | str, *, sample: int, seed: int, trust_remote_code: bool = False
 ) -> np.ndarray:
     """Return the ids of the rows that training computes with, ascending: int64 [K].
 
@@ -38,7 +38,7 @@ def choose_rows(
 
     Args:
         data: prepared data, whose training shards are counted.
-        base: checkpoint folder, whose configuration names the special tokens.
+        base: checkpoint folder or hub id, whose configuration names the special tokens.
         sample: number of unused rows to draw at random and keep.
         seed: seed of the draw.
         trust_remote_code: run code that ships with the checkpoint.

@@ -293,10 +293,7 @@ class PairedDifference(Record):
     high: Finite = Field(description="Upper end of the 95 % confidence interval.")
     p_value: Share = Field(description="Two-sided p-value.")
     adjusted_p_value: Share = Field(description="p-value after Holm's correction within its family of comparisons.")
-    seeds: Count = Field(
-        description="Seeds that both have in common; with one, the interval does not cover the spread over seeds, and "
-        "the difference is not supported."
-    )
+    seeds: Count = Field(description="Seeds that both have in common; with one, the difference is not supported.")
 
 
 class Difference(PairedDifference):

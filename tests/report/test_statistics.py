@@ -149,7 +149,7 @@ def test_a_contestant_that_loses_the_source_is_not_ranked():
     assert verdict.ranked == ("lora", "full")
     assert verdict.sentences[1] == "Not ranked: elo (en above the limit)."
     found = warnings(read_results(results))
-    assert "elo: the source language en is 0.027 bpb above the base model, limit 0.02." in found
+    assert "elo: the source language en is 0.0270 bpb above the base model, limit 0.02." in found
     results["endpoint"] = {"source_limit_bpb": 0.05}
     assert verdict_of(results).ranked[0] == "elo"
 

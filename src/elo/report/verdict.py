@@ -267,7 +267,7 @@ def _harm(results: Results, contestant: Contestant, budget: Budget) -> list[str]
             how = "worse than" if change > 0 else "no better than"
             found.append(f"the target language {language} is {how} in the base model ({signed(change)} bpb)")
         if language in results.languages.sources and change > limit:
-            found.append(f"the source language {language} is {change:.3f} bpb above the base model, limit {limit:g}")
+            found.append(f"the source language {language} is {change:.4f} bpb above the base model, limit {limit:g}")
     return found
 
 

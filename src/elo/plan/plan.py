@@ -249,7 +249,10 @@ def _vocabulary_rows(config: RunConfig, counted: Footprint, requested: int | Non
 
 
 def _prepared(config: RunConfig) -> PreparedData | None:
-    """Return the run folder's prepared data, if it was made for this configuration and is quickly counted."""
+    """Return the run folder's prepared data, if it was made for this configuration and is quickly counted.
+
+    Changed files of a corpus are not noticed: their identities need the checkpoint, which a plan does not fetch.
+    """
     folder, now = Path(config.output), config.model_dump(mode="json")
     if not (folder / "stages" / "prepared.json").is_file():
         return None

@@ -295,6 +295,9 @@ class PairedDifference(Record):
     adjusted_p_value: Share = Field(description="p-value after Holm's correction within its family of comparisons.")
     seeds: Count = Field(description="Seeds that both have in common; with one, the difference is not supported.")
 
+    def _supported_over(self, size: int) -> bool:
+        return self.adjusted_p_value < 0.05 and self.seeds >= MIN_SEEDS and size >= MIN_DOCUMENTS
+
 
 class Difference(PairedDifference):
     """A paired difference in bits per byte: `contestant` minus `reference`; negative is better."""
@@ -305,7 +308,7 @@ class Difference(PairedDifference):
     @property
     def is_supported(self) -> bool:
         """Whether the difference is significant at 5 % after correction, over enough seeds and documents."""
-        return self.adjusted_p_value < 0.05 and self.seeds >= MIN_SEEDS and self.documents >= MIN_DOCUMENTS
+        return self._supported_over(self.documents)
 
 
 class MeasureDifference(PairedDifference):
@@ -323,7 +326,7 @@ class MeasureDifference(PairedDifference):
     @property
     def is_supported(self) -> bool:
         """Whether the difference is significant at 5 % after correction, over enough seeds and items."""
-        return self.adjusted_p_value < 0.05 and self.seeds >= MIN_SEEDS and self.items >= MIN_DOCUMENTS
+        return self._supported_over(self.items)
 
 
 class Retained(Record):
@@ -369,10 +372,7 @@ class BudgetVerdict(Record):
     best_against: tuple[Difference, ...] = Field(
         (), description="The first of `ranked` against each other one, in the target languages; one family."
     )
-    best_is_supported: bool = Field(
-        False,
-        description="Whether the first of `ranked` is significantly below every other one, over at least two seeds.",
-    )
+    best_is_supported: bool = Field(False, description="Whether the first of `ranked` is significantly below the rest.")
     measure_differences: tuple[MeasureDifference, ...] = Field(
         (), description="Each contestant against the reference in each benchmark; one family for Holm's correction."
     )

@@ -152,7 +152,7 @@ def test_what_is_measured_during_training_is_measured_on_all_rows(tmp_path, tie,
         assert len(embedding) == len(head) == WHOLE
         assert (embedding is head) == tie
         bpb = bits_per_byte(model, corpus(9, 10), sequence_length=LENGTH).bits_per_byte
-        seen.append((bpb, embedding.detach().clone()))
+        seen.append((bpb, embedding.detach().cpu().clone()))
         return {"bpb": {"xx": bpb}}
 
     settings = QUICK.model_copy(update={"evaluations": 5})

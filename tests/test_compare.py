@@ -166,11 +166,12 @@ def test_a_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypatch):
     """With a clock that gives full CPT 100 tokens a second and a fixed 2 s, 100 s are 9,800 tokens, in whole steps."""
     config = _world(tmp_path)
     config |= {"contestants": ["full"], "budgets": [{"seconds": 100.0}], "learning_rates": [1e-3], "seeds": [1]}
-    trained = []
+    trained, texts = [], []
 
-    def train(self, name, inputs, output, validated):
+    def train(self, name, inputs, output, measured_on):
         tokens = inputs.config.tokens
         trained.append(tokens)
+        texts.append(measured_on)
         stages = [
             {"name": "surgery", "seconds": 2.0, "tokens": 0},
             {"name": "full", "seconds": tokens / 100, "tokens": tokens},
@@ -186,6 +187,7 @@ def test_a_time_budget_becomes_tokens_by_measured_speed(tmp_path, monkeypatch):
     assert trained[1] == 1300 // step * step, "the second: 15 % of the budget, less the fixed costs"
     assert trained[2] == 9800 // step * step
     assert len(trained) == 3, "the trial that fills the budget is the result, not trained again"
+    assert texts == [[], [], ["heldout"]], "of the first two, only the time counts"
     (trial,) = read_results(results).trials
     assert trial.seconds == pytest.approx(100, rel=0.01)
     trained.clear()

@@ -214,13 +214,13 @@ class _Comparison:
             shortest = int(_FIRST_TEST_STEPS * step / min(map(method.share_of, method.phases)))
             rates = _middle(self._grids(name))
 
-            def train(tokens: int) -> schema.Trial:
-                return self._train(name, rates, tokens, self.config.seeds[0], validated=self._reports_tuning(name))
-
+            seed = self.config.seeds[0]
             tokens = shortest
             for wanted in (_SECOND_TEST_SHARE * seconds, seconds):
-                tokens = max(shortest, _tokens_within(train(tokens), tokens, wanted, budget.kind)) // step * step
-            whole = train(tokens)  # tuning reuses this trial, if it filled the budget
+                test = self._train(name, rates, tokens, seed, validated=False, reported=False)
+                tokens = max(shortest, _tokens_within(test, tokens, wanted, budget.kind)) // step * step
+            # Tuning reuses this trial, if it filled the budget.
+            whole = self._train(name, rates, tokens, seed, validated=self._reports_tuning(name))
             if abs(_spent(whole, budget.kind) / seconds - 1) > _TOLERANCE:
                 tokens = max(shortest, _tokens_within(whole, tokens, seconds, budget.kind)) // step * step
             return {"tokens": tokens}
@@ -318,7 +318,7 @@ class _Comparison:
                 both for tuning and in the report.
         """
         trial = self._train(name, rates, tokens, seed, validated=validated, reported=reported)
-        self.seconds[_identity(name, rates, tokens, seed, reported=reported)] = trial.seconds
+        self.seconds[_identity(name, rates, tokens, seed, validated=validated, reported=reported)] = trial.seconds
         done = len(self.seconds)
         bpb = (trial.measured if reported else trial.validation or trial.measured).bpb
         shown = trial.failed or ", ".join(f"{language} {value:.4f}" for language, value in bpb.items())
@@ -334,8 +334,11 @@ class _Comparison:
     def _train(
         self, name: str, rates: Rates, tokens: int, seed: int, *, validated: bool, reported: bool = True
     ) -> schema.Trial:
-        """Train and measure a contestant, or return the finished trial. For the arguments see `_trial`."""
-        identity = _identity(name, rates, tokens, seed, reported=reported)
+        """Train and measure a contestant, or return the finished trial. For the arguments see `_trial`.
+
+        A speed test is neither validated nor reported: it is not measured, since only its time counts.
+        """
+        identity = _identity(name, rates, tokens, seed, validated=validated, reported=reported)
         run = self._run(name, tokens, rates, seed)
 
         def work(output: Path, *, measured_on: list[str], **decisive: Any) -> dict[str, Any]:
@@ -472,9 +475,9 @@ def _shared(run: RunConfig, key: str) -> Any:
     return run.data.model_copy(update={"schedule": []}) if key == "data" else getattr(run, key)
 
 
-def _identity(name: str, rates: Rates, tokens: int, seed: int, *, reported: bool) -> str:
+def _identity(name: str, rates: Rates, tokens: int, seed: int, *, validated: bool, reported: bool) -> str:
     at = "-".join(f"{rate:g}" for rate in rates.values())
-    return f"{name}-{tokens}-{seed}-{at}" + ("" if reported else "-tuning")
+    return f"{name}-{tokens}-{seed}-{at}" + ("" if reported else "-tuning" if validated else "-speed")
 
 
 def _middle(grids: dict[str, list[float]]) -> Rates:

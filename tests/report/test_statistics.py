@@ -154,6 +154,15 @@ def test_a_contestant_that_loses_the_source_is_not_ranked():
     assert verdict_of(results).ranked[0] == "elo"
 
 
+def test_an_extended_base_asks_for_a_comparison_with_the_model_before():
+    results = duel(full=[1.90, 1.91], lora=[1.80, 1.81])
+    before = results["model"]
+    results["model"] = {**before, "vocabulary": {"rows": {"start": 100, "stop": 108}}}
+    assert any("extended vocabulary" in warning for warning in warnings(read_results(results)))
+    results["contestants"][0]["model"] = before
+    assert not any("extended vocabulary" in warning for warning in warnings(read_results(results)))
+
+
 def test_a_failed_seed_is_not_paired_and_cannot_win():
     results = duel(full=[1.90, 1.91, 1.92], elo=[1.70, None, 1.72])
     verdict = verdict_of(results)

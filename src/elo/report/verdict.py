@@ -221,7 +221,7 @@ def _all(results: Results, names: Sequence[str]) -> str:
 
 def warnings(results: Results) -> tuple[str, ...]:
     """Return what a reader has to know before using the results."""
-    found = [*_heldout_warnings(results)]
+    found = [*_heldout_warnings(results), *_extended_base(results)]
     for budget in results.budgets:
         at = f" ({budget.name})" if len(results.budgets) > 1 else ""
         for contestant in results.contestants:
@@ -255,6 +255,17 @@ def _heldout_warnings(results: Results) -> list[str]:
     if not any(trial.measured.document_nats for trial in results.trials) and results.trials:
         found.append("No values per document: differences have no intervals, and nothing is marked as significant.")
     return found
+
+
+def _extended_base(results: Results) -> list[str]:
+    """Where every base has new vocabulary rows, nothing is measured against the model before they were added."""
+    bases = [contestant.model or results.model for contestant in results.contestants]
+    if not bases or any(base.vocabulary is None for base in bases):
+        return []
+    return [
+        "The base model has an extended vocabulary, and changes are measured against it. The model before the extension "
+        "may predict the target languages better; compare with it, as a contestant with its own `model`."
+    ]
 
 
 def _harm(results: Results, contestant: Contestant, budget: Budget) -> list[str]:

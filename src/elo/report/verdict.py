@@ -263,8 +263,8 @@ def _extended_base(results: Results) -> list[str]:
     if not bases or any(base.vocabulary is None for base in bases):
         return []
     return [
-        "The base model has an extended vocabulary, and changes are measured against it. The model before the extension "
-        "may predict the target languages better; compare with it, as a contestant with its own `model`."
+        "The base model has an extended vocabulary, and changes are measured against it. The model before the "
+        "extension may predict the target languages better; compare with it, as a contestant with its own `model`."
     ]
 
 
